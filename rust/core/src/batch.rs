@@ -1,0 +1,207 @@
+//! `Batch`: one step's work as flat arrays, built whole from the sequences scheduled.
+//!
+//! ```text
+//! tokens    | seq 0 | seq 1 | seq 2       | seq 3 |      query_indptr = [0, 2, 4, 8, 10]
+//! wave 0    |  base | adapter slot 5      | slot 2|      segments (2, 8, 5), (8, 10, 2)
+//! wave 1                    | slot 2      |              segment  (4, 8, 2)
+//! ```
+
+use crate::ids::{PageId, RequestId, SlotId};
+
+/// What a step does for one sequence.
+#[derive(Debug, Clone, Copy)]
+pub struct Scheduled<'a> {
+    pub request: RequestId,
+    /// All tokens known; the step computes `tokens[num_computed..][..num_tokens]`.
+    pub tokens: &'a [i32],
+    pub num_computed: usize,
+    pub num_tokens: usize,
+    pub pages: &'a [PageId],
+    pub adapters: &'a [(SlotId, f32)],
+    pub is_decoding: bool,
+}
+
+impl Scheduled<'_> {
+    /// Whether the step reaches the last known token, whose logits choose the next.
+    pub fn samples(&self) -> bool {
+        self.num_computed + self.num_tokens == self.tokens.len()
+    }
+}
+
+/// T tokens of S sequences, L of them sampled, W waves of G segments together.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Batch {
+    /// `[T]`
+    pub token_ids: Vec<i32>,
+    /// `[T]`
+    pub positions: Vec<i32>,
+    /// `[T]` page × `block_size` + offset, where a token's KV is written.
+    pub slot_mapping: Vec<i32>,
+    /// `[S + 1]` first token of each sequence.
+    pub query_indptr: Vec<i32>,
+    /// `[S]` tokens in the KV cache after this step.
+    pub context_lens: Vec<i32>,
+    /// Pages of all sequences; those of sequence s from `block_table_indptr[s]` on.
+    pub block_table: Vec<i32>,
+    /// `[S + 1]`
+    pub block_table_indptr: Vec<i32>,
+    /// `[L]` rows of T.
+    pub logits_indices: Vec<i32>,
+    /// `[L]`
+    pub sample_request_ids: Vec<u64>,
+    /// `[W + 1]` first segment of each wave.
+    pub wave_indptr: Vec<i32>,
+    /// `[G]` segment g is the tokens `seg_start[g]..seg_end[g]`, disjoint and ascending within a wave.
+    pub seg_start: Vec<i32>,
+    pub seg_end: Vec<i32>,
+    pub seg_slot: Vec<i32>,
+    pub seg_weight: Vec<f32>,
+    /// Tokens of sequences that do not merely decode; they come last.
+    pub num_prefill_tokens: usize,
+}
+
+impl Batch {
+    /// Lays out `rows` in their order.
+    pub fn build(rows: &[Scheduled<'_>], block_size: usize) -> Self {
+        let mut batch = Self::default();
+        batch.query_indptr.push(0);
+        batch.block_table_indptr.push(0);
+        for row in rows {
+            batch.push_tokens(row, block_size);
+            batch.push_table(row, block_size);
+            if !row.is_decoding {
+                batch.num_prefill_tokens += row.num_tokens;
+            }
+        }
+        batch.push_waves(rows);
+        batch
+    }
+
+    pub fn num_tokens(&self) -> usize {
+        self.token_ids.len()
+    }
+
+    pub fn num_seqs(&self) -> usize {
+        self.context_lens.len()
+    }
+
+    fn push_tokens(&mut self, row: &Scheduled<'_>, block_size: usize) {
+        let end = row.num_computed + row.num_tokens;
+        self.token_ids.extend(&row.tokens[row.num_computed..end]);
+        for position in row.num_computed..end {
+            let page = row.pages[position / block_size].index();
+            self.positions.push(position as i32);
+            self.slot_mapping
+                .push((page * block_size + position % block_size) as i32);
+        }
+        let num_tokens = self.token_ids.len() as i32;
+        self.query_indptr.push(num_tokens);
+        self.context_lens.push(end as i32);
+        if row.samples() {
+            self.logits_indices.push(num_tokens - 1);
+            self.sample_request_ids.push(row.request.0);
+        }
+    }
+
+    fn push_table(&mut self, row: &Scheduled<'_>, block_size: usize) {
+        let num_pages = (row.num_computed + row.num_tokens).div_ceil(block_size);
+        self.block_table
+            .extend(row.pages[..num_pages].iter().map(|page| page.0 as i32));
+        self.block_table_indptr.push(self.block_table.len() as i32);
+    }
+
+    fn push_waves(&mut self, rows: &[Scheduled<'_>]) {
+        let num_waves = rows.iter().map(|row| row.adapters.len()).max().unwrap_or(0);
+        self.wave_indptr.push(0);
+        for wave in 0..num_waves {
+            let first = self.seg_start.len();
+            for (index, row) in rows.iter().enumerate() {
+                if let Some(&(slot, weight)) = row.adapters.get(wave) {
+                    self.push_segment(first, index, slot, weight);
+                }
+            }
+            self.wave_indptr.push(self.seg_start.len() as i32);
+        }
+    }
+
+    /// Adds the tokens of sequence `index`, joining the segment before it in this wave if they belong together.
+    fn push_segment(&mut self, first: usize, index: usize, slot: SlotId, weight: f32) {
+        let (start, end) = (self.query_indptr[index], self.query_indptr[index + 1]);
+        if let Some(last) = self
+            .seg_start
+            .len()
+            .checked_sub(1)
+            .filter(|&last| last >= first)
+        {
+            let is_same = self.seg_slot[last] == slot.0 as i32
+                && self.seg_weight[last].to_bits() == weight.to_bits();
+            if is_same && self.seg_end[last] == start {
+                self.seg_end[last] = end;
+                return;
+            }
+        }
+        self.seg_start.push(start);
+        self.seg_end.push(end);
+        self.seg_slot.push(slot.0 as i32);
+        self.seg_weight.push(weight);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TOKENS: [i32; 5] = [10, 11, 12, 13, 14];
+    const PAGES: [PageId; 3] = [PageId(7), PageId(3), PageId(9)];
+
+    fn row(num_computed: usize, num_tokens: usize, adapters: &[(SlotId, f32)]) -> Scheduled<'_> {
+        Scheduled {
+            request: RequestId(1),
+            tokens: &TOKENS,
+            num_computed,
+            num_tokens,
+            pages: &PAGES,
+            adapters,
+            is_decoding: num_computed == 4,
+        }
+    }
+
+    #[test]
+    fn arrays_lay_out_a_chunk_and_a_decode() {
+        let batch = Batch::build(&[row(4, 1, &[]), row(1, 2, &[])], 2);
+        assert_eq!(batch.token_ids, [14, 11, 12]);
+        assert_eq!(batch.positions, [4, 1, 2]);
+        assert_eq!(batch.slot_mapping, [18, 15, 6]);
+        assert_eq!(batch.query_indptr, [0, 1, 3]);
+        assert_eq!(batch.context_lens, [5, 3]);
+        assert_eq!(batch.block_table, [7, 3, 9, 7, 3]);
+        assert_eq!(batch.block_table_indptr, [0, 3, 5]);
+        assert_eq!(batch.logits_indices, [0]);
+        assert_eq!(batch.sample_request_ids, [1]);
+        assert_eq!((batch.num_prefill_tokens, batch.wave_indptr), (2, vec![0]));
+    }
+
+    #[test]
+    fn neighbours_with_one_adapter_and_weight_share_a_segment() {
+        let (a, b) = ([(SlotId(4), 1.0)], [(SlotId(5), 1.0)]);
+        let half = [(SlotId(4), 0.5)];
+        let rows = [&[][..], &a, &a, &half, &b].map(|adapters| row(4, 1, adapters));
+        let batch = Batch::build(&rows, 2);
+        assert_eq!(batch.wave_indptr, [0, 3]);
+        assert_eq!(batch.seg_start, [1, 3, 4]);
+        assert_eq!(batch.seg_end, [3, 4, 5]);
+        assert_eq!(batch.seg_slot, [4, 4, 5]);
+        assert_eq!(batch.seg_weight, [1.0, 0.5, 1.0]);
+    }
+
+    #[test]
+    fn several_adapters_go_into_waves_and_a_gap_splits_a_segment() {
+        let both = [(SlotId(0), 0.7), (SlotId(1), 0.3)];
+        let rows = [&both[..], &both[..1], &both].map(|adapters| row(3, 2, adapters));
+        let batch = Batch::build(&rows, 2);
+        assert_eq!(batch.wave_indptr, [0, 1, 3]);
+        assert_eq!(batch.seg_start, [0, 0, 4]);
+        assert_eq!(batch.seg_end, [6, 2, 6]);
+        assert_eq!(batch.seg_slot, [0, 1, 1]);
+    }
+}

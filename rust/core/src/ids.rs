@@ -1,0 +1,45 @@
+//! The names of things: pages, slots, requests, adapters, and what an adapter *is*.
+
+use std::sync::Arc;
+
+/// A page of the pool: one KV block over all layers, or a piece of an adapter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PageId(pub u32);
+
+impl PageId {
+    pub fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+/// A row of the device's table of resident adapters; reused once its adapter is evicted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SlotId(pub u32);
+
+impl SlotId {
+    pub fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+/// A request, numbered in order of arrival; never reused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RequestId(pub u64);
+
+/// A registered adapter; never reused, so a late answer cannot reach another adapter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct AdapterId(pub u32);
+
+/// The content hash of an adapter's tensors and config: its identity, whatever it is called.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct AdapterKey(pub Arc<str>);
+
+impl AdapterKey {
+    pub fn new(content_hash: &str) -> Self {
+        Self(Arc::from(content_hash))
+    }
+}
+
+/// The adapters that shape a sequence's KV, with the bits of their weights; empty is the base model.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+pub struct AdapterIdentity(pub Vec<(AdapterKey, u32)>);

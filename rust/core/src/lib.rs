@@ -1,0 +1,26 @@
+//! The scheduler and the memory manager: which page, which slot, which token, which segment.
+//!
+//! Knows neither Python, nor CUDA, nor SIMD; holds indices, never bytes.
+#![forbid(unsafe_code)]
+
+pub mod adapter_cache;
+pub mod batch;
+pub mod error;
+pub mod ids;
+pub mod memory;
+pub mod page_pool;
+pub mod page_set;
+pub mod policy;
+pub mod prefix_cache;
+pub mod request;
+pub mod scheduler;
+pub mod sequence;
+pub mod slot_table;
+
+pub use adapter_cache::AdapterInfo;
+pub use batch::Batch;
+pub use error::{Error, ErrorKind};
+pub use ids::{AdapterId, AdapterIdentity, AdapterKey, PageId, RequestId, SlotId};
+pub use policy::{EvictionPolicy, Lru};
+pub use request::{Failure, FinishReason, NewRequest, Output};
+pub use scheduler::{Load, Scheduler, SchedulerConfig, Stats, Step};

@@ -1,0 +1,179 @@
+//! `Request`: what a caller asks for, checked; `Output`: what it gets back.
+
+use std::sync::Arc;
+
+use crate::error::Error;
+use crate::ids::{AdapterId, AdapterIdentity, RequestId};
+
+/// A request as the caller words it.
+#[derive(Debug, Clone, Default)]
+pub struct NewRequest {
+    pub prompt: Vec<i32>,
+    /// Names and weights; the deltas are summed.
+    pub adapters: Vec<(String, f32)>,
+    pub max_tokens: usize,
+    pub min_tokens: usize,
+    pub stop_token_ids: Vec<i32>,
+}
+
+impl NewRequest {
+    /// Checks everything but the adapters, and clamps `max_tokens` to the context.
+    pub fn validate(&mut self, max_model_len: usize) -> Result<(), Error> {
+        let tokens = self.prompt.len();
+        let limit = max_model_len - 1;
+        if tokens == 0 {
+            return Err(Error::EmptyPrompt);
+        }
+        if tokens > limit {
+            return Err(Error::PromptTooLong { tokens, limit });
+        }
+        if let Some(index) = self.prompt.iter().position(|&token| token < 0) {
+            return Err(Error::NegativeToken {
+                index,
+                token: self.prompt[index],
+            });
+        }
+        if self.max_tokens == 0 {
+            return Err(Error::ZeroMaxTokens);
+        }
+        if self.min_tokens > self.max_tokens {
+            let (min_tokens, max_tokens) = (self.min_tokens, self.max_tokens);
+            return Err(Error::MinTokensTooLarge {
+                min_tokens,
+                max_tokens,
+            });
+        }
+        self.max_tokens = self.max_tokens.min(max_model_len - tokens);
+        self.check_weights()
+    }
+
+    fn check_weights(&self) -> Result<(), Error> {
+        for (index, (name, weight)) in self.adapters.iter().enumerate() {
+            if !weight.is_finite() {
+                return Err(Error::BadWeight {
+                    name: name.clone(),
+                    weight: *weight,
+                });
+            }
+            if self.adapters[..index]
+                .iter()
+                .any(|(earlier, _)| earlier == name)
+            {
+                return Err(Error::AdapterNamedTwice { name: name.clone() });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// An accepted request.
+#[derive(Debug, Clone)]
+pub struct Request {
+    pub id: RequestId,
+    /// Ordered by id, weights not zero; the w-th goes into wave w.
+    pub adapters: Vec<(AdapterId, f32)>,
+    pub identity: Arc<AdapterIdentity>,
+    pub max_tokens: usize,
+    pub min_tokens: usize,
+    pub stop_token_ids: Vec<i32>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum FinishReason {
+    Stop,
+    Length,
+    Abort,
+    Error(Failure),
+}
+
+/// Why a request failed after it was accepted, in the words of whoever failed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    /// An exception class of `loraserve.errors`.
+    pub class: String,
+    pub message: String,
+}
+
+/// One event of a request; the one with `finish` is its last.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Output {
+    pub request: RequestId,
+    pub token: Option<i32>,
+    pub finish: Option<FinishReason>,
+    /// Prompt tokens whose KV was found in the prefix cache.
+    pub num_cached_tokens: usize,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(prompt_len: usize) -> NewRequest {
+        NewRequest {
+            prompt: vec![1; prompt_len],
+            max_tokens: 4,
+            ..NewRequest::default()
+        }
+    }
+
+    #[test]
+    fn mistakes_are_named_with_value_and_limit() {
+        let adapters =
+            |weights: &[(&str, f32)]| weights.iter().map(|&(n, w)| (n.to_owned(), w)).collect();
+        let cases = [
+            (request(0), "prompt is empty, at least one token is needed"),
+            (
+                request(9000),
+                "prompt has 9000 tokens, limit is 8191: the context length less one token to generate",
+            ),
+            (
+                NewRequest {
+                    prompt: vec![3, -7],
+                    ..request(1)
+                },
+                "prompt token 1 is -7, token ids start at 0",
+            ),
+            (
+                NewRequest {
+                    max_tokens: 0,
+                    ..request(1)
+                },
+                "max_tokens is 0, it must be at least 1",
+            ),
+            (
+                NewRequest {
+                    min_tokens: 9,
+                    ..request(1)
+                },
+                "min_tokens is 9, limit is max_tokens = 4",
+            ),
+            (
+                NewRequest {
+                    adapters: adapters(&[("a", f32::NAN)]),
+                    ..request(1)
+                },
+                "adapter 'a' has weight NaN, weights must be finite",
+            ),
+            (
+                NewRequest {
+                    adapters: adapters(&[("a", 0.5), ("a", 0.5)]),
+                    ..request(1)
+                },
+                "adapter 'a' is named twice in one request, give it one weight",
+            ),
+        ];
+        for (mut request, message) in cases {
+            assert_eq!(request.validate(8192).unwrap_err().to_string(), message);
+        }
+    }
+
+    #[test]
+    fn max_tokens_is_clamped_to_the_context() {
+        let mut request = NewRequest {
+            max_tokens: usize::MAX,
+            ..request(30)
+        };
+        request.validate(32).unwrap();
+        assert_eq!(request.max_tokens, 2);
+    }
+}

@@ -1,0 +1,114 @@
+//! Waiting requests: in order of arrival, loads started ahead of need, admission when everything is there.
+
+use super::{Load, Plan, Scheduler, shield_adapters};
+use crate::adapter_cache::AdapterState;
+use crate::sequence::Running;
+
+/// What became of a waiting request that was looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Verdict {
+    Admitted,
+    /// Adapters are loading, or the step is full: those behind it may be looked at.
+    PassedOver,
+    /// Memory is short: those behind it wait too.
+    Blocked,
+}
+
+impl Scheduler {
+    /// Requests before `index` were passed over; each admission behind them counts against `slack`.
+    pub(super) fn admit_waiting(&mut self, plan: &mut Plan) {
+        let mut index = 0;
+        let mut slack = usize::MAX;
+        while slack > 0 && index < self.waiting.len().min(self.config.lookahead) {
+            match self.consider(index, plan) {
+                Verdict::Admitted => {
+                    self.waiting
+                        .range_mut(..index)
+                        .for_each(|passed| passed.overtaken += 1);
+                    slack -= 1;
+                }
+                Verdict::PassedOver => {
+                    let overtaken = self.waiting[index].overtaken;
+                    slack = slack.min(self.config.max_overtakes.saturating_sub(overtaken));
+                    index += 1;
+                }
+                Verdict::Blocked => return,
+            }
+        }
+    }
+
+    fn consider(&mut self, index: usize, plan: &mut Plan) -> Verdict {
+        shield_adapters(&mut self.memory, &self.waiting[index].sequence);
+        let Some(all_resident) = self.start_loads(index, plan) else {
+            return Verdict::Blocked;
+        };
+        let is_full = plan.budget == 0 || self.running.len() == self.config.max_num_seqs;
+        if !all_resident || is_full {
+            return Verdict::PassedOver;
+        }
+        self.admit(index, plan)
+    }
+
+    /// Starts what is neither resident nor loading; true if all are resident, `None` if there is no room.
+    fn start_loads(&mut self, index: usize, plan: &mut Plan) -> Option<bool> {
+        let mut all_resident = true;
+        for &(adapter, _) in &self.waiting[index].sequence.request.adapters {
+            match self.memory.adapters.entry(adapter).state {
+                AdapterState::Resident(_) => continue,
+                AdapterState::Loading(_) => {}
+                AdapterState::Registered | AdapterState::Failed => {
+                    let headroom = self.running.len();
+                    let (slot, extent) =
+                        self.memory.begin_load(adapter, headroom, &mut plan.moves)?;
+                    let (first_page, num_pages) = (extent.first_page, extent.num_pages);
+                    plan.loads.push(Load {
+                        adapter,
+                        slot,
+                        first_page,
+                        num_pages,
+                    });
+                }
+            }
+            all_resident = false;
+        }
+        Some(all_resident)
+    }
+
+    /// Takes pages for all known tokens, leaving each running sequence a block to grow.
+    fn admit(&mut self, index: usize, plan: &mut Plan) -> Verdict {
+        let sequence = &self.waiting[index].sequence;
+        let headroom = self.running.len();
+        let taken = self
+            .memory
+            .take_table(&sequence.request.identity, &sequence.tokens, headroom);
+        let Some((table, num_computed)) = taken else {
+            return Verdict::Blocked;
+        };
+        let waiting = self
+            .waiting
+            .remove(index)
+            .expect("invariant: the request waits");
+        let mut sequence = waiting.sequence;
+        sequence.num_cached.get_or_insert(num_computed);
+        self.num_prefix_hit_tokens += num_computed as u64;
+        let pins = sequence
+            .request
+            .adapters
+            .iter()
+            .map(|&(id, weight)| (self.memory.adapters.pin(id), weight));
+        let running = Running {
+            adapters: pins.collect(),
+            overtaken: waiting.overtaken,
+            admitted: self.next_admission,
+            table,
+            num_computed,
+            sequence,
+        };
+        let num_tokens = running.num_pending().min(plan.budget);
+        self.next_admission += 1;
+        plan.rows.push((self.running.len(), num_tokens));
+        plan.budget -= num_tokens;
+        self.running.push(running);
+        Verdict::Admitted
+    }
+}

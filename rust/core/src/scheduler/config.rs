@@ -1,0 +1,87 @@
+//! `SchedulerConfig`: the limits a scheduler works within, validated once.
+
+use crate::error::Error;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SchedulerConfig {
+    pub num_pages: usize,
+    pub page_nbytes: usize,
+    /// Tokens a page holds.
+    pub block_size: usize,
+    pub max_num_seqs: usize,
+    /// Tokens computed in a step.
+    pub max_batched_tokens: usize,
+    /// Prompt and generated tokens of a sequence.
+    pub max_model_len: usize,
+    pub prefix_caching: bool,
+    /// How often a request whose adapter is loading lets a later one go first.
+    pub max_overtakes: usize,
+    /// How many waiting requests a step looks at.
+    pub lookahead: usize,
+}
+
+impl Default for SchedulerConfig {
+    fn default() -> Self {
+        Self {
+            num_pages: 1024,
+            page_nbytes: 1 << 20,
+            block_size: 16,
+            max_num_seqs: 256,
+            max_batched_tokens: 2048,
+            max_model_len: 8192,
+            prefix_caching: true,
+            max_overtakes: 64,
+            lookahead: 64,
+        }
+    }
+}
+
+impl SchedulerConfig {
+    pub fn validate(&self) -> Result<(), Error> {
+        /// Token slots are numbered in device arrays of i32.
+        const MAX: usize = i32::MAX as usize;
+        let ranges = [
+            ("block_size", self.block_size, 1, 4096),
+            ("num_pages", self.num_pages, 2, MAX / self.block_size.max(1)),
+            ("page_nbytes", self.page_nbytes, 1, MAX),
+            ("max_num_seqs", self.max_num_seqs, 1, MAX),
+            ("max_batched_tokens", self.max_batched_tokens, 1, MAX),
+            ("max_model_len", self.max_model_len, 2, MAX),
+            ("lookahead", self.lookahead, 1, MAX),
+        ];
+        for (setting, value, low, high) in ranges {
+            if !(low..=high).contains(&value) {
+                return Err(Error::BadSetting {
+                    setting,
+                    value,
+                    low,
+                    high,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    pub fn pool_nbytes(&self) -> usize {
+        self.num_pages * self.page_nbytes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_out_of_range_are_named_with_their_limits() {
+        let config = SchedulerConfig {
+            num_pages: 0,
+            ..SchedulerConfig::default()
+        };
+        let message = config.validate().unwrap_err().to_string();
+        assert_eq!(
+            message,
+            "num_pages is 0, it must be between 2 and 134217727"
+        );
+        assert_eq!(SchedulerConfig::default().validate(), Ok(()));
+    }
+}

@@ -1,0 +1,88 @@
+//! Running sequences: a token for each that decodes, then more of the prompts, and preemption.
+
+use super::{Plan, Scheduler};
+use crate::sequence::{Running, Waiting};
+use crate::slot_table::Shield;
+
+impl Scheduler {
+    /// Oldest first, so that memory goes to the oldest and is taken from the newest.
+    pub(super) fn plan_decodes(&mut self, plan: &mut Plan) {
+        let mut index = 0;
+        while index < self.running.len() && plan.budget > 0 {
+            if self.running[index].is_decoding() && self.make_room_for_token(index, plan) {
+                plan.rows.push((index, 1));
+                plan.budget -= 1;
+            }
+            index += 1;
+        }
+    }
+
+    /// A prompt's pages were taken at admission.
+    pub(super) fn plan_prefills(&mut self, plan: &mut Plan) {
+        for (index, running) in self.running.iter().enumerate() {
+            if plan.budget == 0 {
+                return;
+            }
+            if !running.is_decoding() {
+                let num_tokens = running.num_pending().min(plan.budget);
+                plan.rows.push((index, num_tokens));
+                plan.budget -= num_tokens;
+            }
+        }
+    }
+
+    /// False if the sequence was preempted itself, or is alone and waits for a load to be answered.
+    fn make_room_for_token(&mut self, index: usize, plan: &mut Plan) -> bool {
+        let num_blocks = self.running[index]
+            .sequence
+            .tokens
+            .len()
+            .div_ceil(self.config.block_size);
+        while self.running[index].table.pages.len() < num_blocks {
+            if self
+                .memory
+                .grow_table(&mut self.running[index].table, Shield::Respect)
+            {
+                continue;
+            }
+            if self.running.len() == 1 {
+                return self
+                    .memory
+                    .grow_table(&mut self.running[index].table, Shield::Ignore);
+            }
+            self.preempt_newest();
+            plan.has_preempted = true;
+            if index == self.running.len() {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Gives back the newest sequence's memory; it is computed again, from the prefix cache where that still has it.
+    fn preempt_newest(&mut self) {
+        let newest = self.running.pop().expect("invariant: someone runs");
+        let Running {
+            sequence,
+            overtaken,
+            table,
+            adapters,
+            ..
+        } = newest;
+        self.memory.release_table(table);
+        for (slot, _) in adapters {
+            self.memory.unpin(slot);
+        }
+        self.num_preemptions += 1;
+        let place = self
+            .waiting
+            .partition_point(|w| w.sequence.request.id < sequence.request.id);
+        self.waiting.insert(
+            place,
+            Waiting {
+                sequence,
+                overtaken,
+            },
+        );
+    }
+}

@@ -1,0 +1,346 @@
+//! `Scheduler`: continuous batching over one memory for KV and adapters.
+//!
+//! A step: running sequences decode first, then go on with their prompts, then waiting requests are admitted in
+//! order of arrival. A request whose adapter is still loading may be overtaken, a bounded number of times.
+//!
+//! Why nothing deadlocks: a request is accepted only if it could run alone in an empty pool; the oldest running
+//! sequence takes memory from newer ones and from everything idle; the head of the queue waits holding only idle
+//! adapters, and once nobody may overtake it, the running drain and all memory is free or idle.
+
+mod admission;
+mod commit;
+mod config;
+mod decode;
+mod submission;
+#[cfg(test)]
+mod tests;
+
+use std::collections::VecDeque;
+
+use crate::adapter_cache::AdapterInfo;
+use crate::batch::{Batch, Scheduled};
+use crate::error::Error;
+use crate::ids::{AdapterId, PageId, RequestId, SlotId};
+use crate::memory::Memory;
+use crate::page_pool::Move;
+use crate::policy::{EvictionPolicy, Lru};
+use crate::request::{Failure, FinishReason, Output};
+use crate::sequence::{Running, Sequence, Waiting};
+
+pub use config::SchedulerConfig;
+
+/// An adapter to bring into its reserved extent; answered by `adapter_loaded` or `adapter_load_failed`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Load {
+    pub adapter: AdapterId,
+    pub slot: SlotId,
+    pub first_page: PageId,
+    pub num_pages: usize,
+}
+
+/// What to do next: the moves, in order; then start the loads; then run the batch and commit it.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Step {
+    pub id: u64,
+    pub moves: Vec<Move>,
+    pub loads: Vec<Load>,
+    pub batch: Option<Batch>,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Stats {
+    pub num_running: usize,
+    pub num_waiting: usize,
+    pub num_registered_adapters: usize,
+    pub num_resident_adapters: usize,
+    pub num_pages: usize,
+    pub free_pages: usize,
+    /// Pages of running sequences.
+    pub kv_pages: usize,
+    pub adapter_pages: usize,
+    /// Idle pages the prefix cache keeps.
+    pub cached_pages: usize,
+    pub num_loads: u64,
+    pub num_evictions: u64,
+    pub num_preemptions: u64,
+    pub num_prefix_hit_tokens: u64,
+}
+
+pub struct Scheduler {
+    config: SchedulerConfig,
+    memory: Memory,
+    /// In order of arrival.
+    waiting: VecDeque<Waiting>,
+    /// In order of admission.
+    running: Vec<Running>,
+    outputs: Vec<Output>,
+    in_flight: Option<InFlight>,
+    next_request: u64,
+    next_admission: u64,
+    next_step: u64,
+    num_loads: u64,
+    num_preemptions: u64,
+    num_prefix_hit_tokens: u64,
+}
+
+/// The step between `schedule` and `commit`, a row per sequence in batch order.
+#[derive(Debug)]
+struct InFlight {
+    step: u64,
+    rows: Vec<Row>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Row {
+    admitted: u64,
+    num_tokens: usize,
+    samples: bool,
+}
+
+/// A step being put together.
+#[derive(Debug)]
+struct Plan {
+    budget: usize,
+    /// Index into `running`, and tokens to compute.
+    rows: Vec<(usize, usize)>,
+    moves: Vec<Move>,
+    loads: Vec<Load>,
+    has_preempted: bool,
+}
+
+impl Scheduler {
+    pub fn new(config: SchedulerConfig) -> Result<Self, Error> {
+        Self::with_policy(config, Box::new(Lru))
+    }
+
+    pub fn with_policy(
+        config: SchedulerConfig,
+        policy: Box<dyn EvictionPolicy>,
+    ) -> Result<Self, Error> {
+        config.validate()?;
+        Ok(Self {
+            memory: Memory::new(
+                config.num_pages,
+                config.block_size,
+                config.prefix_caching,
+                policy,
+            ),
+            config,
+            waiting: VecDeque::new(),
+            running: Vec::new(),
+            outputs: Vec::new(),
+            in_flight: None,
+            next_request: 0,
+            next_admission: 0,
+            next_step: 0,
+            num_loads: 0,
+            num_preemptions: 0,
+            num_prefix_hit_tokens: 0,
+        })
+    }
+
+    /// Ends a request now; false if it has ended already. Legal between `schedule` and `commit`.
+    pub fn abort(&mut self, request: RequestId) -> bool {
+        if let Ok(index) = self
+            .waiting
+            .binary_search_by_key(&request, |w| w.sequence.request.id)
+        {
+            if let Some(waiting) = self.waiting.remove(index) {
+                self.finish(&waiting.sequence, None, FinishReason::Abort);
+            }
+            return true;
+        }
+        let Some(index) = self
+            .running
+            .iter()
+            .position(|r| r.sequence.request.id == request)
+        else {
+            return false;
+        };
+        self.finish_running(index, None, FinishReason::Abort);
+        true
+    }
+
+    /// Plans the next step; one with a batch must be committed before the next.
+    pub fn schedule(&mut self) -> Step {
+        assert!(
+            self.in_flight.is_none(),
+            "invariant: a step is committed before the next is scheduled"
+        );
+        self.memory.adapters.slots.begin_round();
+        if let Some(head) = self.waiting.front() {
+            shield_adapters(&mut self.memory, &head.sequence);
+        }
+        let mut plan = Plan {
+            budget: self.config.max_batched_tokens,
+            rows: Vec::with_capacity(self.running.len()),
+            moves: Vec::new(),
+            loads: Vec::new(),
+            has_preempted: false,
+        };
+        self.plan_decodes(&mut plan);
+        self.plan_prefills(&mut plan);
+        if !plan.has_preempted {
+            self.admit_waiting(&mut plan);
+        }
+        self.launch(plan)
+    }
+
+    /// The adapter is in its extent.
+    pub fn adapter_loaded(&mut self, adapter: AdapterId) -> Result<(), Error> {
+        let tick = self.memory.tick();
+        let slot = self.memory.adapters.finish_load(adapter, tick)?;
+        self.memory.free_slot(slot);
+        Ok(())
+    }
+
+    /// Fails the waiting requests that asked for the adapter; a later request tries again.
+    pub fn adapter_load_failed(
+        &mut self,
+        adapter: AdapterId,
+        failure: &Failure,
+    ) -> Result<(), Error> {
+        let slot = self.memory.adapters.fail_load(adapter)?;
+        self.memory.free_slot(Some(slot));
+        let names = |w: &Waiting| {
+            w.sequence
+                .request
+                .adapters
+                .iter()
+                .any(|&(id, _)| id == adapter)
+        };
+        let (failed, kept): (VecDeque<_>, VecDeque<_>) = self.waiting.drain(..).partition(names);
+        self.waiting = kept;
+        for waiting in failed {
+            self.finish(
+                &waiting.sequence,
+                None,
+                FinishReason::Error(failure.clone()),
+            );
+        }
+        Ok(())
+    }
+
+    /// Events since the last call, in order.
+    pub fn drain_outputs(&mut self) -> Vec<Output> {
+        std::mem::take(&mut self.outputs)
+    }
+
+    /// Whether any request is unfinished.
+    pub fn has_work(&self) -> bool {
+        !self.running.is_empty() || !self.waiting.is_empty()
+    }
+
+    /// Adapters a step may still ask to load: those with a name, or with unfinished requests though unloaded.
+    pub fn adapter_ids(&self) -> Vec<AdapterId> {
+        self.memory.adapters.ids().collect()
+    }
+
+    pub fn adapters(&self) -> Vec<AdapterInfo> {
+        self.memory.adapters.list()
+    }
+
+    pub fn stats(&self) -> Stats {
+        Stats {
+            num_running: self.running.len(),
+            num_waiting: self.waiting.len(),
+            num_registered_adapters: self.memory.adapters.num_registered(),
+            num_resident_adapters: self.memory.adapters.slots.num_resident(),
+            num_pages: self.config.num_pages,
+            free_pages: self.memory.pool.num_free(),
+            kv_pages: self.memory.pool.num_used_blocks(),
+            adapter_pages: self.memory.pool.num_extent_pages(),
+            cached_pages: self.memory.num_cached_pages(),
+            num_loads: self.num_loads,
+            num_evictions: self.memory.num_evictions(),
+            num_preemptions: self.num_preemptions,
+            num_prefix_hit_tokens: self.num_prefix_hit_tokens,
+        }
+    }
+
+    /// Panics naming the first invariant that does not hold.
+    pub fn check_invariants(&self) {
+        let tables = self.running.iter().flat_map(|r| &r.table.pages);
+        self.memory.check_invariants(tables.copied());
+        assert!(
+            self.running.is_sorted_by(|a, b| a.admitted < b.admitted),
+            "running is in order of admission"
+        );
+        let arrivals = self.waiting.iter().map(|w| w.sequence.request.id);
+        assert!(
+            arrivals.is_sorted_by(|a, b| a < b),
+            "waiting is in order of arrival"
+        );
+        let mut uses = std::collections::HashMap::<AdapterId, (usize, usize)>::new();
+        let running = self.running.iter().map(|r| (&r.sequence, 1));
+        for (sequence, pin) in self.waiting.iter().map(|w| (&w.sequence, 0)).chain(running) {
+            for &(adapter, _) in &sequence.request.adapters {
+                let (users, pins) = uses.entry(adapter).or_default();
+                (*users, *pins) = (*users + 1, *pins + pin);
+            }
+        }
+        self.memory.adapters.check_uses(&uses);
+    }
+
+    /// Orders the rows so that segments are contiguous, and builds the batch.
+    fn launch(&mut self, plan: Plan) -> Step {
+        let id = self.next_step;
+        self.next_step += 1;
+        self.num_loads += plan.loads.len() as u64;
+        let mut scheduled: Vec<_> = plan
+            .rows
+            .iter()
+            .map(|&row| (self.running[row.0].admitted, self.scheduled(row)))
+            .collect();
+        scheduled.sort_by(|(a_admitted, a), (b_admitted, b)| {
+            let by_phase = b.is_decoding.cmp(&a.is_decoding);
+            by_phase
+                .then_with(|| compare_adapters(a.adapters, b.adapters))
+                .then(a_admitted.cmp(b_admitted))
+        });
+        let rows: Vec<_> = scheduled
+            .iter()
+            .map(|&(admitted, s)| Row {
+                admitted,
+                num_tokens: s.num_tokens,
+                samples: s.samples(),
+            })
+            .collect();
+        let scheduled: Vec<_> = scheduled
+            .into_iter()
+            .map(|(_, scheduled)| scheduled)
+            .collect();
+        let batch = (!rows.is_empty()).then(|| Batch::build(&scheduled, self.config.block_size));
+        self.in_flight = (!rows.is_empty()).then_some(InFlight { step: id, rows });
+        Step {
+            id,
+            moves: plan.moves,
+            loads: plan.loads,
+            batch,
+        }
+    }
+
+    fn scheduled(&self, (index, num_tokens): (usize, usize)) -> Scheduled<'_> {
+        let running = &self.running[index];
+        Scheduled {
+            request: running.sequence.request.id,
+            tokens: &running.sequence.tokens,
+            num_computed: running.num_computed,
+            num_tokens,
+            pages: &running.table.pages,
+            adapters: &running.adapters,
+            is_decoding: running.is_decoding(),
+        }
+    }
+}
+
+fn shield_adapters(memory: &mut Memory, sequence: &Sequence) {
+    for &(adapter, _) in &sequence.request.adapters {
+        memory.adapters.shield(adapter);
+    }
+}
+
+fn compare_adapters(a: &[(SlotId, f32)], b: &[(SlotId, f32)]) -> std::cmp::Ordering {
+    let key = |&(slot, weight): &(SlotId, f32)| (slot, weight.to_bits());
+    a.iter().map(key).cmp(b.iter().map(key))
+}

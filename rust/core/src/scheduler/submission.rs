@@ -1,0 +1,123 @@
+//! What comes in from outside: adapters under their names, and requests, refused here or sure to end.
+
+use std::sync::Arc;
+
+use super::Scheduler;
+use crate::error::Error;
+use crate::ids::{AdapterId, AdapterIdentity, AdapterKey, RequestId};
+use crate::request::{NewRequest, Request};
+use crate::sequence::{Sequence, Waiting};
+
+impl Scheduler {
+    /// Makes an adapter known under a name; the same name with the same content is the same adapter.
+    pub fn register_adapter(
+        &mut self,
+        name: &str,
+        content_hash: &str,
+        nbytes: usize,
+    ) -> Result<AdapterId, Error> {
+        let num_pages = nbytes.div_ceil(self.config.page_nbytes).max(1);
+        if num_pages >= self.config.num_pages {
+            return Err(Error::AdapterTooLarge {
+                name: name.to_owned(),
+                needed: nbytes,
+                needed_pages: num_pages,
+                available: self.config.pool_nbytes(),
+                available_pages: self.config.num_pages,
+            });
+        }
+        self.memory
+            .adapters
+            .register(name, AdapterKey::new(content_hash), nbytes, num_pages)
+    }
+
+    /// Accepted requests finish, new ones are refused, memory is freed once no one uses the adapter.
+    pub fn unregister_adapter(&mut self, name: &str) -> Result<(), Error> {
+        let slot = self.memory.adapters.unregister(name)?;
+        self.memory.free_slot(slot);
+        Ok(())
+    }
+
+    pub fn submit(&mut self, mut new: NewRequest) -> Result<RequestId, Error> {
+        new.validate(self.config.max_model_len)?;
+        let adapters = self.resolve_adapters(&new.adapters)?;
+        self.check_capacity(new.prompt.len() + new.max_tokens, &adapters)?;
+        let id = RequestId(self.next_request);
+        self.next_request += 1;
+        for &(adapter, _) in &adapters {
+            self.memory.adapters.add_user(adapter);
+        }
+        let sequence = Sequence {
+            prompt_len: new.prompt.len(),
+            tokens: new.prompt,
+            num_cached: None,
+            request: Request {
+                id,
+                identity: self.identity(&adapters),
+                adapters,
+                max_tokens: new.max_tokens,
+                min_tokens: new.min_tokens,
+                stop_token_ids: new.stop_token_ids,
+            },
+        };
+        self.waiting.push_back(Waiting {
+            sequence,
+            overtaken: 0,
+        });
+        Ok(id)
+    }
+
+    /// Checked names as ids: one weight per adapter, zero weights dropped, ordered by id.
+    fn resolve_adapters(&self, named: &[(String, f32)]) -> Result<Vec<(AdapterId, f32)>, Error> {
+        let mut adapters: Vec<(AdapterId, f32)> = Vec::with_capacity(named.len());
+        for (name, weight) in named {
+            let adapter = self.memory.adapters.resolve(name)?;
+            match adapters.iter_mut().find(|(other, _)| *other == adapter) {
+                Some((_, sum)) => *sum += weight,
+                None => adapters.push((adapter, *weight)),
+            }
+            if adapters.iter().any(|(_, sum)| !sum.is_finite()) {
+                return Err(Error::BadWeight {
+                    name: name.clone(),
+                    weight: *weight,
+                });
+            }
+        }
+        adapters.retain(|&(_, weight)| weight != 0.0);
+        adapters.sort_by_key(|&(adapter, _)| adapter);
+        Ok(adapters)
+    }
+
+    fn identity(&self, adapters: &[(AdapterId, f32)]) -> Arc<AdapterIdentity> {
+        let keyed = adapters.iter().map(|&(adapter, weight)| {
+            (
+                self.memory.adapters.entry(adapter).key.clone(),
+                weight.to_bits(),
+            )
+        });
+        Arc::new(AdapterIdentity(keyed.collect()))
+    }
+
+    /// Refuses what could not run alone in an empty pool.
+    fn check_capacity(
+        &self,
+        num_tokens: usize,
+        adapters: &[(AdapterId, f32)],
+    ) -> Result<(), Error> {
+        let kv_pages = num_tokens.div_ceil(self.config.block_size);
+        let extents = adapters
+            .iter()
+            .map(|&(adapter, _)| self.memory.adapters.entry(adapter).num_pages);
+        let adapter_pages: usize = extents.sum();
+        if kv_pages + adapter_pages <= self.config.num_pages {
+            return Ok(());
+        }
+        Err(Error::RequestTooLarge {
+            needed: (kv_pages + adapter_pages) * self.config.page_nbytes,
+            kv_pages,
+            adapter_pages,
+            available: self.config.pool_nbytes(),
+            available_pages: self.config.num_pages,
+        })
+    }
+}

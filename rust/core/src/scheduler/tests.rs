@@ -1,0 +1,328 @@
+use super::*;
+use crate::request::{FinishReason, NewRequest};
+
+fn scheduler(change: impl FnOnce(&mut SchedulerConfig)) -> Scheduler {
+    let mut config = SchedulerConfig {
+        num_pages: 16,
+        page_nbytes: 100,
+        block_size: 4,
+        max_num_seqs: 8,
+        max_batched_tokens: 64,
+        max_model_len: 64,
+        ..SchedulerConfig::default()
+    };
+    change(&mut config);
+    Scheduler::new(config).unwrap()
+}
+
+fn request(prompt: &[i32], adapters: &[(&str, f32)], max_tokens: usize) -> NewRequest {
+    NewRequest {
+        prompt: prompt.to_vec(),
+        adapters: adapters
+            .iter()
+            .map(|&(name, weight)| (name.to_owned(), weight))
+            .collect(),
+        max_tokens,
+        ..NewRequest::default()
+    }
+}
+
+/// Commits 0 for every row sampled.
+fn commit(scheduler: &mut Scheduler, step: &Step) {
+    let num_samples = step
+        .batch
+        .as_ref()
+        .map_or(0, |batch| batch.logits_indices.len());
+    scheduler.commit(step.id, &vec![0; num_samples]);
+    scheduler.check_invariants();
+}
+
+/// Steps once, answering loads at once; returns the batch.
+fn step(scheduler: &mut Scheduler) -> Option<Batch> {
+    let step = scheduler.schedule();
+    scheduler.check_invariants();
+    commit(scheduler, &step);
+    for load in &step.loads {
+        scheduler.adapter_loaded(load.adapter).unwrap();
+    }
+    step.batch
+}
+
+fn drain(scheduler: &mut Scheduler) {
+    for _ in 0..1000 {
+        if !scheduler.has_work() {
+            return;
+        }
+        step(scheduler);
+    }
+    panic!("the queue drains: {:?}", scheduler.stats());
+}
+
+fn finishes(scheduler: &mut Scheduler) -> Vec<(u64, FinishReason)> {
+    let outputs = scheduler.drain_outputs().into_iter();
+    outputs
+        .filter_map(|output| Some((output.request.0, output.finish?)))
+        .collect()
+}
+
+#[test]
+fn prompts_are_chunked_under_the_budget_and_sampled_once_complete() {
+    let mut s = scheduler(|c| c.max_batched_tokens = 6);
+    s.submit(request(&[1; 10], &[], 2)).unwrap();
+    let first = step(&mut s).unwrap();
+    assert_eq!((first.num_tokens(), first.logits_indices.len()), (6, 0));
+    let second = step(&mut s).unwrap();
+    assert_eq!((second.num_tokens(), second.logits_indices), (4, vec![3]));
+    let third = step(&mut s).unwrap();
+    assert_eq!((third.num_tokens(), third.num_prefill_tokens), (1, 0));
+    assert_eq!(finishes(&mut s), [(0, FinishReason::Length)]);
+    assert!(!s.has_work());
+}
+
+#[test]
+fn decodes_come_before_prefills_in_budget_and_batch() {
+    let mut s = scheduler(|c| c.max_batched_tokens = 6);
+    s.submit(request(&[1; 3], &[], 9)).unwrap();
+    step(&mut s);
+    s.submit(request(&[2; 20], &[], 9)).unwrap();
+    let batch = step(&mut s).unwrap();
+    assert_eq!(batch.query_indptr, [0, 1, 6]);
+    assert_eq!((batch.token_ids[0], batch.num_prefill_tokens), (0, 5));
+}
+
+#[test]
+fn second_request_reuses_the_prefix_but_recomputes_its_last_token() {
+    let mut s = scheduler(|_| ());
+    for _ in 0..2 {
+        s.submit(request(&[1; 8], &[], 1)).unwrap();
+        drain(&mut s);
+    }
+    let cached: Vec<_> = s
+        .drain_outputs()
+        .iter()
+        .map(|output| output.num_cached_tokens)
+        .collect();
+    assert_eq!(cached, [0, 4]);
+}
+
+#[test]
+fn name_bound_to_other_content_never_meets_the_old_prefix() {
+    let mut s = scheduler(|_| ());
+    let mut cached = Vec::new();
+    for content_hash in ["h1", "h2", "h1"] {
+        s.register_adapter("a", content_hash, 100).unwrap();
+        s.submit(request(&[1; 9], &[("a", 1.0)], 1)).unwrap();
+        drain(&mut s);
+        cached.push(s.drain_outputs()[0].num_cached_tokens);
+        s.unregister_adapter("a").unwrap();
+    }
+    assert_eq!(cached, [0, 0, 8]);
+}
+
+#[test]
+fn evicted_adapter_is_reloaded_on_next_request() {
+    let mut s = scheduler(|c| c.prefix_caching = false);
+    s.register_adapter("a", "h1", 1000).unwrap();
+    s.register_adapter("b", "h2", 1000).unwrap();
+    for name in ["a", "b", "a"] {
+        s.submit(request(&[1, 2], &[(name, 1.0)], 1)).unwrap();
+        drain(&mut s);
+    }
+    assert_eq!((s.stats().num_loads, s.stats().num_evictions), (3, 2));
+    assert_eq!(s.adapters()[1].state, "registered");
+}
+
+#[test]
+fn failed_load_fails_only_the_requests_that_named_it_and_is_tried_again() {
+    let mut s = scheduler(|_| ());
+    let bad = s.register_adapter("bad", "h1", 100).unwrap();
+    s.submit(request(&[1], &[("bad", 1.0)], 3)).unwrap();
+    s.submit(request(&[1], &[], 3)).unwrap();
+    let first = s.schedule();
+    assert_eq!(first.loads.len(), 1);
+    commit(&mut s, &first);
+    let failure = Failure {
+        class: "AdapterUnavailableError".into(),
+        message: "gone".into(),
+    };
+    s.adapter_load_failed(bad, &failure).unwrap();
+    s.check_invariants();
+    assert_eq!(finishes(&mut s), [(0, FinishReason::Error(failure))]);
+    assert_eq!(s.adapters()[0].state, "failed");
+    s.submit(request(&[1], &[("bad", 1.0)], 3)).unwrap();
+    drain(&mut s);
+    assert_eq!(finishes(&mut s).len(), 2);
+}
+
+#[test]
+fn request_that_could_never_fit_is_refused_with_what_it_needs() {
+    let mut s = scheduler(|_| ());
+    s.register_adapter("a", "h1", 950).unwrap();
+    let message = s
+        .submit(request(&[1; 10], &[("a", 1.0)], 20))
+        .unwrap_err()
+        .to_string();
+    assert_eq!(
+        message,
+        "request needs 1800 bytes (8 pages of KV cache, 10 pages of adapters), the pool has 1600 bytes (16 pages); lower max_tokens or raise the memory budget"
+    );
+    let too_large = s.register_adapter("b", "h2", 1600).unwrap_err();
+    assert_eq!(too_large.kind(), crate::ErrorKind::Capacity);
+    assert!(s.submit(request(&[1; 10], &[("a", 1.0)], 14)).is_ok());
+}
+
+#[test]
+fn newest_is_preempted_when_memory_is_short_and_both_finish() {
+    let mut s = scheduler(|c| c.num_pages = 6);
+    s.submit(request(&[1; 8], &[], 12)).unwrap();
+    s.submit(request(&[2; 4], &[], 12)).unwrap();
+    drain(&mut s);
+    assert!(s.stats().num_preemptions > 0);
+    assert_eq!(
+        finishes(&mut s),
+        [(0, FinishReason::Length), (1, FinishReason::Length)]
+    );
+}
+
+#[test]
+fn waiting_for_a_load_lets_others_pass_a_bounded_number_of_times() {
+    let mut s = scheduler(|c| c.max_overtakes = 3);
+    let slow = s.register_adapter("slow", "h1", 100).unwrap();
+    s.submit(request(&[1], &[("slow", 1.0)], 1)).unwrap();
+    for _ in 0..6 {
+        s.submit(request(&[1], &[], 1)).unwrap();
+    }
+    for _ in 0..4 {
+        let planned = s.schedule();
+        commit(&mut s, &planned);
+    }
+    assert_eq!(finishes(&mut s).len(), 3);
+    s.adapter_loaded(slow).unwrap();
+    step(&mut s);
+    assert!(finishes(&mut s).contains(&(0, FinishReason::Length)));
+}
+
+#[test]
+fn running_sequences_are_preempted_before_the_next_request_loses_its_adapter() {
+    let mut s = scheduler(|c| (c.num_pages, c.prefix_caching) = (8, false));
+    s.register_adapter("a", "h1", 300).unwrap();
+    for _ in 0..2 {
+        s.submit(request(&[1; 3], &[], 16)).unwrap();
+    }
+    step(&mut s);
+    s.submit(request(&[2; 16], &[("a", 1.0)], 4)).unwrap();
+    while s.stats().num_preemptions == 0 {
+        assert!(step(&mut s).is_some());
+    }
+    assert_eq!((s.stats().num_loads, s.stats().num_evictions), (1, 0));
+    drain(&mut s);
+}
+
+#[test]
+fn admission_leaves_each_running_sequence_a_block_to_grow() {
+    let mut s = scheduler(|c| c.num_pages = 6);
+    s.submit(request(&[1; 3], &[], 3)).unwrap();
+    step(&mut s);
+    s.submit(request(&[2; 20], &[], 2)).unwrap();
+    step(&mut s);
+    assert_eq!(s.stats().num_running, 1);
+    drain(&mut s);
+    assert_eq!(s.stats().num_preemptions, 0);
+}
+
+#[test]
+fn idle_extents_move_to_make_room_and_running_ones_stay() {
+    let mut s = scheduler(|c| c.prefix_caching = false);
+    for (index, name) in ["a", "b", "c", "d", "e"].into_iter().enumerate() {
+        s.register_adapter(name, &format!("h{index}"), 300).unwrap();
+    }
+    s.register_adapter("big", "big", 600).unwrap();
+    for name in ["a", "b", "c", "d", "e"] {
+        s.submit(request(&[1], &[(name, 1.0)], 1)).unwrap();
+        drain(&mut s);
+    }
+    s.submit(request(&[1], &[("e", 1.0)], 12)).unwrap();
+    step(&mut s);
+    s.unregister_adapter("a").unwrap();
+    s.unregister_adapter("c").unwrap();
+    s.submit(request(&[1], &[("big", 1.0)], 1)).unwrap();
+    let planned = s.schedule();
+    s.check_invariants();
+    assert_eq!((planned.moves.len(), planned.loads.len()), (2, 1));
+    assert_eq!(s.stats().num_evictions, 0);
+}
+
+#[test]
+fn aborting_between_schedule_and_commit_drops_the_token() {
+    let mut s = scheduler(|_| ());
+    let first = s.submit(request(&[1; 5], &[], 4)).unwrap();
+    s.submit(request(&[2; 5], &[], 1)).unwrap();
+    let planned = s.schedule();
+    assert!(s.abort(first));
+    assert!(!s.abort(first));
+    commit(&mut s, &planned);
+    let outputs = s.drain_outputs();
+    assert_eq!(outputs.len(), 2);
+    assert_eq!(
+        (outputs[0].token, outputs[0].finish.clone()),
+        (None, Some(FinishReason::Abort))
+    );
+    assert_eq!(outputs[1].request, RequestId(1));
+}
+
+#[test]
+fn segments_follow_the_adapter_not_the_order_of_arrival() {
+    let mut s = scheduler(|_| ());
+    for (name, content_hash) in [("a", "h1"), ("b", "h2"), ("alias", "h1")] {
+        s.register_adapter(name, content_hash, 100).unwrap();
+    }
+    let mixes: [&[(&str, f32)]; 6] = [
+        &[("a", 1.0)],
+        &[],
+        &[("b", 1.0)],
+        &[("alias", 1.0)],
+        &[("a", 0.5), ("b", 0.5)],
+        &[("b", 0.0)],
+    ];
+    for adapters in mixes {
+        s.submit(request(&[1, 2], adapters, 4)).unwrap();
+    }
+    step(&mut s); // the base requests run, the adapters load
+    s.drain_outputs();
+    let batch = step(&mut s).unwrap();
+    assert_eq!(batch.wave_indptr.len(), 3);
+    // decodes of the base first; then a, alias | a·0.5 | b, where 0.5 and 1.0 don't merge
+    assert_eq!(batch.query_indptr, [0, 1, 2, 4, 6, 8, 10]);
+    assert_eq!(batch.seg_start.len(), 4);
+    assert_eq!(
+        batch.seg_end[0] - batch.seg_start[0] + batch.seg_end[1] - batch.seg_start[1],
+        6
+    );
+}
+
+#[test]
+fn ten_thousand_registered_adapters_do_not_slow_a_step() {
+    let elapsed = |num_adapters: usize| {
+        let mut s = scheduler(|c| c.max_model_len = 4096);
+        for index in 0..num_adapters {
+            s.register_adapter(&format!("a{index}"), &format!("h{index}"), 100)
+                .unwrap();
+        }
+        let start = std::time::Instant::now();
+        for index in 0..500 {
+            s.submit(request(&[index, 2], &[("a1", 1.0)], 4)).unwrap();
+            while s.has_work() {
+                let planned = s.schedule();
+                let num_samples = planned.batch.map_or(0, |batch| batch.logits_indices.len());
+                s.commit(planned.id, &vec![0; num_samples]);
+                for load in planned.loads {
+                    s.adapter_loaded(load.adapter).unwrap();
+                }
+            }
+        }
+        start.elapsed()
+    };
+    elapsed(10);
+    let (few, many) = (elapsed(10), elapsed(10_000));
+    assert!(many < few * 10, "10 adapters: {few:?}, 10,000: {many:?}");
+}

@@ -1,0 +1,110 @@
+//! A sequence: a request and its tokens so far. `Waiting` holds no memory; `Running` owns pages and pins slots.
+
+use crate::ids::SlotId;
+use crate::memory::BlockTable;
+use crate::request::{FinishReason, Output, Request};
+
+#[derive(Debug)]
+pub struct Sequence {
+    pub request: Request,
+    /// Prompt, then what was generated.
+    pub tokens: Vec<i32>,
+    pub prompt_len: usize,
+    /// Prompt tokens found in the prefix cache at first admission; `None` before it.
+    pub num_cached: Option<usize>,
+}
+
+#[derive(Debug)]
+pub struct Waiting {
+    pub sequence: Sequence,
+    /// How many requests were admitted past this one.
+    pub overtaken: usize,
+}
+
+#[derive(Debug)]
+pub struct Running {
+    pub sequence: Sequence,
+    pub overtaken: usize,
+    /// Order of admission; unique, so it names this admission of the sequence.
+    pub admitted: u64,
+    pub table: BlockTable,
+    /// Tokens whose KV is in the pages.
+    pub num_computed: usize,
+    /// Slot and weight of each adapter, in wave order.
+    pub adapters: Vec<(SlotId, f32)>,
+}
+
+impl Sequence {
+    /// Appends a sampled token and says whether it was the last.
+    pub fn append(&mut self, token: i32) -> Option<FinishReason> {
+        self.tokens.push(token);
+        let num_generated = self.tokens.len() - self.prompt_len;
+        let may_stop = num_generated >= self.request.min_tokens;
+        if may_stop && self.request.stop_token_ids.contains(&token) {
+            Some(FinishReason::Stop)
+        } else if num_generated >= self.request.max_tokens {
+            Some(FinishReason::Length)
+        } else {
+            None
+        }
+    }
+
+    pub fn output(&self, token: Option<i32>, finish: Option<FinishReason>) -> Output {
+        Output {
+            request: self.request.id,
+            token,
+            finish,
+            num_cached_tokens: self.num_cached.unwrap_or(0),
+        }
+    }
+}
+
+impl Running {
+    /// Tokens known but not yet computed; a decoding sequence has one.
+    pub fn num_pending(&self) -> usize {
+        self.sequence.tokens.len() - self.num_computed
+    }
+
+    pub fn is_decoding(&self) -> bool {
+        self.num_pending() == 1
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::RequestId;
+    use std::sync::Arc;
+
+    fn sequence(min_tokens: usize, max_tokens: usize) -> Sequence {
+        let request = Request {
+            id: RequestId(0),
+            adapters: Vec::new(),
+            identity: Arc::default(),
+            max_tokens,
+            min_tokens,
+            stop_token_ids: vec![7],
+        };
+        Sequence {
+            request,
+            tokens: vec![7],
+            prompt_len: 1,
+            num_cached: None,
+        }
+    }
+
+    #[test]
+    fn stop_token_counts_only_once_min_tokens_are_generated() {
+        let mut sequence = sequence(2, 5);
+        assert_eq!(sequence.append(7), None);
+        assert_eq!(sequence.append(7), Some(FinishReason::Stop));
+    }
+
+    #[test]
+    fn max_tokens_ends_the_sequence_and_stop_takes_precedence() {
+        let mut long = sequence(0, 2);
+        assert_eq!(long.append(1), None);
+        assert_eq!(long.append(1), Some(FinishReason::Length));
+        assert_eq!(sequence(0, 1).append(7), Some(FinishReason::Stop));
+    }
+}
