@@ -1,0 +1,107 @@
+//! `adapter_config.json`: what it says about the arithmetic, or why it can't be served.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+use crate::fields::Fields;
+use crate::pattern::PatternMap;
+use crate::target::Targets;
+
+/// PEFT's defaults for fields left out.
+const DEFAULT_RANK: usize = 8;
+const DEFAULT_ALPHA: f64 = 8.0;
+
+/// Initialisations that leave the base weights as they are; the others train against altered ones.
+const PLAIN_INITIALISATIONS: &[&str] = &["eva", "gaussian", "mica", "orthogonal"];
+
+/// The parts of the config that decide what the adapter computes.
+pub(crate) struct Config {
+    pub(crate) base_model: Option<String>,
+    pub(crate) targets: Targets,
+    rank: usize,
+    rank_pattern: PatternMap<usize>,
+    alpha: f64,
+    alpha_pattern: PatternMap<f64>,
+    use_rslora: bool,
+}
+
+impl Config {
+    /// Parses the text of `path`.
+    pub(crate) fn parse(path: &Path, text: &str) -> Result<Self> {
+        let syntax = |reason: String| Error::ConfigSyntax {
+            path: path.into(),
+            reason,
+        };
+        match serde_json::from_str(text).map_err(|error| syntax(error.to_string()))? {
+            Value::Object(fields) => Self::new(&Fields::new(fields)),
+            _ => Err(syntax("expected a JSON object".into())),
+        }
+    }
+
+    fn new(fields: &Fields) -> Result<Self> {
+        check_type(fields)?;
+        fields.refuse_unsupported()?;
+        check_initialisation(fields)?;
+        let rank_pattern = fields.ranks_by_pattern("rank_pattern")?;
+        let alpha_pattern = fields.numbers_by_pattern("alpha_pattern")?;
+        Ok(Self {
+            base_model: fields.string("base_model_name_or_path").map(String::from),
+            targets: Targets::new(fields)?,
+            rank: fields.rank("r", DEFAULT_RANK)?,
+            rank_pattern: PatternMap::new("rank_pattern", rank_pattern)?,
+            alpha: fields.number("lora_alpha", DEFAULT_ALPHA)?,
+            alpha_pattern: PatternMap::new("alpha_pattern", alpha_pattern)?,
+            use_rslora: fields.flag("use_rslora")?,
+        })
+    }
+
+    /// Rank of the module at `key` (`model.layers.0.self_attn.q_proj`).
+    pub(crate) fn rank(&self, key: &str) -> Result<usize> {
+        Ok(self.rank_pattern.get(key)?.unwrap_or(self.rank))
+    }
+
+    /// alpha/r, or alpha/√r for rsLoRA, of the module at `key`.
+    pub(crate) fn scale(&self, key: &str, rank: usize) -> Result<f32> {
+        let alpha = self.alpha_pattern.get(key)?.unwrap_or(self.alpha);
+        let rank = rank as f64;
+        let scale = alpha / if self.use_rslora { rank.sqrt() } else { rank };
+        let rounded = scale as f32;
+        if rounded == 0.0 || !rounded.is_finite() {
+            return Err(Error::Scale {
+                module: key.into(),
+                scale,
+            });
+        }
+        Ok(rounded)
+    }
+}
+
+fn check_type(fields: &Fields) -> Result<()> {
+    match fields.string("peft_type") {
+        Some("LORA") => {}
+        Some(_) => return Err(fields.unsupported("peft_type")),
+        None => return Err(Error::field("peft_type", "is missing, expected \"LORA\"")),
+    }
+    match fields.value("bias") {
+        None => Ok(()),
+        Some(Value::String(bias)) if bias == "none" => Ok(()),
+        Some(_) => Err(fields.unsupported("bias")),
+    }
+}
+
+/// PEFT rewrites `init_lora_weights` when it converts such an adapter back to the plain base.
+fn check_initialisation(fields: &Fields) -> Result<()> {
+    match fields.value("init_lora_weights") {
+        None | Some(Value::Bool(_)) => Ok(()),
+        Some(Value::String(name)) if PLAIN_INITIALISATIONS.contains(&name.as_str()) => Ok(()),
+        Some(value) => Err(Error::field(
+            "init_lora_weights",
+            format!(
+                "is {value}, which trains against altered base weights: save the adapter with \
+                 path_initial_model_for_weight_conversion"
+            ),
+        )),
+    }
+}

@@ -1,0 +1,173 @@
+//! The two files of a PEFT directory; nothing is read beyond what their headers promise.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{self, ErrorKind, Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+
+use safetensors::tensor::{Metadata, TensorInfo};
+
+use crate::error::{Error, Result};
+
+pub(crate) const CONFIG_FILE: &str = "adapter_config.json";
+pub(crate) const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+const PICKLE_FILES: &[&str] = &["adapter_model.bin", "adapter_model.pt", "adapter_model.pth"];
+
+/// Longest accepted config in bytes; real ones are a few kilobytes.
+const MAX_CONFIG_NBYTES: u64 = 1 << 20;
+/// Longest accepted safetensors header in bytes, far above any adapter's.
+const MAX_HEADER_NBYTES: u64 = 16 << 20;
+/// A safetensors file opens with its header's length, a little-endian u64.
+const LENGTH_NBYTES: u64 = 8;
+
+/// Checks that `directory` is one and returns its config's path and text.
+pub(crate) fn read_config(directory: &Path) -> Result<(PathBuf, String)> {
+    let metadata = fs::metadata(directory).map_err(|error| io_error(directory, error))?;
+    if !metadata.is_dir() {
+        return Err(Error::WrongFileType {
+            path: directory.into(),
+            expected: "directory",
+        });
+    }
+    let path = directory.join(CONFIG_FILE);
+    let nbytes = file_nbytes(&path)?;
+    if nbytes > MAX_CONFIG_NBYTES {
+        let reason = format!("it has {nbytes} bytes, limit is {MAX_CONFIG_NBYTES}");
+        return Err(Error::ConfigSyntax { path, reason });
+    }
+    let text = fs::read_to_string(&path).map_err(|error| io_error(&path, error))?;
+    Ok((path, text))
+}
+
+/// An open `adapter_model.safetensors` whose header agrees with its length.
+pub(crate) struct WeightsFile {
+    path: PathBuf,
+    file: File,
+    /// Bytes before the first tensor's data.
+    data_start: u64,
+    header: Metadata,
+}
+
+impl WeightsFile {
+    pub(crate) fn open(directory: &Path) -> Result<Self> {
+        let path = directory.join(WEIGHTS_FILE);
+        let nbytes = file_nbytes(&path).map_err(|error| pickle_instead(directory, error))?;
+        let mut file = File::open(&path).map_err(|error| io_error(&path, error))?;
+        let header_nbytes = read_header_length(&path, &mut file, nbytes)?;
+        let header = read_header(&path, &mut file, header_nbytes)?;
+        let data_start = LENGTH_NBYTES + header_nbytes;
+        let expected = data_start.checked_add(header.data_len() as u64);
+        if expected != Some(nbytes) {
+            let expected = expected.map_or_else(|| "more".into(), |expected| expected.to_string());
+            let reason = format!("it has {nbytes} bytes, its header promises {expected}");
+            return Err(Error::Weights { path, reason });
+        }
+        Ok(Self {
+            path,
+            file,
+            data_start,
+            header,
+        })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(crate) fn tensors(&self) -> BTreeMap<String, TensorInfo> {
+        let tensors = self.header.tensors().into_iter();
+        tensors.map(|(name, info)| (name, info.clone())).collect()
+    }
+
+    /// Bytes of one tensor.
+    pub(crate) fn read(&mut self, info: &TensorInfo) -> Result<Vec<u8>> {
+        let (start, end) = info.data_offsets;
+        let mut bytes = vec![0; end - start];
+        let position = SeekFrom::Start(self.data_start + start as u64);
+        let read = self
+            .file
+            .seek(position)
+            .and_then(|_| self.file.read_exact(&mut bytes));
+        read.map_err(|error| io_error(&self.path, error))?;
+        Ok(bytes)
+    }
+}
+
+fn read_header_length(path: &Path, file: &mut File, nbytes: u64) -> Result<u64> {
+    let mut length = [0; LENGTH_NBYTES as usize];
+    let weights = |reason: String| Error::Weights {
+        path: path.into(),
+        reason,
+    };
+    if nbytes < LENGTH_NBYTES {
+        return Err(weights(format!(
+            "it has {nbytes} bytes, a header needs {LENGTH_NBYTES}"
+        )));
+    }
+    file.read_exact(&mut length)
+        .map_err(|error| io_error(path, error))?;
+    let length = u64::from_le_bytes(length);
+    if length > MAX_HEADER_NBYTES {
+        return Err(weights(format!(
+            "header of {length} bytes, limit is {MAX_HEADER_NBYTES}"
+        )));
+    }
+    if length > nbytes - LENGTH_NBYTES {
+        return Err(weights(format!(
+            "header of {length} bytes in a file of {nbytes}: truncated"
+        )));
+    }
+    Ok(length)
+}
+
+fn read_header(path: &Path, file: &mut File, nbytes: u64) -> Result<Metadata> {
+    let mut header = vec![0; nbytes as usize];
+    file.read_exact(&mut header)
+        .map_err(|error| io_error(path, error))?;
+    serde_json::from_slice(&header).map_err(|error| {
+        let reason = format!("bad header: {error}");
+        Error::Weights {
+            path: path.into(),
+            reason,
+        }
+    })
+}
+
+fn file_nbytes(path: &Path) -> Result<u64> {
+    let metadata = fs::metadata(path).map_err(|error| io_error(path, error))?;
+    if !metadata.is_file() {
+        return Err(Error::WrongFileType {
+            path: path.into(),
+            expected: "file",
+        });
+    }
+    Ok(metadata.len())
+}
+
+/// Missing weights beside a pickle are refused as a pickle.
+fn pickle_instead(directory: &Path, error: Error) -> Error {
+    let mut pickles = PICKLE_FILES.iter().map(|name| directory.join(name));
+    match (&error, pickles.find(|path| path.exists())) {
+        (Error::Missing { .. }, Some(path)) => Error::Pickle { path },
+        _ => error,
+    }
+}
+
+fn io_error(path: &Path, error: io::Error) -> Error {
+    let path = path.into();
+    match error.kind() {
+        ErrorKind::NotFound => Error::Missing { path },
+        ErrorKind::InvalidData => Error::ConfigSyntax {
+            path,
+            reason: error.to_string(),
+        },
+        ErrorKind::UnexpectedEof => Error::Weights {
+            path,
+            reason: "it is truncated".into(),
+        },
+        _ => Error::Unreadable {
+            path,
+            source: error,
+        },
+    }
+}

@@ -1,0 +1,29 @@
+//! What a checked adapter turned out to be.
+
+/// Facts about an adapter that fits the base model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Receipt {
+    /// Tensors applied; every tensor in the file is.
+    pub tensors: usize,
+    /// Last part of each adapted module's path, in the order they run in a layer.
+    pub modules: Vec<String>,
+    /// Layers with at least one adapted module, ascending.
+    pub layers: Vec<usize>,
+    /// Distinct true (unpadded) ranks, ascending.
+    pub ranks: Vec<usize>,
+    /// Packed length in bytes.
+    pub nbytes: usize,
+    /// SHA-256 of the content, in hex.
+    pub hash: String,
+    /// How the adapter was compared with the base, in words.
+    pub base_check: String,
+    /// `base_model_name_or_path` as recorded; not compared.
+    pub base_model: Option<String>,
+}
+
+impl Receipt {
+    /// Largest rank.
+    pub fn rank(&self) -> usize {
+        self.ranks.last().copied().unwrap_or(0)
+    }
+}
