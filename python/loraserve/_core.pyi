@@ -1,0 +1,333 @@
+"""The Rust core, as Python sees it: indices and bytes go in, plain values and numpy arrays come out."""
+
+from typing import Literal, TypedDict, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loraserve.ops.base import Linear, StepBatch, StepHandle
+
+__version__: str
+
+# rust/py/src/scheduler.rs
+
+class _AdapterInfo(TypedDict):
+    name: str
+    id: int
+    hash: str
+    nbytes: int
+    state: Literal["registered", "loading", "resident", "failed", "unloading"]
+    num_running: int
+
+_Finish = Literal["stop", "length", "abort", "error"]
+_Output = tuple[int, int | None, _Finish | None, tuple[str, str] | None, int]
+
+@final
+class Batch:
+    """One step's work: T tokens of S sequences, L of them sampled, W waves of G adapter segments together.
+
+    Arrays are int32 unless said otherwise. Sequences that decode come first; within each phase those with the
+    same adapters and weights are neighbours.
+    """
+
+    @property
+    def token_ids(self) -> NDArray[np.int32]:
+        """[T]"""
+    @property
+    def positions(self) -> NDArray[np.int32]:
+        """[T]"""
+    @property
+    def slot_mapping(self) -> NDArray[np.int32]:
+        """[T] page * block_size + offset, where a token's KV is written."""
+    @property
+    def query_indptr(self) -> NDArray[np.int32]:
+        """[S + 1] first token of each sequence."""
+    @property
+    def context_lens(self) -> NDArray[np.int32]:
+        """[S] tokens in the KV cache after this step."""
+    @property
+    def block_table(self) -> NDArray[np.int32]:
+        """Pages of all sequences, in token order."""
+    @property
+    def block_table_indptr(self) -> NDArray[np.int32]:
+        """[S + 1] first entry of each sequence in `block_table`."""
+    @property
+    def logits_indices(self) -> NDArray[np.int32]:
+        """[L] rows of T that are sampled, ascending."""
+    @property
+    def sample_request_ids(self) -> NDArray[np.uint64]:
+        """uint64 [L]"""
+    @property
+    def wave_indptr(self) -> NDArray[np.int32]:
+        """[W + 1] first segment of each wave."""
+    @property
+    def seg_start(self) -> NDArray[np.int32]:
+        """[G] first token; segments are disjoint and ascending within a wave."""
+    @property
+    def seg_end(self) -> NDArray[np.int32]:
+        """[G] one past the last token."""
+    @property
+    def seg_slot(self) -> NDArray[np.int32]:
+        """[G]"""
+    @property
+    def seg_weight(self) -> NDArray[np.float32]:
+        """float32 [G] the request's own weight, without the adapter's scale."""
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def num_seqs(self) -> int: ...
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Tokens of sequences that do not merely decode; they come last."""
+
+@final
+class Step:
+    """What to do next: the moves in order, then start the loads, then run the batch and commit it."""
+
+    @property
+    def moves(self) -> list[tuple[int, int, int, int]]:
+        """(slot, src_page, dst_page, num_pages); source and destination may overlap."""
+    @property
+    def loads(self) -> list[tuple[int, int, int, int]]:
+        """(adapter_id, slot, first_page, num_pages); each is answered once."""
+    @property
+    def batch(self) -> Batch | None: ...
+
+@final
+class Scheduler:
+    """Decides which pages, slots, tokens and segments each step uses; for one thread at a time.
+
+    Raises InvalidRequestError for a setting out of range.
+    """
+
+    def __new__(
+        cls,
+        *,
+        num_pages: int,
+        page_nbytes: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_batched_tokens: int,
+        max_model_len: int,
+        prefix_caching: bool = True,
+    ) -> Scheduler: ...
+    def register_adapter(self, name: str, content_hash: str, nbytes: int) -> int:
+        """Make an adapter known and return its id; the same name with the same hash again is a no-op.
+
+        Adapters are identified by hash: several names may share one id. Raises InvalidRequestError for a bad
+        or taken name, CapacityError if the pool could never hold it.
+        """
+    def unregister_adapter(self, name: str) -> None:
+        """Refuse new requests; accepted ones finish, then the memory is freed. Raises AdapterNotFoundError.
+
+        An accepted request that still waits may ask for the adapter's load afterwards.
+        """
+    def submit(
+        self,
+        prompt: list[int] | NDArray[np.int32],
+        adapters: list[tuple[str, float]],
+        max_tokens: int,
+        min_tokens: int,
+        stop_token_ids: list[int],
+    ) -> int:
+        """Queue a request and return its id; it gets exactly one output with a finish reason.
+
+        `max_tokens` is clamped to the context. Raises InvalidRequestError, AdapterNotFoundError,
+        AdapterUnavailableError (being unloaded), CapacityError (could not run alone in an empty pool).
+        """
+    def abort(self, request_id: int) -> bool:
+        """End a request now; False if it has ended. Legal between `schedule` and `commit`."""
+    def schedule(self) -> Step:
+        """Plan a step. One with a batch must be committed before the next."""
+    def commit(self, step: Step, token_ids: NDArray[np.int32]) -> None:
+        """Take the [L] sampled tokens. For a step without a batch they are empty and the call is optional."""
+    def adapter_loaded(self, adapter_id: int) -> None: ...
+    def adapter_load_failed(self, adapter_id: int, error_class: str, message: str) -> None:
+        """Fail the waiting requests that asked for it; a later request tries again."""
+    def drain_outputs(self) -> list[_Output]:
+        """New (request_id, token_id, finish_reason, (error_class, message), num_cached_tokens)."""
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+    def stats(self) -> dict[str, int]: ...
+    def adapters(self) -> list[_AdapterInfo]:
+        """Every registered name, sorted."""
+    def adapter_ids(self) -> list[int]:
+        """Adapters a step may still ask to load: with a name, or unloaded but with unfinished requests."""
+    def check_invariants(self) -> None:
+        """Panic naming the first invariant that does not hold."""
+
+# rust/py/src/adapters.rs
+
+_ModulePlace = tuple[int, int, int, int, int, float]
+_GroupPlace = tuple[int, int, int, int, int, list[_ModulePlace]]
+
+@final
+class BaseShape:
+    """The base model's linear layers an adapter may bind to, the same in every layer.
+
+    `modules`: (path inside a layer, group, in_features, out_features, first column of the fused output);
+    groups: 0 qkv, 1 o, 2 gate_up, 3 down. Raises ValueError if they contradict each other.
+    """
+
+    def __new__(cls, num_layers: int, modules: list[tuple[str, int, int, int, int]]) -> BaseShape: ...
+    @property
+    def num_layers(self) -> int: ...
+
+@final
+class AdapterLayout:
+    """Where an adapter's packed weights lie inside its extent; offsets are bytes from the extent's base."""
+
+    @staticmethod
+    def from_groups(groups: list[_GroupPlace], num_layers: int, nbytes: int) -> AdapterLayout: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def num_layers(self) -> int: ...
+    def groups(self) -> list[_GroupPlace]:
+        """Present groups: (layer, group, a_offset, rank, in_features, modules).
+
+        Each module: (rank_offset, rank, b_offset, out_offset, out_features, scale). A is
+        [group rank, in_features]; a module's B is stored transposed, [module rank, out_features].
+        """
+
+@final
+class Receipt:
+    """What a checked adapter turned out to be."""
+
+    @property
+    def tensors(self) -> int:
+        """Tensors applied; every tensor in the file is."""
+    @property
+    def modules(self) -> list[str]:
+        """Names of the adapted modules (`q_proj`), in the order they run."""
+    @property
+    def layers(self) -> list[int]:
+        """Layers with at least one adapted module, ascending."""
+    @property
+    def rank(self) -> int:
+        """Largest rank."""
+    @property
+    def ranks(self) -> list[int]:
+        """Distinct ranks, ascending."""
+    @property
+    def nbytes(self) -> int:
+        """Packed length in bytes."""
+    @property
+    def hash(self) -> str:
+        """SHA-256 of tensors and scales, in hex: equal hashes compute the same."""
+    @property
+    def base_check(self) -> str:
+        """How the adapter was compared with the base, in words."""
+    @property
+    def base_model(self) -> str | None:
+        """`base_model_name_or_path` as recorded; not compared."""
+
+def check_adapter(path: str, shape: BaseShape, dtype: str, max_lora_rank: int) -> Receipt:
+    """Read and check all of a PEFT directory, without the GIL.
+
+    `dtype`: storage dtype, "float32" or "bfloat16". Raises AdapterFormatError.
+    """
+
+def load_adapter(
+    path: str,
+    shape: BaseShape,
+    dtype: str,
+    max_lora_rank: int,
+    expected_hash: str,
+    dst_ptr: int,
+    dst_nbytes: int,
+) -> AdapterLayout:
+    """Pack a registered adapter into `dst_nbytes` writable bytes at `dst_ptr`, without the GIL.
+
+    Writes all of them; the caller keeps them alive and to itself until the call returns. Raises
+    AdapterUnavailableError if the files are gone or changed, AdapterFormatError if they are malformed,
+    CapacityError if the extent is too small.
+    """
+
+# rust/py/src/cpu_kernels.rs
+
+@final
+class PackedLinear:
+    """A dense weight, and its bias, in the layout of the CPU GEMM kernel."""
+
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weight."""
+
+@final
+class CpuStep:
+    """A batch whose every index was checked; holds its own copy of the arrays."""
+
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def num_logits(self) -> int: ...
+
+@final
+class CpuKernels:
+    """Every CPU op of one model over one page pool; ops run without the GIL on one thread pool.
+
+    `*_ptr` are addresses of contiguous tensors in the storage dtype (`cos_sin`, `bias` and logits are
+    float32) that live until the call returns; `loraserve.ops.cpu_ops` checks them. `isa` None takes
+    `LORASERVE_CPU_ISA`, else the best; `num_threads` None means every core. Raises LoraserveError for an
+    unknown or unsupported instruction set, ValueError for shapes and indices that don't fit, TypeError
+    for another backend's step or weight.
+    """
+
+    def __new__(
+        cls,
+        *,
+        dtype: str,
+        num_layers: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        pool_ptr: int,
+        pool_nbytes: int,
+        num_threads: int | None = None,
+        isa: str | None = None,
+    ) -> CpuKernels: ...
+    @property
+    def isa(self) -> str: ...
+    @property
+    def num_threads(self) -> int: ...
+    def pack(
+        self, weight_ptr: int, bias_ptr: int | None, in_features: int, out_features: int
+    ) -> PackedLinear: ...
+    def set_adapter(self, slot: int, first_page: int, layout: AdapterLayout) -> None: ...
+    def move_extent(self, slot: int, src_page: int, dst_page: int, num_pages: int) -> None: ...
+    def begin_step(self, batch: StepBatch) -> CpuStep: ...
+    def embedding(self, step: StepHandle, table: Linear, out_ptr: int) -> None: ...
+    def lora_linear(
+        self, step: StepHandle, x_ptr: int, linear: Linear, layer: int, group: int, out_ptr: int
+    ) -> None: ...
+    def logits(
+        self, step: StepHandle, hidden_ptr: int, lm_head: Linear, rows_ptr: int, out_ptr: int
+    ) -> None: ...
+    def rms_norm(
+        self,
+        x_ptr: int,
+        residual_ptr: int | None,
+        weight_ptr: int,
+        out_ptr: int,
+        num_rows: int,
+        num_features: int,
+        eps: float,
+    ) -> None: ...
+    def rope_and_cache(
+        self,
+        step: StepHandle,
+        qkv_ptr: int,
+        layer: int,
+        cos_sin_ptr: int,
+        num_positions: int,
+        q_norm_ptr: int | None,
+        k_norm_ptr: int | None,
+        eps: float,
+    ) -> None: ...
+    def attention(self, step: StepHandle, qkv_ptr: int, layer: int, out_ptr: int) -> None: ...
+    def silu_mul(self, gate_up_ptr: int, out_ptr: int, num_rows: int, intermediate: int) -> None: ...

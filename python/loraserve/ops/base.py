@@ -1,0 +1,166 @@
+"""The ops a model is written in, and the values that cross them; implemented by `torch_ops` and `cpu_ops`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import torch
+
+    from loraserve import _core
+
+    IntArray = npt.NDArray[np.int32]
+    FloatArray = npt.NDArray[np.float32]
+
+# Groups of projections that share one input and one fused output.
+QKV, O, GATE_UP, DOWN = range(4)  # noqa: E741 (o_proj is its name)
+NUM_GROUPS = 4
+
+
+@dataclass(frozen=True)
+class KvGeometry:
+    """What the KV cache of one model looks like; a page holds `block_size` tokens over all layers."""
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int = 16
+
+    def page_nbytes(self, dtype: torch.dtype) -> int:
+        """Bytes of a page: [layer][K, V][kv_head][block_size][head_dim] in `dtype`."""
+        return self.num_layers * 2 * self.num_kv_heads * self.block_size * self.head_dim * dtype.itemsize
+
+    @property
+    def qkv_features(self) -> int:
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+
+class StepBatch(Protocol):
+    """The arrays of a step, int32 unless said; `_core.Batch` is one."""
+
+    @property
+    def token_ids(self) -> IntArray: ...  # [T]
+    @property
+    def positions(self) -> IntArray: ...  # [T]
+    @property
+    def slot_mapping(self) -> IntArray: ...  # [T] page * block_size + offset
+    @property
+    def query_indptr(self) -> IntArray: ...  # [S + 1]
+    @property
+    def context_lens(self) -> IntArray: ...  # [S] KV length after this step
+    @property
+    def block_table(self) -> IntArray: ...  # [B]
+    @property
+    def block_table_indptr(self) -> IntArray: ...  # [S + 1]
+    @property
+    def logits_indices(self) -> IntArray: ...  # [L] rows of T
+    @property
+    def wave_indptr(self) -> IntArray: ...  # [W + 1]
+    @property
+    def seg_start(self) -> IntArray: ...  # [G]
+    @property
+    def seg_end(self) -> IntArray: ...  # [G]
+    @property
+    def seg_slot(self) -> IntArray: ...  # [G]
+    @property
+    def seg_weight(self) -> FloatArray: ...  # [G] float32
+
+
+class Linear(Protocol):
+    """A weight in the form its `Ops` computes with."""
+
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def out_features(self) -> int: ...
+
+
+class StepHandle(Protocol):
+    """What a backend prepared for one step."""
+
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def num_logits(self) -> int: ...
+
+
+class Ops(Protocol):
+    """The ops of one backend over one page pool.
+
+    Activations are contiguous [T, features] in the storage dtype; arithmetic inside is float32.
+    A row's result does not depend on what else is in the batch, nor on how its prompt was chunked.
+    """
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+
+    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
+        """Converts weight [out, in] (any float dtype) for `lora_linear`; the original may be freed."""
+        ...
+
+    def set_adapter(self, slot: int, first_page: int, layout: _core.AdapterLayout) -> None:
+        """Binds a slot to the adapter whose packed extent starts at `first_page`."""
+        ...
+
+    def move_extent(self, slot: int, src_page: int, dst_page: int, num_pages: int) -> None:
+        """Moves a slot's extent inside the pool (ranges may overlap) and rebinds the slot."""
+        ...
+
+    def begin_step(self, batch: StepBatch) -> StepHandle:
+        """Checks and prepares a batch; every op of the step takes the handle."""
+        ...
+
+    def embedding(self, step: StepHandle, table: Linear) -> torch.Tensor:
+        """Rows `token_ids` of the table: [T, hidden]."""
+        ...
+
+    def lora_linear(
+        self, step: StepHandle, x: torch.Tensor, linear: Linear, layer: int, group: int
+    ) -> torch.Tensor:
+        """x·Wᵀ + bias + Σ over waves of weight·scale·(x·Aᵀ)·Bᵀ: [T, out]."""
+        ...
+
+    def logits(self, step: StepHandle, hidden: torch.Tensor, lm_head: Linear) -> torch.Tensor:
+        """Logits of the rows `logits_indices`: float32 [L, vocab]."""
+        ...
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """x / sqrt(mean(x²) + eps) · weight, per row; weight [features] in the storage dtype."""
+        ...
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        """residual += x in place, then rms_norm(residual)."""
+        ...
+
+    def rope_and_cache(
+        self,
+        step: StepHandle,
+        qkv: torch.Tensor,
+        layer: int,
+        cos_sin: torch.Tensor,
+        q_norm: torch.Tensor | None = None,
+        k_norm: torch.Tensor | None = None,
+        eps: float = 1e-6,
+    ) -> None:
+        """Rotates q and k of qkv [T, (H + 2·KV)·D] in place and writes K, V to their pages.
+
+        `cos_sin` is float32 [max_position, D]: cosines of the D/2 angles, then sines; halves rotate
+        together (x₁·cos - x₂·sin, x₂·cos + x₁·sin). `q_norm`/`k_norm` [D]: per-head RMSNorm before it.
+        """
+        ...
+
+    def attention(self, step: StepHandle, qkv: torch.Tensor, layer: int) -> torch.Tensor:
+        """Causal paged attention of the q part of qkv, scale 1/sqrt(D): [T, H·D]."""
+        ...
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(gate)·up of [T, 2·I] (gate first): [T, I]."""
+        ...

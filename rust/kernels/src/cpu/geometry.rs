@@ -1,0 +1,120 @@
+//! Where a token's K and V lie in the page pool.
+//!
+//! ```text
+//! page      [layer][K, V][kv_head][block]        a block holds 16 tokens of one head
+//! K block   [D / PACK][16 tokens][PACK]          tokens in lanes: q·Kᵀ is a GEMM panel
+//! V block   [16 tokens][D]
+//! ```
+
+use loraserve_adapters::StorageDtype;
+
+use super::simd::LANES;
+use crate::KernelError;
+
+/// Tokens of a page: one per lane, so that K blocks are GEMM panels.
+pub const BLOCK_SIZE: usize = LANES;
+/// Largest head the attention kernel takes.
+pub const MAX_HEAD_DIM: usize = 512;
+
+/// Shape of a model's KV cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvGeometry {
+    pub num_layers: usize,
+    pub num_heads: usize,
+    pub num_kv_heads: usize,
+    pub head_dim: usize,
+}
+
+impl KvGeometry {
+    pub fn check(&self) -> Result<(), KernelError> {
+        let kv_heads = self.num_kv_heads;
+        if kv_heads == 0 || !self.num_heads.is_multiple_of(kv_heads) || self.num_heads == 0 {
+            let message = format!("{} heads can't share {kv_heads} kv heads", self.num_heads);
+            return Err(KernelError::Invalid(message));
+        }
+        if !self.head_dim.is_multiple_of(2) || !(2..=MAX_HEAD_DIM).contains(&self.head_dim) {
+            let message = format!(
+                "head_dim is {}, must be even and at most {MAX_HEAD_DIM}",
+                self.head_dim
+            );
+            return Err(KernelError::Invalid(message));
+        }
+        Ok(())
+    }
+
+    /// Query heads that share one K/V head.
+    pub fn group_size(&self) -> usize {
+        self.num_heads / self.num_kv_heads
+    }
+
+    /// Features of a fused qkv row.
+    pub fn qkv_features(&self) -> usize {
+        (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+    }
+
+    /// Elements of the K or V of one head in one page.
+    pub fn block_len(&self) -> usize {
+        BLOCK_SIZE * self.head_dim
+    }
+
+    pub fn page_nbytes(&self, dtype: StorageDtype) -> usize {
+        self.num_layers * 2 * self.num_kv_heads * self.block_len() * dtype.size()
+    }
+
+    /// Elements from a page's start to the K block of `kv_head`.
+    pub fn k_offset(&self, layer: usize, kv_head: usize) -> usize {
+        (layer * 2 * self.num_kv_heads + kv_head) * self.block_len()
+    }
+
+    /// Elements from a page's start to the V block of `kv_head`.
+    pub fn v_offset(&self, layer: usize, kv_head: usize) -> usize {
+        self.k_offset(layer, kv_head) + self.num_kv_heads * self.block_len()
+    }
+}
+
+/// The page pool: memory owned by the caller, addressed by page.
+#[derive(Clone, Copy, Debug)]
+pub struct PageMemory {
+    base: usize,
+    nbytes: usize,
+    page_nbytes: usize,
+}
+
+impl PageMemory {
+    /// # Safety
+    /// `base..base + nbytes` stays writable, and is touched by nobody else while an op runs.
+    pub unsafe fn new(base: usize, nbytes: usize, page_nbytes: usize) -> Result<Self, KernelError> {
+        if page_nbytes == 0 || !base.is_multiple_of(64) || !page_nbytes.is_multiple_of(64) {
+            let message = format!(
+                "pool at {base:#x} with pages of {page_nbytes} bytes is not 64-byte aligned"
+            );
+            return Err(KernelError::Invalid(message));
+        }
+        Ok(Self {
+            base,
+            nbytes,
+            page_nbytes,
+        })
+    }
+
+    pub fn num_pages(&self) -> usize {
+        self.nbytes / self.page_nbytes
+    }
+
+    pub fn page_nbytes(&self) -> usize {
+        self.page_nbytes
+    }
+
+    pub fn base(&self) -> usize {
+        self.base
+    }
+
+    pub fn nbytes(&self) -> usize {
+        self.nbytes
+    }
+
+    /// Address of a page below `num_pages`.
+    pub fn page<E>(&self, page: usize) -> *mut E {
+        (self.base + page * self.page_nbytes) as *mut E
+    }
+}

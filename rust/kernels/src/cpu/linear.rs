@@ -1,0 +1,153 @@
+//! A dense weight packed once for the GEMM kernel.
+//!
+//! ```text
+//! bf16  [N/16 panels][K/2 packs][16 columns][2]      N and K padded with zeros
+//! f32   [N/16 panels][K packs  ][16 columns]         either way a pack of a panel is 64 bytes
+//! ```
+
+use loraserve_adapters::StorageDtype;
+
+use super::element::{Bf16, Element};
+use super::memory::AlignedBytes;
+use super::pool::{Shareable, ThreadPool};
+use super::simd::LANES;
+use crate::KernelError;
+use crate::error::check_length;
+
+/// W [out, in] in panels of 16 output features, with an optional bias.
+pub struct PackedLinear {
+    dtype: StorageDtype,
+    in_features: usize,
+    out_features: usize,
+    panels: AlignedBytes,
+    /// Padded to whole panels.
+    bias: Option<Vec<f32>>,
+}
+
+impl PackedLinear {
+    /// Packs row-major `weight` [out, in].
+    pub fn pack<E: Element>(
+        pool: &ThreadPool,
+        weight: &[E],
+        bias: Option<&[f32]>,
+        in_features: usize,
+        out_features: usize,
+    ) -> Result<Self, KernelError> {
+        if in_features == 0 || out_features == 0 {
+            let message = format!("weight is {out_features}x{in_features}, both must be positive");
+            return Err(KernelError::Invalid(message));
+        }
+        check_length("weight", weight.len(), in_features * out_features)?;
+        if let Some(bias) = bias {
+            check_length("bias", bias.len(), out_features)?;
+        }
+        let num_panels = out_features.div_ceil(LANES);
+        let panel_len = in_features.div_ceil(E::PACK) * E::PACK * LANES;
+        let mut panels = AlignedBytes::zeroed(num_panels * panel_len * size_of::<E>());
+        let dst = panels.as_mut_ptr::<E>();
+        // SAFETY: the buffer was just made this long, zeroed, and zeros are valid elements.
+        let dst = unsafe { std::slice::from_raw_parts_mut(dst, num_panels * panel_len) };
+        let shared = Shareable::new(dst);
+        pool.run(num_panels, &|panel| {
+            // SAFETY: each task writes its own panel.
+            let dst = unsafe {
+                std::slice::from_raw_parts_mut(shared.get().add(panel * panel_len), panel_len)
+            };
+            pack_panel(&weight[panel * LANES * in_features..], in_features, dst);
+        });
+        let bias = bias.map(|bias| {
+            let mut padded = bias.to_vec();
+            padded.resize(num_panels * LANES, 0.0);
+            padded
+        });
+        Ok(Self {
+            dtype: E::DTYPE,
+            in_features,
+            out_features,
+            panels,
+            bias,
+        })
+    }
+
+    pub fn dtype(&self) -> StorageDtype {
+        self.dtype
+    }
+
+    pub fn in_features(&self) -> usize {
+        self.in_features
+    }
+
+    pub fn out_features(&self) -> usize {
+        self.out_features
+    }
+
+    pub fn nbytes(&self) -> usize {
+        self.panels.nbytes()
+    }
+
+    pub(super) fn num_panels(&self) -> usize {
+        self.out_features.div_ceil(LANES)
+    }
+
+    pub(super) fn bias(&self) -> Option<&[f32]> {
+        self.bias.as_deref()
+    }
+
+    pub(super) fn panels<E: Element>(&self) -> *const E {
+        assert!(
+            self.dtype == E::DTYPE,
+            "packed weight has the kernel's dtype"
+        );
+        self.panels.as_ptr()
+    }
+
+    /// Elements from one panel to the next.
+    pub(super) fn panel_len<E: Element>(&self) -> usize {
+        self.in_features.div_ceil(E::PACK) * E::PACK * LANES
+    }
+
+    /// Row `index` of W as it was before packing, into `row` [in].
+    fn unpack_row<E: Element>(&self, index: usize, row: &mut [E]) {
+        let panel = index / LANES * self.panel_len::<E>();
+        for (k, value) in row.iter_mut().enumerate() {
+            let offset = panel + (k / E::PACK * LANES + index % LANES) * E::PACK + k % E::PACK;
+            // SAFETY: index < out_features and k < in_features, checked by `embedding`.
+            *value = unsafe { *self.panels::<E>().add(offset) };
+        }
+    }
+}
+
+fn pack_panel<E: Element>(rows: &[E], in_features: usize, dst: &mut [E]) {
+    for (column, row) in rows.chunks_exact(in_features).take(LANES).enumerate() {
+        for (pack, values) in row.chunks(E::PACK).enumerate() {
+            let start = (pack * LANES + column) * E::PACK;
+            dst[start..start + values.len()].copy_from_slice(values);
+        }
+    }
+}
+
+/// Rows `token_ids` of the table, [T, in], straight from the packed weight.
+pub fn embedding<E: Element>(
+    pool: &ThreadPool,
+    table: &PackedLinear,
+    token_ids: &[i32],
+    out: &mut [E],
+) -> Result<(), KernelError> {
+    let hidden = table.in_features;
+    check_length("embedding output", out.len(), token_ids.len() * hidden)?;
+    let limit = table.out_features as i64;
+    for &id in token_ids {
+        crate::error::check_below("token id", id.into(), limit)?;
+    }
+    let shared = Shareable::new(out);
+    pool.run(token_ids.len(), &|token| {
+        // SAFETY: each task writes its own row.
+        let row =
+            unsafe { std::slice::from_raw_parts_mut(shared.get().add(token * hidden), hidden) };
+        table.unpack_row(token_ids[token] as usize, row);
+    });
+    Ok(())
+}
+
+/// Checks that the layout of `Bf16` is that of a u16, which the packing relies on.
+const _: () = assert!(size_of::<Bf16>() == 2 && align_of::<Bf16>() == 2);

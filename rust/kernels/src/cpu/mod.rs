@@ -1,0 +1,18 @@
+//! CPU backend: every hot op of a decoder layer on one thread pool.
+
+pub mod activation;
+pub mod attention;
+pub mod context;
+pub mod element;
+pub mod gemm;
+pub mod geometry;
+pub mod linear;
+pub mod lora;
+pub mod memory;
+pub mod norm;
+pub mod pool;
+pub mod rank_update;
+pub mod rope;
+pub mod scratch;
+pub mod simd;
+pub mod step;

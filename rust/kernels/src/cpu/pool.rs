@@ -1,0 +1,321 @@
+//! One fork-join thread pool; the caller works too.
+//!
+//! A job is a count of tasks and a function of the task index. Workers that are awake join the open
+//! job; the caller never waits for one that did not, so a descheduled worker costs nothing.
+
+use std::any::Any;
+use std::cell::UnsafeCell;
+use std::hint::spin_loop;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+/// How long an idle worker spins before it parks: longer than the gap between two ops of a step.
+const SPIN: Duration = Duration::from_micros(50);
+/// Spins between two looks at the clock.
+const SPINS_PER_CHECK: u32 = 64;
+
+type Task<'a> = dyn Fn(usize) + Sync + 'a;
+
+/// State word: `epoch << 32 | closed << 31 | number of workers inside`.
+const CLOSED: u64 = 1 << 31;
+const ACTIVE_MASK: u64 = CLOSED - 1;
+
+#[derive(Clone, Copy)]
+struct Job {
+    task: *const Task<'static>,
+    num_tasks: usize,
+}
+
+struct Shared {
+    state: AtomicU64,
+    job: UnsafeCell<Job>,
+    next_task: AtomicUsize,
+    parked: Vec<AtomicBool>,
+    stopping: AtomicBool,
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+// SAFETY: `job` is written only by the one caller inside `run`, while the state is closed with no
+// worker inside, and read only by workers that joined the open state.
+unsafe impl Sync for Shared {}
+// SAFETY: the pointer in `job` is only followed while its job is open.
+unsafe impl Send for Shared {}
+
+/// A fixed team of threads that runs one parallel loop at a time.
+pub struct ThreadPool {
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+    caller: Mutex<()>,
+}
+
+impl ThreadPool {
+    /// A team of `num_threads`, the caller of `run` included; `None` means every core.
+    pub fn new(num_threads: Option<usize>) -> Self {
+        let cores = || thread::available_parallelism().map_or(1, usize::from);
+        let num_workers = num_threads.unwrap_or_else(cores).max(1) - 1;
+        let shared = Arc::new(Shared {
+            state: AtomicU64::new(CLOSED),
+            job: UnsafeCell::new(Job {
+                task: &|_| {},
+                num_tasks: 0,
+            }),
+            next_task: AtomicUsize::new(0),
+            parked: (0..num_workers).map(|_| AtomicBool::new(false)).collect(),
+            stopping: AtomicBool::new(false),
+            panic: Mutex::new(None),
+        });
+        let workers = (0..num_workers)
+            .map(|index| spawn_worker(index, Arc::clone(&shared)))
+            .collect();
+        Self {
+            shared,
+            workers,
+            caller: Mutex::new(()),
+        }
+    }
+
+    pub fn num_threads(&self) -> usize {
+        self.workers.len() + 1
+    }
+
+    /// Calls `task(i)` once for every `i < num_tasks` and returns when all are done.
+    ///
+    /// A panic of a task is raised again here. Tasks must not call `run` of the same pool.
+    pub fn run(&self, num_tasks: usize, task: &Task<'_>) {
+        if num_tasks <= 1 || self.workers.is_empty() {
+            (0..num_tasks).for_each(task);
+            return;
+        }
+        let _turn = self.caller.lock().unwrap_or_else(PoisonError::into_inner);
+        self.open(num_tasks, task);
+        self.shared.work();
+        self.shared.close();
+        let panic = self.shared.lock_panic().take();
+        if let Some(payload) = panic {
+            resume_unwind(payload);
+        }
+    }
+
+    fn open(&self, num_tasks: usize, task: &Task<'_>) {
+        let shared = &self.shared;
+        // SAFETY: only the lifetime changes; `close` ends every use of the task before `run` returns.
+        let task = unsafe { std::mem::transmute::<*const Task<'_>, *const Task<'static>>(task) };
+        // SAFETY: the state is closed and empty, and `caller` is locked: nobody else touches `job`.
+        unsafe { *shared.job.get() = Job { task, num_tasks } };
+        shared.next_task.store(0, Ordering::Relaxed);
+        let epoch = shared.state.load(Ordering::Relaxed) >> 32;
+        shared.state.store((epoch + 1) << 32, Ordering::SeqCst);
+        self.wake();
+    }
+
+    fn wake(&self) {
+        for (parked, worker) in self.shared.parked.iter().zip(&self.workers) {
+            if parked.load(Ordering::SeqCst) && parked.swap(false, Ordering::SeqCst) {
+                worker.thread().unpark();
+            }
+        }
+    }
+}
+
+impl Drop for ThreadPool {
+    fn drop(&mut self) {
+        self.shared.stopping.store(true, Ordering::SeqCst);
+        for worker in self.workers.drain(..) {
+            worker.thread().unpark();
+            // A worker catches the panics of its tasks, so joining can't fail.
+            let _ = worker.join();
+        }
+    }
+}
+
+impl Shared {
+    /// Runs tasks of the open job until none is left.
+    fn work(&self) {
+        // SAFETY: the caller of `run`, or a worker that joined the open state: `job` is fixed until closed.
+        let job = unsafe { *self.job.get() };
+        // SAFETY: the task outlives the open job, see `open`.
+        let task = unsafe { &*job.task };
+        loop {
+            let index = self.next_task.fetch_add(1, Ordering::Relaxed);
+            if index >= job.num_tasks {
+                return;
+            }
+            if let Err(payload) = catch_unwind(AssertUnwindSafe(|| task(index))) {
+                self.lock_panic().get_or_insert(payload);
+            }
+        }
+    }
+
+    /// Lets nobody else in and waits for those inside.
+    fn close(&self) {
+        self.state.fetch_or(CLOSED, Ordering::AcqRel);
+        let mut spins = 0_u32;
+        while self.state.load(Ordering::Acquire) & ACTIVE_MASK != 0 {
+            spins = spins.wrapping_add(1);
+            if spins.is_multiple_of(1 << 14) {
+                thread::yield_now();
+            } else {
+                spin_loop();
+            }
+        }
+    }
+
+    fn try_join(&self, state: u64) -> bool {
+        self.state
+            .compare_exchange(state, state + 1, Ordering::AcqRel, Ordering::Relaxed)
+            .is_ok()
+    }
+
+    fn leave(&self) {
+        self.state.fetch_sub(1, Ordering::Release);
+    }
+
+    fn lock_panic(&self) -> std::sync::MutexGuard<'_, Option<Box<dyn Any + Send>>> {
+        self.panic.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// True when a job newer than `seen` is open.
+    fn is_open(state: u64, seen: u64) -> bool {
+        state & CLOSED == 0 && state >> 32 != seen
+    }
+
+    /// Waits for a job newer than `seen`: spins, then parks. `None` when the pool stops.
+    fn wait_for_job(&self, index: usize, seen: u64) -> Option<u64> {
+        let mut start = Instant::now();
+        loop {
+            for _ in 0..SPINS_PER_CHECK {
+                let state = self.state.load(Ordering::SeqCst);
+                if Self::is_open(state, seen) {
+                    return Some(state);
+                }
+                spin_loop();
+            }
+            if self.stopping.load(Ordering::SeqCst) {
+                return None;
+            }
+            if start.elapsed() > SPIN {
+                self.park(index, seen);
+                start = Instant::now();
+            }
+        }
+    }
+
+    fn park(&self, index: usize, seen: u64) {
+        self.parked[index].store(true, Ordering::SeqCst);
+        let nothing_to_do = !Self::is_open(self.state.load(Ordering::SeqCst), seen);
+        if nothing_to_do && !self.stopping.load(Ordering::SeqCst) {
+            thread::park();
+        }
+        self.parked[index].store(false, Ordering::SeqCst);
+    }
+}
+
+fn spawn_worker(index: usize, shared: Arc<Shared>) -> JoinHandle<()> {
+    thread::Builder::new()
+        .name(format!("loraserve-cpu-{}", index + 1))
+        .spawn(move || {
+            let mut seen = 0;
+            while let Some(state) = shared.wait_for_job(index, seen) {
+                if shared.try_join(state) {
+                    seen = state >> 32;
+                    shared.work();
+                    shared.leave();
+                }
+            }
+        })
+        .expect("the operating system can start a thread")
+}
+
+/// A pointer that tasks of one job may write through, each to its own elements.
+pub struct Shareable<T>(*mut T);
+
+impl<T> Clone for Shareable<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Shareable<T> {}
+
+// SAFETY: whoever dereferences the pointer guarantees that tasks write disjoint elements.
+unsafe impl<T: Send> Send for Shareable<T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for Shareable<T> {}
+
+impl<T> Shareable<T> {
+    pub fn new(slice: &mut [T]) -> Self {
+        Self(slice.as_mut_ptr())
+    }
+
+    pub fn get(self) -> *mut T {
+        self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_task_runs_once_whatever_the_team() {
+        for num_threads in 1..6 {
+            let pool = ThreadPool::new(Some(num_threads));
+            for num_tasks in [0, 1, 2, 7, 1000] {
+                let counts: Vec<_> = (0..num_tasks).map(|_| AtomicUsize::new(0)).collect();
+                pool.run(num_tasks, &|i| {
+                    counts[i].fetch_add(1, Ordering::Relaxed);
+                });
+                assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 1));
+            }
+        }
+    }
+
+    #[test]
+    fn parked_workers_wake_for_the_next_job() {
+        let pool = ThreadPool::new(Some(2));
+        for _ in 0..20 {
+            thread::sleep(SPIN * 4);
+            let both = AtomicUsize::new(0);
+            let start = Instant::now();
+            pool.run(2, &|_| {
+                both.fetch_add(1, Ordering::SeqCst);
+                while both.load(Ordering::SeqCst) < 2 && start.elapsed() < Duration::from_secs(20) {
+                    thread::yield_now();
+                }
+            });
+            assert!(
+                start.elapsed() < Duration::from_secs(20),
+                "one thread ran both tasks"
+            );
+        }
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
+        let pool = ThreadPool::new(Some(3));
+        let result = catch_unwind(AssertUnwindSafe(|| {
+            pool.run(64, &|i| assert!(i != 13, "task thirteen"));
+        }));
+        assert!(result.is_err());
+        let sum = AtomicUsize::new(0);
+        pool.run(64, &|i| {
+            sum.fetch_add(i, Ordering::Relaxed);
+        });
+        assert_eq!(sum.into_inner(), 64 * 63 / 2);
+    }
+
+    #[test]
+    fn many_small_jobs_in_a_row_lose_no_task() {
+        let pool = ThreadPool::new(Some(4));
+        let sum = AtomicUsize::new(0);
+        for _ in 0..20_000 {
+            pool.run(3, &|_| {
+                sum.fetch_add(1, Ordering::Relaxed);
+            });
+        }
+        assert_eq!(sum.into_inner(), 60_000);
+    }
+}

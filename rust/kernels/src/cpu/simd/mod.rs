@@ -1,0 +1,236 @@
+//! Sixteen f32 lanes on every instruction set, and the choice between them at run time.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod portable;
+
+use crate::KernelError;
+
+pub use portable::Portable;
+
+/// f32 lanes of a vector, whatever the hardware's width.
+pub const LANES: usize = 16;
+/// Names the instruction set to use instead of the best one.
+pub const ISA_VARIABLE: &str = "LORASERVE_CPU_ISA";
+
+/// The instructions kernels are written in; a vector is 16 lanes of 32 bits.
+///
+/// # Safety
+/// Every method requires that the CPU supports the instruction set (`Isa::dispatch` guarantees it)
+/// and that pointers are valid for the lanes touched. No alignment is needed.
+pub trait Simd: Copy + 'static {
+    type V: Copy;
+    /// Whether 16 accumulators of 16 lanes fit in registers.
+    const WIDE: bool;
+
+    /// Runs `kernel` compiled for this instruction set.
+    unsafe fn vectorize<K: Kernel>(kernel: K);
+
+    unsafe fn zero() -> Self::V;
+    unsafe fn splat(value: f32) -> Self::V;
+    /// Any 64 bytes.
+    unsafe fn load(p: *const f32) -> Self::V;
+    unsafe fn store(p: *mut f32, v: Self::V);
+    /// Sixteen bf16, widened.
+    unsafe fn load_bf16(p: *const u16) -> Self::V;
+    /// Rounds to nearest even.
+    unsafe fn store_bf16(p: *mut u16, v: Self::V);
+    unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn sub(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn div(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn min(a: Self::V, b: Self::V) -> Self::V;
+    /// a·b + c
+    unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// acc + Σ of the two bf16 products of each lane.
+    unsafe fn dot_bf16(acc: Self::V, a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn round(v: Self::V) -> Self::V;
+    /// 2ⁿ for integral n in −126..=127.
+    unsafe fn pow2(n: Self::V) -> Self::V;
+    /// Lanes of `v` where a < b, zero elsewhere.
+    unsafe fn keep_where_less(a: Self::V, b: Self::V, v: Self::V) -> Self::V;
+    /// Sum in a fixed order.
+    unsafe fn reduce_add(v: Self::V) -> f32;
+    unsafe fn reduce_max(v: Self::V) -> f32;
+    /// Hints that the cache line at `p` is needed soon; `p` may be invalid.
+    unsafe fn prefetch(p: *const u8);
+}
+
+/// A computation generic over the instruction set; `run` must be `#[inline(always)]`.
+pub trait Kernel {
+    /// # Safety
+    /// The CPU supports `S`, and the kernel's own pointers are valid.
+    unsafe fn run<S: Simd>(self);
+}
+
+/// An instruction set this build knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Isa {
+    Avx512Bf16,
+    Avx512,
+    Avx2,
+    Portable,
+}
+
+impl Isa {
+    /// Best first.
+    pub const ALL: [Self; 4] = [Self::Avx512Bf16, Self::Avx512, Self::Avx2, Self::Portable];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Avx512Bf16 => "avx512bf16",
+            Self::Avx512 => "avx512",
+            Self::Avx2 => "avx2",
+            Self::Portable => "portable",
+        }
+    }
+
+    /// Instruction sets of this CPU, best first.
+    pub fn supported() -> impl Iterator<Item = Self> {
+        Self::ALL.into_iter().filter(|isa| isa.is_supported())
+    }
+
+    /// The named one, else the one `LORASERVE_CPU_ISA` names, else the best this CPU supports.
+    pub fn choose(name: Option<&str>) -> Result<Self, KernelError> {
+        let variable = std::env::var(ISA_VARIABLE).ok().filter(|v| !v.is_empty());
+        let best = Self::supported().next().expect("portable runs everywhere");
+        match name.or(variable.as_deref()) {
+            Some(name) => Self::named(name, best),
+            None => Ok(best),
+        }
+    }
+
+    fn named(name: &str, best: Self) -> Result<Self, KernelError> {
+        let isa = Self::ALL
+            .into_iter()
+            .find(|isa| isa.name() == name)
+            .ok_or_else(|| KernelError::UnknownIsa(name.to_owned()))?;
+        if isa.is_supported() {
+            return Ok(isa);
+        }
+        Err(KernelError::UnsupportedIsa(isa.name(), best.name()))
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn is_supported(self) -> bool {
+        let avx512 = || {
+            is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512vl")
+                && is_x86_feature_detected!("avx512dq")
+        };
+        match self {
+            Self::Avx512Bf16 => avx512() && is_x86_feature_detected!("avx512bf16"),
+            Self::Avx512 => avx512(),
+            Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            Self::Portable => true,
+        }
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    fn is_supported(self) -> bool {
+        self == Self::Portable
+    }
+
+    /// Runs `kernel` with these instructions.
+    ///
+    /// # Safety
+    /// `self` came from `choose` or `supported`, and the kernel's own pointers are valid.
+    pub unsafe fn dispatch<K: Kernel>(self, kernel: K) {
+        // SAFETY: the caller guarantees that this CPU supports `self`.
+        unsafe {
+            match self {
+                #[cfg(target_arch = "x86_64")]
+                Self::Avx512Bf16 => avx512::Avx512Bf16::vectorize(kernel),
+                #[cfg(target_arch = "x86_64")]
+                Self::Avx512 => avx512::Avx512::vectorize(kernel),
+                #[cfg(target_arch = "x86_64")]
+                Self::Avx2 => avx2::Avx2::vectorize(kernel),
+                _ => Portable::vectorize(kernel),
+            }
+        }
+    }
+}
+
+/// eˣ, relative error about 1e-7; 0 below −87.
+///
+/// # Safety
+/// As for `Simd`.
+#[inline(always)]
+pub unsafe fn exp<S: Simd>(x: S::V) -> S::V {
+    // SAFETY: register arithmetic only.
+    unsafe {
+        let lowest = S::splat(-87.0);
+        let clamped = S::min(S::max(x, lowest), S::splat(88.0));
+        let n = S::round(S::mul(clamped, S::splat(std::f32::consts::LOG2_E)));
+        // ln 2 in two parts, so that x − n·ln 2 is exact to the last bit.
+        let r = S::fma(n, S::splat(-0.693_359_4), clamped);
+        let r = S::fma(n, S::splat(2.121_944_4e-4), r);
+        let mut p = S::splat(1.388_888_9e-3);
+        p = S::fma(p, r, S::splat(8.333_333_8e-3));
+        p = S::fma(p, r, S::splat(4.166_666_8e-2));
+        p = S::fma(p, r, S::splat(1.666_666_7e-1));
+        p = S::fma(p, r, S::splat(0.5));
+        p = S::fma(p, r, S::splat(1.0));
+        p = S::fma(p, r, S::splat(1.0));
+        S::keep_where_less(lowest, x, S::mul(p, S::pow2(n)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Exp<'a> {
+        x: &'a [f32; LANES],
+        y: &'a mut [f32; LANES],
+    }
+
+    impl Kernel for Exp<'_> {
+        #[inline(always)]
+        unsafe fn run<S: Simd>(self) {
+            // SAFETY: both arrays hold 16 lanes.
+            unsafe { S::store(self.y.as_mut_ptr(), exp::<S>(S::load(self.x.as_ptr()))) }
+        }
+    }
+
+    fn exp_on(isa: Isa, x: f32) -> f32 {
+        let mut y = [0.0; LANES];
+        let kernel = Exp {
+            x: &[x; LANES],
+            y: &mut y,
+        };
+        // SAFETY: only supported sets are passed.
+        unsafe { isa.dispatch(kernel) };
+        y[LANES - 1]
+    }
+
+    #[test]
+    fn exp_is_accurate_to_a_few_ulps_on_every_isa() {
+        for isa in Isa::supported() {
+            for i in -860..860 {
+                let x = i as f32 * 0.1 + 0.013;
+                let expected = f64::from(x).exp();
+                let error = (f64::from(exp_on(isa, x)) - expected).abs() / expected;
+                assert!(error < 3e-7, "{isa:?}: exp({x}) is off by {error:e}");
+            }
+        }
+    }
+
+    #[test]
+    fn exp_of_minus_infinity_is_zero_and_of_zero_is_one() {
+        for isa in Isa::supported() {
+            assert_eq!(exp_on(isa, f32::NEG_INFINITY).to_bits(), 0);
+            assert!((exp_on(isa, 0.0) - 1.0).abs() < f32::EPSILON);
+        }
+    }
+
+    #[test]
+    fn an_unknown_isa_is_refused_by_name() {
+        let error = Isa::choose(Some("sse9")).expect_err("sse9 does not exist");
+        assert_eq!(error, KernelError::UnknownIsa("sse9".to_owned()));
+    }
+}

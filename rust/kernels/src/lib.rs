@@ -1,0 +1,6 @@
+//! Compute kernels over raw tensors; knows neither requests nor Python.
+
+pub mod cpu;
+mod error;
+
+pub use error::KernelError;

@@ -1,0 +1,284 @@
+//! Adapter files for Python: `check_adapter`, `load_adapter` and the values they deal in.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use loraserve_adapters::{
+    self as adapters, Error, ErrorKind, GroupLayout, Limits, ModuleLayout, ModuleShape, NUM_GROUPS,
+    StorageDtype,
+};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+
+use crate::errors;
+
+/// (path, group, `in_features`, `out_features`, `out_offset`).
+type ModuleTuple = (String, usize, usize, usize, usize);
+/// (`rank_offset`, rank, `b_offset`, `out_offset`, `out_features`, scale).
+type ModuleLayoutTuple = (usize, usize, usize, usize, usize, f32);
+/// (layer, group, `a_offset`, rank, `in_features`, modules).
+type GroupTuple = (usize, usize, usize, usize, usize, Vec<ModuleLayoutTuple>);
+
+/// The base model's linear layers an adapter may bind to.
+#[pyclass(frozen, module = "loraserve._core")]
+pub struct BaseShape {
+    inner: adapters::BaseShape,
+}
+
+#[pymethods]
+impl BaseShape {
+    #[new]
+    fn new(num_layers: usize, modules: Vec<ModuleTuple>) -> PyResult<Self> {
+        let modules =
+            modules
+                .into_iter()
+                .map(|(path, group, in_features, out_features, out_offset)| {
+                    let shape = ModuleShape {
+                        group,
+                        in_features,
+                        out_features,
+                        out_offset,
+                    };
+                    (path, shape)
+                });
+        let inner = adapters::BaseShape::new(num_layers, modules).map_err(PyValueError::new_err)?;
+        Ok(Self { inner })
+    }
+
+    #[getter]
+    fn num_layers(&self) -> usize {
+        self.inner.num_layers
+    }
+}
+
+/// Where an adapter's packed weights lie inside its extent.
+#[pyclass(frozen, module = "loraserve._core")]
+pub struct AdapterLayout {
+    pub inner: Arc<adapters::AdapterLayout>,
+}
+
+#[pymethods]
+impl AdapterLayout {
+    /// Builds a layout from the tuples `groups()` returns.
+    #[staticmethod]
+    fn from_groups(groups: Vec<GroupTuple>, num_layers: usize, nbytes: usize) -> PyResult<Self> {
+        let mut slots = vec![None; num_layers * NUM_GROUPS];
+        for group in groups {
+            let (layer, index) = (group.0, group.1);
+            if layer >= num_layers || index >= NUM_GROUPS {
+                let message = format!(
+                    "no group {index} of layer {layer}: there are {num_layers} layers of {NUM_GROUPS}"
+                );
+                return Err(PyValueError::new_err(message));
+            }
+            slots[layer * NUM_GROUPS + index] = Some(group_layout(group));
+        }
+        let inner = Arc::new(adapters::AdapterLayout {
+            groups: slots,
+            nbytes,
+        });
+        Ok(Self { inner })
+    }
+
+    #[getter]
+    fn nbytes(&self) -> usize {
+        self.inner.nbytes
+    }
+
+    #[getter]
+    fn num_layers(&self) -> usize {
+        self.inner.num_layers()
+    }
+
+    fn groups(&self) -> Vec<GroupTuple> {
+        self.inner.present().map(group_tuple).collect()
+    }
+}
+
+fn group_layout((_, _, a_offset, rank, in_features, modules): GroupTuple) -> GroupLayout {
+    let modules = modules
+        .into_iter()
+        .map(
+            |(rank_offset, rank, b_offset, out_offset, out_features, scale)| ModuleLayout {
+                rank_offset,
+                rank,
+                b_offset,
+                out_offset,
+                out_features,
+                scale,
+            },
+        )
+        .collect();
+    GroupLayout {
+        a_offset,
+        rank,
+        in_features,
+        modules,
+    }
+}
+
+fn group_tuple((layer, group, layout): (usize, usize, &GroupLayout)) -> GroupTuple {
+    let modules = layout
+        .modules
+        .iter()
+        .map(|m| {
+            (
+                m.rank_offset,
+                m.rank,
+                m.b_offset,
+                m.out_offset,
+                m.out_features,
+                m.scale,
+            )
+        })
+        .collect();
+    (
+        layer,
+        group,
+        layout.a_offset,
+        layout.rank,
+        layout.in_features,
+        modules,
+    )
+}
+
+/// What a checked adapter turned out to be.
+#[pyclass(frozen, module = "loraserve._core")]
+pub struct Receipt {
+    inner: adapters::Receipt,
+}
+
+#[pymethods]
+impl Receipt {
+    #[getter]
+    fn tensors(&self) -> usize {
+        self.inner.tensors
+    }
+
+    #[getter]
+    fn modules(&self) -> Vec<String> {
+        self.inner.modules.clone()
+    }
+
+    #[getter]
+    fn layers(&self) -> Vec<usize> {
+        self.inner.layers.clone()
+    }
+
+    #[getter]
+    fn rank(&self) -> usize {
+        self.inner.rank()
+    }
+
+    #[getter]
+    fn ranks(&self) -> Vec<usize> {
+        self.inner.ranks.clone()
+    }
+
+    #[getter]
+    fn nbytes(&self) -> usize {
+        self.inner.nbytes
+    }
+
+    #[getter]
+    fn hash(&self) -> &str {
+        &self.inner.hash
+    }
+
+    #[getter]
+    fn base_check(&self) -> &str {
+        &self.inner.base_check
+    }
+
+    #[getter]
+    fn base_model(&self) -> Option<&str> {
+        self.inner.base_model.as_deref()
+    }
+
+    fn __repr__(&self) -> String {
+        let receipt = &self.inner;
+        format!(
+            "Receipt(tensors={}, modules={:?}, layers={}, ranks={:?}, nbytes={}, hash={:.12}, base_check={:?})",
+            receipt.tensors,
+            receipt.modules,
+            receipt.layers.len(),
+            receipt.ranks,
+            receipt.nbytes,
+            receipt.hash,
+            receipt.base_check
+        )
+    }
+}
+
+/// Reads and checks all of an adapter; raises `AdapterFormatError`.
+#[pyfunction]
+fn check_adapter(
+    py: Python<'_>,
+    path: &str,
+    shape: &BaseShape,
+    dtype: &str,
+    max_lora_rank: usize,
+) -> PyResult<Receipt> {
+    let limits = limits(dtype, max_lora_rank)?;
+    let checked = py.detach(|| adapters::check(Path::new(path), &shape.inner, limits));
+    let inner = checked.map_err(|error| raise(py, &error))?;
+    Ok(Receipt { inner })
+}
+
+/// Packs a registered adapter into `dst_nbytes` writable bytes at `dst_ptr`.
+///
+/// The caller keeps that memory alive and to itself until the call returns.
+#[pyfunction]
+fn load_adapter(
+    py: Python<'_>,
+    path: &str,
+    shape: &BaseShape,
+    dtype: &str,
+    max_lora_rank: usize,
+    expected_hash: &str,
+    dst_ptr: usize,
+    dst_nbytes: usize,
+) -> PyResult<AdapterLayout> {
+    let limits = limits(dtype, max_lora_rank)?;
+    if dst_ptr == 0 || isize::try_from(dst_nbytes).is_err() {
+        return Err(PyValueError::new_err(format!(
+            "no extent of {dst_nbytes} bytes at {dst_ptr:#x}"
+        )));
+    }
+    let loaded = py.detach(|| {
+        // SAFETY: the caller guarantees dst_nbytes writable bytes at dst_ptr that nobody else
+        // reads or writes until this call returns; null and oversized lengths are refused above.
+        let extent = unsafe { std::slice::from_raw_parts_mut(dst_ptr as *mut u8, dst_nbytes) };
+        adapters::load(Path::new(path), &shape.inner, limits, expected_hash, extent)
+    });
+    let inner = Arc::new(loaded.map_err(|error| raise(py, &error))?);
+    Ok(AdapterLayout { inner })
+}
+
+fn limits(dtype: &str, max_lora_rank: usize) -> PyResult<Limits> {
+    let Some(dtype) = StorageDtype::parse(dtype) else {
+        let message = format!("dtype is '{dtype}', expected 'float32' or 'bfloat16'");
+        return Err(PyValueError::new_err(message));
+    };
+    Ok(Limits {
+        dtype,
+        max_lora_rank,
+    })
+}
+
+fn raise(py: Python<'_>, error: &Error) -> PyErr {
+    let class = match error.kind() {
+        ErrorKind::Format => "AdapterFormatError",
+        ErrorKind::Unavailable => "AdapterUnavailableError",
+        ErrorKind::Capacity => "CapacityError",
+    };
+    errors::raise(py, class, error.to_string())
+}
+
+pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add_class::<BaseShape>()?;
+    m.add_class::<AdapterLayout>()?;
+    m.add_class::<Receipt>()?;
+    m.add_function(wrap_pyfunction!(check_adapter, m)?)?;
+    m.add_function(wrap_pyfunction!(load_adapter, m)?)
+}

@@ -1,0 +1,16 @@
+//! `loraserve._core`: thin glue between Python and the Rust crates, one file per noun.
+
+use pyo3::prelude::*;
+
+mod adapters;
+mod cpu_kernels;
+mod errors;
+mod scheduler;
+
+#[pymodule]
+fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    scheduler::register(m)?;
+    adapters::register(m)?;
+    cpu_kernels::register(m)
+}

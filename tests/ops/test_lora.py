@@ -1,0 +1,173 @@
+"""Segmented LoRA against the reference: ranks, absent modules and layers, waves, invariance."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from loraserve import _core
+from loraserve.ops.base import KvGeometry, Linear
+
+from tests.ops.building import (
+    Backends,
+    ModuleSpec,
+    assert_close,
+    make_backends,
+    token_batch,
+    with_waves,
+    write_adapter,
+)
+
+GEOMETRY = KvGeometry(3, 2, 1, 64)
+IN_FEATURES, OUT_FEATURES = 75, 100
+# Column ranges of the fused output, as q, k and v would have.
+PLACES = [(0, 60), (60, 20), (80, 20)]
+PAGES_PER_SLOT = 16
+
+Wave = Sequence[tuple[int, int, int, float]]
+
+
+def modules(ranks: list[int], scale: float = 0.5) -> list[ModuleSpec]:
+    """One module per place; rank 0 leaves it out."""
+    return [
+        ModuleSpec(rank, offset, width, scale + index)
+        for index, (rank, (offset, width)) in enumerate(zip(ranks, PLACES, strict=True))
+        if rank > 0
+    ]
+
+
+@pytest.fixture
+def backends(isa: str, dtype: torch.dtype, generator: torch.Generator) -> Backends:
+    """Slots: 0 everything at rank 16; 1 q at 8 and v at 256; 2 layer 1 only; 3 k at 40."""
+    backends = make_backends(GEOMETRY, dtype, isa, num_pages=4 * PAGES_PER_SLOT)
+    adapters = [
+        {(layer, 0): (IN_FEATURES, modules([16, 16, 16])) for layer in range(3)},
+        {(0, 0): (IN_FEATURES, modules([8, 0, 256]))},
+        {(1, 0): (IN_FEATURES, modules([64, 24, 8]))},
+        {(0, 0): (IN_FEATURES, modules([0, 40, 0])), (0, 2): (IN_FEATURES, modules([8, 0, 0]))},
+    ]
+    for slot, groups in enumerate(adapters):
+        write_adapter(backends, slot, PAGES_PER_SLOT * slot, groups, GEOMETRY.num_layers, generator)
+    return backends
+
+
+def run_cpu(backends: Backends, x: torch.Tensor, linear: Linear, waves: Sequence[Wave]) -> torch.Tensor:
+    step = backends.cpu.begin_step(with_waves(token_batch(len(x)), waves))
+    return backends.cpu.lora_linear(step, x, linear, 0, 0)
+
+
+CASES: dict[str, tuple[int, Sequence[Wave]]] = {
+    "no segments": (5, []),
+    "one token each": (4, [[(0, 1, 0, 1.0), (1, 2, 1, 1.0), (2, 3, 2, 1.0), (3, 4, 3, 1.0)]]),
+    "long segments around base rows": (90, [[(3, 41, 0, 1.0), (41, 42, 1, 0.7), (50, 89, 3, -1.0)]]),
+    "empty segments": (6, [[(0, 0, 0, 1.0), (2, 4, 1, 1.0), (4, 4, 2, 1.0), (6, 6, 3, 1.0)]]),
+    "three waves": (
+        40,
+        [[(0, 40, 0, 0.5)], [(0, 7, 1, 0.3), (7, 40, 3, 2.0)], [(5, 6, 3, 1.0), (6, 30, 0, -0.5)]],
+    ),
+    "an empty wave": (3, [[], [(0, 3, 0, 1.0)], []]),
+    "same adapter in two segments": (8, [[(0, 2, 1, 1.0), (5, 8, 1, 0.25)]]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("layer", "group"), [(0, 0), (1, 0), (2, 0), (0, 2), (0, 1)])
+def test_lora_linear_matches_reference(
+    backends: Backends,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    case: str,
+    layer: int,
+    group: int,
+) -> None:
+    num_tokens, waves = CASES[case]
+    x = torch.randn(num_tokens, IN_FEATURES, generator=generator).to(dtype)
+    weight = torch.randn(OUT_FEATURES, IN_FEATURES, generator=generator)
+    bias = torch.randn(OUT_FEATURES, generator=generator)
+    batch = with_waves(token_batch(num_tokens), waves)
+    actual, expected = (
+        ops.lora_linear(ops.begin_step(batch), x, ops.pack(weight, bias), layer, group)
+        for ops in (backends.cpu, backends.reference)
+    )
+    assert_close(actual, expected, dtype)
+
+
+def test_adapters_change_the_output_of_their_rows_only(
+    backends: Backends, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    x = torch.randn(10, IN_FEATURES, generator=generator).to(dtype)
+    linear = backends.cpu.pack(torch.randn(OUT_FEATURES, IN_FEATURES, generator=generator))
+    plain = run_cpu(backends, x, linear, [])
+    adapted = run_cpu(backends, x, linear, [[(2, 5, 0, 1.0)]])
+    changed = (plain != adapted).any(dim=1)
+    assert changed.tolist() == [False] * 2 + [True] * 3 + [False] * 5
+
+
+def test_a_row_is_bit_identical_alone_and_in_a_mixed_batch(
+    backends: Backends, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    x = torch.randn(100, IN_FEATURES, generator=generator).to(dtype)
+    linear = backends.cpu.pack(torch.randn(OUT_FEATURES, IN_FEATURES, generator=generator))
+    together = run_cpu(backends, x, linear, [[(0, 1, 3, 1.0), (1, 78, 1, 0.5), (90, 100, 0, 1.0)]])
+    for rows, slot, weight in ((slice(1, 78), 1, 0.5), (slice(40, 43), 1, 0.5), (slice(95, 96), 0, 1.0)):
+        wave = [(0, rows.stop - rows.start, slot, weight)]
+        alone = run_cpu(backends, x[rows].contiguous(), linear, [wave])
+        assert torch.equal(alone, together[rows])
+
+
+def test_moved_extent_computes_the_same(
+    backends: Backends, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    x = torch.randn(3, IN_FEATURES, generator=generator).to(dtype)
+    linear = backends.cpu.pack(torch.randn(OUT_FEATURES, IN_FEATURES, generator=generator))
+    wave = [(0, 3, 1, 1.0)]
+    before = run_cpu(backends, x, linear, [wave])
+    backends.cpu.move_extent(1, PAGES_PER_SLOT, PAGES_PER_SLOT - 3, PAGES_PER_SLOT)  # overlaps itself
+    assert torch.equal(run_cpu(backends, x, linear, [wave]), before)
+
+
+def test_impossible_steps_and_layouts_are_refused(backends: Backends) -> None:
+    cpu = backends.cpu
+    for waves, message in (
+        ([[(0, 1, 9, 1.0)]], "slot 9"),
+        ([[(0, 2, 0, 1.0)]], "leaves the batch"),
+        ([[(0, 1, 0, 1.0), (0, 1, 1, 1.0)]], "overlaps"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cpu.begin_step(with_waves(token_batch(1), waves))
+    outside = _core.AdapterLayout.from_groups([(0, 0, 0, 8, 75, [(0, 8, 4096, 0, 60, 1.0)])], 3, 4096)
+    with pytest.raises(ValueError, match="end of B"):
+        cpu.set_adapter(0, 0, outside)
+    with pytest.raises(ValueError, match="extent"):
+        cpu.set_adapter(0, 10**6, outside)
+
+
+def test_adapter_of_another_shape_is_refused(backends: Backends, dtype: torch.dtype) -> None:
+    cpu = backends.cpu
+    step = cpu.begin_step(with_waves(token_batch(1), [[(0, 1, 0, 1.0)]]))
+    with pytest.raises(ValueError, match="in_features has length 75, expected 64"):
+        cpu.lora_linear(step, torch.zeros(1, 64, dtype=dtype), cpu.pack(torch.zeros(100, 64)), 0, 0)
+    with pytest.raises(ValueError, match="column 100, the projection has 96"):
+        cpu.lora_linear(step, torch.zeros(1, 75, dtype=dtype), cpu.pack(torch.zeros(96, 75)), 0, 0)
+
+
+def test_random_mixtures_match_reference(isa: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(6):
+        in_features, width = (int(n) for n in rng.integers(1, 150, size=2))
+        backends = make_backends(GEOMETRY, dtype, isa, num_pages=4 * PAGES_PER_SLOT)
+        for slot in range(4):
+            rank = 8 * int(rng.integers(1, 9))
+            groups = {(0, 0): (in_features, [ModuleSpec(rank, 0, width, float(rng.normal()))])}
+            write_adapter(backends, slot, PAGES_PER_SLOT * slot, groups, GEOMETRY.num_layers, generator)
+        num_tokens = int(rng.integers(1, 80))
+        cuts = sorted(int(n) for n in rng.integers(0, num_tokens + 1, size=4))
+        wave = [(cuts[i], cuts[i + 1], int(rng.integers(0, 4)), float(rng.normal())) for i in range(3)]
+        batch = with_waves(token_batch(num_tokens), [wave])
+        x = torch.randn(num_tokens, in_features, generator=generator).to(dtype)
+        weight = torch.randn(width, in_features, generator=generator)
+        actual, expected = (
+            ops.lora_linear(ops.begin_step(batch), x, ops.pack(weight), 0, 0)
+            for ops in (backends.cpu, backends.reference)
+        )
+        assert_close(actual, expected, dtype)

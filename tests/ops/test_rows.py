@@ -1,0 +1,62 @@
+"""RMSNorm, residual + RMSNorm and SiLU·mul against the reference."""
+
+import pytest
+import torch
+from loraserve.ops.base import KvGeometry
+
+from tests.ops.building import assert_close, make_backends
+
+GEOMETRY = KvGeometry(1, 1, 1, 16)
+SIZES = [(1, 1), (1, 576), (3, 37), (33, 64), (200, 130)]
+
+
+@pytest.mark.parametrize(("num_rows", "features"), SIZES)
+def test_rms_norm_matches_reference(
+    isa: str, dtype: torch.dtype, generator: torch.Generator, num_rows: int, features: int
+) -> None:
+    backends = make_backends(GEOMETRY, dtype, isa)
+    x = (3 * torch.randn(num_rows, features, generator=generator)).to(dtype)
+    weight = torch.randn(features, generator=generator).to(dtype)
+    actual, expected = (ops.rms_norm(x, weight, 1e-5) for ops in (backends.cpu, backends.reference))
+    assert_close(actual, expected, dtype)
+
+
+@pytest.mark.parametrize(("num_rows", "features"), SIZES)
+def test_add_rms_norm_matches_reference_and_updates_the_residual(
+    isa: str, dtype: torch.dtype, generator: torch.Generator, num_rows: int, features: int
+) -> None:
+    backends = make_backends(GEOMETRY, dtype, isa)
+    x, residual = (torch.randn(num_rows, features, generator=generator).to(dtype) for _ in range(2))
+    weight = torch.randn(features, generator=generator).to(dtype)
+    residuals = residual.clone(), residual.clone()
+    actual = backends.cpu.add_rms_norm(x, residuals[0], weight, 1e-5)
+    expected = backends.reference.add_rms_norm(x, residuals[1], weight, 1e-5)
+    assert torch.equal(residuals[0], residuals[1])
+    assert_close(actual, expected, dtype)
+
+
+@pytest.mark.parametrize(("num_rows", "features"), SIZES)
+def test_silu_mul_matches_reference(
+    isa: str, dtype: torch.dtype, generator: torch.Generator, num_rows: int, features: int
+) -> None:
+    backends = make_backends(GEOMETRY, dtype, isa)
+    gate_up = (4 * torch.randn(num_rows, 2 * features, generator=generator)).to(dtype)
+    assert_close(backends.cpu.silu_mul(gate_up), backends.reference.silu_mul(gate_up), dtype)
+
+
+def test_silu_of_extreme_gates_is_finite(isa: str, dtype: torch.dtype) -> None:
+    ops = make_backends(GEOMETRY, dtype, isa).cpu
+    gate_up = torch.tensor([[-1e4, -100.0, 0.0, 100.0, 1e4, 1.0, 1.0, 1.0, 1.0, 1.0]]).to(dtype)
+    expected = torch.tensor([[0.0, 0.0, 0.0, 100.0, 1e4]]).to(dtype)
+    assert torch.allclose(ops.silu_mul(gate_up).float(), expected.float(), atol=1e-30)
+
+
+def test_rows_of_another_dtype_are_refused(dtype: torch.dtype) -> None:
+    ops = make_backends(GEOMETRY, dtype).cpu
+    x, weight = torch.zeros(2, 8, dtype=dtype), torch.ones(8, dtype=torch.float16)
+    with pytest.raises(ValueError, match="weight is torch.float16"):
+        ops.rms_norm(x, weight, 1e-5)
+    with pytest.raises(ValueError, match="residual is"):
+        ops.add_rms_norm(x, x[:1], weight.to(dtype), 1e-5)
+    with pytest.raises(ValueError, match="5 columns"):
+        ops.silu_mul(torch.zeros(1, 5, dtype=dtype))
