@@ -1,0 +1,25 @@
+"""Reads the small JSON files of a model directory."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from loraserve.errors import ModelError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Parse a JSON object. Raises ModelError if the file is missing, malformed or not an object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} can't be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def read_optional_json(path: Path) -> dict[str, Any]:
+    """Like `read_json`, an absent file being an empty object."""
+    return read_json(path) if path.exists() else {}

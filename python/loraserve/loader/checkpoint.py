@@ -1,0 +1,85 @@
+"""Checkpoint: an open model on disk; config, named tensors and tokenizer, whatever the file format."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraserve.errors import ModelError
+from loraserve.models.config import ModelConfig
+from loraserve.tokenizer import Tokenizer
+
+# Tables older files carry; the decoder computes its own.
+IGNORED_SUFFIXES = (".rotary_emb.inv_freq", "rope_freqs.weight")
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Checkpoint(ABC):
+    """Tensors go by their Hugging Face names; `raw_config` is in the terms of config.json."""
+
+    def __init__(self, path: Path, raw_config: dict[str, Any]) -> None:
+        self.path = path
+        self.raw_config = raw_config
+        self._used: set[str] = set()
+        try:
+            self.config = ModelConfig.from_hf(raw_config)
+        except ModelError as error:
+            raise ModelError(f"{path}: {error}") from None
+
+    @abstractmethod
+    def names(self) -> Collection[str]:
+        """Names of all tensors."""
+
+    @abstractmethod
+    def load_tokenizer(self) -> Tokenizer:
+        """The tokenizer that belongs to the model. Raises ModelError."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release the files; tensors already read stay valid."""
+
+    @abstractmethod
+    def _file_of(self, name: str) -> Path:
+        """The file that holds a tensor listed in `names()`."""
+
+    @abstractmethod
+    def _read(self, name: str) -> Tensor:
+        """Read a tensor listed in `names()`. Raises ModelError."""
+
+    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        """Read one float tensor. Raises ModelError naming file and tensor if missing or not of `shape`."""
+        if name not in self.names():
+            raise ModelError(f"{self.path}: tensor {name} is missing")
+        tensor = self._read(name)
+        self._used.add(name)
+        where = f"{self._file_of(name)}: tensor {name}"
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise ModelError(f"{where} has dtype {tensor.dtype}, expected float32, bfloat16 or float16")
+        if shape is not None and tuple(tensor.shape) != shape:
+            raise ModelError(f"{where} has shape {list(tensor.shape)}, expected {list(shape)}")
+        return tensor
+
+    def check_all_used(self) -> None:
+        """A tensor nobody asked for means the model is not what its config says. Raises ModelError."""
+        ignored = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
+        unused = sorted(
+            name for name in set(self.names()) - self._used - ignored if not name.endswith(IGNORED_SUFFIXES)
+        )
+        if unused:
+            more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
+            raise ModelError(
+                f"{self._file_of(unused[0])}: tensor {unused[0]}{more} has no place in "
+                f"{self.config.architecture} as configured"
+            )
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,108 @@
+"""The header of a GGUF file: metadata and the table of tensors, parsed without touching tensor data.
+
+Layout (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), little-endian:
+
+    "GGUF" version:u32 num_tensors:u64 num_values:u64
+    num_values  * (key:string type:u32 value)
+    num_tensors * (name:string num_dims:u32 dims:u64[num_dims] type:u32 offset:u64)
+    padding to general.alignment, then tensor data; offsets count from there
+"""
+
+import mmap
+import struct
+from dataclasses import dataclass
+from typing import Any, Final
+
+MAGIC: Final = b"GGUF"
+VERSIONS: Final = (2, 3)
+DEFAULT_ALIGNMENT: Final = 32
+STRING: Final = 8
+ARRAY: Final = 9
+SCALARS: Final = {
+    0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """One row of the tensor table; `shape` in torch order, `offset` in bytes from the file's start."""
+
+    name: str
+    shape: tuple[int, ...]
+    ggml_type: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """Everything before the tensor data."""
+
+    metadata: dict[str, Any]
+    tensors: dict[str, GgufTensor]
+
+
+def parse_header(data: bytes | mmap.mmap) -> GgufHeader:
+    """Parse the start of a GGUF file. Raises ValueError if malformed or cut short."""
+    try:
+        with memoryview(data) as view:
+            return _Cursor(view).header()
+    except (struct.error, UnicodeDecodeError, KeyError) as error:
+        raise ValueError(f"malformed header: {error}") from error
+
+
+class _Cursor:
+    def __init__(self, data: memoryview) -> None:
+        self._data = data
+        self._at = 0
+
+    def header(self) -> GgufHeader:
+        if bytes(self._data[:4]) != MAGIC:
+            raise ValueError("not a GGUF file")
+        self._at = 4
+        version, num_tensors, num_values = self._unpack("IQQ")
+        if version not in VERSIONS:
+            raise ValueError(f"GGUF version {version} is not supported, supported are 2 and 3")
+        metadata = {self._string(): self._value(self._scalar("I")) for _ in range(num_values)}
+        rows = [self._tensor_row() for _ in range(num_tensors)]
+        alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+        start = -(-self._at // alignment) * alignment
+        return GgufHeader(metadata, {row[0]: GgufTensor(*row[:3], start + row[3]) for row in rows})
+
+    def _tensor_row(self) -> tuple[str, tuple[int, ...], int, int]:
+        name = self._string()
+        dims = self._unpack(f"{self._scalar('I')}Q")
+        ggml_type, offset = self._unpack("IQ")
+        return name, tuple(reversed(dims)), ggml_type, offset
+
+    def _value(self, kind: int) -> Any:
+        if kind == STRING:
+            return self._string()
+        if kind == ARRAY:
+            return self._array()
+        return self._scalar(SCALARS[kind])
+
+    def _array(self) -> list[Any]:
+        kind, count = self._unpack("IQ")
+        if kind in SCALARS:
+            return list(self._unpack(f"{self._checked(count)}{SCALARS[kind]}"))
+        return [self._value(kind) for _ in range(self._checked(count))]
+
+    def _string(self) -> str:
+        length = self._checked(self._scalar("Q"))
+        self._at += length
+        return str(self._data[self._at - length : self._at], "utf-8")
+
+    def _scalar(self, code: str) -> Any:
+        return self._unpack(code)[0]
+
+    def _unpack(self, codes: str) -> tuple[Any, ...]:
+        packed = "<" + codes
+        values = struct.unpack_from(packed, self._data, self._at)
+        self._at += struct.calcsize(packed)
+        return values
+
+    def _checked(self, count: int) -> int:
+        """An element takes a byte or more, so a count beyond the rest of the file is a lie."""
+        if count > len(self._data) - self._at:
+            raise ValueError(f"file is cut short at byte {len(self._data)}")
+        return count

@@ -1,0 +1,36 @@
+"""From what a user calls a model (name, path or Hub id) to an open checkpoint."""
+
+from pathlib import Path
+
+from loraserve.errors import ModelError
+from loraserve.loader.checkpoint import Checkpoint
+from loraserve.loader.default import DEFAULT_MODEL, default_model_path
+from loraserve.loader.gguf_file import GgufFile
+from loraserve.loader.hub import download_model
+from loraserve.loader.safetensors_dir import SafetensorsDir
+
+
+def resolve_model(path_or_id: str | Path) -> Path:
+    """A local directory or .gguf file; a Hub id is downloaded. Raises ModelError."""
+    if str(path_or_id) == DEFAULT_MODEL:
+        return default_model_path()
+    path = Path(path_or_id).expanduser()
+    if path.is_file() and path.suffix != ".gguf":
+        raise ModelError(f"{path} is a file, expected a model directory or a .gguf file")
+    if path.exists():
+        return path
+    if isinstance(path_or_id, Path) or _looks_like_path(path_or_id):
+        raise ModelError(f"model path {path_or_id} does not exist")
+    return download_model(path_or_id)
+
+
+def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
+    """Open a model's files and check its config; weights are read later. Raises ModelError."""
+    path = resolve_model(path_or_id)
+    return GgufFile(path) if path.is_file() else SafetensorsDir(path)
+
+
+def _looks_like_path(text: str) -> bool:
+    """Hub ids are `name` or `owner/name`."""
+    starts = text.startswith(("/", ".", "~"))
+    return starts or "\\" in text or text.count("/") > 1 or text.endswith((".gguf", ".safetensors", "/"))

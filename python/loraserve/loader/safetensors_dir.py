@@ -1,0 +1,100 @@
+"""A Hugging Face model directory: config.json, tokenizer files, one or several safetensors files."""
+
+from collections.abc import Collection
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from loraserve.errors import ModelError
+from loraserve.json_file import read_json, read_optional_json
+from loraserve.loader.checkpoint import Checkpoint
+from loraserve.tokenizer import Tokenizer
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+class SafetensorsDir(Checkpoint):
+    """Shards are memory-mapped; a tensor is read from disk when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, read_config(path))
+        self._stack = ExitStack()
+        try:
+            self._shards = {file: self._open(file) for file in shard_files(path)}
+            self._shard_of = {name: file for file, shard in self._shards.items() for name in shard.keys()}  # noqa: SIM118
+            self._check_index()
+        except BaseException:
+            self.close()
+            raise
+
+    def names(self) -> Collection[str]:
+        return self._shard_of.keys()
+
+    def load_tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_directory(self.path)
+
+    def close(self) -> None:
+        self._shards, self._shard_of = {}, {}
+        self._stack.close()
+
+    def _file_of(self, name: str) -> Path:
+        return self._shard_of[name]
+
+    def _read(self, name: str) -> Tensor:
+        file = self._shard_of[name]
+        try:
+            tensor: Tensor = self._shards[file].get_tensor(name)
+        except SafetensorError as error:
+            raise ModelError(f"{file}: tensor {name} can't be read: {error}") from error
+        return tensor
+
+    def _open(self, file: Path) -> Any:
+        if not file.is_file():
+            raise ModelError(f"{file} is missing")
+        try:
+            return self._stack.enter_context(safe_open(file, framework="pt"))
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file} is truncated or malformed: {error}") from error
+
+    def _check_index(self) -> None:
+        for name, file in _index(self.path).items():
+            if self._shard_of.get(name) != file:
+                raise ModelError(f"{file}: tensor {name} is missing, {INDEX_FILE} places it there")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json, with the stop tokens of generation_config.json if it names any. Raises ModelError."""
+    config = read_json(path / "config.json")
+    generation = read_optional_json(path / "generation_config.json")
+    if generation.get("eos_token_id") is not None:
+        config["eos_token_id"] = generation["eos_token_id"]
+    return config
+
+
+def shard_files(path: Path) -> list[Path]:
+    """The weight files of a directory. Raises ModelError if it has none we read."""
+    if (path / INDEX_FILE).exists():
+        return sorted(set(_index(path).values()))
+    if (path / SINGLE_FILE).exists():
+        return [path / SINGLE_FILE]
+    if any(path.glob("pytorch_model*.bin")):
+        raise ModelError(f"{path} holds pickled .bin weights, convert them to safetensors first")
+    raise ModelError(f"{path} has neither {SINGLE_FILE} nor {INDEX_FILE}")
+
+
+def _index(path: Path) -> dict[str, Path]:
+    """Tensor name to file; names in the index may not leave the directory."""
+    index = path / INDEX_FILE
+    if not index.exists():
+        return {}
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{index} has no weight_map")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ModelError(f"{index} places tensor {name} in {file!r}, expected a file name")
+    return {name: path / file for name, file in weight_map.items()}

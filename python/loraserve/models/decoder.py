@@ -1,0 +1,78 @@
+"""The decoder: embedding, attention and MLP layers, final norm; plain Python over the ops."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from loraserve.models.config import ModelConfig, ModuleShape
+from loraserve.ops.base import DOWN, GATE_UP, QKV, Linear, O, Ops, StepHandle
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's weights: q, k, v fused into `qkv`, gate and up into `gate_up`."""
+
+    attn_norm: Tensor
+    qkv: Linear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    o: Linear
+    mlp_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+class Decoder:
+    """A causal language model; T tokens of a step in, hidden states or logits out."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        ops: Ops,
+        *,
+        embedding: Linear,
+        layers: list[Layer],
+        final_norm: Tensor,
+        lm_head: Linear,
+        cos_sin: Tensor,
+    ) -> None:
+        self.config = config
+        self.layers = layers
+        self._ops = ops
+        self._embedding = embedding
+        self._lm_head = lm_head
+        self._cos_sin = cos_sin
+        self._norms_after = [layer.attn_norm for layer in layers[1:]] + [final_norm]
+
+    def forward(self, step: StepHandle) -> Tensor:
+        """Run every layer over the step's tokens; returns normed hidden states [T, hidden]."""
+        ops, eps = self._ops, self.config.rms_norm_eps
+        residual = ops.embedding(step, self._embedding)
+        hidden = ops.rms_norm(residual, self.layers[0].attn_norm, eps)
+        for index, (layer, norm_after) in enumerate(zip(self.layers, self._norms_after, strict=True)):
+            hidden = self._attention(step, index, layer, hidden)
+            hidden = ops.add_rms_norm(hidden, residual, layer.mlp_norm, eps)
+            hidden = self._mlp(step, index, layer, hidden)
+            hidden = ops.add_rms_norm(hidden, residual, norm_after, eps)
+        return hidden
+
+    def logits(self, step: StepHandle, hidden: Tensor) -> Tensor:
+        """Scores of the step's sampled rows, float32 [L, vocab]."""
+        return self._ops.logits(step, hidden, self._lm_head)
+
+    def base_shape(self) -> tuple[int, list[ModuleShape]]:
+        """Arguments of `_core.BaseShape`."""
+        return self.config.base_shape()
+
+    def _attention(self, step: StepHandle, index: int, layer: Layer, hidden: Tensor) -> Tensor:
+        ops = self._ops
+        qkv = ops.lora_linear(step, hidden, layer.qkv, index, QKV)
+        ops.rope_and_cache(
+            step, qkv, index, self._cos_sin, layer.q_norm, layer.k_norm, self.config.rms_norm_eps
+        )
+        return ops.lora_linear(step, ops.attention(step, qkv, index), layer.o, index, O)
+
+    def _mlp(self, step: StepHandle, index: int, layer: Layer, hidden: Tensor) -> Tensor:
+        ops = self._ops
+        gate_up = ops.lora_linear(step, hidden, layer.gate_up, index, GATE_UP)
+        return ops.lora_linear(step, ops.silu_mul(gate_up), layer.down, index, DOWN)

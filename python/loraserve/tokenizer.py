@@ -1,0 +1,125 @@
+"""Tokenizer: text to token ids and back for one model, with its stop tokens and chat template."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from loraserve.byte_level_bpe import build_byte_level_bpe, find_pre_tokenizer
+from loraserve.chat_template import ChatTemplate, Message
+from loraserve.errors import InvalidRequestError, ModelError
+from loraserve.json_file import read_optional_json
+from loraserve.models.config import token_ids
+
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+class Tokenizer:
+    """Wraps a `tokenizers` tokenizer; safe to use from several threads."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        special_tokens: Mapping[str, str],
+        eos_token_ids: Sequence[int] = (),
+        add_bos: bool | None = None,
+        chat_template: str | None = None,
+    ) -> None:
+        """`add_bos` None leaves it to the backend's post-processor; no `eos_token_ids` means eos_token's."""
+        backend.no_padding()
+        backend.no_truncation()
+        self._backend = backend
+        self.vocab_size: int = backend.get_vocab_size()
+        self.bos_token_id = self._id_of(special_tokens.get("bos_token"))
+        eos = self._id_of(special_tokens.get("eos_token"))
+        self.eos_token_ids = tuple(eos_token_ids) or token_ids(eos)
+        self.special_ids = frozenset(
+            index for index, token in backend.get_added_tokens_decoder().items() if token.special
+        )
+        self._adds_bos_itself = backend.encode("").ids[:1] == [self.bos_token_id]
+        self._add_bos = self._adds_bos_itself if add_bos is None else add_bos
+        self._chat_template = ChatTemplate(chat_template, special_tokens) if chat_template else None
+
+    @classmethod
+    def from_directory(cls, path: Path) -> "Tokenizer":
+        """Read tokenizer.json and what stands beside it. Raises ModelError."""
+        file = path / "tokenizer.json"
+        if not file.is_file():
+            raise ModelError(f"{file} is missing")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise ModelError(f"{file} can't be read: {error}") from error
+        config = read_optional_json(path / "tokenizer_config.json")
+        model = read_optional_json(path / "config.json")
+        generation = read_optional_json(path / "generation_config.json")
+        eos = generation.get("eos_token_id", model.get("eos_token_id"))
+        return cls(
+            backend,
+            special_tokens=_special_tokens(read_optional_json(path / "special_tokens_map.json") | config),
+            eos_token_ids=token_ids(eos),
+            add_bos=config.get("add_bos_token"),
+            chat_template=_chat_template(path, config),
+        )
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any], eos_token_ids: Sequence[int]) -> "Tokenizer":
+        """Build from a GGUF file's metadata. Raises ModelError."""
+        add_bos = metadata.get("tokenizer.ggml.add_bos_token", find_pre_tokenizer(metadata).adds_bos)
+        tokens = metadata.get("tokenizer.ggml.tokens", [])
+        names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+        ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
+        return cls(
+            build_byte_level_bpe(metadata),
+            special_tokens={name: tokens[index] for name, index in ids.items() if index is not None},
+            eos_token_ids=eos_token_ids,
+            add_bos=bool(add_bos),
+            chat_template=metadata.get("tokenizer.chat_template"),
+        )
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of the text; special tokens (such as bos) are added as the model wants them."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        if not add_special_tokens or self._add_bos == self._adds_bos_itself:
+            return ids
+        if not self._add_bos:
+            return ids[1:]
+        return ids if self.bos_token_id is None else [self.bos_token_id, *ids]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of the ids; bytes that are not UTF-8 become U+FFFD."""
+        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        """Prompt text of a conversation. Raises InvalidRequestError if the model has no template."""
+        if self._chat_template is None:
+            raise InvalidRequestError("the model has no chat template, send a prompt instead of messages")
+        return self._chat_template.render(messages, add_generation_prompt)
+
+    def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+        """Token ids of a conversation; the template writes its own special tokens."""
+        text = self.apply_chat_template(messages, add_generation_prompt)
+        return self.encode(text, add_special_tokens=False)
+
+    def _id_of(self, token: str | None) -> int | None:
+        return None if token is None else self._backend.token_to_id(token)
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """Each is written as a string or as an object with its `content`."""
+    found = {name: config[name] for name in SPECIAL_TOKENS if config.get(name) is not None}
+    return {name: token if isinstance(token, str) else token["content"] for name, token in found.items()}
+
+
+def _chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
+    """The template file wins over tokenizer_config.json; of several named ones, `default`."""
+    file = path / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template}
+        template = named.get("default")
+    return template if isinstance(template, str) else None

@@ -1,0 +1,37 @@
+"""Fixtures shared by all tests: the embedded SmolLM2, and transformers running the same file."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from loraserve.loader import default_model_path
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> str:
+    return str(default_model_path())
+
+
+@pytest.fixture(scope="session")
+def hf_smollm2_tokenizer(smollm2_path: str) -> Any:
+    """transformers' tokenizer of the file, cutting digits apart as SmolLM2's tokenizer.json does."""
+    from tokenizers import pre_tokenizers  # noqa: PLC0415
+    from transformers import AutoTokenizer  # noqa: PLC0415  slow to import
+
+    tokenizer = AutoTokenizer.from_pretrained(Path(smollm2_path).parent, gguf_file=Path(smollm2_path).name)
+    # transformers cuts every GPT-2 vocabulary as GPT-2 does, unless it knows tokenizer.ggml.pre
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def hf_smollm2(smollm2_path: str, hf_smollm2_tokenizer: Any) -> tuple[Any, Any]:
+    """(model in float32, tokenizer)."""
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415  slow to import
+
+    path = Path(smollm2_path)
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    return model.eval(), hf_smollm2_tokenizer
