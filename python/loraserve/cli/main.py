@@ -1,0 +1,63 @@
+"""The command line: picks the subcommand and turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from loraserve.cli import adapters, generate, serve
+from loraserve.errors import LoraserveError
+
+EXAMPLES = """\
+examples:
+  loraserve generate smollm2 -p "The capital of France is"
+  loraserve serve smollm2 --adapter sql=adapters/sql --adapter pirate=adapters/pirate
+  loraserve adapters check adapters/sql --model smollm2
+
+`loraserve COMMAND --help` explains a command. The model "smollm2" comes with loraserve[demo].
+"""
+
+EXIT_ERROR = 1
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Returns 0, 1 after an error of loraserve, 130 after an interrupt; 2 is bad usage."""
+    args = build_parser().parse_args(argv)
+    try:
+        status: int = args.run(args)
+    except LoraserveError as error:
+        print(f"loraserve: error: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output left. Python would complain once more when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_ERROR
+    return status
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="loraserve",
+        description="Serve hundreds of LoRA adapters on one base LLM, mixed in one batch.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action=_PrintVersion, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in (serve, generate, adapters):
+        command.add_parser(commands)
+    return parser
+
+
+class _PrintVersion(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from loraserve._core import __version__  # noqa: PLC0415 (a compiled module, needed here only)
+
+        print(f"loraserve {__version__}")
+        parser.exit()

@@ -1,0 +1,121 @@
+"""Command-line options that several commands share, and how their values are read."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import TypeAlias, TypeVar
+
+from loraserve.config import DTYPES, EngineConfig
+
+Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+T = TypeVar("T")
+
+MODEL_HELP = 'Hugging Face directory, Hub id, .gguf file, or "smollm2" (comes with loraserve[demo])'
+
+
+def add_command(commands: Subparsers, name: str, summary: str, examples: str) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    group = parser.add_argument_group("engine")
+    group.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        type=name_and_path,
+        metavar="NAME=PATH",
+        help="serve the PEFT directory PATH as NAME; repeat for more",
+    )
+    add_dtype_option(group)
+    group.add_argument(
+        "--memory",
+        default=EngineConfig.memory,
+        metavar="SIZE",
+        help="memory that KV cache and adapters share, as 512MiB or 4GiB (default %(default)s)",
+    )
+    add_max_lora_rank_option(group)
+    group.add_argument(
+        "--max-num-seqs",
+        type=int,
+        default=EngineConfig.max_num_seqs,
+        metavar="N",
+        help="most sequences in one step (default %(default)s)",
+    )
+    group.add_argument(
+        "--max-model-len",
+        type=int,
+        metavar="TOKENS",
+        help="most tokens of prompt and answer together (default: the model's limit)",
+    )
+    group.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads to compute with (default: all cores)"
+    )
+
+
+def add_dtype_option(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default=EngineConfig.dtype,
+        help="storage of weights, KV cache and adapters (default %(default)s)",
+    )
+
+
+def add_max_lora_rank_option(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--max-lora-rank",
+        type=int,
+        default=EngineConfig.max_lora_rank,
+        metavar="R",
+        help="refuse adapters of a higher rank (default %(default)s)",
+    )
+
+
+def engine_config(args: argparse.Namespace, parser: argparse.ArgumentParser) -> EngineConfig:
+    """The engine settings of parsed options; exits with a usage error if a name is given twice."""
+    return EngineConfig(
+        model=args.model,
+        adapters=as_dict(args.adapter, "--adapter", parser),
+        dtype=args.dtype,
+        memory=args.memory,
+        max_lora_rank=args.max_lora_rank,
+        max_num_seqs=args.max_num_seqs,
+        max_model_len=args.max_model_len,
+        num_threads=args.threads,
+    )
+
+
+def as_dict(pairs: Sequence[tuple[str, T]], option: str, parser: argparse.ArgumentParser) -> dict[str, T]:
+    """The pairs as a dict; exits with a usage error if a name is given twice."""
+    values: dict[str, T] = {}
+    for name, value in pairs:
+        if name in values:
+            parser.error(f"{option} names {name!r} twice")
+        values[name] = value
+    return values
+
+
+def name_and_path(text: str) -> tuple[str, str]:
+    name, separator, path = text.partition("=")
+    if not (name and separator and path):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH")
+    return name, path
+
+
+def name_and_weight(text: str) -> tuple[str, float]:
+    """An adapter name with its weight, 1 if none is written."""
+    name, separator, weight = text.partition("=")
+    try:
+        return name, float(weight) if separator else 1.0
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME or NAME=WEIGHT") from None

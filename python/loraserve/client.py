@@ -1,0 +1,265 @@
+"""Clients of a loraserve server, blocking and asyncio; they raise the errors of loraserve.errors."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from loraserve.errors import EngineStoppedError, LoraserveError
+from loraserve.request import AdapterSpec, Completion, Delta, GenerateRequest
+from loraserve.sampling_params import SamplingParams
+from loraserve.server.errors import ERROR_CLASS_KEY, typed_error
+from loraserve.server.messages import delta_from_wire, request_to_wire
+from loraserve.v1 import loraserve_pb2 as pb
+from loraserve.v1 import loraserve_pb2_grpc as pb_grpc
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+READY_POLL_S = 0.1
+
+_CHANNEL_OPTIONS = (
+    ("grpc.max_send_message_length", 16 * 2**20),
+    ("grpc.max_receive_message_length", 16 * 2**20),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+)
+
+
+class Client:
+    """A blocking connection to one server; may be shared between threads.
+
+    Every call raises the server's typed error, EngineStoppedError when no server answers, and
+    TimeoutError after `timeout` seconds.
+
+    Args:
+        address: host:port of the server.
+        timeout: seconds a call may take in all; None waits as long as it takes.
+    """
+
+    def __init__(self, address: str = DEFAULT_ADDRESS, *, timeout: float | None = None) -> None:
+        self._address = address
+        self._timeout = timeout
+        self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        self._stub = pb_grpc.LoraServeStub(self._channel)
+
+    def stream(
+        self,
+        prompt: str | Sequence[int] | None = None,
+        params: SamplingParams | None = None,
+        *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        adapter: AdapterSpec = None,
+    ) -> Iterator[Delta]:
+        """Deltas as the server makes them, of all n answers; closing the iterator cancels the request.
+
+        Args:
+            prompt: text or token ids; or else `messages`.
+            params: sampling; None takes the defaults.
+            messages: a chat, each message with "role" and "content".
+            adapter: None for the base model, a name, or {name: weight}.
+        """
+        call = self._stub.Generate(_request(prompt, params, messages, adapter), timeout=self._timeout)
+        try:
+            for message in call:
+                yield delta_from_wire(message)
+        except grpc.RpcError as error:
+            raise _error_of(error, self._address) from None
+        finally:
+            call.cancel()
+
+    def generate(
+        self,
+        prompt: str | Sequence[int] | None = None,
+        params: SamplingParams | None = None,
+        *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        adapter: AdapterSpec = None,
+    ) -> list[Completion]:
+        """The n whole answers to one prompt; arguments as of `stream`."""
+        answers = _no_answers(params)
+        for delta in self.stream(prompt, params, messages=messages, adapter=adapter):
+            answers[delta.index].append(delta)
+        return answers
+
+    def load_adapter(self, name: str, path: str) -> pb.Receipt:
+        """Register the PEFT directory `path`, on the server's disk, under `name`."""
+        request = pb.LoadAdapterRequest(name=name, path=path)
+        response: pb.LoadAdapterResponse = self._call(self._stub.LoadAdapter, request)
+        return response.receipt
+
+    def unload_adapter(self, name: str) -> None:
+        """Refuse new requests for `name`; running ones finish."""
+        self._call(self._stub.UnloadAdapter, pb.UnloadAdapterRequest(name=name))
+
+    def adapters(self) -> list[pb.Adapter]:
+        """All registered adapters, sorted by name."""
+        response: pb.ListAdaptersResponse = self._call(self._stub.ListAdapters, pb.ListAdaptersRequest())
+        return list(response.adapters)
+
+    def info(self) -> pb.GetServerInfoResponse:
+        """The server's settings and its present load."""
+        response: pb.GetServerInfoResponse = self._call(self._stub.GetServerInfo, pb.GetServerInfoRequest())
+        return response
+
+    def wait_ready(self, timeout: float) -> None:
+        """Return once the server is serving; TimeoutError after `timeout` seconds."""
+        health = health_pb2_grpc.HealthStub(self._channel)
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                if _is_serving(health.Check(health_pb2.HealthCheckRequest(), timeout=1.0)):
+                    return
+            except grpc.RpcError:
+                pass  # not listening yet
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no server is ready at {self._address} after {timeout:g} s")
+            time.sleep(READY_POLL_S)
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _call(self, method: Any, request: Any) -> Any:
+        try:
+            return method(request, timeout=self._timeout)
+        except grpc.RpcError as error:
+            raise _error_of(error, self._address) from None
+
+
+class AsyncClient:
+    """The asyncio twin of `Client`: the same methods, arguments and errors, on the running loop."""
+
+    def __init__(self, address: str = DEFAULT_ADDRESS, *, timeout: float | None = None) -> None:
+        self._address = address
+        self._timeout = timeout
+        self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        self._stub = pb_grpc.LoraServeStub(self._channel)
+
+    async def stream(
+        self,
+        prompt: str | Sequence[int] | None = None,
+        params: SamplingParams | None = None,
+        *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        adapter: AdapterSpec = None,
+    ) -> AsyncIterator[Delta]:
+        """As `Client.stream`."""
+        call = self._stub.Generate(_request(prompt, params, messages, adapter), timeout=self._timeout)
+        try:
+            async for message in call:
+                yield delta_from_wire(message)
+        except grpc.aio.AioRpcError as error:
+            raise _error_of(error, self._address) from None
+        finally:
+            call.cancel()
+
+    async def generate(
+        self,
+        prompt: str | Sequence[int] | None = None,
+        params: SamplingParams | None = None,
+        *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        adapter: AdapterSpec = None,
+    ) -> list[Completion]:
+        """As `Client.generate`."""
+        answers = _no_answers(params)
+        async for delta in self.stream(prompt, params, messages=messages, adapter=adapter):
+            answers[delta.index].append(delta)
+        return answers
+
+    async def load_adapter(self, name: str, path: str) -> pb.Receipt:
+        """As `Client.load_adapter`."""
+        request = pb.LoadAdapterRequest(name=name, path=path)
+        response: pb.LoadAdapterResponse = await self._call(self._stub.LoadAdapter, request)
+        return response.receipt
+
+    async def unload_adapter(self, name: str) -> None:
+        """As `Client.unload_adapter`."""
+        await self._call(self._stub.UnloadAdapter, pb.UnloadAdapterRequest(name=name))
+
+    async def adapters(self) -> list[pb.Adapter]:
+        """As `Client.adapters`."""
+        request = pb.ListAdaptersRequest()
+        response: pb.ListAdaptersResponse = await self._call(self._stub.ListAdapters, request)
+        return list(response.adapters)
+
+    async def info(self) -> pb.GetServerInfoResponse:
+        """As `Client.info`."""
+        request = pb.GetServerInfoRequest()
+        response: pb.GetServerInfoResponse = await self._call(self._stub.GetServerInfo, request)
+        return response
+
+    async def wait_ready(self, timeout: float) -> None:
+        """As `Client.wait_ready`."""
+        health = health_pb2_grpc.HealthStub(self._channel)
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                if _is_serving(await health.Check(health_pb2.HealthCheckRequest(), timeout=1.0)):
+                    return
+            except grpc.aio.AioRpcError:
+                pass  # not listening yet
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no server is ready at {self._address} after {timeout:g} s")
+            await asyncio.sleep(READY_POLL_S)
+
+    async def close(self) -> None:
+        await self._channel.close(None)
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _call(self, method: Any, request: Any) -> Any:
+        try:
+            return await method(request, timeout=self._timeout)
+        except grpc.aio.AioRpcError as error:
+            raise _error_of(error, self._address) from None
+
+
+def _request(
+    prompt: str | Sequence[int] | None,
+    params: SamplingParams | None,
+    messages: Sequence[Mapping[str, Any]] | None,
+    adapter: AdapterSpec,
+) -> pb.GenerateRequest:
+    params = params or SamplingParams()
+    return request_to_wire(GenerateRequest(prompt=prompt, messages=messages, adapter=adapter, params=params))
+
+
+def _no_answers(params: SamplingParams | None) -> list[Completion]:
+    return [Completion() for _ in range(1 if params is None else params.n)]
+
+
+def _is_serving(response: health_pb2.HealthCheckResponse) -> bool:
+    return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def _error_of(error: Any, address: str) -> LoraserveError | TimeoutError:
+    """The typed error behind a failed call: the server names its class in the trailing metadata."""
+    code, details = error.code(), error.details() or ""
+    for key, value in error.trailing_metadata() or ():
+        if key == ERROR_CLASS_KEY:
+            return typed_error(value, details)
+    if code == grpc.StatusCode.DEADLINE_EXCEEDED:
+        return TimeoutError(f"no complete answer from {address} in time")
+    if code == grpc.StatusCode.UNAVAILABLE:
+        return EngineStoppedError(f"no server answers at {address}: {details}")
+    return LoraserveError(f"{code.name}: {details}")

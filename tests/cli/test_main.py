@@ -1,0 +1,120 @@
+"""The command line without a model: usage, help, versions, and errors as one line."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from loraserve import _core
+from loraserve.cli import main
+from loraserve.cli.adapters import ranges
+
+COMMANDS = [["serve"], ["generate"], ["adapters"], ["adapters", "check"]]
+
+
+def test_version_is_that_of_the_compiled_core(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"loraserve {_core.__version__}\n"
+
+
+@pytest.mark.parametrize("command", [[], *COMMANDS])
+def test_help_describes_every_command(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([*command, "--help"])
+    assert caught.value.code == 0
+    assert "usage: loraserve" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [["serve"], ["generate"], ["adapters", "check"]])
+def test_help_teaches_with_examples(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*command, "--help"])
+    assert f"examples:\n  loraserve {' '.join(command)} smollm2" in capsys.readouterr().out.replace(
+        "adapters/sql --model smollm2", "smollm2"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ([], "required: COMMAND"),
+        (["adapters"], "required: ACTION"),
+        (["serve"], "required: MODEL"),
+        (["generate", "m"], "required: -p/--prompt"),
+        (["serve", "m", "--adapter", "sql"], "'sql' is not NAME=PATH"),
+        (["serve", "m", "--adapter", "a=x", "--adapter", "a=y"], "--adapter names 'a' twice"),
+        (["serve", "m", "--dtype", "int4"], "invalid choice: 'int4'"),
+        (["serve", "m", "--grpc-port", "http"], "invalid int value: 'http'"),
+        (["serve", "m", "--drain-seconds", "-1"], "--drain-seconds is -1"),
+        (["serve", "m", "--drain-seconds", "nan"], "--drain-seconds is nan"),
+        (["generate", "m", "-p", "x", "-a", "a=heavy"], "'a=heavy' is not NAME or NAME=WEIGHT"),
+        (["generate", "m", "-p", "x", "--adapter", "a=x", "-a", "a", "-a", "a"], "-a names 'a' twice"),
+        (["generate", "m", "-p", "x", "-a", "sql"], "-a names 'sql', give its files with --adapter sql=PATH"),
+    ],
+)
+def test_wrong_usage_exits_with_2(
+    arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["serve", "m", "--memory", "lots"], "memory is 'lots', write it as 512MiB or 2GiB"),
+        (["serve", "m", "--memory", "0"], "memory is '0', it must be more than 0 bytes"),
+        (["serve", "m", "--max-lora-rank", "0"], "max_lora_rank is 0, it must be at least 1"),
+        (["serve", "m", "--threads", "-2"], "num_threads is -2, it must be at least 1"),
+        (["serve", "m", "--grpc-port", "70000"], "port 70000 is out of range, choose 0 to 65535"),
+        (["serve", "./none", "--grpc-port", "0"], "model path ./none does not exist"),
+        (["generate", "./none", "-p", "x"], "model path ./none does not exist"),
+        (
+            ["generate", "m", "-p", "x", "--temperature", "nan"],
+            "temperature is nan, it must be a finite number",
+        ),
+        (["generate", "m", "-p", "x", "--max-tokens", "0"], "max_tokens is 0, it must be from 1"),
+        (["adapters", "check", "x", "--model", "./none"], "model path ./none does not exist"),
+    ],
+)
+def test_an_error_is_one_line_and_exits_with_1(
+    arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("loraserve: error: ")] == lines
+    assert len(lines) == 1
+    assert text in lines[0]
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_come_at_once(option: str) -> None:
+    def seconds() -> float:
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "loraserve", option], check=True, stdout=subprocess.DEVNULL)
+        return time.perf_counter() - started
+
+    assert min(seconds() for _ in range(3)) < 0.3
+
+
+def test_the_command_line_imports_neither_torch_nor_grpc() -> None:
+    code = "import sys, loraserve.cli; sys.exit(bool({'torch', 'grpc', 'numpy'} & sys.modules.keys()))"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_reader_that_leaves_is_no_traceback(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m loraserve --help 2>{tmp_path}/stderr | true"
+    subprocess.run(["bash", "-c", command], check=True)
+    assert "Traceback" not in (tmp_path / "stderr").read_text()
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"), [([], ""), ([3], "3"), ([0, 1, 2, 5, 7, 8], "0-2, 5, 7-8"), ([0, 2], "0, 2")]
+)
+def test_runs_of_layers_are_shortened(numbers: list[int], text: str) -> None:
+    assert ranges(numbers) == text

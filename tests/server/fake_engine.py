@@ -1,0 +1,53 @@
+"""An engine without a model: the prompt says how it behaves, so errors and hangs can be had at will."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from loraserve import errors
+from loraserve.request import Delta, GenerateRequest, Usage
+
+
+class FakeStream:
+    """Words of the prompt as deltas; "late CLASS" fails after one delta, "hang" never ends."""
+
+    def __init__(self, request: GenerateRequest) -> None:
+        assert isinstance(request.prompt, str)
+        self._words = request.prompt.split()
+        self.aborted = asyncio.Event()
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        for index, word in enumerate(self._words):
+            yield Delta(0, word, [index], None, None, None)
+            if self._words[0] == "late":
+                raise error_named(self._words[1])
+            if self._words[0] == "hang":
+                await asyncio.Event().wait()
+        yield Delta(0, "", [], None, "stop", Usage(1, len(self._words), 0))
+
+    def abort(self) -> None:
+        self.aborted.set()
+
+
+class FakeEngine:
+    """Refuses "refuse CLASS" prompts with that error; remembers its streams and its requests."""
+
+    def __init__(self) -> None:
+        self.streams: list[FakeStream] = []
+        self.requests: list[GenerateRequest] = []
+
+    def submit(self, request: GenerateRequest) -> FakeStream:
+        self.requests.append(request)
+        if isinstance(request.prompt, str) and request.prompt.startswith("refuse"):
+            raise error_named(request.prompt.split()[1])
+        self.streams.append(FakeStream(request))
+        return self.streams[-1]
+
+    async def shutdown(self, deadline_s: float = 0.0) -> None:
+        pass
+
+
+def error_named(name: str) -> Exception:
+    error: Exception = getattr(errors, name, RuntimeError)(f"text of {name}")
+    return error
