@@ -1,0 +1,92 @@
+"""Reads adapters into their extents of the pool on threads of its own, off the step loop."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from loraserve import _core
+from loraserve.adapters.registry import RegisteredAdapter
+from loraserve.errors import AdapterUnavailableError, LoraserveError
+
+NUM_LOADER_THREADS = 2
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Where an adapter is to lie: `nbytes` at `address`, pages `first_page` … of `slot`."""
+
+    slot: int
+    first_page: int
+    address: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class LoadResult:
+    """One finished load: the layout of the bytes now in the extent, or why there are none."""
+
+    adapter_id: int
+    extent: Extent
+    outcome: _core.AdapterLayout | LoraserveError
+
+
+class ExtentLoader:
+    """Starts loads and collects their results; `on_done` is called from a loader thread after each."""
+
+    def __init__(
+        self, shape: _core.BaseShape, dtype: str, max_lora_rank: int, on_done: Callable[[], None]
+    ) -> None:
+        self._shape = shape
+        self._dtype = dtype
+        self._max_lora_rank = max_lora_rank
+        self._on_done = on_done
+        self._executor = ThreadPoolExecutor(NUM_LOADER_THREADS, "loraserve-loader")
+        self._results: queue.SimpleQueue[LoadResult] = queue.SimpleQueue()
+
+    def check(self, path: str) -> _core.Receipt:
+        """Read and check the adapter at `path` against the base model, without loading it."""
+        return _core.check_adapter(path, self._shape, self._dtype, self._max_lora_rank)
+
+    def start(self, adapter_id: int, sources: Sequence[RegisteredAdapter], extent: Extent) -> None:
+        self._executor.submit(self._run, adapter_id, sources, extent)
+
+    def take_results(self) -> list[LoadResult]:
+        return [self._results.get_nowait() for _ in range(self._results.qsize())]
+
+    def shutdown(self) -> None:
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def _run(self, adapter_id: int, sources: Sequence[RegisteredAdapter], extent: Extent) -> None:
+        outcome: _core.AdapterLayout | LoraserveError
+        try:
+            outcome = self._load_first_readable(sources, extent)
+        except LoraserveError as error:
+            outcome = error
+        except Exception as error:  # a loader thread must answer, whatever happens
+            outcome = AdapterUnavailableError(f"adapter {sources[0].name!r} can't be loaded: {error}")
+        self._results.put(LoadResult(adapter_id, extent, outcome))
+        self._on_done()
+
+    def _load_first_readable(
+        self, sources: Sequence[RegisteredAdapter], extent: Extent
+    ) -> _core.AdapterLayout:
+        for source in sources[:-1]:
+            try:
+                return self._load(source, extent)
+            except LoraserveError:
+                continue  # the same content was registered from another path as well
+        return self._load(sources[-1], extent)
+
+    def _load(self, source: RegisteredAdapter, extent: Extent) -> _core.AdapterLayout:
+        return _core.load_adapter(
+            source.path,
+            self._shape,
+            self._dtype,
+            self._max_lora_rank,
+            source.receipt.hash,
+            extent.address,
+            extent.nbytes,
+        )

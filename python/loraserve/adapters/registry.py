@@ -1,0 +1,60 @@
+"""Adapter names: what each was registered from, and its receipt."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from loraserve._core import Receipt
+from loraserve.errors import AdapterNotFoundError, InvalidRequestError
+
+NAME_PATTERN = re.compile(r"[a-zA-Z0-9_\-.:]+")
+
+
+@dataclass(frozen=True)
+class RegisteredAdapter:
+    """One name; several names may share one adapter id, which stands for the content."""
+
+    name: str
+    path: str
+    receipt: Receipt
+    adapter_id: int
+
+
+class AdapterRegistry:
+    """Names to registered adapters, and adapter ids to the paths they can be read from."""
+
+    def __init__(self) -> None:
+        self._by_name: dict[str, RegisteredAdapter] = {}
+        self._sources: dict[int, dict[str, RegisteredAdapter]] = {}
+
+    def add(self, adapter: RegisteredAdapter) -> None:
+        self._by_name[adapter.name] = adapter
+        self._sources.setdefault(adapter.adapter_id, {})[adapter.path] = adapter
+
+    def remove(self, name: str) -> RegisteredAdapter:
+        """Forget the name; its source is kept for requests still queued."""
+        if name not in self._by_name:
+            raise AdapterNotFoundError(f"adapter {name!r} is not registered")
+        return self._by_name.pop(name)
+
+    def forget_sources_except(self, adapter_ids: set[int]) -> None:
+        self._sources = {id_: source for id_, source in self._sources.items() if id_ in adapter_ids}
+
+    def sources(self, adapter_id: int) -> list[RegisteredAdapter]:
+        """Everywhere this content was registered from, newest first."""
+        return list(reversed(self._sources[adapter_id].values()))
+
+    def __iter__(self) -> Iterator[RegisteredAdapter]:
+        return iter(self._by_name.values())
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+
+def check_adapter_name(name: str) -> None:
+    if not NAME_PATTERN.fullmatch(name):
+        raise InvalidRequestError(
+            f"adapter name {name!r} is not allowed, use letters, digits, '_', '-', '.' and ':'"
+        )

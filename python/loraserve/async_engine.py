@@ -1,0 +1,98 @@
+"""The engine for servers: submit, stream, abort, all on one asyncio loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+
+from loraserve._core import Receipt
+from loraserve.config import EngineConfig
+from loraserve.engine import Engine, EngineOutput
+from loraserve.info import AdapterInfo, EngineInfo
+from loraserve.request import Delta, GenerateRequest
+from loraserve.service import Service
+
+
+class RequestStream(AsyncIterator[Delta]):
+    """Deltas of one request, of all its n answers as they come; ends when all have finished."""
+
+    def __init__(self, engine: AsyncEngine, num_answers: int) -> None:
+        self._engine = engine
+        self._num_open = num_answers
+        self._events: asyncio.Queue[Delta | Exception] = asyncio.Queue()
+        self.request_ids: list[int] = []
+        self.prompt_token_ids: list[int] = []
+
+    async def __anext__(self) -> Delta:
+        if self._num_open == 0:
+            raise StopAsyncIteration
+        event = await self._events.get()
+        if isinstance(event, Exception):
+            self._num_open = 0
+            self.abort()
+            raise event
+        if event.finish_reason is not None:
+            self._num_open -= 1
+        return event
+
+    def put(self, event: Delta | Exception) -> None:
+        self._events.put_nowait(event)
+
+    def abort(self) -> None:
+        """End the request now and free its pages; a finished request is left alone."""
+        self._num_open = 0
+        self._engine.abort(self)
+
+
+class AsyncEngine:
+    """An engine whose results arrive on the running asyncio loop; call its methods from that loop only.
+
+    Building one loads the model (blocking, seconds).
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._engine = Engine(config, self._on_outputs)
+        self._service: Service[RequestStream] = Service(self._engine)
+
+    def submit(self, request: GenerateRequest) -> RequestStream:
+        """Queue a request and return its stream.
+
+        Raises:
+            InvalidRequestError, AdapterNotFoundError, AdapterUnavailableError, CapacityError,
+            EngineStoppedError: the request was refused; nothing was queued.
+        """
+        self._loop = asyncio.get_running_loop()
+        prepared = self._service.prepare(request)
+        stream = RequestStream(self, prepared.params.n)
+        stream.prompt_token_ids = prepared.prompt_token_ids
+        stream.request_ids = self._service.submit(prepared, stream)
+        return stream
+
+    def abort(self, stream: RequestStream) -> None:
+        self._service.abort(stream.request_ids)
+
+    async def load_adapter(self, name: str, path: str) -> Receipt:
+        """Check and register an adapter off the loop; see `Engine.load_adapter`."""
+        return await asyncio.to_thread(self._engine.load_adapter, name, path)
+
+    async def unload_adapter(self, name: str) -> None:
+        self._engine.unload_adapter(name)
+
+    def adapters(self) -> list[AdapterInfo]:
+        return self._engine.adapters()
+
+    def info(self) -> EngineInfo:
+        return self._engine.info()
+
+    async def shutdown(self, deadline_s: float = 30.0) -> None:
+        """Refuse new requests, finish running ones within the deadline, abort the rest, stop."""
+        await asyncio.to_thread(self._engine.shutdown, deadline_s)
+
+    def _on_outputs(self, outputs: list[EngineOutput]) -> None:
+        loop = self._loop
+        if loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(self._route, outputs)
+
+    def _route(self, outputs: Sequence[EngineOutput]) -> None:
+        self._service.route(outputs, RequestStream.put, RequestStream.put)

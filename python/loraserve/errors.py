@@ -1,0 +1,33 @@
+"""Every error loraserve raises on purpose; each says what was wrong, the limit and the remedy."""
+
+
+class LoraserveError(Exception):
+    """Base of all typed errors."""
+
+
+class InvalidRequestError(LoraserveError, ValueError):
+    """The request itself is wrong: prompt, sampling parameters, adapter name or weights."""
+
+
+class AdapterNotFoundError(LoraserveError, LookupError):
+    """No adapter is registered under this name."""
+
+
+class AdapterFormatError(LoraserveError, ValueError):
+    """An adapter's files are malformed, unsupported, or do not fit the base model."""
+
+
+class AdapterUnavailableError(LoraserveError):
+    """A registered adapter can't be used now: its files are gone or changed, or it is being unloaded."""
+
+
+class CapacityError(LoraserveError):
+    """The memory pool or the queue is too small for this; the message says how much is needed."""
+
+
+class ModelError(LoraserveError, ValueError):
+    """The base model can't be loaded: missing path, unsupported architecture, missing or misshapen tensor."""
+
+
+class EngineStoppedError(LoraserveError):
+    """The engine is shutting down or has failed and takes no new requests."""

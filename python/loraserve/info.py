@@ -1,0 +1,81 @@
+"""What an operator can ask of a running engine, as plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loraserve._core import Receipt, __version__
+from loraserve.config import EngineConfig
+
+if TYPE_CHECKING:
+    from loraserve.runner import ModelRunner
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterInfo:
+    """One registered name; state is "registered", "loading", "resident" or "failed"."""
+
+    name: str
+    path: str
+    state: str
+    num_running: int
+    receipt: Receipt
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineInfo:
+    """Settings and present load; page counts are of the pool that KV cache and adapters share."""
+
+    version: str
+    model: str
+    dtype: str
+    device: str
+    max_model_len: int
+    max_lora_rank: int
+    page_nbytes: int
+    num_pages: int
+    num_free_pages: int
+    num_kv_pages: int
+    num_adapter_pages: int
+    num_cached_pages: int
+    num_running: int
+    num_waiting: int
+    num_adapters: int
+    num_resident_adapters: int
+    num_adapter_loads: int
+    num_adapter_evictions: int
+    num_preemptions: int
+
+    @classmethod
+    def build(
+        cls,
+        config: EngineConfig,
+        max_model_len: int,
+        runner: ModelRunner,
+        stats: Mapping[str, int],
+        *,
+        num_adapters: int,
+    ) -> EngineInfo:
+        return cls(
+            version=__version__,
+            model=config.model,
+            dtype=config.dtype,
+            device="cpu",
+            max_model_len=max_model_len,
+            max_lora_rank=config.max_lora_rank,
+            page_nbytes=runner.page_nbytes,
+            num_pages=runner.num_pages,
+            num_free_pages=stats["free_pages"],
+            num_kv_pages=stats["kv_pages"],
+            num_adapter_pages=stats["adapter_pages"],
+            num_cached_pages=stats["cached_pages"],
+            num_running=stats["num_running"],
+            num_waiting=stats["num_waiting"],
+            num_adapters=num_adapters,
+            num_resident_adapters=stats["num_resident_adapters"],
+            num_adapter_loads=stats["num_loads"],
+            num_adapter_evictions=stats["num_evictions"],
+            num_preemptions=stats["num_preemptions"],
+        )

@@ -1,0 +1,194 @@
+"""In-process batch inference: `LLM.generate` and `LLM.chat`."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from loraserve._core import Receipt
+from loraserve.config import EngineConfig
+from loraserve.engine import Engine, EngineOutput
+from loraserve.errors import InvalidRequestError
+from loraserve.info import AdapterInfo, EngineInfo
+from loraserve.request import AdapterSpec, Completion, Delta, GenerateRequest, RequestOutput
+from loraserve.sampling_params import SamplingParams
+from loraserve.service import PreparedRequest, Service
+
+PROGRESS_DELAY_S = 1.0  # batches that end sooner show no progress bar
+
+Prompt = str | Sequence[int]
+Messages = Sequence[Mapping[str, Any]]
+
+
+class LLM:
+    """One base model with its adapters, in this process.
+
+    Args:
+        model: a Hugging Face directory, a Hub id, a `.gguf` file, or "smollm2" (the embedded default).
+        adapters: name → PEFT directory.
+        **settings: the other fields of `EngineConfig` (dtype, device, memory, max_lora_rank, …).
+
+    Raises:
+        ModelError, AdapterFormatError, InvalidRequestError, CapacityError: it can't be loaded.
+    """
+
+    def __init__(self, model: str, adapters: Mapping[str, str] | None = None, **settings: Any) -> None:
+        self._call = threading.Lock()  # calls from several threads take turns
+        self._events: queue.SimpleQueue[list[EngineOutput]] = queue.SimpleQueue()
+        config = EngineConfig(model=str(model), adapters=dict(adapters or {}), **settings)
+        self._engine = Engine(config, self._events.put)
+        self._service: Service[_Pending] = Service(self._engine)
+        self._finalizer = weakref.finalize(self, Engine.shutdown, self._engine, 0.0)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        adapter: AdapterSpec | Sequence[AdapterSpec] = None,
+        *,
+        progress: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Answer all prompts, mixed in one batch; outputs are in the order of the prompts.
+
+        Args:
+            prompts: one prompt or many; a prompt is a string or a list of token ids.
+            params: for all, or one per prompt.
+            adapter: for all, or one per prompt: None, a name, or {name: weight}.
+            progress: show a bar; None shows one on a terminal when the batch takes over a second.
+
+        Raises:
+            InvalidRequestError, AdapterNotFoundError, AdapterUnavailableError, CapacityError: some
+                request was refused or failed; the others of this call are aborted.
+        """
+        prompt_list = _as_prompts(prompts)
+        requests = [
+            GenerateRequest(prompt=prompt, adapter=one_adapter, params=one_params)
+            for prompt, one_adapter, one_params in zip(
+                prompt_list,
+                _per_request(adapter, len(prompt_list), "adapter"),
+                _per_request(params or SamplingParams(), len(prompt_list), "params"),
+                strict=True,
+            )
+        ]
+        return self._run(requests, progress)
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        adapter: AdapterSpec | Sequence[AdapterSpec] = None,
+        *,
+        progress: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or many through the model's chat template; else as `generate`."""
+        chats: list[Any] = [messages] if not messages or isinstance(messages[0], Mapping) else list(messages)
+        requests = [
+            GenerateRequest(messages=chat, adapter=one_adapter, params=one_params)
+            for chat, one_adapter, one_params in zip(
+                chats,
+                _per_request(adapter, len(chats), "adapter"),
+                _per_request(params or SamplingParams(), len(chats), "params"),
+                strict=True,
+            )
+        ]
+        return self._run(requests, progress)
+
+    def load_adapter(self, name: str, path: str) -> Receipt:
+        """Check and register an adapter; see `Engine.load_adapter` for the errors."""
+        return self._engine.load_adapter(name, path)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; AdapterNotFoundError if there is none of this name."""
+        self._engine.unload_adapter(name)
+
+    def adapters(self) -> list[AdapterInfo]:
+        return self._engine.adapters()
+
+    def info(self) -> EngineInfo:
+        return self._engine.info()
+
+    def close(self) -> None:
+        """Stop the engine and free its memory; safe to call twice."""
+        self._finalizer()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self, requests: Sequence[GenerateRequest], progress: bool | None) -> list[RequestOutput]:
+        pending = [_Pending(request, self._service.prepare(request)) for request in requests]
+        request_ids: list[int] = []
+        with self._call:
+            try:
+                for item in pending:
+                    request_ids += self._service.submit(item.prepared, item)
+                self._wait(pending, progress)
+            except BaseException:
+                self._service.abort(request_ids)
+                raise
+        return [item.output() for item in pending]
+
+    def _wait(self, pending: Sequence[_Pending], progress: bool | None) -> None:
+        collector = _Collector(sum(len(item.completions) for item in pending))
+        disable = None if progress is None else not progress
+        delay = PROGRESS_DELAY_S if progress is None else 0.0
+        with tqdm(total=collector.num_open, unit="answer", disable=disable, delay=delay) as bar:
+            while collector.num_open > 0:
+                num_open = collector.num_open
+                self._service.route(self._events.get(), collector.on_delta, collector.on_error)
+                if collector.error is not None:
+                    raise collector.error
+                bar.update(num_open - collector.num_open)
+
+
+class _Collector:
+    """Counts the open answers of one call and keeps its first error."""
+
+    def __init__(self, num_open: int) -> None:
+        self.num_open = num_open
+        self.error: Exception | None = None
+
+    def on_delta(self, item: _Pending, delta: Delta) -> None:
+        item.completions[delta.index].append(delta)
+        self.num_open -= delta.finish_reason is not None
+
+    def on_error(self, item: _Pending, error: Exception) -> None:
+        self.error = self.error or error
+
+
+class _Pending:
+    """A request of this process and the answers collected so far."""
+
+    def __init__(self, request: GenerateRequest, prepared: PreparedRequest) -> None:
+        self.request = request
+        self.prepared = prepared
+        self.completions = [Completion() for _ in range(prepared.params.n)]
+
+    def output(self) -> RequestOutput:
+        prompt = self.request.prompt if isinstance(self.request.prompt, str) else None
+        return RequestOutput(prompt, self.prepared.prompt_token_ids, self.request.adapter, self.completions)
+
+
+def _as_prompts(prompts: Any) -> list[Prompt]:
+    if isinstance(prompts, str) or (len(prompts) > 0 and not isinstance(prompts[0], str | Sequence)):
+        return [prompts]
+    return list(prompts)
+
+
+def _per_request(value: Any, num_requests: int, name: str) -> list[Any]:
+    if value is None or isinstance(value, str | Mapping | SamplingParams):
+        return [value] * num_requests
+    values = list(value)
+    if len(values) != num_requests:
+        raise InvalidRequestError(f"{name} has {len(values)} entries for {num_requests} prompts")
+    return values

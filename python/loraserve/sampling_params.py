@@ -1,0 +1,108 @@
+"""How one request's tokens are chosen and when it ends."""
+
+import math
+from dataclasses import dataclass
+
+from loraserve.errors import InvalidRequestError
+
+MAX_N = 128
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """Sampling and stopping of one request; checked when built.
+
+    Args:
+        max_tokens: most tokens to generate, at least 1; also bounded by the model's context.
+        temperature: 0 is greedy; otherwise logits are divided by it.
+        top_p: smallest set of tokens whose probability reaches this, in (0, 1].
+        top_k: the k most likely tokens; 0 keeps all.
+        min_p: tokens at least this fraction as likely as the likeliest, in [0, 1].
+        repetition_penalty: divides (positive) or multiplies (negative) logits of tokens already seen
+            in the prompt or the answer (CTRL, arXiv:1909.05858); 1 is off.
+        presence_penalty: subtracted once from logits of tokens already in the answer, in [-2, 2].
+        frequency_penalty: subtracted per occurrence in the answer, in [-2, 2].
+        seed: makes the tokens reproducible whatever else is in the batch; None draws one.
+        stop: strings that end the answer; they are cut from it.
+        stop_token_ids: tokens that end the answer, besides the model's own end tokens.
+        ignore_eos: go on past the model's end tokens.
+        min_tokens: no end token before this many.
+        logprobs: None for none; k ≥ 0 gives each chosen token's and the k likeliest tokens' natural-log
+            probabilities, of the model's own distribution (before penalties and temperature).
+        n: independent answers to the same prompt.
+
+    Raises:
+        InvalidRequestError: a value is out of its range.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: str | tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    logprobs: int | None = None
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        _check_int("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        _check_int("min_tokens", self.min_tokens, 0, self.max_tokens)
+        _check_int("top_k", self.top_k, 0, 2**31 - 1)
+        _check_int("n", self.n, 1, MAX_N)
+        _check_float("temperature", self.temperature, 0.0, 100.0)
+        _check_float("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _check_float("min_p", self.min_p, 0.0, 1.0)
+        _check_float("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        _check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        if self.seed is not None:
+            _check_int("seed", self.seed, -(2**63), 2**64 - 1)
+        if self.logprobs is not None:
+            _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        _check_stop(self.stop, self.stop_token_ids)
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop`, always as a tuple."""
+        return (self.stop,) if isinstance(self.stop, str) else self.stop
+
+
+def _check_int(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidRequestError(f"{name} is {value!r}, it must be an integer")
+    if not low <= value <= high:
+        raise InvalidRequestError(f"{name} is {value}, it must be from {low} to {high}")
+
+
+def _check_float(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InvalidRequestError(f"{name} is {value!r}, it must be a finite number")
+    if not low <= value <= high or (open_low and value == low):
+        bracket = "(" if open_low else "["
+        raise InvalidRequestError(f"{name} is {value}, it must be in {bracket}{low:g}, {high:g}]")
+
+
+def _check_stop(stop: object, stop_token_ids: tuple[object, ...]) -> None:
+    strings = stop if isinstance(stop, tuple) else ()
+    if len(strings) > MAX_STOP_STRINGS:
+        raise InvalidRequestError(f"stop has {len(strings)} strings, the limit is {MAX_STOP_STRINGS}")
+    for string in strings:
+        if not isinstance(string, str) or not string:
+            raise InvalidRequestError(f"stop contains {string!r}, each must be a non-empty string")
+    for token_id in stop_token_ids:
+        _check_int("stop_token_ids", token_id, 0, 2**31 - 1)

@@ -1,0 +1,193 @@
+"""Requests to token ids, token ids to text: what every frontend shares."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from loraserve.detokenizer import IncrementalDetokenizer, StopStrings
+from loraserve.engine import Engine, EngineOutput
+from loraserve.errors import InvalidRequestError
+from loraserve.request import AdapterSpec, Delta, FinishReason, GenerateRequest, TokenLogprob, Usage
+from loraserve.sampling_params import SamplingParams
+from loraserve.tokenizer import Tokenizer
+
+MAX_ADAPTERS_PER_REQUEST = 16
+
+Owner = TypeVar("Owner")
+
+
+@dataclass(frozen=True)
+class PreparedRequest:
+    """A request the engine understands: token ids, (adapter, weight) pairs, checked parameters."""
+
+    prompt_token_ids: list[int]
+    adapters: list[tuple[str, float]]
+    params: SamplingParams
+
+
+def prepare(request: GenerateRequest, tokenizer: Tokenizer) -> PreparedRequest:
+    """Tokenise and resolve a request.
+
+    Raises:
+        InvalidRequestError: not exactly one of prompt and messages, an empty prompt, a bad adapter spec.
+    """
+    if (request.prompt is None) == (request.messages is None):
+        raise InvalidRequestError("give exactly one of prompt and messages")
+    if request.messages is not None:
+        if not request.messages:
+            raise InvalidRequestError("messages is empty, give at least one message")
+        text = tokenizer.apply_chat_template(request.messages)
+        token_ids = tokenizer.encode(text, add_special_tokens=False)
+    elif isinstance(request.prompt, str):
+        token_ids = tokenizer.encode(request.prompt)
+    else:
+        token_ids = _integers(request.prompt or [])
+    if not token_ids:
+        raise InvalidRequestError("the prompt is empty, give at least one token")
+    return PreparedRequest(token_ids, resolve_adapters(request.adapter), request.params)
+
+
+def resolve_adapters(spec: AdapterSpec) -> list[tuple[str, float]]:
+    """(name, weight) pairs of an adapter spec; the base model is no pair."""
+    if spec is None:
+        return []
+    if isinstance(spec, str):
+        return [(spec, 1.0)]
+    if not isinstance(spec, Mapping):
+        raise InvalidRequestError(f"adapter is {spec!r}, give None, a name, or a mapping of names to weights")
+    if not 0 < len(spec) <= MAX_ADAPTERS_PER_REQUEST:
+        raise InvalidRequestError(
+            f"adapter names {len(spec)} adapters, give from 1 to {MAX_ADAPTERS_PER_REQUEST}"
+        )
+    for name, weight in spec.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise InvalidRequestError(f"weight of adapter {name!r} is {weight!r}, it must be a finite number")
+    return [(name, float(weight)) for name, weight in spec.items()]
+
+
+class ActiveSequence:
+    """One of the n answers to a request: turns its engine outputs into deltas of text."""
+
+    def __init__(self, request_id: int, index: int, prepared: PreparedRequest, tokenizer: Tokenizer) -> None:
+        self.request_id = request_id
+        self._index = index
+        self._prompt_tokens = len(prepared.prompt_token_ids)
+        self._completion_tokens = 0
+        self._end_ids = {*tokenizer.eos_token_ids, *prepared.params.stop_token_ids}
+        self._detokenizer = IncrementalDetokenizer(tokenizer)
+        self._stop_strings = StopStrings(prepared.params.stop_strings)
+        self.is_finished = False
+
+    def push(self, output: EngineOutput) -> Delta | None:
+        """The delta that `output` adds, None where nothing can be shown yet.
+
+        Raises:
+            LoraserveError: the sequence failed; this is its end.
+        """
+        if output.error is not None:
+            self.is_finished = True
+            raise output.error
+        token_ids = [] if output.token_id is None else [output.token_id]
+        self._completion_tokens += len(token_ids)
+        finish = output.finish_reason
+        text = self._text(token_ids, finish)
+        if self._stop_strings.is_matched:
+            finish = "stop"
+        self.is_finished = finish is not None
+        return self._delta(text, token_ids, output.logprob, finish, output.num_cached_tokens)
+
+    def _text(self, token_ids: list[int], finish: FinishReason | None) -> str:
+        """New text, without the end token and without what may yet become a stop string."""
+        is_end_token = finish == "stop" and bool(token_ids) and token_ids[-1] in self._end_ids
+        text = self._detokenizer.push([] if is_end_token else token_ids)
+        if finish is not None:
+            text += self._detokenizer.flush()
+        text = self._stop_strings.push(text)
+        if finish is not None and not self._stop_strings.is_matched:
+            text += self._stop_strings.flush()
+        return text
+
+    def _delta(
+        self,
+        text: str,
+        token_ids: list[int],
+        logprob: TokenLogprob | None,
+        finish: FinishReason | None,
+        num_cached_tokens: int,
+    ) -> Delta | None:
+        if not (text or token_ids or finish):
+            return None
+        logprobs = None if logprob is None else [logprob]
+        usage = None
+        if finish is not None:
+            usage = Usage(self._prompt_tokens, self._completion_tokens, num_cached_tokens)
+        return Delta(self._index, text, token_ids, logprobs, finish, usage)
+
+
+class Service(Generic[Owner]):
+    """Submits requests to an engine and hands every delta to the owner of its request."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._tokenizer = engine.runner.model.tokenizer
+        self._active: dict[int, tuple[ActiveSequence, Owner]] = {}
+
+    def prepare(self, request: GenerateRequest) -> PreparedRequest:
+        return prepare(request, self._tokenizer)
+
+    def submit(self, prepared: PreparedRequest, owner: Owner) -> list[int]:
+        """Queue all n sequences of a request, or none; their request ids."""
+        request_ids: list[int] = []
+        params = prepared.params
+        try:
+            for index in range(params.n):
+                seed = None if params.seed is None else params.seed + index
+                request_id = self._engine.submit(prepared.prompt_token_ids, prepared.adapters, params, seed)
+                request_ids.append(request_id)
+                sequence = ActiveSequence(request_id, index, prepared, self._tokenizer)
+                self._active[request_id] = (sequence, owner)
+        except BaseException:
+            self.abort(request_ids)
+            raise
+        return request_ids
+
+    def abort(self, request_ids: Iterable[int]) -> None:
+        """End sequences now, without further deltas."""
+        for request_id in request_ids:
+            if self._active.pop(request_id, None) is not None:
+                self._engine.abort(request_id)
+
+    def route(
+        self,
+        outputs: Sequence[EngineOutput],
+        on_delta: Callable[[Owner, Delta], None],
+        on_error: Callable[[Owner, Exception], None],
+    ) -> None:
+        """Turn engine outputs into deltas; a sequence ended by a stop string is aborted in the engine."""
+        for output in outputs:
+            sequence, owner = self._active.get(output.request_id, (None, None))
+            if sequence is None or owner is None:
+                continue  # aborted: nobody waits for it
+            try:
+                delta = sequence.push(output)
+            except Exception as error:
+                del self._active[output.request_id]
+                on_error(owner, error)
+                continue
+            if sequence.is_finished:
+                del self._active[output.request_id]
+                if not output.is_last:
+                    self._engine.abort(output.request_id)
+            if delta is not None:
+                on_delta(owner, delta)
+
+
+def _integers(token_ids: Sequence[int]) -> list[int]:
+    try:
+        return [operator.index(token_id) for token_id in token_ids]
+    except TypeError as error:
+        raise InvalidRequestError(f"a prompt is a string or integers: {error}") from None

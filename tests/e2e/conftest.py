@@ -1,0 +1,32 @@
+"""Real PEFT adapters on the real model, and PEFT itself as the oracle."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from loraserve import LLM
+
+from tests.e2e.oracle import HETEROGENEOUS, PeftOracle, make_adapter
+
+
+@pytest.fixture(scope="session")
+def adapter_paths(hf_smollm2: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    directory = tmp_path_factory.mktemp("adapters")
+    base, _ = hf_smollm2
+    return {
+        spec.name: str(make_adapter(base, spec, directory, seed)) for seed, spec in enumerate(HETEROGENEOUS)
+    }
+
+
+@pytest.fixture(scope="session")
+def peft_oracle(hf_smollm2: Any, adapter_paths: dict[str, str]) -> Iterator[PeftOracle]:
+    base, _ = hf_smollm2
+    oracle = PeftOracle(base, adapter_paths)
+    yield oracle
+    oracle.model.unload()
+
+
+@pytest.fixture(scope="session")
+def llm_float32(smollm2_path: str, adapter_paths: dict[str, str]) -> Iterator[LLM]:
+    with LLM(smollm2_path, adapters=adapter_paths, dtype="float32", memory="2GiB") as llm:
+        yield llm

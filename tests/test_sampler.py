@@ -1,0 +1,93 @@
+"""The sampler alone: its distribution, its truncations against plain definitions, its row independence."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from loraserve.sampler import SamplingState, sample, uniform
+from loraserve.sampling_params import SamplingParams
+
+VOCAB = 4000
+
+
+def state(seed: int = 0, index: int = 0, **settings: object) -> SamplingState:
+    params = SamplingParams(max_tokens=100, **settings)
+    return SamplingState(
+        params, seed, prompt_token_ids=[1, 2], banned_until_min_tokens=[0], num_output_tokens=index
+    )
+
+
+def draws(logits: torch.Tensor, count: int, **settings: object) -> Counter[int]:
+    rows = logits.repeat(count, 1)
+    return Counter(sample(rows, [state(seed, **settings) for seed in range(count)]).token_ids.tolist())
+
+
+def test_draws_follow_the_softmax() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    counts = draws(logits, 4000, temperature=0.8)
+    expected = torch.softmax(logits / 0.8, -1)
+    for token_id, probability in enumerate(expected.tolist()):
+        assert counts[token_id] / 4000 == pytest.approx(probability, abs=0.03)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+@pytest.mark.parametrize("top_k", [3, 1500])
+def test_top_k_keeps_the_k_likeliest(top_k: int, temperature: float) -> None:
+    logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(1)) * 0.1
+    allowed = set(logits.topk(top_k).indices.tolist())
+    assert set(draws(logits, 300, top_k=top_k, temperature=temperature)) <= allowed
+
+
+@pytest.mark.parametrize(("scale", "top_p"), [(3.0, 0.5), (0.05, 0.9), (0.0, 0.25)])
+def test_top_p_keeps_the_smallest_sufficient_set(scale: float, top_p: float) -> None:
+    logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(2)) * scale
+    probs, ids = torch.softmax(logits, -1).sort(descending=True, stable=True)
+    size = int((probs.double().cumsum(0) < top_p - 1e-6).sum()) + 1
+    seen = set(draws(logits, 300, top_p=top_p))
+    assert seen <= set(ids[: size + 1].tolist())
+    assert len(seen) > 1
+
+
+def test_min_p_drops_what_is_much_less_likely_than_the_best() -> None:
+    logits = torch.full((VOCAB,), 0.0)
+    logits[:10] = 5.0
+    assert set(draws(logits, 200, min_p=0.1)) <= set(range(10))
+    assert not set(draws(logits, 200, min_p=0.001)) <= set(range(10))
+
+
+def test_a_row_does_not_depend_on_the_other_rows() -> None:
+    logits = torch.randn(8, VOCAB, generator=torch.Generator().manual_seed(3))
+    settings = [
+        {},
+        {"top_k": 5},
+        {"top_p": 0.7},
+        {"temperature": 0.0},
+        {"min_p": 0.2},
+        {"top_k": 2000},
+        {},
+        {},
+    ]
+    states = [state(seed, **setting) for seed, setting in enumerate(settings)]
+    together = sample(logits.clone(), states).token_ids
+    alone = [sample(logits[i : i + 1].clone(), [states[i]]).token_ids[0] for i in range(8)]
+    assert together.tolist() == alone
+
+
+def test_penalties_change_logits_as_defined() -> None:
+    logits = torch.zeros(1, 8)
+    logits[0, :4] = torch.tensor([2.0, 2.0, -2.0, 1.0])
+    one = state(temperature=0.0, repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25)
+    one.append(3)
+    one.append(3)
+    sample(logits, [one])
+    assert logits[0, :4].tolist() == [2.0, 1.0, -4.0, 0.5 - 0.5 - 2 * 0.25]
+
+
+def test_uniform_numbers_are_uniform_and_repeatable() -> None:
+    values = np.array([uniform(seed, index) for seed in range(100) for index in range(50)])
+    assert values.min() >= 0
+    assert values.max() < 1
+    assert values.mean() == pytest.approx(0.5, abs=0.02)
+    assert len(set(values.tolist())) == len(values)
+    assert uniform(-5, 3) == uniform(-5, 3)
