@@ -27,7 +27,7 @@ lint: $(STAMPS)/dev ## formatting, lints, types, stubs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m mypy.stubtest loraserve._core --allowlist .stubtest-allow
+	$(BIN)/python -m mypy.stubtest loraserve._core
 	$(BIN)/python scripts/generate_stubs.py --check
 	@files=$$(git ls-files 'cuda/*.cu' 'cuda/*.cuh'); test -z "$$files" || $(BIN)/clang-format --dry-run -Werror $$files
 

@@ -39,7 +39,7 @@ def test_top_k_keeps_the_k_likeliest(top_k: int, temperature: float) -> None:
     assert set(draws(logits, 300, top_k=top_k, temperature=temperature)) <= allowed
 
 
-@pytest.mark.parametrize(("scale", "top_p"), [(3.0, 0.5), (0.05, 0.9), (0.0, 0.25)])
+@pytest.mark.parametrize(("scale", "top_p"), [(3.0, 0.5), (0.05, 0.9), (0.01, 0.25)])
 def test_top_p_keeps_the_smallest_sufficient_set(scale: float, top_p: float) -> None:
     logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(2)) * scale
     probs, ids = torch.softmax(logits, -1).sort(descending=True, stable=True)
@@ -47,6 +47,10 @@ def test_top_p_keeps_the_smallest_sufficient_set(scale: float, top_p: float) -> 
     seen = set(draws(logits, 300, top_p=top_p))
     assert seen <= set(ids[: size + 1].tolist())
     assert len(seen) > 1
+
+
+def test_top_p_of_equally_likely_tokens_keeps_as_many_as_it_needs() -> None:
+    assert len(draws(torch.zeros(VOCAB), 3000, top_p=0.01)) == VOCAB // 100
 
 
 def test_min_p_drops_what_is_much_less_likely_than_the_best() -> None:

@@ -42,8 +42,8 @@ HETEROGENEOUS = [
         ["gate_proj", "up_proj", "down_proj"],
         extra={"layers_to_transform": [*range(10)]},
     ),
-    AdapterSpec("odd-rank-down", 5, ["down_proj"], alpha=40),
-    AdapterSpec("gate-only", 12, ["gate_proj"], alpha=24),
+    AdapterSpec("odd-rank-down", 5, ["down_proj"], alpha=60, std=0.05),
+    AdapterSpec("gate-only", 12, ["gate_proj"], alpha=96, std=0.05),
     AdapterSpec("one-layer-o", 24, ["o_proj", "k_proj"], alpha=96, extra={"layers_to_transform": [15]}),
 ]
 
@@ -75,17 +75,14 @@ class PeftOracle:
         self.model.eval()
 
     @torch.inference_mode()
-    def greedy(self, prompt: list[int], adapter: str | None, num_tokens: int) -> list[int]:
+    def greedy(self, prompt: list[int], answer: list[int], adapter: str | None) -> list[int]:
+        """The greedy token after the prompt and after every prefix of the answer.
+
+        Equal to `answer` exactly when generating from the prompt gives `answer`; one forward pass
+        instead of one per token.
+        """
         with self._active(adapter):
-            ids = self.model.generate(
-                input_ids=torch.tensor([prompt]),
-                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-                max_new_tokens=num_tokens,
-                min_new_tokens=num_tokens,
-                do_sample=False,
-                pad_token_id=0,
-            )
-        return ids[0, len(prompt) :].tolist()
+            return greedy_tokens(self.model, prompt, answer)
 
     @torch.inference_mode()
     def last_logits(self, prompt: list[int], adapter: str | None) -> torch.Tensor:
@@ -97,3 +94,8 @@ class PeftOracle:
             return self.model.disable_adapter()
         self.model.set_adapter(adapter)
         return torch.no_grad()
+
+
+def greedy_tokens(model: torch.nn.Module, prompt: list[int], answer: list[int]) -> list[int]:
+    logits = model(input_ids=torch.tensor([prompt + answer[:-1]])).logits[0, len(prompt) - 1 :]
+    return logits.argmax(-1).tolist()

@@ -6,7 +6,7 @@ import torch
 from loraserve import LLM, SamplingParams
 from peft.tuners.lora import LoraLayer
 
-from tests.e2e.oracle import PeftOracle
+from tests.e2e.oracle import PeftOracle, greedy_tokens
 from tests.e2e.prompts import PROMPTS
 
 NUM_TOKENS = 64
@@ -17,30 +17,22 @@ MIXES = [
 ]
 
 
-def peft_sum_greedy(oracle: PeftOracle, prompt: list[int], mix: dict[str, float]) -> list[int]:
+@torch.inference_mode()
+def peft_sum_greedy(
+    oracle: PeftOracle, prompt: list[int], answer: list[int], mix: dict[str, float]
+) -> list[int]:
     """PEFT with several active adapters adds their deltas; the weights go into its scalings."""
     layers = [module for module in oracle.model.modules() if isinstance(module, LoraLayer)]
+    scalings = [dict(layer.scaling) for layer in layers]
     for layer in layers:
-        for name, weight in mix.items():
-            if name in layer.scaling:
-                layer.scaling[name] *= weight
+        for name in mix.keys() & layer.scaling.keys():
+            layer.scaling[name] *= mix[name]
     oracle.model.base_model.set_adapter(list(mix))
     try:
-        with torch.inference_mode():
-            ids = oracle.model.base_model.generate(
-                input_ids=torch.tensor([prompt]),
-                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-                max_new_tokens=NUM_TOKENS,
-                min_new_tokens=NUM_TOKENS,
-                do_sample=False,
-                pad_token_id=0,
-            )
+        return greedy_tokens(oracle.model.base_model, prompt, answer)
     finally:
-        for layer in layers:
-            for name, weight in mix.items():
-                if name in layer.scaling:
-                    layer.scaling[name] /= weight
-    return ids[0, len(prompt) :].tolist()
+        for layer, scaling in zip(layers, scalings, strict=True):
+            layer.scaling.update(scaling)
 
 
 def test_a_weighted_mix_is_token_exact_with_pefts_sum_of_deltas(
@@ -50,6 +42,10 @@ def test_a_weighted_mix_is_token_exact_with_pefts_sum_of_deltas(
     prompts = [tokenizer(text)["input_ids"] for text in PROMPTS[:3]]
     params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
     outputs = llm_float32.generate([*prompts, prompts[0]], params, [*MIXES, None])
-    expected = [peft_sum_greedy(peft_oracle, prompt, mix) for prompt, mix in zip(prompts, MIXES, strict=True)]
-    assert [output.token_ids for output in outputs[:3]] == expected
-    assert outputs[3].token_ids == peft_oracle.greedy(prompts[0], None, NUM_TOKENS)
+    answers = [output.token_ids for output in outputs]
+    expected = [
+        peft_sum_greedy(peft_oracle, prompt, answer, mix)
+        for prompt, answer, mix in zip(prompts, answers, MIXES, strict=False)
+    ]
+    assert answers[:3] == expected
+    assert answers[3] == peft_oracle.greedy(prompts[0], answers[3], None)

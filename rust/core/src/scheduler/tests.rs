@@ -299,30 +299,3 @@ fn segments_follow_the_adapter_not_the_order_of_arrival() {
         6
     );
 }
-
-#[test]
-fn ten_thousand_registered_adapters_do_not_slow_a_step() {
-    let elapsed = |num_adapters: usize| {
-        let mut s = scheduler(|c| c.max_model_len = 4096);
-        for index in 0..num_adapters {
-            s.register_adapter(&format!("a{index}"), &format!("h{index}"), 100)
-                .unwrap();
-        }
-        let start = std::time::Instant::now();
-        for index in 0..500 {
-            s.submit(request(&[index, 2], &[("a1", 1.0)], 4)).unwrap();
-            while s.has_work() {
-                let planned = s.schedule();
-                let num_samples = planned.batch.map_or(0, |batch| batch.logits_indices.len());
-                s.commit(planned.id, &vec![0; num_samples]);
-                for load in planned.loads {
-                    s.adapter_loaded(load.adapter).unwrap();
-                }
-            }
-        }
-        start.elapsed()
-    };
-    elapsed(10);
-    let (few, many) = (elapsed(10), elapsed(10_000));
-    assert!(many < few * 10, "10 adapters: {few:?}, 10,000: {many:?}");
-}
