@@ -88,6 +88,14 @@ def test_penalties_change_logits_as_defined() -> None:
     assert logits[0, :4].tolist() == [2.0, 1.0, -4.0, 0.5 - 0.5 - 2 * 0.25]
 
 
+def test_logits_made_in_inference_mode_can_be_penalised() -> None:
+    with torch.inference_mode():
+        logits = torch.zeros(1, 8)
+    one = state(temperature=0.0, presence_penalty=1.0)
+    one.append(0)
+    assert sample(logits, [one]).token_ids.tolist() == [1]
+
+
 def test_uniform_numbers_are_uniform_and_repeatable() -> None:
     values = np.array([uniform(seed, index) for seed in range(100) for index in range(50)])
     assert values.min() >= 0

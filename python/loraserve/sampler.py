@@ -41,6 +41,7 @@ class Sampled:
     logprobs: list[TokenLogprob | None]
 
 
+@torch.inference_mode()
 def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> Sampled:
     """Choose one token per row.
 

@@ -1,12 +1,15 @@
 """Real PEFT adapters on the real model, and PEFT itself as the oracle."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from loraserve import LLM
 
 from tests.e2e.oracle import HETEROGENEOUS, PeftOracle, make_adapter
+from tests.e2e.tiny import make_tiny_adapters, make_tiny_model, peft_answers
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +33,25 @@ def peft_oracle(hf_smollm2: Any, adapter_paths: dict[str, str]) -> Iterator[Peft
 def llm_float32(smollm2_path: str, adapter_paths: dict[str, str]) -> Iterator[LLM]:
     with LLM(smollm2_path, adapters=adapter_paths, dtype="float32", memory="2GiB") as llm:
         yield llm
+
+
+@pytest.fixture(scope="session")
+def tiny_model(
+    tmp_path_factory: pytest.TempPathFactory, hf_smollm2_tokenizer: Any
+) -> tuple[Path, torch.nn.Module]:
+    path = tmp_path_factory.mktemp("tiny")
+    return path, make_tiny_model(path, hf_smollm2_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny_adapters(
+    tiny_model: tuple[Path, torch.nn.Module], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    return make_tiny_adapters(tiny_model[1], tmp_path_factory.mktemp("tiny-adapters"))
+
+
+@pytest.fixture(scope="session")
+def tiny_expected(
+    tiny_model: tuple[Path, torch.nn.Module], tiny_adapters: dict[str, str]
+) -> dict[str, list[int]]:
+    return peft_answers(tiny_model[1], tiny_adapters)

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 PARAMS = SamplingParams(max_tokens=8, temperature=0.0)
 
 REQUESTS: list[tuple[str, dict[str, Any], type[LoraserveError], str]] = [
-    ("unknown adapter", {"adapter": "nope"}, AdapterNotFoundError, "'nope' is not registered"),
+    ("unknown adapter", {"adapter": "nope"}, AdapterNotFoundError, "no adapter named 'nope'"),
     ("unknown adapter in a mix", {"adapter": {"r4-all": 1.0, "nope": 1.0}}, AdapterNotFoundError, "'nope'"),
     ("empty mix", {"adapter": {}}, InvalidRequestError, "0 adapters"),
     ("weight not a number", {"adapter": {"r4-all": float("nan")}}, InvalidRequestError, "weight of adapter"),

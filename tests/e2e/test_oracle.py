@@ -28,9 +28,7 @@ def test_greedy_float32_of_a_mixed_batch_is_token_exact_with_peft(
     assert {len(answer) for answer in answers} == {NUM_TOKENS}
 
 
-def test_the_oracle_tells_adapters_apart(
-    llm_float32: LLM, peft_oracle: PeftOracle, hf_smollm2: Any
-) -> None:
+def test_the_oracle_tells_adapters_apart(llm_float32: LLM, peft_oracle: PeftOracle, hf_smollm2: Any) -> None:
     _, tokenizer = hf_smollm2
     prompt = tokenizer(PROMPTS[1])["input_ids"]
     names = [spec.name for spec in HETEROGENEOUS]

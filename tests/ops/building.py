@@ -15,7 +15,7 @@ from loraserve.ops.torch_ops import TorchOps
 from tests.batches import HandBatch
 
 BLOCK_SIZE = 16
-ALL_ISAS = ("avx512bf16", "avx512", "avx2", "portable")
+ALL_ISAS = ("amx", "avx512bf16", "avx512", "avx2", "portable")
 DTYPES = (torch.float32, torch.bfloat16)
 # Relative to the largest value of the reference: rounding of the output, plus a reordered sum.
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 1.2e-2}

@@ -1,0 +1,163 @@
+"""AsyncEngine: streams that end, aborts that free, loads that stall nobody, and an orderly end."""
+
+import asyncio
+import shutil
+import threading
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from loraserve import AsyncEngine, EngineConfig, GenerateRequest, SamplingParams
+from loraserve.adapters.extent_loader import ExtentLoader
+from loraserve.async_engine import RequestStream
+from loraserve.errors import AdapterUnavailableError, EngineStoppedError
+
+from tests.e2e.tiny import NUM_TOKENS, PROMPT
+
+LONG = SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True)
+SHORT = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
+
+Scenario = Callable[[AsyncEngine], Awaitable[None]]
+
+
+def request(adapter: str | None = None, params: SamplingParams = LONG) -> GenerateRequest:
+    return GenerateRequest(prompt=PROMPT, adapter=adapter, params=params)
+
+
+async def tokens_of(stream: RequestStream) -> list[int]:
+    return [token_id async for delta in stream for token_id in delta.token_ids]
+
+
+async def idle(engine: AsyncEngine) -> None:
+    while engine.info().num_running + engine.info().num_waiting:
+        await asyncio.sleep(0.001)
+
+
+@pytest.fixture
+def run(
+    tiny_model: tuple[Path, torch.nn.Module], tiny_adapters: dict[str, str]
+) -> Callable[[Scenario], None]:
+    """Runs a scenario on a fresh engine and stops the engine after it."""
+
+    async def run_async(scenario: Scenario) -> None:
+        config = EngineConfig(
+            model=str(tiny_model[0]), adapters=tiny_adapters, dtype="float32", memory="4MiB", max_num_seqs=16
+        )
+        engine = AsyncEngine(config)
+        try:
+            await asyncio.wait_for(scenario(engine), timeout=60)
+        finally:
+            await engine.shutdown(deadline_s=0)
+
+    return lambda scenario: asyncio.run(run_async(scenario))
+
+
+def test_streams_of_many_adapters_are_answered_right(
+    run: Callable[[Scenario], None], tiny_expected: dict[str, list[int]]
+) -> None:
+    async def scenario(engine: AsyncEngine) -> None:
+        streams = {name: engine.submit(request(name, SHORT)) for name in tiny_expected}
+        answers = await asyncio.gather(*(tokens_of(stream) for stream in streams.values()))
+        assert dict(zip(streams, answers, strict=True)) == tiny_expected
+
+    run(scenario)
+
+
+def test_an_aborted_stream_frees_its_pages(run: Callable[[Scenario], None]) -> None:
+    async def scenario(engine: AsyncEngine) -> None:
+        stream = engine.submit(request())
+        await anext(stream)
+        assert engine.info().num_kv_pages > 0
+        stream.abort()
+        await idle(engine)
+        assert engine.info().num_kv_pages == 0
+        assert await tokens_of(stream) == []
+
+    run(scenario)
+
+
+def test_unloading_in_use_finishes_running_requests_and_refuses_new_ones(
+    run: Callable[[Scenario], None], tiny_expected: dict[str, list[int]]
+) -> None:
+    async def scenario(engine: AsyncEngine) -> None:
+        stream = engine.submit(request("a3"))
+        first = await anext(stream)
+        await engine.unload_adapter("a3")
+        with pytest.raises(AdapterUnavailableError, match="a3"):
+            engine.submit(request("a3"))
+        tokens = first.token_ids + await tokens_of(stream)
+        assert len(tokens) == LONG.max_tokens
+        assert tokens[:NUM_TOKENS] == tiny_expected["a3"]
+        assert "a3" not in {adapter.name for adapter in engine.adapters()}
+
+    run(scenario)
+
+
+def test_a_failed_load_ends_only_the_requests_that_asked_for_it(
+    run: Callable[[Scenario], None], tiny_adapters: dict[str, str], tmp_path: Path
+) -> None:
+    async def scenario(engine: AsyncEngine) -> None:
+        shutil.copytree(tiny_adapters["a1"], tmp_path / "gone")
+        weights = tmp_path / "gone" / "adapter_config.json"
+        weights.write_text(weights.read_text().replace('"lora_alpha": 16', '"lora_alpha": 8'))
+        await engine.load_adapter("gone", str(tmp_path / "gone"))
+        shutil.rmtree(tmp_path / "gone")
+        others = [engine.submit(request(name)) for name in (None, "a1", "a2")]
+        failing = [engine.submit(request("gone")) for _ in range(3)]
+        for stream in failing:
+            with pytest.raises(AdapterUnavailableError, match="gone"):
+                await tokens_of(stream)
+        for stream in others:
+            assert len(await tokens_of(stream)) == LONG.max_tokens
+
+    run(scenario)
+
+
+def test_decoding_goes_on_while_an_adapter_loads(
+    run: Callable[[Scenario], None], tiny_expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_load = threading.Event()
+    load = ExtentLoader._load
+
+    def load_when_told(self: ExtentLoader, *args: Any) -> Any:
+        may_load.wait()
+        return load(self, *args)
+
+    async def scenario(engine: AsyncEngine) -> None:
+        monkeypatch.setattr(ExtentLoader, "_load", load_when_told)
+        waiting = engine.submit(request("a4", SHORT))
+        try:
+            assert len(await tokens_of(engine.submit(request()))) == LONG.max_tokens
+            assert engine.info().num_waiting == 1
+        finally:
+            may_load.set()
+        assert await tokens_of(waiting) == tiny_expected["a4"]
+
+    run(scenario)
+
+
+def test_shutdown_finishes_running_requests_and_refuses_new_ones(run: Callable[[Scenario], None]) -> None:
+    async def scenario(engine: AsyncEngine) -> None:
+        stream = engine.submit(request())
+        await anext(stream)
+        shutdown = asyncio.create_task(engine.shutdown(deadline_s=30))
+        await asyncio.sleep(0.005)
+        with pytest.raises(EngineStoppedError, match="shutting down"):
+            engine.submit(request())
+        assert len(await tokens_of(stream)) == LONG.max_tokens - 1
+        await shutdown
+
+    run(scenario)
+
+
+def test_a_deadline_of_zero_aborts_what_runs(run: Callable[[Scenario], None]) -> None:
+    async def scenario(engine: AsyncEngine) -> None:
+        stream = engine.submit(request())
+        await anext(stream)
+        await engine.shutdown(deadline_s=0)
+        finish = [delta.finish_reason async for delta in stream][-1]
+        assert finish == "abort"
+
+    run(scenario)
