@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from loraserve import _core, errors
 from loraserve.adapters.extent_loader import ExtentLoader
 from loraserve.adapters.registry import AdapterRegistry, RegisteredAdapter, check_adapter_name
@@ -177,6 +179,7 @@ class Engine:
         self._loader.shutdown()
 
     def _run(self) -> None:
+        _use_one_torch_thread()
         try:
             while not self._is_stopping or self._states:
                 self._step()
@@ -262,6 +265,18 @@ class Engine:
                 raise InvalidRequestError(
                     f"token id {token_id!r} is out of range, the vocabulary has {vocab_size} tokens"
                 )
+
+
+def _use_one_torch_thread() -> None:
+    """Keep torch's ops of this thread on it: OpenMP workers would spin on the cores the kernels use.
+
+    torch also makes the number the default of threads to come, so another thread sets that back.
+    """
+    default = torch.get_num_threads()
+    torch.set_num_threads(1)
+    restore = threading.Thread(target=torch.set_num_threads, args=(default,))
+    restore.start()
+    restore.join()
 
 
 def _engine_output(event: CoreEvent, logprobs: dict[int, TokenLogprob]) -> EngineOutput:
