@@ -11,7 +11,8 @@ MIN_RUST = (1, 89)
 
 def missing():
     if sys.version_info < MIN_PYTHON:
-        yield f"Python {dotted(MIN_PYTHON)} or newer (found {dotted(sys.version_info[:2])}; try make PYTHON=python3.12)"
+        found = dotted(sys.version_info[:2])
+        yield f"Python {dotted(MIN_PYTHON)} or newer (found {found}; try make PYTHON=python3.12)"
     if not any(shutil.which(compiler) for compiler in ("cc", "gcc", "clang")):
         yield "a C compiler (cc): install gcc or clang"
     rust = rust_version()
