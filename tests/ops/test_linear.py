@@ -15,7 +15,16 @@ GEOMETRY = KvGeometry(1, 1, 1, 16)
 
 @pytest.mark.parametrize(
     ("num_tokens", "in_features", "out_features"),
-    [(1, 64, 48), (3, 33, 17), (5, 577, 100), (15, 1, 1), (32, 576, 960), (70, 129, 31), (300, 96, 272)],
+    [
+        (1, 64, 48),
+        (3, 33, 17),
+        (5, 577, 100),
+        (15, 1, 1),
+        (17, 64, 16),
+        (32, 576, 960),
+        (70, 129, 31),
+        (300, 96, 272),
+    ],
 )
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_linear_matches_reference(
@@ -39,12 +48,13 @@ def test_linear_matches_reference(
     assert_close(actual, expected, dtype)
 
 
+@pytest.mark.parametrize("in_features", [192, 203])
 def test_rows_are_bit_identical_alone_and_in_a_batch(
-    isa: str, dtype: torch.dtype, generator: torch.Generator
+    isa: str, dtype: torch.dtype, generator: torch.Generator, in_features: int
 ) -> None:
     ops = make_backends(GEOMETRY, dtype, isa).cpu
-    linear = ops.pack(torch.randn(80, 203, generator=generator))
-    x = torch.randn(47, 203, generator=generator).to(dtype)
+    linear = ops.pack(torch.randn(80, in_features, generator=generator))
+    x = torch.randn(47, in_features, generator=generator).to(dtype)
     together = ops.lora_linear(ops.begin_step(token_batch(47)), x, linear, 0, 0)
     for rows in (slice(0, 1), slice(46, 47), slice(3, 10), slice(8, 40)):
         step = ops.begin_step(token_batch(rows.stop - rows.start))

@@ -11,8 +11,6 @@ use loraserve_kernels::cpu::geometry::{KvGeometry, PageMemory};
 use loraserve_kernels::cpu::linear::{self, embedding};
 use loraserve_kernels::cpu::norm::rms_norm;
 use loraserve_kernels::cpu::rope::HeadTransform;
-use loraserve_kernels::cpu::step::{Step, StepArrays};
-use numpy::{Element as NumpyElement, PyReadonlyArray1};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -20,6 +18,11 @@ use loraserve_adapters::StorageDtype;
 
 use crate::adapters::AdapterLayout;
 use crate::errors;
+
+mod step;
+
+pub use step::CpuStep;
+use step::step_arrays;
 
 /// Runs `$body` with `$E` the element type of the storage dtype.
 macro_rules! with_element {
@@ -91,25 +94,6 @@ impl PackedLinear {
     #[getter]
     fn nbytes(&self) -> usize {
         self.inner.nbytes()
-    }
-}
-
-/// A checked step.
-#[pyclass(frozen, module = "loraserve._core")]
-pub struct CpuStep {
-    inner: Step,
-}
-
-#[pymethods]
-impl CpuStep {
-    #[getter]
-    fn num_tokens(&self) -> usize {
-        self.inner.num_tokens()
-    }
-
-    #[getter]
-    fn num_logits(&self) -> usize {
-        self.inner.num_logits()
     }
 }
 
@@ -205,7 +189,7 @@ impl CpuKernels {
         dst_page: usize,
         num_pages: usize,
     ) -> PyResult<()> {
-        self.run(py, || {
+        detached(py, || {
             self.inner.move_extent(slot, src_page, dst_page, num_pages)
         })
     }
@@ -225,7 +209,7 @@ impl CpuKernels {
         out_ptr: usize,
     ) -> PyResult<()> {
         let (step, table) = (&step.get().inner, &table.get().inner);
-        self.run(py, || {
+        detached(py, || {
             with_element!(self.inner.dtype, E => {
                 // SAFETY: the file's contract.
                 let out = unsafe { tensor_mut::<E>(out_ptr, step.num_tokens() * table.in_features()) };
@@ -246,7 +230,7 @@ impl CpuKernels {
     ) -> PyResult<()> {
         let (step, linear) = (&step.get().inner, &linear.get().inner);
         let num_tokens = step.num_tokens();
-        self.run(py, || {
+        detached(py, || {
             with_element!(self.inner.dtype, E => {
                 // SAFETY: the file's contract.
                 let x = unsafe { tensor::<E>(x_ptr, num_tokens * linear.in_features()) };
@@ -268,7 +252,7 @@ impl CpuKernels {
     ) -> PyResult<()> {
         let (step, lm_head) = (&step.get().inner, &lm_head.get().inner);
         let (width, num_logits) = (lm_head.in_features(), step.num_logits());
-        self.run(py, || {
+        detached(py, || {
             with_element!(self.inner.dtype, E => {
                 // SAFETY: the file's contract.
                 let hidden = unsafe { tensor::<E>(hidden_ptr, step.num_tokens() * width) };
@@ -294,7 +278,7 @@ impl CpuKernels {
         eps: f32,
     ) -> PyResult<()> {
         let len = num_rows * num_features;
-        self.run(py, || {
+        detached(py, || {
             with_element!(self.inner.dtype, E => {
                 // SAFETY: the file's contract.
                 let x = unsafe { tensor::<E>(x_ptr, len) };
@@ -325,7 +309,7 @@ impl CpuKernels {
         let step = &step.get().inner;
         let geometry = self.inner.geometry();
         let head_dim = geometry.head_dim;
-        self.run(py, || {
+        detached(py, || {
             with_element!(self.inner.dtype, E => {
                 let transform = HeadTransform {
                     // SAFETY: the file's contract.
@@ -356,7 +340,7 @@ impl CpuKernels {
         let geometry = self.inner.geometry();
         let num_tokens = step.num_tokens();
         let out_len = num_tokens * geometry.num_heads * geometry.head_dim;
-        self.run(py, || {
+        detached(py, || {
             with_element!(self.inner.dtype, E => {
                 // SAFETY: the file's contract.
                 let qkv = unsafe { tensor::<E>(qkv_ptr, num_tokens * geometry.qkv_features()) };
@@ -376,7 +360,7 @@ impl CpuKernels {
         intermediate: usize,
     ) -> PyResult<()> {
         let len = num_rows * intermediate;
-        self.run(py, || {
+        detached(py, || {
             with_element!(self.inner.dtype, E => {
                 // SAFETY: the file's contract.
                 let gate_up = unsafe { tensor::<E>(gate_up_ptr, 2 * len) };
@@ -388,41 +372,12 @@ impl CpuKernels {
     }
 }
 
-impl CpuKernels {
-    /// Runs an op without the GIL.
-    fn run<F>(&self, py: Python<'_>, op: F) -> PyResult<()>
-    where
-        F: FnOnce() -> Result<(), KernelError> + Send,
-    {
-        py.detach(op).map_err(|error| raise(py, &error))
-    }
-}
-
-fn step_arrays(batch: &Bound<'_, PyAny>) -> PyResult<StepArrays> {
-    let ints = |name: &str| array::<i32>(batch, name);
-    Ok(StepArrays {
-        token_ids: ints("token_ids")?,
-        positions: ints("positions")?,
-        slot_mapping: ints("slot_mapping")?,
-        query_indptr: ints("query_indptr")?,
-        context_lens: ints("context_lens")?,
-        block_table: ints("block_table")?,
-        block_table_indptr: ints("block_table_indptr")?,
-        logits_indices: ints("logits_indices")?,
-        wave_indptr: ints("wave_indptr")?,
-        seg_start: ints("seg_start")?,
-        seg_end: ints("seg_end")?,
-        seg_slot: ints("seg_slot")?,
-        seg_weight: array::<f32>(batch, "seg_weight")?,
-    })
-}
-
-fn array<T: NumpyElement + Copy>(batch: &Bound<'_, PyAny>, name: &str) -> PyResult<Vec<T>> {
-    let array: PyReadonlyArray1<'_, T> = batch
-        .getattr(name)?
-        .extract()
-        .map_err(|_| PyValueError::new_err(format!("{name} is not an array of the step's type")))?;
-    Ok(array.as_slice()?.to_vec())
+/// Runs an op without the GIL.
+fn detached<F>(py: Python<'_>, op: F) -> PyResult<()>
+where
+    F: FnOnce() -> Result<(), KernelError> + Send,
+{
+    py.detach(op).map_err(|error| raise(py, &error))
 }
 
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {

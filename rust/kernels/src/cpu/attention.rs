@@ -9,7 +9,8 @@ use super::geometry::{BLOCK_SIZE, KvGeometry, PageMemory};
 use super::pool::{Shareable, ThreadPool};
 use super::rank_update::RankUpdate;
 use super::scratch::Scratch;
-use super::simd::{Isa, Kernel, LANES, Simd, exp};
+use super::simd::{Isa, Kernel, LANES, Simd};
+use super::softmax::{scale_row, soften};
 use super::step::{AttentionTask, MAX_QUERY_ROWS, Step};
 use crate::KernelError;
 use crate::error::{check_below, check_length};
@@ -53,7 +54,7 @@ pub fn attention<E: Element>(
         step,
     };
     pool.run(step.attention_tasks.len(), &|index| {
-        let kernel = Rows::new(&job, step.attention_tasks[index]);
+        let kernel = QueryTile::new(&job, step.attention_tasks[index]);
         // SAFETY: `isa` is supported; lengths were checked above and by `Step::new`; tasks own
         // disjoint rows of the output.
         unsafe { isa.dispatch(kernel) }
@@ -62,7 +63,7 @@ pub fn attention<E: Element>(
 }
 
 /// The query rows of one task.
-struct Rows<'a, E: Element> {
+struct QueryTile<'a, E: Element> {
     job: &'a Attention<'a, E>,
     kv_head: usize,
     /// First row counted from the sequence's first query.
@@ -89,7 +90,7 @@ struct State<E> {
     sum: *mut f32,
 }
 
-impl<'a, E: Element> Rows<'a, E> {
+impl<'a, E: Element> QueryTile<'a, E> {
     fn new(job: &'a Attention<'a, E>, task: AttentionTask) -> Self {
         let arrays = &job.step.arrays;
         let seq = task.sequence as usize;
@@ -137,7 +138,7 @@ impl<'a, E: Element> Rows<'a, E> {
     }
 }
 
-impl<E: Element> Kernel for Rows<'_, E> {
+impl<E: Element> Kernel for QueryTile<'_, E> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         let head_dim = self.job.geometry.head_dim;
@@ -171,7 +172,7 @@ impl<E: Element> Kernel for Rows<'_, E> {
     }
 }
 
-impl<E: Element> Rows<'_, E> {
+impl<E: Element> QueryTile<'_, E> {
     /// Gathers the q rows and clears the running state.
     #[inline(always)]
     unsafe fn begin(&self, state: State<E>) {
@@ -369,42 +370,6 @@ impl<E: Element> Rows<'_, E> {
                     store_first::<S, E>(out.add(i), n, value);
                 }
             }
-        }
-    }
-}
-
-/// scores [len] → e^(score − max); updates the running max and sum, returns the rescaling of what
-/// was accumulated under the old max. `len` is a multiple of 16.
-#[inline(always)]
-unsafe fn soften<S: Simd>(scores: *mut f32, len: usize, max: *mut f32, sum: *mut f32) -> f32 {
-    // SAFETY: `len` scores exist.
-    unsafe {
-        let mut peak = S::splat(*max);
-        for i in (0..len).step_by(LANES) {
-            peak = S::max(peak, S::load(scores.add(i)));
-        }
-        let new_max = S::reduce_max(peak);
-        let shift = S::splat(new_max);
-        let mut total = S::zero();
-        for i in (0..len).step_by(LANES) {
-            let p = exp::<S>(S::sub(S::load(scores.add(i)), shift));
-            S::store(scores.add(i), p);
-            total = S::add(total, p);
-        }
-        // All lanes agree; a reduction is the portable way to read one.
-        let rescale = S::reduce_max(exp::<S>(S::splat(*max - new_max)));
-        *sum = *sum * rescale + S::reduce_add(total);
-        *max = new_max;
-        rescale
-    }
-}
-
-#[inline(always)]
-unsafe fn scale_row<S: Simd>(row: *mut f32, len: usize, factor: f32) {
-    // SAFETY: the row holds `len` floats, a multiple of 16.
-    unsafe {
-        for i in (0..len).step_by(LANES) {
-            S::store(row.add(i), S::mul(S::load(row.add(i)), S::splat(factor)));
         }
     }
 }

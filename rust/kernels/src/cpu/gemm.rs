@@ -3,6 +3,11 @@
 //! An output element is one accumulator that runs over K in order, whatever tile it falls in, so
 //! a row does not depend on how many rows there are.
 
+#[cfg(target_arch = "x86_64")]
+mod tiles;
+
+use std::ops::Range;
+
 use super::element::{Element, splat_pack, splat_partial_pack, store_first};
 use super::linear::PackedLinear;
 use super::pool::{Shareable, ThreadPool};
@@ -80,6 +85,15 @@ pub fn gemm<E: Element, O: Element>(
         panels_per_task,
         num_panel_tasks,
     };
+    #[cfg(target_arch = "x86_64")]
+    if tiles::fit::<E>(isa, weight.in_features()) {
+        pool.run(num_blocks * num_panel_tasks, &|index| {
+            let task = tiles::TileTask { job: &job, index };
+            // SAFETY: as below.
+            unsafe { isa.dispatch(task) }
+        });
+        return Ok(());
+    }
     pool.run(num_blocks * num_panel_tasks, &|index| {
         let task = Task { job: &job, index };
         // SAFETY: `isa` is supported; lengths were checked above; tasks own disjoint outputs.
@@ -97,11 +111,9 @@ impl<E: Element, O: Element> Kernel for Task<'_, E, O> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         let job = self.job;
-        let first_row = self.index / job.num_panel_tasks * job.rows_per_block;
-        let end_row = (first_row + job.rows_per_block).min(job.num_rows);
-        let first_panel = self.index % job.num_panel_tasks * job.panels_per_task;
-        let end_panel = (first_panel + job.panels_per_task).min(job.weight.num_panels());
-        let mut panel = first_panel;
+        let (rows, panels) = job.extent(self.index);
+        let (first_row, end_row, end_panel) = (rows.start, rows.end, panels.end);
+        let mut panel = panels.start;
         // SAFETY: rows and panels stay below the job's limits.
         unsafe {
             if S::WIDE {
@@ -119,6 +131,15 @@ impl<E: Element, O: Element> Kernel for Task<'_, E, O> {
 }
 
 impl<E: Element, O: Element> Gemm<'_, E, O> {
+    /// Rows and panels of task `index`.
+    fn extent(&self, index: usize) -> (Range<usize>, Range<usize>) {
+        let row = index / self.num_panel_tasks * self.rows_per_block;
+        let panel = index % self.num_panel_tasks * self.panels_per_task;
+        let end_row = (row + self.rows_per_block).min(self.num_rows);
+        let end_panel = (panel + self.panels_per_task).min(self.weight.num_panels());
+        (row..end_row, panel..end_panel)
+    }
+
     /// Rows `first..end` of `P` panels, the tallest tiles first; while it multiplies, each tile
     /// fetches its share of the next panels, if this task has them.
     #[inline(always)]

@@ -10,6 +10,8 @@ use loraserve_adapters::GroupLayout;
 
 use super::element::{Element, load_raw, load_raw_first};
 use super::gemm::Delta;
+use super::lora_plan::{ExpandTask, Item, RANK_TILE, ROWS_PER_TASK, ShrinkTask, group_of};
+pub use super::lora_plan::{LoraScratch, Projection};
 use super::pool::{Shareable, ThreadPool};
 use super::rank_update::RankUpdate;
 use super::scratch::Scratch;
@@ -18,66 +20,10 @@ use super::step::{Segment, Step};
 use crate::KernelError;
 use crate::error::check_length;
 
-/// Tokens of a segment a task handles.
-const ROWS_PER_TASK: usize = 32;
-/// Rows of A multiplied at once; ranks are multiples of it.
-const RANK_TILE: usize = 8;
 /// Tasks per thread below which work is cut finer.
 const TASKS_PER_THREAD: usize = 4;
-/// Columns of the finest cut of an expand.
-const MIN_COLUMNS: usize = 256;
 /// Rows of delta a task clears.
 const ROWS_TO_CLEAR: usize = 16;
-
-/// Where an operation acts: a fused projection of one layer.
-#[derive(Clone, Copy)]
-pub struct Projection {
-    pub layer: usize,
-    pub group: usize,
-    pub in_features: usize,
-    pub out_features: usize,
-}
-
-/// Rank rows `first..end` of A for token rows `row..row_end` of the batch.
-#[derive(Clone, Copy)]
-struct ShrinkTask {
-    item: u32,
-    row: u32,
-    row_end: u32,
-    first: u32,
-    end: u32,
-}
-
-/// Columns `first..end` of a module's output for token rows `row..row_end` of the batch.
-#[derive(Clone, Copy)]
-struct ExpandTask {
-    item: u32,
-    module: u32,
-    row: u32,
-    row_end: u32,
-    first: u32,
-    end: u32,
-}
-
-/// A segment that has this group, and where its s starts.
-#[derive(Clone, Copy)]
-struct Item {
-    segment: usize,
-    s_offset: usize,
-}
-
-/// Buffers kept from call to call; they grow to the largest step seen.
-#[derive(Default)]
-pub struct LoraScratch {
-    s: Vec<f32>,
-    delta: Vec<f32>,
-    is_row_used: Vec<bool>,
-    items: Vec<Item>,
-    shrink_tasks: Vec<ShrinkTask>,
-    expand_tasks: Vec<ExpandTask>,
-    /// End of each wave in `expand_tasks`.
-    wave_ends: Vec<usize>,
-}
 
 struct Lora<'a, E: Element> {
     x: &'a [E],
@@ -153,142 +99,6 @@ pub fn lora_delta<'a, E: Element>(
         values: &delta[..num_values],
         is_row_used,
     }))
-}
-
-fn group_of(segment: &Segment, projection: Projection) -> Option<&GroupLayout> {
-    segment
-        .adapter
-        .layout
-        .group(projection.layer, projection.group)
-}
-
-fn check_group(group: &GroupLayout, projection: Projection) -> Result<(), KernelError> {
-    check_length(
-        "adapter's in_features",
-        group.in_features,
-        projection.in_features,
-    )?;
-    let columns = group.modules.iter().map(|m| m.out_offset + m.out_features);
-    let end = columns.max().unwrap_or(0);
-    if end <= projection.out_features {
-        return Ok(());
-    }
-    let limit = projection.out_features;
-    let message = format!("adapter writes column {end}, the projection has {limit}");
-    Err(KernelError::Invalid(message))
-}
-
-impl LoraScratch {
-    fn plan(
-        &mut self,
-        step: &Step,
-        projection: Projection,
-        tasks_wanted: usize,
-    ) -> Result<(), KernelError> {
-        self.items.clear();
-        self.shrink_tasks.clear();
-        self.expand_tasks.clear();
-        self.wave_ends.clear();
-        let mut s_len = 0;
-        for (segment, seg) in step.segments.iter().enumerate() {
-            let Some(group) = group_of(seg, projection) else {
-                continue;
-            };
-            check_group(group, projection)?;
-            self.items.push(Item {
-                segment,
-                s_offset: s_len,
-            });
-            s_len += (seg.end - seg.start) * group.rank;
-        }
-        if self.items.is_empty() {
-            return Ok(());
-        }
-        let cuts = tasks_wanted.div_ceil(self.items.len());
-        self.cut_tasks(step, projection, cuts);
-        self.reserve(step, projection, s_len);
-        Ok(())
-    }
-
-    fn cut_tasks(&mut self, step: &Step, projection: Projection, cuts: usize) {
-        let mut wave = None;
-        for index in 0..self.items.len() {
-            let seg = &step.segments[self.items[index].segment];
-            let group = group_of(seg, projection).expect("items have the group");
-            if wave.is_some_and(|wave| wave != seg.wave) {
-                self.wave_ends.push(self.expand_tasks.len());
-            }
-            wave = Some(seg.wave);
-            for row in (seg.start..seg.end).step_by(ROWS_PER_TASK) {
-                let row_end = seg.end.min(row + ROWS_PER_TASK);
-                self.cut_shrink(index, group, row, row_end, cuts);
-                self.cut_expand(index, group, row, row_end, cuts);
-            }
-        }
-        self.wave_ends.push(self.expand_tasks.len());
-    }
-
-    fn cut_shrink(
-        &mut self,
-        item: usize,
-        group: &GroupLayout,
-        row: usize,
-        row_end: usize,
-        cuts: usize,
-    ) {
-        let step = group.rank.div_ceil(cuts).next_multiple_of(RANK_TILE);
-        for first in (0..group.rank).step_by(step) {
-            self.shrink_tasks.push(ShrinkTask {
-                item: item as u32,
-                row: row as u32,
-                row_end: row_end as u32,
-                first: first as u32,
-                end: group.rank.min(first + step) as u32,
-            });
-        }
-    }
-
-    fn cut_expand(
-        &mut self,
-        item: usize,
-        group: &GroupLayout,
-        row: usize,
-        row_end: usize,
-        cuts: usize,
-    ) {
-        for (index, module) in group.modules.iter().enumerate() {
-            let step = module
-                .out_features
-                .div_ceil(cuts)
-                .next_multiple_of(MIN_COLUMNS);
-            for first in (0..module.out_features).step_by(step) {
-                self.expand_tasks.push(ExpandTask {
-                    item: item as u32,
-                    module: index as u32,
-                    row: row as u32,
-                    row_end: row_end as u32,
-                    first: first as u32,
-                    end: module.out_features.min(first + step) as u32,
-                });
-            }
-        }
-    }
-
-    fn reserve(&mut self, step: &Step, projection: Projection, s_len: usize) {
-        let num_values = step.num_tokens() * projection.out_features;
-        if self.s.len() < s_len {
-            self.s.resize(s_len, 0.0);
-        }
-        if self.delta.len() < num_values {
-            self.delta.resize(num_values, 0.0);
-        }
-        self.is_row_used.clear();
-        self.is_row_used.resize(step.num_tokens(), false);
-        for item in &self.items {
-            let seg = &step.segments[item.segment];
-            self.is_row_used[seg.start..seg.end].fill(true);
-        }
-    }
 }
 
 impl<E: Element> Lora<'_, E> {

@@ -20,7 +20,7 @@ struct Norm<'a, E: Element> {
     rows_per_task: usize,
 }
 
-/// RMSNorm of `x` [T, features]; with `residual`, residual += x first and the sum is normalised.
+/// `RMSNorm` of `x` [T, features]; with `residual`, residual += x first and the sum is normalised.
 pub fn rms_norm<E: Element>(
     pool: &ThreadPool,
     isa: Isa,

@@ -101,6 +101,8 @@ impl ThreadPool {
 
     fn open(&self, num_tasks: usize, task: &Task<'_>) {
         let shared = &self.shared;
+        let task: *const Task<'_> = task;
+        #[allow(clippy::transmute_ptr_to_ptr)] // a cast can't change a trait object's lifetime
         // SAFETY: only the lifetime changes; `close` ends every use of the task before `run` returns.
         let task = unsafe { std::mem::transmute::<*const Task<'_>, *const Task<'static>>(task) };
         // SAFETY: the state is closed and empty, and `caller` is locked: nobody else touches `job`.

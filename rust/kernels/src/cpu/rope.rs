@@ -11,8 +11,8 @@ use super::step::Step;
 use crate::KernelError;
 use crate::error::{check_below, check_length};
 
-/// Tokens a task handles.
-const TOKENS_PER_TASK: usize = 8;
+/// Tokens a task handles: a page's, because the tokens of a page share the cache lines of its K.
+const TOKENS_PER_TASK: usize = BLOCK_SIZE;
 
 /// What rotates and normalises the heads.
 #[derive(Clone, Copy)]

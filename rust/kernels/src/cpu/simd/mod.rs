@@ -1,6 +1,8 @@
 //! Sixteen f32 lanes on every instruction set, and the choice between them at run time.
 
 #[cfg(target_arch = "x86_64")]
+pub(super) mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -20,6 +22,7 @@ pub const ISA_VARIABLE: &str = "LORASERVE_CPU_ISA";
 /// # Safety
 /// Every method requires that the CPU supports the instruction set (`Isa::dispatch` guarantees it)
 /// and that pointers are valid for the lanes touched. No alignment is needed.
+#[allow(clippy::missing_safety_doc)] // one contract for all methods, above
 pub trait Simd: Copy + 'static {
     type V: Copy;
     /// Whether 16 accumulators of 16 lanes fit in registers.
@@ -69,6 +72,8 @@ pub trait Kernel {
 /// An instruction set this build knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
+    /// AVX-512 BF16, and tiles for dense products of bf16.
+    Amx,
     Avx512Bf16,
     Avx512,
     Avx2,
@@ -77,10 +82,17 @@ pub enum Isa {
 
 impl Isa {
     /// Best first.
-    pub const ALL: [Self; 4] = [Self::Avx512Bf16, Self::Avx512, Self::Avx2, Self::Portable];
+    pub const ALL: [Self; 5] = [
+        Self::Amx,
+        Self::Avx512Bf16,
+        Self::Avx512,
+        Self::Avx2,
+        Self::Portable,
+    ];
 
     pub fn name(self) -> &'static str {
         match self {
+            Self::Amx => "amx",
             Self::Avx512Bf16 => "avx512bf16",
             Self::Avx512 => "avx512",
             Self::Avx2 => "avx2",
@@ -123,6 +135,7 @@ impl Isa {
                 && is_x86_feature_detected!("avx512dq")
         };
         match self {
+            Self::Amx => Self::Avx512Bf16.is_supported() && amx::is_supported(),
             Self::Avx512Bf16 => avx512() && is_x86_feature_detected!("avx512bf16"),
             Self::Avx512 => avx512(),
             Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
@@ -144,7 +157,7 @@ impl Isa {
         unsafe {
             match self {
                 #[cfg(target_arch = "x86_64")]
-                Self::Avx512Bf16 => avx512::Avx512Bf16::vectorize(kernel),
+                Self::Amx | Self::Avx512Bf16 => avx512::Avx512Bf16::vectorize(kernel),
                 #[cfg(target_arch = "x86_64")]
                 Self::Avx512 => avx512::Avx512::vectorize(kernel),
                 #[cfg(target_arch = "x86_64")]
@@ -170,7 +183,7 @@ pub unsafe fn exp<S: Simd>(x: S::V) -> S::V {
         let r = S::fma(n, S::splat(-0.693_359_4), clamped);
         let r = S::fma(n, S::splat(2.121_944_4e-4), r);
         let mut p = S::splat(1.388_888_9e-3);
-        p = S::fma(p, r, S::splat(8.333_333_8e-3));
+        p = S::fma(p, r, S::splat(8.333_334e-3));
         p = S::fma(p, r, S::splat(4.166_666_8e-2));
         p = S::fma(p, r, S::splat(1.666_666_7e-1));
         p = S::fma(p, r, S::splat(0.5));
