@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 
 from loraserve._core import Receipt
 from loraserve.config import EngineConfig
@@ -19,7 +20,7 @@ class RequestStream(AsyncIterator[Delta]):
     def __init__(self, engine: AsyncEngine, num_answers: int) -> None:
         self._engine = engine
         self._num_open = num_answers
-        self._events: asyncio.Queue[Delta | Exception] = asyncio.Queue()
+        self._events: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()  # None: aborted
         self.request_ids: list[int] = []
         self.prompt_token_ids: list[int] = []
 
@@ -27,6 +28,8 @@ class RequestStream(AsyncIterator[Delta]):
         if self._num_open == 0:
             raise StopAsyncIteration
         event = await self._events.get()
+        if event is None:
+            raise StopAsyncIteration
         if isinstance(event, Exception):
             self._num_open = 0
             self.abort()
@@ -39,8 +42,9 @@ class RequestStream(AsyncIterator[Delta]):
         self._events.put_nowait(event)
 
     def abort(self) -> None:
-        """End the request now and free its pages; a finished request is left alone."""
+        """End the request and its iteration now and free its pages; a finished one is left alone."""
         self._num_open = 0
+        self._events.put_nowait(None)
         self._engine.abort(self)
 
 
@@ -52,18 +56,19 @@ class AsyncEngine:
 
     def __init__(self, config: EngineConfig) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._engine = Engine(config, self._on_outputs)
+        self._failed = asyncio.Event()
+        self._engine = Engine(config, self._on_outputs, self._on_failure)
         self._service: Service[RequestStream] = Service(self._engine)
 
-    def submit(self, request: GenerateRequest) -> RequestStream:
-        """Queue a request and return its stream.
+    async def submit(self, request: GenerateRequest) -> RequestStream:
+        """Queue a request and return its stream; tokenising runs off the loop.
 
         Raises:
             InvalidRequestError, AdapterNotFoundError, AdapterUnavailableError, CapacityError,
             EngineStoppedError: the request was refused; nothing was queued.
         """
         self._loop = asyncio.get_running_loop()
-        prepared = self._service.prepare(request)
+        prepared = await asyncio.to_thread(self._service.prepare, request)
         stream = RequestStream(self, prepared.params.n)
         stream.prompt_token_ids = prepared.prompt_token_ids
         stream.request_ids = self._service.submit(prepared, stream)
@@ -89,10 +94,24 @@ class AsyncEngine:
         """Refuse new requests, finish running ones within the deadline, abort the rest, stop."""
         await asyncio.to_thread(self._engine.shutdown, deadline_s)
 
+    async def wait_failed(self) -> str:
+        """Return when the engine has failed, with the reason; while it is well, wait."""
+        self._loop = asyncio.get_running_loop()
+        await self._failed.wait()
+        return self._engine.refusal or "the engine failed"
+
     def _on_outputs(self, outputs: list[EngineOutput]) -> None:
-        loop = self._loop
-        if loop is not None and not loop.is_closed():
-            loop.call_soon_threadsafe(self._route, outputs)
+        self._call_on_loop(self._route, outputs)
+
+    def _on_failure(self) -> None:
+        self._call_on_loop(self._failed.set)
+
+    def _call_on_loop(self, function: Callable[..., object], *args: object) -> None:
+        if self._loop is None:
+            function(*args)  # nobody waits yet
+            return
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(function, *args)
 
     def _route(self, outputs: Sequence[EngineOutput]) -> None:
         self._service.route(outputs, RequestStream.put, RequestStream.put)

@@ -3,11 +3,14 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 
 from loraserve.errors import InvalidRequestError
 
 DTYPES = ("bfloat16", "float32")
 DEVICES = ("auto", "cpu")
+
+MAX_MEMORY = 2**62
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -60,7 +63,9 @@ class EngineConfig:
 
 
 def parse_memory(memory: int | str) -> int:
-    """Bytes of `memory`: an integer, or text such as "512MiB", "2GiB", "1.5 GB"."""
+    """Bytes of `memory`: an integer, or text such as "512MiB", "2GiB", "1.5 GB"; "2G" is 2 GB."""
+    if not isinstance(memory, int | str) or isinstance(memory, bool):
+        raise InvalidRequestError(f"memory is {memory!r}, give bytes as an integer, or text such as 2GiB")
     if isinstance(memory, int):
         nbytes = memory
     else:
@@ -68,9 +73,9 @@ def parse_memory(memory: int | str) -> int:
         unit = match and _UNITS.get(match[2] if match[2] in _UNITS else match[2] + "b")
         if match is None or unit is None:
             raise InvalidRequestError(f"memory is {memory!r}, write it as 512MiB or 2GiB")
-        nbytes = int(float(match[1]) * unit)
-    if nbytes <= 0:
-        raise InvalidRequestError(f"memory is {memory!r}, it must be more than 0 bytes")
+        nbytes = int(Decimal(match[1]) * unit)
+    if not 0 < nbytes <= MAX_MEMORY:
+        raise InvalidRequestError(f"memory is {memory!r}, it must be more than 0 and at most 2**62 bytes")
     return nbytes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import threading
 from collections.abc import Callable, Sequence
@@ -51,16 +52,23 @@ class Engine:
     Args:
         config: what to load and how much memory it may use.
         on_outputs: called on the engine's thread with all events of a step, in order.
+        on_failure: called on the engine's thread if it ends by an error, after everyone was told.
     """
 
-    def __init__(self, config: EngineConfig, on_outputs: Callable[[list[EngineOutput]], None]) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        on_outputs: Callable[[list[EngineOutput]], None],
+        on_failure: Callable[[], None] = lambda: None,
+    ) -> None:
         self.config = config
         self.runner = ModelRunner(config)
         self._on_outputs = on_outputs
+        self._on_failure = on_failure
         self._lock = threading.Lock()  # guards the scheduler, the registry and the states
         self._wake = threading.Event()
         self._idle = threading.Condition(self._lock)
-        self._refusal: str | None = None
+        self.refusal: str | None = None  # why no new requests are taken
         self._is_stopping = False
         self._states: dict[int, SamplingState] = {}
         self._registry = AdapterRegistry()
@@ -68,6 +76,9 @@ class Engine:
             self.runner.base_shape, config.dtype, config.max_lora_rank, self._wake.set
         )
         self.max_model_len = self.runner.model.max_model_len
+        self._vocab_size = self.runner.model.config.vocab_size
+        eos = self.runner.model.tokenizer.eos_token_ids
+        self._eos_token_ids = [token_id for token_id in eos if token_id < self._vocab_size]
         self._scheduler = _core.Scheduler(
             num_pages=self.runner.num_pages,
             page_nbytes=self.runner.page_nbytes,
@@ -96,7 +107,8 @@ class Engine:
             EngineStoppedError: the request was refused; nothing was queued.
         """
         self._check_token_ids(prompt)
-        eos = () if params.ignore_eos else self.runner.model.tokenizer.eos_token_ids
+        self._check_token_ids(params.stop_token_ids)
+        eos = () if params.ignore_eos else self._eos_token_ids
         stop_token_ids = [*eos, *params.stop_token_ids]
         with self._lock:
             self._check_accepting()
@@ -118,7 +130,7 @@ class Engine:
             self._scheduler.abort(request_id)
         self._wake.set()
 
-    def load_adapter(self, name: str, path: str) -> _core.Receipt:
+    def load_adapter(self, name: str, path: str | os.PathLike[str]) -> _core.Receipt:
         """Read, check and register an adapter; its bytes enter the pool on first use.
 
         Raises:
@@ -126,6 +138,7 @@ class Engine:
             AdapterFormatError, AdapterUnavailableError, CapacityError: the adapter can't be served.
         """
         check_adapter_name(name)
+        path = os.path.abspath(path)  # it is read again at every load, wherever the process is then
         receipt = self._loader.check(path)
         with self._lock:
             self._check_accepting()
@@ -169,7 +182,7 @@ class Engine:
     def shutdown(self, deadline_s: float) -> None:
         """Refuse new requests, let running ones finish for `deadline_s` seconds, abort the rest, stop."""
         with self._lock:
-            self._refusal = self._refusal or "the engine is shutting down and takes no new requests"
+            self.refusal = self.refusal or "the engine is shutting down and takes no new requests"
             self._idle.wait_for(lambda: not self._states, timeout=deadline_s)
             for request_id in self._states:
                 self._scheduler.abort(request_id)
@@ -177,6 +190,11 @@ class Engine:
         self._wake.set()
         self._thread.join()
         self._loader.shutdown()
+
+    def stop_soon(self) -> None:
+        """Ask the thread to end, without waiting or locking: safe from a finalizer on any thread."""
+        self._is_stopping = True
+        self._wake.set()
 
     def _run(self) -> None:
         _use_one_torch_thread()
@@ -247,23 +265,23 @@ class Engine:
 
     def _fail(self, message: str) -> None:
         with self._lock:
-            self._refusal = message
+            self.refusal = message
             request_ids = list(self._states)
             self._states.clear()
             self._idle.notify_all()
         error = EngineStoppedError(message)
         self._on_outputs([EngineOutput(id_, None, None, None, error, 0) for id_ in request_ids])
+        self._on_failure()
 
     def _check_accepting(self) -> None:
-        if self._refusal is not None:
-            raise EngineStoppedError(self._refusal)
+        if self.refusal is not None:
+            raise EngineStoppedError(self.refusal)
 
-    def _check_token_ids(self, prompt: Sequence[int]) -> None:
-        vocab_size = self.runner.model.config.vocab_size
-        for token_id in prompt:
-            if not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
+    def _check_token_ids(self, token_ids: Sequence[int]) -> None:
+        for token_id in token_ids:
+            if not 0 <= token_id < self._vocab_size:
                 raise InvalidRequestError(
-                    f"token id {token_id!r} is out of range, the vocabulary has {vocab_size} tokens"
+                    f"token id {token_id} is out of range, the vocabulary has {self._vocab_size} tokens"
                 )
 
 

@@ -22,7 +22,7 @@ class AdapterUnavailableError(LoraserveError):
 
 
 class CapacityError(LoraserveError):
-    """The memory pool or the queue is too small for this; the message says how much is needed."""
+    """The memory is too small for this; the message says how much is needed."""
 
 
 class ModelError(LoraserveError, ValueError):

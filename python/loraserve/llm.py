@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+import os
 import queue
 import threading
 import weakref
@@ -44,7 +46,7 @@ class LLM:
         config = EngineConfig(model=str(model), adapters=dict(adapters or {}), **settings)
         self._engine = Engine(config, self._events.put)
         self._service: Service[_Pending] = Service(self._engine)
-        self._finalizer = weakref.finalize(self, Engine.shutdown, self._engine, 0.0)
+        self._finalizer = weakref.finalize(self, self._engine.stop_soon)
 
     def generate(
         self,
@@ -72,7 +74,7 @@ class LLM:
             for prompt, one_adapter, one_params in zip(
                 prompt_list,
                 _per_request(adapter, len(prompt_list), "adapter"),
-                _per_request(params or SamplingParams(), len(prompt_list), "params"),
+                _params_per_request(params, len(prompt_list)),
                 strict=True,
             )
         ]
@@ -93,13 +95,13 @@ class LLM:
             for chat, one_adapter, one_params in zip(
                 chats,
                 _per_request(adapter, len(chats), "adapter"),
-                _per_request(params or SamplingParams(), len(chats), "params"),
+                _params_per_request(params, len(chats)),
                 strict=True,
             )
         ]
         return self._run(requests, progress)
 
-    def load_adapter(self, name: str, path: str) -> Receipt:
+    def load_adapter(self, name: str, path: str | os.PathLike[str]) -> Receipt:
         """Check and register an adapter; see `Engine.load_adapter` for the errors."""
         return self._engine.load_adapter(name, path)
 
@@ -115,7 +117,8 @@ class LLM:
 
     def close(self) -> None:
         """Stop the engine and free its memory; safe to call twice."""
-        self._finalizer()
+        self._finalizer.detach()
+        self._engine.shutdown(0.0)
 
     def __enter__(self) -> LLM:
         return self
@@ -180,15 +183,39 @@ class _Pending:
 
 
 def _as_prompts(prompts: Any) -> list[Prompt]:
-    if isinstance(prompts, str) or (len(prompts) > 0 and not isinstance(prompts[0], str | Sequence)):
+    """A list of prompts; one string, or one list of token ids, is one prompt."""
+    if isinstance(prompts, str):
         return [prompts]
-    return list(prompts)
+    try:
+        items = list(prompts)
+    except TypeError:
+        raise InvalidRequestError(f"prompts is {prompts!r}, give a string or a list") from None
+    return [items] if items and _is_integer(items[0]) else items
+
+
+def _is_integer(value: Any) -> bool:
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _per_request(value: Any, num_requests: int, name: str) -> list[Any]:
     if value is None or isinstance(value, str | Mapping | SamplingParams):
         return [value] * num_requests
-    values = list(value)
-    if len(values) != num_requests:
-        raise InvalidRequestError(f"{name} has {len(values)} entries for {num_requests} prompts")
-    return values
+    if not isinstance(value, Sequence):
+        raise InvalidRequestError(
+            f"{name} is {value!r}, give one for all prompts or a list with one for each"
+        )
+    if len(value) != num_requests:
+        raise InvalidRequestError(f"{name} has {len(value)} entries for {num_requests} prompts")
+    return list(value)
+
+
+def _params_per_request(value: Any, num_requests: int) -> list[SamplingParams]:
+    params = [one or SamplingParams() for one in _per_request(value, num_requests, "params")]
+    for one in params:
+        if not isinstance(one, SamplingParams):
+            raise InvalidRequestError(f"params is {one!r}, give SamplingParams")
+    return params

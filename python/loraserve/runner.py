@@ -14,6 +14,7 @@ from loraserve.ops.base import KvGeometry, Ops
 from loraserve.ops.cpu_ops import CpuOps
 
 BLOCK_SIZE = 16  # tokens per page
+MIN_PAGES = 2
 
 
 class ModelRunner:
@@ -34,12 +35,12 @@ class ModelRunner:
         )
         self.page_nbytes = geometry.page_nbytes(self._dtype)
         self.num_pages = self._config.memory_nbytes // self.page_nbytes
-        if self.num_pages == 0:
+        if self.num_pages < MIN_PAGES:
             raise CapacityError(
-                f"memory is {self._config.memory_nbytes} bytes, one page of this model needs "
-                f"{self.page_nbytes}: raise it"
+                f"memory is {self._config.memory_nbytes} bytes, this model needs at least "
+                f"{MIN_PAGES * self.page_nbytes}: raise it"
             )
-        self.pool = torch.empty(self.num_pages * self.page_nbytes, dtype=torch.uint8)
+        self.pool = _allocate(self.num_pages * self.page_nbytes)
         self.ops: Ops = CpuOps(geometry, self._dtype, self.pool, num_threads=self._config.num_threads)
         return self.ops
 
@@ -64,3 +65,11 @@ class ModelRunner:
         step = self.ops.begin_step(batch)
         hidden = self.model.decoder.forward(step)
         return self.model.decoder.logits(step, hidden)
+
+
+def _allocate(nbytes: int) -> torch.Tensor:
+    """The pool: uint8, untouched memory that becomes real as pages are used."""
+    try:
+        return torch.empty(nbytes, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise CapacityError(f"memory is {nbytes} bytes, this machine can't give that much: {error}") from None

@@ -142,6 +142,6 @@ def _mix64(z: int) -> int:
 def _token_logprob(logprobs: torch.Tensor, token_id: int, k: int | None) -> TokenLogprob:
     top: list[tuple[int, float]] = []
     if k:
-        values, ids = logprobs.topk(k)
+        values, ids = logprobs.topk(min(k, logprobs.numel()))
         top = list(zip(ids.tolist(), values.tolist(), strict=True))
     return TokenLogprob(token_id, float(logprobs[token_id]), top)

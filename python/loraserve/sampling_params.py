@@ -1,13 +1,16 @@
 """How one request's tokens are chosen and when it ends."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 from loraserve.errors import InvalidRequestError
 
 MAX_N = 128
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
+MIN_TEMPERATURE = 1e-5  # below, dividing logits by it would overflow: taken as greedy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +19,7 @@ class SamplingParams:
 
     Args:
         max_tokens: most tokens to generate, at least 1; also bounded by the model's context.
-        temperature: 0 is greedy; otherwise logits are divided by it.
+        temperature: 0 (or below 1e-5) is greedy; otherwise logits are divided by it.
         top_p: smallest set of tokens whose probability reaches this, in (0, 1].
         top_k: the k most likely tokens; 0 keeps all.
         min_p: tokens at least this fraction as likely as the likeliest, in [0, 1].
@@ -54,8 +57,9 @@ class SamplingParams:
     n: int = 1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        object.__setattr__(self, "stop", _as_tuple("stop", stop))
+        object.__setattr__(self, "stop_token_ids", _as_tuple("stop_token_ids", self.stop_token_ids))
         _check_int("max_tokens", self.max_tokens, 1, 2**31 - 1)
         _check_int("min_tokens", self.min_tokens, 0, self.max_tokens)
         _check_int("top_k", self.top_k, 0, 2**31 - 1)
@@ -63,18 +67,18 @@ class SamplingParams:
         _check_float("temperature", self.temperature, 0.0, 100.0)
         _check_float("top_p", self.top_p, 0.0, 1.0, open_low=True)
         _check_float("min_p", self.min_p, 0.0, 1.0)
-        _check_float("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        _check_float("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         _check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         if self.seed is not None:
-            _check_int("seed", self.seed, -(2**63), 2**64 - 1)
+            _check_int("seed", self.seed, -(2**63), 2**63 - 1)
         if self.logprobs is not None:
             _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         _check_stop(self.stop, self.stop_token_ids)
 
     @property
     def is_greedy(self) -> bool:
-        return self.temperature == 0.0
+        return self.temperature < MIN_TEMPERATURE
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -82,17 +86,25 @@ class SamplingParams:
         return (self.stop,) if isinstance(self.stop, str) else self.stop
 
 
+def _as_tuple(name: str, values: object) -> tuple[object, ...]:
+    if values is None:
+        return ()
+    if not isinstance(values, Iterable):
+        raise InvalidRequestError(f"{name} is {values!r}, it must be a list")
+    return tuple(values)
+
+
 def _check_int(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise InvalidRequestError(f"{name} is {value!r}, it must be an integer")
-    if not low <= value <= high:
+    if not low <= int(value) <= high:
         raise InvalidRequestError(f"{name} is {value}, it must be from {low} to {high}")
 
 
 def _check_float(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise InvalidRequestError(f"{name} is {value!r}, it must be a finite number")
-    if not low <= value <= high or (open_low and value == low):
+    if not low <= float(value) <= high or (open_low and value == low):
         bracket = "(" if open_low else "["
         raise InvalidRequestError(f"{name} is {value}, it must be in {bracket}{low:g}, {high:g}]")
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from numbers import Real
+from typing import Any, Generic, TypeVar
 
 from loraserve.detokenizer import IncrementalDetokenizer, StopStrings
 from loraserve.engine import Engine, EngineOutput
@@ -16,6 +16,7 @@ from loraserve.sampling_params import SamplingParams
 from loraserve.tokenizer import Tokenizer
 
 MAX_ADAPTERS_PER_REQUEST = 16
+MAX_ADAPTER_WEIGHT = 1000.0  # beyond, sums of deltas lose all meaning in bfloat16
 
 Owner = TypeVar("Owner")
 
@@ -29,7 +30,7 @@ class PreparedRequest:
     params: SamplingParams
 
 
-def prepare(request: GenerateRequest, tokenizer: Tokenizer) -> PreparedRequest:
+def prepare(request: GenerateRequest, tokenizer: Tokenizer, max_model_len: int) -> PreparedRequest:
     """Tokenise and resolve a request.
 
     Raises:
@@ -41,13 +42,20 @@ def prepare(request: GenerateRequest, tokenizer: Tokenizer) -> PreparedRequest:
         if not request.messages:
             raise InvalidRequestError("messages is empty, give at least one message")
         text = tokenizer.apply_chat_template(request.messages)
+        _check_text(text, tokenizer, max_model_len)
         token_ids = tokenizer.encode(text, add_special_tokens=False)
     elif isinstance(request.prompt, str):
+        _check_text(request.prompt, tokenizer, max_model_len)
         token_ids = tokenizer.encode(request.prompt)
     else:
-        token_ids = _integers(request.prompt or [])
+        token_ids = _integers(request.prompt)
     if not token_ids:
         raise InvalidRequestError("the prompt is empty, give at least one token")
+    if len(token_ids) >= max_model_len:
+        raise InvalidRequestError(
+            f"prompt has {len(token_ids)} tokens, limit is {max_model_len - 1}: "
+            "the context length less one token to generate"
+        )
     return PreparedRequest(token_ids, resolve_adapters(request.adapter), request.params)
 
 
@@ -64,8 +72,13 @@ def resolve_adapters(spec: AdapterSpec) -> list[tuple[str, float]]:
             f"adapter names {len(spec)} adapters, give from 1 to {MAX_ADAPTERS_PER_REQUEST}"
         )
     for name, weight in spec.items():
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-            raise InvalidRequestError(f"weight of adapter {name!r} is {weight!r}, it must be a finite number")
+        if not isinstance(name, str):
+            raise InvalidRequestError(f"adapter name is {name!r}, it must be a string")
+        if not isinstance(weight, Real) or not abs(weight) <= MAX_ADAPTER_WEIGHT:
+            raise InvalidRequestError(
+                f"weight of adapter {name!r} is {weight!r}, it must be a number "
+                f"from -{MAX_ADAPTER_WEIGHT:g} to {MAX_ADAPTER_WEIGHT:g}"
+            )
     return [(name, float(weight)) for name, weight in spec.items()]
 
 
@@ -137,7 +150,7 @@ class Service(Generic[Owner]):
         self._active: dict[int, tuple[ActiveSequence, Owner]] = {}
 
     def prepare(self, request: GenerateRequest) -> PreparedRequest:
-        return prepare(request, self._tokenizer)
+        return prepare(request, self._tokenizer, self._engine.max_model_len)
 
     def submit(self, prepared: PreparedRequest, owner: Owner) -> list[int]:
         """Queue all n sequences of a request, or none; their request ids."""
@@ -176,6 +189,8 @@ class Service(Generic[Owner]):
                 delta = sequence.push(output)
             except Exception as error:
                 del self._active[output.request_id]
+                if not output.is_last:
+                    self._engine.abort(output.request_id)
                 on_error(owner, error)
                 continue
             if sequence.is_finished:
@@ -186,7 +201,21 @@ class Service(Generic[Owner]):
                 on_delta(owner, delta)
 
 
-def _integers(token_ids: Sequence[int]) -> list[int]:
+def _check_text(text: str, tokenizer: Tokenizer, max_model_len: int) -> None:
+    """Refuse what can't be encoded, and at once what is far too long to be worth encoding."""
+    min_tokens = len(text) // tokenizer.max_token_len
+    if min_tokens >= max_model_len:
+        raise InvalidRequestError(
+            f"prompt has at least {min_tokens} tokens, limit is {max_model_len - 1}: "
+            "the context length less one token to generate"
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(f"the prompt is not valid Unicode: {error.reason}") from None
+
+
+def _integers(token_ids: Any) -> list[int]:
     try:
         return [operator.index(token_id) for token_id in token_ids]
     except TypeError as error:

@@ -1,6 +1,7 @@
 """Tokenizer: text to token ids and back for one model, with its stop tokens and chat template."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,11 @@ class Tokenizer:
         """Token ids of a conversation; the template writes its own special tokens."""
         text = self.apply_chat_template(messages, add_generation_prompt)
         return self.encode(text, add_special_tokens=False)
+
+    @cached_property
+    def max_token_len(self) -> int:
+        """Characters of text the longest token stands for, at most."""
+        return max(map(len, self._backend.get_vocab()))
 
     def _id_of(self, token: str | None) -> int | None:
         return None if token is None else self._backend.token_to_id(token)

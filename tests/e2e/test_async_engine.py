@@ -12,6 +12,7 @@ import torch
 from loraserve import AsyncEngine, EngineConfig, GenerateRequest, SamplingParams
 from loraserve.adapters.extent_loader import ExtentLoader
 from loraserve.async_engine import RequestStream
+from loraserve.detokenizer import IncrementalDetokenizer
 from loraserve.errors import AdapterUnavailableError, EngineStoppedError
 
 from tests.e2e.tiny import NUM_TOKENS, PROMPT
@@ -58,7 +59,7 @@ def test_streams_of_many_adapters_are_answered_right(
     run: Callable[[Scenario], None], tiny_expected: dict[str, list[int]]
 ) -> None:
     async def scenario(engine: AsyncEngine) -> None:
-        streams = {name: engine.submit(request(name, SHORT)) for name in tiny_expected}
+        streams = {name: await engine.submit(request(name, SHORT)) for name in tiny_expected}
         answers = await asyncio.gather(*(tokens_of(stream) for stream in streams.values()))
         assert dict(zip(streams, answers, strict=True)) == tiny_expected
 
@@ -67,7 +68,7 @@ def test_streams_of_many_adapters_are_answered_right(
 
 def test_an_aborted_stream_frees_its_pages(run: Callable[[Scenario], None]) -> None:
     async def scenario(engine: AsyncEngine) -> None:
-        stream = engine.submit(request())
+        stream = await engine.submit(request())
         await anext(stream)
         assert engine.info().num_kv_pages > 0
         stream.abort()
@@ -82,11 +83,11 @@ def test_unloading_in_use_finishes_running_requests_and_refuses_new_ones(
     run: Callable[[Scenario], None], tiny_expected: dict[str, list[int]]
 ) -> None:
     async def scenario(engine: AsyncEngine) -> None:
-        stream = engine.submit(request("a3"))
+        stream = await engine.submit(request("a3"))
         first = await anext(stream)
         await engine.unload_adapter("a3")
         with pytest.raises(AdapterUnavailableError, match="a3"):
-            engine.submit(request("a3"))
+            await engine.submit(request("a3"))
         tokens = first.token_ids + await tokens_of(stream)
         assert len(tokens) == LONG.max_tokens
         assert tokens[:NUM_TOKENS] == tiny_expected["a3"]
@@ -104,8 +105,8 @@ def test_a_failed_load_ends_only_the_requests_that_asked_for_it(
         weights.write_text(weights.read_text().replace('"lora_alpha": 16', '"lora_alpha": 8'))
         await engine.load_adapter("gone", str(tmp_path / "gone"))
         shutil.rmtree(tmp_path / "gone")
-        others = [engine.submit(request(name)) for name in (None, "a1", "a2")]
-        failing = [engine.submit(request("gone")) for _ in range(3)]
+        others = [await engine.submit(request(name)) for name in (None, "a1", "a2")]
+        failing = [await engine.submit(request("gone")) for _ in range(3)]
         for stream in failing:
             with pytest.raises(AdapterUnavailableError, match="gone"):
                 await tokens_of(stream)
@@ -127,9 +128,9 @@ def test_decoding_goes_on_while_an_adapter_loads(
 
     async def scenario(engine: AsyncEngine) -> None:
         monkeypatch.setattr(ExtentLoader, "_load", load_when_told)
-        waiting = engine.submit(request("a4", SHORT))
+        waiting = await engine.submit(request("a4", SHORT))
         try:
-            assert len(await tokens_of(engine.submit(request()))) == LONG.max_tokens
+            assert len(await tokens_of(await engine.submit(request()))) == LONG.max_tokens
             assert engine.info().num_waiting == 1
         finally:
             may_load.set()
@@ -140,12 +141,12 @@ def test_decoding_goes_on_while_an_adapter_loads(
 
 def test_shutdown_finishes_running_requests_and_refuses_new_ones(run: Callable[[Scenario], None]) -> None:
     async def scenario(engine: AsyncEngine) -> None:
-        stream = engine.submit(request())
+        stream = await engine.submit(request())
         await anext(stream)
         shutdown = asyncio.create_task(engine.shutdown(deadline_s=30))
         await asyncio.sleep(0.005)
         with pytest.raises(EngineStoppedError, match="shutting down"):
-            engine.submit(request())
+            await engine.submit(request())
         assert len(await tokens_of(stream)) == LONG.max_tokens - 1
         await shutdown
 
@@ -154,10 +155,80 @@ def test_shutdown_finishes_running_requests_and_refuses_new_ones(run: Callable[[
 
 def test_a_deadline_of_zero_aborts_what_runs(run: Callable[[Scenario], None]) -> None:
     async def scenario(engine: AsyncEngine) -> None:
-        stream = engine.submit(request())
+        stream = await engine.submit(request())
         await anext(stream)
         await engine.shutdown(deadline_s=0)
         finish = [delta.finish_reason async for delta in stream][-1]
         assert finish == "abort"
+
+    run(scenario)
+
+
+def test_aborting_a_stream_ends_whoever_iterates_it(run: Callable[[Scenario], None]) -> None:
+    async def scenario(engine: AsyncEngine) -> None:
+        stream = await engine.submit(request())
+        reader = asyncio.create_task(tokens_of(stream))
+        await asyncio.sleep(0.01)
+        stream.abort()
+        assert len(await reader) < LONG.max_tokens
+        await idle(engine)
+
+    run(scenario)
+
+
+def test_an_error_in_one_answers_text_ends_that_request_alone(
+    run: Callable[[Scenario], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push = IncrementalDetokenizer.push
+
+    async def scenario(engine: AsyncEngine) -> None:
+        other, failing = await engine.submit(request()), await engine.submit(request("a1"))
+        owners = [
+            sequence._detokenizer for sequence, owner in engine._service._active.values() if owner is failing
+        ]
+
+        def fail_once(self: IncrementalDetokenizer, token_ids: Any) -> str:
+            if self in owners:
+                raise ZeroDivisionError
+            return push(self, token_ids)
+
+        monkeypatch.setattr(IncrementalDetokenizer, "push", fail_once)
+        with pytest.raises(ZeroDivisionError):
+            await tokens_of(failing)
+        assert len(await tokens_of(other)) == LONG.max_tokens
+        await idle(engine)
+
+    run(scenario)
+
+
+def test_a_load_that_breaks_in_an_unforeseen_way_is_answered(
+    run: Callable[[Scenario], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def panic(*_: Any) -> Any:
+        raise BaseException("panicked")
+
+    async def scenario(engine: AsyncEngine) -> None:
+        monkeypatch.setattr(ExtentLoader, "_load", panic)
+        with pytest.raises(AdapterUnavailableError, match="panicked"):
+            await tokens_of(await engine.submit(request("a1")))
+
+    run(scenario)
+
+
+def test_an_engine_that_fails_tells_everyone(
+    run: Callable[[Scenario], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise ZeroDivisionError("broken")
+
+    async def scenario(engine: AsyncEngine) -> None:
+        stream = await engine.submit(request())
+        await anext(stream)
+        monkeypatch.setattr("loraserve.engine.sample", fail)
+        with pytest.raises(EngineStoppedError, match="broken"):
+            await tokens_of(stream)
+        assert "broken" in await engine.wait_failed()
+        with pytest.raises(EngineStoppedError, match="broken"):
+            await engine.submit(request())
 
     run(scenario)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from loraserve import LLM, EngineConfig, SamplingParams
@@ -33,6 +34,20 @@ REQUESTS: list[tuple[str, dict[str, Any], type[LoraserveError], str]] = [
     ("token id too large", {"prompts": [[1, 49152]]}, InvalidRequestError, "token id 49152 is out of range"),
     ("token id negative", {"prompts": [[-1]]}, InvalidRequestError, "token id -1 is out of range"),
     ("token id not an integer", {"prompts": [[1.5]]}, InvalidRequestError, "integers"),
+    ("no prompt", {"prompts": None}, InvalidRequestError, "prompts is None"),
+    ("a number as prompts", {"prompts": 5}, InvalidRequestError, "prompts is 5"),
+    ("a lone surrogate", {"prompts": "\ud800"}, InvalidRequestError, "not valid Unicode"),
+    ("text far too long", {"prompts": "hi " * 10**6}, InvalidRequestError, "prompt has at least"),
+    ("weight too large", {"adapter": {"r4-all": 1e38}}, InvalidRequestError, "weight of adapter"),
+    ("adapter name not a string", {"adapter": {1: 0.5}}, InvalidRequestError, "adapter name is 1"),
+    ("adapter a number", {"adapter": 3}, InvalidRequestError, "adapter is 3"),
+    ("params not params", {"params": [{"max_tokens": 3}]}, InvalidRequestError, "give SamplingParams"),
+    (
+        "stop token out of range",
+        {"params": SamplingParams(min_tokens=1, stop_token_ids=(999999,))},
+        InvalidRequestError,
+        "token id 999999 is out of range",
+    ),
     ("two adapters for one prompt", {"adapter": ["r4-all", None]}, InvalidRequestError, "2 entries for 1"),
 ]
 
@@ -57,6 +72,9 @@ SAMPLING: list[tuple[dict[str, Any], str]] = [
     ({"top_k": -1}, "top_k is -1"),
     ({"min_p": 1.5}, "min_p is 1.5"),
     ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
+    ({"repetition_penalty": 1e-38}, "repetition_penalty is 1e-38"),
+    ({"stop": 5}, "stop is 5"),
+    ({"stop_token_ids": 2}, "stop_token_ids is 2"),
     ({"presence_penalty": 3.0}, "presence_penalty is 3.0"),
     ({"frequency_penalty": float("nan")}, "frequency_penalty is nan"),
     ({"min_tokens": 20, "max_tokens": 10}, "min_tokens is 20"),
@@ -78,7 +96,10 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"dtype": "int4"}, "dtype is 'int4'"),
     ({"device": "tpu"}, "device is 'tpu'"),
     ({"memory": "lots"}, "memory is 'lots'"),
-    ({"memory": 0}, "more than 0 bytes"),
+    ({"memory": 0}, "more than 0"),
+    ({"memory": 2.5}, "memory is 2.5"),
+    ({"memory": None}, "memory is None"),
+    ({"memory": "9" * 400}, "at most"),
     ({"max_lora_rank": 0}, "max_lora_rank is 0"),
 ]
 
@@ -207,8 +228,10 @@ def test_an_adapter_deleted_from_disk_fails_only_its_own_requests(
 
 
 def test_a_pool_too_small_says_how_much_is_needed(smollm2_path: str, adapter_paths: dict[str, str]) -> None:
-    with pytest.raises(CapacityError, match="one page of this model needs"):
-        LLM(smollm2_path, dtype="float32", memory="100KiB")
+    with pytest.raises(CapacityError, match="this model needs at least"):
+        LLM(smollm2_path, dtype="float32", memory="800KiB")
+    with pytest.raises(CapacityError, match="can't give that much"):
+        LLM(smollm2_path, dtype="float32", memory="999999GiB")
     with LLM(smollm2_path, dtype="float32", memory="8MiB") as llm:
         with pytest.raises(CapacityError, match="needs"):
             llm.generate([[1] * 300], SamplingParams(max_tokens=100))
@@ -220,3 +243,44 @@ def test_a_pool_too_small_says_how_much_is_needed(smollm2_path: str, adapter_pat
 def test_a_missing_model_path_is_named() -> None:
     with pytest.raises(ModelError, match="no/such/model"):
         LLM("./no/such/model")
+
+
+def test_numpy_values_and_paths_are_taken(llm_float32: LLM, adapter_paths: dict[str, str]) -> None:
+    params = SamplingParams(max_tokens=np.int64(4), temperature=np.float32(0.0), ignore_eos=True)
+    prompts = [np.array([1, 2, 3]), np.array([4, 5])]
+    mixed = llm_float32.generate(prompts, params, [None, {"r4-all": np.float32(1.0)}])
+    assert [len(output.token_ids) for output in mixed] == [4, 4]
+    assert llm_float32.generate(prompts[0], params)[0].token_ids == mixed[0].token_ids
+    llm_float32.load_adapter("from-a-path", Path(adapter_paths["r8-qv"]))
+    llm_float32.unload_adapter("from-a-path")
+
+
+def test_an_almost_zero_temperature_is_greedy(llm_float32: LLM) -> None:
+    greedy, almost = (
+        llm_float32.generate("Hello", SamplingParams(max_tokens=8, temperature=temperature))[0].token_ids
+        for temperature in (0.0, 1e-38)
+    )
+    assert greedy == almost
+
+
+def test_the_longest_prompt_gets_one_token(llm_float32: LLM) -> None:
+    limit = llm_float32.info().max_model_len
+    output = llm_float32.generate([[7] * (limit - 1)], SamplingParams(max_tokens=10, ignore_eos=True))[0]
+    assert (output.finish_reason, len(output.token_ids)) == ("length", 1)
+
+
+def test_an_adapter_registered_by_a_relative_path_survives_chdir(
+    llm_float32: LLM, adapter_paths: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(adapter_paths["gate-only"], tmp_path / "relative")
+    _edit_config(lora_alpha=7)(tmp_path / "relative")
+    monkeypatch.chdir(tmp_path)
+    llm_float32.load_adapter("relative", "relative")
+    monkeypatch.chdir("/")
+    assert len(llm_float32.generate("Hello", PARAMS, "relative")[0].token_ids) > 0
+    llm_float32.unload_adapter("relative")
+
+
+def test_a_progress_bar_is_shown_when_asked_for(llm_float32: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    llm_float32.generate(["Hello"] * 3, PARAMS, progress=True)
+    assert "3/3" in capsys.readouterr().err

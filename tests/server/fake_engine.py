@@ -37,7 +37,7 @@ class FakeEngine:
         self.streams: list[FakeStream] = []
         self.requests: list[GenerateRequest] = []
 
-    def submit(self, request: GenerateRequest) -> FakeStream:
+    async def submit(self, request: GenerateRequest) -> FakeStream:
         self.requests.append(request)
         if isinstance(request.prompt, str) and request.prompt.startswith("refuse"):
             raise error_named(request.prompt.split()[1])

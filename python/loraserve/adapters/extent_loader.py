@@ -65,7 +65,7 @@ class ExtentLoader:
             outcome = self._load_first_readable(sources, extent)
         except LoraserveError as error:
             outcome = error
-        except Exception as error:  # a loader thread must answer, whatever happens
+        except BaseException as error:  # a panic of the core too: every load is answered
             outcome = AdapterUnavailableError(f"adapter {sources[0].name!r} can't be loaded: {error}")
         self._results.put(LoadResult(adapter_id, extent, outcome))
         self._on_done()

@@ -121,7 +121,7 @@ async def _answer(config: EngineConfig, requests: list[GenerateRequest]) -> None
 
 async def _print_answers(engine: AsyncEngine, requests: list[GenerateRequest]) -> None:
     """All requests run at once; the first is shown as it comes, the others when it is their turn."""
-    streams: list[RequestStream] = [engine.submit(request) for request in requests]
+    streams: list[RequestStream] = [await engine.submit(request) for request in requests]
     for stream in streams:
         async for delta in stream:
             print(delta.text, end="", flush=True)

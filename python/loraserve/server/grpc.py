@@ -56,7 +56,7 @@ class LoraServeServicer:
 
     async def Generate(self, message: pb.GenerateRequest, context: Context) -> None:  # noqa: N802
         async with self._errors_answered(context):
-            stream = self._engine.submit(request_from_wire(message))
+            stream = await self._engine.submit(request_from_wire(message))
             call = _CallLog(message)
             try:
                 async for delta in stream:

@@ -8,9 +8,14 @@ import os
 import signal
 from dataclasses import dataclass
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from loraserve.config import EngineConfig
+from loraserve.errors import EngineStoppedError
 from loraserve.server.grpc import GrpcServer, check_can_listen
+
+if TYPE_CHECKING:
+    from loraserve.async_engine import AsyncEngine
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +44,7 @@ async def serve(config: ServeConfig) -> None:
 
     Raises:
         ListenError: the port can't be had; nothing has been loaded yet when it was taken before.
-        LoraserveError: the model or an adapter can't be loaded.
+        LoraserveError: the model or an adapter can't be loaded, or the engine failed.
     """
     check_can_listen(config.host, config.grpc_port)
     _exit_on_signals()
@@ -55,10 +60,23 @@ async def serve(config: ServeConfig) -> None:
     stop = _stop_event()
     await server.start()
     print(_ready_line(config, server.address), flush=True)
-    await stop.wait()
+    failure = await _failure_before(engine, stop)
+    if failure is not None:
+        await server.stop(0.0)
+        raise EngineStoppedError(failure)
     logger.info("draining: running requests have %g s", config.drain_s)
     await server.stop(config.drain_s)
     logger.info("stopped")
+
+
+async def _failure_before(engine: AsyncEngine, stop: asyncio.Event) -> str | None:
+    """Why the engine failed, or None once a stop signal has come."""
+    failing = asyncio.create_task(engine.wait_failed())
+    stopping = asyncio.create_task(stop.wait())
+    done, pending = await asyncio.wait({failing, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    for task in pending:
+        task.cancel()
+    return failing.result() if failing in done else None
 
 
 def _ready_line(config: ServeConfig, address: str) -> str:
