@@ -1,5 +1,6 @@
 """A server process from its ready line to its exit code, on the real engine."""
 
+import asyncio
 import signal
 import socket
 import subprocess
@@ -9,10 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from loraserve import EngineConfig
 from loraserve.client import Client
 from loraserve.errors import EngineStoppedError
 from loraserve.request import Completion
 from loraserve.sampling_params import SamplingParams
+from loraserve.server.lifecycle import ServeConfig, serve
+
+from tests.server.fake_engine import FakeEngine
 
 EXIT_TIMEOUT_S = 20.0
 
@@ -103,3 +108,21 @@ def _is_refused_soon(client: Client) -> bool:
             return "shutting down" in str(error)
         time.sleep(0.01)
     return False
+
+
+def test_a_server_whose_engine_fails_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class FailingEngine(FakeEngine):
+        def __init__(self, _config: EngineConfig) -> None:
+            super().__init__()
+
+        async def wait_failed(self) -> str:
+            return "the engine failed: broken"
+
+    monkeypatch.setattr("loraserve.async_engine.AsyncEngine", FailingEngine)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with pytest.raises(EngineStoppedError, match="broken"):
+            asyncio.run(serve(ServeConfig(engine=EngineConfig(model="none"), grpc_port=0)))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

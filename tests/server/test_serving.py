@@ -134,6 +134,7 @@ INVALID: list[tuple[dict[str, Any], type[LoraserveError], str]] = [
     ({"prompt": []}, InvalidRequestError, "prompt is empty"),
     ({"prompt": [1] * 2048}, InvalidRequestError, "limit is 2047"),
     ({"prompt": "word " * 3000}, InvalidRequestError, "limit is 2047"),
+    ({"messages": []}, InvalidRequestError, "messages is empty"),
     ({"prompt": [10**6]}, InvalidRequestError, "token id 1000000 is out of range"),
     ({"prompt": [2**32 - 1]}, InvalidRequestError, "token id 4294967295 is out of range"),
 ]
@@ -149,6 +150,7 @@ INVALID_SAMPLING = [
     (pb.SamplingParams(logprobs=1000), "logprobs is 1000"),
     (pb.SamplingParams(max_tokens=2, min_tokens=3), "min_tokens is 3"),
     (pb.SamplingParams(stop=[""]), "stop contains ''"),
+    (pb.SamplingParams(min_tokens=1, stop_token_ids=[999999]), "token id 999999 is out of range"),
 ]
 
 
