@@ -43,3 +43,25 @@ pub fn check_below(what: &'static str, value: i64, limit: i64) -> Result<(), Ker
     }
     Err(KernelError::OutOfRange { what, value, limit })
 }
+
+/// Refuses a range that ends beyond `limit`, or beyond what a number can hold; returns its end.
+pub fn check_end(
+    what: &'static str,
+    start: usize,
+    len: usize,
+    limit: usize,
+) -> Result<usize, KernelError> {
+    start
+        .checked_add(len)
+        .filter(|&end| end <= limit)
+        .ok_or_else(|| KernelError::Invalid(format!("{what} is {start} + {len}, limit is {limit}")))
+}
+
+/// Multiplies sizes; refuses a product that no number can hold.
+pub fn check_product(what: &'static str, sizes: &[usize]) -> Result<usize, KernelError> {
+    let product = sizes
+        .iter()
+        .try_fold(1_usize, |product, &size| product.checked_mul(size));
+    product
+        .ok_or_else(|| KernelError::Invalid(format!("{what} overflows, its sizes are {sizes:?}")))
+}

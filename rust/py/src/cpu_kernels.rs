@@ -8,7 +8,7 @@ use loraserve_kernels::cpu::activation::silu_mul;
 use loraserve_kernels::cpu::context::CpuContext;
 use loraserve_kernels::cpu::element::{Bf16, Element};
 use loraserve_kernels::cpu::geometry::{KvGeometry, PageMemory};
-use loraserve_kernels::cpu::linear::{self, embedding};
+use loraserve_kernels::cpu::linear;
 use loraserve_kernels::cpu::norm::rms_norm;
 use loraserve_kernels::cpu::rope::HeadTransform;
 use pyo3::exceptions::PyValueError;
@@ -127,6 +127,7 @@ impl CpuKernels {
             num_kv_heads,
             head_dim,
         };
+        geometry.check().map_err(|error| raise(py, &error))?;
         // SAFETY: the file's contract: the pool outlives the kernels and is theirs during a call.
         let memory = unsafe { PageMemory::new(pool_ptr, pool_nbytes, geometry.page_nbytes(dtype)) };
         let inner = memory
@@ -213,7 +214,7 @@ impl CpuKernels {
             with_element!(self.inner.dtype, E => {
                 // SAFETY: the file's contract.
                 let out = unsafe { tensor_mut::<E>(out_ptr, step.num_tokens() * table.in_features()) };
-                embedding(&self.inner.pool, table, step.token_ids(), out)
+                self.inner.embedding(step, table, out)
             })
         })
     }

@@ -2,21 +2,23 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use loraserve_adapters::{AdapterLayout, NUM_GROUPS, RANK_MULTIPLE, StorageDtype};
+use loraserve_adapters::{
+    AdapterLayout, BLOCK_ALIGN, GroupLayout, NUM_GROUPS, RANK_MULTIPLE, StorageDtype,
+};
 
 use super::attention;
 use super::element::Element;
 use super::gemm::{Delta, gemm};
 use super::geometry::{KvGeometry, PageMemory};
-use super::linear::PackedLinear;
+use super::linear::{self, PackedLinear};
 use super::lora::{LoraScratch, Projection, lora_delta};
 use super::memory::advise_huge_pages;
 use super::pool::ThreadPool;
 use super::rope::{HeadTransform, rope_and_cache};
 use super::simd::Isa;
-use super::step::{BoundAdapter, Step, StepArrays};
+use super::step::{BoundAdapter, Owner, Step, StepArrays};
 use crate::KernelError;
-use crate::error::{check_below, check_length};
+use crate::error::{check_below, check_end, check_length, check_product};
 
 /// The CPU backend of one model.
 pub struct CpuContext {
@@ -25,6 +27,7 @@ pub struct CpuContext {
     pub dtype: StorageDtype,
     geometry: KvGeometry,
     memory: PageMemory,
+    owner: Owner,
     slots: Mutex<Vec<Option<BoundAdapter>>>,
     scratch: Mutex<LoraScratch>,
 }
@@ -55,6 +58,7 @@ impl CpuContext {
             dtype,
             geometry,
             memory,
+            owner: Owner::default(),
             slots: Mutex::default(),
             scratch: Mutex::default(),
         })
@@ -71,20 +75,18 @@ impl CpuContext {
         first_page: usize,
         layout: Arc<AdapterLayout>,
     ) -> Result<(), KernelError> {
-        let start = first_page * self.memory.page_nbytes();
-        let limit = self.memory.nbytes() as i64 + 1;
-        check_below(
-            "end of the adapter's extent",
-            (start + layout.nbytes) as i64,
-            limit,
-        )?;
+        let (page_nbytes, limit) = (self.memory.page_nbytes(), self.memory.num_pages());
+        let num_pages = layout.nbytes.div_ceil(page_nbytes);
+        check_end("end of the adapter's extent", first_page, num_pages, limit)?;
+        // A bound slot owns a page at least, so a pool has no more slots than pages.
+        check_below("slot", slot as i64, limit as i64)?;
         check_layout(&layout, self.dtype)?;
         let mut slots = lock(&self.slots);
         if slots.len() <= slot {
             slots.resize(slot + 1, None);
         }
         slots[slot] = Some(BoundAdapter {
-            base: self.memory.base() + start,
+            base: self.memory.base() + first_page * page_nbytes,
             layout,
         });
         Ok(())
@@ -98,17 +100,9 @@ impl CpuContext {
         dst_page: usize,
         num_pages: usize,
     ) -> Result<(), KernelError> {
-        let limit = self.memory.num_pages() as i64 + 1;
-        check_below(
-            "end of the extent to move",
-            (src_page + num_pages) as i64,
-            limit,
-        )?;
-        check_below(
-            "end of the moved extent",
-            (dst_page + num_pages) as i64,
-            limit,
-        )?;
+        let limit = self.memory.num_pages();
+        check_end("end of the extent to move", src_page, num_pages, limit)?;
+        check_end("end of the moved extent", dst_page, num_pages, limit)?;
         let mut slots = lock(&self.slots);
         let (src, dst) = (
             self.memory.page::<u8>(src_page),
@@ -124,7 +118,19 @@ impl CpuContext {
 
     pub fn begin_step(&self, arrays: StepArrays) -> Result<Step, KernelError> {
         let slots = lock(&self.slots);
-        Step::new(arrays, &self.geometry, self.memory.num_pages(), &slots)
+        let (geometry, num_pages) = (&self.geometry, self.memory.num_pages());
+        Step::new(&self.owner, arrays, geometry, num_pages, &slots)
+    }
+
+    /// Rows of the step's tokens from the table: `out` [T, K].
+    pub fn embedding<E: Element>(
+        &self,
+        step: &Step,
+        table: &PackedLinear,
+        out: &mut [E],
+    ) -> Result<(), KernelError> {
+        step.check_owner(&self.owner)?;
+        linear::embedding(&self.pool, table, step.token_ids(), out)
     }
 
     /// out [T, N] = x·Wᵀ + bias + what the step's adapters add at (layer, group).
@@ -137,6 +143,7 @@ impl CpuContext {
         group: usize,
         out: &mut [E],
     ) -> Result<(), KernelError> {
+        step.check_owner(&self.owner)?;
         let projection = Projection {
             layer,
             group,
@@ -157,6 +164,7 @@ impl CpuContext {
         rows: &mut [E],
         out: &mut [f32],
     ) -> Result<(), KernelError> {
+        step.check_owner(&self.owner)?;
         let width = lm_head.in_features();
         check_length("hidden", hidden.len(), step.num_tokens() * width)?;
         check_length("sampled rows", rows.len(), step.num_logits() * width)?;
@@ -187,6 +195,7 @@ impl CpuContext {
         transform: HeadTransform<'_, E>,
         qkv: &mut [E],
     ) -> Result<(), KernelError> {
+        step.check_owner(&self.owner)?;
         let (pool, geometry) = (&self.pool, &self.geometry);
         rope_and_cache(
             pool,
@@ -207,37 +216,78 @@ impl CpuContext {
         qkv: &[E],
         out: &mut [E],
     ) -> Result<(), KernelError> {
+        step.check_owner(&self.owner)?;
         let (pool, geometry) = (&self.pool, &self.geometry);
         attention::attention(pool, self.isa, geometry, self.memory, step, layer, qkv, out)
     }
 }
 
-/// Checks that every block lies inside the extent, so that kernels may trust the offsets.
+/// Checks that every block lies aligned inside the extent and that modules write columns of their
+/// own, so that kernels may trust the offsets.
 fn check_layout(layout: &AdapterLayout, dtype: StorageDtype) -> Result<(), KernelError> {
-    let limit = layout.nbytes as i64 + 1;
-    let end = |offset: usize, len: usize| (offset + len * dtype.size()) as i64;
     for group in layout.groups.iter().flatten() {
-        check_below(
-            "end of A",
-            end(group.a_offset, group.rank * group.in_features),
-            limit,
-        )?;
+        let block = |what, offset, rank, features| {
+            check_block(what, offset, &[rank, features, dtype.size()], layout.nbytes)
+        };
+        block("end of A", group.a_offset, group.rank, group.in_features)?;
         let mut next_rank = 0;
         for module in &group.modules {
-            check_below(
+            block(
                 "end of B",
-                end(module.b_offset, module.rank * module.out_features),
-                limit,
+                module.b_offset,
+                module.rank,
+                module.out_features,
             )?;
             check_length("module's rank offset", module.rank_offset, next_rank)?;
             check_length("module's rank modulo 8", module.rank % RANK_MULTIPLE, 0)?;
-            next_rank += module.rank;
+            next_rank = check_end(
+                "end of the module's ranks",
+                next_rank,
+                module.rank,
+                group.rank,
+            )?;
         }
         check_length("sum of the modules' ranks", next_rank, group.rank)?;
+        check_columns(group)?;
     }
     check_length(
         "layout's groups modulo 4",
         layout.groups.len() % NUM_GROUPS,
         0,
     )
+}
+
+/// Checks that a block of `sizes` multiplied is not empty, is aligned, and ends inside the extent.
+fn check_block(
+    what: &'static str,
+    offset: usize,
+    sizes: &[usize],
+    limit: usize,
+) -> Result<(), KernelError> {
+    let nbytes = check_product(what, sizes)?;
+    if nbytes == 0 || !offset.is_multiple_of(BLOCK_ALIGN) {
+        let message = format!(
+            "block of {nbytes} bytes at {offset} is empty or not {BLOCK_ALIGN}-byte aligned"
+        );
+        return Err(KernelError::Invalid(message));
+    }
+    check_end(what, offset, nbytes, limit)?;
+    Ok(())
+}
+
+/// Checks that the modules' columns are disjoint: tasks of different modules run at once.
+fn check_columns(group: &GroupLayout) -> Result<(), KernelError> {
+    let mut modules: Vec<_> = group.modules.iter().collect();
+    modules.sort_by_key(|module| module.out_offset);
+    let mut end = 0;
+    for module in modules {
+        let (start, len) = (module.out_offset, module.out_features);
+        if start < end {
+            let message =
+                format!("modules overlap: one ends at column {end}, one starts at {start}");
+            return Err(KernelError::Invalid(message));
+        }
+        end = check_end("end of the module's columns", start, len, usize::MAX)?;
+    }
+    Ok(())
 }

@@ -10,11 +10,16 @@ use loraserve_adapters::StorageDtype;
 
 use super::simd::LANES;
 use crate::KernelError;
+use crate::error::{check_below, check_end};
 
 /// Tokens of a page: one per lane, so that K blocks are GEMM panels.
 pub const BLOCK_SIZE: usize = LANES;
 /// Largest head the attention kernel takes.
 pub const MAX_HEAD_DIM: usize = 512;
+/// More layers or heads than any model has; below it no size of a page or a row can overflow.
+const MAX_COUNT: usize = 1 << 16;
+/// Alignment in bytes of the pool and of its pages: a cache line, the widest vector.
+const PAGE_ALIGN: usize = 64;
 
 /// Shape of a model's KV cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,6 +32,9 @@ pub struct KvGeometry {
 
 impl KvGeometry {
     pub fn check(&self) -> Result<(), KernelError> {
+        let limit = MAX_COUNT as i64 + 1;
+        check_below("num_layers", self.num_layers as i64, limit)?;
+        check_below("num_heads", self.num_heads as i64, limit)?;
         let kv_heads = self.num_kv_heads;
         if kv_heads == 0 || !self.num_heads.is_multiple_of(kv_heads) || self.num_heads == 0 {
             let message = format!("{} heads can't share {kv_heads} kv heads", self.num_heads);
@@ -84,12 +92,18 @@ impl PageMemory {
     /// # Safety
     /// `base..base + nbytes` stays writable, and is touched by nobody else while an op runs.
     pub unsafe fn new(base: usize, nbytes: usize, page_nbytes: usize) -> Result<Self, KernelError> {
-        if page_nbytes == 0 || !base.is_multiple_of(64) || !page_nbytes.is_multiple_of(64) {
+        if base == 0 || page_nbytes == 0 {
+            let message =
+                format!("pool at {base:#x} with pages of {page_nbytes} bytes holds no pages");
+            return Err(KernelError::Invalid(message));
+        }
+        if !base.is_multiple_of(PAGE_ALIGN) || !page_nbytes.is_multiple_of(PAGE_ALIGN) {
             let message = format!(
                 "pool at {base:#x} with pages of {page_nbytes} bytes is not 64-byte aligned"
             );
             return Err(KernelError::Invalid(message));
         }
+        check_end("end of the pool", base, nbytes, isize::MAX as usize)?;
         Ok(Self {
             base,
             nbytes,

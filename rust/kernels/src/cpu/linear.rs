@@ -12,7 +12,7 @@ use super::memory::AlignedBytes;
 use super::pool::{Shareable, ThreadPool};
 use super::simd::LANES;
 use crate::KernelError;
-use crate::error::check_length;
+use crate::error::{check_length, check_product};
 
 /// W [out, in] in panels of 16 output features, with an optional bias.
 pub struct PackedLinear {
@@ -37,7 +37,8 @@ impl PackedLinear {
             let message = format!("weight is {out_features}x{in_features}, both must be positive");
             return Err(KernelError::Invalid(message));
         }
-        check_length("weight", weight.len(), in_features * out_features)?;
+        let num_weights = check_product("weight", &[in_features, out_features])?;
+        check_length("weight", weight.len(), num_weights)?;
         if let Some(bias) = bias {
             check_length("bias", bias.len(), out_features)?;
         }

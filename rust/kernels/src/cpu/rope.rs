@@ -47,6 +47,11 @@ pub fn rope_and_cache<E: Element>(
 ) -> Result<(), KernelError> {
     let num_tokens = step.num_tokens();
     check_length("qkv", qkv.len(), num_tokens * geometry.qkv_features())?;
+    if let Some(slot) = step.repeated_slot {
+        let message =
+            format!("slot mapping names slot {slot} twice, tokens need slots of their own");
+        return Err(KernelError::Invalid(message));
+    }
     check_below("layer", layer as i64, geometry.num_layers as i64)?;
     let num_positions = transform.cos_sin.len() / geometry.head_dim;
     check_below("position", step.max_position.into(), num_positions as i64)?;
@@ -64,7 +69,7 @@ pub fn rope_and_cache<E: Element>(
     pool.run(num_tokens.div_ceil(TOKENS_PER_TASK), &|index| {
         let task = Task { job: &job, index };
         // SAFETY: `isa` is supported; lengths were checked above and by `Step::new`; every token
-        // has its own row of qkv and its own slot in the pages.
+        // has its own row of qkv and its own slot in the pages, as no slot is repeated.
         unsafe { isa.dispatch(task) }
     });
     Ok(())

@@ -56,17 +56,25 @@ pub(super) struct AttentionTask {
     pub end_row: u32,
 }
 
+/// Names the kernels that checked a step; only they may trust its indices and addresses.
+#[derive(Clone, Default)]
+pub(super) struct Owner(Arc<()>);
+
 /// A checked step.
 pub struct Step {
+    owner: Owner,
     pub(super) arrays: StepArrays,
     pub(super) segments: Vec<Segment>,
     pub(super) attention_tasks: Vec<AttentionTask>,
     pub(super) max_position: i32,
+    /// A slot of the KV cache that two tokens would write.
+    pub(super) repeated_slot: Option<i32>,
 }
 
 impl Step {
     /// Checks every index against its limit and resolves the segments' adapters.
-    pub fn new(
+    pub(super) fn new(
+        owner: &Owner,
         arrays: StepArrays,
         geometry: &KvGeometry,
         num_pages: usize,
@@ -77,12 +85,24 @@ impl Step {
         let segments = resolve_segments(&arrays, slots)?;
         let attention_tasks = split_attention(&arrays, geometry);
         let max_position = arrays.positions.iter().copied().max().unwrap_or(0);
+        let repeated_slot = find_repeated(&arrays.slot_mapping);
         Ok(Self {
+            owner: owner.clone(),
             arrays,
             segments,
             attention_tasks,
             max_position,
+            repeated_slot,
         })
+    }
+
+    /// Refuses a step that other kernels checked: its pages and adapters lie in their pool.
+    pub(super) fn check_owner(&self, owner: &Owner) -> Result<(), KernelError> {
+        if Arc::ptr_eq(&self.owner.0, &owner.0) {
+            return Ok(());
+        }
+        let message = "step was begun by other kernels, begin it with those that run it";
+        Err(KernelError::Invalid(message.into()))
     }
 
     pub fn num_tokens(&self) -> usize {
@@ -111,6 +131,14 @@ fn check_tokens(arrays: &StepArrays, num_pages: usize) -> Result<(), KernelError
         check_below("logits index", row.into(), num_tokens as i64)?;
     }
     Ok(())
+}
+
+/// A value that occurs twice; sorting a copy costs microseconds for hundreds of tokens.
+fn find_repeated(values: &[i32]) -> Option<i32> {
+    let mut sorted = values.to_vec();
+    sorted.sort_unstable();
+    let pair = sorted.windows(2).find(|pair| pair[0] == pair[1])?;
+    Some(pair[0])
 }
 
 /// Checks that `indptr` rises from 0 to `total` in `count` steps.
