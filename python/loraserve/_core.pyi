@@ -7,6 +7,21 @@ from numpy.typing import NDArray
 
 from loraserve.ops.base import Linear, StepBatch, StepHandle
 
+__all__ = [
+    "__version__",
+    "Scheduler",
+    "Step",
+    "Batch",
+    "BaseShape",
+    "AdapterLayout",
+    "Receipt",
+    "check_adapter",
+    "load_adapter",
+    "PackedLinear",
+    "CpuStep",
+    "CpuKernels",
+]
+
 __version__: str
 
 # rust/py/src/scheduler.rs
