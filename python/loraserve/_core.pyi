@@ -8,18 +8,18 @@ from numpy.typing import NDArray
 from loraserve.ops.base import Linear, StepBatch, StepHandle
 
 __all__ = [
-    "__version__",
+    "AdapterLayout",
+    "BaseShape",
+    "Batch",
+    "CpuKernels",
+    "CpuStep",
+    "PackedLinear",
+    "Receipt",
     "Scheduler",
     "Step",
-    "Batch",
-    "BaseShape",
-    "AdapterLayout",
-    "Receipt",
+    "__version__",
     "check_adapter",
     "load_adapter",
-    "PackedLinear",
-    "CpuStep",
-    "CpuKernels",
 ]
 
 __version__: str
