@@ -83,6 +83,7 @@ SAMPLING: list[tuple[dict[str, Any], str]] = [
     ({"stop": ("",)}, "non-empty string"),
     ({"stop_token_ids": (-1,)}, "stop_token_ids is -1"),
     ({"seed": 1.0}, "seed is 1.0"),
+    ({"seed": 2**63}, "seed is 9223372036854775808"),
 ]
 
 
