@@ -1,5 +1,6 @@
 """Real PEFT adapters on the real model, and PEFT itself as the oracle."""
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,23 @@ from tests.e2e.tiny import make_tiny_adapters, make_tiny_model, peft_answers
 
 
 @pytest.fixture(scope="session")
-def adapter_paths(hf_smollm2: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def peft_base(hf_smollm2: Any) -> torch.nn.Module:
+    """A copy for PEFT, which puts its layers into the model it is given."""
+    return copy.deepcopy(hf_smollm2[0])
+
+
+@pytest.fixture(scope="session")
+def adapter_paths(peft_base: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     directory = tmp_path_factory.mktemp("adapters")
-    base, _ = hf_smollm2
     return {
-        spec.name: str(make_adapter(base, spec, directory, seed)) for seed, spec in enumerate(HETEROGENEOUS)
+        spec.name: str(make_adapter(peft_base, spec, directory, seed))
+        for seed, spec in enumerate(HETEROGENEOUS)
     }
 
 
 @pytest.fixture(scope="session")
-def peft_oracle(hf_smollm2: Any, adapter_paths: dict[str, str]) -> Iterator[PeftOracle]:
-    base, _ = hf_smollm2
-    oracle = PeftOracle(base, adapter_paths)
-    yield oracle
-    oracle.model.unload()
+def peft_oracle(peft_base: torch.nn.Module, adapter_paths: dict[str, str]) -> PeftOracle:
+    return PeftOracle(peft_base, adapter_paths)
 
 
 @pytest.fixture(scope="session")
