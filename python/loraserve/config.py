@@ -74,8 +74,10 @@ def parse_memory(memory: int | str) -> int:
         if match is None or unit is None:
             raise InvalidRequestError(f"memory is {memory!r}, write it as 512MiB or 2GiB")
         nbytes = int(Decimal(match[1]) * unit)
-    if not 0 < nbytes <= MAX_MEMORY:
-        raise InvalidRequestError(f"memory is {memory!r}, it must be more than 0 and at most 2**62 bytes")
+    if nbytes <= 0:
+        raise InvalidRequestError(f"memory is {memory!r}, it must be more than 0 bytes")
+    if nbytes > MAX_MEMORY:
+        raise InvalidRequestError(f"memory is {memory!r}, it must be at most {MAX_MEMORY} bytes")
     return nbytes
 
 
