@@ -149,7 +149,7 @@ def test_receipt_tells_modules_layers_and_ranks(
 def test_smollm2_adapter_weighs_its_own_rank(tmp_path: Path) -> None:
     path = write_adapter(tmp_path, SMOLLM2_135M, rank=8, modules=["q_proj", "v_proj"])
     receipt = check_adapter(str(path), BaseShape(*SMOLLM2_135M), "bfloat16", 64)
-    assert receipt.nbytes == 30 * 2 * 8 * (576 + 576 + 576 + 192)
+    assert receipt.nbytes == 30 * 2 * 8 * (576 + 576 + 576 + 192) + 1024
 
 
 def test_identity_is_content_not_place(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from loraserve._core import AdapterLayout, BaseShape, check_adapter, load_adapte
 from loraserve.errors import AdapterUnavailableError, CapacityError
 from safetensors.torch import load_file
 
+from tests.panels import unpack_panels
 from tests.peft_writer import SMOLLM2_135M, Shape, llama_shape, write_adapter
 
 SHAPE = llama_shape(3, hidden=16, num_heads=4, num_kv_heads=2, head_dim=4, intermediate=24)
@@ -32,9 +33,8 @@ def packed(path: Path, shape: Shape, dtype: torch.dtype) -> tuple[AdapterLayout,
     return load(path, shape, dtype, receipt.hash, extent), extent
 
 
-def matrix(extent: torch.Tensor, dtype: torch.dtype, offset: int, rows: int, columns: int) -> torch.Tensor:
-    nbytes = rows * columns * dtype.itemsize
-    return extent[offset : offset + nbytes].view(dtype).view(rows, columns)
+def matrix(extent: torch.Tensor, dtype: torch.dtype, offset: int, rows: int, k: int) -> torch.Tensor:
+    return unpack_panels(extent[offset : len(extent) // 4 * 4].view(dtype), rows, k).float()
 
 
 def delta_weights(
@@ -43,10 +43,12 @@ def delta_weights(
     """scale · B · A by (layer, group, out_offset), from the packed bytes."""
     deltas = {}
     for layer, group, a_offset, rank, in_features, modules in layout.groups():
-        a = matrix(extent, dtype, a_offset, rank, in_features).float()
+        a = matrix(extent, dtype, a_offset, rank, in_features)
         for rank_offset, r, b_offset, out_offset, out_features, scale in modules:
-            b_t = matrix(extent, dtype, b_offset, r, out_features).float()
-            deltas[layer, group, out_offset] = scale * b_t.T @ a[rank_offset : rank_offset + r]
+            lane = out_offset % 16
+            rows = -(-(lane + out_features) // 16) * 16
+            b = matrix(extent, dtype, b_offset, rows, r)[lane : lane + out_features]
+            deltas[layer, group, out_offset] = scale * b @ a[rank_offset : rank_offset + r]
     return deltas
 
 

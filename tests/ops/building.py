@@ -13,8 +13,10 @@ from loraserve.ops.cpu_ops import CpuOps
 from loraserve.ops.torch_ops import TorchOps
 
 from tests.batches import HandBatch
+from tests.panels import pack_panels
 
 BLOCK_SIZE = 16
+OVERREAD = 1024  # zero bytes at the end of an extent
 ALL_ISAS = ("amx", "avx512bf16", "avx512", "avx2", "portable")
 DTYPES = (torch.float32, torch.bfloat16)
 # Relative to the largest value of the reference: rounding of the output, plus a reordered sum.
@@ -98,11 +100,14 @@ def write_adapter(
     dtype, base = backends.cpu.dtype, first_page * backends.page_nbytes
     end, places = 0, []
 
-    def block(rows: int, columns: int) -> int:
+    def block(rows: int, columns: int, first_row: int, padded_rows: int) -> int:
         nonlocal end
         start = end
-        values = (torch.randn(rows, columns, generator=generator) / columns**0.5).to(dtype)
-        data = values.reshape(-1).view(torch.uint8)
+        """A random matrix in panels; what lies around the rows in use is zero."""
+        values = torch.zeros(padded_rows, columns)
+        values[first_row : first_row + rows] = torch.randn(rows, columns, generator=generator)
+        values /= max(rows, columns) ** 0.5
+        data = pack_panels(values.to(dtype)).view(torch.uint8)
         end = start + -(-data.numel() // 64) * 64
         for pool in (backends.cpu_pool, backends.reference_pool):
             assert base + end <= pool.numel(), "the test's pool is too small"
@@ -111,13 +116,16 @@ def write_adapter(
 
     for (layer, group), (in_features, modules) in groups.items():
         rank = sum(module.rank for module in modules)
-        a_offset, rank_offset, entries = block(rank, in_features), 0, []
+        a_offset, rank_offset, entries = block(rank, in_features, 0, rank), 0, []
         for m in modules:
-            b_offset = block(m.rank, m.out_features)
+            lane = m.out_offset % 16
+            b_offset = block(m.out_features, m.rank, lane, -(-(lane + m.out_features) // 16) * 16)
             entries.append((rank_offset, m.rank, b_offset, m.out_offset, m.out_features, m.scale))
             rank_offset += m.rank
         places.append((layer, group, a_offset, rank, in_features, entries))
-    layout = _core.AdapterLayout.from_groups(places, num_layers, end)
+    for pool in (backends.cpu_pool, backends.reference_pool):
+        pool[base + end : base + end + OVERREAD] = 0
+    layout = _core.AdapterLayout.from_groups(places, num_layers, end + OVERREAD)
     backends.cpu.set_adapter(slot, first_page, layout)
     backends.reference.set_adapter(slot, first_page, layout)
 

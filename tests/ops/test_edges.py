@@ -38,7 +38,7 @@ def layout(
     rank: int = 8,
     in_features: int = 16,
     modules: tuple[Module, ...] = ((0, 8, 512, 0, 16, 1.0),),
-    nbytes: int = PAGE_NBYTES,
+    nbytes: int = 2 * PAGE_NBYTES,
 ) -> _core.AdapterLayout:
     """One group; a module is (rank_offset, rank, b_offset, out_offset, out_features, scale)."""
     return _core.AdapterLayout.from_groups([(0, 0, a_offset, rank, in_features, list(modules))], 1, nbytes)

@@ -16,6 +16,8 @@ from loraserve.ops.base import KvGeometry, Linear, StepBatch, StepHandle
 if TYPE_CHECKING:
     from loraserve.ops.base import IntArray
 
+PANEL_WIDTH = 16  # rows of an adapter's matrix that lie together
+
 
 @dataclass(frozen=True)
 class TorchLinear:
@@ -153,20 +155,26 @@ class TorchOps:
         for entry_layer, entry_group, a_offset, rank, in_features, places in bound.layout.groups():
             if (entry_layer, entry_group) == (layer, group):
                 a = self._matrix(base + a_offset, rank, in_features)
-                return [
-                    Module(
-                        a=a[rank_offset : rank_offset + module_rank],
-                        bt=self._matrix(base + b_offset, module_rank, out_features),
-                        out_offset=out_offset,
-                        scale=scale,
-                    )
-                    for rank_offset, module_rank, b_offset, out_offset, out_features, scale in places
-                ]
+                modules = []
+                for rank_offset, module_rank, b_offset, out_offset, out_features, scale in places:
+                    lane = out_offset % PANEL_WIDTH
+                    rows = -(-(lane + out_features) // PANEL_WIDTH) * PANEL_WIDTH
+                    b = self._matrix(base + b_offset, rows, module_rank)[lane : lane + out_features]
+                    ranks = slice(rank_offset, rank_offset + module_rank)
+                    modules.append(Module(a=a[ranks], bt=b.T, out_offset=out_offset, scale=scale))
+                return modules
         return []
 
-    def _matrix(self, offset: int, rows: int, columns: int) -> torch.Tensor:
-        nbytes = rows * columns * self._dtype.itemsize
-        return self._pool[offset : offset + nbytes].view(self._dtype).view(rows, columns).float()
+    def _matrix(self, offset: int, rows: int, k: int) -> torch.Tensor:
+        """The matrix [rows, k] at `offset`, from panels [k/pack][16 rows][pack]; the last may have 8 rows."""
+        pack = 4 // self._dtype.itemsize
+        packs, values = -(-k // pack), self._pool[offset:].view(self._dtype)
+        panels = []
+        for first in range(0, rows, PANEL_WIDTH):
+            width = min(PANEL_WIDTH, rows - first)
+            panel = values[first * packs * pack :][: packs * width * pack].view(packs, width, pack)
+            panels.append(panel.transpose(0, 1).reshape(width, packs * pack))
+        return torch.cat(panels)[:, :k].float()
 
     def logits(self, step: StepHandle, hidden: torch.Tensor, lm_head: Linear) -> torch.Tensor:
         rows = hidden[_own_step(step).logits_indices].float()

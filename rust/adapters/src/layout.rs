@@ -1,11 +1,14 @@
 //! Where an adapter's packed weights lie inside its extent.
 //!
 //! ```text
-//! extent: | A of group | Bᵀ of module | Bᵀ of module | A of group | …      every block 64-byte aligned
-//! A  [Σ padded ranks of the group's modules, in_features]   row-major, storage dtype
-//! Bᵀ [padded rank of the module, out_features]              row-major, storage dtype
+//! extent: | A of group | B of module | B of module | A of group | … | zeros      blocks 64-byte aligned
+//! A  [Σ padded ranks of the group's modules, in_features]   in panels of 16 ranks, the last may have 8
+//! B  [out_features, padded rank of the module]              in panels of the 16 columns of the fused output
+//! panel [K/pack][width][pack]                               pack: 2 bf16 or 1 f32 along K, zero-padded
 //! ```
-//! Ranks are padded to a multiple of 8 with zero rows; scales stay outside the bytes, as f32.
+//! A panel has the layout of a packed dense weight, so that adapters run through its kernels. Ranks are
+//! padded to a multiple of 8 with zeros; scales stay outside the bytes, as f32. Kernels read up to
+//! `OVERREAD` bytes past a block and multiply them by zero, so an extent ends in that many zero bytes.
 
 /// Fused projections of a layer: qkv, o, `gate_up`, down.
 pub const NUM_GROUPS: usize = 4;
@@ -13,6 +16,10 @@ pub const NUM_GROUPS: usize = 4;
 pub const RANK_MULTIPLE: usize = 8;
 /// Alignment in bytes of every block and of the extent's length.
 pub const BLOCK_ALIGN: usize = 64;
+/// Rows of a matrix that share a panel.
+pub const PANEL_WIDTH: usize = 16;
+/// Bytes after a block that kernels may read: a tile of 16 cache lines.
+pub const OVERREAD: usize = 1024;
 
 /// How packed weights are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,22 +52,67 @@ impl StorageDtype {
             Self::BFloat16 => 2,
         }
     }
+
+    /// Neighbours along K that lie together in a panel: four bytes of them.
+    pub fn pack(self) -> usize {
+        4 / self.size()
+    }
 }
 
-/// One module's place in its group.
+/// A matrix [rows, K] in panels of 16 rows; the last panel may have 8.
+#[derive(Clone, Copy, Debug)]
+pub struct Panels {
+    /// Padded to a multiple of 8.
+    pub rows: usize,
+    pub k: usize,
+    pub dtype: StorageDtype,
+}
+
+impl Panels {
+    /// Bytes of all panels.
+    pub fn nbytes(self) -> usize {
+        self.rows * self.padded_k() * self.dtype.size()
+    }
+
+    /// Elements before element (row, k).
+    pub fn index(self, row: usize, k: usize) -> usize {
+        let first = row / PANEL_WIDTH * PANEL_WIDTH;
+        let width = PANEL_WIDTH.min(self.rows - first);
+        let pack = self.dtype.pack();
+        first * self.padded_k() + (k / pack * width + row % PANEL_WIDTH) * pack + k % pack
+    }
+
+    fn padded_k(self) -> usize {
+        self.k.next_multiple_of(self.dtype.pack())
+    }
+}
+
+/// One module's place in its group; B's first panel starts at column `out_offset / 16 * 16`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModuleLayout {
     /// First row of the module in the group's A.
     pub rank_offset: usize,
     /// Padded rank.
     pub rank: usize,
-    /// Bytes from the extent's base to Bᵀ.
+    /// Bytes from the extent's base to B.
     pub b_offset: usize,
     /// First column in the group's fused output.
     pub out_offset: usize,
     pub out_features: usize,
     /// alpha/r, or alpha/√r for rsLoRA, of this module.
     pub scale: f32,
+}
+
+impl ModuleLayout {
+    /// B: rows are columns of the fused output, from the first of a whole panel on.
+    pub fn b_panels(&self, dtype: StorageDtype) -> Panels {
+        let end = self.out_offset % PANEL_WIDTH + self.out_features;
+        Panels {
+            rows: end.next_multiple_of(PANEL_WIDTH),
+            k: self.rank,
+            dtype,
+        }
+    }
 }
 
 /// The adapted modules of one fused projection of one layer.
@@ -72,6 +124,17 @@ pub struct GroupLayout {
     pub rank: usize,
     pub in_features: usize,
     pub modules: Vec<ModuleLayout>,
+}
+
+impl GroupLayout {
+    /// A: rows are the group's ranks.
+    pub fn a_panels(&self, dtype: StorageDtype) -> Panels {
+        Panels {
+            rows: self.rank,
+            k: self.in_features,
+            dtype,
+        }
+    }
 }
 
 /// A whole adapter; absent groups are `None` and cost nothing.
@@ -113,13 +176,13 @@ pub(crate) struct ExtentBuilder {
 
 impl ExtentBuilder {
     /// Reserves a block and returns its offset in bytes.
-    pub(crate) fn block(&mut self, rows: usize, columns: usize, dtype: StorageDtype) -> usize {
+    pub(crate) fn block(&mut self, panels: Panels) -> usize {
         let offset = self.nbytes;
-        self.nbytes = (offset + rows * columns * dtype.size()).next_multiple_of(BLOCK_ALIGN);
+        self.nbytes = (offset + panels.nbytes()).next_multiple_of(BLOCK_ALIGN);
         offset
     }
 
     pub(crate) fn finish(self) -> usize {
-        self.nbytes
+        self.nbytes + OVERREAD
     }
 }

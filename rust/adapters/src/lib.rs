@@ -24,7 +24,8 @@ mod tensor_name;
 pub use adapter::{Limits, check, load};
 pub use error::{Error, ErrorKind, Result};
 pub use layout::{
-    AdapterLayout, BLOCK_ALIGN, GroupLayout, ModuleLayout, NUM_GROUPS, RANK_MULTIPLE, StorageDtype,
+    AdapterLayout, BLOCK_ALIGN, GroupLayout, ModuleLayout, NUM_GROUPS, OVERREAD, PANEL_WIDTH,
+    Panels, RANK_MULTIPLE, StorageDtype,
 };
 pub use receipt::Receipt;
 pub use shape::{BaseShape, ModuleShape};

@@ -5,12 +5,11 @@ use safetensors::Dtype;
 
 use crate::bind::Source;
 use crate::error::{Error, Result};
-use crate::layout::StorageDtype;
+use crate::layout::{Panels, StorageDtype};
 
 /// A row-major matrix of finite values.
 #[derive(Debug)]
 pub(crate) struct Matrix {
-    pub(crate) rows: usize,
     pub(crate) columns: usize,
     values: Vec<f32>,
 }
@@ -30,33 +29,50 @@ impl Matrix {
                 dtype: storage.name(),
             });
         }
-        let [rows, columns] = source.info.shape[..] else {
+        let [_, columns] = source.info.shape[..] else {
             unreachable!("a bound tensor has two dimensions")
         };
         Ok(Self {
-            rows,
             columns,
             values,
         })
     }
 
-    /// Writes the matrix row by row into `dst`, which it must fill.
-    pub(crate) fn write(&self, dst: &mut [u8], dtype: StorageDtype) {
-        encode(self.values.iter().copied(), dst, dtype);
+    /// Writes the matrix into `panels`, its first row as row `first_row` of theirs; bytes of other
+    /// rows stay.
+    pub(crate) fn write(&self, panels: Panels, first_row: usize, dst: &mut [u8]) {
+        match panels.dtype {
+            StorageDtype::Float32 => self.scatter(panels, first_row, dst, f32::to_le_bytes),
+            StorageDtype::BFloat16 => {
+                self.scatter(panels, first_row, dst, |v| bf16::from_f32(v).to_le_bytes());
+            }
+        }
     }
 
-    /// Writes the transposed matrix, [columns, rows], into `dst`, which it must fill.
-    pub(crate) fn write_transposed(&self, dst: &mut [u8], dtype: StorageDtype) {
-        for (column, row) in dst.chunks_exact_mut(self.rows * dtype.size()).enumerate() {
-            encode(
-                self.values
-                    .iter()
-                    .skip(column)
-                    .step_by(self.columns)
-                    .copied(),
-                row,
-                dtype,
-            );
+    /// Bytes are little-endian, as every supported machine is.
+    fn scatter<const N: usize>(
+        &self,
+        panels: Panels,
+        first_row: usize,
+        dst: &mut [u8],
+        encode: impl Fn(f32) -> [u8; N],
+    ) {
+        let elements = dst[..panels.nbytes()].as_chunks_mut().0;
+        let pack = panels.dtype.pack();
+        for (row, values) in self.values.chunks_exact(self.columns).enumerate() {
+            let row = first_row + row;
+            let start = panels.index(row, 0);
+            let stride = if self.columns > pack {
+                panels.index(row, pack) - start
+            } else {
+                0
+            };
+            for (index, values) in values.chunks(pack).enumerate() {
+                let start = start + index * stride;
+                for (slot, value) in elements[start..].iter_mut().zip(values) {
+                    *slot = encode(*value);
+                }
+            }
         }
     }
 }
@@ -89,21 +105,5 @@ fn is_finite_in(value: f32, storage: StorageDtype) -> bool {
     match storage {
         StorageDtype::Float32 => value.is_finite(),
         StorageDtype::BFloat16 => bf16::from_f32(value).is_finite(),
-    }
-}
-
-/// Rounds to nearest, ties to even. Bytes are little-endian, as every supported machine is.
-fn encode(values: impl Iterator<Item = f32>, dst: &mut [u8], dtype: StorageDtype) {
-    match dtype {
-        StorageDtype::Float32 => {
-            for (slot, value) in dst.as_chunks_mut().0.iter_mut().zip(values) {
-                *slot = value.to_le_bytes();
-            }
-        }
-        StorageDtype::BFloat16 => {
-            for (slot, value) in dst.as_chunks_mut().0.iter_mut().zip(values) {
-                *slot = bf16::from_f32(value).to_le_bytes();
-            }
-        }
     }
 }

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use crate::adapter::AdaptedModule;
 use crate::layout::{
-    AdapterLayout, ExtentBuilder, GroupLayout, ModuleLayout, NUM_GROUPS, StorageDtype, padded_rank,
+    AdapterLayout, ExtentBuilder, GroupLayout, ModuleLayout, NUM_GROUPS, PANEL_WIDTH, StorageDtype,
+    padded_rank,
 };
 use crate::shape::BaseShape;
 
@@ -54,15 +55,11 @@ fn pack_module(
     dtype: StorageDtype,
     extent: &mut [u8],
 ) {
-    let rank = module.binding.rank;
-    let a_start = group.a_offset + place.rank_offset * group.in_features * dtype.size();
-    let a_nbytes = rank * group.in_features * dtype.size();
-    module
-        .a
-        .write(&mut extent[a_start..a_start + a_nbytes], dtype);
-    let b_nbytes = rank * place.out_features * dtype.size();
-    let b = &mut extent[place.b_offset..place.b_offset + b_nbytes];
-    module.b.write_transposed(b, dtype);
+    let a = &mut extent[group.a_offset..];
+    module.a.write(group.a_panels(dtype), place.rank_offset, a);
+    let b = &mut extent[place.b_offset..];
+    let first_row = place.out_offset % PANEL_WIDTH;
+    module.b.write(place.b_panels(dtype), first_row, b);
 }
 
 /// Modules by (layer, group), in the order of their output columns.
@@ -87,32 +84,30 @@ fn group_layout(
     dtype: StorageDtype,
     extent: &mut ExtentBuilder,
 ) -> GroupLayout {
-    let rank = members
-        .iter()
-        .map(|module| padded_rank(module.binding.rank))
-        .sum();
-    let in_features = members[0].a.columns;
-    let a_offset = extent.block(rank, in_features, dtype);
+    let mut group = GroupLayout {
+        a_offset: 0,
+        rank: members
+            .iter()
+            .map(|module| padded_rank(module.binding.rank))
+            .sum(),
+        in_features: members[0].a.columns,
+        modules: Vec::with_capacity(members.len()),
+    };
+    group.a_offset = extent.block(group.a_panels(dtype));
     let mut rank_offset = 0;
-    let mut place = |module: &&AdaptedModule| {
+    for module in members {
         let base = &shape.modules[&module.binding.path];
-        let rank = padded_rank(module.binding.rank);
-        let layout = ModuleLayout {
+        let mut place = ModuleLayout {
             rank_offset,
-            rank,
-            b_offset: extent.block(rank, base.out_features, dtype),
+            rank: padded_rank(module.binding.rank),
+            b_offset: 0,
             out_offset: base.out_offset,
             out_features: base.out_features,
             scale: module.binding.scale,
         };
-        rank_offset += rank;
-        layout
-    };
-    let modules = members.iter().map(&mut place).collect();
-    GroupLayout {
-        a_offset,
-        rank,
-        in_features,
-        modules,
+        place.b_offset = extent.block(place.b_panels(dtype));
+        rank_offset += place.rank;
+        group.modules.push(place);
     }
+    group
 }

@@ -152,6 +152,19 @@ fn load_into_stale_memory(plan: &Plan) -> (AdapterLayout, Extent) {
     )
 }
 
+/// Where element (row, k) of a matrix [rows, columns] lies in panels of 16 rows, the last of 8 or 16.
+fn panel_index(dtype: StorageDtype, rows: usize, columns: usize, row: usize, k: usize) -> usize {
+    let pack = if dtype == StorageDtype::BFloat16 { 2 } else { 1 };
+    let before = row / 16 * 16;
+    let width = if rows - before >= 16 { 16 } else { 8 };
+    let padded = columns.div_ceil(pack) * pack;
+    before * padded + (k / pack * width + row - before) * pack + k % pack
+}
+
+fn group_of(path: &str) -> usize {
+    MODULES.iter().find(|module| module.0 == path).unwrap().1
+}
+
 /// Finds a module's A block and place by its group and the first column of its output.
 fn place<'a>(layout: &'a AdapterLayout, layer: usize, path: &str) -> (usize, &'a ModuleLayout) {
     let module = MODULES.iter().find(|module| module.0 == path).unwrap();
@@ -190,12 +203,16 @@ proptest! {
             prop_assert_eq!(place.scale, (3.0 / *rank as f64) as f32);
             let in_features = if *path == "mlp.down_proj" { 24 } else { HIDDEN };
             for index in 0..rank * in_features {
-                let packed = extent.take(a_offset, place.rank_offset * in_features + index);
+                let (row, k) = (place.rank_offset + index / in_features, index % in_features);
+                let rows = layout.group(*layer, group_of(path)).unwrap().rank;
+                let packed = extent.take(a_offset, panel_index(plan.storage, rows, in_features, row, k));
                 prop_assert_eq!(packed, rounded(&plan, value(plan.seed, 2 * id as u64, index)));
             }
             for index in 0..place.out_features * rank {
                 let (out, r) = (index / rank, index % rank);
-                let packed = extent.take(place.b_offset, r * place.out_features + out);
+                let row = place.out_offset % 16 + out;
+                let rows = (place.out_offset % 16 + place.out_features).next_multiple_of(16);
+                let packed = extent.take(place.b_offset, panel_index(plan.storage, rows, place.rank, row, r));
                 prop_assert_eq!(packed, rounded(&plan, value(plan.seed, 2 * id as u64 + 1, index)));
             }
         }
@@ -225,8 +242,13 @@ fn receipt_tells_what_was_applied() {
         receipt.base_check,
         "all 5 adapted modules match the base's shapes, in 2 of 2 layers"
     );
-    let per_layer = 16 * HIDDEN + 8 * 16 + 8 * 8;
-    assert_eq!(receipt.nbytes, 4 * (2 * per_layer + 16 * 24 + 16 * 16));
+    // v's 8 columns are half a panel of the fused output.
+    let per_layer = 16 * HIDDEN + 8 * 16 + 8 * 16;
+    let zeros = 1024;
+    assert_eq!(
+        receipt.nbytes,
+        4 * (2 * per_layer + 16 * 24 + 16 * 16) + zeros
+    );
 }
 
 #[test]

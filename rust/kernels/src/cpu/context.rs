@@ -3,15 +3,15 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use loraserve_adapters::{
-    AdapterLayout, BLOCK_ALIGN, GroupLayout, NUM_GROUPS, RANK_MULTIPLE, StorageDtype,
+    AdapterLayout, BLOCK_ALIGN, GroupLayout, NUM_GROUPS, OVERREAD, RANK_MULTIPLE, StorageDtype,
 };
 
 use super::attention;
 use super::element::Element;
-use super::gemm::{Delta, gemm};
+use super::gemm::gemm;
 use super::geometry::{KvGeometry, PageMemory};
 use super::linear::{self, PackedLinear};
-use super::lora::{LoraScratch, Projection, lora_delta};
+use super::lora::{Lora, LoraScratch, Projection};
 use super::memory::advise_huge_pages;
 use super::pool::ThreadPool;
 use super::rope::{HeadTransform, rope_and_cache};
@@ -151,8 +151,9 @@ impl CpuContext {
             out_features: linear.out_features(),
         };
         let mut scratch = lock(&self.scratch);
-        let delta = lora_delta(&self.pool, self.isa, step, projection, x, &mut scratch)?;
-        self.linear(x, linear, delta, out)
+        let num_threads = self.pool.num_threads();
+        let lora = Lora::plan(num_threads, self.isa, step, projection, x, &mut scratch)?;
+        gemm(&self.pool, self.isa, x, linear, lora.as_ref(), out)
     }
 
     /// Logits of the sampled rows of `hidden` [T, K]: f32 [L, N]; `rows` is room for [L, K].
@@ -175,17 +176,7 @@ impl CpuContext {
             let start = index as usize * width;
             row.copy_from_slice(&hidden[start..start + width]);
         }
-        self.linear(rows, lm_head, None, out)
-    }
-
-    fn linear<E: Element, O: Element>(
-        &self,
-        x: &[E],
-        linear: &PackedLinear,
-        delta: Option<Delta<'_>>,
-        out: &mut [O],
-    ) -> Result<(), KernelError> {
-        gemm(&self.pool, self.isa, x, linear, delta, out)
+        gemm(&self.pool, self.isa, rows, lm_head, None, out)
     }
 
     pub fn rope_and_cache<E: Element>(
@@ -225,19 +216,23 @@ impl CpuContext {
 /// Checks that every block lies aligned inside the extent and that modules write columns of their
 /// own, so that kernels may trust the offsets.
 fn check_layout(layout: &AdapterLayout, dtype: StorageDtype) -> Result<(), KernelError> {
+    // Kernels read a little past a block.
+    let limit = layout.nbytes.saturating_sub(OVERREAD);
     for group in layout.groups.iter().flatten() {
-        let block = |what, offset, rank, features| {
-            check_block(what, offset, &[rank, features, dtype.size()], layout.nbytes)
-        };
-        block("end of A", group.a_offset, group.rank, group.in_features)?;
+        let sizes = [group.rank, group.in_features, dtype.size()];
+        check_block("end of A", group.a_offset, &sizes, limit)?;
+        check_block(
+            "end of A",
+            group.a_offset,
+            &[group.a_panels(dtype).nbytes()],
+            limit,
+        )?;
         let mut next_rank = 0;
         for module in &group.modules {
-            block(
-                "end of B",
-                module.b_offset,
-                module.rank,
-                module.out_features,
-            )?;
+            let sizes = [module.rank, module.out_features, dtype.size()];
+            check_block("end of B", module.b_offset, &sizes, limit)?;
+            let nbytes = module.b_panels(dtype).nbytes();
+            check_block("end of B", module.b_offset, &[nbytes], limit)?;
             check_length("module's rank offset", module.rank_offset, next_rank)?;
             check_length("module's rank modulo 8", module.rank % RANK_MULTIPLE, 0)?;
             next_rank = check_end(

@@ -1,4 +1,4 @@
-//! y [M, N] = x [M, K] · Wᵀ + bias + delta, one rounding at the end.
+//! y [M, N] = x [M, K] · Wᵀ + what adapters add + bias, one rounding at the end.
 //!
 //! An output element is one accumulator that runs over K in order, whatever tile it falls in, so
 //! a row does not depend on how many rows there are.
@@ -8,8 +8,11 @@ mod tiles;
 
 use std::ops::Range;
 
+use loraserve_adapters::StorageDtype;
+
 use super::element::{Element, splat_pack, splat_partial_pack, store_first};
 use super::linear::PackedLinear;
+use super::lora::Lora;
 use super::pool::{Shareable, ThreadPool};
 use super::simd::{Isa, Kernel, LANES, Simd};
 use crate::KernelError;
@@ -31,17 +34,10 @@ pub(super) struct Ahead<const P: usize> {
     pub step: usize,
 }
 
-/// What is added to the product before it is rounded: f32 [M, N], used in the marked rows.
-#[derive(Clone, Copy)]
-pub struct Delta<'a> {
-    pub values: &'a [f32],
-    pub is_row_used: &'a [bool],
-}
-
 struct Gemm<'a, E: Element, O: Element> {
     x: &'a [E],
     weight: &'a PackedLinear,
-    delta: Option<Delta<'a>>,
+    lora: Option<&'a Lora<'a, E>>,
     out: Shareable<O>,
     num_rows: usize,
     rows_per_block: usize,
@@ -55,16 +51,12 @@ pub fn gemm<E: Element, O: Element>(
     isa: Isa,
     x: &[E],
     weight: &PackedLinear,
-    delta: Option<Delta<'_>>,
+    lora: Option<&Lora<'_, E>>,
     out: &mut [O],
 ) -> Result<(), KernelError> {
     let num_rows = x.len() / weight.in_features();
     check_length("x", x.len(), num_rows * weight.in_features())?;
     check_length("output", out.len(), num_rows * weight.out_features())?;
-    if let Some(delta) = delta {
-        check_length("delta", delta.values.len(), out.len())?;
-        check_length("delta rows", delta.is_row_used.len(), num_rows)?;
-    }
     let rows_per_block = (ROW_BLOCK_NBYTES / (weight.in_features() * size_of::<E>()))
         .next_multiple_of(32)
         .clamp(32, 256);
@@ -78,28 +70,30 @@ pub fn gemm<E: Element, O: Element>(
     let job = Gemm {
         x,
         weight,
-        delta,
+        lora,
         out: Shareable::new(out),
         num_rows,
         rows_per_block,
         panels_per_task,
         num_panel_tasks,
     };
-    #[cfg(target_arch = "x86_64")]
-    if tiles::fit::<E>(isa, weight.in_features()) {
-        pool.run(num_blocks * num_panel_tasks, &|index| {
-            let task = tiles::TileTask { job: &job, index };
-            // SAFETY: as below.
-            unsafe { isa.dispatch(task) }
-        });
-        return Ok(());
-    }
-    pool.run(num_blocks * num_panel_tasks, &|index| {
-        let task = Task { job: &job, index };
+    let num_shrinks = lora.map_or(0, Lora::num_tasks);
+    pool.run(num_shrinks + num_blocks * num_panel_tasks, &|index| {
+        let Some(index) = index.checked_sub(num_shrinks) else {
+            return lora.expect("it has shrink tasks").shrink(index);
+        };
+        if let Some(lora) = lora {
+            lora.wait();
+        }
         // SAFETY: `isa` is supported; lengths were checked above; tasks own disjoint outputs.
-        unsafe { isa.dispatch(task) }
+        unsafe { job.run(isa, index) }
     });
     Ok(())
+}
+
+/// Whether a product along `in_features` runs in AMX tiles; whole ones only.
+pub(super) fn in_tiles<E: Element>(isa: Isa, in_features: usize) -> bool {
+    isa == Isa::Amx && E::DTYPE == StorageDtype::BFloat16 && in_features.is_multiple_of(32)
 }
 
 struct Task<'a, E: Element, O: Element> {
@@ -131,6 +125,17 @@ impl<E: Element, O: Element> Kernel for Task<'_, E, O> {
 }
 
 impl<E: Element, O: Element> Gemm<'_, E, O> {
+    unsafe fn run(&self, isa: Isa, index: usize) {
+        // SAFETY: the caller's contract.
+        unsafe {
+            #[cfg(target_arch = "x86_64")]
+            if in_tiles::<E>(isa, self.weight.in_features()) {
+                return isa.dispatch(tiles::TileTask { job: self, index });
+            }
+            isa.dispatch(Task { job: self, index });
+        }
+    }
+
     /// Rows and panels of task `index`.
     fn extent(&self, index: usize) -> (Range<usize>, Range<usize>) {
         let row = index / self.num_panel_tasks * self.rows_per_block;
@@ -211,7 +216,10 @@ impl<E: Element, O: Element> Gemm<'_, E, O> {
         // SAFETY: the tile's rows and panels exist; lengths were checked by `gemm`.
         unsafe {
             let x = self.x.as_ptr().add(row * k);
-            let acc = multiply_tile::<S, E, R, P>(x, k, panels, ahead, k);
+            let mut acc = multiply_tile::<S, E, R, P>(x, k, panels, ahead, k);
+            if let Some(lora) = self.lora {
+                lora.expand::<S, R, P>(row, panel, &mut acc);
+            }
             for r in 0..R {
                 for p in 0..P {
                     self.finish::<S>(row + r, panel + p, acc[r][p]);
@@ -220,23 +228,17 @@ impl<E: Element, O: Element> Gemm<'_, E, O> {
         }
     }
 
-    /// Adds bias and delta, rounds, stores.
+    /// Adds the bias, rounds, stores.
     #[inline(always)]
     unsafe fn finish<S: Simd>(&self, row: usize, panel: usize, acc: S::V) {
         let num_columns = self.weight.out_features();
         let column = panel * LANES;
         let width = (num_columns - column).min(LANES);
         let mut value = acc;
-        // SAFETY: bias is padded to panels; `row` and `width` columns exist in delta and output.
+        // SAFETY: bias is padded to panels; `row` and `width` columns exist in the output.
         unsafe {
             if let Some(bias) = self.weight.bias() {
                 value = S::add(value, S::load(bias.as_ptr().add(column)));
-            }
-            if let Some(delta) = self.delta
-                && *delta.is_row_used.get_unchecked(row)
-            {
-                let p = delta.values.as_ptr().add(row * num_columns + column);
-                value = S::add(value, super::element::load_first::<S, f32>(p, width));
             }
             store_first::<S, O>(self.out.get().add(row * num_columns + column), width, value);
         }

@@ -1,259 +1,283 @@
-//! delta [T, N] = Σ over waves of weight·scale·(x·Aᵀ)·B, per segment of tokens and module.
+//! y += Σ over waves of weight·scale·(x·Aᵀ)·Bᵀ, per segment of tokens and module.
 //!
 //! ```text
-//! shrink   s [tokens, Σ rank] = x [tokens, K] · Aᵀ       dot products along K, f32
-//! expand   delta[tokens, module's columns] += s · Bᵀ     rank-many updates, waves one after another
+//! shrink   s [tokens, Σ rank] = weight·scale · x [tokens, K] · Aᵀ      rounded to the storage dtype
+//! expand   y [tokens, module's columns] += s · Bᵀ                      in the GEMM's accumulators
 //! ```
-//! A row's sums run in a fixed order, whatever else is in the batch.
+//! A row's sums run in a fixed order, the dense product first, then its waves, whatever else is in
+//! the batch. Shrink tasks come first in the GEMM's job; the tasks after them wait for the last one.
 
-use loraserve_adapters::GroupLayout;
+use std::hint::spin_loop;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::element::{Element, load_raw, load_raw_first};
-use super::gemm::Delta;
-use super::lora_plan::{ExpandTask, Item, RANK_TILE, ROWS_PER_TASK, ShrinkTask, group_of};
+use super::element::{Element, load_first, load_raw, splat_pack, splat_partial_pack, store_first};
 pub use super::lora_plan::{LoraScratch, Projection};
-use super::pool::{Shareable, ThreadPool};
-use super::rank_update::RankUpdate;
-use super::scratch::Scratch;
+use super::lora_plan::{RANK_BLOCK, ShrinkTask};
+use super::pool::Shareable;
 use super::simd::{Isa, Kernel, LANES, Simd};
-use super::step::{Segment, Step};
+use super::step::Step;
 use crate::KernelError;
 use crate::error::check_length;
 
-/// Tasks per thread below which work is cut finer.
-const TASKS_PER_THREAD: usize = 4;
-/// Rows of delta a task clears.
-const ROWS_TO_CLEAR: usize = 16;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 
-struct Lora<'a, E: Element> {
+/// Shrink tasks per thread below which work is cut finer.
+const TASKS_PER_THREAD: usize = 2;
+/// Ranks that belong to one module, and columns that are written at once.
+const RANK_STEP: usize = 8;
+
+/// The adapters of one projection of a step, shrunk while its GEMM runs.
+pub struct Lora<'a, E: Element> {
     x: &'a [E],
-    step: &'a Step,
-    projection: Projection,
-    items: &'a [Item],
-    s: Shareable<f32>,
-    delta: Shareable<f32>,
-    is_row_used: &'a [bool],
-}
-
-/// What the step's adapters add to the projection of `x`; `None` when no token has one here.
-pub fn lora_delta<'a, E: Element>(
-    pool: &ThreadPool,
+    in_features: usize,
     isa: Isa,
-    step: &Step,
-    projection: Projection,
-    x: &[E],
-    scratch: &'a mut LoraScratch,
-) -> Result<Option<Delta<'a>>, KernelError> {
-    let num_tokens = step.num_tokens();
-    check_length("x", x.len(), num_tokens * projection.in_features)?;
-    scratch.plan(step, projection, pool.num_threads() * TASKS_PER_THREAD)?;
-    if scratch.items.is_empty() {
-        return Ok(None);
-    }
-    let LoraScratch {
-        s,
-        delta,
-        is_row_used,
-        items,
-        shrink_tasks,
-        expand_tasks,
-        wave_ends,
-    } = scratch;
-    let job = Lora {
-        x,
-        step,
-        projection,
-        items,
-        s: Shareable::new(s),
-        delta: Shareable::new(delta),
-        is_row_used,
-    };
-    let num_shrinks = shrink_tasks.len();
-    pool.run(num_shrinks + num_tokens.div_ceil(ROWS_TO_CLEAR), &|index| {
-        if index >= num_shrinks {
-            return job.clear(index - num_shrinks);
-        }
-        let kernel = Shrink {
-            job: &job,
-            task: shrink_tasks[index],
-        };
-        // SAFETY: `isa` is supported; `plan` and `set_adapter` checked shapes and offsets; tasks
-        // own disjoint parts of s.
-        unsafe { isa.dispatch(kernel) }
-    });
-    let mut start = 0;
-    for &end in wave_ends.iter() {
-        let tasks = &expand_tasks[start..end];
-        start = end;
-        pool.run(tasks.len(), &|index| {
-            let kernel = Expand {
-                job: &job,
-                task: tasks[index],
-            };
-            // SAFETY: as above; segments of one wave are disjoint, and so are modules' columns.
-            unsafe { isa.dispatch(kernel) }
-        });
-    }
-    let num_values = num_tokens * projection.out_features;
-    Ok(Some(Delta {
-        values: &delta[..num_values],
-        is_row_used,
-    }))
+    plan: &'a LoraScratch,
+    s: Shareable<E>,
+    /// Shrink tasks not finished yet.
+    pending: AtomicUsize,
 }
 
-impl<E: Element> Lora<'_, E> {
-    fn segment(&self, item: Item) -> (&Segment, &GroupLayout) {
-        let segment = &self.step.segments[item.segment];
-        let group = group_of(segment, self.projection).expect("items have the group");
-        (segment, group)
+impl<'a, E: Element> Lora<'a, E> {
+    /// Plans what the step's adapters add to the projection of `x` [T, K]; `None` when no token has
+    /// one here.
+    pub fn plan(
+        num_threads: usize,
+        isa: Isa,
+        step: &Step,
+        projection: Projection,
+        x: &'a [E],
+        scratch: &'a mut LoraScratch,
+    ) -> Result<Option<Self>, KernelError> {
+        let in_features = projection.in_features;
+        check_length("x", x.len(), step.num_tokens() * in_features)?;
+        scratch.plan(step, projection, E::DTYPE, num_threads * TASKS_PER_THREAD)?;
+        if scratch.items.is_empty() {
+            return Ok(None);
+        }
+        let s = Shareable::from_ptr(scratch.s.as_mut_ptr());
+        Ok(Some(Self {
+            x,
+            in_features,
+            isa,
+            plan: scratch,
+            s,
+            pending: AtomicUsize::new(scratch.shrink_tasks.len()),
+        }))
     }
 
-    /// Zeroes the used rows of one chunk of delta.
-    fn clear(&self, chunk: usize) {
-        let width = self.projection.out_features;
-        let first = chunk * ROWS_TO_CLEAR;
-        let end = (first + ROWS_TO_CLEAR).min(self.is_row_used.len());
-        for row in (first..end).filter(|&row| self.is_row_used[row]) {
-            // SAFETY: each task clears its own rows of a delta of T rows.
-            unsafe { std::ptr::write_bytes(self.delta.get().add(row * width), 0, width) }
+    pub(super) fn num_tasks(&self) -> usize {
+        self.plan.shrink_tasks.len()
+    }
+
+    /// Runs shrink task `index`.
+    pub(super) fn shrink(&self, index: usize) {
+        let _done = Done(&self.pending);
+        let task = Shrink {
+            lora: self,
+            task: &self.plan.shrink_tasks[index],
+        };
+        // SAFETY: `isa` is supported; `plan` and `set_adapter` checked shapes and offsets; tasks own
+        // disjoint parts of s.
+        unsafe { self.isa.dispatch(task) }
+    }
+
+    /// Returns when every shrink task has ended; they must have been started.
+    pub(super) fn wait(&self) {
+        let mut spins = 0_u32;
+        while self.pending.load(Ordering::Acquire) != 0 {
+            spins = spins.wrapping_add(1);
+            if spins.is_multiple_of(1 << 14) {
+                std::thread::yield_now();
+            } else {
+                spin_loop();
+            }
         }
+    }
+
+    /// Adds s · Bᵀ for R rows and P panels.
+    ///
+    /// # Safety
+    /// As for `Simd`: rows and panels are the projection's, and `wait` has returned.
+    #[inline(always)]
+    pub(super) unsafe fn expand<S: Simd, const R: usize, const P: usize>(
+        &self,
+        row: usize,
+        panel: usize,
+        acc: &mut [[S::V; P]; R],
+    ) {
+        for (r, acc) in acc.iter_mut().enumerate() {
+            for item in self.plan.items_of(row + r..row + r + 1) {
+                let s_row = item.s_offset + (row + r - item.rows.start) * item.s_stride;
+                for module in self.plan.expansions_of(item) {
+                    for (p, acc) in acc.iter_mut().enumerate() {
+                        if !module.panels.contains(&(panel + p)) {
+                            continue;
+                        }
+                        let b = module.b_panel(panel + p).cast::<E>();
+                        // SAFETY: the item has this row of s; B has `rank` elements of K.
+                        unsafe {
+                            let s = self.s.get().add(s_row + module.s_column);
+                            for k in (0..module.rank).step_by(E::PACK) {
+                                let splat = splat_pack::<S, E>(s.add(k));
+                                let b = load_raw::<S, E>(b.add(k * LANES));
+                                *acc = E::dot::<S>(*acc, splat, b);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Clears what of s no product fills.
+    ///
+    /// # Safety
+    /// The task is one of the plan, whose s is as long as its gaps and rows.
+    unsafe fn clear(&self, task: &ShrinkTask) {
+        let item = &self.plan.items[task.item];
+        // SAFETY: gaps and rows lie in s and belong to this task.
+        unsafe {
+            for gap in self.plan.gaps_of(task) {
+                std::ptr::write_bytes(self.s.get().add(gap.start), 0, gap.len());
+            }
+            if task.panels.start > 0 {
+                return;
+            }
+            for module in self.plan.expansions_of(item) {
+                let padding = module.s_width() - module.rank;
+                for row in task.rows.clone() {
+                    let s_row = item.s_offset + (row - item.rows.start) * item.s_stride;
+                    let end = s_row + module.s_column + module.rank;
+                    std::ptr::write_bytes(self.s.get().add(end), 0, padding);
+                }
+            }
+        }
+    }
+
+    /// Scales and rounds the 16 sums of `row` at `panel` of A, or 8 of a last panel.
+    ///
+    /// # Safety
+    /// As for `Simd`: the row and the panel are the task's; 16 sums are readable.
+    #[inline(always)]
+    unsafe fn store_ranks<S: Simd>(
+        &self,
+        task: &ShrinkTask,
+        row: usize,
+        panel: usize,
+        sums: *const f32,
+    ) {
+        let item = &self.plan.items[task.item];
+        let s_row = item.s_offset + (row - item.rows.start) * item.s_stride;
+        let modules = self.plan.expansions_of(item);
+        let first = panel * LANES;
+        for rank in (first..item.rank.min(first + LANES)).step_by(RANK_STEP) {
+            let module = modules
+                .iter()
+                .find(|module| rank < module.rank_offset + module.rank)
+                .expect("the modules' ranks make up the group's");
+            let column = s_row + module.s_column + rank - module.rank_offset;
+            // SAFETY: 8 sums of this module go to 8 columns of its row.
+            unsafe {
+                let sums = load_first::<S, f32>(sums.add(rank - first), RANK_STEP);
+                let scaled = S::mul(sums, S::splat(module.scale));
+                store_first::<S, E>(self.s.get().add(column), RANK_STEP, scaled);
+            }
+        }
+    }
+}
+
+/// Counts a task as ended even when it panics, so that nobody waits for ever.
+struct Done<'a>(&'a AtomicUsize);
+
+impl Drop for Done<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Release);
     }
 }
 
 struct Shrink<'a, E: Element> {
-    job: &'a Lora<'a, E>,
-    task: ShrinkTask,
+    lora: &'a Lora<'a, E>,
+    task: &'a ShrinkTask,
 }
 
 impl<E: Element> Kernel for Shrink<'_, E> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let (job, task) = (self.job, self.task);
-        let item = job.items[task.item as usize];
-        let (segment, group) = job.segment(item);
-        let k = job.projection.in_features;
-        // SAFETY: A lies in the adapter's extent; rows and ranks are those of the plan.
+        // SAFETY: the task is one of the plan.
         unsafe {
-            let a = (segment.adapter.base + group.a_offset) as *const E;
-            let s = job.s.get().add(item.s_offset);
-            for rank in (task.first as usize..task.end as usize).step_by(RANK_TILE) {
-                let a = a.add(rank * k);
-                let mut row = task.row as usize;
-                let end = task.row_end as usize;
-                let mut out = s.add((row - segment.start) * group.rank + rank);
-                if S::WIDE {
-                    while row + 4 <= end {
-                        let x = job.x.as_ptr().add(row * k);
-                        shrink_tile::<S, E, 4, 4>(x, a, k, out, group.rank);
-                        shrink_tile::<S, E, 4, 4>(x, a.add(4 * k), k, out.add(4), group.rank);
-                        row += 4;
-                        out = out.add(4 * group.rank);
-                    }
-                }
-                while row < end {
-                    let x = job.x.as_ptr().add(row * k);
-                    if S::WIDE {
-                        shrink_tile::<S, E, 1, 8>(x, a, k, out, group.rank);
-                    } else {
-                        shrink_tile::<S, E, 1, 4>(x, a, k, out, group.rank);
-                        shrink_tile::<S, E, 1, 4>(x, a.add(4 * k), k, out.add(4), group.rank);
-                    }
-                    row += 1;
-                    out = out.add(group.rank);
-                }
+            self.lora.clear(self.task);
+            #[cfg(target_arch = "x86_64")]
+            if super::gemm::in_tiles::<E>(self.lora.isa, self.lora.in_features) {
+                return self.tiles::<S>();
             }
+            self.vectors::<S>();
         }
     }
 }
 
-/// s[t, r] = x[t]·a[r] for T rows of x and R rows of A; rows of s are `s_stride` apart.
-#[inline(always)]
-unsafe fn shrink_tile<S: Simd, E: Element, const T: usize, const R: usize>(
-    x: *const E,
-    a: *const E,
-    k: usize,
-    s: *mut f32,
-    s_stride: usize,
-) {
-    let width = LANES * E::PACK;
-    // SAFETY: whole vectors end before k, the last one reads `k % width` elements.
-    unsafe {
-        let mut acc = [[S::zero(); R]; T];
-        let whole = k / width * width;
-        for i in (0..whole).step_by(width) {
-            let mut xs = [S::zero(); T];
-            for t in 0..T {
-                xs[t] = load_raw::<S, E>(x.add(t * k + i));
-            }
-            for r in 0..R {
-                let p = a.add(r * k + i);
-                if T == 1 {
-                    S::prefetch(p.wrapping_add(R * k).cast());
-                }
-                let row = load_raw::<S, E>(p);
-                for t in 0..T {
-                    acc[t][r] = E::dot::<S>(acc[t][r], xs[t], row);
-                }
-            }
-        }
-        if whole < k {
-            for r in 0..R {
-                let row = load_raw_first::<S, E>(a.add(r * k + whole), k - whole);
-                for t in 0..T {
-                    let xs = load_raw_first::<S, E>(x.add(t * k + whole), k - whole);
-                    acc[t][r] = E::dot::<S>(acc[t][r], xs, row);
-                }
-            }
-        }
-        for t in 0..T {
-            for r in 0..R {
-                *s.add(t * s_stride + r) = S::reduce_add(acc[t][r]);
-            }
-        }
-    }
-}
-
-struct Expand<'a, E: Element> {
-    job: &'a Lora<'a, E>,
-    task: ExpandTask,
-}
-
-impl<E: Element> Kernel for Expand<'_, E> {
+impl<E: Element> Shrink<'_, E> {
     #[inline(always)]
-    unsafe fn run<S: Simd>(self) {
-        let (job, task) = (self.job, self.task);
-        let item = job.items[task.item as usize];
-        let (segment, group) = job.segment(item);
-        let module = &group.modules[task.module as usize];
-        let scale = segment.weight * module.scale;
-        let (row, num_rows) = (task.row as usize, (task.row_end - task.row) as usize);
-        let first = task.first as usize;
-        let mut scratch = Scratch::take(ROWS_PER_TASK * module.rank);
-        let scaled = scratch.as_mut_ptr();
-        // SAFETY: B lies in the adapter's extent; rows and columns are those of the plan; the
-        // scratch holds one row of scaled s per token.
+    unsafe fn vectors<S: Simd>(&self) {
+        // SAFETY: tiles end at or before the task's last row and panel.
         unsafe {
-            for r in 0..num_rows {
-                let s_row = item.s_offset + (row + r - segment.start) * group.rank;
-                let s = job.s.get().add(s_row + module.rank_offset);
-                for j in 0..module.rank {
-                    *scaled.add(r * module.rank + j) = *s.add(j) * scale;
+            for panel in self.task.panels.clone() {
+                let mut row = self.task.rows.start;
+                while row + 4 <= self.task.rows.end {
+                    self.vector_tile::<S, 4>(row, panel);
+                    row += 4;
+                }
+                while row < self.task.rows.end {
+                    self.vector_tile::<S, 1>(row, panel);
+                    row += 1;
                 }
             }
-            let b = (segment.adapter.base + module.b_offset) as *const E;
-            let width = job.projection.out_features;
-            let update = RankUpdate {
-                acc: job.delta.get().add(row * width + module.out_offset + first),
-                acc_stride: width,
-                s: scaled,
-                s_stride: module.rank,
-                b: b.add(first),
-                b_stride: module.out_features,
-                num_rows,
-                num_columns: task.end as usize - first,
-                rank: module.rank,
-            };
-            update.run::<S>();
         }
+    }
+
+    /// R rows of x times one panel of A.
+    #[inline(always)]
+    unsafe fn vector_tile<S: Simd, const R: usize>(&self, row: usize, panel: usize) {
+        let (k, width) = (self.lora.in_features, self.panel_width(panel));
+        // SAFETY: rows of x hold `k` elements, the panel ⌈k / PACK⌉ packs; a load past a narrow
+        // panel stays inside the extent, see `OVERREAD`.
+        unsafe {
+            let x = self.lora.x.as_ptr().add(row * k);
+            let a = self.panel(panel).cast::<E>();
+            let mut acc = [S::zero(); R];
+            for pack in 0..k / E::PACK {
+                let w = load_raw::<S, E>(a.add(pack * width * E::PACK));
+                for (r, acc) in acc.iter_mut().enumerate() {
+                    let x = splat_pack::<S, E>(x.add(r * k + pack * E::PACK));
+                    *acc = E::dot::<S>(*acc, x, w);
+                }
+            }
+            let whole = k / E::PACK * E::PACK;
+            if whole < k {
+                let w = load_raw::<S, E>(a.add(whole * width));
+                for (r, acc) in acc.iter_mut().enumerate() {
+                    let x = splat_partial_pack::<S, E>(x.add(r * k + whole), k - whole);
+                    *acc = E::dot::<S>(*acc, x, w);
+                }
+            }
+            for (r, acc) in acc.iter().enumerate() {
+                let mut sums = [0.0; LANES];
+                S::store(sums.as_mut_ptr(), *acc);
+                self.lora
+                    .store_ranks::<S>(self.task, row + r, panel, sums.as_ptr());
+            }
+        }
+    }
+
+    /// Ranks of the panel: 16, or 8 in a last one.
+    fn panel_width(&self, panel: usize) -> usize {
+        let item = &self.lora.plan.items[self.task.item];
+        (item.rank - panel * LANES).min(LANES)
+    }
+
+    fn panel(&self, panel: usize) -> *const u8 {
+        let item = &self.lora.plan.items[self.task.item];
+        let padded_k = self.lora.in_features.next_multiple_of(E::PACK);
+        (item.a + panel * LANES * padded_k * size_of::<E>()) as *const u8
     }
 }

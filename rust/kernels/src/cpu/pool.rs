@@ -252,6 +252,10 @@ impl<T> Shareable<T> {
         Self(slice.as_mut_ptr())
     }
 
+    pub fn from_ptr(pointer: *mut T) -> Self {
+        Self(pointer)
+    }
+
     pub fn get(self) -> *mut T {
         self.0
     }

@@ -3,13 +3,14 @@
 //! ```text
 //! C [16 rows][16 columns] f32  +=  A [16 rows][32 k] bf16  ·  B [16 pairs of k][16 columns][2] bf16
 //! ```
-//! B is a stretch of a packed panel, A is x as it lies in memory. Each product is one block of
-//! assembly, because the compiler does not know that tiles hold values between two blocks. Tiles treat
-//! denormal numbers as zero.
+//! B is a stretch of a packed panel, A is x as it lies in memory. A product is a sum of terms: the dense
+//! one, then those of adapters. It is one block of assembly, because the compiler does not know that
+//! tiles hold values between two blocks. Tiles treat denormal numbers as zero.
 
 use std::arch::asm;
 use std::arch::x86_64::{__cpuid, __cpuid_count};
 use std::marker::PhantomData;
+use std::mem::offset_of;
 use std::sync::OnceLock;
 
 /// Rows and columns of a tile of f32.
@@ -21,6 +22,53 @@ pub const TILE_K: usize = 32;
 #[derive(Default)]
 #[repr(align(64))]
 pub struct Product(pub [[[f32; TILE]; TILE]; 4]);
+
+/// One A·B of a product, over 32·`num_blocks` elements along K.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Term {
+    /// Row tiles of A; a null one takes no part.
+    pub x: [*const u8; 2],
+    /// Panels of B; only the first P are read.
+    pub panels: [*const u8; 4],
+    /// Bytes from row to row of A.
+    pub x_stride: usize,
+    /// Bytes from pair to pair of K in a panel: 64, or 32 for a panel of 8 columns.
+    panel_stride: usize,
+    block_nbytes: usize,
+    /// How many bytes after the weights in use are fetched; 0 fetches nothing.
+    pub ahead: usize,
+    pub num_blocks: usize,
+}
+
+impl Term {
+    /// `panel_width`: columns of the panels, 16 or 8.
+    pub fn new(
+        x: [*const u8; 2],
+        x_stride: usize,
+        panels: [*const u8; 4],
+        panel_width: usize,
+        num_blocks: usize,
+    ) -> Self {
+        Self {
+            x,
+            panels,
+            x_stride,
+            panel_stride: 4 * panel_width,
+            block_nbytes: 4 * panel_width * TILE,
+            ahead: 0,
+            num_blocks,
+        }
+    }
+}
+
+const A0: usize = offset_of!(Term, x);
+const B0: usize = offset_of!(Term, panels);
+const A_STRIDE: usize = offset_of!(Term, x_stride);
+const B_STRIDE: usize = offset_of!(Term, panel_stride);
+const BLOCK: usize = offset_of!(Term, block_nbytes);
+const AHEAD: usize = offset_of!(Term, ahead);
+const NUM_BLOCKS: usize = offset_of!(Term, num_blocks);
 
 /// Operand of `ldtilecfg`.
 #[repr(C, align(64))]
@@ -37,7 +85,7 @@ pub struct Tiles(PhantomData<*const ()>);
 
 #[allow(clippy::unused_self)] // `self` proves that the tiles are configured
 impl Tiles {
-    /// Tiles for `two_by_two`.
+    /// Tiles for `two_by`.
     ///
     /// # Safety
     /// `is_supported` returned true.
@@ -46,7 +94,7 @@ impl Tiles {
         unsafe { Self::configure([TILE as u8; 8]) }
     }
 
-    /// Tiles for `one_by_four` of `num_rows ≤ 16` rows.
+    /// Tiles for `one_by` of `num_rows ≤ 16` rows.
     ///
     /// # Safety
     /// `is_supported` returned true.
@@ -75,55 +123,72 @@ impl Tiles {
         Self(PhantomData)
     }
 
-    /// Tiles 0, 1 of `out`: rows of `x[0]` times both panels; 2, 3: rows of `x[1]`.
-    ///
-    /// Unless `ahead` is 0, what lies that many bytes after the panels is fetched to the second-level
-    /// cache.
+    /// Two row tiles times P ≤ 2 panels: tiles 0, 1 of `out` are rows of `x[0]` times the panels,
+    /// tiles 2, 3 rows of `x[1]`. What is fetched ahead goes to the second-level cache.
     ///
     /// # Safety
-    /// Made by `full`; 16 rows `x_stride` bytes apart at each x, and panels, of 32·`num_blocks`
-    /// elements along K.
-    pub unsafe fn two_by_two(
-        &self,
-        x: [*const u8; 2],
-        x_stride: usize,
-        panels: [*const u8; 2],
-        ahead: usize,
-        num_blocks: usize,
-        out: &mut Product,
-    ) {
+    /// Made by `full`; each term has 16 readable rows at each x that is not null, and P panels.
+    pub unsafe fn two_by<const P: usize>(&self, terms: &[Term], out: &mut Product) {
+        debug_assert!((1..=2).contains(&P) && !terms.is_empty());
         // SAFETY: reads what the caller guarantees, writes `out`.
         unsafe {
             asm!(
                 "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
                 "2:",
-                "tileloadd tmm6, [{b0} + {line}]",
-                "tileloadd tmm4, [{a0} + {x_stride}]",
-                "tileloadd tmm7, [{b1} + {line}]",
-                "tileloadd tmm5, [{a1} + {x_stride}]",
+                "mov {a0}, [{term} + {A0}]", "mov {a1}, [{term} + {A0} + 8]",
+                "mov {b0}, [{term} + {B0}]", "mov {b1}, [{term} + {B0} + 8]",
+                "mov {a_stride}, [{term} + {A_STRIDE}]", "mov {b_stride}, [{term} + {B_STRIDE}]",
+                "mov {ahead}, [{term} + {AHEAD}]", "mov {n}, [{term} + {NUM_BLOCKS}]",
+                "3:",
+                "tileloadd tmm6, [{b0} + {b_stride}]",
+                ".if {P} > 1",
+                "tileloadd tmm7, [{b1} + {b_stride}]",
+                ".endif",
+                "test {a0}, {a0}",
+                "jz 4f",
+                "tileloadd tmm4, [{a0} + {a_stride}]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
+                ".if {P} > 1",
                 "tdpbf16ps tmm1, tmm4, tmm7",
+                ".endif",
+                "add {a0}, 64",
+                "4:",
+                "test {a1}, {a1}",
+                "jz 5f",
+                "tileloadd tmm5, [{a1} + {a_stride}]",
                 "tdpbf16ps tmm2, tmm5, tmm6",
+                ".if {P} > 1",
                 "tdpbf16ps tmm3, tmm5, tmm7",
+                ".endif",
+                "add {a1}, 64",
+                "5:",
                 "test {ahead}, {ahead}",
-                "jz 3f",
+                "jz 6f",
                 ".irp i, 0,64,128,192,256,320,384,448,512,576,640,704,768,832,896,960",
                 "prefetcht1 [{b0} + {ahead} + \\i]",
+                ".if {P} > 1",
                 "prefetcht1 [{b1} + {ahead} + \\i]",
+                ".endif",
                 ".endr",
-                "3:",
-                "add {a0}, 64", "add {a1}, 64", "add {b0}, 1024", "add {b1}, 1024",
+                "6:",
+                "add {b0}, [{term} + {BLOCK}]", "add {b1}, [{term} + {BLOCK}]",
                 "dec {n}",
+                "jnz 3b",
+                "add {term}, {SIZE}",
+                "dec {count}",
                 "jnz 2b",
-                "tilestored [{c} + {line}], tmm0",
-                "tilestored [{c} + {line} + 1024], tmm1",
-                "tilestored [{c} + {line} + 2048], tmm2",
-                "tilestored [{c} + {line} + 3072], tmm3",
-                a0 = inout(reg) x[0] => _, a1 = inout(reg) x[1] => _,
-                b0 = inout(reg) panels[0] => _, b1 = inout(reg) panels[1] => _,
-                n = inout(reg) num_blocks => _,
-                x_stride = in(reg) x_stride, ahead = in(reg) ahead,
-                line = in(reg) 64_usize, c = in(reg) out,
+                "mov {n}, 64",
+                "tilestored [{c} + {n}], tmm0",
+                "tilestored [{c} + {n} + 1024], tmm1",
+                "tilestored [{c} + {n} + 2048], tmm2",
+                "tilestored [{c} + {n} + 3072], tmm3",
+                term = inout(reg) terms.as_ptr() => _, count = inout(reg) terms.len() => _,
+                c = in(reg) out,
+                a0 = out(reg) _, a1 = out(reg) _, b0 = out(reg) _, b1 = out(reg) _,
+                n = out(reg) _, a_stride = out(reg) _, b_stride = out(reg) _, ahead = out(reg) _,
+                A0 = const A0, B0 = const B0, A_STRIDE = const A_STRIDE, B_STRIDE = const B_STRIDE,
+                AHEAD = const AHEAD, NUM_BLOCKS = const NUM_BLOCKS, BLOCK = const BLOCK,
+                SIZE = const size_of::<Term>(), P = const P,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                 options(nostack),
@@ -131,55 +196,73 @@ impl Tiles {
         }
     }
 
-    /// Tiles of `out`: the rows of `x` times each panel; what lies `ahead` bytes after the weights in
-    /// use is fetched.
+    /// One row tile, `x[0]`, times P ≤ 4 panels: a tile of `out` per panel.
     ///
     /// # Safety
-    /// Made by `of_rows(n)`; n rows `x_stride` bytes apart at x, and panels, of 32·`num_blocks`
-    /// elements along K.
-    pub unsafe fn one_by_four(
-        &self,
-        x: *const u8,
-        x_stride: usize,
-        panels: [*const u8; 4],
-        ahead: usize,
-        num_blocks: usize,
-        out: &mut Product,
-    ) {
+    /// Made by `of_rows(n)`; each term has n readable rows at `x[0]`, and P panels.
+    pub unsafe fn one_by<const P: usize>(&self, terms: &[Term], out: &mut Product) {
+        debug_assert!((1..=4).contains(&P) && !terms.is_empty());
         // SAFETY: reads what the caller guarantees, writes `out`.
         unsafe {
             asm!(
                 "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
                 "2:",
+                "mov {a}, [{term} + {A0}]",
+                "mov {b0}, [{term} + {B0}]", "mov {b1}, [{term} + {B0} + 8]",
+                "mov {b2}, [{term} + {B0} + 16]", "mov {b3}, [{term} + {B0} + 24]",
+                "mov {a_stride}, [{term} + {A_STRIDE}]", "mov {b_stride}, [{term} + {B_STRIDE}]",
+                "mov {ahead}, [{term} + {AHEAD}]", "mov {n}, [{term} + {NUM_BLOCKS}]",
+                "3:",
+                "test {ahead}, {ahead}",
+                "jz 4f",
                 ".irp i, 0,64,128,192,256,320,384,448,512,576,640,704,768,832,896,960",
                 "prefetcht0 [{b0} + {ahead} + \\i]",
+                ".if {P} > 1",
                 "prefetcht0 [{b1} + {ahead} + \\i]",
+                ".endif",
+                ".if {P} > 2",
                 "prefetcht0 [{b2} + {ahead} + \\i]",
+                ".endif",
+                ".if {P} > 3",
                 "prefetcht0 [{b3} + {ahead} + \\i]",
+                ".endif",
                 ".endr",
-                "tileloadd tmm4, [{a} + {x_stride}]",
-                "tileloadd tmm5, [{b0} + {line}]",
+                "4:",
+                "tileloadd tmm4, [{a} + {a_stride}]",
+                "tileloadd tmm5, [{b0} + {b_stride}]",
                 "tdpbf16ps tmm0, tmm4, tmm5",
-                "tileloadd tmm6, [{b1} + {line}]",
+                ".if {P} > 1",
+                "tileloadd tmm6, [{b1} + {b_stride}]",
                 "tdpbf16ps tmm1, tmm4, tmm6",
-                "tileloadd tmm7, [{b2} + {line}]",
+                ".endif",
+                ".if {P} > 2",
+                "tileloadd tmm7, [{b2} + {b_stride}]",
                 "tdpbf16ps tmm2, tmm4, tmm7",
-                "tileloadd tmm5, [{b3} + {line}]",
+                ".endif",
+                ".if {P} > 3",
+                "tileloadd tmm5, [{b3} + {b_stride}]",
                 "tdpbf16ps tmm3, tmm4, tmm5",
+                ".endif",
                 "add {a}, 64",
-                "add {b0}, 1024", "add {b1}, 1024", "add {b2}, 1024", "add {b3}, 1024",
+                "add {b0}, [{term} + {BLOCK}]", "add {b1}, [{term} + {BLOCK}]",
+                "add {b2}, [{term} + {BLOCK}]", "add {b3}, [{term} + {BLOCK}]",
                 "dec {n}",
+                "jnz 3b",
+                "add {term}, {SIZE}",
+                "dec {count}",
                 "jnz 2b",
-                "tilestored [{c} + {line}], tmm0",
-                "tilestored [{c} + {line} + 1024], tmm1",
-                "tilestored [{c} + {line} + 2048], tmm2",
-                "tilestored [{c} + {line} + 3072], tmm3",
-                a = inout(reg) x => _,
-                b0 = inout(reg) panels[0] => _, b1 = inout(reg) panels[1] => _,
-                b2 = inout(reg) panels[2] => _, b3 = inout(reg) panels[3] => _,
-                n = inout(reg) num_blocks => _,
-                x_stride = in(reg) x_stride, ahead = in(reg) ahead,
-                line = in(reg) 64_usize, c = in(reg) out,
+                "mov {n}, 64",
+                "tilestored [{c} + {n}], tmm0",
+                "tilestored [{c} + {n} + 1024], tmm1",
+                "tilestored [{c} + {n} + 2048], tmm2",
+                "tilestored [{c} + {n} + 3072], tmm3",
+                term = inout(reg) terms.as_ptr() => _, count = inout(reg) terms.len() => _,
+                c = in(reg) out,
+                a = out(reg) _, b0 = out(reg) _, b1 = out(reg) _, b2 = out(reg) _, b3 = out(reg) _,
+                n = out(reg) _, a_stride = out(reg) _, b_stride = out(reg) _, ahead = out(reg) _,
+                A0 = const A0, B0 = const B0, A_STRIDE = const A_STRIDE, B_STRIDE = const B_STRIDE,
+                AHEAD = const AHEAD, NUM_BLOCKS = const NUM_BLOCKS, BLOCK = const BLOCK,
+                SIZE = const size_of::<Term>(), P = const P,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                 options(nostack),
