@@ -155,14 +155,14 @@ impl CpuKernels {
         in_features: usize,
         out_features: usize,
     ) -> PyResult<PackedLinear> {
-        let pool = &self.inner.pool;
+        let (pool, arena) = (&self.inner.pool, &self.inner.arena);
         let packed = py.detach(|| {
             // SAFETY: the file's contract.
             let bias = bias_ptr.map(|bias| unsafe { tensor::<f32>(bias, out_features) });
             with_element!(self.inner.dtype, E => {
                 // SAFETY: the file's contract.
                 let weight = unsafe { tensor::<E>(weight_ptr, in_features * out_features) };
-                linear::PackedLinear::pack(pool, weight, bias, in_features, out_features)
+                linear::PackedLinear::pack(pool, arena, weight, bias, in_features, out_features)
             })
         });
         let inner = packed.map_err(|error| raise(py, &error))?;

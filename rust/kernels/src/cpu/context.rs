@@ -12,7 +12,7 @@ use super::gemm::gemm;
 use super::geometry::{KvGeometry, PageMemory};
 use super::linear::{self, PackedLinear};
 use super::lora::{Lora, LoraScratch, Projection};
-use super::memory::advise_huge_pages;
+use super::memory::{Arena, advise_huge_pages};
 use super::pool::ThreadPool;
 use super::rope::{HeadTransform, rope_and_cache};
 use super::simd::Isa;
@@ -30,6 +30,8 @@ pub struct CpuContext {
     owner: Owner,
     slots: Mutex<Vec<Option<BoundAdapter>>>,
     scratch: Mutex<LoraScratch>,
+    /// Where packed weights lie.
+    pub arena: Arena,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -61,6 +63,7 @@ impl CpuContext {
             owner: Owner::default(),
             slots: Mutex::default(),
             scratch: Mutex::default(),
+            arena: Arena::default(),
         })
     }
 

@@ -24,6 +24,8 @@ const PANELS_PER_TILE: usize = 2;
 const ROW_BLOCK_NBYTES: usize = 1 << 20;
 /// Tasks per thread, so that a slow thread takes fewer.
 const TASKS_PER_THREAD: usize = 4;
+/// Rows up to which adapters' weights, and not the dense ones, may be what takes time.
+const MIXED_ROWS: usize = 64;
 /// How far ahead a lone row tile asks for weights.
 const PREFETCH_NBYTES: usize = 1024;
 
@@ -61,7 +63,11 @@ pub fn gemm<E: Element, O: Element>(
         .next_multiple_of(32)
         .clamp(32, 256);
     let num_blocks = num_rows.div_ceil(rows_per_block);
-    let tasks_wanted = (pool.num_threads() * TASKS_PER_THREAD).div_ceil(num_blocks.max(1));
+    // Many adapters in few rows: the longer the stretches of B, the faster they arrive.
+    let is_mixed =
+        num_rows <= MIXED_ROWS && lora.is_some_and(|lora| lora.has_many_items(0..num_rows));
+    let tasks_per_thread = if is_mixed { 1 } else { TASKS_PER_THREAD };
+    let tasks_wanted = (pool.num_threads() * tasks_per_thread).div_ceil(num_blocks.max(1));
     let panels_per_task = weight
         .num_panels()
         .div_ceil(tasks_wanted)

@@ -8,7 +8,7 @@
 use loraserve_adapters::StorageDtype;
 
 use super::element::{Bf16, Element};
-use super::memory::AlignedBytes;
+use super::memory::{Arena, ArenaBytes};
 use super::pool::{Shareable, ThreadPool};
 use super::simd::LANES;
 use crate::KernelError;
@@ -19,7 +19,7 @@ pub struct PackedLinear {
     dtype: StorageDtype,
     in_features: usize,
     out_features: usize,
-    panels: AlignedBytes,
+    panels: ArenaBytes,
     /// Padded to whole panels.
     bias: Option<Vec<f32>>,
 }
@@ -28,6 +28,7 @@ impl PackedLinear {
     /// Packs row-major `weight` [out, in].
     pub fn pack<E: Element>(
         pool: &ThreadPool,
+        arena: &Arena,
         weight: &[E],
         bias: Option<&[f32]>,
         in_features: usize,
@@ -44,7 +45,7 @@ impl PackedLinear {
         }
         let num_panels = out_features.div_ceil(LANES);
         let panel_len = in_features.div_ceil(E::PACK) * E::PACK * LANES;
-        let mut panels = AlignedBytes::zeroed(num_panels * panel_len * size_of::<E>());
+        let mut panels = arena.take(num_panels * panel_len * size_of::<E>());
         let dst = panels.as_mut_ptr::<E>();
         // SAFETY: the buffer was just made this long, zeroed, and zeros are valid elements.
         let dst = unsafe { std::slice::from_raw_parts_mut(dst, num_panels * panel_len) };

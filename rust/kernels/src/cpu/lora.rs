@@ -8,6 +8,7 @@
 //! the batch. Shrink tasks come first in the GEMM's job; the tasks after them wait for the last one.
 
 use std::hint::spin_loop;
+use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::element::{Element, load_first, load_raw, splat_pack, splat_partial_pack, store_first};
@@ -26,6 +27,8 @@ mod tiles;
 const TASKS_PER_THREAD: usize = 2;
 /// Ranks that belong to one module, and columns that are written at once.
 const RANK_STEP: usize = 8;
+/// Items of some rows from which on they are added one after another.
+const MANY_ITEMS: usize = 3;
 
 /// The adapters of one projection of a step, shrunk while its GEMM runs.
 pub struct Lora<'a, E: Element> {
@@ -68,6 +71,11 @@ impl<'a, E: Element> Lora<'a, E> {
 
     pub(super) fn num_tasks(&self) -> usize {
         self.plan.shrink_tasks.len()
+    }
+
+    /// Whether so many adapters share `rows` that their weights are read one after another.
+    pub(super) fn has_many_items(&self, rows: Range<usize>) -> bool {
+        self.plan.items_of(rows).nth(MANY_ITEMS - 1).is_some()
     }
 
     /// Runs shrink task `index`.

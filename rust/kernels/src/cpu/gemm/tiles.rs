@@ -7,8 +7,13 @@ use std::ops::Range;
 
 use super::{Gemm, PREFETCH_NBYTES};
 use crate::cpu::element::Element;
+use crate::cpu::lora::Lora;
+use crate::cpu::scratch::Scratch;
 use crate::cpu::simd::amx::{Product, TILE, TILE_K, Term, Tiles};
 use crate::cpu::simd::{Kernel, Simd};
+
+/// Rows multiplied together: two tiles.
+const ROWS: usize = 2 * TILE;
 
 pub(super) struct TileTask<'a, E: Element, O: Element> {
     pub job: &'a Gemm<'a, E, O>,
@@ -21,10 +26,18 @@ impl<E: Element, O: Element> Kernel for TileTask<'_, E, O> {
         let (rows, panels) = self.job.extent(self.index);
         // SAFETY: rows and panels stay below the job's limits; `in_tiles` was asked.
         unsafe {
-            if rows.len() <= TILE {
-                self.job.few_rows::<S>(rows, panels);
-            } else {
-                self.job.many_rows::<S>(rows, panels);
+            for first in rows.clone().step_by(ROWS) {
+                // A last group of up to 16 rows is few.
+                let group = first..rows.end.min(first + ROWS);
+                let is_first = first == rows.start;
+                match self.job.lora {
+                    Some(lora) if lora.has_many_items(group.clone()) => {
+                        self.job
+                            .mixed_rows::<S>(lora, group, panels.clone(), is_first);
+                    }
+                    _ if group.len() <= TILE => self.job.few_rows::<S>(group, panels.clone()),
+                    _ => self.job.many_rows::<S>(group, panels.clone(), is_first),
+                }
             }
         }
     }
@@ -34,17 +47,15 @@ impl<E: Element, O: Element> Gemm<'_, E, O> {
     /// Up to 16 rows, four panels at a time: as fast as the weights arrive.
     #[inline(always)]
     unsafe fn few_rows<S: Simd>(&self, rows: Range<usize>, panels: Range<usize>) {
-        let mut product = Product::default();
+        let mut product = Product::new();
         let mut terms = Vec::with_capacity(8);
         // SAFETY: at most 16 rows, each of K / 32 blocks; panels are those of the task.
         unsafe {
             let tiles = Tiles::of_rows(rows.len());
             for panel in panels.clone().step_by(4) {
                 let some = panel..panels.end.min(panel + 4);
-                let mut dense = self.term([rows.start; 2], some.clone());
-                dense.ahead = PREFETCH_NBYTES;
                 terms.clear();
-                terms.push(dense);
+                terms.push(self.quad_term(rows.start, some.clone()));
                 if let Some(lora) = self.lora {
                     lora.add_terms::<4>(
                         [rows.start; 2],
@@ -54,45 +65,105 @@ impl<E: Element, O: Element> Gemm<'_, E, O> {
                         &mut terms,
                     );
                 }
-                tiles.one_by::<4>(&terms, &mut product);
-                for (p, panel) in some.enumerate() {
-                    self.finish_tile::<S>(rows.clone(), panel, &product.0[p]);
-                }
+                let c = product.0.as_mut_ptr();
+                tiles.one_by::<4>(&terms, c, 4 * TILE * 4);
+                self.finish_rows::<S>(rows.clone(), some, c, 4 * TILE);
             }
         }
     }
 
-    /// More than 16 rows, 32 at a time, of two panels; the first 32 fetch the next two panels.
+    /// 17 to 32 rows, which stay in the first-level cache while the panels go by, two at a time;
+    /// `fetches` the next two panels if no rows before did.
     #[inline(always)]
-    unsafe fn many_rows<S: Simd>(&self, rows: Range<usize>, panels: Range<usize>) {
-        let pair_nbytes = 2 * self.weight.panel_len::<E>() * size_of::<E>();
-        let mut product = Product::default();
+    unsafe fn many_rows<S: Simd>(&self, rows: Range<usize>, panels: Range<usize>, fetches: bool) {
+        let mut product = Product::new();
         let mut terms = Vec::with_capacity(8);
-        // SAFETY: both row tiles lie within the task's rows, of which there are 16 or more.
+        let starts = [rows.start, rows.end - TILE];
+        let stride = 2 * TILE;
+        // SAFETY: both row tiles lie within the rows, of which there are 16 or more.
         unsafe {
             let tiles = Tiles::full();
             for panel in panels.clone().step_by(2) {
                 let pair = panel..panels.end.min(panel + 2);
-                for row in rows.clone().step_by(2 * TILE) {
-                    let starts = [row, row + TILE].map(|start| start.min(rows.end - TILE));
-                    let is_first = row == rows.start;
-                    let mut dense = self.term(starts, pair.clone());
-                    dense.ahead = if is_first { pair_nbytes } else { 0 };
-                    terms.clear();
-                    terms.push(dense);
-                    if let Some(lora) = self.lora {
-                        lora.add_terms::<2>(starts, TILE, pair.clone(), is_first, &mut terms);
-                    }
-                    tiles.two_by::<2>(&terms, &mut product);
-                    for (t, start) in starts.into_iter().enumerate() {
-                        for (p, panel) in pair.clone().enumerate() {
-                            let sums = &product.0[2 * t + p];
-                            self.finish_tile::<S>(start..start + TILE, panel, sums);
-                        }
-                    }
+                terms.clear();
+                terms.push(self.pair_term(starts, pair.clone(), fetches));
+                if let Some(lora) = self.lora {
+                    lora.add_terms::<2>(starts, TILE, pair.clone(), fetches, &mut terms);
                 }
+                let c = product.0.as_mut_ptr();
+                let second = c.add((starts[1] - starts[0]) * stride);
+                tiles.two_by::<2>(&terms, [c, second], stride * 4);
+                self.finish_rows::<S>(rows.clone(), pair, c, stride);
             }
         }
+    }
+
+    /// Up to 32 rows of many adapters: the dense sums of all panels, then one item after another.
+    #[inline(always)]
+    unsafe fn mixed_rows<S: Simd>(
+        &self,
+        lora: &Lora<'_, E>,
+        rows: Range<usize>,
+        panels: Range<usize>,
+        fetches: bool,
+    ) {
+        // A last step of the dense product may write panels past the end.
+        let stride = panels.len().next_multiple_of(4) * TILE;
+        let mut scratch = Scratch::take(rows.len() * stride);
+        let acc = scratch.as_mut_ptr();
+        // SAFETY: the scratch holds 16 sums per row and panel.
+        unsafe {
+            self.dense_sums(rows.clone(), panels.clone(), fetches, acc, stride);
+            lora.add_each::<S>(rows.clone(), panels.clone(), acc, stride);
+            self.finish_rows::<S>(rows, panels, acc, stride);
+        }
+    }
+
+    /// The dense product of up to 32 rows, into `acc`, whose rows are `stride` floats apart.
+    unsafe fn dense_sums(
+        &self,
+        rows: Range<usize>,
+        panels: Range<usize>,
+        fetches: bool,
+        acc: *mut f32,
+        stride: usize,
+    ) {
+        // SAFETY: rows and panels are the task's, and the accumulators are the caller's.
+        unsafe {
+            if rows.len() <= TILE {
+                let tiles = Tiles::of_rows(rows.len());
+                for panel in panels.clone().step_by(4) {
+                    let term = self.quad_term(rows.start, panel..panels.end.min(panel + 4));
+                    let c = acc.add((panel - panels.start) * TILE);
+                    tiles.one_by::<4>(&[term], c, stride * 4);
+                }
+                return;
+            }
+            let tiles = Tiles::full();
+            let starts = [rows.start, rows.end - TILE];
+            for panel in panels.clone().step_by(2) {
+                let pair = panel..panels.end.min(panel + 2);
+                let term = self.pair_term(starts, pair, fetches);
+                let c = acc.add((panel - panels.start) * TILE);
+                let second = c.add((starts[1] - starts[0]) * stride);
+                tiles.two_by::<2>(&[term], [c, second], stride * 4);
+            }
+        }
+    }
+
+    /// Four panels for up to 16 rows.
+    fn quad_term(&self, row: usize, panels: Range<usize>) -> Term {
+        let mut term = self.term([row; 2], panels);
+        term.ahead = PREFETCH_NBYTES;
+        term
+    }
+
+    /// The dense product of a pair of panels.
+    fn pair_term(&self, starts: [usize; 2], pair: Range<usize>, fetches: bool) -> Term {
+        let pair_nbytes = 2 * self.weight.panel_len::<E>() * size_of::<E>();
+        let mut term = self.term(starts, pair);
+        term.ahead = if fetches { pair_nbytes } else { 0 };
+        term
     }
 
     /// The dense product of row tiles at `starts`; past the last panel it is taken again.
@@ -107,16 +178,33 @@ impl<E: Element, O: Element> Gemm<'_, E, O> {
         Term::new(x, k * size_of::<E>(), panels, TILE, k / TILE_K)
     }
 
+    /// Adds the bias, rounds and stores the sums of `rows` and `panels` at `acc`, rows `stride` floats
+    /// apart.
     #[inline(always)]
-    unsafe fn finish_tile<S: Simd>(
+    unsafe fn finish_rows<S: Simd>(
         &self,
         rows: Range<usize>,
-        panel: usize,
-        sums: &[[f32; TILE]; TILE],
+        panels: Range<usize>,
+        acc: *const f32,
+        stride: usize,
     ) {
-        for (row, sums) in rows.zip(sums) {
-            // SAFETY: the row is one of the task.
-            unsafe { self.finish::<S>(row, panel, S::load(sums.as_ptr())) }
+        let num_columns = self.weight.out_features();
+        let is_plain = self.weight.bias().is_none() && panels.end * TILE <= num_columns;
+        // SAFETY: rows and panels are the task's, with 16 sums each; whole panels lie in the output.
+        unsafe {
+            for (r, row) in rows.enumerate() {
+                let sums = acc.add(r * stride);
+                if is_plain {
+                    let out = self.out.get().add(row * num_columns + panels.start * TILE);
+                    for column in (0..panels.len() * TILE).step_by(TILE) {
+                        O::store::<S>(out.add(column), S::load(sums.add(column)));
+                    }
+                    continue;
+                }
+                for (p, panel) in panels.clone().enumerate() {
+                    self.finish::<S>(row, panel, S::load(sums.add(p * TILE)));
+                }
+            }
         }
     }
 }

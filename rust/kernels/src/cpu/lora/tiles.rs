@@ -6,8 +6,36 @@ use super::{Element, Lora, RANK_BLOCK, Shrink, Simd};
 use crate::cpu::lora_plan::{Expansion, Item};
 use crate::cpu::simd::amx::{Product, TILE, TILE_K, Term, Tiles};
 
-/// How far ahead a shrink asks for A.
-const PREFETCH_NBYTES: usize = 1024;
+/// How far ahead a shrink asks for A, all panels together.
+const PREFETCH_NBYTES: usize = 4096;
+/// Panels of an update.
+const QUAD: usize = 4;
+/// Items whose B is read side by side: a prefetcher of the hardware follows each.
+const STREAMS: usize = 4;
+/// How many updates ahead B is asked for: the next of the same item.
+const UPDATES_AHEAD: usize = STREAMS;
+
+/// One module's addition to some rows and up to four panels.
+struct Update {
+    term: Term,
+    num_rows: usize,
+    num_panels: usize,
+    rank: usize,
+    /// Floats from the first of the accumulators.
+    offset: usize,
+}
+
+impl Update {
+    /// Asks for its part of B.
+    #[inline(always)]
+    fn fetch<S: Simd>(&self) {
+        let nbytes = self.num_panels * self.rank * TILE * size_of::<u16>();
+        for offset in (0..nbytes).step_by(64) {
+            // SAFETY: a hint; the address need not be valid.
+            unsafe { S::prefetch(self.term.panels[0].wrapping_add(offset)) }
+        }
+    }
+}
 
 impl<E: Element> Shrink<'_, E> {
     /// # Safety
@@ -15,43 +43,40 @@ impl<E: Element> Shrink<'_, E> {
     #[inline(always)]
     pub(super) unsafe fn tiles<S: Simd>(&self) {
         let rows = self.task.rows.clone();
-        let mut product = Product::default();
-        // SAFETY: panels and rows are the task's.
+        let mut product = Product::new();
+        let c = product.0.as_mut_ptr();
+        let is_few = rows.len() <= TILE;
+        let (starts, width) = if is_few {
+            ([rows.start; 2], 4)
+        } else {
+            ([rows.start, rows.end - TILE], 2)
+        };
+        // SAFETY: panels and rows are the task's; the product holds 32 rows of two panels and 16 of
+        // four.
         unsafe {
-            if rows.len() <= TILE {
-                let tiles = Tiles::of_rows(rows.len());
-                let mut panel = self.task.panels.start;
-                while panel < self.task.panels.end {
-                    let count = self.num_wide(panel).clamp(1, 4);
-                    let terms = [self.term([rows.start; 2], panel)];
-                    match count {
-                        1 => tiles.one_by::<1>(&terms, &mut product),
-                        2 => tiles.one_by::<2>(&terms, &mut product),
-                        3 => tiles.one_by::<3>(&terms, &mut product),
-                        _ => tiles.one_by::<4>(&terms, &mut product),
-                    }
-                    for p in 0..count {
-                        self.store::<S>(rows.clone(), panel + p, &product.0[p]);
-                    }
-                    panel += count;
-                }
-                return;
-            }
-            let tiles = Tiles::full();
-            let starts = [rows.start, rows.end - TILE];
+            let tiles = if is_few {
+                Tiles::of_rows(rows.len())
+            } else {
+                Tiles::full()
+            };
             let mut panel = self.task.panels.start;
             while panel < self.task.panels.end {
-                let count = self.num_wide(panel).clamp(1, 2);
+                let count = self.num_wide(panel).clamp(1, width);
                 let terms = [self.term(starts, panel)];
-                if count == 1 {
-                    tiles.two_by::<1>(&terms, &mut product);
-                } else {
-                    tiles.two_by::<2>(&terms, &mut product);
+                let stride = count * TILE;
+                let second = c.add((starts[1] - starts[0]) * stride);
+                match (is_few, count) {
+                    (true, 1) => tiles.one_by::<1>(&terms, c, stride * 4),
+                    (true, 2) => tiles.one_by::<2>(&terms, c, stride * 4),
+                    (true, 3) => tiles.one_by::<3>(&terms, c, stride * 4),
+                    (true, _) => tiles.one_by::<4>(&terms, c, stride * 4),
+                    (false, 1) => tiles.two_by::<1>(&terms, [c, second], stride * 4),
+                    (false, _) => tiles.two_by::<2>(&terms, [c, second], stride * 4),
                 }
-                for p in 0..count {
-                    for (t, start) in starts.into_iter().enumerate() {
-                        let sums = &product.0[2 * t + p];
-                        self.store::<S>(start..start + TILE, panel + p, sums);
+                for (r, row) in rows.clone().enumerate() {
+                    for p in 0..count {
+                        let sums = c.add(r * stride + p * TILE);
+                        self.lora.store_ranks::<S>(self.task, row, panel + p, sums);
                     }
                 }
                 panel += count;
@@ -72,19 +97,8 @@ impl<E: Element> Shrink<'_, E> {
         let panels = std::array::from_fn(|p| self.panel((panel + p).min(last)));
         let x_stride = k * size_of::<E>();
         let mut term = Term::new(x, x_stride, panels, self.panel_width(panel), k / TILE_K);
-        term.ahead = PREFETCH_NBYTES;
+        term.ahead = PREFETCH_NBYTES / self.num_wide(panel).clamp(1, 4);
         term
-    }
-
-    #[inline(always)]
-    unsafe fn store<S: Simd>(&self, rows: Range<usize>, panel: usize, sums: &[[f32; TILE]; TILE]) {
-        for (row, sums) in rows.zip(sums) {
-            // SAFETY: the row is one of the task, which may store it twice, to the same bits.
-            unsafe {
-                self.lora
-                    .store_ranks::<S>(self.task, row, panel, sums.as_ptr())
-            }
-        }
     }
 }
 
@@ -142,5 +156,107 @@ impl<E: Element> Lora<'_, E> {
         });
         let x_stride = item.s_stride * size_of::<E>();
         Term::new(x, x_stride, b, TILE, module.s_width() / RANK_BLOCK)
+    }
+
+    /// Adds what the items add to `rows` and `panels`, in the same order and arithmetic as terms do.
+    /// `acc` holds the rows, `stride` floats apart, of 16 sums per panel.
+    ///
+    /// # Safety
+    /// As for `Simd`: tiles are supported, `wait` has returned, `acc` is writable.
+    #[inline(always)]
+    pub(in crate::cpu) unsafe fn add_each<S: Simd>(
+        &self,
+        rows: Range<usize>,
+        panels: Range<usize>,
+        acc: *mut f32,
+        stride: usize,
+    ) {
+        let updates = self.updates(rows, panels, stride);
+        let mut tiles: Option<(Tiles, usize, usize)> = None;
+        for (index, update) in updates.iter().enumerate() {
+            let term = update.term;
+            if let Some(upcoming) = updates.get(index + UPDATES_AHEAD) {
+                upcoming.fetch::<S>();
+            }
+            let k = update.rank.min(RANK_BLOCK);
+            let shape = (
+                update.num_rows,
+                if update.rank == k { k } else { RANK_BLOCK },
+            );
+            // SAFETY: rows, panels and accumulators are the caller's; a term of one block has `rank`
+            // elements along K.
+            unsafe {
+                if tiles
+                    .as_ref()
+                    .is_none_or(|tiles| (tiles.1, tiles.2) != shape)
+                {
+                    drop(tiles.take());
+                    tiles = Some((Tiles::of_rows_and_k(shape.0, shape.1), shape.0, shape.1));
+                }
+                let tiles = &tiles.as_ref().expect("just configured").0;
+                let (c, c_stride) = (acc.add(update.offset), stride * size_of::<f32>());
+                match update.num_panels {
+                    1 => tiles.add_one_by::<1>(&term, c, c_stride),
+                    2 => tiles.add_one_by::<2>(&term, c, c_stride),
+                    3 => tiles.add_one_by::<3>(&term, c, c_stride),
+                    _ => tiles.add_one_by::<4>(&term, c, c_stride),
+                }
+            }
+        }
+    }
+
+    /// The updates, those of `STREAMS` items of a wave in turns. A row has one item a wave, so its
+    /// updates stay in the order of waves.
+    fn updates(&self, rows: Range<usize>, panels: Range<usize>, stride: usize) -> Vec<Update> {
+        let items: Vec<&Item> = self.plan.items_of(rows.clone()).collect();
+        let mut ordered = Vec::with_capacity(256);
+        for wave in items.chunk_by(|a, b| a.wave == b.wave) {
+            for items in wave.chunks(STREAMS) {
+                let each = |item: &&Item| self.updates_of(item, &rows, &panels, stride);
+                let mut streams: Vec<_> = items.iter().map(each).map(Vec::into_iter).collect();
+                while let Some(longest) = streams.iter().map(ExactSizeIterator::len).max()
+                    && longest > 0
+                {
+                    ordered.extend(streams.iter_mut().filter_map(Iterator::next));
+                }
+            }
+        }
+        ordered
+    }
+
+    fn updates_of(
+        &self,
+        item: &Item,
+        rows: &Range<usize>,
+        panels: &Range<usize>,
+        stride: usize,
+    ) -> Vec<Update> {
+        let mut updates = Vec::with_capacity(64);
+        let (first, end) = (item.rows.start.max(rows.start), item.rows.end.min(rows.end));
+        for row in (first..end).step_by(TILE) {
+            let s = item.s_offset + (row - item.rows.start) * item.s_stride;
+            for module in self.plan.expansions_of(item) {
+                let x = self
+                    .s
+                    .get()
+                    .wrapping_add(s + module.s_column)
+                    .cast::<u8>()
+                    .cast_const();
+                let last = module.panels.end.min(panels.end);
+                for panel in (module.panels.start.max(panels.start)..last).step_by(QUAD) {
+                    let b = std::array::from_fn(|p| module.b_panel((panel + p).min(last - 1)));
+                    let num_blocks = module.s_width() / RANK_BLOCK;
+                    let x_stride = item.s_stride * size_of::<E>();
+                    updates.push(Update {
+                        term: Term::new([x; 2], x_stride, b, TILE, num_blocks),
+                        num_rows: (end - row).min(TILE),
+                        num_panels: (last - panel).min(QUAD),
+                        rank: module.rank,
+                        offset: (row - rows.start) * stride + (panel - panels.start) * TILE,
+                    });
+                }
+            }
+        }
+        updates
     }
 }

@@ -18,10 +18,15 @@ pub const TILE: usize = 16;
 /// Elements along K of one tile of bf16.
 pub const TILE_K: usize = 32;
 
-/// Four tiles of f32.
-#[derive(Default)]
+/// Room for a product: 32 rows of two panels, or 16 rows of four.
 #[repr(align(64))]
-pub struct Product(pub [[[f32; TILE]; TILE]; 4]);
+pub struct Product(pub [f32; 4 * TILE * TILE]);
+
+impl Product {
+    pub fn new() -> Self {
+        Self([0.0; 4 * TILE * TILE])
+    }
+}
 
 /// One A·B of a product, over 32·`num_blocks` elements along K.
 #[derive(Clone, Copy)]
@@ -91,20 +96,36 @@ impl Tiles {
     /// `is_supported` returned true.
     pub unsafe fn full() -> Self {
         // SAFETY: the caller's contract.
-        unsafe { Self::configure([TILE as u8; 8]) }
+        unsafe { Self::configure([TILE as u8; 8], [64; 8]) }
     }
 
-    /// Tiles for `one_by` of `num_rows ≤ 16` rows.
+    /// Tiles for `one_by` and `add_one_by` of `num_rows ≤ 16` rows.
     ///
     /// # Safety
     /// `is_supported` returned true.
     pub unsafe fn of_rows(num_rows: usize) -> Self {
-        let (rows, all) = (num_rows as u8, TILE as u8);
         // SAFETY: the caller's contract.
-        unsafe { Self::configure([rows, rows, rows, rows, rows, all, all, all]) }
+        unsafe { Self::of_rows_and_k(num_rows, TILE_K) }
     }
 
-    unsafe fn configure(rows: [u8; 8]) -> Self {
+    /// Tiles for `add_one_by` of `num_rows ≤ 16` rows and one block of `k ≤ 32` elements.
+    ///
+    /// # Safety
+    /// `is_supported` returned true.
+    pub unsafe fn of_rows_and_k(num_rows: usize, k: usize) -> Self {
+        let (rows, pairs) = (num_rows as u8, (k / 2) as u8);
+        let mut row_nbytes = [64; 8];
+        row_nbytes[4] = 2 * k as u16;
+        // SAFETY: the caller's contract.
+        unsafe {
+            Self::configure(
+                [rows, rows, rows, rows, rows, pairs, pairs, pairs],
+                row_nbytes,
+            )
+        }
+    }
+
+    unsafe fn configure(rows: [u8; 8], row_nbytes: [u16; 8]) -> Self {
         let mut config = Config {
             palette: 1,
             start_row: 0,
@@ -112,7 +133,7 @@ impl Tiles {
             row_nbytes: [0; 16],
             num_rows: [0; 16],
         };
-        config.row_nbytes[..8].fill(64);
+        config.row_nbytes[..8].copy_from_slice(&row_nbytes);
         config.num_rows[..8].copy_from_slice(&rows);
         // SAFETY: the CPU and the kernel allow tiles; the operand is a valid palette.
         unsafe {
@@ -123,12 +144,14 @@ impl Tiles {
         Self(PhantomData)
     }
 
-    /// Two row tiles times P ≤ 2 panels: tiles 0, 1 of `out` are rows of `x[0]` times the panels,
-    /// tiles 2, 3 rows of `x[1]`. What is fetched ahead goes to the second-level cache.
+    /// Two row tiles times P ≤ 2 panels: rows of `x[0]` to `c[0]`, rows of `x[1]` to `c[1]`, the
+    /// panels' columns side by side, rows `c_stride` bytes apart. What is fetched ahead goes to the
+    /// second-level cache.
     ///
     /// # Safety
-    /// Made by `full`; each term has 16 readable rows at each x that is not null, and P panels.
-    pub unsafe fn two_by<const P: usize>(&self, terms: &[Term], out: &mut Product) {
+    /// Made by `full`; each term has 16 readable rows at each x that is not null, and P panels; 16
+    /// rows are writable at each c.
+    pub unsafe fn two_by<const P: usize>(&self, terms: &[Term], c: [*mut f32; 2], c_stride: usize) {
         debug_assert!((1..=2).contains(&P) && !terms.is_empty());
         // SAFETY: reads what the caller guarantees, writes `out`.
         unsafe {
@@ -177,13 +200,14 @@ impl Tiles {
                 "add {term}, {SIZE}",
                 "dec {count}",
                 "jnz 2b",
-                "mov {n}, 64",
-                "tilestored [{c} + {n}], tmm0",
-                "tilestored [{c} + {n} + 1024], tmm1",
-                "tilestored [{c} + {n} + 2048], tmm2",
-                "tilestored [{c} + {n} + 3072], tmm3",
+                "tilestored [{c0} + {c_stride}], tmm0",
+                "tilestored [{c1} + {c_stride}], tmm2",
+                ".if {P} > 1",
+                "tilestored [{c0} + {c_stride} + 64], tmm1",
+                "tilestored [{c1} + {c_stride} + 64], tmm3",
+                ".endif",
                 term = inout(reg) terms.as_ptr() => _, count = inout(reg) terms.len() => _,
-                c = in(reg) out,
+                c0 = in(reg) c[0], c1 = in(reg) c[1], c_stride = in(reg) c_stride,
                 a0 = out(reg) _, a1 = out(reg) _, b0 = out(reg) _, b1 = out(reg) _,
                 n = out(reg) _, a_stride = out(reg) _, b_stride = out(reg) _, ahead = out(reg) _,
                 A0 = const A0, B0 = const B0, A_STRIDE = const A_STRIDE, B_STRIDE = const B_STRIDE,
@@ -196,11 +220,13 @@ impl Tiles {
         }
     }
 
-    /// One row tile, `x[0]`, times P ≤ 4 panels: a tile of `out` per panel.
+    /// One row tile, `x[0]`, times P ≤ 4 panels: to `c`, the panels' columns side by side, rows
+    /// `c_stride` bytes apart.
     ///
     /// # Safety
-    /// Made by `of_rows(n)`; each term has n readable rows at `x[0]`, and P panels.
-    pub unsafe fn one_by<const P: usize>(&self, terms: &[Term], out: &mut Product) {
+    /// Made by `of_rows(n)`; each term has n readable rows at `x[0]`, and P panels; n rows are
+    /// writable at `c`.
+    pub unsafe fn one_by<const P: usize>(&self, terms: &[Term], c: *mut f32, c_stride: usize) {
         debug_assert!((1..=4).contains(&P) && !terms.is_empty());
         // SAFETY: reads what the caller guarantees, writes `out`.
         unsafe {
@@ -251,18 +277,74 @@ impl Tiles {
                 "add {term}, {SIZE}",
                 "dec {count}",
                 "jnz 2b",
-                "mov {n}, 64",
-                "tilestored [{c} + {n}], tmm0",
-                "tilestored [{c} + {n} + 1024], tmm1",
-                "tilestored [{c} + {n} + 2048], tmm2",
-                "tilestored [{c} + {n} + 3072], tmm3",
+                "tilestored [{c} + {c_stride}], tmm0",
+                ".if {P} > 1", "tilestored [{c} + {c_stride} + 64], tmm1", ".endif",
+                ".if {P} > 2", "tilestored [{c} + {c_stride} + 128], tmm2", ".endif",
+                ".if {P} > 3", "tilestored [{c} + {c_stride} + 192], tmm3", ".endif",
                 term = inout(reg) terms.as_ptr() => _, count = inout(reg) terms.len() => _,
-                c = in(reg) out,
+                c = in(reg) c, c_stride = in(reg) c_stride,
                 a = out(reg) _, b0 = out(reg) _, b1 = out(reg) _, b2 = out(reg) _, b3 = out(reg) _,
                 n = out(reg) _, a_stride = out(reg) _, b_stride = out(reg) _, ahead = out(reg) _,
                 A0 = const A0, B0 = const B0, A_STRIDE = const A_STRIDE, B_STRIDE = const B_STRIDE,
                 AHEAD = const AHEAD, NUM_BLOCKS = const NUM_BLOCKS, BLOCK = const BLOCK,
                 SIZE = const size_of::<Term>(), P = const P,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack),
+            );
+        }
+    }
+
+    /// Adds one term of one row tile, `x[0]`, times P ≤ 4 panels to `c`, the panels' columns side by
+    /// side, rows `c_stride` bytes apart.
+    ///
+    /// # Safety
+    /// Made by `of_rows(n)`, or by `of_rows_and_k(n, k)` for a term of one block; n readable rows at
+    /// `x[0]` and writable ones at `c`, and P panels.
+    pub unsafe fn add_one_by<const P: usize>(&self, term: &Term, c: *mut f32, c_stride: usize) {
+        debug_assert!((1..=4).contains(&P));
+        // SAFETY: reads what the caller guarantees, writes `c`.
+        unsafe {
+            asm!(
+                "tileloadd tmm0, [{c} + {c_stride}]",
+                ".if {P} > 1", "tileloadd tmm1, [{c} + {c_stride} + 64]", ".endif",
+                ".if {P} > 2", "tileloadd tmm2, [{c} + {c_stride} + 128]", ".endif",
+                ".if {P} > 3", "tileloadd tmm3, [{c} + {c_stride} + 192]", ".endif",
+                "mov {a}, [{term} + {A0}]",
+                "mov {b0}, [{term} + {B0}]", "mov {b1}, [{term} + {B0} + 8]",
+                "mov {b2}, [{term} + {B0} + 16]", "mov {b3}, [{term} + {B0} + 24]",
+                "mov {a_stride}, [{term} + {A_STRIDE}]", "mov {b_stride}, [{term} + {B_STRIDE}]",
+                "mov {n}, [{term} + {NUM_BLOCKS}]",
+                "3:",
+                "tileloadd tmm4, [{a} + {a_stride}]",
+                "tileloadd tmm5, [{b0} + {b_stride}]",
+                "tdpbf16ps tmm0, tmm4, tmm5",
+                ".if {P} > 1",
+                "tileloadd tmm6, [{b1} + {b_stride}]",
+                "tdpbf16ps tmm1, tmm4, tmm6",
+                ".endif",
+                ".if {P} > 2",
+                "tileloadd tmm7, [{b2} + {b_stride}]",
+                "tdpbf16ps tmm2, tmm4, tmm7",
+                ".endif",
+                ".if {P} > 3",
+                "tileloadd tmm5, [{b3} + {b_stride}]",
+                "tdpbf16ps tmm3, tmm4, tmm5",
+                ".endif",
+                "add {a}, 64",
+                "add {b0}, [{term} + {BLOCK}]", "add {b1}, [{term} + {BLOCK}]",
+                "add {b2}, [{term} + {BLOCK}]", "add {b3}, [{term} + {BLOCK}]",
+                "dec {n}",
+                "jnz 3b",
+                "tilestored [{c} + {c_stride}], tmm0",
+                ".if {P} > 1", "tilestored [{c} + {c_stride} + 64], tmm1", ".endif",
+                ".if {P} > 2", "tilestored [{c} + {c_stride} + 128], tmm2", ".endif",
+                ".if {P} > 3", "tilestored [{c} + {c_stride} + 192], tmm3", ".endif",
+                term = in(reg) term, c = in(reg) c, c_stride = in(reg) c_stride,
+                a = out(reg) _, b0 = out(reg) _, b1 = out(reg) _, b2 = out(reg) _, b3 = out(reg) _,
+                n = out(reg) _, a_stride = out(reg) _, b_stride = out(reg) _,
+                A0 = const A0, B0 = const B0, A_STRIDE = const A_STRIDE, B_STRIDE = const B_STRIDE,
+                NUM_BLOCKS = const NUM_BLOCKS, BLOCK = const BLOCK, P = const P,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                 options(nostack),

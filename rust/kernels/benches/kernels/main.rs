@@ -1,0 +1,27 @@
+//! Every CPU kernel at the shapes of SmolLM2-135M in bfloat16, beside what the machine can do.
+//!
+//! After criterion's statistics comes a table: the median time of a call, the bytes and operations it needs
+//! at least, and their share of the limits measured at the start of the same run. A word after `--` chooses
+//! by name: `cargo bench -p loraserve-kernels --bench kernels -- attention`; `limits` measures only those.
+
+mod adapters;
+#[cfg(target_arch = "x86_64")]
+mod amx;
+mod attention;
+mod bench;
+mod elementwise;
+mod gemm;
+mod limits;
+mod lora;
+mod model;
+
+use bench::Bench;
+
+fn main() {
+    let mut bench = Bench::new(limits::measure());
+    gemm::bench(&mut bench);
+    lora::bench(&mut bench);
+    attention::bench(&mut bench);
+    elementwise::bench(&mut bench);
+    bench.finish();
+}
