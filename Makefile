@@ -36,8 +36,19 @@ format: $(STAMPS)/dev ## rewrite files the way lint wants them
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMPS)/dev ## throughput of mixed batches beside transformers and PEFT (minutes)
-	$(BIN)/python benches/bench_serving.py
+RESULTS := benches/results
+BENCH_PEERS ?=
+bench: $(STAMPS)/bench ## scheduler, kernels, latencies, streams; beside PEFT and BENCH_PEERS="openvino vllm llamacpp" (20 minutes)
+	mkdir -p $(RESULTS) && rm -f $(RESULTS)/kernels.jsonl
+	cargo bench --package loraserve-core --bench scheduler -- --quiet
+	LORASERVE_BENCH_JSON=$(CURDIR)/$(RESULTS)/kernels.jsonl cargo bench --package loraserve-kernels --bench kernels -- --quiet
+	$(BIN)/python benches/bench_latency.py --json $(RESULTS)/latency.json
+	$(BIN)/python benches/bench_serving.py house $(if $(BENCH_PEERS),--peers $(BENCH_PEERS)) --json $(RESULTS)/house.json --plot $(RESULTS)/house.png
+	for workload in slora zipf punica vtc; do \
+		$(BIN)/python benches/bench_serving.py $$workload --json $(RESULTS)/$$workload.json --plot $(RESULTS)/$$workload.png; \
+	done
+	$(BIN)/python benches/bench_many_adapters.py --json $(RESULTS)/many.json --plot $(RESULTS)/many.png
+	$(BIN)/python benches/tables.py
 
 serve: $(STAMPS)/demo ## leave a gRPC server running on 127.0.0.1:50051 with the demo adapters
 	$(BIN)/loraserve serve $(MODEL) $(foreach name,$(DEMO_ADAPTERS),--adapter $(name)=examples/adapters/$(name))
@@ -54,6 +65,10 @@ $(STAMPS)/demo: $(SOURCES) | $(STAMPS)
 
 $(STAMPS)/dev: $(STAMPS)/demo
 	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@
+
+$(STAMPS)/bench: $(STAMPS)/dev
+	$(BIN)/pip install --quiet --editable '.[bench]'
 	@touch $@
 
 $(STAMPS):

@@ -1,62 +1,122 @@
-"""A thousand registered adapters on a pool that holds a part of them: a Zipf stream, checked and timed.
+"""A thousand registered adapters beside ten: Zipf streams over pools that hold all of them, or some.
 
-Every adapter's answer in the stream is compared with its answer when it ran alone in a fresh engine
-(for a sample of adapters), the pool's page counts with its budget, and the process's memory is printed.
+On each pool, streams over all adapters and over the ten most popular alternate on one engine; a first pass
+of both, which brings the adapters in, is not timed. Answers are checked: the same adapter gives the same
+tokens throughout, and a sample of adapters gives what each gives alone in a fresh engine.
 
-    python benches/bench_many_adapters.py --adapters 1000 --rank 8 --requests 2000 --memory 2GiB
+    python benches/bench_many_adapters.py
+    python benches/bench_many_adapters.py --memory 1GiB 2GiB 4GiB 7GiB --json many.json --plot many.png
 """
 
 import argparse
+import json
 import random
 import resource
+import statistics
+import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import machine
+import numpy as np
+import plots
 from loraserve import LLM, SamplingParams
+from loraserve.config import parse_memory
 from tqdm import tqdm
-from workloads import Workload, write_adapters
+from workloads import Workload, write_adapters, zipf_shares
+
+NUM_FEW = 10
+PROMPT_TOKENS = 32
+
+
+class Stream:
+    """One prompt to adapters drawn by Zipf's law; every pass asks the same adapters in the same order."""
+
+    def __init__(self, names: Sequence[str], args: argparse.Namespace) -> None:
+        random_state = np.random.RandomState(args.seed)
+        shares = zipf_shares(len(names), args.alpha)
+        self.names = [names[i] for i in random_state.choice(len(names), args.requests, p=shares)]
+        self.prompt = Workload(num_requests=1, prompt_tokens=PROMPT_TOKENS).prompts()[0]
+        self.params = SamplingParams(max_tokens=args.new_tokens, temperature=0.0, ignore_eos=True)
+        self.answers: dict[str, list[int]] = {}
+
+    def run(self, llm: LLM) -> float:
+        """Output tokens per second. Raises RuntimeError if an adapter's answer is not what it was."""
+        start = time.perf_counter()
+        outputs = llm.generate([self.prompt] * len(self.names), self.params, self.names, progress=False)
+        elapsed = time.perf_counter() - start
+        for name, output in zip(self.names, outputs, strict=True):
+            if self.answers.setdefault(name, output.token_ids) != output.token_ids:
+                raise RuntimeError(f"two answers of {name} differ")
+        return len(self.names) * self.params.max_tokens / elapsed
 
 
 def main() -> None:
     args = parse_args()
+    print(machine.title())
     with tempfile.TemporaryDirectory(dir=args.directory) as directory:
         print(f"writing {args.adapters} adapters of rank {args.rank}")
         adapters = write_adapters(Path(directory), args.adapters, args.rank)
-        run(args, adapters)
-
-
-def run(args: argparse.Namespace, adapters: dict[str, str]) -> None:
-    generator = random.Random(args.seed)
-    names = list(adapters)
-    weights = [1 / (rank + 1) ** args.alpha for rank in range(len(names))]
-    stream = generator.choices(names, weights, k=args.requests)
-    prompt = Workload(num_requests=1, prompt_tokens=32).prompts()[0]
-    params = SamplingParams(max_tokens=args.new_tokens, temperature=0.0, ignore_eos=True)
-
-    with LLM("smollm2", memory=args.memory) as llm:
-        start = time.perf_counter()
-        for name, path in tqdm(adapters.items(), desc="register"):
-            llm.load_adapter(name, path)
-        print(f"registered {len(adapters)} adapters in {time.perf_counter() - start:.1f} s")
-        start = time.perf_counter()
-        outputs = llm.generate([prompt] * len(stream), params, stream)
-        elapsed = time.perf_counter() - start
-        info = llm.info()
-    rate = len(stream) * args.new_tokens / elapsed
-    print(f"{len(stream)} requests, {len(set(stream))} adapters: {elapsed:.1f} s, {rate:.1f} tok/s")
-    print(f"{info.num_adapter_loads} loads, {info.num_adapter_evictions} evictions")
-    pages = f"{info.num_adapter_pages} of {info.num_pages} pages"
-    print(f"{info.num_resident_adapters} adapters resident in {pages} at the end")
+        stream = Stream(list(adapters), args)
+        results = [measure(memory, stream, adapters, args) for memory in args.memory]
+        check_alone(stream, adapters, args)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"peak resident memory of the process: {peak:.2f} GiB")
+    if args.json:
+        document = {"machine": machine.describe(), "settings": vars(args), "results": results}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(document, indent=2, default=str) + "\n")
+    if args.plot:
+        points = [(result["memory_gib"], result["ratio"]) for result in results]
+        labels = ("pool [GiB]", f"throughput over that of {NUM_FEW} adapters")
+        plots.plot_curve(points, labels, f"{args.adapters} adapters; {machine.title()}", args.plot)
 
-    answers = {name: output.token_ids for name, output in zip(stream, outputs, strict=True)}
-    assert all(answers[n] == o.token_ids for n, o in zip(stream, outputs, strict=True)), "answers vary"
-    sample = generator.sample(sorted(answers), min(args.check, len(answers)))
-    with LLM("smollm2", {name: adapters[name] for name in sample}, memory=args.memory) as llm:
-        alone = {name: llm.generate([prompt], params, name)[0].token_ids for name in sample}
-    assert alone == {name: answers[name] for name in sample}, "an answer differs from the adapter's own"
+
+def measure(
+    memory: str, many: Stream, adapters: Mapping[str, str], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Both streams on a pool of this size."""
+    few = Stream(list(adapters)[:NUM_FEW], args)
+    with LLM("smollm2", memory=memory, prefix_caching=False) as llm:
+        for name, path in tqdm(adapters.items(), desc="register", leave=False):
+            llm.load_adapter(name, path)
+        rates: dict[str, list[float]] = {"few": [], "many": []}
+        few.run(llm)
+        many.run(llm)
+        before = llm.info()
+        for _ in tqdm(range(args.repeats), desc=memory, leave=False):
+            rates["few"].append(few.run(llm))
+            rates["many"].append(many.run(llm))
+        info = llm.info()
+    medians = {key: statistics.median(values) for key, values in rates.items()}
+    result = {
+        "memory": memory,
+        "memory_gib": parse_memory(memory) / 2**30,
+        "num_asked_for": len(set(many.names)),
+        "num_resident": info.num_resident_adapters,
+        "loads_per_pass": (info.num_adapter_loads - before.num_adapter_loads) / args.repeats,
+        "rates": rates,
+        "medians": medians,
+        "ratio": medians["many"] / medians["few"],
+    }
+    print(
+        f"{memory:>8}: {result['num_resident']} resident, {result['loads_per_pass']:.0f} loads a pass of "
+        f"{args.requests} requests on {result['num_asked_for']} adapters: {medians['many']:.1f} tok/s, "
+        f"{NUM_FEW} adapters {medians['few']:.1f} tok/s, ratio {result['ratio']:.2f}"
+    )
+    return result
+
+
+def check_alone(stream: Stream, adapters: Mapping[str, str], args: argparse.Namespace) -> None:
+    sample = random.Random(args.seed).sample(sorted(stream.answers), min(args.check, len(stream.answers)))
+    with LLM("smollm2", {name: adapters[name] for name in sample}, memory=args.memory[0]) as llm:
+        for name in sample:
+            answer = llm.generate([stream.prompt], stream.params, name)[0].token_ids
+            if answer != stream.answers[name]:
+                sys.exit(f"error: {name} answers otherwise alone than in the stream")
     print(f"{len(sample)} adapters checked against running alone: equal")
 
 
@@ -64,17 +124,23 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--adapters", type=int, default=1000)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--requests", type=int, default=2000)
-    parser.add_argument("--new-tokens", type=int, default=16)
-    parser.add_argument("--memory", default="2GiB")
-    parser.add_argument("--alpha", type=float, default=1.2, help="Zipf exponent")
-    parser.add_argument("--check", type=int, default=50, help="adapters to compare with running alone")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--adapters", type=int, default=1000, help="registered; default 1000")
+    parser.add_argument("--rank", type=int, default=8, help="default 8: 4.9 MB each")
+    parser.add_argument("--requests", type=int, default=500, help="of a pass; default 500")
+    parser.add_argument("--new-tokens", type=int, default=16, help="of each answer; default 16")
     parser.add_argument(
-        "--directory", help="where to write the adapters; default: the system's temporary folder"
+        "--memory",
+        nargs="+",
+        default=["512MiB", "1GiB", "2GiB", "6GiB"],
+        help="pools; 1000 adapters of rank 8 and their KV cache fit in 6GiB; default 512MiB 1GiB 2GiB 6GiB",
     )
+    parser.add_argument("--alpha", type=float, default=1.2, help="Zipf's exponent; default 1.2")
+    parser.add_argument("--repeats", type=int, default=3, help="timed passes; default 3")
+    parser.add_argument("--check", type=int, default=50, help="adapters to compare with running alone")
+    parser.add_argument("--seed", type=int, default=0, help="of the stream; default 0")
+    parser.add_argument("--directory", help="where to write the adapters; default: the temporary folder")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--plot", type=Path, help="also draw the curve as a PNG (loraserve[bench])")
     return parser.parse_args()
 
 
