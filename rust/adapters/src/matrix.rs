@@ -32,10 +32,7 @@ impl Matrix {
         let [_, columns] = source.info.shape[..] else {
             unreachable!("a bound tensor has two dimensions")
         };
-        Ok(Self {
-            columns,
-            values,
-        })
+        Ok(Self { columns, values })
     }
 
     /// Writes the matrix into `panels`, its first row as row `first_row` of theirs; bytes of other

@@ -154,7 +154,11 @@ fn load_into_stale_memory(plan: &Plan) -> (AdapterLayout, Extent) {
 
 /// Where element (row, k) of a matrix [rows, columns] lies in panels of 16 rows, the last of 8 or 16.
 fn panel_index(dtype: StorageDtype, rows: usize, columns: usize, row: usize, k: usize) -> usize {
-    let pack = if dtype == StorageDtype::BFloat16 { 2 } else { 1 };
+    let pack = if dtype == StorageDtype::BFloat16 {
+        2
+    } else {
+        1
+    };
     let before = row / 16 * 16;
     let width = if rows - before >= 16 { 16 } else { 8 };
     let padded = columns.div_ceil(pack) * pack;

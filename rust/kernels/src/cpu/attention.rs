@@ -1,24 +1,27 @@
 //! out = softmax(q·Kᵀ / √D) · V over pages, causal, grouped queries, online softmax in f32.
 //!
-//! A task walks the keys of one K/V head in blocks that start at multiples of 128 positions, for up
-//! to 32 query rows at once; a row's arithmetic depends on its own position only.
+//! A row's arithmetic depends on its own position and on the instruction set only: its keys pass in
+//! blocks that start at fixed positions, whatever else is in the task, the batch or the chunk.
 
-use super::element::{Element, load_first, store_first};
-use super::gemm::{Ahead, multiply_tile};
-use super::geometry::{BLOCK_SIZE, KvGeometry, PageMemory};
+#[cfg(target_arch = "x86_64")]
+mod tile_product;
+#[cfg(target_arch = "x86_64")]
+mod tile_softmax;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
+mod vector;
+#[cfg(target_arch = "x86_64")]
+mod weave;
+
+use std::ops::Range;
+
+use super::element::Element;
+use super::geometry::{KvGeometry, PageMemory};
 use super::pool::{Shareable, ThreadPool};
-use super::rank_update::RankUpdate;
-use super::scratch::Scratch;
-use super::simd::{Isa, Kernel, LANES, Simd};
-use super::softmax::{scale_row, soften};
-use super::step::{AttentionTask, MAX_QUERY_ROWS, Step};
+use super::simd::Isa;
+use super::step::{AttentionTask, Step};
 use crate::KernelError;
 use crate::error::{check_below, check_length};
-
-/// Keys between two rescalings of the running softmax.
-const KEY_BLOCK: usize = 128;
-/// Pages of a key block.
-const BLOCK_PAGES: usize = KEY_BLOCK / BLOCK_SIZE;
 
 struct Attention<'a, E: Element> {
     qkv: &'a [E],
@@ -53,19 +56,35 @@ pub fn attention<E: Element>(
         memory,
         step,
     };
-    pool.run(step.attention_tasks.len(), &|index| {
-        let kernel = QueryTile::new(&job, step.attention_tasks[index]);
+    let tasks = &step.attention_tasks;
+    #[cfg(target_arch = "x86_64")]
+    if tiles::fit::<E>(isa, geometry.head_dim) {
+        let heads_per_task = tiles::heads_per_task(tasks, geometry, pool.num_threads());
+        let tasks_per_rows = geometry.num_kv_heads.div_ceil(heads_per_task);
+        pool.run(tasks.len() * tasks_per_rows, &|index| {
+            let first = index % tasks_per_rows * heads_per_task;
+            let end = (first + heads_per_task).min(geometry.num_kv_heads);
+            let rows = QueryRows::new(&job, tasks[index / tasks_per_rows]);
+            // SAFETY: `fit` found tiles; else as below.
+            unsafe { tiles::run(&rows, first..end) }
+        });
+        return Ok(());
+    }
+    pool.run(tasks.len() * geometry.num_kv_heads, &|index| {
+        let rows = QueryRows::new(&job, tasks[index / geometry.num_kv_heads]);
         // SAFETY: `isa` is supported; lengths were checked above and by `Step::new`; tasks own
-        // disjoint rows of the output.
-        unsafe { isa.dispatch(kernel) }
+        // disjoint rows and heads of the output.
+        unsafe { vector::run(isa, rows, index % geometry.num_kv_heads) }
     });
     Ok(())
 }
 
-/// The query rows of one task.
-struct QueryTile<'a, E: Element> {
+/// Some query rows of one sequence.
+///
+/// Row = token of the sequence's queries × group size + query head of the group.
+#[derive(Clone, Copy)]
+struct QueryRows<'a, E: Element> {
     job: &'a Attention<'a, E>,
-    kv_head: usize,
     /// First row counted from the sequence's first query.
     first_row: usize,
     num_rows: usize,
@@ -75,22 +94,7 @@ struct QueryTile<'a, E: Element> {
     pages: &'a [i32],
 }
 
-/// Running state of the rows, in the thread's scratch.
-#[derive(Clone, Copy)]
-struct State<E> {
-    /// [rows, D]
-    q: *mut E,
-    /// [rows, `KEY_BLOCK`]: scores, then probabilities.
-    scores: *mut f32,
-    /// [rows, D padded to lanes]
-    acc: *mut f32,
-    acc_stride: usize,
-    /// Running maximum and sum, [rows] each.
-    max: *mut f32,
-    sum: *mut f32,
-}
-
-impl<'a, E: Element> QueryTile<'a, E> {
+impl<'a, E: Element> QueryRows<'a, E> {
     fn new(job: &'a Attention<'a, E>, task: AttentionTask) -> Self {
         let arrays = &job.step.arrays;
         let seq = task.sequence as usize;
@@ -99,7 +103,6 @@ impl<'a, E: Element> QueryTile<'a, E> {
             arrays.block_table_indptr[seq] as usize..arrays.block_table_indptr[seq + 1] as usize;
         Self {
             job,
-            kv_head: task.kv_head as usize,
             first_row: task.first_row as usize,
             num_rows: (task.end_row - task.first_row) as usize,
             first_token: start as usize,
@@ -108,268 +111,54 @@ impl<'a, E: Element> QueryTile<'a, E> {
         }
     }
 
-    /// Keys that row `row` of the task sees.
+    /// These of the rows only.
+    fn part(&self, rows: Range<usize>) -> Self {
+        Self {
+            first_row: self.first_row + rows.start,
+            num_rows: rows.len(),
+            ..*self
+        }
+    }
+
+    /// Keys that row `row` sees.
     fn num_visible(&self, row: usize) -> usize {
         self.first_position + (self.first_row + row) / self.job.geometry.group_size() + 1
     }
 
-    /// (token in the batch, query head) of row `row` of the task.
-    fn token_and_head(&self, row: usize) -> (usize, usize) {
+    /// q of row `row` for one K/V head.
+    fn q(&self, kv_head: usize, row: usize) -> *const E {
+        let (token, head) = self.token_and_head(kv_head, row);
+        let geometry = self.job.geometry;
+        let offset = token * geometry.qkv_features() + head * geometry.head_dim;
+        self.job.qkv.as_ptr().wrapping_add(offset)
+    }
+
+    /// Output of row `row` for one K/V head.
+    fn out(&self, kv_head: usize, row: usize) -> *mut E {
+        let (token, head) = self.token_and_head(kv_head, row);
+        let geometry = self.job.geometry;
+        let offset = (token * geometry.num_heads + head) * geometry.head_dim;
+        self.job.out.get().wrapping_add(offset)
+    }
+
+    fn token_and_head(&self, kv_head: usize, row: usize) -> (usize, usize) {
         let group_size = self.job.geometry.group_size();
         let row = self.first_row + row;
         let token = self.first_token + row / group_size;
-        (token, self.kv_head * group_size + row % group_size)
+        (token, kv_head * group_size + row % group_size)
     }
 
-    fn k_block(&self, page: usize) -> *const E {
-        let offset = self.job.geometry.k_offset(self.job.layer, self.kv_head);
-        self.job
-            .memory
-            .page::<E>(self.pages[page] as usize)
-            .wrapping_add(offset)
+    fn k_block(&self, kv_head: usize, page: usize) -> *const E {
+        let offset = self.job.geometry.k_offset(self.job.layer, kv_head);
+        self.page(page).wrapping_add(offset)
     }
 
-    fn v_block(&self, page: usize) -> *const E {
-        let offset = self.job.geometry.v_offset(self.job.layer, self.kv_head);
-        self.job
-            .memory
-            .page::<E>(self.pages[page] as usize)
-            .wrapping_add(offset)
-    }
-}
-
-impl<E: Element> Kernel for QueryTile<'_, E> {
-    #[inline(always)]
-    unsafe fn run<S: Simd>(self) {
-        let head_dim = self.job.geometry.head_dim;
-        let acc_stride = head_dim.next_multiple_of(LANES);
-        let row_len = head_dim + KEY_BLOCK + acc_stride + 2;
-        let mut scratch = Scratch::take(MAX_QUERY_ROWS * row_len);
-        // SAFETY: the parts fill the scratch; an element is at most as large as an f32.
-        unsafe {
-            let q = scratch.as_mut_ptr();
-            let scores = q.add(MAX_QUERY_ROWS * head_dim);
-            let acc = scores.add(MAX_QUERY_ROWS * KEY_BLOCK);
-            let max = acc.add(MAX_QUERY_ROWS * acc_stride);
-            let state = State {
-                q: q.cast(),
-                scores,
-                acc,
-                acc_stride,
-                max,
-                sum: max.add(MAX_QUERY_ROWS),
-            };
-            self.begin(state);
-            let num_keys = self.num_visible(self.num_rows - 1);
-            for first_key in (0..num_keys).step_by(KEY_BLOCK) {
-                let num_keys = (num_keys - first_key).min(KEY_BLOCK);
-                self.score::<S>(state, first_key, num_keys);
-                self.normalise::<S>(state, first_key, num_keys);
-                self.accumulate::<S>(state, first_key, num_keys);
-            }
-            self.finish::<S>(state);
-        }
-    }
-}
-
-impl<E: Element> QueryTile<'_, E> {
-    /// Gathers the q rows and clears the running state.
-    #[inline(always)]
-    unsafe fn begin(&self, state: State<E>) {
-        let head_dim = self.job.geometry.head_dim;
-        // SAFETY: rows stay below the task's count, tokens inside the batch.
-        unsafe {
-            for row in 0..self.num_rows {
-                let (token, head) = self.token_and_head(row);
-                let offset = token * self.job.geometry.qkv_features() + head * head_dim;
-                let src = self.job.qkv.as_ptr().add(offset);
-                std::ptr::copy_nonoverlapping(src, state.q.add(row * head_dim), head_dim);
-                *state.max.add(row) = f32::NEG_INFINITY;
-                *state.sum.add(row) = 0.0;
-            }
-            std::ptr::write_bytes(state.acc, 0, self.num_rows * state.acc_stride);
-        }
+    fn v_block(&self, kv_head: usize, page: usize) -> *const E {
+        let offset = self.job.geometry.v_offset(self.job.layer, kv_head);
+        self.page(page).wrapping_add(offset)
     }
 
-    /// scores = q·Kᵀ / √D for the keys of a block, two pages at a time.
-    #[inline(always)]
-    unsafe fn score<S: Simd>(&self, state: State<E>, first_key: usize, num_keys: usize) {
-        let first_page = first_key / BLOCK_SIZE;
-        let num_pages = num_keys.div_ceil(BLOCK_SIZE);
-        let mut page = 0;
-        // SAFETY: the block table covers every key below the context length.
-        unsafe {
-            while page + 2 <= num_pages {
-                let (a, b) = (first_page + page, first_page + page + 1);
-                let keys = [self.k_block(a), self.k_block(b)];
-                self.score_pages::<S, 2>(state, page, keys, [self.v_block(a), self.v_block(b)]);
-                page += 2;
-            }
-            if page < num_pages {
-                let last = first_page + page;
-                self.score_pages::<S, 1>(state, page, [self.k_block(last)], [self.v_block(last)]);
-            }
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn prefetch<S: Simd>(&self, block: *const E) {
-        let nbytes = self.job.geometry.block_len() * size_of::<E>();
-        for offset in (0..nbytes).step_by(64) {
-            // SAFETY: a hint; the address need not be valid.
-            unsafe { S::prefetch(block.cast::<u8>().wrapping_add(offset)) }
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn score_pages<S: Simd, const P: usize>(
-        &self,
-        state: State<E>,
-        page: usize,
-        keys: [*const E; P],
-        values: [*const E; P],
-    ) {
-        // A V block is as long as a K block, and is needed next.
-        let mut ahead = Ahead {
-            from: [std::ptr::null(); P],
-            step: 64,
-        };
-        for p in 0..P {
-            ahead.from[p] = values[p].cast();
-        }
-        let mut row = 0;
-        // SAFETY: tiles end at or before the last row.
-        unsafe {
-            if S::WIDE {
-                while row + 8 <= self.num_rows {
-                    self.score_tile::<S, 8, P>(state, row, page, keys, ahead);
-                    row += 8;
-                }
-            }
-            while row + 4 <= self.num_rows {
-                self.score_tile::<S, 4, P>(state, row, page, keys, ahead);
-                row += 4;
-            }
-            match self.num_rows - row {
-                3 => self.score_tile::<S, 3, P>(state, row, page, keys, ahead),
-                2 => self.score_tile::<S, 2, P>(state, row, page, keys, ahead),
-                1 => self.score_tile::<S, 1, P>(state, row, page, keys, ahead),
-                _ => {}
-            }
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn score_tile<S: Simd, const R: usize, const P: usize>(
-        &self,
-        state: State<E>,
-        row: usize,
-        page: usize,
-        keys: [*const E; P],
-        ahead: Ahead<P>,
-    ) {
-        let head_dim = self.job.geometry.head_dim;
-        // SAFETY: R rows of q and of scores exist; a K block is a panel of `head_dim` packs.
-        unsafe {
-            let q = state.q.add(row * head_dim);
-            let acc = multiply_tile::<S, E, R, P>(q, head_dim, keys, ahead, head_dim);
-            let scale = S::splat(1.0 / (head_dim as f32).sqrt());
-            for r in 0..R {
-                for p in 0..P {
-                    let scores = state
-                        .scores
-                        .add((row + r) * KEY_BLOCK + (page + p) * BLOCK_SIZE);
-                    S::store(scores, S::mul(acc[r][p], scale));
-                }
-            }
-        }
-    }
-
-    /// Turns a block's scores into probabilities relative to the running maximum.
-    #[inline(always)]
-    unsafe fn normalise<S: Simd>(&self, state: State<E>, first_key: usize, num_keys: usize) {
-        for row in 0..self.num_rows {
-            let visible = self
-                .num_visible(row)
-                .saturating_sub(first_key)
-                .min(num_keys);
-            // SAFETY: the row exists; a row of scores holds `KEY_BLOCK` of them.
-            unsafe {
-                let scores = state.scores.add(row * KEY_BLOCK);
-                let end = visible.next_multiple_of(LANES);
-                for key in visible..end {
-                    *scores.add(key) = f32::NEG_INFINITY;
-                }
-                if visible > 0 {
-                    let (max, sum) = (state.max.add(row), state.sum.add(row));
-                    let rescale = soften::<S>(scores, end, max, sum);
-                    if rescale.to_bits() != 1.0_f32.to_bits() {
-                        scale_row::<S>(
-                            state.acc.add(row * state.acc_stride),
-                            state.acc_stride,
-                            rescale,
-                        );
-                    }
-                }
-                for key in end..num_keys {
-                    *scores.add(key) = 0.0;
-                }
-            }
-        }
-    }
-
-    /// acc += P·V over the pages of a block.
-    #[inline(always)]
-    unsafe fn accumulate<S: Simd>(&self, state: State<E>, first_key: usize, num_keys: usize) {
-        let head_dim = self.job.geometry.head_dim;
-        let first_page = first_key / BLOCK_SIZE;
-        for page in 0..num_keys.div_ceil(BLOCK_SIZE) {
-            // SAFETY: the block table covers the keys; scores hold `KEY_BLOCK` per row.
-            unsafe {
-                let upcoming = first_page + page + BLOCK_PAGES;
-                if upcoming < self.pages.len() {
-                    self.prefetch::<S>(self.k_block(upcoming));
-                }
-                let update = RankUpdate {
-                    acc: state.acc,
-                    acc_stride: state.acc_stride,
-                    s: state.scores.add(page * BLOCK_SIZE),
-                    s_stride: KEY_BLOCK,
-                    b: self.v_block(first_page + page),
-                    b_stride: head_dim,
-                    num_rows: self.num_rows,
-                    num_columns: head_dim,
-                    rank: (num_keys - page * BLOCK_SIZE).min(BLOCK_SIZE),
-                };
-                update.run::<S>();
-            }
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn finish<S: Simd>(&self, state: State<E>) {
-        let KvGeometry {
-            num_heads,
-            head_dim,
-            ..
-        } = *self.job.geometry;
-        for row in 0..self.num_rows {
-            let (token, head) = self.token_and_head(row);
-            // SAFETY: the row of the state and the head of the output exist.
-            unsafe {
-                let acc = state.acc.add(row * state.acc_stride);
-                let out = self
-                    .job
-                    .out
-                    .get()
-                    .add((token * num_heads + head) * head_dim);
-                let scale = S::splat(1.0 / *state.sum.add(row));
-                for i in (0..head_dim).step_by(LANES) {
-                    let n = (head_dim - i).min(LANES);
-                    let value = S::mul(load_first::<S, f32>(acc.add(i), n), scale);
-                    store_first::<S, E>(out.add(i), n, value);
-                }
-            }
-        }
+    fn page(&self, page: usize) -> *const E {
+        self.job.memory.page::<E>(self.pages[page] as usize)
     }
 }

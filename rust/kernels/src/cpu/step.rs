@@ -8,8 +8,10 @@ use super::geometry::{BLOCK_SIZE, KvGeometry};
 use crate::KernelError;
 use crate::error::{check_below, check_length};
 
-/// Query rows an attention task keeps at hand.
-pub const MAX_QUERY_ROWS: usize = 32;
+/// Query rows of an attention task: K and V pass once for all of them.
+const MAX_QUERY_ROWS: usize = 128;
+/// Query rows that cost as much as one.
+const ROW_TILE: usize = 16;
 
 /// The arrays of a batch: T tokens of S sequences, G segments in W waves, L sampled rows.
 #[derive(Clone, Debug, Default)]
@@ -45,13 +47,11 @@ pub(super) struct Segment {
     pub adapter: BoundAdapter,
 }
 
-/// Attention of some query rows of one sequence for one K/V head.
-///
-/// Row = token of the sequence's queries × group size + query head of the group.
+/// Attention of some query rows of one sequence; for every K/V head, rows are
+/// token of the sequence's queries × group size + query head of the group.
 #[derive(Clone, Copy)]
 pub(super) struct AttentionTask {
     pub sequence: u32,
-    pub kv_head: u32,
     pub first_row: u32,
     pub end_row: u32,
 }
@@ -239,17 +239,20 @@ fn split_attention(arrays: &StepArrays, geometry: &KvGeometry) -> Vec<AttentionT
         let num_queries = arrays.query_indptr[sequence + 1] - arrays.query_indptr[sequence];
         let num_rows = num_queries as usize * geometry.group_size();
         for first_row in (0..num_rows).step_by(MAX_QUERY_ROWS) {
-            tasks.extend((0..geometry.num_kv_heads).map(|kv_head| AttentionTask {
+            tasks.push(AttentionTask {
                 sequence: sequence as u32,
-                kv_head: kv_head as u32,
                 first_row: first_row as u32,
                 end_row: num_rows.min(first_row + MAX_QUERY_ROWS) as u32,
-            }));
+            });
         }
     }
     tasks.sort_by_key(|task| {
-        let rows = i64::from(task.end_row - task.first_row);
-        std::cmp::Reverse(rows.max(8) * i64::from(arrays.context_lens[task.sequence as usize]))
+        let seq = task.sequence as usize;
+        let num_queries = arrays.query_indptr[seq + 1] - arrays.query_indptr[seq];
+        let position = (arrays.context_lens[seq] - num_queries) as usize;
+        let num_keys = position + (task.end_row as usize).div_ceil(geometry.group_size());
+        let num_rows = (task.end_row - task.first_row) as usize;
+        std::cmp::Reverse(num_rows.next_multiple_of(ROW_TILE) * num_keys)
     });
     tasks
 }

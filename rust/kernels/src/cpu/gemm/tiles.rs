@@ -49,6 +49,10 @@ impl<E: Element, O: Element> Gemm<'_, E, O> {
     unsafe fn few_rows<S: Simd>(&self, rows: Range<usize>, panels: Range<usize>) {
         let mut product = Product::new();
         let mut terms = Vec::with_capacity(8);
+        let starts = [rows.start; 2];
+        let items = self
+            .lora
+            .map_or_else(Vec::new, |lora| lora.items_of(starts, rows.len()));
         // SAFETY: at most 16 rows, each of K / 32 blocks; panels are those of the task.
         unsafe {
             let tiles = Tiles::of_rows(rows.len());
@@ -57,13 +61,7 @@ impl<E: Element, O: Element> Gemm<'_, E, O> {
                 terms.clear();
                 terms.push(self.quad_term(rows.start, some.clone()));
                 if let Some(lora) = self.lora {
-                    lora.add_terms::<4>(
-                        [rows.start; 2],
-                        rows.len(),
-                        some.clone(),
-                        true,
-                        &mut terms,
-                    );
+                    lora.add_terms::<4>(&items, starts, rows.len(), &some, true, &mut terms);
                 }
                 let c = product.0.as_mut_ptr();
                 tiles.one_by::<4>(&terms, c, 4 * TILE * 4);
@@ -79,6 +77,9 @@ impl<E: Element, O: Element> Gemm<'_, E, O> {
         let mut product = Product::new();
         let mut terms = Vec::with_capacity(8);
         let starts = [rows.start, rows.end - TILE];
+        let items = self
+            .lora
+            .map_or_else(Vec::new, |lora| lora.items_of(starts, TILE));
         let stride = 2 * TILE;
         // SAFETY: both row tiles lie within the rows, of which there are 16 or more.
         unsafe {
@@ -88,7 +89,7 @@ impl<E: Element, O: Element> Gemm<'_, E, O> {
                 terms.clear();
                 terms.push(self.pair_term(starts, pair.clone(), fetches));
                 if let Some(lora) = self.lora {
-                    lora.add_terms::<2>(starts, TILE, pair.clone(), fetches, &mut terms);
+                    lora.add_terms::<2>(&items, starts, TILE, &pair, fetches, &mut terms);
                 }
                 let c = product.0.as_mut_ptr();
                 let second = c.add((starts[1] - starts[0]) * stride);

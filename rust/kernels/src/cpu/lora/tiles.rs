@@ -103,21 +103,26 @@ impl<E: Element> Shrink<'_, E> {
 }
 
 impl<E: Element> Lora<'_, E> {
-    /// Appends the terms of `P` panels for row tiles of `num_rows` rows at `starts`; the tiles follow
-    /// each other or overlap. `fetches` says whether the next panels are wanted soon.
+    /// Items of the rows that row tiles of `num_rows` rows at `starts` cover; the tiles follow each
+    /// other or overlap.
+    pub(in crate::cpu) fn items_of(&self, starts: [usize; 2], num_rows: usize) -> Vec<&Item> {
+        let rows = starts[0].min(starts[1])..starts[0].max(starts[1]) + num_rows;
+        self.plan.items_of(rows).collect()
+    }
+
+    /// Appends the terms of `items` for up to `P` panels of these row tiles. `fetches` says whether the
+    /// next panels are wanted soon.
     #[inline(always)]
     pub(in crate::cpu) fn add_terms<const P: usize>(
         &self,
+        items: &[&Item],
         starts: [usize; 2],
         num_rows: usize,
-        panels: Range<usize>,
+        panels: &Range<usize>,
         fetches: bool,
         terms: &mut Vec<Term>,
     ) {
-        for item in self
-            .plan
-            .items_of(starts[0].min(starts[1])..starts[0].max(starts[1]) + num_rows)
-        {
+        for item in items {
             for module in self.plan.expansions_of(item) {
                 if module.panels.start < panels.end && panels.start < module.panels.end {
                     let mut term = self.term::<P>(item, module, starts, num_rows, panels.clone());
