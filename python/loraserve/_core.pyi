@@ -13,6 +13,7 @@ __all__ = [
     "Batch",
     "CpuKernels",
     "CpuStep",
+    "LoadPace",
     "PackedLinear",
     "Receipt",
     "Scheduler",
@@ -237,10 +238,20 @@ class Receipt:
     def base_model(self) -> str | None:
         """`base_model_name_or_path` as recorded; not compared."""
 
-def check_adapter(path: str, shape: BaseShape, dtype: str, max_lora_rank: int) -> Receipt:
+@final
+class LoadPace:
+    """How long reading adapters rests between bursts of half a megabyte; may change meanwhile."""
+
+    def __new__(cls) -> LoadPace: ...
+    def set_rest(self, seconds: float) -> None:
+        """Zero, the default, is full speed. Raises ValueError if negative."""
+
+def check_adapter(
+    path: str, shape: BaseShape, dtype: str, max_lora_rank: int, pace: LoadPace | None = None
+) -> Receipt:
     """Read and check all of a PEFT directory, without the GIL.
 
-    `dtype`: storage dtype, "float32" or "bfloat16". Raises AdapterFormatError.
+    `dtype`: storage dtype, "float32" or "bfloat16"; `pace` None is full speed. Raises AdapterFormatError.
     """
 
 def load_adapter(
@@ -251,10 +262,12 @@ def load_adapter(
     expected_hash: str,
     dst_ptr: int,
     dst_nbytes: int,
+    pace: LoadPace | None = None,
 ) -> AdapterLayout:
     """Pack a registered adapter into `dst_nbytes` writable bytes at `dst_ptr`, without the GIL.
 
-    Writes all of them; the caller keeps them alive and to itself until the call returns. Raises
+    Writes all of them, or anything where it raises; the caller keeps them alive and to itself until the
+    call returns. Raises
     AdapterUnavailableError if the files are gone or changed, AdapterFormatError if they are malformed,
     CapacityError if the extent is too small.
     """

@@ -75,6 +75,7 @@ class Engine:
         self._loader = ExtentLoader(
             self.runner.base_shape, config.dtype, config.max_lora_rank, self._wake.set
         )
+        self._uses_every_core = config.num_threads is None or config.num_threads >= (os.cpu_count() or 1)
         self.max_model_len = self.runner.model.max_model_len
         self._vocab_size = self.runner.model.config.vocab_size
         eos = self.runner.model.tokenizer.eos_token_ids
@@ -214,6 +215,7 @@ class Engine:
             self.runner.move(*move)
         for load in step.loads:
             self._start_load(*load)
+        self._loader.set_contended(self._uses_every_core and step.batch is not None)
         logprobs = self._execute(step) if step.batch is not None else {}
         num_delivered = self._deliver(logprobs)
         if step.batch is None and num_delivered == 0:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from loraserve._core import AdapterLayout, BaseShape, check_adapter, load_adapter
+from loraserve._core import AdapterLayout, BaseShape, LoadPace, check_adapter, load_adapter
 from loraserve.errors import AdapterUnavailableError, CapacityError
 from safetensors.torch import load_file
 
@@ -115,6 +115,23 @@ def test_extent_that_is_too_small_is_refused(tmp_path: Path) -> None:
     extent = torch.zeros(receipt.nbytes - 1, dtype=torch.uint8)
     with pytest.raises(CapacityError, match=f"needs {receipt.nbytes} bytes"):
         load(path, SHAPE, torch.float32, receipt.hash, extent)
+
+
+def test_a_load_that_rests_while_the_model_computes_packs_the_same_bytes(tmp_path: Path) -> None:
+    path = write_adapter(tmp_path, SMOLLM2_135M, rank=8, modules=["q_proj", "down_proj"])
+    shape, pace = BaseShape(*SMOLLM2_135M), LoadPace()
+    pace.set_rest(0.001)
+    receipt = check_adapter(str(path), shape, "bfloat16", 64, pace)
+    _, expected = packed(path, SMOLLM2_135M, torch.bfloat16)
+    extent = torch.full_like(expected, 0xCD)
+    load_adapter(str(path), shape, "bfloat16", 64, receipt.hash, extent.data_ptr(), extent.numel(), pace)
+    assert torch.equal(extent, expected)
+
+
+@pytest.mark.parametrize("seconds", [-1.0, float("nan"), float("inf")])
+def test_a_pace_that_is_no_duration_is_refused(seconds: float) -> None:
+    with pytest.raises(ValueError, match="rest is"):
+        LoadPace().set_rest(seconds)
 
 
 def test_null_extent_is_refused(tmp_path: Path) -> None:

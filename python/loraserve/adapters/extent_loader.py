@@ -13,6 +13,12 @@ from loraserve.errors import AdapterUnavailableError, LoraserveError
 
 NUM_LOADER_THREADS = 2
 
+# While the model computes on the same cores, a load rests this long after every half megabyte: it then takes
+# a fifteenth of a core from the step. Open loads share the rest, and a queue of them is not slowed at all:
+# by then the batch waits for adapters more than for cores.
+REST_S = 0.008
+MAX_OPEN_LOADS_AT_REST = 4
+
 
 @dataclass(frozen=True)
 class Extent:
@@ -43,18 +49,27 @@ class ExtentLoader:
         self._dtype = dtype
         self._max_lora_rank = max_lora_rank
         self._on_done = on_done
+        self._pace = _core.LoadPace()
+        self._num_open = 0  # loads started whose results were not taken; the engine's thread counts
         self._executor = ThreadPoolExecutor(NUM_LOADER_THREADS, "loraserve-loader")
         self._results: queue.SimpleQueue[LoadResult] = queue.SimpleQueue()
 
     def check(self, path: str) -> _core.Receipt:
         """Read and check the adapter at `path` against the base model, without loading it."""
-        return _core.check_adapter(path, self._shape, self._dtype, self._max_lora_rank)
+        return _core.check_adapter(path, self._shape, self._dtype, self._max_lora_rank, self._pace)
+
+    def set_contended(self, is_contended: bool) -> None:
+        """Say whether the model computes now on the cores that adapters are read with."""
+        self._pace.set_rest(rest_s(self._num_open) if is_contended else 0.0)
 
     def start(self, adapter_id: int, sources: Sequence[RegisteredAdapter], extent: Extent) -> None:
+        self._num_open += 1
         self._executor.submit(self._run, adapter_id, sources, extent)
 
     def take_results(self) -> list[LoadResult]:
-        return [self._results.get_nowait() for _ in range(self._results.qsize())]
+        results = [self._results.get_nowait() for _ in range(self._results.qsize())]
+        self._num_open -= len(results)
+        return results
 
     def shutdown(self) -> None:
         self._executor.shutdown(wait=True, cancel_futures=True)
@@ -89,4 +104,10 @@ class ExtentLoader:
             source.receipt.hash,
             extent.address,
             extent.nbytes,
+            self._pace,
         )
+
+
+def rest_s(num_open: int) -> float:
+    """Seconds a load rests between bursts beside a running model, with `num_open` loads under way."""
+    return REST_S / max(num_open, 1) if num_open <= MAX_OPEN_LOADS_AT_REST else 0.0

@@ -22,6 +22,8 @@ SCALARS: Final = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
 }  # fmt: skip
 
+_LENGTH: Final = struct.Struct("<Q")
+
 
 @dataclass(frozen=True)
 class GgufTensor:
@@ -85,7 +87,22 @@ class _Cursor:
         kind, count = self._unpack("IQ")
         if kind in SCALARS:
             return list(self._unpack(f"{self._checked(count)}{SCALARS[kind]}"))
+        if kind == STRING:
+            return self._strings(self._checked(count))
         return [self._value(kind) for _ in range(self._checked(count))]
+
+    def _strings(self, count: int) -> list[str]:
+        """A vocabulary is a hundred thousand of them: this is `_string` without its calls."""
+        data, at, num_bytes = self._data, self._at, len(self._data)
+        strings = []
+        for _ in range(count):
+            (length,) = _LENGTH.unpack_from(data, at)
+            start, at = at + _LENGTH.size, at + _LENGTH.size + length
+            if at > num_bytes:
+                raise ValueError(f"file is cut short at byte {num_bytes}")
+            strings.append(str(data[start:at], "utf-8"))
+        self._at = at
+        return strings
 
     def _string(self) -> str:
         length = self._checked(self._scalar("Q"))

@@ -1,7 +1,7 @@
 //! A checked adapter in memory, and the two public operations on an adapter directory.
 
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::bind::{Binding, bind};
 use crate::config::Config;
@@ -9,7 +9,8 @@ use crate::content::ContentHash;
 use crate::error::{Error, Result};
 use crate::layout::{AdapterLayout, StorageDtype};
 use crate::matrix::Matrix;
-use crate::pack::{layout_of, pack};
+use crate::pace::{Bursts, Pace};
+use crate::pack::{Packer, layout_of};
 use crate::read::{WeightsFile, read_config};
 use crate::receipt::Receipt;
 use crate::shape::BaseShape;
@@ -24,13 +25,25 @@ pub struct Limits {
 
 /// Reads and checks all of an adapter and says what it is.
 pub fn check(directory: &Path, shape: &BaseShape, limits: Limits) -> Result<Receipt> {
-    let adapter = Adapter::read(directory, shape, limits)?;
-    Ok(adapter.receipt(shape))
+    check_paced(directory, shape, limits, &Pace::default())
+}
+
+/// `check`, at a pace.
+pub fn check_paced(
+    directory: &Path,
+    shape: &BaseShape,
+    limits: Limits,
+    pace: &Pace,
+) -> Result<Receipt> {
+    let mut adapter = Adapter::open(directory, shape, limits)?;
+    let hash = adapter.read_modules(pace, |_, _, _| {})?;
+    Ok(adapter.receipt(shape, hash))
 }
 
 /// Reads, checks and packs a registered adapter into `extent`, and says where its parts lie.
 ///
-/// All of `extent` is written: what the adapter does not fill becomes zero.
+/// All of `extent` is written: what the adapter does not fill becomes zero. After an error it holds
+/// anything.
 pub fn load(
     directory: &Path,
     shape: &BaseShape,
@@ -38,48 +51,45 @@ pub fn load(
     expected_hash: &str,
     extent: &mut [u8],
 ) -> Result<AdapterLayout> {
-    let adapter = Adapter::read(directory, shape, limits).map_err(Error::since_registered)?;
-    if adapter.hash != expected_hash {
-        return Err(Error::Changed {
-            path: directory.into(),
-            actual: adapter.hash,
-            expected: expected_hash.into(),
-        });
-    }
-    let (needed, available) = (adapter.layout.nbytes, extent.len());
-    if needed > available {
-        return Err(Error::ExtentTooSmall { needed, available });
-    }
-    pack(
-        &adapter.modules,
+    load_paced(
+        directory,
         shape,
-        &adapter.layout,
-        limits.dtype,
+        limits,
+        expected_hash,
         extent,
-    );
-    Ok(adapter.layout)
+        &Pace::default(),
+    )
 }
 
-/// One module's weights, checked and decoded.
-pub(crate) struct AdaptedModule {
-    pub(crate) binding: Binding,
-    pub(crate) a: Matrix,
-    pub(crate) b: Matrix,
+/// `load`, at a pace.
+pub fn load_paced(
+    directory: &Path,
+    shape: &BaseShape,
+    limits: Limits,
+    expected_hash: &str,
+    extent: &mut [u8],
+    pace: &Pace,
+) -> Result<AdapterLayout> {
+    let opened = Adapter::open(directory, shape, limits);
+    let loaded = opened.and_then(|adapter| adapter.load(shape, expected_hash, extent, pace));
+    loaded.map_err(Error::since_registered)
 }
 
+/// An adapter whose config, names and shapes are checked; its weights are still in the file.
 struct Adapter {
+    directory: PathBuf,
+    dtype: StorageDtype,
     base_model: Option<String>,
+    file: WeightsFile,
     /// In order of (layer, path).
-    modules: Vec<AdaptedModule>,
-    layout: AdapterLayout,
-    hash: String,
+    bindings: Vec<Binding>,
 }
 
 impl Adapter {
-    fn read(directory: &Path, shape: &BaseShape, limits: Limits) -> Result<Self> {
+    fn open(directory: &Path, shape: &BaseShape, limits: Limits) -> Result<Self> {
         let (path, text) = read_config(directory)?;
         let config = Config::parse(&path, &text)?;
-        let mut file = WeightsFile::open(directory)?;
+        let file = WeightsFile::open(directory)?;
         let tensors = file.tensors();
         if tensors.is_empty() {
             return Err(Error::NoTensors {
@@ -87,49 +97,83 @@ impl Adapter {
             });
         }
         let bindings = bind(tensors, &config, shape, limits.max_lora_rank)?;
-        let mut hash = ContentHash::new();
-        let modules = bindings
-            .into_iter()
-            .map(|binding| read_module(&mut file, binding, limits.dtype, &mut hash))
-            .collect::<Result<Vec<_>>>()?;
-        let layout = layout_of(&modules, shape, limits.dtype);
         Ok(Self {
+            directory: directory.into(),
+            dtype: limits.dtype,
             base_model: config.base_model,
-            modules,
-            layout,
-            hash: hash.finish(),
+            file,
+            bindings,
         })
     }
 
-    fn receipt(self, shape: &BaseShape) -> Receipt {
-        let bindings = || self.modules.iter().map(|module| &module.binding);
+    fn load(
+        mut self,
+        shape: &BaseShape,
+        expected_hash: &str,
+        extent: &mut [u8],
+        pace: &Pace,
+    ) -> Result<AdapterLayout> {
+        let layout = layout_of(&self.bindings, shape, self.dtype);
+        let (needed, available) = (layout.nbytes, extent.len());
+        let fits = needed <= available;
+        // Packed while it is hashed: each tensor is read once, and is in the cache for both.
+        let mut packer = fits.then(|| Packer::new(&layout, shape, self.dtype, extent));
+        let hash = self.read_modules(pace, |binding, a, b| {
+            if let Some(packer) = &mut packer {
+                packer.write(binding, a, b);
+            }
+        })?;
+        if hash != expected_hash {
+            return Err(Error::Changed {
+                path: self.directory,
+                actual: hash,
+                expected: expected_hash.into(),
+            });
+        }
+        let packer = packer.ok_or(Error::ExtentTooSmall { needed, available })?;
+        packer.finish();
+        Ok(layout)
+    }
+
+    /// Hands the weights of every module to `visit`, in order, and returns the content's hash.
+    ///
+    /// One module's weights are in memory at a time.
+    fn read_modules(
+        &mut self,
+        pace: &Pace,
+        mut visit: impl FnMut(&Binding, Matrix<'_>, Matrix<'_>),
+    ) -> Result<String> {
+        let mut hash = ContentHash::new();
+        let mut bursts = Bursts::new(pace);
+        let (mut a, mut b) = (Vec::new(), Vec::new());
+        for binding in &self.bindings {
+            let a = self.file.read(&binding.a.info, &mut a)?;
+            let b = self.file.read(&binding.b.info, &mut b)?;
+            let nbytes = a.len() + b.len();
+            hash.update(binding, a, b);
+            let a = Matrix::new(&binding.a, a, self.dtype)?;
+            let b = Matrix::new(&binding.b, b, self.dtype)?;
+            visit(binding, a, b);
+            bursts.advance(nbytes);
+        }
+        Ok(hash.finish())
+    }
+
+    fn receipt(self, shape: &BaseShape, hash: String) -> Receipt {
+        let bindings = || self.bindings.iter();
         let layers: BTreeSet<_> = bindings().map(|binding| binding.layer).collect();
         let ranks: BTreeSet<_> = bindings().map(|binding| binding.rank).collect();
         Receipt {
-            tensors: self.modules.len() * 2,
+            tensors: self.bindings.len() * 2,
             modules: module_names(bindings(), shape),
-            base_check: base_check(self.modules.len(), layers.len(), shape.num_layers),
+            base_check: base_check(self.bindings.len(), layers.len(), shape.num_layers),
             layers: layers.into_iter().collect(),
             ranks: ranks.into_iter().collect(),
-            nbytes: self.layout.nbytes,
-            hash: self.hash,
+            nbytes: layout_of(&self.bindings, shape, self.dtype).nbytes,
+            hash,
             base_model: self.base_model,
         }
     }
-}
-
-fn read_module(
-    file: &mut WeightsFile,
-    binding: Binding,
-    dtype: StorageDtype,
-    hash: &mut ContentHash,
-) -> Result<AdaptedModule> {
-    let a = file.read(&binding.a.info)?;
-    let b = file.read(&binding.b.info)?;
-    hash.update(&binding, &a, &b);
-    let a = Matrix::decode(&binding.a, &a, dtype)?;
-    let b = Matrix::decode(&binding.b, &b, dtype)?;
-    Ok(AdaptedModule { binding, a, b })
 }
 
 /// Last parts of the adapted paths, in the order the modules run.

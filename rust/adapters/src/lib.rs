@@ -13,6 +13,7 @@ mod error;
 mod fields;
 mod layout;
 mod matrix;
+mod pace;
 mod pack;
 mod pattern;
 mod read;
@@ -21,11 +22,12 @@ mod shape;
 mod target;
 mod tensor_name;
 
-pub use adapter::{Limits, check, load};
+pub use adapter::{Limits, check, check_paced, load, load_paced};
 pub use error::{Error, ErrorKind, Result};
 pub use layout::{
     AdapterLayout, BLOCK_ALIGN, GroupLayout, ModuleLayout, NUM_GROUPS, OVERREAD, PANEL_WIDTH,
     Panels, RANK_MULTIPLE, StorageDtype,
 };
+pub use pace::Pace;
 pub use receipt::Receipt;
 pub use shape::{BaseShape, ModuleShape};

@@ -1,4 +1,4 @@
-//! Weight matrices: decoded from a file's dtype, encoded in storage dtype.
+//! Weight matrices as a file holds them: checked, then written into panels in storage dtype.
 
 use half::{bf16, f16};
 use safetensors::Dtype;
@@ -7,100 +7,207 @@ use crate::bind::Source;
 use crate::error::{Error, Result};
 use crate::layout::{Panels, StorageDtype};
 
-/// A row-major matrix of finite values.
-#[derive(Debug)]
-pub(crate) struct Matrix {
-    pub(crate) columns: usize,
-    values: Vec<f32>,
+/// A row-major matrix whose values are finite in the storage dtype it was checked for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Matrix<'a> {
+    dtype: Dtype,
+    columns: usize,
+    bytes: &'a [u8],
 }
 
-impl Matrix {
-    /// Decodes the bytes of `source`; every value must stay finite in `storage`.
-    pub(crate) fn decode(source: &Source, bytes: &[u8], storage: StorageDtype) -> Result<Self> {
-        let values = decode_values(source.info.dtype, bytes);
-        if let Some(index) = values
-            .iter()
-            .position(|value| !is_finite_in(*value, storage))
-        {
+impl<'a> Matrix<'a> {
+    /// The bytes of `source`; every value must stay finite in `storage`.
+    pub(crate) fn new(source: &Source, bytes: &'a [u8], storage: StorageDtype) -> Result<Self> {
+        let dtype = source.info.dtype;
+        if let Some((index, value)) = first_overflow(dtype, bytes, storage) {
             return Err(Error::NotFinite {
                 tensor: source.name.clone(),
                 index,
-                value: values[index],
+                value,
                 dtype: storage.name(),
             });
         }
         let [_, columns] = source.info.shape[..] else {
             unreachable!("a bound tensor has two dimensions")
         };
-        Ok(Self { columns, values })
+        Ok(Self {
+            dtype,
+            columns,
+            bytes,
+        })
     }
 
     /// Writes the matrix into `panels`, its first row as row `first_row` of theirs; bytes of other
     /// rows stay.
     pub(crate) fn write(&self, panels: Panels, first_row: usize, dst: &mut [u8]) {
-        match panels.dtype {
-            StorageDtype::Float32 => self.scatter(panels, first_row, dst, f32::to_le_bytes),
-            StorageDtype::BFloat16 => {
-                self.scatter(panels, first_row, dst, |v| bf16::from_f32(v).to_le_bytes());
+        use StorageDtype::{BFloat16, Float32};
+        let place = (panels, first_row, dst);
+        match (self.dtype, panels.dtype) {
+            (Dtype::F32, Float32) => self.scatter::<4, 4, 1>(place, |bytes| bytes),
+            (Dtype::F32, BFloat16) => {
+                self.scatter::<4, 2, 2>(place, |bytes| round(f32::from_le_bytes(bytes)));
             }
+            (Dtype::F16, Float32) => self.scatter::<2, 4, 1>(place, |bytes| {
+                f16::from_le_bytes(bytes).to_f32().to_le_bytes()
+            }),
+            (Dtype::F16, BFloat16) => {
+                self.scatter::<2, 2, 2>(place, |bytes| round(f16::from_le_bytes(bytes).to_f32()));
+            }
+            (Dtype::BF16, Float32) => self.scatter::<2, 4, 1>(place, |bytes| {
+                bf16::from_le_bytes(bytes).to_f32().to_le_bytes()
+            }),
+            (Dtype::BF16, BFloat16) => self.scatter::<2, 2, 2>(place, |bytes| bytes),
+            (other, _) => unreachable!("a bound tensor is never {other}"),
         }
     }
 
+    /// Elements of `FROM` bytes become elements of `TO` bytes, `PACK` neighbours of a row together.
     /// Bytes are little-endian, as every supported machine is.
-    fn scatter<const N: usize>(
+    fn scatter<const FROM: usize, const TO: usize, const PACK: usize>(
         &self,
-        panels: Panels,
-        first_row: usize,
-        dst: &mut [u8],
-        encode: impl Fn(f32) -> [u8; N],
+        (panels, first_row, dst): (Panels, usize, &mut [u8]),
+        encode: impl Fn([u8; FROM]) -> [u8; TO],
     ) {
-        let elements = dst[..panels.nbytes()].as_chunks_mut().0;
-        let pack = panels.dtype.pack();
-        for (row, values) in self.values.chunks_exact(self.columns).enumerate() {
+        let elements = dst[..panels.nbytes()].as_chunks_mut::<TO>().0;
+        let values = self.bytes.as_chunks::<FROM>().0;
+        for (row, values) in values.chunks_exact(self.columns).enumerate() {
             let row = first_row + row;
+            let (packs, rest) = values.as_chunks::<PACK>();
             let start = panels.index(row, 0);
-            let stride = if self.columns > pack {
-                panels.index(row, pack) - start
-            } else {
-                0
-            };
-            for (index, values) in values.chunks(pack).enumerate() {
-                let start = start + index * stride;
-                for (slot, value) in elements[start..].iter_mut().zip(values) {
-                    *slot = encode(*value);
-                }
+            let stride = panels.index(row, PACK) - start;
+            for (values, dst) in packs.iter().zip(elements[start..].chunks_mut(stride)) {
+                let pack = dst
+                    .first_chunk_mut()
+                    .expect("a pack of a row lies together");
+                *pack = values.map(&encode);
+            }
+            if let [value] = rest {
+                elements[start + packs.len() * stride] = encode(*value);
             }
         }
     }
 }
 
-fn decode_values(dtype: Dtype, bytes: &[u8]) -> Vec<f32> {
+/// To nearest, ties to even; the value is finite and stays so.
+fn round(value: f32) -> [u8; 2] {
+    let bits = value.to_bits();
+    let rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    (rounded as u16).to_le_bytes()
+}
+
+/// Index and value of the first element that is not finite in `storage`.
+fn first_overflow(dtype: Dtype, bytes: &[u8], storage: StorageDtype) -> Option<(usize, f32)> {
     match dtype {
-        Dtype::F32 => bytes
-            .as_chunks()
-            .0
-            .iter()
-            .map(|b| f32::from_le_bytes(*b))
-            .collect(),
-        Dtype::F16 => bytes
-            .as_chunks()
-            .0
-            .iter()
-            .map(|b| f16::from_le_bytes(*b).to_f32())
-            .collect(),
-        Dtype::BF16 => bytes
-            .as_chunks()
-            .0
-            .iter()
-            .map(|b| bf16::from_le_bytes(*b).to_f32())
-            .collect(),
+        Dtype::F32 => {
+            let infinity = match storage {
+                StorageDtype::Float32 => f32::INFINITY.to_bits(),
+                StorageDtype::BFloat16 => BF16_OVERFLOW,
+            };
+            let words = bytes.as_chunks().0;
+            let is_large = |word: [u8; 4]| magnitude(u32::from_le_bytes(word)) >= infinity;
+            find(words, is_large).map(|(index, word)| (index, f32::from_le_bytes(word)))
+        }
+        Dtype::F16 => {
+            let infinity = f16::INFINITY.to_bits();
+            let is_large = |word| u16::from_le_bytes(word) & 0x7fff >= infinity;
+            let found = find(bytes.as_chunks().0, is_large);
+            found.map(|(index, word)| (index, f16::from_le_bytes(word).to_f32()))
+        }
+        Dtype::BF16 => {
+            let infinity = bf16::INFINITY.to_bits();
+            let is_large = |word| u16::from_le_bytes(word) & 0x7fff >= infinity;
+            let found = find(bytes.as_chunks().0, is_large);
+            found.map(|(index, word)| (index, bf16::from_le_bytes(word).to_f32()))
+        }
         other => unreachable!("a bound tensor is never {other}"),
     }
 }
 
-fn is_finite_in(value: f32, storage: StorageDtype) -> bool {
-    match storage {
-        StorageDtype::Float32 => value.is_finite(),
-        StorageDtype::BFloat16 => bf16::from_f32(value).is_finite(),
+/// Bits of the smallest f32 that bf16 rounds to infinity: halfway past bf16's largest.
+const BF16_OVERFLOW: u32 = 0x7f7f_8000;
+
+fn magnitude(bits: u32) -> u32 {
+    bits & 0x7fff_ffff
+}
+
+/// The first word `is_large` holds for. All words are looked at without a branch, which compiles to
+/// vector code; which one it was matters only to the error.
+fn find<const N: usize>(
+    words: &[[u8; N]],
+    is_large: impl Fn([u8; N]) -> bool,
+) -> Option<(usize, [u8; N])> {
+    if !words.iter().fold(false, |any, word| any | is_large(*word)) {
+        return None;
+    }
+    let index = words.iter().position(|word| is_large(*word))?;
+    Some((index, words[index]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every exponent, with mantissas around the halves that bf16 rounds at, of both signs.
+    fn floats() -> impl Iterator<Item = f32> {
+        let mantissas = [
+            0, 1, 0x7fff, 0x8000, 0x8001, 0xffff, 0x1_7fff, 0x1_8000, 0x7f_7fff, 0x7f_8000,
+            0x7f_ffff,
+        ];
+        (0..512u32).flat_map(move |high| mantissas.map(|low| f32::from_bits(high << 23 | low)))
+    }
+
+    fn overflow(dtype: Dtype, bytes: &[u8], storage: StorageDtype) -> Option<usize> {
+        first_overflow(dtype, bytes, storage).map(|(index, _)| index)
+    }
+
+    #[test]
+    fn finite_floats_round_as_half_rounds_them() {
+        for value in floats().filter(|value| bf16::from_f32(*value).is_finite()) {
+            assert_eq!(
+                round(value),
+                bf16::from_f32(value).to_le_bytes(),
+                "{value:e}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_float_is_refused_exactly_when_storage_can_not_hold_it() {
+        for value in floats() {
+            let bytes = [0.0_f32, value].map(f32::to_le_bytes).concat();
+            let in_f32 = (!value.is_finite()).then_some(1);
+            let in_bf16 = (!bf16::from_f32(value).is_finite()).then_some(1);
+            assert_eq!(
+                overflow(Dtype::F32, &bytes, StorageDtype::Float32),
+                in_f32,
+                "{value:e}"
+            );
+            assert_eq!(
+                overflow(Dtype::F32, &bytes, StorageDtype::BFloat16),
+                in_bf16,
+                "{value:e}"
+            );
+        }
+    }
+
+    #[test]
+    fn every_half_is_refused_exactly_when_it_is_not_finite() {
+        for bits in 0..=u16::MAX {
+            let bytes = [[0, 0], bits.to_le_bytes()].concat();
+            for storage in [StorageDtype::Float32, StorageDtype::BFloat16] {
+                let f16_index = (!f16::from_bits(bits).is_finite()).then_some(1);
+                let bf16_index = (!bf16::from_bits(bits).is_finite()).then_some(1);
+                assert_eq!(
+                    overflow(Dtype::F16, &bytes, storage),
+                    f16_index,
+                    "{bits:#x}"
+                );
+                assert_eq!(
+                    overflow(Dtype::BF16, &bytes, storage),
+                    bf16_index,
+                    "{bits:#x}"
+                );
+            }
+        }
     }
 }

@@ -2,24 +2,25 @@
 
 use std::collections::BTreeMap;
 
-use crate::adapter::AdaptedModule;
+use crate::bind::Binding;
 use crate::layout::{
     AdapterLayout, ExtentBuilder, GroupLayout, ModuleLayout, NUM_GROUPS, PANEL_WIDTH, StorageDtype,
     padded_rank,
 };
+use crate::matrix::Matrix;
 use crate::shape::BaseShape;
 
-type ByGroup<'a> = BTreeMap<(usize, usize), Vec<&'a AdaptedModule>>;
+type ByGroup<'a> = BTreeMap<(usize, usize), Vec<&'a Binding>>;
 
 /// Plans where every block goes.
 pub(crate) fn layout_of(
-    modules: &[AdaptedModule],
+    bindings: &[Binding],
     shape: &BaseShape,
     dtype: StorageDtype,
 ) -> AdapterLayout {
     let mut extent = ExtentBuilder::default();
     let mut groups = vec![None; shape.num_layers * NUM_GROUPS];
-    for ((layer, group), members) in by_group(modules, shape) {
+    for ((layer, group), members) in by_group(bindings, shape) {
         let layout = group_layout(&members, shape, dtype, &mut extent);
         groups[layer * NUM_GROUPS + group] = Some(layout);
     }
@@ -29,57 +30,91 @@ pub(crate) fn layout_of(
     }
 }
 
-/// Writes every byte of `extent`, which is at least `layout.nbytes` long.
-pub(crate) fn pack(
-    modules: &[AdaptedModule],
-    shape: &BaseShape,
-    layout: &AdapterLayout,
+/// Fills an extent module by module; bytes between and after the modules' weights become zero.
+pub(crate) struct Packer<'a> {
+    layout: &'a AdapterLayout,
+    shape: &'a BaseShape,
     dtype: StorageDtype,
-    extent: &mut [u8],
-) {
-    extent.fill(0);
-    for ((layer, group), members) in by_group(modules, shape) {
-        let group = layout
-            .group(layer, group)
-            .expect("the layout has every group with modules");
-        for (module, place) in members.into_iter().zip(&group.modules) {
-            pack_module(module, place, group, dtype, extent);
+    extent: &'a mut [u8],
+    /// Bytes that are zero or written. A layer is zeroed when its first module comes, so that its
+    /// panels are in the cache when they are written.
+    num_cleared: usize,
+}
+
+impl<'a> Packer<'a> {
+    /// `extent` is at least `layout.nbytes` long.
+    pub(crate) fn new(
+        layout: &'a AdapterLayout,
+        shape: &'a BaseShape,
+        dtype: StorageDtype,
+        extent: &'a mut [u8],
+    ) -> Self {
+        Self {
+            layout,
+            shape,
+            dtype,
+            extent,
+            num_cleared: 0,
+        }
+    }
+
+    /// Writes one module; modules come in order of layers.
+    pub(crate) fn write(&mut self, binding: &Binding, a: Matrix<'_>, b: Matrix<'_>) {
+        self.clear_until(layer_end(self.layout, binding.layer));
+        let base = &self.shape.modules[&binding.path];
+        let group = self.layout.group(binding.layer, base.group);
+        let group = group.expect("the layout has every group with modules");
+        let of_module = |place: &&ModuleLayout| place.out_offset == base.out_offset;
+        let place = group.modules.iter().find(of_module);
+        let place = place.expect("the layout has every module");
+        let panels = group.a_panels(self.dtype);
+        a.write(
+            panels,
+            place.rank_offset,
+            &mut self.extent[group.a_offset..],
+        );
+        let first_row = place.out_offset % PANEL_WIDTH;
+        let panels = place.b_panels(self.dtype);
+        b.write(panels, first_row, &mut self.extent[place.b_offset..]);
+    }
+
+    pub(crate) fn finish(mut self) {
+        self.clear_until(self.extent.len());
+    }
+
+    fn clear_until(&mut self, end: usize) {
+        if end > self.num_cleared {
+            self.extent[self.num_cleared..end].fill(0);
+            self.num_cleared = end;
         }
     }
 }
 
-fn pack_module(
-    module: &AdaptedModule,
-    place: &ModuleLayout,
-    group: &GroupLayout,
-    dtype: StorageDtype,
-    extent: &mut [u8],
-) {
-    let a = &mut extent[group.a_offset..];
-    module.a.write(group.a_panels(dtype), place.rank_offset, a);
-    let b = &mut extent[place.b_offset..];
-    let first_row = place.out_offset % PANEL_WIDTH;
-    module.b.write(place.b_panels(dtype), first_row, b);
+/// Bytes before the blocks of the layers after `layer`; of the last layer, all bytes.
+fn layer_end(layout: &AdapterLayout, layer: usize) -> usize {
+    let after = &layout.groups[(layer + 1) * NUM_GROUPS..];
+    let next = after.iter().flatten().next();
+    next.map_or(layout.nbytes, |group| group.a_offset)
 }
 
 /// Modules by (layer, group), in the order of their output columns.
-fn by_group<'a>(modules: &'a [AdaptedModule], shape: &BaseShape) -> ByGroup<'a> {
+fn by_group<'a>(bindings: &'a [Binding], shape: &BaseShape) -> ByGroup<'a> {
     let mut groups = ByGroup::new();
-    for module in modules {
-        let group = shape.modules[&module.binding.path].group;
+    for binding in bindings {
+        let group = shape.modules[&binding.path].group;
         groups
-            .entry((module.binding.layer, group))
+            .entry((binding.layer, group))
             .or_default()
-            .push(module);
+            .push(binding);
     }
     for members in groups.values_mut() {
-        members.sort_by_key(|module| shape.modules[&module.binding.path].out_offset);
+        members.sort_by_key(|binding| shape.modules[&binding.path].out_offset);
     }
     groups
 }
 
 fn group_layout(
-    members: &[&AdaptedModule],
+    members: &[&Binding],
     shape: &BaseShape,
     dtype: StorageDtype,
     extent: &mut ExtentBuilder,
@@ -88,22 +123,22 @@ fn group_layout(
         a_offset: 0,
         rank: members
             .iter()
-            .map(|module| padded_rank(module.binding.rank))
+            .map(|binding| padded_rank(binding.rank))
             .sum(),
-        in_features: members[0].a.columns,
+        in_features: shape.modules[&members[0].path].in_features,
         modules: Vec::with_capacity(members.len()),
     };
     group.a_offset = extent.block(group.a_panels(dtype));
     let mut rank_offset = 0;
-    for module in members {
-        let base = &shape.modules[&module.binding.path];
+    for binding in members {
+        let base = &shape.modules[&binding.path];
         let mut place = ModuleLayout {
             rank_offset,
-            rank: padded_rank(module.binding.rank),
+            rank: padded_rank(binding.rank),
             b_offset: 0,
             out_offset: base.out_offset,
             out_features: base.out_features,
-            scale: module.binding.scale,
+            scale: binding.scale,
         };
         place.b_offset = extent.block(place.b_panels(dtype));
         rank_offset += place.rank;

@@ -79,15 +79,21 @@ impl WeightsFile {
         tensors.map(|(name, info)| (name, info.clone())).collect()
     }
 
-    /// Bytes of one tensor.
-    pub(crate) fn read(&mut self, info: &TensorInfo) -> Result<Vec<u8>> {
+    /// Reads the bytes of one tensor into `buffer`, which grows to the largest and is meant to be
+    /// used again: fresh memory would cost a page fault every 4 KiB.
+    pub(crate) fn read<'a>(
+        &mut self,
+        info: &TensorInfo,
+        buffer: &'a mut Vec<u8>,
+    ) -> Result<&'a [u8]> {
         let (start, end) = info.data_offsets;
-        let mut bytes = vec![0; end - start];
+        buffer.resize(buffer.len().max(end - start), 0);
+        let bytes = &mut buffer[..end - start];
         let position = SeekFrom::Start(self.data_start + start as u64);
         let read = self
             .file
             .seek(position)
-            .and_then(|_| self.file.read_exact(&mut bytes));
+            .and_then(|_| self.file.read_exact(bytes));
         read.map_err(|error| io_error(&self.path, error))?;
         Ok(bytes)
     }

@@ -4,7 +4,7 @@ mod common;
 
 use std::fs;
 
-use common::{LIMITS, Peft, Q_A, Q_B, Tensor, assert_error, assert_refused, base};
+use common::{LIMITS, NUM_LAYERS, Peft, Q_A, Q_B, Tensor, assert_error, assert_refused, base};
 use loraserve_adapters::{ErrorKind, Limits, check, load};
 use safetensors::Dtype;
 use serde_json::{Value, json};
@@ -515,6 +515,20 @@ fn changed_and_deleted_adapters_are_unavailable_when_loaded() {
     assert_eq!(reload(&peft), Err(ErrorKind::Unavailable));
     fs::remove_dir_all(peft.path()).unwrap();
     assert_eq!(reload(&peft), Err(ErrorKind::Unavailable));
+}
+
+#[test]
+fn adapter_that_grew_out_of_its_extent_is_refused_as_changed() {
+    let mut peft = Peft::new();
+    let receipt = peft.check().unwrap();
+    for layer in 0..NUM_LAYERS {
+        peft.add_module(layer, "mlp.down_proj", 4);
+    }
+    peft.config["target_modules"] = json!(["q_proj", "v_proj", "down_proj"]);
+    assert!(peft.check().unwrap().nbytes > receipt.nbytes);
+    let mut extent = vec![0; receipt.nbytes];
+    let loaded = load(peft.path(), &base(), LIMITS, &receipt.hash, &mut extent);
+    assert_error(loaded, "changed on disk since it was registered");
 }
 
 #[test]

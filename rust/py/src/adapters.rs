@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use loraserve_adapters::{
     self as adapters, Error, ErrorKind, GroupLayout, Limits, ModuleLayout, ModuleShape, NUM_GROUPS,
@@ -210,17 +211,51 @@ impl Receipt {
     }
 }
 
+/// How long reading an adapter rests between its bursts; may change while it is read.
+#[pyclass(frozen, module = "loraserve._core")]
+pub struct LoadPace {
+    inner: Arc<adapters::Pace>,
+}
+
+impl LoadPace {
+    /// The pace given, or full speed.
+    fn of(pace: Option<&Self>) -> Arc<adapters::Pace> {
+        pace.map(|pace| Arc::clone(&pace.inner)).unwrap_or_default()
+    }
+}
+
+#[pymethods]
+impl LoadPace {
+    #[new]
+    fn new() -> Self {
+        Self {
+            inner: Arc::default(),
+        }
+    }
+
+    fn set_rest(&self, seconds: f64) -> PyResult<()> {
+        let rest = Duration::try_from_secs_f64(seconds);
+        let rest =
+            rest.map_err(|error| PyValueError::new_err(format!("rest is {seconds}: {error}")))?;
+        self.inner.set_rest(rest);
+        Ok(())
+    }
+}
+
 /// Reads and checks all of an adapter; raises `AdapterFormatError`.
 #[pyfunction]
+#[pyo3(signature = (path, shape, dtype, max_lora_rank, pace=None))]
 fn check_adapter(
     py: Python<'_>,
     path: &str,
     shape: &BaseShape,
     dtype: &str,
     max_lora_rank: usize,
+    pace: Option<&LoadPace>,
 ) -> PyResult<Receipt> {
     let limits = limits(dtype, max_lora_rank)?;
-    let checked = py.detach(|| adapters::check(Path::new(path), &shape.inner, limits));
+    let pace = LoadPace::of(pace);
+    let checked = py.detach(|| adapters::check_paced(Path::new(path), &shape.inner, limits, &pace));
     let inner = checked.map_err(|error| raise(py, &error))?;
     Ok(Receipt { inner })
 }
@@ -229,6 +264,7 @@ fn check_adapter(
 ///
 /// The caller keeps that memory alive and to itself until the call returns.
 #[pyfunction]
+#[pyo3(signature = (path, shape, dtype, max_lora_rank, expected_hash, dst_ptr, dst_nbytes, pace=None))]
 fn load_adapter(
     py: Python<'_>,
     path: &str,
@@ -238,6 +274,7 @@ fn load_adapter(
     expected_hash: &str,
     dst_ptr: usize,
     dst_nbytes: usize,
+    pace: Option<&LoadPace>,
 ) -> PyResult<AdapterLayout> {
     let limits = limits(dtype, max_lora_rank)?;
     if dst_ptr == 0 || isize::try_from(dst_nbytes).is_err() {
@@ -245,11 +282,19 @@ fn load_adapter(
             "no extent of {dst_nbytes} bytes at {dst_ptr:#x}"
         )));
     }
+    let pace = LoadPace::of(pace);
     let loaded = py.detach(|| {
         // SAFETY: the caller guarantees dst_nbytes writable bytes at dst_ptr that nobody else
         // reads or writes until this call returns; null and oversized lengths are refused above.
         let extent = unsafe { std::slice::from_raw_parts_mut(dst_ptr as *mut u8, dst_nbytes) };
-        adapters::load(Path::new(path), &shape.inner, limits, expected_hash, extent)
+        adapters::load_paced(
+            Path::new(path),
+            &shape.inner,
+            limits,
+            expected_hash,
+            extent,
+            &pace,
+        )
     });
     let inner = Arc::new(loaded.map_err(|error| raise(py, &error))?);
     Ok(AdapterLayout { inner })
@@ -279,6 +324,7 @@ pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<BaseShape>()?;
     m.add_class::<AdapterLayout>()?;
     m.add_class::<Receipt>()?;
+    m.add_class::<LoadPace>()?;
     m.add_function(wrap_pyfunction!(check_adapter, m)?)?;
     m.add_function(wrap_pyfunction!(load_adapter, m)?)
 }
