@@ -148,6 +148,23 @@ impl<'a, E: Element> QueryRows<'a, E> {
         (token, kv_head * group_size + row % group_size)
     }
 
+    /// The rows of `kv_head`, token by token: what a token's rows read and write lies side by side.
+    fn runs(&self, kv_head: usize) -> impl Iterator<Item = Run<E>> {
+        let group_size = self.job.geometry.group_size();
+        let mut row = 0;
+        std::iter::from_fn(move || {
+            let len = (group_size - (self.first_row + row) % group_size).min(self.num_rows - row);
+            let run = Run {
+                row,
+                len,
+                q: self.q(kv_head, row),
+                out: self.out(kv_head, row),
+            };
+            row += len;
+            (len > 0).then_some(run)
+        })
+    }
+
     fn k_block(&self, kv_head: usize, page: usize) -> *const E {
         let offset = self.job.geometry.k_offset(self.job.layer, kv_head);
         self.page(page).wrapping_add(offset)
@@ -161,4 +178,14 @@ impl<'a, E: Element> QueryRows<'a, E> {
     fn page(&self, page: usize) -> *const E {
         self.job.memory.page::<E>(self.pages[page] as usize)
     }
+}
+
+/// Rows `row..row + len` of one K/V head and one token.
+struct Run<E> {
+    row: usize,
+    len: usize,
+    /// [len][D]
+    q: *const E,
+    /// [len][D]
+    out: *mut E,
 }

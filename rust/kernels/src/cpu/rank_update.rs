@@ -1,4 +1,4 @@
-//! acc [R, N] += s [R, J] · B [J, N]: the expand of adapters and the P·V of attention.
+//! acc [R, N] += s [R, J] · B [J, N]: the P·V of attention in vectors.
 //!
 //! Every element of acc is a chain of fused multiply-adds over j in order, however it is tiled.
 

@@ -9,7 +9,7 @@ use crate::KernelError;
 use crate::error::{check_below, check_length};
 
 /// Query rows of an attention task: K and V pass once for all of them.
-const MAX_QUERY_ROWS: usize = 128;
+const MAX_QUERY_ROWS: usize = 384;
 /// Query rows that cost as much as one.
 const ROW_TILE: usize = 16;
 

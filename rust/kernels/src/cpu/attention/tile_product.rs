@@ -4,7 +4,8 @@ use std::arch::asm;
 
 use crate::cpu::simd::amx::Tiles;
 
-/// C [16][32] (+)= A · B; strides and steps are in elements.
+/// A · B; strides and steps are in elements.
+#[derive(Clone, Copy)]
 pub(super) struct Product {
     /// bf16 [16][32·`num_steps`]
     pub a: *const u16,
@@ -13,27 +14,66 @@ pub(super) struct Product {
     pub b: [*const u16; 2],
     pub b_step: usize,
     pub num_steps: usize,
+    /// [16][32]
     pub c: *mut f32,
     pub c_stride: usize,
 }
 
 impl Product {
+    /// C = A · B; at each step a KiB from each pointer of `ahead` on is fetched, unless they are null.
+    ///
     /// # Safety
-    /// The operands are as long as they say.
+    /// The operands are as long as they say; the tiles have 16 rows.
     #[inline(always)]
-    pub unsafe fn compute(&self, _tiles: &Tiles, from_zero: bool) {
-        // SAFETY: the caller's contract; `_tiles` are configured with 16 rows each.
+    pub unsafe fn compute(&self, _tiles: &Tiles, ahead: [*const u8; 2]) {
+        // SAFETY: the caller's contract.
         unsafe {
             asm!(
-                "test {from_zero:e}, {from_zero:e}",
-                "jnz 2f",
-                "tileloadd tmm0, [{c} + {c_stride}]",
-                "tileloadd tmm1, [{c} + {c_stride} + 64]",
-                "jmp 3f",
-                "2:",
                 "tilezero tmm0",
                 "tilezero tmm1",
+                "2:",
+                "tileloadd tmm4, [{a} + {a_stride}]",
+                "tileloadd tmm6, [{b0} + {line}]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloadd tmm7, [{b1} + {line}]",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "test {ahead0}, {ahead0}",
+                "jz 3f",
+                ".irp i, 0,64,128,192,256,320,384,448,512,576,640,704,768,832,896,960",
+                "prefetcht1 [{ahead0} + \\i]",
+                "prefetcht1 [{ahead1} + \\i]",
+                ".endr",
+                "add {ahead0}, 1024", "add {ahead1}, 1024",
                 "3:",
+                "add {a}, 64", "add {b0}, {b_step}", "add {b1}, {b_step}",
+                "dec {n}",
+                "jnz 2b",
+                "tilestored [{c} + {c_stride}], tmm0",
+                "tilestored [{c} + {c_stride} + 64], tmm1",
+                a = inout(reg) self.a => _, a_stride = in(reg) 2 * self.a_stride,
+                b0 = inout(reg) self.b[0] => _, b1 = inout(reg) self.b[1] => _,
+                b_step = in(reg) 2 * self.b_step, n = inout(reg) self.num_steps => _,
+                ahead0 = inout(reg) ahead[0] => _, ahead1 = inout(reg) ahead[1] => _,
+                c = in(reg) self.c, c_stride = in(reg) 4 * self.c_stride,
+                line = in(reg) 64_usize,
+                out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
+                options(nostack),
+            );
+        }
+    }
+
+    /// C += A · B.
+    ///
+    /// # Safety
+    /// The operands are as long as they say; the tiles have 16 rows.
+    #[inline(always)]
+    pub unsafe fn accumulate(&self, _tiles: &Tiles) {
+        // SAFETY: the caller's contract.
+        unsafe {
+            asm!(
+                "tileloadd tmm0, [{c} + {c_stride}]",
+                "tileloadd tmm1, [{c} + {c_stride} + 64]",
+                "2:",
                 "tileloadd tmm4, [{a} + {a_stride}]",
                 "tileloadd tmm6, [{b0} + {line}]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
@@ -41,10 +81,9 @@ impl Product {
                 "tdpbf16ps tmm1, tmm4, tmm7",
                 "add {a}, 64", "add {b0}, {b_step}", "add {b1}, {b_step}",
                 "dec {n}",
-                "jnz 3b",
+                "jnz 2b",
                 "tilestored [{c} + {c_stride}], tmm0",
                 "tilestored [{c} + {c_stride} + 64], tmm1",
-                from_zero = in(reg) u32::from(from_zero),
                 a = inout(reg) self.a => _, a_stride = in(reg) 2 * self.a_stride,
                 b0 = inout(reg) self.b[0] => _, b1 = inout(reg) self.b[1] => _,
                 b_step = in(reg) 2 * self.b_step, n = inout(reg) self.num_steps => _,

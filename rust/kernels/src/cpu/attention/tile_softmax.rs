@@ -37,14 +37,14 @@ impl RunningRows {
 
 /// The rows of a tile and what they see of a key block.
 pub(super) struct Block<'a> {
-    /// Keys of the block that each row sees, at most 128.
-    pub num_visible: &'a [usize],
+    /// Keys that each row sees, of the whole context.
+    pub num_visible: &'a [u32],
+    /// First key of the block.
+    pub first_key: usize,
     /// Of a score, as an exponent of two.
     pub scale: f32,
-    /// [rows][128]
-    pub scores: *const f32,
-    /// bf16 [rows][128]
-    pub weights: *mut u16,
+    /// [rows][`KEY_BLOCK`]; the first half of each row becomes its weights, in bf16.
+    pub scores: *mut f32,
     /// [rows][`acc_len`]
     pub acc: *mut f32,
     pub acc_len: usize,
@@ -62,7 +62,7 @@ impl Block<'_> {
         unsafe {
             let shifts = self.raise_maxima(running);
             for (r, &num_visible) in self.num_visible.iter().enumerate() {
-                let scores = self.row(r, num_visible);
+                let scores = self.row(r, num_visible as usize);
                 let sum = self.soften_row(r, scores, shifts.0[r]);
                 let running = running.sum[r].as_mut_ptr();
                 _mm512_store_ps(running, _mm512_add_ps(_mm512_load_ps(running), sum));
@@ -80,10 +80,12 @@ impl Block<'_> {
         // SAFETY: rows below the number of rows, 16 lanes of the running state.
         unsafe {
             for (r, &num_visible) in self.num_visible.iter().enumerate() {
-                let x = self.row(r, num_visible);
-                let low = _mm512_max_ps(_mm512_max_ps(x[0], x[1]), _mm512_max_ps(x[2], x[3]));
-                let high = _mm512_max_ps(_mm512_max_ps(x[4], x[5]), _mm512_max_ps(x[6], x[7]));
-                peaks.0[r] = _mm512_reduce_max_ps(_mm512_max_ps(low, high));
+                let x = self.row(r, num_visible as usize);
+                let mut peak = x[0];
+                for i in 1..VECTORS {
+                    peak = _mm512_max_ps(peak, x[i]);
+                }
+                peaks.0[r] = _mm512_reduce_max_ps(peak);
             }
             let scale = _mm512_set1_ps(self.scale);
             let old = _mm512_load_ps(running.max.as_ptr());
@@ -103,15 +105,16 @@ impl Block<'_> {
         shifts
     }
 
-    /// Scores of row `r`, −∞ from `num_visible` on.
+    /// Scores of row `r`, −∞ where it doesn't see.
     #[inline]
     #[target_feature(enable = "avx512f")]
     unsafe fn row(&self, r: usize, num_visible: usize) -> [__m512; VECTORS] {
         let mut x = [_mm512_setzero_ps(); VECTORS];
-        // SAFETY: row r holds 128 scores.
+        let num_visible = num_visible.saturating_sub(self.first_key);
+        // SAFETY: row r holds `KEY_BLOCK` scores.
         unsafe {
             let scores = self.scores.add(r * KEY_BLOCK);
-            if num_visible == KEY_BLOCK {
+            if num_visible >= KEY_BLOCK {
                 for i in 0..VECTORS {
                     x[i] = _mm512_loadu_ps(scores.add(i * LANES));
                 }
@@ -135,19 +138,20 @@ impl Block<'_> {
         for i in 0..VECTORS {
             x[i] = exp2(_mm512_fmsub_ps(x[i], scale, shift));
         }
-        // SAFETY: row r holds 128 weights.
+        // SAFETY: row r holds `KEY_BLOCK` weights.
         unsafe {
-            let weights = self.weights.add(r * KEY_BLOCK);
+            let weights = self.scores.add(r * KEY_BLOCK).cast::<u16>();
             for i in (0..VECTORS).step_by(2) {
                 let pair = _mm512_cvtne2ps_pbh(x[i + 1], x[i]);
                 let pair = transmute::<__m512bh, __m512i>(pair);
                 _mm512_storeu_si512(weights.add(i * LANES).cast(), pair);
             }
         }
-        _mm512_add_ps(
-            _mm512_add_ps(_mm512_add_ps(x[0], x[1]), _mm512_add_ps(x[2], x[3])),
-            _mm512_add_ps(_mm512_add_ps(x[4], x[5]), _mm512_add_ps(x[6], x[7])),
-        )
+        let mut sum = x[0];
+        for i in 1..VECTORS {
+            sum = _mm512_add_ps(sum, x[i]);
+        }
+        sum
     }
 }
 

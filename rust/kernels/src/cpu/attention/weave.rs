@@ -4,43 +4,73 @@
 //! one tile and the other sixteen in the next; accumulators keep that order until they are stored.
 
 use std::arch::x86_64::{
-    __m512bh, __m512i, _mm512_cvtne2ps_pbh, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mul_ps,
-    _mm512_permutexvar_epi64, _mm512_set1_ps, _mm512_setr_epi64, _mm512_setzero_si512,
+    __m512bh, __m512i, _MM_HINT_T1, _mm_prefetch, _mm512_cvtne2ps_pbh, _mm512_loadu_ps,
+    _mm512_loadu_si512, _mm512_mul_ps, _mm512_permutexvar_epi64, _mm512_set1_ps, _mm512_setr_epi64,
     _mm512_storeu_si512, _mm512_unpackhi_epi16, _mm512_unpacklo_epi16,
 };
-use std::mem::transmute;
+use std::mem::{MaybeUninit, transmute};
 
-use crate::cpu::geometry::BLOCK_SIZE;
+use crate::cpu::geometry::{BLOCK_SIZE, MAX_HEAD_DIM};
 use crate::cpu::simd::LANES;
 use crate::cpu::simd::amx::TILE_K;
 
 /// Elements of a tile.
 const TILE_LEN: usize = 512;
+/// Bytes of a cache line.
+const LINE: usize = 64;
 
-/// Writes the first `num_tokens` ≤ 16 tokens of a V block [16][D] to eight rows of each of the D/16
-/// tiles at `tiles`; zeros stand for the other tokens.
+/// Writes a V block [16][D] to eight rows of each of the D/16 tiles at `tiles`; meanwhile the D·32
+/// bytes at `ahead`, a block's, are fetched.
 ///
 /// # Safety
 /// A V block, and D/16 tiles from `tiles` on, less the rows before the first; D is a multiple of 32.
 #[target_feature(enable = "avx512f,avx512bw")]
-pub(super) unsafe fn weave(block: *const u16, num_tokens: usize, head_dim: usize, tiles: *mut u16) {
-    for pair in 0..BLOCK_SIZE / 2 {
-        for column in (0..head_dim).step_by(TILE_K) {
-            let token = |token: usize| {
-                if token >= num_tokens {
-                    return _mm512_setzero_si512();
-                }
-                // SAFETY: 32 columns of a token of the block.
-                unsafe { _mm512_loadu_si512(block.add(token * head_dim + column).cast()) }
-            };
-            let (even, odd) = (token(2 * pair), token(2 * pair + 1));
-            // SAFETY: the pair's row in two tiles.
+pub(super) unsafe fn weave(
+    block: *const u16,
+    head_dim: usize,
+    tiles: *mut u16,
+    mut ahead: *const u8,
+) {
+    for column in (0..head_dim).step_by(TILE_K) {
+        for pair in 0..BLOCK_SIZE / 2 {
+            // SAFETY: 32 columns of two tokens of the block, the pair's row in two tiles; a hint.
             unsafe {
+                let even = block.add(2 * pair * head_dim + column);
+                let even_token = _mm512_loadu_si512(even.cast());
+                let odd_token = _mm512_loadu_si512(even.add(head_dim).cast());
                 let out = tiles.add(column / LANES * TILE_LEN + pair * TILE_K);
-                store(out, _mm512_unpacklo_epi16(even, odd));
-                store(out.add(TILE_LEN), _mm512_unpackhi_epi16(even, odd));
+                store(out, _mm512_unpacklo_epi16(even_token, odd_token));
+                store(
+                    out.add(TILE_LEN),
+                    _mm512_unpackhi_epi16(even_token, odd_token),
+                );
+                _mm_prefetch::<_MM_HINT_T1>(ahead.cast());
+                _mm_prefetch::<_MM_HINT_T1>(ahead.wrapping_add(LINE).cast());
             }
+            ahead = ahead.wrapping_add(2 * LINE);
         }
+    }
+}
+
+/// Weaves the first `num_tokens` tokens of a block as `weave` does; zeros stand for the others.
+///
+/// # Safety
+/// As for `weave`, but that many tokens are enough.
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(super) unsafe fn weave_first(
+    block: *const u16,
+    num_tokens: usize,
+    head_dim: usize,
+    tiles: *mut u16,
+) {
+    let mut whole = MaybeUninit::<[u16; BLOCK_SIZE * MAX_HEAD_DIM]>::uninit();
+    let whole = whole.as_mut_ptr().cast::<u16>();
+    let len = num_tokens * head_dim;
+    // SAFETY: the tokens of the block; the copy is as long as a block.
+    unsafe {
+        std::ptr::copy_nonoverlapping(block, whole, len);
+        whole.add(len).write_bytes(0, BLOCK_SIZE * head_dim - len);
+        weave(whole, head_dim, tiles, whole.cast());
     }
 }
 
