@@ -10,7 +10,7 @@ from loraserve.ops.base import KvGeometry
 from tests.ops.building import Backends, assert_close, attention_batch, batch_of_tables, make_backends
 
 # (heads, kv heads, head_dim)
-SHAPES = [(9, 3, 64), (4, 4, 16), (7, 1, 24), (8, 1, 128), (6, 2, 50)]
+SHAPES = [(9, 3, 64), (4, 4, 16), (7, 1, 24), (8, 1, 128), (6, 2, 50), (6, 3, 96)]
 MAX_POSITION = 1024
 
 
@@ -79,6 +79,27 @@ def test_chunked_prefill_is_bit_identical_to_whole(
         run(backends, geometry, qkv, end - start, end) for start, end in zip([0, *ends], ends, strict=False)
     ]
     assert torch.equal(torch.cat(chunks), whole)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_decoded_token_is_bit_identical_to_a_prefilled_one(
+    isa: str, dtype: torch.dtype, generator: torch.Generator, shape: tuple[int, int, int]
+) -> None:
+    geometry, backends = backends_of(shape, isa, dtype)
+    num_tokens = 200
+    table = np.arange(79, 0, -1, dtype=np.int32)[: -(-num_tokens // 16)]
+    qkv = torch.randn(num_tokens, geometry.qkv_features, generator=generator).to(dtype)
+    prefill = backends.cpu.begin_step(batch_of_tables([(num_tokens, num_tokens)], [table]))
+    backends.cpu.rope_and_cache(prefill, qkv, 0, cos_sin(geometry.head_dim))
+    expected = backends.cpu.attention(prefill, qkv, 0)
+    # Every position at once: as many sequences of one query, which share their pages.
+    decodes = [(1, position + 1) for position in range(num_tokens)]
+    step = backends.cpu.begin_step(batch_of_tables(decodes, [table] * num_tokens))
+    assert torch.equal(backends.cpu.attention(step, qkv, 0), expected)
+    for position in (0, 15, 63, 64, 130, 199):
+        step = backends.cpu.begin_step(batch_of_tables([(1, position + 1)], [table]))
+        row = qkv[position : position + 1].contiguous()
+        assert torch.equal(backends.cpu.attention(step, row, 0), expected[position : position + 1])
 
 
 def test_a_sequence_is_bit_identical_alone_and_in_a_batch(

@@ -61,12 +61,19 @@ pub fn attention<E: Element>(
     if tiles::fit::<E>(isa, geometry.head_dim) {
         let heads_per_task = tiles::heads_per_task(tasks, geometry, pool.num_threads());
         let tasks_per_rows = geometry.num_kv_heads.div_ceil(heads_per_task);
-        pool.run(tasks.len() * tasks_per_rows, &|index| {
+        let num_tasks = tasks.len() * tasks_per_rows;
+        let share = |index: usize| {
             let first = index % tasks_per_rows * heads_per_task;
-            let end = (first + heads_per_task).min(geometry.num_kv_heads);
-            let rows = QueryRows::new(&job, tasks[index / tasks_per_rows]);
+            Share {
+                rows: QueryRows::new(&job, tasks[index / tasks_per_rows]),
+                heads: first..(first + heads_per_task).min(geometry.num_kv_heads),
+            }
+        };
+        pool.run(num_tasks, &|index| {
+            let next = index + pool.num_threads();
+            let next = (next < num_tasks).then(|| share(next));
             // SAFETY: `fit` found tiles; else as below.
-            unsafe { tiles::run(&rows, first..end) }
+            unsafe { tiles::run(&share(index), next.as_ref()) }
         });
         return Ok(());
     }
@@ -178,6 +185,13 @@ impl<'a, E: Element> QueryRows<'a, E> {
     fn page(&self, page: usize) -> *const E {
         self.job.memory.page::<E>(self.pages[page] as usize)
     }
+}
+
+/// A task in tiles: some rows and the K/V heads they attend to.
+#[cfg(target_arch = "x86_64")]
+struct Share<'a, E: Element> {
+    rows: QueryRows<'a, E>,
+    heads: Range<usize>,
 }
 
 /// Rows `row..row + len` of one K/V head and one token.

@@ -87,14 +87,19 @@ impl<E: Element> Kernel for Task<'_, E> {
         let end = (first + TOKENS_PER_TASK).min(self.job.step.num_tokens());
         for token in first..end {
             // SAFETY: the token exists.
-            unsafe { self.job.token::<S>(token) }
+            unsafe { self.job.token::<S>(token, token == first) }
         }
     }
 }
 
 impl<E: Element> Rope<'_, E> {
+    fn slot(&self, token: usize) -> usize {
+        self.step.arrays.slot_mapping[token] as usize
+    }
+
+    /// `is_first`: of its task.
     #[inline(always)]
-    unsafe fn token<S: Simd>(&self, token: usize) {
+    unsafe fn token<S: Simd>(&self, token: usize, is_first: bool) {
         let KvGeometry {
             num_heads,
             num_kv_heads,
@@ -106,6 +111,9 @@ impl<E: Element> Rope<'_, E> {
         unsafe {
             let row = self.qkv.get().add(token * self.geometry.qkv_features());
             let cos_sin = self.transform.cos_sin.as_ptr().add(position * head_dim);
+            if is_first || self.slot(token) / BLOCK_SIZE != self.slot(token - 1) / BLOCK_SIZE {
+                self.prefetch::<S>(token);
+            }
             for head in 0..num_heads + num_kv_heads {
                 let x = row.add(head * head_dim);
                 let is_query = head < num_heads;
@@ -123,10 +131,25 @@ impl<E: Element> Rope<'_, E> {
         }
     }
 
+    /// Asks for the cache lines of K that the token's page has for it and its successors.
+    #[inline(always)]
+    unsafe fn prefetch<S: Simd>(&self, token: usize) {
+        let slot = self.slot(token);
+        let page = self.memory.page::<E>(slot / BLOCK_SIZE);
+        let pack_len = BLOCK_SIZE * E::PACK;
+        for head in 0..self.geometry.num_kv_heads {
+            let k = page.wrapping_add(self.geometry.k_offset(self.layer, head));
+            for pack in 0..self.geometry.head_dim / E::PACK {
+                // SAFETY: a hint.
+                unsafe { S::prefetch(k.wrapping_add(pack * pack_len).cast()) }
+            }
+        }
+    }
+
     /// Copies the token's K heads and V heads, which follow each other at `kv`, to its page.
     #[inline(always)]
     unsafe fn write(&self, token: usize, kv: *const E) {
-        let slot = self.step.arrays.slot_mapping[token] as usize;
+        let slot = self.slot(token);
         let (page, lane) = (slot / BLOCK_SIZE, slot % BLOCK_SIZE);
         let (heads, head_dim) = (self.geometry.num_kv_heads, self.geometry.head_dim);
         let page = self.memory.page::<E>(page);

@@ -120,7 +120,7 @@ impl Block<'_> {
                 }
             } else {
                 let hidden = _mm512_set1_ps(f32::NEG_INFINITY);
-                let visible = (1_u128 << num_visible) - 1;
+                let visible = (1_u64 << num_visible) - 1;
                 for i in 0..VECTORS {
                     let lanes = (visible >> (i * LANES)) as u16;
                     x[i] = _mm512_mask_loadu_ps(hidden, lanes, scores.add(i * LANES));

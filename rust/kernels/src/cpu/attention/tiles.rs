@@ -1,22 +1,22 @@
 //! Attention of bf16 in AMX tiles.
 //!
-//! Keys pass in blocks that start at multiples of 128 positions; the rows, 16 at a time, take every
+//! Keys pass in blocks that start at multiples of 64 positions; the rows, 16 at a time, take every
 //! block in the same instructions however many they are.
 //!
 //! ```text
-//! scores [16 rows][128 keys]  =  q [16][D] · K      a K block of a page is 16 columns of B
-//! weights                     =  bf16(2^(scores·scale − max))
-//! acc [16 rows][D]           +=  weights [16][128] · V      V of two pages is woven into B first
+//! scores [16 rows][64 keys]  =  q [16][D] · K           a K block of a page is 16 columns of B
+//! weights                    =  bf16(2^(scores·scale − max))
+//! acc [16 rows][D]          +=  weights [16][64] · V    V of two pages is woven into B first
 //! ```
 
 use std::ops::Range;
 
 use loraserve_adapters::StorageDtype;
 
-use super::QueryRows;
 use super::tile_product::Product;
 use super::tile_softmax::{Block, RunningRows};
 use super::weave::{store_unwoven, weave, weave_first};
+use super::{QueryRows, Share};
 use crate::cpu::element::Element;
 use crate::cpu::geometry::{BLOCK_SIZE, KvGeometry};
 use crate::cpu::scratch::Scratch;
@@ -24,7 +24,8 @@ use crate::cpu::simd::Isa;
 use crate::cpu::simd::amx::{TILE, TILE_K, Tiles};
 use crate::cpu::step::AttentionTask;
 
-/// Keys between two rescalings of the running softmax.
+/// Keys between two rescalings of the running softmax. Pages lie a multiple of 4 KiB apart, so their K
+/// blocks compete for half of the first-level cache: more of them would not stay in it.
 pub(super) const KEY_BLOCK: usize = 64;
 /// Tasks per thread, so that a slow thread takes fewer.
 const TASKS_PER_THREAD: usize = 4;
@@ -72,6 +73,8 @@ struct State {
 struct Task<'a, 'b, E: Element> {
     rows: &'a QueryRows<'b, E>,
     heads: Range<usize>,
+    /// What this thread is likely to do next.
+    next: Option<&'a Share<'b, E>>,
     tiles_per_head: usize,
     head_dim: usize,
     /// Keys that the last row sees.
@@ -81,12 +84,13 @@ struct Task<'a, 'b, E: Element> {
     state: State,
 }
 
-/// Attention of the rows to `heads`.
+/// Attention of the rows to the heads; meanwhile the first keys of `next` are fetched.
 ///
 /// # Safety
 /// `fit` returned true, and the rows' job was checked.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-pub(super) unsafe fn run<E: Element>(rows: &QueryRows<'_, E>, heads: Range<usize>) {
+pub(super) unsafe fn run<E: Element>(share: &Share<'_, E>, next: Option<&Share<'_, E>>) {
+    let Share { rows, heads } = share;
     let head_dim = rows.job.geometry.head_dim;
     let tiles_per_head = rows.num_rows.div_ceil(TILE);
     let num_tiles = heads.len() * tiles_per_head;
@@ -108,7 +112,8 @@ pub(super) unsafe fn run<E: Element>(rows: &QueryRows<'_, E>, heads: Range<usize
     });
     let task = Task {
         rows,
-        heads,
+        heads: heads.clone(),
+        next,
         tiles_per_head,
         head_dim,
         num_keys: rows.num_visible(rows.num_rows - 1),
@@ -162,10 +167,10 @@ impl<E: Element> Task<'_, '_, E> {
                 for tile in first..first + self.tiles_per_head {
                     self.state.running.add(tile).write(RunningRows::START);
                 }
-                let len = self.tiles_per_head * tile_len;
                 let q = self.state.q.add(first * tile_len);
-                self.state.acc.add(first * tile_len).write_bytes(0, len);
-                q.write_bytes(0, len);
+                let end = self.rows.num_rows * self.head_dim;
+                q.add(end)
+                    .write_bytes(0, self.tiles_per_head * tile_len - end);
                 for run in self.rows.runs(head) {
                     let dst = q.add(run.row * self.head_dim);
                     std::ptr::copy_nonoverlapping(run.q.cast(), dst, run.len * self.head_dim);
@@ -191,7 +196,7 @@ impl<E: Element> Task<'_, '_, E> {
                 if num_steps > 0 {
                     let index = head * self.tiles_per_head + tile;
                     self.soften(index, rows, first_key);
-                    self.accumulate(tiles, index, num_steps);
+                    self.accumulate(tiles, index, first_key, num_steps);
                 }
             }
         }
@@ -239,24 +244,12 @@ impl<E: Element> Task<'_, '_, E> {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
     unsafe fn weave_values(&self, head: usize, first_key: usize) {
         let pages = self.pages(first_key);
-        let (next_head, next_key) = if head + 1 < self.heads.len() {
-            (head + 1, first_key)
-        } else {
-            (0, first_key + KEY_BLOCK)
-        };
         for page in pages.clone() {
             let block = self
                 .rows
                 .v_block(self.heads.start + head, page)
                 .cast::<u16>();
-            let next_page = page + next_key / BLOCK_SIZE - pages.start;
-            let ahead = if next_page * BLOCK_SIZE < self.num_keys {
-                self.rows
-                    .k_block(self.heads.start + next_head, next_page)
-                    .cast()
-            } else {
-                block.cast()
-            };
+            let ahead = self.next_keys(head, page).unwrap_or(block.cast());
             let num_tokens = (self.num_keys - page * BLOCK_SIZE).min(BLOCK_SIZE);
             // SAFETY: the page lies in the sequence's table, its place in the values.
             unsafe {
@@ -269,16 +262,25 @@ impl<E: Element> Task<'_, '_, E> {
             }
         }
         if pages.len() % 2 == 1 {
+            let rest = self.values(pages.len());
             // SAFETY: the second half of the last step.
-            unsafe {
-                weave_first(
-                    std::ptr::dangling(),
-                    0,
-                    self.head_dim,
-                    self.values(pages.len()),
-                )
-            }
+            unsafe { weave_first(std::ptr::dangling(), 0, self.head_dim, rest) }
         }
+    }
+
+    /// K that is scored after the K of `head` at `page`: of the next head, the next block or the next
+    /// task.
+    fn next_keys(&self, head: usize, page: usize) -> Option<*const u8> {
+        if head + 1 < self.heads.len() {
+            return Some(self.rows.k_block(self.heads.start + head + 1, page).cast());
+        }
+        let next_page = page + KEY_BLOCK / BLOCK_SIZE;
+        if next_page * BLOCK_SIZE < self.num_keys {
+            return Some(self.rows.k_block(self.heads.start, next_page).cast());
+        }
+        let Share { rows, heads } = self.next?;
+        let page = page % (KEY_BLOCK / BLOCK_SIZE);
+        (page < rows.pages.len()).then(|| rows.k_block(heads.start, page).cast())
     }
 
     /// Where page `page` of a block is woven to: the upper or the lower half of a step's tiles.
@@ -298,7 +300,8 @@ impl<E: Element> Task<'_, '_, E> {
                 scale: self.scale,
                 scores: self.state.scores,
                 acc: self.state.acc.add(index * TILE * self.head_dim),
-                acc_len: self.head_dim,
+                // Before the first block there is nothing to rescale.
+                acc_len: if first_key == 0 { 0 } else { self.head_dim },
             };
             block.soften(&mut *self.state.running.add(index));
         }
@@ -306,7 +309,7 @@ impl<E: Element> Task<'_, '_, E> {
 
     /// acc += weights · V of one row tile.
     #[inline(always)]
-    unsafe fn accumulate(&self, tiles: &Tiles, index: usize, num_steps: usize) {
+    unsafe fn accumulate(&self, tiles: &Tiles, index: usize, first_key: usize, num_steps: usize) {
         for column in (0..self.head_dim).step_by(2 * TILE) {
             // SAFETY: the columns of two tiles.
             unsafe {
@@ -320,7 +323,11 @@ impl<E: Element> Task<'_, '_, E> {
                     c: self.state.acc.add(index * TILE * self.head_dim + column),
                     c_stride: self.head_dim,
                 };
-                product.accumulate(tiles);
+                if first_key == 0 {
+                    product.compute(tiles, [std::ptr::null(); 2]);
+                } else {
+                    product.accumulate(tiles);
+                }
             }
         }
     }

@@ -92,9 +92,11 @@ impl<E: Element> Task<'_, E> {
         let head_dim = self.rows.job.geometry.head_dim;
         // SAFETY: rows stay below the task's count, tokens inside the batch.
         unsafe {
+            for run in self.rows.runs(self.kv_head) {
+                let q = state.q.add(run.row * head_dim);
+                std::ptr::copy_nonoverlapping(run.q, q, run.len * head_dim);
+            }
             for row in 0..self.rows.num_rows {
-                let src = self.rows.q(self.kv_head, row);
-                std::ptr::copy_nonoverlapping(src, state.q.add(row * head_dim), head_dim);
                 *state.max.add(row) = f32::NEG_INFINITY;
                 *state.sum.add(row) = 0.0;
             }
@@ -277,16 +279,19 @@ impl<E: Element> Task<'_, E> {
     #[inline(always)]
     unsafe fn finish<S: Simd>(&self, state: State<E>) {
         let head_dim = self.rows.job.geometry.head_dim;
-        for row in 0..self.rows.num_rows {
-            // SAFETY: the row of the state and the head of the output exist.
-            unsafe {
-                let acc = state.acc.add(row * state.acc_stride);
-                let out = self.rows.out(self.kv_head, row);
-                let scale = S::splat(1.0 / *state.sum.add(row));
-                for i in (0..head_dim).step_by(LANES) {
-                    let n = (head_dim - i).min(LANES);
-                    let value = S::mul(load_first::<S, f32>(acc.add(i), n), scale);
-                    store_first::<S, E>(out.add(i), n, value);
+        for run in self.rows.runs(self.kv_head) {
+            for r in 0..run.len {
+                // SAFETY: the row of the state and the head of the output exist.
+                unsafe {
+                    let row = run.row + r;
+                    let acc = state.acc.add(row * state.acc_stride);
+                    let out = run.out.add(r * head_dim);
+                    let scale = S::splat(1.0 / *state.sum.add(row));
+                    for i in (0..head_dim).step_by(LANES) {
+                        let n = (head_dim - i).min(LANES);
+                        let value = S::mul(load_first::<S, f32>(acc.add(i), n), scale);
+                        store_first::<S, E>(out.add(i), n, value);
+                    }
                 }
             }
         }
