@@ -2,6 +2,7 @@
 
 import sys
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -57,7 +58,7 @@ class BenchEngine(Protocol):
     def close(self) -> None: ...
 
 
-class InProcess:
+class InProcess(ABC):
     """Times a subclass's `_answer`; the first call warms up."""
 
     name: str
@@ -78,8 +79,9 @@ class InProcess:
         elapsed = time.perf_counter() - start
         return self._workload.num_requests * self._workload.new_tokens / elapsed
 
+    @abstractmethod
     def _answer(self, new_tokens: int) -> None:
-        raise NotImplementedError
+        """Answer every prompt with `new_tokens` tokens."""
 
 
 class Loraserve(InProcess):

@@ -66,10 +66,10 @@ impl<E: Element> Shrink<'_, E> {
                 let stride = count * TILE;
                 let second = c.add((starts[1] - starts[0]) * stride);
                 match (is_few, count) {
-                    (true, 1) => tiles.one_by::<1>(&terms, c, stride * 4),
-                    (true, 2) => tiles.one_by::<2>(&terms, c, stride * 4),
-                    (true, 3) => tiles.one_by::<3>(&terms, c, stride * 4),
-                    (true, _) => tiles.one_by::<4>(&terms, c, stride * 4),
+                    (true, 1) => tiles.one_by::<1, 0>(&terms, c, stride * 4),
+                    (true, 2) => tiles.one_by::<2, 0>(&terms, c, stride * 4),
+                    (true, 3) => tiles.one_by::<3, 0>(&terms, c, stride * 4),
+                    (true, _) => tiles.one_by::<4, 0>(&terms, c, stride * 4),
                     (false, 1) => tiles.two_by::<1>(&terms, [c, second], stride * 4),
                     (false, _) => tiles.two_by::<2>(&terms, [c, second], stride * 4),
                 }
@@ -201,10 +201,10 @@ impl<E: Element> Lora<'_, E> {
                 let tiles = &tiles.as_ref().expect("just configured").0;
                 let (c, c_stride) = (acc.add(update.offset), stride * size_of::<f32>());
                 match update.num_panels {
-                    1 => tiles.add_one_by::<1>(&term, c, c_stride),
-                    2 => tiles.add_one_by::<2>(&term, c, c_stride),
-                    3 => tiles.add_one_by::<3>(&term, c, c_stride),
-                    _ => tiles.add_one_by::<4>(&term, c, c_stride),
+                    1 => tiles.one_by::<1, 1>(&[term], c, c_stride),
+                    2 => tiles.one_by::<2, 1>(&[term], c, c_stride),
+                    3 => tiles.one_by::<3, 1>(&[term], c, c_stride),
+                    _ => tiles.one_by::<4, 1>(&[term], c, c_stride),
                 }
             }
         }

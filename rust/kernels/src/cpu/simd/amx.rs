@@ -99,7 +99,7 @@ impl Tiles {
         unsafe { Self::configure([TILE as u8; 8], [64; 8]) }
     }
 
-    /// Tiles for `one_by` and `add_one_by` of `num_rows ≤ 16` rows.
+    /// Tiles for `one_by` of `num_rows ≤ 16` rows.
     ///
     /// # Safety
     /// `is_supported` returned true.
@@ -108,7 +108,7 @@ impl Tiles {
         unsafe { Self::of_rows_and_k(num_rows, TILE_K) }
     }
 
-    /// Tiles for `add_one_by` of `num_rows ≤ 16` rows and one block of `k ≤ 32` elements.
+    /// Tiles for `one_by` of `num_rows ≤ 16` rows and one block of `k ≤ 32` elements.
     ///
     /// # Safety
     /// `is_supported` returned true.
@@ -153,7 +153,7 @@ impl Tiles {
     /// rows are writable at each c.
     pub unsafe fn two_by<const P: usize>(&self, terms: &[Term], c: [*mut f32; 2], c_stride: usize) {
         debug_assert!((1..=2).contains(&P) && !terms.is_empty());
-        // SAFETY: reads what the caller guarantees, writes `out`.
+        // SAFETY: reads what the caller guarantees, writes `c`.
         unsafe {
             asm!(
                 "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
@@ -221,17 +221,29 @@ impl Tiles {
     }
 
     /// One row tile, `x[0]`, times P ≤ 4 panels: to `c`, the panels' columns side by side, rows
-    /// `c_stride` bytes apart.
+    /// `c_stride` bytes apart; added to what is there if `ADDS` is 1 and not 0.
     ///
     /// # Safety
-    /// Made by `of_rows(n)`; each term has n readable rows at `x[0]`, and P panels; n rows are
-    /// writable at `c`.
-    pub unsafe fn one_by<const P: usize>(&self, terms: &[Term], c: *mut f32, c_stride: usize) {
-        debug_assert!((1..=4).contains(&P) && !terms.is_empty());
-        // SAFETY: reads what the caller guarantees, writes `out`.
+    /// Made by `of_rows(n)`, or by `of_rows_and_k(n, k)` for terms of one block; each term has n
+    /// readable rows at `x[0]`, and P panels; n rows are writable at `c`.
+    pub unsafe fn one_by<const P: usize, const ADDS: usize>(
+        &self,
+        terms: &[Term],
+        c: *mut f32,
+        c_stride: usize,
+    ) {
+        debug_assert!((1..=4).contains(&P) && ADDS <= 1 && !terms.is_empty());
+        // SAFETY: reads what the caller guarantees, writes `c`.
         unsafe {
             asm!(
+                ".if {ADDS}",
+                "tileloadd tmm0, [{c} + {c_stride}]",
+                ".if {P} > 1", "tileloadd tmm1, [{c} + {c_stride} + 64]", ".endif",
+                ".if {P} > 2", "tileloadd tmm2, [{c} + {c_stride} + 128]", ".endif",
+                ".if {P} > 3", "tileloadd tmm3, [{c} + {c_stride} + 192]", ".endif",
+                ".else",
                 "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
+                ".endif",
                 "2:",
                 "mov {a}, [{term} + {A0}]",
                 "mov {b0}, [{term} + {B0}]", "mov {b1}, [{term} + {B0} + 8]",
@@ -287,64 +299,7 @@ impl Tiles {
                 n = out(reg) _, a_stride = out(reg) _, b_stride = out(reg) _, ahead = out(reg) _,
                 A0 = const A0, B0 = const B0, A_STRIDE = const A_STRIDE, B_STRIDE = const B_STRIDE,
                 AHEAD = const AHEAD, NUM_BLOCKS = const NUM_BLOCKS, BLOCK = const BLOCK,
-                SIZE = const size_of::<Term>(), P = const P,
-                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-                options(nostack),
-            );
-        }
-    }
-
-    /// Adds one term of one row tile, `x[0]`, times P ≤ 4 panels to `c`, the panels' columns side by
-    /// side, rows `c_stride` bytes apart.
-    ///
-    /// # Safety
-    /// Made by `of_rows(n)`, or by `of_rows_and_k(n, k)` for a term of one block; n readable rows at
-    /// `x[0]` and writable ones at `c`, and P panels.
-    pub unsafe fn add_one_by<const P: usize>(&self, term: &Term, c: *mut f32, c_stride: usize) {
-        debug_assert!((1..=4).contains(&P));
-        // SAFETY: reads what the caller guarantees, writes `c`.
-        unsafe {
-            asm!(
-                "tileloadd tmm0, [{c} + {c_stride}]",
-                ".if {P} > 1", "tileloadd tmm1, [{c} + {c_stride} + 64]", ".endif",
-                ".if {P} > 2", "tileloadd tmm2, [{c} + {c_stride} + 128]", ".endif",
-                ".if {P} > 3", "tileloadd tmm3, [{c} + {c_stride} + 192]", ".endif",
-                "mov {a}, [{term} + {A0}]",
-                "mov {b0}, [{term} + {B0}]", "mov {b1}, [{term} + {B0} + 8]",
-                "mov {b2}, [{term} + {B0} + 16]", "mov {b3}, [{term} + {B0} + 24]",
-                "mov {a_stride}, [{term} + {A_STRIDE}]", "mov {b_stride}, [{term} + {B_STRIDE}]",
-                "mov {n}, [{term} + {NUM_BLOCKS}]",
-                "3:",
-                "tileloadd tmm4, [{a} + {a_stride}]",
-                "tileloadd tmm5, [{b0} + {b_stride}]",
-                "tdpbf16ps tmm0, tmm4, tmm5",
-                ".if {P} > 1",
-                "tileloadd tmm6, [{b1} + {b_stride}]",
-                "tdpbf16ps tmm1, tmm4, tmm6",
-                ".endif",
-                ".if {P} > 2",
-                "tileloadd tmm7, [{b2} + {b_stride}]",
-                "tdpbf16ps tmm2, tmm4, tmm7",
-                ".endif",
-                ".if {P} > 3",
-                "tileloadd tmm5, [{b3} + {b_stride}]",
-                "tdpbf16ps tmm3, tmm4, tmm5",
-                ".endif",
-                "add {a}, 64",
-                "add {b0}, [{term} + {BLOCK}]", "add {b1}, [{term} + {BLOCK}]",
-                "add {b2}, [{term} + {BLOCK}]", "add {b3}, [{term} + {BLOCK}]",
-                "dec {n}",
-                "jnz 3b",
-                "tilestored [{c} + {c_stride}], tmm0",
-                ".if {P} > 1", "tilestored [{c} + {c_stride} + 64], tmm1", ".endif",
-                ".if {P} > 2", "tilestored [{c} + {c_stride} + 128], tmm2", ".endif",
-                ".if {P} > 3", "tilestored [{c} + {c_stride} + 192], tmm3", ".endif",
-                term = in(reg) term, c = in(reg) c, c_stride = in(reg) c_stride,
-                a = out(reg) _, b0 = out(reg) _, b1 = out(reg) _, b2 = out(reg) _, b3 = out(reg) _,
-                n = out(reg) _, a_stride = out(reg) _, b_stride = out(reg) _,
-                A0 = const A0, B0 = const B0, A_STRIDE = const A_STRIDE, B_STRIDE = const B_STRIDE,
-                NUM_BLOCKS = const NUM_BLOCKS, BLOCK = const BLOCK, P = const P,
+                SIZE = const size_of::<Term>(), P = const P, ADDS = const ADDS,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                 options(nostack),
