@@ -19,7 +19,7 @@ from tests.ops.building import (
 )
 
 GEOMETRY = KvGeometry(3, 2, 1, 64)
-IN_FEATURES, OUT_FEATURES = 75, 100
+OUT_FEATURES = 100
 # Column ranges of the fused output, as q, k and v would have.
 PLACES = [(0, 60), (60, 20), (80, 20)]
 PAGES_PER_SLOT = 16
@@ -36,15 +36,21 @@ def modules(ranks: list[int], scale: float = 0.5) -> list[ModuleSpec]:
     ]
 
 
+@pytest.fixture(params=[75, 96], ids=["odd K", "K in whole tiles"])
+def in_features(request: pytest.FixtureRequest) -> int:
+    """AMX takes products whose K is a multiple of 32; others run in vectors."""
+    return int(request.param)
+
+
 @pytest.fixture
-def backends(isa: str, dtype: torch.dtype, generator: torch.Generator) -> Backends:
+def backends(isa: str, dtype: torch.dtype, generator: torch.Generator, in_features: int) -> Backends:
     """Slots: 0 everything at rank 16; 1 q at 8 and v at 256; 2 layer 1 only; 3 k at 40."""
     backends = make_backends(GEOMETRY, dtype, isa, num_pages=4 * PAGES_PER_SLOT)
     adapters = [
-        {(layer, 0): (IN_FEATURES, modules([16, 16, 16])) for layer in range(3)},
-        {(0, 0): (IN_FEATURES, modules([8, 0, 256]))},
-        {(1, 0): (IN_FEATURES, modules([64, 24, 8]))},
-        {(0, 0): (IN_FEATURES, modules([0, 40, 0])), (0, 2): (IN_FEATURES, modules([8, 0, 0]))},
+        {(layer, 0): (in_features, modules([16, 16, 16])) for layer in range(3)},
+        {(0, 0): (in_features, modules([8, 0, 256]))},
+        {(1, 0): (in_features, modules([64, 24, 8]))},
+        {(0, 0): (in_features, modules([0, 40, 0])), (0, 2): (in_features, modules([8, 0, 0]))},
     ]
     for slot, groups in enumerate(adapters):
         write_adapter(backends, slot, PAGES_PER_SLOT * slot, groups, GEOMETRY.num_layers, generator)
@@ -65,6 +71,13 @@ CASES: dict[str, tuple[int, Sequence[Wave]]] = {
         40,
         [[(0, 40, 0, 0.5)], [(0, 7, 1, 0.3), (7, 40, 3, 2.0)], [(5, 6, 3, 1.0), (6, 30, 0, -0.5)]],
     ),
+    "many adapters in few rows, in waves": (
+        45,
+        [
+            [(0, 1, 1, 1.0), (1, 4, 0, 0.5), (4, 21, 3, 1.0), (21, 22, 1, -1.0), (30, 45, 0, 1.0)],
+            [(0, 2, 3, 0.5), (3, 9, 1, 1.0), (20, 40, 0, 0.25)],
+        ],
+    ),
     "an empty wave": (3, [[], [(0, 3, 0, 1.0)], []]),
     "same adapter in two segments": (8, [[(0, 2, 1, 1.0), (5, 8, 1, 0.25)]]),
 }
@@ -76,13 +89,14 @@ def test_lora_linear_matches_reference(
     backends: Backends,
     dtype: torch.dtype,
     generator: torch.Generator,
+    in_features: int,
     case: str,
     layer: int,
     group: int,
 ) -> None:
     num_tokens, waves = CASES[case]
-    x = torch.randn(num_tokens, IN_FEATURES, generator=generator).to(dtype)
-    weight = torch.randn(OUT_FEATURES, IN_FEATURES, generator=generator)
+    x = torch.randn(num_tokens, in_features, generator=generator).to(dtype)
+    weight = torch.randn(OUT_FEATURES, in_features, generator=generator)
     bias = torch.randn(OUT_FEATURES, generator=generator)
     batch = with_waves(token_batch(num_tokens), waves)
     actual, expected = (
@@ -93,10 +107,10 @@ def test_lora_linear_matches_reference(
 
 
 def test_adapters_change_the_output_of_their_rows_only(
-    backends: Backends, dtype: torch.dtype, generator: torch.Generator
+    backends: Backends, dtype: torch.dtype, generator: torch.Generator, in_features: int
 ) -> None:
-    x = torch.randn(10, IN_FEATURES, generator=generator).to(dtype)
-    linear = backends.cpu.pack(torch.randn(OUT_FEATURES, IN_FEATURES, generator=generator))
+    x = torch.randn(10, in_features, generator=generator).to(dtype)
+    linear = backends.cpu.pack(torch.randn(OUT_FEATURES, in_features, generator=generator))
     plain = run_cpu(backends, x, linear, [])
     adapted = run_cpu(backends, x, linear, [[(2, 5, 0, 1.0)]])
     changed = (plain != adapted).any(dim=1)
@@ -104,10 +118,10 @@ def test_adapters_change_the_output_of_their_rows_only(
 
 
 def test_a_row_is_bit_identical_alone_and_in_a_mixed_batch(
-    backends: Backends, dtype: torch.dtype, generator: torch.Generator
+    backends: Backends, dtype: torch.dtype, generator: torch.Generator, in_features: int
 ) -> None:
-    x = torch.randn(100, IN_FEATURES, generator=generator).to(dtype)
-    linear = backends.cpu.pack(torch.randn(OUT_FEATURES, IN_FEATURES, generator=generator))
+    x = torch.randn(100, in_features, generator=generator).to(dtype)
+    linear = backends.cpu.pack(torch.randn(OUT_FEATURES, in_features, generator=generator))
     together = run_cpu(backends, x, linear, [[(0, 1, 3, 1.0), (1, 78, 1, 0.5), (90, 100, 0, 1.0)]])
     for rows, slot, weight in ((slice(1, 78), 1, 0.5), (slice(40, 43), 1, 0.5), (slice(95, 96), 0, 1.0)):
         wave = [(0, rows.stop - rows.start, slot, weight)]
@@ -116,10 +130,10 @@ def test_a_row_is_bit_identical_alone_and_in_a_mixed_batch(
 
 
 def test_moved_extent_computes_the_same(
-    backends: Backends, dtype: torch.dtype, generator: torch.Generator
+    backends: Backends, dtype: torch.dtype, generator: torch.Generator, in_features: int
 ) -> None:
-    x = torch.randn(3, IN_FEATURES, generator=generator).to(dtype)
-    linear = backends.cpu.pack(torch.randn(OUT_FEATURES, IN_FEATURES, generator=generator))
+    x = torch.randn(3, in_features, generator=generator).to(dtype)
+    linear = backends.cpu.pack(torch.randn(OUT_FEATURES, in_features, generator=generator))
     wave = [(0, 3, 1, 1.0)]
     before = run_cpu(backends, x, linear, [wave])
     backends.cpu.move_extent(1, PAGES_PER_SLOT, PAGES_PER_SLOT - 3, PAGES_PER_SLOT)  # overlaps itself
@@ -142,13 +156,16 @@ def test_impossible_steps_and_layouts_are_refused(backends: Backends) -> None:
         cpu.set_adapter(0, 10**6, outside)
 
 
-def test_adapter_of_another_shape_is_refused(backends: Backends, dtype: torch.dtype) -> None:
+def test_adapter_of_another_shape_is_refused(
+    backends: Backends, dtype: torch.dtype, in_features: int
+) -> None:
     cpu = backends.cpu
     step = cpu.begin_step(with_waves(token_batch(1), [[(0, 1, 0, 1.0)]]))
-    with pytest.raises(ValueError, match="in_features has length 75, expected 64"):
+    with pytest.raises(ValueError, match=f"in_features has length {in_features}, expected 64"):
         cpu.lora_linear(step, torch.zeros(1, 64, dtype=dtype), cpu.pack(torch.zeros(100, 64)), 0, 0)
     with pytest.raises(ValueError, match="column 100, the projection has 96"):
-        cpu.lora_linear(step, torch.zeros(1, 75, dtype=dtype), cpu.pack(torch.zeros(96, 75)), 0, 0)
+        x, linear = torch.zeros(1, in_features, dtype=dtype), cpu.pack(torch.zeros(96, in_features))
+        cpu.lora_linear(step, x, linear, 0, 0)
 
 
 def test_random_mixtures_match_reference(isa: str, dtype: torch.dtype, generator: torch.Generator) -> None:
