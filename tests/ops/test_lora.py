@@ -163,8 +163,8 @@ def test_adapter_of_another_shape_is_refused(
     step = cpu.begin_step(with_waves(token_batch(1), [[(0, 1, 0, 1.0)]]))
     with pytest.raises(ValueError, match=f"in_features has length {in_features}, expected 64"):
         cpu.lora_linear(step, torch.zeros(1, 64, dtype=dtype), cpu.pack(torch.zeros(100, 64)), 0, 0)
+    x, linear = torch.zeros(1, in_features, dtype=dtype), cpu.pack(torch.zeros(96, in_features))
     with pytest.raises(ValueError, match="column 100, the projection has 96"):
-        x, linear = torch.zeros(1, in_features, dtype=dtype), cpu.pack(torch.zeros(96, in_features))
         cpu.lora_linear(step, x, linear, 0, 0)
 
 
