@@ -66,6 +66,8 @@ pub enum Error {
         available: usize,
         available_pages: usize,
     },
+    #[error("request names {count} adapters, at most {limit} can be resident at once")]
+    TooManyAdapters { count: usize, limit: usize },
 }
 
 /// The kinds of error callers tell apart, each one exception class in Python.
@@ -94,7 +96,9 @@ impl Error {
         match self {
             Self::AdapterNotFound { .. } => ErrorKind::AdapterNotFound,
             Self::AdapterUnloading { .. } => ErrorKind::AdapterUnavailable,
-            Self::AdapterTooLarge { .. } | Self::RequestTooLarge { .. } => ErrorKind::Capacity,
+            Self::AdapterTooLarge { .. }
+            | Self::RequestTooLarge { .. }
+            | Self::TooManyAdapters { .. } => ErrorKind::Capacity,
             _ => ErrorKind::InvalidRequest,
         }
     }

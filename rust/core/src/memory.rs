@@ -24,6 +24,7 @@ pub struct Memory {
     pub adapters: AdapterCache,
     prefix: PrefixCache,
     prefix_caching: bool,
+    max_num_slots: usize,
     policy: Box<dyn EvictionPolicy>,
     block_size: usize,
     /// Counts releases: the time scale of recency.
@@ -36,6 +37,7 @@ impl Memory {
         num_pages: usize,
         block_size: usize,
         prefix_caching: bool,
+        max_num_slots: usize,
         policy: Box<dyn EvictionPolicy>,
     ) -> Self {
         Self {
@@ -43,6 +45,7 @@ impl Memory {
             adapters: AdapterCache::default(),
             prefix: PrefixCache::new(num_pages, block_size),
             prefix_caching,
+            max_num_slots,
             policy,
             block_size,
             clock: 0,
@@ -261,17 +264,20 @@ impl Memory {
             .prefix
             .oldest_idle()
             .map(|(page, since)| (page, self.block_worth(since)));
-        let adapters = self.adapters.slots.evictable(shield);
-        let worths =
-            adapters.map(|(slot, occupant)| (slot, self.adapter_worth(slot, occupant.last_use)));
-        let adapter = worths.min_by(|(_, a), (_, b)| a.total_cmp(b));
-        match (block, adapter) {
+        match (block, self.least_worth_adapter(shield)) {
             (None, None) => return false,
             (Some((_, kept)), Some((slot, worth))) if worth < kept => self.evict_adapter(slot),
             (None, Some((slot, _))) => self.evict_adapter(slot),
             (Some((page, _)), _) => self.evict_block(page),
         }
         true
+    }
+
+    fn least_worth_adapter(&self, shield: Shield) -> Option<(SlotId, f64)> {
+        let adapters = self.adapters.slots.evictable(shield);
+        let worths =
+            adapters.map(|(slot, occupant)| (slot, self.adapter_worth(slot, occupant.last_use)));
+        worths.min_by(|(_, a), (_, b)| a.total_cmp(b))
     }
 
     fn evict_adapter(&mut self, slot: SlotId) {
@@ -288,6 +294,10 @@ impl Memory {
 
     /// A free run, else one made by moving idle adapters, else one cleared of the least worth, else both.
     fn take_extent(&mut self, num_pages: usize, moves: &mut Vec<Move>) -> Option<SlotId> {
+        if self.pool.num_extents() >= self.max_num_slots {
+            let (slot, _) = self.least_worth_adapter(Shield::Respect)?;
+            self.evict_adapter(slot);
+        }
         if let Some(slot) = self.pool.take_extent(num_pages) {
             return Some(slot);
         }

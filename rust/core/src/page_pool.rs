@@ -77,6 +77,11 @@ impl PagePool {
         self.num_used_blocks
     }
 
+    /// Extents taken and not freed.
+    pub fn num_extents(&self) -> usize {
+        self.extents.len() - self.free_slots.len()
+    }
+
     pub fn num_extent_pages(&self) -> usize {
         self.num_extent_pages
     }

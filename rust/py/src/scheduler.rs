@@ -85,7 +85,7 @@ pub struct Scheduler {
 #[pymethods]
 impl Scheduler {
     #[new]
-    #[pyo3(signature = (*, num_pages, page_nbytes, block_size, max_num_seqs, max_batched_tokens, max_model_len, prefix_caching=true))]
+    #[pyo3(signature = (*, num_pages, page_nbytes, block_size, max_num_seqs, max_batched_tokens, max_model_len, prefix_caching=true, max_num_slots=None))]
     fn new(
         py: Python<'_>,
         num_pages: usize,
@@ -95,6 +95,7 @@ impl Scheduler {
         max_batched_tokens: usize,
         max_model_len: usize,
         prefix_caching: bool,
+        max_num_slots: Option<usize>,
     ) -> PyResult<Self> {
         let config = SchedulerConfig {
             num_pages,
@@ -104,6 +105,7 @@ impl Scheduler {
             max_batched_tokens,
             max_model_len,
             prefix_caching,
+            max_num_slots: max_num_slots.unwrap_or(num_pages),
             ..SchedulerConfig::default()
         };
         let inner = core::Scheduler::new(config).map_err(raise(py))?;

@@ -14,6 +14,8 @@ pub struct SchedulerConfig {
     /// Prompt and generated tokens of a sequence.
     pub max_model_len: usize,
     pub prefix_caching: bool,
+    /// Adapters resident or loading at once, however small they are.
+    pub max_num_slots: usize,
     /// How often a request whose adapter is loading lets a later one go first.
     pub max_overtakes: usize,
     /// How many waiting requests a step looks at.
@@ -30,6 +32,7 @@ impl Default for SchedulerConfig {
             max_batched_tokens: 2048,
             max_model_len: 8192,
             prefix_caching: true,
+            max_num_slots: i32::MAX as usize,
             max_overtakes: 64,
             lookahead: 64,
         }
@@ -47,6 +50,7 @@ impl SchedulerConfig {
             ("max_num_seqs", self.max_num_seqs, 1, MAX),
             ("max_batched_tokens", self.max_batched_tokens, 1, MAX),
             ("max_model_len", self.max_model_len, 2, MAX),
+            ("max_num_slots", self.max_num_slots, 1, MAX),
             ("lookahead", self.lookahead, 1, MAX),
         ];
         for (setting, value, low, high) in ranges {

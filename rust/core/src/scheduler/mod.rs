@@ -123,6 +123,7 @@ impl Scheduler {
                 config.num_pages,
                 config.block_size,
                 config.prefix_caching,
+                config.max_num_slots,
                 policy,
             ),
             config,

@@ -104,6 +104,11 @@ impl Scheduler {
         num_tokens: usize,
         adapters: &[(AdapterId, f32)],
     ) -> Result<(), Error> {
+        let limit = self.config.max_num_slots;
+        if adapters.len() > limit {
+            let count = adapters.len();
+            return Err(Error::TooManyAdapters { count, limit });
+        }
         let kv_pages = num_tokens.div_ceil(self.config.block_size);
         let extents = adapters
             .iter()

@@ -299,3 +299,21 @@ fn segments_follow_the_adapter_not_the_order_of_arrival() {
         6
     );
 }
+
+#[test]
+fn adapters_beyond_the_slots_take_turns() {
+    let mut s = scheduler(|c| c.max_num_slots = 2);
+    for name in ["a", "b", "c"] {
+        s.register_adapter(name, name, 100).unwrap();
+        s.submit(request(&[1, 2, 3], &[(name, 1.0)], 3)).unwrap();
+    }
+    drain(&mut s);
+    let stats = s.stats();
+    assert_eq!((stats.num_resident_adapters, stats.num_evictions), (2, 1));
+    let three = [("a", 1.0), ("b", 1.0), ("c", 1.0)];
+    let refused = s.submit(request(&[1], &three, 1)).unwrap_err();
+    assert_eq!(
+        refused.to_string(),
+        "request names 3 adapters, at most 2 can be resident at once"
+    );
+}

@@ -61,6 +61,7 @@ impl Harness {
             },
             max_model_len: block_size * rng.range(3, 12) + 2,
             prefix_caching: !rng.one_in(4),
+            max_num_slots: if rng.one_in(2) { 1000 } else { rng.range(1, 5) },
             max_overtakes: rng.range(0, 5),
             lookahead: rng.range(1, 8),
         };
@@ -164,6 +165,7 @@ impl Harness {
             Err(
                 Error::PromptTooLong { .. }
                 | Error::RequestTooLarge { .. }
+                | Error::TooManyAdapters { .. }
                 | Error::AdapterNotFound { .. }
                 | Error::AdapterUnloading { .. },
             ) => {}
