@@ -102,8 +102,8 @@ def test_rank_above_the_limit_is_refused_and_the_remedy_named(tmp_path: Path) ->
 
 
 def test_unknown_storage_dtype_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="expected 'float32' or 'bfloat16'"):
-        check(tmp_path, dtype="float16")
+    with pytest.raises(ValueError, match="expected 'float32', 'bfloat16' or 'float16'"):
+        check(tmp_path, dtype="float64")
 
 
 @pytest.mark.parametrize(

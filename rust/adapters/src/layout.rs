@@ -4,7 +4,7 @@
 //! extent: | A of group | B of module | B of module | A of group | … | zeros      blocks 64-byte aligned
 //! A  [Σ padded ranks of the group's modules, in_features]   in panels of 16 ranks, the last may have 8
 //! B  [out_features, padded rank of the module]              in panels of the 16 columns of the fused output
-//! panel [K/pack][width][pack]                               pack: 2 bf16 or 1 f32 along K, zero-padded
+//! panel [K/pack][width][pack]                               pack: 2 bf16 or f16, 1 f32 along K, zero-padded
 //! ```
 //! A panel has the layout of a packed dense weight, so that adapters run through its kernels. Ranks are
 //! padded to a multiple of 8 with zeros; scales stay outside the bytes, as f32. Kernels read up to
@@ -26,14 +26,17 @@ pub const OVERREAD: usize = 1024;
 pub enum StorageDtype {
     Float32,
     BFloat16,
+    /// CUDA only.
+    Float16,
 }
 
 impl StorageDtype {
-    /// Parses `"float32"` or `"bfloat16"`.
+    /// Parses `"float32"`, `"bfloat16"` or `"float16"`.
     pub fn parse(name: &str) -> Option<Self> {
         match name {
             "float32" => Some(Self::Float32),
             "bfloat16" => Some(Self::BFloat16),
+            "float16" => Some(Self::Float16),
             _ => None,
         }
     }
@@ -42,6 +45,7 @@ impl StorageDtype {
         match self {
             Self::Float32 => "float32",
             Self::BFloat16 => "bfloat16",
+            Self::Float16 => "float16",
         }
     }
 
@@ -49,7 +53,7 @@ impl StorageDtype {
     pub fn size(self) -> usize {
         match self {
             Self::Float32 => 4,
-            Self::BFloat16 => 2,
+            Self::BFloat16 | Self::Float16 => 2,
         }
     }
 

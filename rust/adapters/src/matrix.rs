@@ -40,7 +40,7 @@ impl<'a> Matrix<'a> {
     /// Writes the matrix into `panels`, its first row as row `first_row` of theirs; bytes of other
     /// rows stay.
     pub(crate) fn write(&self, panels: Panels, first_row: usize, dst: &mut [u8]) {
-        use StorageDtype::{BFloat16, Float32};
+        use StorageDtype::{BFloat16, Float16, Float32};
         let place = (panels, first_row, dst);
         match (self.dtype, panels.dtype) {
             (Dtype::F32, Float32) => self.scatter::<4, 4, 1>(place, |bytes| bytes),
@@ -56,7 +56,15 @@ impl<'a> Matrix<'a> {
             (Dtype::BF16, Float32) => self.scatter::<2, 4, 1>(place, |bytes| {
                 bf16::from_le_bytes(bytes).to_f32().to_le_bytes()
             }),
-            (Dtype::BF16, BFloat16) => self.scatter::<2, 2, 2>(place, |bytes| bytes),
+            (Dtype::F32, Float16) => {
+                self.scatter::<4, 2, 2>(place, |bytes| halve(f32::from_le_bytes(bytes)));
+            }
+            (Dtype::BF16, Float16) => {
+                self.scatter::<2, 2, 2>(place, |bytes| halve(bf16::from_le_bytes(bytes).to_f32()));
+            }
+            (Dtype::BF16, BFloat16) | (Dtype::F16, Float16) => {
+                self.scatter::<2, 2, 2>(place, |bytes| bytes);
+            }
             (other, _) => unreachable!("a bound tensor is never {other}"),
         }
     }
@@ -95,6 +103,11 @@ fn round(value: f32) -> [u8; 2] {
     (rounded as u16).to_le_bytes()
 }
 
+/// As `round`, to f16.
+fn halve(value: f32) -> [u8; 2] {
+    f16::from_f32(value).to_le_bytes()
+}
+
 /// Index and value of the first element that is not finite in `storage`.
 fn first_overflow(dtype: Dtype, bytes: &[u8], storage: StorageDtype) -> Option<(usize, f32)> {
     match dtype {
@@ -102,6 +115,7 @@ fn first_overflow(dtype: Dtype, bytes: &[u8], storage: StorageDtype) -> Option<(
             let infinity = match storage {
                 StorageDtype::Float32 => f32::INFINITY.to_bits(),
                 StorageDtype::BFloat16 => BF16_OVERFLOW,
+                StorageDtype::Float16 => F16_OVERFLOW,
             };
             let words = bytes.as_chunks().0;
             let is_large = |word: [u8; 4]| magnitude(u32::from_le_bytes(word)) >= infinity;
@@ -114,7 +128,11 @@ fn first_overflow(dtype: Dtype, bytes: &[u8], storage: StorageDtype) -> Option<(
             found.map(|(index, word)| (index, f16::from_le_bytes(word).to_f32()))
         }
         Dtype::BF16 => {
-            let infinity = bf16::INFINITY.to_bits();
+            let infinity = match storage {
+                // The first bf16 that f16 rounds to infinity: 2^16.
+                StorageDtype::Float16 => bf16::from_f32(65536.0).to_bits(),
+                StorageDtype::Float32 | StorageDtype::BFloat16 => bf16::INFINITY.to_bits(),
+            };
             let is_large = |word| u16::from_le_bytes(word) & 0x7fff >= infinity;
             let found = find(bytes.as_chunks().0, is_large);
             found.map(|(index, word)| (index, bf16::from_le_bytes(word).to_f32()))
@@ -125,6 +143,8 @@ fn first_overflow(dtype: Dtype, bytes: &[u8], storage: StorageDtype) -> Option<(
 
 /// Bits of the smallest f32 that bf16 rounds to infinity: halfway past bf16's largest.
 const BF16_OVERFLOW: u32 = 0x7f7f_8000;
+/// As above for f16: 65520.
+const F16_OVERFLOW: u32 = 0x477f_f000;
 
 fn magnitude(bits: u32) -> u32 {
     bits & 0x7fff_ffff
@@ -151,7 +171,7 @@ mod tests {
     fn floats() -> impl Iterator<Item = f32> {
         let mantissas = [
             0, 1, 0x7fff, 0x8000, 0x8001, 0xffff, 0x1_7fff, 0x1_8000, 0x7f_7fff, 0x7f_8000,
-            0x7f_ffff,
+            0x7f_efff, 0x7f_f000, 0x7f_ffff,
         ];
         (0..512u32).flat_map(move |high| mantissas.map(|low| f32::from_bits(high << 23 | low)))
     }
@@ -177,14 +197,34 @@ mod tests {
             let bytes = [0.0_f32, value].map(f32::to_le_bytes).concat();
             let in_f32 = (!value.is_finite()).then_some(1);
             let in_bf16 = (!bf16::from_f32(value).is_finite()).then_some(1);
+            let in_f16 = (!f16::from_f32(value).is_finite()).then_some(1);
             assert_eq!(
                 overflow(Dtype::F32, &bytes, StorageDtype::Float32),
                 in_f32,
                 "{value:e}"
             );
             assert_eq!(
+                overflow(Dtype::F32, &bytes, StorageDtype::Float16),
+                in_f16,
+                "{value:e}"
+            );
+            assert_eq!(
                 overflow(Dtype::F32, &bytes, StorageDtype::BFloat16),
                 in_bf16,
+                "{value:e}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_bfloat16_is_refused_exactly_when_f16_can_not_hold_it() {
+        for bits in 0..=u16::MAX {
+            let bytes = [[0, 0], bits.to_le_bytes()].concat();
+            let value = bf16::from_bits(bits).to_f32();
+            let index = (!f16::from_f32(value).is_finite()).then_some(1);
+            assert_eq!(
+                overflow(Dtype::BF16, &bytes, StorageDtype::Float16),
+                index,
                 "{value:e}"
             );
         }

@@ -34,7 +34,11 @@ fn plans() -> impl Strategy<Value = Plan> {
     let ranks =
         proptest::collection::btree_map(proptest::sample::select(sites), 1..=20_usize, 1..=count);
     let source = prop_oneof![Just(Dtype::F32), Just(Dtype::F16), Just(Dtype::BF16)];
-    let storage = prop_oneof![Just(StorageDtype::Float32), Just(StorageDtype::BFloat16)];
+    let storage = prop_oneof![
+        Just(StorageDtype::Float32),
+        Just(StorageDtype::BFloat16),
+        Just(StorageDtype::Float16)
+    ];
     (ranks, source, storage, any::<u64>()).prop_map(|(ranks, source, storage, seed)| Plan {
         ranks,
         source,
@@ -68,6 +72,7 @@ fn rounded(plan: &Plan, value: f32) -> f32 {
     match plan.storage {
         StorageDtype::Float32 => stored,
         StorageDtype::BFloat16 => bf16::from_f32(stored).to_f32(),
+        StorageDtype::Float16 => f16::from_f32(stored).to_f32(),
     }
 }
 
@@ -127,6 +132,7 @@ impl Extent {
         match self.dtype {
             StorageDtype::Float32 => f32::from_le_bytes(bytes.try_into().unwrap()),
             StorageDtype::BFloat16 => bf16::from_le_bytes(bytes.try_into().unwrap()).to_f32(),
+            StorageDtype::Float16 => f16::from_le_bytes(bytes.try_into().unwrap()).to_f32(),
         }
     }
 }
@@ -154,11 +160,7 @@ fn load_into_stale_memory(plan: &Plan) -> (AdapterLayout, Extent) {
 
 /// Where element (row, k) of a matrix [rows, columns] lies in panels of 16 rows, the last of 8 or 16.
 fn panel_index(dtype: StorageDtype, rows: usize, columns: usize, row: usize, k: usize) -> usize {
-    let pack = if dtype == StorageDtype::BFloat16 {
-        2
-    } else {
-        1
-    };
+    let pack = if dtype == StorageDtype::Float32 { 1 } else { 2 };
     let before = row / 16 * 16;
     let width = if rows - before >= 16 { 16 } else { 8 };
     let padded = columns.div_ceil(pack) * pack;

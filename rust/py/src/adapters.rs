@@ -302,7 +302,7 @@ fn load_adapter(
 
 fn limits(dtype: &str, max_lora_rank: usize) -> PyResult<Limits> {
     let Some(dtype) = StorageDtype::parse(dtype) else {
-        let message = format!("dtype is '{dtype}', expected 'float32' or 'bfloat16'");
+        let message = format!("dtype is '{dtype}', expected 'float32', 'bfloat16' or 'float16'");
         return Err(PyValueError::new_err(message));
     };
     Ok(Limits {
