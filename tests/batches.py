@@ -31,6 +31,12 @@ class HandBatch:
     seg_slot: npt.NDArray[np.int32] = field(default_factory=_empty)
     seg_weight: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
 
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Tokens from the first sequence on that has several."""
+        prefills = np.flatnonzero(np.diff(self.query_indptr) > 1)
+        return int(self.query_indptr[-1] - self.query_indptr[prefills[0]]) if len(prefills) else 0
+
 
 def one_sequence(token_ids: Sequence[int], num_cached: int = 0, all_logits: bool = False) -> HandBatch:
     """The next tokens of one sequence that owns the pages from 0 on; logits of the last or of all."""

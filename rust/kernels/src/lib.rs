@@ -6,6 +6,8 @@
 #![allow(clippy::needless_range_loop)]
 
 pub mod cpu;
+pub mod cuda;
 mod error;
+pub mod step_arrays;
 
 pub use error::KernelError;

@@ -11,6 +11,7 @@ use loraserve_kernels::cpu::geometry::{KvGeometry, PageMemory};
 use loraserve_kernels::cpu::linear;
 use loraserve_kernels::cpu::norm::rms_norm;
 use loraserve_kernels::cpu::rope::HeadTransform;
+use loraserve_kernels::cpu::simd::Isa;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -18,11 +19,11 @@ use loraserve_adapters::StorageDtype;
 
 use crate::adapters::AdapterLayout;
 use crate::errors;
+use crate::step_arrays::step_arrays;
 
 mod step;
 
 pub use step::CpuStep;
-use step::step_arrays;
 
 /// Runs `$body` with `$E` the element type of the storage dtype.
 macro_rules! with_element {
@@ -36,6 +37,7 @@ macro_rules! with_element {
                 type $E = Bf16;
                 $body
             }
+            StorageDtype::Float16 => unreachable!("CpuKernels::new refuses float16"),
         }
     };
 }
@@ -120,6 +122,7 @@ impl CpuKernels {
         isa: Option<&str>,
     ) -> PyResult<Self> {
         let dtype = StorageDtype::parse(dtype)
+            .filter(|&dtype| dtype != StorageDtype::Float16)
             .ok_or_else(|| PyValueError::new_err(format!("no kernels for dtype {dtype:?}")))?;
         let geometry = KvGeometry {
             num_layers,
@@ -381,7 +384,15 @@ where
     py.detach(op).map_err(|error| raise(py, &error))
 }
 
+/// The instruction set kernels take here unless told otherwise.
+#[pyfunction]
+fn default_isa(py: Python<'_>) -> PyResult<&'static str> {
+    let isa = Isa::choose(None).map_err(|error| raise(py, &error))?;
+    Ok(isa.name())
+}
+
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add_function(wrap_pyfunction!(default_isa, m)?)?;
     m.add_class::<PackedLinear>()?;
     m.add_class::<CpuStep>()?;
     m.add_class::<CpuKernels>()

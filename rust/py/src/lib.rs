@@ -4,13 +4,16 @@ use pyo3::prelude::*;
 
 mod adapters;
 mod cpu_kernels;
+mod cuda_kernels;
 mod errors;
 mod scheduler;
+mod step_arrays;
 
 #[pymodule]
 fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
     scheduler::register(m)?;
     adapters::register(m)?;
-    cpu_kernels::register(m)
+    cpu_kernels::register(m)?;
+    cuda_kernels::register(m)
 }
