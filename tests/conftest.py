@@ -35,3 +35,22 @@ def hf_smollm2(smollm2_path: str, hf_smollm2_tokenizer: Any) -> tuple[Any, Any]:
     path = Path(smollm2_path)
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     return model.eval(), hf_smollm2_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_model(
+    tmp_path_factory: pytest.TempPathFactory, hf_smollm2_tokenizer: Any
+) -> tuple[Path, torch.nn.Module]:
+    from tests.e2e.tiny import make_tiny_model  # noqa: PLC0415  slow to import
+
+    path = tmp_path_factory.mktemp("tiny")
+    return path, make_tiny_model(path, hf_smollm2_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny_adapters(
+    tiny_model: tuple[Path, torch.nn.Module], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    from tests.e2e.tiny import make_tiny_adapters  # noqa: PLC0415  slow to import
+
+    return make_tiny_adapters(tiny_model[1], tmp_path_factory.mktemp("tiny-adapters"))

@@ -1,5 +1,6 @@
 """The Rust core, as Python sees it: indices and bytes go in, plain values and numpy arrays come out."""
 
+from pathlib import Path
 from typing import Literal, TypedDict, final
 
 import numpy as np
@@ -13,6 +14,8 @@ __all__ = [
     "Batch",
     "CpuKernels",
     "CpuStep",
+    "CudaKernels",
+    "CudaStep",
     "LoadPace",
     "PackedLinear",
     "Receipt",
@@ -20,6 +23,8 @@ __all__ = [
     "Step",
     "__version__",
     "check_adapter",
+    "cuda_facts",
+    "default_isa",
     "load_adapter",
 ]
 
@@ -126,6 +131,7 @@ class Scheduler:
         max_batched_tokens: int,
         max_model_len: int,
         prefix_caching: bool = True,
+        max_num_slots: int | None = None,
     ) -> Scheduler: ...
     def register_adapter(self, name: str, content_hash: str, nbytes: int) -> int:
         """Make an adapter known and return its id; the same name with the same hash again is a no-op.
@@ -251,7 +257,8 @@ def check_adapter(
 ) -> Receipt:
     """Read and check all of a PEFT directory, without the GIL.
 
-    `dtype`: storage dtype, "float32" or "bfloat16"; `pace` None is full speed. Raises AdapterFormatError.
+    `dtype`: storage dtype, "float32", "bfloat16" or "float16"; `pace` None is full speed. Raises
+    AdapterFormatError.
     """
 
 def load_adapter(
@@ -359,3 +366,143 @@ class CpuKernels:
     ) -> None: ...
     def attention(self, step: StepHandle, qkv_ptr: int, layer: int, out_ptr: int) -> None: ...
     def silu_mul(self, gate_up_ptr: int, out_ptr: int, num_rows: int, intermediate: int) -> None: ...
+
+def default_isa() -> str:
+    """The instruction set of the CPU kernels here: `LORASERVE_CPU_ISA`, or the best there is."""
+
+# rust/py/src/cuda_kernels.rs
+
+@final
+class CudaStep:
+    """A batch on the device, padding counted in; `*_ptr` are int32 arrays.
+
+    Addresses are the same for every step of the same kernels: a captured graph reads the step begun last.
+    """
+
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def num_logits(self) -> int: ...
+    @property
+    def num_seqs(self) -> int: ...
+    @property
+    def num_waves(self) -> int:
+        """Most adapters of one request; a captured graph serves one at most."""
+    @property
+    def has_adapters(self) -> bool: ...
+    @property
+    def is_decode(self) -> bool: ...
+    @property
+    def token_ids_ptr(self) -> int: ...
+    @property
+    def positions_ptr(self) -> int: ...
+    @property
+    def slot_mapping_ptr(self) -> int: ...
+    @property
+    def query_indptr_ptr(self) -> int: ...
+    @property
+    def context_lens_ptr(self) -> int: ...
+    @property
+    def block_table_ptr(self) -> int: ...
+    @property
+    def block_table_indptr_ptr(self) -> int: ...
+    @property
+    def logits_indices_ptr(self) -> int: ...
+
+@final
+class CudaKernels:
+    """Every CUDA kernel of one model over one page pool on one device.
+
+    `*_ptr` are device addresses of contiguous tensors in the storage dtype (`cos_sin` is float32), 16-byte
+    aligned, that live until the stream is past the call; `stream` is a CUstream as an integer. Ops only queue
+    work, on one stream at a time. A kernel is compiled at its first use, or taken from the cache on disk.
+    Raises DeviceError where the GPU, its driver or NVRTC is missing, unfit or fails, CapacityError where
+    memory is short, ValueError for shapes and indices that don't fit.
+    """
+
+    def __new__(
+        cls,
+        *,
+        dtype: str,
+        num_layers: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        pool_ptr: int,
+        pool_nbytes: int,
+        groups: list[tuple[int, int]],
+        max_num_slots: int,
+        max_num_tokens: int,
+        max_num_seqs: int,
+        max_group_rank: int,
+        max_model_len: int | None = None,
+        device: int = 0,
+    ) -> CudaKernels:
+        """`groups`: (in_features, out_features) of each projection; `max_model_len`: None is no limit."""
+    @property
+    def num_compiled(self) -> int:
+        """Kernel sources compiled by this object because the cache had them not."""
+    def load_kernels(self) -> None:
+        """Compile and load every kernel, so that no step has to."""
+    def set_adapter(self, slot: int, first_page: int, layout: AdapterLayout, stream: int) -> None: ...
+    def move_extent(self, slot: int, src_page: int, dst_page: int, num_pages: int, stream: int) -> None: ...
+    def order_uploads(self, stream: int) -> None:
+        """Let uploads that begin later wait for what is on `stream` by now, because it uses their pages."""
+    def upload(self, host_ptr: int, nbytes: int, first_page: int) -> None:
+        """Copy host bytes to pages, beside the caller's streams and without the GIL; returns when done."""
+    def begin_step(self, batch: StepBatch, stream: int, *, padded_tokens: int | None = None) -> CudaStep:
+        """Check a batch and queue the copy of its arrays over the last step's.
+
+        `padded_tokens` adds rows to a step in which every sequence decodes one token, for a captured graph:
+        they have slot mapping -1, context length 0 and no adapter, and are sampled like the others.
+        """
+    def lora(self, step: CudaStep, x_ptr: int, y_ptr: int, layer: int, group: int, stream: int) -> None:
+        """y [T, out] += what the step's adapters add for x [T, in]."""
+    def rms_norm(
+        self,
+        x_ptr: int,
+        residual_ptr: int | None,
+        weight_ptr: int,
+        out_ptr: int,
+        num_rows: int,
+        num_features: int,
+        eps: float,
+        stream: int,
+    ) -> None: ...
+    def silu_mul(
+        self, gate_up_ptr: int, out_ptr: int, num_rows: int, intermediate: int, stream: int
+    ) -> None: ...
+    def rope_and_cache(
+        self,
+        step: CudaStep,
+        qkv_ptr: int,
+        layer: int,
+        cos_sin_ptr: int,
+        num_positions: int,
+        q_norm_ptr: int | None,
+        k_norm_ptr: int | None,
+        eps: float,
+        stream: int,
+    ) -> None: ...
+    def attention(self, step: CudaStep, qkv_ptr: int, layer: int, out_ptr: int, stream: int) -> None: ...
+
+# rust/py/src/cuda_kernels/facts.rs
+
+class _DeviceFacts(TypedDict):
+    name: str
+    capability: tuple[int, int]
+    num_sms: int
+    total_nbytes: int
+    free_nbytes: int | None
+    error: str | None
+
+class _CudaFacts(TypedDict):
+    driver: str | None
+    driver_error: str | None
+    devices: list[_DeviceFacts]
+    nvrtc: str | None
+    nvrtc_error: str | None
+    kernel_cache: Path | None
+
+def cuda_facts() -> _CudaFacts:
+    """What there is of CUDA on this machine; loads the driver and NVRTC. What is missing says why."""

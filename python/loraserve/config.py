@@ -7,8 +7,8 @@ from decimal import Decimal
 
 from loraserve.errors import InvalidRequestError
 
-DTYPES = ("bfloat16", "float32")
-DEVICES = ("auto", "cpu")
+DTYPES = ("bfloat16", "float16", "float32")
+DEVICES = ("auto", "cpu", "cuda")
 
 MAX_MEMORY = 2**62
 
@@ -22,8 +22,9 @@ class EngineConfig:
     Args:
         model: a Hugging Face directory, a Hub id, a `.gguf` file, or "smollm2" (the embedded default).
         adapters: name → PEFT directory, registered at start.
-        dtype: storage of weights, KV cache and adapters: "bfloat16" or "float32".
-        device: "cpu" or "auto".
+        dtype: storage of weights, KV cache and adapters: "bfloat16", "float16" (GPU only) or "float32" (CPU
+            only).
+        device: "cpu", "cuda" (one NVIDIA GPU), or "auto", which takes a GPU if torch sees one.
         memory: bytes of the one pool that KV cache and adapters share, or text such as "2GiB".
         max_lora_rank: adapters of a higher rank are refused.
         max_num_seqs: most sequences in one step.

@@ -15,6 +15,7 @@ import torch
 from loraserve import _core, errors
 from loraserve.adapters.extent_loader import ExtentLoader
 from loraserve.adapters.registry import AdapterRegistry, RegisteredAdapter, check_adapter_name
+from loraserve.backends import Backend
 from loraserve.config import EngineConfig
 from loraserve.errors import EngineStoppedError, InvalidRequestError, LoraserveError
 from loraserve.info import AdapterInfo, EngineInfo
@@ -53,6 +54,7 @@ class Engine:
         config: what to load and how much memory it may use.
         on_outputs: called on the engine's thread with all events of a step, in order.
         on_failure: called on the engine's thread if it ends by an error, after everyone was told.
+        backend: the device; the one `config.device` means unless given.
     """
 
     def __init__(
@@ -60,9 +62,11 @@ class Engine:
         config: EngineConfig,
         on_outputs: Callable[[list[EngineOutput]], None],
         on_failure: Callable[[], None] = lambda: None,
+        *,
+        backend: Backend | None = None,
     ) -> None:
         self.config = config
-        self.runner = ModelRunner(config)
+        self.runner = ModelRunner(config, backend)
         self._on_outputs = on_outputs
         self._on_failure = on_failure
         self._lock = threading.Lock()  # guards the scheduler, the registry and the states
@@ -73,9 +77,15 @@ class Engine:
         self._states: dict[int, SamplingState] = {}
         self._registry = AdapterRegistry()
         self._loader = ExtentLoader(
-            self.runner.base_shape, config.dtype, config.max_lora_rank, self._wake.set
+            self.runner.backend,
+            self.runner.base_shape,
+            config.dtype,
+            config.max_lora_rank,
+            self._wake.set,
         )
-        self._uses_every_core = config.num_threads is None or config.num_threads >= (os.cpu_count() or 1)
+        self._uses_every_core = self.runner.backend.computes_on_cpu and (
+            config.num_threads is None or config.num_threads >= (os.cpu_count() or 1)
+        )
         self.max_model_len = self.runner.model.max_model_len
         self._vocab_size = self.runner.model.config.vocab_size
         eos = self.runner.model.tokenizer.eos_token_ids
@@ -88,6 +98,7 @@ class Engine:
             max_batched_tokens=config.max_batched_tokens,
             max_model_len=self.max_model_len,
             prefix_caching=config.prefix_caching,
+            max_num_slots=self.runner.max_num_slots,
         )
         for name, path in config.adapters.items():
             self.load_adapter(name, path)
@@ -213,6 +224,8 @@ class Engine:
             step = self._scheduler.schedule()
         for move in step.moves:
             self.runner.move(*move)
+        if step.loads:
+            self.runner.backend.order_loads()
         for load in step.loads:
             self._start_load(*load)
         self._loader.set_contended(self._uses_every_core and step.batch is not None)

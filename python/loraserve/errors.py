@@ -29,5 +29,9 @@ class ModelError(LoraserveError, ValueError):
     """The base model can't be loaded: missing path, unsupported architecture, missing or misshapen tensor."""
 
 
+class DeviceError(LoraserveError):
+    """The GPU can't be used or failed; the message says what is missing and what to do."""
+
+
 class EngineStoppedError(LoraserveError):
     """The engine is shutting down or has failed and takes no new requests."""

@@ -62,7 +62,7 @@ class EngineInfo:
             version=__version__,
             model=config.model,
             dtype=config.dtype,
-            device="cpu",
+            device=runner.backend.name,
             max_model_len=max_model_len,
             max_lora_rank=config.max_lora_rank,
             page_nbytes=runner.page_nbytes,

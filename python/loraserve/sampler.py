@@ -59,7 +59,7 @@ def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> Sampled:
     token_ids = np.empty(len(states), dtype=np.int32)
     random_rows = [row for row, state in enumerate(states) if not state.params.is_greedy]
     if len(random_rows) < len(states):
-        token_ids[:] = logits.numpy(force=True).argmax(axis=-1)
+        token_ids[:] = _argmax(logits)
     for row in random_rows:
         token_ids[row] = _sample_row(logits[row], states[row])
     logprobs = [
@@ -69,6 +69,13 @@ def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> Sampled:
         for row, state in enumerate(states)
     ]
     return Sampled(token_ids, logprobs)
+
+
+def _argmax(logits: torch.Tensor) -> npt.NDArray[np.int32]:
+    """The likeliest token of each row; numpy is the faster one on the CPU."""
+    if logits.is_cpu:
+        return np.asarray(logits.numpy(force=True).argmax(axis=-1), dtype=np.int32)
+    return np.asarray(logits.argmax(dim=-1).numpy(force=True), dtype=np.int32)
 
 
 def _apply_penalties(logits: torch.Tensor, state: SamplingState) -> None:

@@ -10,7 +10,7 @@ import torch
 from loraserve import LLM
 
 from tests.e2e.oracle import HETEROGENEOUS, PeftOracle, make_adapter
-from tests.e2e.tiny import make_tiny_adapters, make_tiny_model, peft_answers
+from tests.e2e.tiny import peft_answers
 
 
 @pytest.fixture(scope="session")
@@ -37,21 +37,6 @@ def peft_oracle(peft_base: torch.nn.Module, adapter_paths: dict[str, str]) -> Pe
 def llm_float32(smollm2_path: str, adapter_paths: dict[str, str]) -> Iterator[LLM]:
     with LLM(smollm2_path, adapters=adapter_paths, dtype="float32", memory="2GiB") as llm:
         yield llm
-
-
-@pytest.fixture(scope="session")
-def tiny_model(
-    tmp_path_factory: pytest.TempPathFactory, hf_smollm2_tokenizer: Any
-) -> tuple[Path, torch.nn.Module]:
-    path = tmp_path_factory.mktemp("tiny")
-    return path, make_tiny_model(path, hf_smollm2_tokenizer)
-
-
-@pytest.fixture(scope="session")
-def tiny_adapters(
-    tiny_model: tuple[Path, torch.nn.Module], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, str]:
-    return make_tiny_adapters(tiny_model[1], tmp_path_factory.mktemp("tiny-adapters"))
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """bfloat16: no further from float32 than twice what PEFT in bfloat16 is."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,16 +37,16 @@ def our_last_logits(
         for adapter_id, slot, first_page, num_pages in step.loads:
             path, receipt = sources[adapter_id]
             extent = runner.extent(slot, first_page, num_pages)
-            layout = _core.load_adapter(
+            load = partial(
+                _core.load_adapter,
                 path,
                 runner.base_shape,
                 config.dtype,
                 config.max_lora_rank,
                 receipt.hash,
-                extent.address,
-                extent.nbytes,
+                dst_nbytes=extent.nbytes,
             )
-            runner.bind(extent, layout)
+            runner.bind(extent, runner.backend.fill(extent, load))
             scheduler.adapter_loaded(adapter_id)
         if step.batch is not None:
             logits = runner.execute(step.batch)

@@ -36,6 +36,7 @@ CODES = [
     ("CapacityError", grpc.StatusCode.RESOURCE_EXHAUSTED),
     ("AdapterUnavailableError", grpc.StatusCode.FAILED_PRECONDITION),
     ("EngineStoppedError", grpc.StatusCode.UNAVAILABLE),
+    ("DeviceError", grpc.StatusCode.INTERNAL),
 ]
 
 

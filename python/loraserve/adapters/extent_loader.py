@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from loraserve import _core
 from loraserve.adapters.registry import RegisteredAdapter
+from loraserve.backends import Backend, Extent
 from loraserve.errors import AdapterUnavailableError, LoraserveError
 
 NUM_LOADER_THREADS = 2
@@ -18,16 +19,6 @@ NUM_LOADER_THREADS = 2
 # by then the batch waits for adapters more than for cores.
 REST_S = 0.008
 MAX_OPEN_LOADS_AT_REST = 4
-
-
-@dataclass(frozen=True)
-class Extent:
-    """Where an adapter is to lie: `nbytes` at `address`, pages `first_page` … of `slot`."""
-
-    slot: int
-    first_page: int
-    address: int
-    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -43,8 +34,14 @@ class ExtentLoader:
     """Starts loads and collects their results; `on_done` is called from a loader thread after each."""
 
     def __init__(
-        self, shape: _core.BaseShape, dtype: str, max_lora_rank: int, on_done: Callable[[], None]
+        self,
+        backend: Backend,
+        shape: _core.BaseShape,
+        dtype: str,
+        max_lora_rank: int,
+        on_done: Callable[[], None],
     ) -> None:
+        self._backend = backend
         self._shape = shape
         self._dtype = dtype
         self._max_lora_rank = max_lora_rank
@@ -96,16 +93,19 @@ class ExtentLoader:
         return self._load(sources[-1], extent)
 
     def _load(self, source: RegisteredAdapter, extent: Extent) -> _core.AdapterLayout:
-        return _core.load_adapter(
-            source.path,
-            self._shape,
-            self._dtype,
-            self._max_lora_rank,
-            source.receipt.hash,
-            extent.address,
-            extent.nbytes,
-            self._pace,
-        )
+        def load(address: int) -> _core.AdapterLayout:
+            return _core.load_adapter(
+                source.path,
+                self._shape,
+                self._dtype,
+                self._max_lora_rank,
+                source.receipt.hash,
+                address,
+                extent.nbytes,
+                self._pace,
+            )
+
+        return self._backend.fill(extent, load)
 
 
 def rest_s(num_open: int) -> float:

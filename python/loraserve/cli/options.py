@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TypeAlias, TypeVar
 
-from loraserve.config import DTYPES, EngineConfig
+from loraserve.config import DEVICES, DTYPES, EngineConfig
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -35,6 +35,12 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         type=name_and_path,
         metavar="NAME=PATH",
         help="serve the PEFT directory PATH as NAME; repeat for more",
+    )
+    group.add_argument(
+        "--device",
+        choices=DEVICES,
+        default=EngineConfig.device,
+        help="where to compute; auto takes an NVIDIA GPU if torch sees one (default %(default)s)",
     )
     add_dtype_option(group)
     group.add_argument(
@@ -87,6 +93,7 @@ def engine_config(args: argparse.Namespace, parser: argparse.ArgumentParser) -> 
         model=args.model,
         adapters=as_dict(args.adapter, "--adapter", parser),
         dtype=args.dtype,
+        device=args.device,
         memory=args.memory,
         max_lora_rank=args.max_lora_rank,
         max_num_seqs=args.max_num_seqs,

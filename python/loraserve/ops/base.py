@@ -68,6 +68,8 @@ class StepBatch(Protocol):
     def seg_slot(self) -> IntArray: ...  # [G]
     @property
     def seg_weight(self) -> FloatArray: ...  # [G] float32
+    @property
+    def num_prefill_tokens(self) -> int: ...  # of sequences that do not merely decode; they come last
 
 
 class Linear(Protocol):

@@ -7,6 +7,7 @@ from loraserve.errors import (
     AdapterNotFoundError,
     AdapterUnavailableError,
     CapacityError,
+    DeviceError,
     EngineStoppedError,
     InvalidRequestError,
     LoraserveError,
@@ -24,6 +25,7 @@ STATUS_CODES: dict[type[LoraserveError], grpc.StatusCode] = {
     CapacityError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     AdapterUnavailableError: grpc.StatusCode.FAILED_PRECONDITION,
     EngineStoppedError: grpc.StatusCode.UNAVAILABLE,
+    DeviceError: grpc.StatusCode.INTERNAL,
 }
 
 _CLASSES_BY_NAME = {cls.__name__: cls for cls in STATUS_CODES}

@@ -1,0 +1,59 @@
+"""`Backend`: what the runner asks of a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from loraserve import _core
+    from loraserve.models.config import ModelConfig
+    from loraserve.models.decoder import Decoder
+    from loraserve.ops.base import KvGeometry, Ops, StepBatch
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Where an adapter is to lie: `nbytes` from page `first_page` of the pool on, bound to `slot`."""
+
+    slot: int
+    first_page: int
+    nbytes: int
+
+
+class Backend(Protocol):
+    """One device: its pool of pages, the ops over it, adapters on their way in."""
+
+    name: str
+    computes_on_cpu: bool  # whether loader threads take cores from the model
+
+    def build_ops(self, model: ModelConfig, geometry: KvGeometry, num_pages: int) -> Ops:
+        """Allocate the pool and what computes over it. Raises CapacityError, DeviceError, ModelError."""
+        ...
+
+    def max_num_slots(self, num_pages: int) -> int:
+        """Adapters that can be resident at once, however small they are."""
+        ...
+
+    @property
+    def pool(self) -> torch.Tensor:
+        """The pages: uint8, on the device."""
+        ...
+
+    def order_loads(self) -> None:
+        """Loads from now on begin after what is queued by now: it may still use their pages."""
+        ...
+
+    def fill(self, extent: Extent, load: Callable[[int], _core.AdapterLayout]) -> _core.AdapterLayout:
+        """Have `load` write the adapter to host memory, bring it to its extent, return when it is there.
+
+        Called from loader threads.
+        """
+        ...
+
+    def logits(self, decoder: Decoder, batch: StepBatch) -> torch.Tensor:
+        """Run one step: float32 [L, vocab], good until the next one."""
+        ...

@@ -1,0 +1,61 @@
+"""The CPU: the pool is main memory, adapters are packed straight into it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from loraserve import _core
+from loraserve.backends.base import Extent
+from loraserve.errors import CapacityError
+from loraserve.ops.cpu_ops import CpuOps
+
+if TYPE_CHECKING:
+    from loraserve.config import EngineConfig
+    from loraserve.models.config import ModelConfig
+    from loraserve.models.decoder import Decoder
+    from loraserve.ops.base import KvGeometry, Ops, StepBatch
+
+
+class CpuBackend:
+    """Every core of this machine, or `config.num_threads` of them."""
+
+    name = "cpu"
+    computes_on_cpu = True
+
+    def __init__(self, config: EngineConfig, dtype: torch.dtype) -> None:
+        self._num_threads = config.num_threads
+        self._dtype = dtype
+
+    def build_ops(self, model: ModelConfig, geometry: KvGeometry, num_pages: int) -> Ops:
+        self._page_nbytes = geometry.page_nbytes(self._dtype)
+        self._pool = _allocate(num_pages * self._page_nbytes)
+        self._ops = CpuOps(geometry, self._dtype, self._pool, num_threads=self._num_threads)
+        return self._ops
+
+    def max_num_slots(self, num_pages: int) -> int:
+        return num_pages
+
+    @property
+    def pool(self) -> torch.Tensor:
+        return self._pool
+
+    def order_loads(self) -> None:
+        """Nothing is queued on a CPU: ops return when they are done."""
+
+    def fill(self, extent: Extent, load: Callable[[int], _core.AdapterLayout]) -> _core.AdapterLayout:
+        return load(self._pool.data_ptr() + extent.first_page * self._page_nbytes)
+
+    def logits(self, decoder: Decoder, batch: StepBatch) -> torch.Tensor:
+        step = self._ops.begin_step(batch)
+        return decoder.logits(step, decoder.forward(step))
+
+
+def _allocate(nbytes: int) -> torch.Tensor:
+    """The pool: uint8, untouched memory that becomes real as pages are used."""
+    try:
+        return torch.empty(nbytes, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise CapacityError(f"memory is {nbytes} bytes, this machine can't give that much: {error}") from None

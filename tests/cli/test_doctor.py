@@ -1,0 +1,67 @@
+"""`loraserve doctor` says what there is, what is missing, and what to do about it."""
+
+from typing import Any
+
+import pytest
+from loraserve import _core
+from loraserve.cli import main
+
+NOTHING = {
+    "driver": None,
+    "driver_error": "no driver, install one",
+    "devices": [],
+    "nvrtc": None,
+    "nvrtc_error": "no NVRTC, install it",
+    "kernel_cache": None,
+}
+GPU = {
+    "driver": "13.0",
+    "driver_error": None,
+    "devices": [
+        {
+            "name": "NVIDIA L4",
+            "capability": (8, 9),
+            "num_sms": 58,
+            "total_nbytes": 24 * 2**30,
+            "free_nbytes": 23 * 2**30,
+            "error": None,
+        }
+    ],
+    "nvrtc": "13.0",
+    "nvrtc_error": None,
+    "kernel_cache": "/cache",
+}
+
+
+def printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], facts: dict[str, Any]
+) -> dict[str, str]:
+    monkeypatch.setattr(_core, "cuda_facts", lambda: facts)
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    return {label: value for label, value in (line.split("  ", 1) for line in lines)}
+
+
+def test_what_is_missing_is_said_with_its_remedy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = {label: value.strip() for label, value in printed(monkeypatch, capsys, NOTHING).items()}
+    assert rows["CUDA driver"] == "none: no driver, install one"
+    assert rows["NVRTC"] == "none: no NVRTC, install it"
+    assert rows["kernel cache"].startswith("none")
+    assert "GPU 0" not in rows
+
+
+def test_a_gpu_is_named_with_its_memory(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = {label: value.strip() for label, value in printed(monkeypatch, capsys, GPU).items()}
+    assert rows["GPU 0"] == "NVIDIA L4, sm_89, 58 SMs, 23.0 of 24.0 GiB free"
+    assert rows["kernel cache"] == "/cache"
+
+
+def test_this_machine_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert f"{_core.default_isa()} kernels" in out
+    assert "device auto" in out
