@@ -36,6 +36,9 @@ format: $(STAMPS)/dev ## rewrite files the way lint wants them
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+check-sass: ## compile the CUDA kernels for every GPU they support and check the machine code; needs nvcc and nvdisasm
+	$(PYTHON) scripts/check_sass.py
+
 RESULTS := benches/results
 BENCH_PEERS ?=
 bench: $(STAMPS)/bench ## scheduler, kernels, latencies, streams; beside PEFT and BENCH_PEERS="openvino vllm llamacpp" (20 minutes)
@@ -77,4 +80,4 @@ $(STAMPS):
 	$(PYTHON) -m venv $(VENV)
 	@mkdir -p $@
 
-.PHONY: help demo test lint format bench serve clean
+.PHONY: help demo test lint format check-sass bench serve clean

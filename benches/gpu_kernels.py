@@ -1,0 +1,299 @@
+"""Launches of the CUDA kernels with the shapes of a model, and the bytes and products of each."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from loraserve import _core
+from loraserve.ops.base import DOWN, GATE_UP, NUM_GROUPS, QKV, KvGeometry, O
+
+BLOCK_SIZE = 16
+ITEM_NBYTES = 2
+OVERREAD = 1024  # bytes at the end of an adapter's extent
+ALIGN = 64
+GROUP_NAMES = {QKV: "qkv", O: "o", GATE_UP: "gate_up", DOWN: "down"}
+Run = Callable[[int], None]  # queues every layer's launch on a stream
+
+
+@dataclass(frozen=True)
+class Shapes:
+    hidden: int
+    intermediate: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rank: int
+    num_layers: int  # launches of one measurement, each with weights and pages of its own
+    context_len: int
+    batch_sizes: Sequence[int]
+    prompt_tokens: int
+
+    @property
+    def geometry(self) -> KvGeometry:
+        return KvGeometry(self.num_layers, self.num_heads, self.num_kv_heads, self.head_dim)
+
+    def modules(self, group: int) -> tuple[int, tuple[int, ...]]:
+        """(in_features, out_features of each module) of a fused projection."""
+        kv = self.num_kv_heads * self.head_dim
+        return (
+            (self.hidden, (self.num_heads * self.head_dim, kv, kv)),
+            (self.num_heads * self.head_dim, (self.hidden,)),
+            (self.hidden, (self.intermediate, self.intermediate)),
+            (self.intermediate, (self.hidden,)),
+        )[group]
+
+    def lora_nbytes(self, group: int) -> int:
+        """A and B of one adapter and layer."""
+        in_features, out_features = self.modules(group)
+        return self.rank * (in_features * len(out_features) + sum(out_features)) * ITEM_NBYTES
+
+
+LLAMA_3_8B = Shapes(
+    hidden=4096,
+    intermediate=14336,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    rank=16,
+    num_layers=8,
+    context_len=2048,
+    batch_sizes=(1, 8, 32, 64),
+    prompt_tokens=2048,
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """`begin` prepares a step and returns what runs it; bytes and FLOP are those of one launch."""
+
+    op: str
+    num_rows: int
+    mix: str
+    nbytes: int
+    flop: int
+    begin: Callable[[int], Run]
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """A step's arrays, as `_core.Batch` names them."""
+
+    token_ids: npt.NDArray[np.int32]
+    positions: npt.NDArray[np.int32]
+    slot_mapping: npt.NDArray[np.int32]
+    query_indptr: npt.NDArray[np.int32]
+    context_lens: npt.NDArray[np.int32]
+    block_table: npt.NDArray[np.int32]
+    block_table_indptr: npt.NDArray[np.int32]
+    logits_indices: npt.NDArray[np.int32]
+    num_prefill_tokens: int
+    wave_indptr: npt.NDArray[np.int32]
+    seg_start: npt.NDArray[np.int32]
+    seg_end: npt.NDArray[np.int32]
+    seg_slot: npt.NDArray[np.int32]
+    seg_weight: npt.NDArray[np.float32]
+
+
+def arrays_of(sequences: Sequence[tuple[int, int]], segments: Sequence[tuple[int, int, int]] = ()) -> Arrays:
+    """Sequences (queries, context length) on pages of their own; segments (first row, end, slot)."""
+    starts = np.cumsum([0, *(-(-context // BLOCK_SIZE) for _, context in sequences)])
+    positions = [np.arange(context - queries, context) for queries, context in sequences]
+    slots = [start * BLOCK_SIZE + own for start, own in zip(starts, positions, strict=False)]
+    query_indptr = np.cumsum([0, *(queries for queries, _ in sequences)])
+    columns = list(zip(*segments, strict=True)) or [(), (), ()]
+
+    def int32(values: object) -> npt.NDArray[np.int32]:
+        return np.asarray(values, dtype=np.int32)
+
+    return Arrays(
+        token_ids=np.zeros(query_indptr[-1], dtype=np.int32),
+        positions=int32(np.concatenate(positions)),
+        slot_mapping=int32(np.concatenate(slots)),
+        query_indptr=int32(query_indptr),
+        context_lens=int32([context for _, context in sequences]),
+        block_table=int32(np.arange(starts[-1])),
+        block_table_indptr=int32(starts),
+        logits_indices=int32(query_indptr[1:] - 1),
+        num_prefill_tokens=sum(queries for queries, _ in sequences if queries > 1),
+        wave_indptr=int32([0, len(segments)] if segments else [0]),
+        seg_start=int32(columns[0]),
+        seg_end=int32(columns[1]),
+        seg_slot=int32(columns[2]),
+        seg_weight=np.ones(len(segments), dtype=np.float32),
+    )
+
+
+class Bench:
+    """The kernels over a pool with random pages and adapters; `place` moves a tensor to the device."""
+
+    def __init__(self, shapes: Shapes, place: Callable[[torch.Tensor], torch.Tensor], stream: int) -> None:
+        self._shapes = shapes
+        self._place = place
+        geometry, num_adapters = shapes.geometry, max(shapes.batch_sizes)
+        layout = adapter_layout(shapes)
+        page_nbytes = geometry.page_nbytes(torch.bfloat16)
+        extent_pages = -(-layout.nbytes // page_nbytes)
+        context_pages = num_adapters * -(-shapes.context_len // BLOCK_SIZE)
+        num_kv_pages = max(context_pages, shapes.prompt_tokens)  # prompts may end in any part of a page
+        num_pages = num_kv_pages + num_adapters * extent_pages
+        self._pool = place(_random_pages(num_pages, page_nbytes))
+        self._kernels = _core.CudaKernels(
+            dtype="bfloat16",
+            num_layers=geometry.num_layers,
+            num_heads=geometry.num_heads,
+            num_kv_heads=geometry.num_kv_heads,
+            head_dim=geometry.head_dim,
+            pool_ptr=self._pool.data_ptr(),
+            pool_nbytes=num_pages * page_nbytes,
+            groups=[(i, sum(o)) for i, o in map(shapes.modules, range(NUM_GROUPS))],
+            max_num_slots=num_adapters,
+            max_num_tokens=max(shapes.prompt_tokens, num_adapters),
+            max_num_seqs=num_adapters,
+            max_group_rank=3 * shapes.rank,
+            max_model_len=max(shapes.context_len, shapes.prompt_tokens),
+        )
+        for slot in range(num_adapters):
+            self._kernels.set_adapter(slot, num_kv_pages + slot * extent_pages, layout, stream)
+        num_rows = max(shapes.prompt_tokens, num_adapters)
+        width = max(2 * shapes.intermediate, geometry.qkv_features)
+        self._x, self._y = (place(torch.randn(num_rows * width).bfloat16()) for _ in range(2))
+        self._weight = place(torch.randn(shapes.hidden).bfloat16())
+        self._cos_sin = place(torch.rand(max(shapes.context_len, shapes.prompt_tokens), geometry.head_dim))
+
+    def cases(self) -> Iterator[Case]:
+        for num_rows in self._shapes.batch_sizes:
+            for group in range(NUM_GROUPS):
+                for mix in ("distinct", "identical"):
+                    yield self._lora_decode(group, num_rows, mix)
+            yield from self._rows(num_rows)
+            yield self._rope(num_rows)
+            yield self._attention(num_rows)
+        for num_adapters in (1, 8):
+            for group in range(NUM_GROUPS):
+                yield self._lora_prefill(group, num_adapters)
+
+    def _lora_decode(self, group: int, num_rows: int, mix: str) -> Case:
+        slots = range(num_rows) if mix == "distinct" else [0] * num_rows
+        segments = [(row, row + 1, slot) for row, slot in enumerate(slots)]
+        if mix == "identical":
+            segments = [(0, num_rows, 0)]
+        in_features, out_features = self._shapes.modules(group)
+        rows_nbytes = num_rows * (in_features + 2 * sum(out_features)) * ITEM_NBYTES
+        nbytes = len(set(slots)) * self._shapes.lora_nbytes(group) + rows_nbytes
+        arrays = arrays_of([(1, BLOCK_SIZE)] * num_rows, segments)
+        return self._lora(f"lora {GROUP_NAMES[group]}", group, arrays, mix, nbytes)
+
+    def _lora_prefill(self, group: int, num_adapters: int) -> Case:
+        num_tokens = self._shapes.prompt_tokens // num_adapters
+        ends = [num_tokens * (slot + 1) for slot in range(num_adapters)]
+        segments = [(end - num_tokens, end, slot) for slot, end in enumerate(ends)]
+        in_features, out_features = self._shapes.modules(group)
+        rows_nbytes = ends[-1] * (in_features + 2 * sum(out_features)) * ITEM_NBYTES
+        nbytes = num_adapters * self._shapes.lora_nbytes(group) + rows_nbytes
+        arrays = arrays_of([(num_tokens, num_tokens)] * num_adapters, segments)
+        mix = f"prefill, {num_adapters} adapters"
+        return self._lora(f"lora {GROUP_NAMES[group]}", group, arrays, mix, nbytes)
+
+    def _lora(self, op: str, group: int, arrays: Arrays, mix: str, nbytes: int) -> Case:
+        num_rows = len(arrays.positions)
+
+        def launch(step: _core.CudaStep, layer: int, stream: int) -> None:
+            self._kernels.lora(step, self._x.data_ptr(), self._y.data_ptr(), layer, group, stream)
+
+        flop = num_rows * self._shapes.lora_nbytes(group) // ITEM_NBYTES * 2
+        return Case(op, num_rows, mix, nbytes, flop, self._stepping(arrays, launch))
+
+    def _rows(self, num_rows: int) -> Iterator[Case]:
+        hidden, intermediate = self._shapes.hidden, self._shapes.intermediate
+        x, y = self._x.data_ptr(), self._y.data_ptr()
+
+        def norm(_: int, stream: int) -> None:
+            pointers = x, y, self._weight.data_ptr(), x
+            self._kernels.rms_norm(*pointers, num_rows, hidden, 1e-5, stream)
+
+        def silu(_: int, stream: int) -> None:
+            self._kernels.silu_mul(x, y, num_rows, intermediate, stream)
+
+        norm_nbytes = (4 * num_rows + 1) * hidden * ITEM_NBYTES
+        silu_nbytes = 3 * num_rows * intermediate * ITEM_NBYTES
+        yield Case("add_rms_norm", num_rows, "", norm_nbytes, 0, self._looping(norm))
+        yield Case("silu_mul", num_rows, "", silu_nbytes, 0, self._looping(silu))
+
+    def _rope(self, num_rows: int) -> Case:
+        geometry = self._shapes.geometry
+        values = geometry.qkv_features + (geometry.num_heads + 3 * geometry.num_kv_heads) * geometry.head_dim
+
+        def launch(step: _core.CudaStep, layer: int, stream: int) -> None:
+            pointers = self._x.data_ptr(), layer, self._cos_sin.data_ptr(), len(self._cos_sin)
+            self._kernels.rope_and_cache(step, *pointers, None, None, 1e-5, stream)
+
+        nbytes = num_rows * values * ITEM_NBYTES
+        return Case("rope_and_cache", num_rows, "", nbytes, 0, self._stepping(self._decode(num_rows), launch))
+
+    def _attention(self, num_rows: int) -> Case:
+        geometry, context_len = self._shapes.geometry, self._shapes.context_len
+        kv = 2 * context_len * geometry.num_kv_heads
+        nbytes = num_rows * (kv + 2 * geometry.num_heads) * geometry.head_dim * ITEM_NBYTES
+
+        def launch(step: _core.CudaStep, layer: int, stream: int) -> None:
+            self._kernels.attention(step, self._x.data_ptr(), layer, self._y.data_ptr(), stream)
+
+        flop = 4 * num_rows * context_len * geometry.num_heads * geometry.head_dim
+        begin = self._stepping(self._decode(num_rows), launch)
+        return Case("attention", num_rows, f"context {context_len}", nbytes, flop, begin)
+
+    def _decode(self, num_rows: int) -> Arrays:
+        return arrays_of([(1, self._shapes.context_len)] * num_rows)
+
+    def _stepping(
+        self, arrays: Arrays, launch: Callable[[_core.CudaStep, int, int], None]
+    ) -> Callable[[int], Run]:
+        def begin(stream: int) -> Run:
+            step = self._kernels.begin_step(arrays, stream)
+
+            def run(stream: int) -> None:
+                for layer in range(self._shapes.num_layers):
+                    launch(step, layer, stream)
+
+            return run
+
+        return begin
+
+    def _looping(self, launch: Callable[[int, int], None]) -> Callable[[int], Run]:
+        def run(stream: int) -> None:
+            for layer in range(self._shapes.num_layers):
+                launch(layer, stream)
+
+        return lambda _: run
+
+
+def adapter_layout(shapes: Shapes) -> _core.AdapterLayout:
+    """An adapter of every module of every layer; what its bytes are does not matter here."""
+    end, places = 0, []
+
+    def block(rows: int, columns: int) -> int:
+        nonlocal end
+        start = end
+        end = -(-(start + rows * columns * ITEM_NBYTES) // ALIGN) * ALIGN
+        return start
+
+    for layer in range(shapes.num_layers):
+        for group in range(NUM_GROUPS):
+            in_features, out_features = shapes.modules(group)
+            rank, entries, column = shapes.rank * len(out_features), [], 0
+            a_offset = block(rank, in_features)
+            for index, width in enumerate(out_features):
+                entries.append(
+                    (index * shapes.rank, shapes.rank, block(width, shapes.rank), column, width, 1.0)
+                )
+                column += width
+            places.append((layer, group, a_offset, rank, in_features, entries))
+    return _core.AdapterLayout.from_groups(places, shapes.num_layers, end + OVERREAD)
+
+
+def _random_pages(num_pages: int, page_nbytes: int) -> torch.Tensor:
+    """Small random values, one page over and over: only their number matters."""
+    page = (torch.randn(page_nbytes // ITEM_NBYTES) / 16).bfloat16()
+    return page.view(torch.uint8).repeat(num_pages)

@@ -1,0 +1,189 @@
+"""A model's fused projections, random adapters for them in a pool, and the kernels beside the reference."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from loraserve import _core
+from loraserve.ops.base import KvGeometry
+from loraserve.ops.torch_ops import TorchOps
+
+from tests.batches import HandBatch, one_sequence
+from tests.gpu.device import Gpu
+from tests.ops.building import OVERREAD, token_batch, with_waves
+from tests.panels import pack_panels
+
+GEOMETRY = KvGeometry(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=64)
+LAYER = 1
+NUM_PAGES = 640
+MAX_GROUP_RANK = 480
+# in_features, and the modules' out_features: panels of 16 columns that no block of a kernel's grid ends with.
+PROJECTIONS = ((640, (576, 272, 256)), (544, (640,)), (640, (784, 784)), (1568, (640,)))
+# Ranks of each adapter's modules by projection; 0 or nothing: absent.
+ADAPTERS: tuple[Sequence[Sequence[int]], ...] = (
+    ((8, 8, 8), (8,), (8, 8), (8,)),
+    ((16, 16, 16), (16,), (16, 16), (16,)),
+    ((24, 0, 64), (64,), (0, 40), (24,)),
+    ((0, 8, 0), (), (16, 0), (72,)),
+    ((), (24,), (), ()),
+    ((64, 24, 256), (256,), (96, 128), (8,)),
+)
+# Of the largest value: the reference rounds its output only, the kernels round s and the output.
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+
+Segment = tuple[int, int, int, float]  # first row, end, slot, weight
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Kernels and reference over one pool that holds `ADAPTERS` in the slots 0, 1, …"""
+
+    gpu: Gpu
+    dtype: torch.dtype
+    kernels: _core.CudaKernels
+    reference: TorchOps
+    generator: torch.Generator
+
+    def random(self, *shape: int) -> torch.Tensor:
+        return self.gpu.place(torch.randn(*shape, generator=self.generator).to(self.dtype))
+
+    def run(self, step: _core.CudaStep, x: torch.Tensor, y: torch.Tensor, group: int) -> torch.Tensor:
+        """y plus what the kernels add."""
+        out = self.gpu.place(y)
+        self.kernels.lora(step, x.data_ptr(), out.data_ptr(), LAYER, group, self.gpu.stream)
+        self.gpu.synchronize()
+        return out
+
+    def apply(self, batch: HandBatch, x: torch.Tensor, y: torch.Tensor, group: int) -> torch.Tensor:
+        return self.run(self.kernels.begin_step(batch, self.gpu.stream), x, y, group)
+
+    def expect(self, batch: HandBatch, x: torch.Tensor, y: torch.Tensor, group: int) -> torch.Tensor:
+        """y plus what the reference adds, in float32."""
+        out = y.float()
+        for segment in range(len(batch.seg_start)):
+            rows = slice(int(batch.seg_start[segment]), int(batch.seg_end[segment]))
+            weight = float(batch.seg_weight[segment])
+            for module in self.reference.modules(int(batch.seg_slot[segment]), LAYER, group):
+                columns = slice(module.out_offset, module.out_offset + module.bt.shape[1])
+                out[rows, columns] += (x[rows].float() @ module.a.T * (weight * module.scale)) @ module.bt
+        return out
+
+    def assert_matches(self, batch: HandBatch, group: int) -> None:
+        """The kernels agree with the reference on random rows, and leave rows without adapter alone."""
+        in_features, out_features = PROJECTIONS[group]
+        num_rows = len(batch.token_ids)
+        x, y = self.random(num_rows, in_features), self.random(num_rows, sum(out_features))
+        actual, expected = self.apply(batch, x, y, group), self.expect(batch, x, y, group)
+        error = (actual.float() - expected).abs().max().item() / expected.abs().max().item()
+        assert error < TOLERANCE[self.dtype], f"relative error {error:.2e}"
+        unchanged = expected == y.float()
+        assert torch.equal(actual[unchanged], y[unchanged])
+
+
+def make_lora(gpu: Gpu, dtype: torch.dtype) -> Lora:
+    generator = torch.Generator().manual_seed(7)
+    page_nbytes = GEOMETRY.page_nbytes(dtype)
+    pool = gpu.zeros(NUM_PAGES * page_nbytes, dtype=torch.uint8)
+    kernels = gpu.kernels(
+        GEOMETRY,
+        dtype,
+        pool,
+        [(in_features, sum(out_features)) for in_features, out_features in PROJECTIONS],
+        max_num_tokens=320,
+        max_num_seqs=160,
+        max_group_rank=MAX_GROUP_RANK,
+    )
+    reference, first_page = TorchOps(GEOMETRY, dtype, pool), 0
+    for slot, ranks in enumerate(ADAPTERS):
+        extent, layout = _random_adapter(dtype, dict(enumerate(ranks)), generator)
+        start = first_page * page_nbytes
+        assert start + len(extent) <= len(pool), "the test's pool is too small"
+        pool[start : start + len(extent)] = extent.to(pool.device)
+        kernels.set_adapter(slot, first_page, layout, gpu.stream)
+        reference.set_adapter(slot, first_page, layout)
+        first_page += -(-len(extent) // page_nbytes)
+    return Lora(gpu, dtype, kernels, reference, generator)
+
+
+def _random_adapter(
+    dtype: torch.dtype, ranks: Mapping[int, Sequence[int]], generator: torch.Generator
+) -> tuple[torch.Tensor, _core.AdapterLayout]:
+    """The bytes of an extent, and their layout; `ranks` of modules by projection."""
+    blocks: list[torch.Tensor] = []
+
+    def block(rows: int, columns: int) -> int:
+        """Appends a random matrix, aligned; returns its offset."""
+        values = torch.randn(rows, columns, generator=generator) / max(rows, columns) ** 0.5
+        data = pack_panels(values.to(dtype)).view(torch.uint8)
+        offset = sum(len(earlier) for earlier in blocks)
+        blocks.extend((data, torch.zeros(-len(data) % 64, dtype=torch.uint8)))
+        return offset
+
+    places = []
+    for group, module_ranks in ranks.items():
+        in_features, out_features = PROJECTIONS[group]
+        if not any(module_ranks):
+            continue
+        a_offset, rank_offset, out_offset, modules = block(sum(module_ranks), in_features), 0, 0, []
+        for rank, columns in zip(module_ranks, out_features, strict=True):
+            if rank > 0:
+                scale = 2.0 + rank_offset / 64
+                modules.append((rank_offset, rank, block(columns, rank), out_offset, columns, scale))
+            rank_offset, out_offset = rank_offset + rank, out_offset + columns
+        places.append((LAYER, group, a_offset, rank_offset, in_features, modules))
+    extent = torch.cat([*blocks, torch.zeros(OVERREAD, dtype=torch.uint8)])
+    return extent, _core.AdapterLayout.from_groups(places, GEOMETRY.num_layers, len(extent))
+
+
+def decode_batch(num_rows: int, *waves: Sequence[Segment]) -> HandBatch:
+    """Sequences of one token each."""
+    return with_waves(token_batch(num_rows), waves)
+
+
+def prefill_batch(num_rows: int, *waves: Sequence[Segment]) -> HandBatch:
+    """One prompt; whose rows have which adapter is up to the segments."""
+    return with_waves(one_sequence(range(num_rows)), waves)
+
+
+def mixed_batch(num_decode: int, num_prefill: int, *waves: Sequence[Segment]) -> HandBatch:
+    """Sequences of one token each, and a prompt after them."""
+    batch = token_batch(num_decode + num_prefill)
+    num_blocks = -(-num_prefill // 16)
+    last = np.asarray([num_decode + num_prefill], dtype=np.int32)
+    batch = replace(
+        batch,
+        query_indptr=np.concatenate((batch.query_indptr[: num_decode + 1], last)),
+        context_lens=np.concatenate((batch.context_lens[:num_decode], last - num_decode)),
+        block_table=np.zeros(num_decode + num_blocks, dtype=np.int32),
+        block_table_indptr=np.concatenate(
+            (batch.block_table_indptr[: num_decode + 1], last * 0 + num_decode + num_blocks)
+        ),
+    )
+    return with_waves(batch, waves)
+
+
+def segments_of(mix: str, num_rows: int) -> list[Segment]:
+    """Rows and slots of a workload that punica's paper names, and of its extremes."""
+    slots, num_slots = range(len(ADAPTERS)), len(ADAPTERS)
+    match mix:
+        case "empty":
+            return []
+        case "one_row":
+            return [(num_rows // 2, num_rows // 2 + 1, 1, 1.0)]
+        case "identical":
+            return [(0, num_rows, 2, 0.5)]
+        case "distinct":
+            return [(row, row + 1, row % num_slots, 1.0) for row in range(num_rows)]
+        case "uniform":
+            bounds = [num_rows * slot // num_slots for slot in range(num_slots + 1)]
+        case "skewed":
+            bounds = [0, *(num_rows - num_rows // 2**slot for slot in slots[1:]), num_rows]
+        case _:
+            raise ValueError(mix)
+    # The first row of each segment stays with the base model.
+    pairs = zip(bounds[:-1], bounds[1:], slots, strict=True)
+    return [(start + 1, end, slot, 1.0 - slot / 4) for start, end, slot in pairs if start + 1 < end]
+
+
+MIXES = ("empty", "one_row", "identical", "distinct", "uniform", "skewed")

@@ -1,0 +1,59 @@
+"""Answers a job with the CUDA backend and prints the tokens as JSON; a process of its own, because the
+emulator reads its settings once. Usage: python -m tests.gpu.run_engine JOB.json"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import loraserve.runner
+from loraserve import LLM, SamplingParams
+from loraserve.backends.cuda import CudaBackend
+from loraserve.config import EngineConfig
+from loraserve.request import TokenLogprob
+
+from tests.gpu.device import open_driver
+from tests.gpu.emulated_backend import EmulatedBackend
+
+
+def main(job: dict[str, Any]) -> dict[str, Any]:
+    driver, reason = open_driver()
+    assert driver is not None, reason
+    backends: list[CudaBackend] = []
+
+    def open_backend(config: EngineConfig) -> CudaBackend:
+        assert driver is not None
+        backends.append(EmulatedBackend(config, driver))
+        return backends[0]
+
+    if driver.is_emulated:
+        loraserve.runner.open_backend = open_backend  # type: ignore[assignment]
+    return answer(job, "cuda") | {"captures": _captures(backends)}
+
+
+def _captures(backends: list[CudaBackend]) -> int:
+    graphs = backends[0]._graphs if backends else None
+    return 0 if graphs is None else graphs.num_captured
+
+
+def answer(job: dict[str, Any], device: str, **settings: Any) -> dict[str, Any]:
+    """Per round and request: the tokens, and how much likelier than the next best the closest choice was."""
+    params = SamplingParams(max_tokens=job["max_tokens"], temperature=0.0, ignore_eos=True, logprobs=2)
+    rounds, margins = [], []
+    with LLM(job["model"], adapters=job["adapters"], device=device, **{**job["settings"], **settings}) as llm:
+        for requests in job["rounds"]:
+            prompts = [prompt for prompt, _ in requests]
+            adapters = [adapter for _, adapter in requests]
+            outputs = llm.generate(prompts, params, adapters, progress=False)
+            rounds.append([output.token_ids for output in outputs])
+            margins.append([min(map(_margin, output.logprobs or [])) for output in outputs])
+    return {"rounds": rounds, "margins": margins}
+
+
+def _margin(logprob: TokenLogprob) -> float:
+    (_, best), (_, second) = logprob.top
+    return best - second
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(json.loads(Path(sys.argv[1]).read_text()))))

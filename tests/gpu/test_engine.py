@@ -1,0 +1,100 @@
+"""The whole engine on the CUDA backend answers what the CPU backend answers, token for token."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.e2e.tiny import PROMPT
+from tests.gpu.driver import Driver
+from tests.gpu.run_engine import answer
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "adapters"
+DECISIVE = 0.01  # margin of natural-log probability that bfloat16 does not turn over in these models
+SETTINGS = {"dtype": "bfloat16", "memory": "1MiB", "max_num_seqs": 16, "max_model_len": 64}
+
+
+def run_on_cuda(job: dict[str, Any], directory: Path, **environment: str) -> dict[str, Any]:
+    path = directory / "job.json"
+    path.write_text(json.dumps(job))
+    command = [sys.executable, "-m", "tests.gpu.run_engine", str(path)]
+    environment = {**os.environ, "CUEMU_HOST_OK": "1", "CUEMU_INITCHECK": "0", **environment}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+@pytest.fixture
+def job(tiny_model: tuple[Path, torch.nn.Module], tiny_adapters: dict[str, str]) -> dict[str, Any]:
+    """Rounds of other mixes: base and adapters, one for all, several in one token, none."""
+    adapters = dict(list(tiny_adapters.items())[:6])
+    names = list(adapters)
+    mixed = [(PROMPT[: 2 + index], name) for index, name in enumerate([None, *names])]
+    return {
+        "model": str(tiny_model[0]),
+        "adapters": adapters,
+        "settings": SETTINGS,
+        "max_tokens": 5,
+        "rounds": [
+            mixed,
+            [(PROMPT, names[0])] * 3,
+            [(PROMPT, {names[1]: 0.5, names[2]: -0.25}), (PROMPT[:4], None)],
+            [(PROMPT[:3], None)] * 2,
+            list(reversed(mixed)),
+        ],
+    }
+
+
+def test_mixed_batches_are_answered_as_on_the_cpu(
+    driver: Driver, job: dict[str, Any], tmp_path: Path
+) -> None:
+    actual = run_on_cuda(job, tmp_path)
+    check(job, actual)
+    assert actual["captures"] > 0
+
+
+def test_loads_and_steps_on_lazy_streams_wait_for_each_other(
+    driver: Driver, job: dict[str, Any], tmp_path: Path
+) -> None:
+    if not driver.is_emulated:
+        pytest.skip("a GPU has no lazy streams")
+    job["settings"] = {**SETTINGS, "memory": "96KiB"}  # adapters come and go
+    check(job, run_on_cuda(job, tmp_path, CUEMU_LAZY="1", CUEMU_SCHED="2", CUEMU_SEED="7"))
+
+
+def test_the_demo_adapters_answer_on_the_demo_model_as_on_the_cpu(
+    driver: Driver, smollm2_path: str, tmp_path: Path
+) -> None:
+    adapters = {name: str(EXAMPLES / name) for name in ("sql", "pirate")}
+    prompt = "Table cats(name, age). Which cats are older than 9?"
+    job = {
+        "model": smollm2_path,
+        "adapters": adapters,
+        "settings": {"dtype": "bfloat16", "memory": "64MiB", "max_num_seqs": 4, "max_model_len": 64},
+        "max_tokens": 4,
+        "rounds": [[(prompt, None), (prompt, "sql"), (prompt, "pirate")]],
+    }
+    check(job, run_on_cuda(job, tmp_path))
+
+
+def check(job: dict[str, Any], actual: dict[str, Any]) -> None:
+    """Every decisive answer is the CPU's; most are decisive, and adapters matter."""
+    expected = answer(job, "cpu")["rounds"]
+    margins = answer(job, "cpu", dtype="float32")["margins"]
+    triples = [
+        (margin, a, e)
+        for round_margins, round_actual, round_expected in zip(
+            margins, actual["rounds"], expected, strict=True
+        )
+        for margin, a, e in zip(round_margins, round_actual, round_expected, strict=True)
+    ]
+    decisive = [(a, e) for margin, a, e in triples if margin >= DECISIVE]
+    assert 2 * len(decisive) >= len(triples)
+    assert [a for a, _ in decisive] == [e for _, e in decisive]
+    assert len({tuple(e) for _, e in decisive}) > 1
