@@ -48,6 +48,7 @@ def test_the_commands_parse() -> None:
         ["loraserve", "serve"],
         ["loraserve", "generate"],
         ["loraserve", "adapters"],
+        ["loraserve", "doctor"],
     ]
     for line in lines:
         build_parser().parse_args(line[1:])
