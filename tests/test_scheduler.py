@@ -85,7 +85,18 @@ def test_failed_load_passes_its_class_and_message_through(scheduler: Scheduler) 
     error = ("AdapterUnavailableError", "files are gone")
     assert scheduler.drain_outputs() == [(request, None, "error", error, 0)]
     assert scheduler.adapters() == [
-        {"name": "sql", "id": adapter, "hash": "hash", "nbytes": 2000, "state": "failed", "num_running": 0}
+        {
+            "name": "sql",
+            "id": adapter,
+            "hash": "hash",
+            "nbytes": 2000,
+            "state": "failed",
+            "num_running": 0,
+            "num_waiting": 0,
+            "is_pinned": False,
+            "num_loads": 1,
+            "num_evictions": 0,
+        }
     ]
 
 

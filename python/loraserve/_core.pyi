@@ -39,6 +39,10 @@ class _AdapterInfo(TypedDict):
     nbytes: int
     state: Literal["registered", "loading", "resident", "failed", "unloading"]
     num_running: int
+    num_waiting: int
+    is_pinned: bool
+    num_loads: int
+    num_evictions: int
 
 _Finish = Literal["stop", "length", "abort", "error"]
 _Output = tuple[int, int | None, _Finish | None, tuple[str, str] | None, int]
@@ -112,6 +116,9 @@ class Step:
     def loads(self) -> list[tuple[int, int, int, int]]:
         """(adapter_id, slot, first_page, num_pages); each is answered once."""
     @property
+    def admitted(self) -> list[int]:
+        """Ids of the requests that begin with this step."""
+    @property
     def batch(self) -> Batch | None: ...
 
 @final
@@ -144,6 +151,17 @@ class Scheduler:
 
         An accepted request that still waits may ask for the adapter's load afterwards.
         """
+    def warm_adapter(self, name: str) -> bool:
+        """Load it as soon as no request is short of memory; True if it is resident already.
+
+        Raises AdapterNotFoundError, AdapterUnavailableError, CapacityError (no room beside what is pinned).
+        """
+    def pin_adapter(self, name: str, is_pinned: bool) -> None:
+        """Keep it from being evicted and have it loaded, or let it go again.
+
+        Raises AdapterNotFoundError, AdapterUnavailableError, CapacityError (beyond half of the pool, or an
+        accepted request would not fit any more).
+        """
     def submit(
         self,
         prompt: list[int] | NDArray[np.int32],
@@ -168,6 +186,12 @@ class Scheduler:
         """Fail the waiting requests that asked for it; a later request tries again."""
     def drain_outputs(self) -> list[_Output]:
         """New (request_id, token_id, finish_reason, (error_class, message), num_cached_tokens)."""
+    def num_waiting(self) -> int:
+        """Accepted requests that are not running."""
+    def num_waiting_for_adapters(self) -> int:
+        """Those of them that an adapter is missing for."""
+    def has_its_adapters(self, request_id: int) -> bool:
+        """Whether all adapters of an unfinished request are resident."""
     def has_work(self) -> bool:
         """Whether any request is unfinished."""
     def stats(self) -> dict[str, int]: ...

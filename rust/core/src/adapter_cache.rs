@@ -10,7 +10,7 @@ use std::collections::HashMap;
 
 use crate::error::Error;
 use crate::ids::{AdapterId, AdapterKey, SlotId};
-use crate::slot_table::SlotTable;
+use crate::slot_table::{Shield, SlotTable};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AdapterState {
@@ -30,6 +30,11 @@ pub struct AdapterInfo {
     /// `registered`, `loading`, `resident`, `failed` or `unloading`.
     pub state: &'static str,
     pub num_running: usize,
+    pub num_waiting: usize,
+    /// Kept in memory under this name.
+    pub is_kept: bool,
+    pub num_loads: u64,
+    pub num_evictions: u64,
 }
 
 #[derive(Debug)]
@@ -40,14 +45,25 @@ pub struct Entry {
     pub state: AdapterState,
     /// Unfinished requests, waiting or running.
     pub users: usize,
+    /// Names under which the operator keeps it in memory.
+    num_keeps: usize,
+    num_loads: u64,
+    num_evictions: u64,
     names: Vec<String>,
     unloading: Vec<String>,
+}
+
+impl Entry {
+    pub fn is_kept(&self) -> bool {
+        self.num_keeps > 0
+    }
 }
 
 #[derive(Debug)]
 struct Name {
     adapter: AdapterId,
     is_unloading: bool,
+    is_kept: bool,
 }
 
 #[derive(Debug, Default)]
@@ -56,7 +72,16 @@ pub struct AdapterCache {
     by_key: HashMap<AdapterKey, AdapterId>,
     names: HashMap<String, Name>,
     pub slots: SlotTable,
+    /// Adapters kept by the operator, resident or not, and the pages they need.
+    kept: Kept,
     next_id: u32,
+}
+
+/// How much the operator keeps in memory.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Kept {
+    pub num_adapters: usize,
+    pub num_pages: usize,
 }
 
 impl AdapterCache {
@@ -91,6 +116,7 @@ impl AdapterCache {
             Name {
                 adapter,
                 is_unloading: false,
+                is_kept: false,
             },
         );
         Ok(adapter)
@@ -103,6 +129,11 @@ impl AdapterCache {
             name: name.to_owned(),
         })?;
         let adapter = bound.adapter;
+        if std::mem::take(&mut bound.is_kept) {
+            self.change_keeps(adapter, false);
+        }
+        let bound = self.names.get_mut(name);
+        let bound = bound.expect("invariant: a name is unbound here only");
         let entry = self
             .entries
             .get_mut(&adapter)
@@ -129,6 +160,25 @@ impl AdapterCache {
         }
     }
 
+    /// Keeps the adapter in memory under this name, or no longer.
+    pub fn set_kept(&mut self, name: &str, is_kept: bool) -> Result<(), Error> {
+        let adapter = self.resolve(name)?;
+        let bound = self.names.get_mut(name);
+        let bound = bound.expect("invariant: a resolved name is bound");
+        if std::mem::replace(&mut bound.is_kept, is_kept) != is_kept {
+            self.change_keeps(adapter, is_kept);
+        }
+        Ok(())
+    }
+
+    pub fn kept(&self) -> Kept {
+        self.kept
+    }
+
+    pub fn get(&self, adapter: AdapterId) -> Option<&Entry> {
+        self.entries.get(&adapter)
+    }
+
     pub fn entry(&self, adapter: AdapterId) -> &Entry {
         self.entries
             .get(&adapter)
@@ -151,8 +201,12 @@ impl AdapterCache {
     }
 
     pub fn begin_load(&mut self, adapter: AdapterId, slot: SlotId) {
-        self.entry_mut(adapter).state = AdapterState::Loading(slot);
+        let entry = self.entry_mut(adapter);
+        entry.state = AdapterState::Loading(slot);
+        entry.num_loads += 1;
+        let is_kept = entry.is_kept();
         self.slots.occupy(slot, adapter);
+        self.slots.set_kept(slot, is_kept);
     }
 
     /// Returns the slot to free if nobody wants the adapter any more.
@@ -183,11 +237,13 @@ impl AdapterCache {
     /// The resident goes back to registered.
     pub fn evict(&mut self, slot: SlotId) {
         assert!(
-            self.slots.is_idle(slot),
-            "invariant: only an idle adapter is evicted"
+            self.slots.is_evictable(slot, Shield::Ignore),
+            "invariant: only an idle adapter that nobody keeps is evicted"
         );
         let adapter = self.slots.vacate(slot).adapter;
-        self.entry_mut(adapter).state = AdapterState::Registered;
+        let entry = self.entry_mut(adapter);
+        entry.state = AdapterState::Registered;
+        entry.num_evictions += 1;
     }
 
     /// Keeps the adapter resident for a waiting request until the next round.
@@ -242,6 +298,11 @@ impl AdapterCache {
                     (adapter, !is_loading)
                 );
                 assert!(occupant.pins <= entry.users, "pins are users");
+                assert_eq!(
+                    occupant.is_kept,
+                    entry.is_kept(),
+                    "a slot knows who keeps it"
+                );
             }
             for (names, is_unloading) in [(&entry.names, false), (&entry.unloading, true)] {
                 for name in names {
@@ -250,6 +311,18 @@ impl AdapterCache {
                 }
             }
         }
+        for (&adapter, entry) in &self.entries {
+            let keeps = self
+                .names
+                .values()
+                .filter(|b| b.adapter == adapter && b.is_kept)
+                .count();
+            assert_eq!(entry.num_keeps, keeps, "keeps are names");
+        }
+        let kept = self.entries.values().filter(|entry| entry.is_kept());
+        assert_eq!(self.kept.num_adapters, kept.clone().count());
+        let num_pages: usize = kept.map(|entry| entry.num_pages).sum();
+        assert_eq!(self.kept.num_pages, num_pages, "kept pages are counted");
         let bound: usize = self
             .entries
             .values()
@@ -289,12 +362,39 @@ impl AdapterCache {
             num_pages,
             state: AdapterState::Registered,
             users: 0,
+            num_keeps: 0,
+            num_loads: 0,
+            num_evictions: 0,
             names: Vec::new(),
             unloading: Vec::new(),
         };
         self.entries.insert(adapter, entry);
         self.by_key.insert(key, adapter);
         adapter
+    }
+
+    fn change_keeps(&mut self, adapter: AdapterId, is_kept: bool) {
+        let entry = self.entry_mut(adapter);
+        let was_kept = entry.is_kept();
+        entry.num_keeps = if is_kept {
+            entry.num_keeps + 1
+        } else {
+            entry.num_keeps - 1
+        };
+        let (is_kept, num_pages, state) = (entry.is_kept(), entry.num_pages, entry.state);
+        if was_kept == is_kept {
+            return;
+        }
+        if is_kept {
+            self.kept.num_adapters += 1;
+            self.kept.num_pages += num_pages;
+        } else {
+            self.kept.num_adapters -= 1;
+            self.kept.num_pages -= num_pages;
+        }
+        if let AdapterState::Resident(slot) | AdapterState::Loading(slot) = state {
+            self.slots.set_kept(slot, is_kept);
+        }
     }
 
     fn forget_if_unused(&mut self, adapter: AdapterId) -> Option<SlotId> {
@@ -343,6 +443,10 @@ impl AdapterCache {
                 state
             },
             num_running,
+            num_waiting: entry.users - num_running,
+            is_kept: bound.is_kept,
+            num_loads: entry.num_loads,
+            num_evictions: entry.num_evictions,
         }
     }
 

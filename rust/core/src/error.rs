@@ -66,6 +66,42 @@ pub enum Error {
         available: usize,
         available_pages: usize,
     },
+    #[error(
+        "adapter '{name}' needs {needed_pages} pages of memory, pinned adapters may take {limit_pages} and take {pinned_pages}; unpin others or raise the memory budget"
+    )]
+    PinTooLarge {
+        name: String,
+        needed_pages: usize,
+        pinned_pages: usize,
+        limit_pages: usize,
+    },
+    #[error("adapter '{name}' can't be pinned, {limit} are pinned already; unpin one first")]
+    TooManyPinned { name: String, limit: usize },
+    #[error(
+        "request needs {kv_pages} pages of KV cache and {adapter_pages} pages of adapters, {available_pages} are left beside pinned adapters; lower max_tokens or unpin some"
+    )]
+    NoRoomForRequest {
+        kv_pages: usize,
+        adapter_pages: usize,
+        available_pages: usize,
+    },
+    #[error(
+        "adapter '{name}' can't be pinned now, request {request} needs the memory: {kv_pages} pages of KV cache and {adapter_pages} of adapters; try again later"
+    )]
+    PinInTheWay {
+        name: String,
+        request: u64,
+        kv_pages: usize,
+        adapter_pages: usize,
+    },
+    #[error(
+        "adapter '{name}' needs {needed_pages} pages of memory, pinned adapters leave {available_pages}; unpin some or raise the memory budget"
+    )]
+    NoRoomBesidePinned {
+        name: String,
+        needed_pages: usize,
+        available_pages: usize,
+    },
     #[error("request names {count} adapters, at most {limit} can be resident at once")]
     TooManyAdapters { count: usize, limit: usize },
 }
@@ -98,6 +134,11 @@ impl Error {
             Self::AdapterUnloading { .. } => ErrorKind::AdapterUnavailable,
             Self::AdapterTooLarge { .. }
             | Self::RequestTooLarge { .. }
+            | Self::PinTooLarge { .. }
+            | Self::TooManyPinned { .. }
+            | Self::NoRoomForRequest { .. }
+            | Self::PinInTheWay { .. }
+            | Self::NoRoomBesidePinned { .. }
             | Self::TooManyAdapters { .. } => ErrorKind::Capacity,
             _ => ErrorKind::InvalidRequest,
         }

@@ -9,6 +9,8 @@ pub struct Occupant {
     /// Running sequences.
     pub pins: usize,
     pub last_use: u64,
+    /// Kept by the operator: not to be evicted, but it may be moved.
+    pub is_kept: bool,
     /// The last round in which a waiting request asked for it.
     shielded_in: u64,
 }
@@ -38,6 +40,7 @@ impl SlotTable {
             is_loaded: false,
             pins: 0,
             last_use: 0,
+            is_kept: false,
             shielded_in: self.round,
         };
         let old = self.slots[slot.index()].replace(occupant);
@@ -79,6 +82,10 @@ impl SlotTable {
         self.occupant_mut(slot).shielded_in = self.round;
     }
 
+    pub fn set_kept(&mut self, slot: SlotId, is_kept: bool) {
+        self.occupant_mut(slot).is_kept = is_kept;
+    }
+
     /// Loaded and used by no running sequence: it may be moved.
     pub fn is_idle(&self, slot: SlotId) -> bool {
         self.occupant(slot)
@@ -86,7 +93,8 @@ impl SlotTable {
     }
 
     pub fn is_evictable(&self, slot: SlotId, shield: Shield) -> bool {
-        let is_free = |o: &Occupant| shield == Shield::Ignore || o.shielded_in != self.round;
+        let is_free =
+            |o: &Occupant| !o.is_kept && (shield == Shield::Ignore || o.shielded_in != self.round);
         self.is_idle(slot) && self.occupant(slot).is_some_and(is_free)
     }
 

@@ -10,7 +10,7 @@ const NUM_OPERATIONS: usize = 1000;
 #[test]
 fn random_operations_keep_every_invariant_and_every_request_ends_once() {
     let (mut num_operations, mut num_finished) = (0, 0);
-    let mut totals = [0; 5];
+    let mut totals = [0; 6];
     for seed in 0..NUM_SEEDS {
         let mut harness = Harness::new(seed);
         for _ in 0..NUM_OPERATIONS {
@@ -24,6 +24,7 @@ fn random_operations_keep_every_invariant_and_every_request_ends_once() {
             stats.num_preemptions,
             stats.num_prefix_hit_tokens,
             harness.num_moves,
+            harness.num_pins,
         ];
         totals
             .iter_mut()

@@ -74,6 +74,8 @@ pub struct Step {
     #[pyo3(get)]
     loads: Vec<(u32, u32, u32, usize)>,
     #[pyo3(get)]
+    admitted: Vec<u64>,
+    #[pyo3(get)]
     batch: Option<Py<Batch>>,
 }
 
@@ -127,6 +129,15 @@ impl Scheduler {
         self.inner.unregister_adapter(name).map_err(raise(py))
     }
 
+    fn warm_adapter(&mut self, py: Python<'_>, name: &str) -> PyResult<bool> {
+        self.inner.warm_adapter(name).map_err(raise(py))
+    }
+
+    fn pin_adapter(&mut self, py: Python<'_>, name: &str, is_pinned: bool) -> PyResult<()> {
+        let pinned = self.inner.pin_adapter(name, is_pinned);
+        pinned.map_err(raise(py))
+    }
+
     fn submit(
         &mut self,
         py: Python<'_>,
@@ -162,6 +173,7 @@ impl Scheduler {
             loads: loads
                 .map(|l| (l.adapter.0, l.slot.0, l.first_page.0, l.num_pages))
                 .collect(),
+            admitted: step.admitted.iter().map(|id| id.0).collect(),
             batch: step
                 .batch
                 .map(|batch| Py::new(py, Batch::new(py, batch)))
@@ -201,6 +213,18 @@ impl Scheduler {
         outputs.into_iter().map(output_tuple).collect()
     }
 
+    fn num_waiting(&self) -> usize {
+        self.inner.num_waiting()
+    }
+
+    fn num_waiting_for_adapters(&self) -> usize {
+        self.inner.num_waiting_for_adapters()
+    }
+
+    fn has_its_adapters(&self, request_id: u64) -> bool {
+        self.inner.has_its_adapters(RequestId(request_id))
+    }
+
     fn has_work(&self) -> bool {
         self.inner.has_work()
     }
@@ -216,6 +240,7 @@ impl Scheduler {
         dict.set_item("free_pages", stats.free_pages)?;
         dict.set_item("kv_pages", stats.kv_pages)?;
         dict.set_item("adapter_pages", stats.adapter_pages)?;
+        dict.set_item("pinned_pages", stats.pinned_pages)?;
         dict.set_item("cached_pages", stats.cached_pages)?;
         dict.set_item("num_loads", stats.num_loads)?;
         dict.set_item("num_evictions", stats.num_evictions)?;
@@ -286,6 +311,10 @@ fn adapter_dict<'py>(py: Python<'py>, info: &AdapterInfo) -> PyResult<Bound<'py,
     dict.set_item("nbytes", info.nbytes)?;
     dict.set_item("state", info.state)?;
     dict.set_item("num_running", info.num_running)?;
+    dict.set_item("num_waiting", info.num_waiting)?;
+    dict.set_item("is_pinned", info.is_kept)?;
+    dict.set_item("num_loads", info.num_loads)?;
+    dict.set_item("num_evictions", info.num_evictions)?;
     Ok(dict)
 }
 

@@ -2,6 +2,7 @@
 
 use super::{Load, Plan, Scheduler, shield_adapters};
 use crate::adapter_cache::AdapterState;
+use crate::ids::AdapterId;
 use crate::sequence::Running;
 
 /// What became of a waiting request that was looked at.
@@ -32,7 +33,10 @@ impl Scheduler {
                     slack = slack.min(self.config.max_overtakes.saturating_sub(overtaken));
                     index += 1;
                 }
-                Verdict::Blocked => return,
+                Verdict::Blocked => {
+                    plan.is_short_of_memory = true;
+                    return;
+                }
             }
         }
     }
@@ -49,29 +53,44 @@ impl Scheduler {
         self.admit(index, plan)
     }
 
+    fn adapters_of_waiting(&self, index: usize) -> Vec<AdapterId> {
+        let request = &self.waiting[index].sequence.request;
+        request.adapters.iter().map(|&(id, _)| id).collect()
+    }
+
     /// Starts what is neither resident nor loading; true if all are resident, `None` if there is no room.
     fn start_loads(&mut self, index: usize, plan: &mut Plan) -> Option<bool> {
         let mut all_resident = true;
-        for &(adapter, _) in &self.waiting[index].sequence.request.adapters {
+        for adapter in self.adapters_of_waiting(index) {
             match self.memory.adapters.entry(adapter).state {
                 AdapterState::Resident(_) => continue,
                 AdapterState::Loading(_) => {}
                 AdapterState::Registered | AdapterState::Failed => {
-                    let headroom = self.running.len();
-                    let (slot, extent) =
-                        self.memory.begin_load(adapter, headroom, &mut plan.moves)?;
-                    let (first_page, num_pages) = (extent.first_page, extent.num_pages);
-                    plan.loads.push(Load {
-                        adapter,
-                        slot,
-                        first_page,
-                        num_pages,
-                    });
+                    if !self.start_load(adapter, plan) {
+                        return None;
+                    }
                 }
             }
             all_resident = false;
         }
         Some(all_resident)
+    }
+
+    /// False if there is no room that leaves each running sequence a block to grow.
+    pub(super) fn start_load(&mut self, adapter: AdapterId, plan: &mut Plan) -> bool {
+        let headroom = self.running.len();
+        let begun = self.memory.begin_load(adapter, headroom, &mut plan.moves);
+        let Some((slot, extent)) = begun else {
+            return false;
+        };
+        let (first_page, num_pages) = (extent.first_page, extent.num_pages);
+        plan.loads.push(Load {
+            adapter,
+            slot,
+            first_page,
+            num_pages,
+        });
+        true
     }
 
     /// Takes pages for all known tokens, leaving each running sequence a block to grow.
@@ -89,7 +108,10 @@ impl Scheduler {
             .remove(index)
             .expect("invariant: the request waits");
         let mut sequence = waiting.sequence;
-        sequence.num_cached.get_or_insert(num_computed);
+        if sequence.num_cached.is_none() {
+            sequence.num_cached = Some(num_computed);
+            plan.admitted.push(sequence.request.id);
+        }
         self.num_prefix_hit_tokens += num_computed as u64;
         let pins = sequence
             .request

@@ -3,7 +3,7 @@
 //! A step: running sequences decode first, then go on with their prompts, then waiting requests are admitted in
 //! order of arrival. A request whose adapter is still loading may be overtaken, a bounded number of times.
 //!
-//! Why nothing deadlocks: a request is accepted only if it could run alone in an empty pool; the oldest running
+//! Why nothing deadlocks: a request is accepted only if it could run alone beside what is pinned; the oldest running
 //! sequence takes memory from newer ones and from everything idle; the head of the queue waits holding only idle
 //! adapters, and once nobody may overtake it, the running drain and all memory is free or idle.
 
@@ -11,13 +11,14 @@ mod admission;
 mod commit;
 mod config;
 mod decode;
+mod operator;
 mod submission;
 #[cfg(test)]
 mod tests;
 
 use std::collections::VecDeque;
 
-use crate::adapter_cache::AdapterInfo;
+use crate::adapter_cache::{AdapterInfo, AdapterState};
 use crate::batch::{Batch, Scheduled};
 use crate::error::Error;
 use crate::ids::{AdapterId, PageId, RequestId, SlotId};
@@ -44,6 +45,8 @@ pub struct Step {
     pub id: u64,
     pub moves: Vec<Move>,
     pub loads: Vec<Load>,
+    /// Requests that begin with this step; one that comes back after preemption is not among them.
+    pub admitted: Vec<RequestId>,
     pub batch: Option<Batch>,
 }
 
@@ -58,6 +61,8 @@ pub struct Stats {
     /// Pages of running sequences.
     pub kv_pages: usize,
     pub adapter_pages: usize,
+    /// What pinned adapters take or will take.
+    pub pinned_pages: usize,
     /// Idle pages the prefix cache keeps.
     pub cached_pages: usize,
     pub num_loads: u64,
@@ -71,6 +76,8 @@ pub struct Scheduler {
     memory: Memory,
     /// In order of arrival.
     waiting: VecDeque<Waiting>,
+    /// Adapters that the operator asked for and that are not loading yet, in order of asking.
+    wanted: VecDeque<AdapterId>,
     /// In order of admission.
     running: Vec<Running>,
     outputs: Vec<Output>,
@@ -105,7 +112,9 @@ struct Plan {
     rows: Vec<(usize, usize)>,
     moves: Vec<Move>,
     loads: Vec<Load>,
+    admitted: Vec<RequestId>,
     has_preempted: bool,
+    is_short_of_memory: bool,
 }
 
 impl Scheduler {
@@ -128,6 +137,7 @@ impl Scheduler {
             ),
             config,
             waiting: VecDeque::new(),
+            wanted: VecDeque::new(),
             running: Vec::new(),
             outputs: Vec::new(),
             in_flight: None,
@@ -177,12 +187,17 @@ impl Scheduler {
             rows: Vec::with_capacity(self.running.len()),
             moves: Vec::new(),
             loads: Vec::new(),
+            admitted: Vec::new(),
             has_preempted: false,
+            is_short_of_memory: false,
         };
         self.plan_decodes(&mut plan);
         self.plan_prefills(&mut plan);
         if !plan.has_preempted {
             self.admit_waiting(&mut plan);
+        }
+        if !plan.has_preempted && !plan.is_short_of_memory {
+            self.load_wanted(&mut plan);
         }
         self.launch(plan)
     }
@@ -241,6 +256,26 @@ impl Scheduler {
         self.memory.adapters.list()
     }
 
+    pub fn num_waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Waiting requests that an adapter is missing for.
+    pub fn num_waiting_for_adapters(&self) -> usize {
+        let lacks_adapter = |w: &&Waiting| !self.are_resident(&w.sequence.request.adapters);
+        self.waiting.iter().filter(lacks_adapter).count()
+    }
+
+    /// Whether a waiting or running request has all its adapters in the pool; true for an unknown one.
+    pub fn has_its_adapters(&self, request: RequestId) -> bool {
+        let waiting = self
+            .waiting
+            .binary_search_by_key(&request, |w| w.sequence.request.id);
+        waiting.map_or(true, |index| {
+            self.are_resident(&self.waiting[index].sequence.request.adapters)
+        })
+    }
+
     pub fn stats(&self) -> Stats {
         Stats {
             num_running: self.running.len(),
@@ -250,6 +285,7 @@ impl Scheduler {
             num_pages: self.config.num_pages,
             free_pages: self.memory.pool.num_free(),
             kv_pages: self.memory.pool.num_used_blocks(),
+            pinned_pages: self.memory.adapters.kept().num_pages,
             adapter_pages: self.memory.pool.num_extent_pages(),
             cached_pages: self.memory.num_cached_pages(),
             num_loads: self.num_loads,
@@ -281,6 +317,7 @@ impl Scheduler {
             }
         }
         self.memory.adapters.check_uses(&uses);
+        self.check_kept();
     }
 
     /// Orders the rows so that segments are contiguous, and builds the batch.
@@ -317,8 +354,17 @@ impl Scheduler {
             id,
             moves: plan.moves,
             loads: plan.loads,
+            admitted: plan.admitted,
             batch,
         }
+    }
+
+    fn are_resident(&self, adapters: &[(AdapterId, f32)]) -> bool {
+        let is_resident = |&(adapter, _): &(AdapterId, f32)| {
+            let state = self.memory.adapters.entry(adapter).state;
+            matches!(state, AdapterState::Resident(_))
+        };
+        adapters.iter().all(is_resident)
     }
 
     fn scheduled(&self, (index, num_tokens): (usize, usize)) -> Scheduled<'_> {

@@ -98,7 +98,7 @@ impl Scheduler {
         Arc::new(AdapterIdentity(keyed.collect()))
     }
 
-    /// Refuses what could not run alone in an empty pool.
+    /// Refuses what could not run alone in a pool with only the pinned adapters.
     fn check_capacity(
         &self,
         num_tokens: usize,
@@ -115,7 +115,7 @@ impl Scheduler {
             .map(|&(adapter, _)| self.memory.adapters.entry(adapter).num_pages);
         let adapter_pages: usize = extents.sum();
         if kv_pages + adapter_pages <= self.config.num_pages {
-            return Ok(());
+            return self.check_room_beside_pinned(num_tokens, adapters);
         }
         Err(Error::RequestTooLarge {
             needed: (kv_pages + adapter_pages) * self.config.page_nbytes,
@@ -123,6 +123,30 @@ impl Scheduler {
             adapter_pages,
             available: self.config.pool_nbytes(),
             available_pages: self.config.num_pages,
+        })
+    }
+
+    fn check_room_beside_pinned(
+        &self,
+        num_tokens: usize,
+        adapters: &[(AdapterId, f32)],
+    ) -> Result<(), Error> {
+        let ids: Vec<_> = adapters.iter().map(|&(adapter, _)| adapter).collect();
+        let kept = self.memory.adapters.kept();
+        let demand = self.demand(num_tokens, &ids, None);
+        if self.fits(demand, kept) {
+            return Ok(());
+        }
+        if demand.num_slots + kept.num_adapters > self.config.max_num_slots {
+            return Err(Error::TooManyAdapters {
+                count: demand.num_slots,
+                limit: self.config.max_num_slots - kept.num_adapters,
+            });
+        }
+        Err(Error::NoRoomForRequest {
+            kv_pages: demand.kv_pages,
+            adapter_pages: demand.adapter_pages,
+            available_pages: self.config.num_pages - kept.num_pages,
         })
     }
 }

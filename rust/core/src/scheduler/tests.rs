@@ -317,3 +317,112 @@ fn adapters_beyond_the_slots_take_turns() {
         "request names 3 adapters, at most 2 can be resident at once"
     );
 }
+
+fn state_of(scheduler: &Scheduler, name: &str) -> &'static str {
+    let listed = scheduler.adapters();
+    listed.iter().find(|info| info.name == name).unwrap().state
+}
+
+#[test]
+fn warm_adapter_is_resident_before_its_first_request() {
+    let mut s = scheduler(|_| ());
+    s.register_adapter("a", "h1", 300).unwrap();
+    assert_eq!(s.warm_adapter("a"), Ok(false));
+    assert_eq!(s.warm_adapter("a"), Ok(false));
+    step(&mut s);
+    assert_eq!((state_of(&s, "a"), s.num_wanted()), ("resident", 0));
+    assert_eq!(s.warm_adapter("a"), Ok(true));
+    let id = s.submit(request(&[1], &[("a", 1.0)], 1)).unwrap();
+    assert!(s.has_its_adapters(id));
+    let planned = s.schedule();
+    assert_eq!((planned.loads.len(), planned.admitted), (0, vec![id]));
+}
+
+#[test]
+fn warm_adapter_takes_no_memory_that_a_request_waits_for() {
+    let mut s = scheduler(|c| (c.num_pages, c.prefix_caching) = (8, false));
+    s.register_adapter("a", "h1", 400).unwrap();
+    s.submit(request(&[1; 19], &[], 1)).unwrap();
+    s.submit(request(&[2; 16], &[], 1)).unwrap();
+    s.warm_adapter("a").unwrap();
+    let first = s.schedule();
+    assert!(first.loads.is_empty());
+    commit(&mut s, &first);
+    let second = s.schedule();
+    assert!(second.loads.is_empty());
+    commit(&mut s, &second);
+    step(&mut s);
+    assert_eq!(state_of(&s, "a"), "resident");
+}
+
+#[test]
+fn pinned_adapter_is_loaded_and_stays_while_others_are_evicted() {
+    let mut s = scheduler(|c| c.prefix_caching = false);
+    for name in ["a", "b", "c", "d"] {
+        s.register_adapter(name, name, 500).unwrap();
+    }
+    s.pin_adapter("a", true).unwrap();
+    step(&mut s);
+    for _ in 0..3 {
+        for name in ["b", "c", "d"] {
+            s.submit(request(&[1], &[(name, 1.0)], 1)).unwrap();
+            drain(&mut s);
+            assert_eq!(state_of(&s, "a"), "resident");
+        }
+    }
+    assert!(s.stats().num_evictions >= 6);
+    assert_eq!(s.stats().pinned_pages, 5);
+    s.pin_adapter("a", false).unwrap();
+    for name in ["b", "c", "d"] {
+        s.submit(request(&[1], &[(name, 1.0)], 1)).unwrap();
+        drain(&mut s);
+    }
+    assert_eq!(state_of(&s, "a"), "registered");
+    let listed = s.adapters();
+    assert_eq!((listed[0].num_loads, listed[0].num_evictions), (1, 1));
+}
+
+#[test]
+fn pins_leave_room_for_what_was_accepted_and_requests_are_refused_beside_them() {
+    let mut s = scheduler(|_| ());
+    for (name, nbytes) in [("a", 600), ("b", 300), ("big", 1200)] {
+        s.register_adapter(name, name, nbytes).unwrap();
+    }
+    let message = |error: Error| error.to_string();
+    assert!(message(s.pin_adapter("big", true).unwrap_err()).contains("may take 8 and take 0"));
+    let large = s.submit(request(&[1; 40], &[], 10)).unwrap();
+    let refused = message(s.pin_adapter("a", true).unwrap_err());
+    assert!(
+        refused.contains("request 0 needs the memory: 13 pages"),
+        "{refused}"
+    );
+    s.abort(large);
+    s.pin_adapter("a", true).unwrap();
+    let refused = message(s.pin_adapter("b", true).unwrap_err());
+    assert!(refused.contains("needs 3 pages of memory, pinned adapters may take 8 and take 6"));
+    let refused = message(s.submit(request(&[1; 40], &[], 10)).unwrap_err());
+    assert!(refused.contains("13 pages of KV cache and 0 pages of adapters, 10 are left"));
+    let refused = message(s.warm_adapter("big").unwrap_err());
+    assert!(refused.contains("needs 12 pages of memory, pinned adapters leave 10"));
+    s.submit(request(&[1; 32], &[("a", 1.0)], 8)).unwrap();
+    drain(&mut s);
+    s.unregister_adapter("a").unwrap();
+    assert_eq!(s.stats().pinned_pages, 0);
+    s.submit(request(&[1; 40], &[], 10)).unwrap();
+    drain(&mut s);
+}
+
+#[test]
+fn adapter_with_two_names_stays_until_both_let_it_go() {
+    let mut s = scheduler(|_| ());
+    for name in ["a", "alias"] {
+        s.register_adapter(name, "h1", 300).unwrap();
+        s.pin_adapter(name, true).unwrap();
+        s.pin_adapter(name, true).unwrap();
+    }
+    assert_eq!(s.stats().pinned_pages, 3);
+    s.unregister_adapter("alias").unwrap();
+    assert_eq!(s.stats().pinned_pages, 3);
+    s.pin_adapter("a", false).unwrap();
+    assert_eq!(s.stats().pinned_pages, 0);
+}

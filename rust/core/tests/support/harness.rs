@@ -42,6 +42,7 @@ pub struct Harness {
     pub num_operations: usize,
     pub num_finished: usize,
     pub num_moves: u64,
+    pub num_pins: u64,
 }
 
 impl Harness {
@@ -80,6 +81,7 @@ impl Harness {
             num_operations: 0,
             num_finished: 0,
             num_moves: 0,
+            num_pins: 0,
         }
     }
 
@@ -89,7 +91,11 @@ impl Harness {
             0..=4 => self.submit(),
             5 => self.abort(),
             6 => self.register(),
-            7 if self.rng.one_in(2) => self.unregister(),
+            7 => match self.rng.range(0, 3) {
+                0 | 1 => self.unregister(),
+                2 => self.warm(),
+                _ => self.pin(),
+            },
             8..=9 => self.answer_load(true),
             10 => self.answer_load(false),
             11..=15 => self.schedule(),
@@ -106,6 +112,7 @@ impl Harness {
             if self.expected.is_empty()
                 && self.in_flight.is_none()
                 && self.device.loading().is_empty()
+                && self.scheduler.num_wanted() == 0
             {
                 return;
             }
@@ -139,6 +146,7 @@ impl Harness {
         }
         let stats = self.scheduler.stats();
         assert_eq!((stats.adapter_pages, stats.num_registered_adapters), (0, 0));
+        assert_eq!(stats.pinned_pages, 0);
         assert_eq!(stats.free_pages + stats.cached_pages, stats.num_pages);
         assert!(self.scheduler.adapters().is_empty());
     }
@@ -166,6 +174,7 @@ impl Harness {
                 Error::PromptTooLong { .. }
                 | Error::RequestTooLarge { .. }
                 | Error::TooManyAdapters { .. }
+                | Error::NoRoomForRequest { .. }
                 | Error::AdapterNotFound { .. }
                 | Error::AdapterUnloading { .. },
             ) => {}
@@ -252,6 +261,43 @@ impl Harness {
             self.scheduler.unregister_adapter(name).unwrap();
             assert!(self.scheduler.unregister_adapter(name).is_err());
             self.names.remove(name);
+        }
+    }
+
+    fn warm(&mut self) {
+        let name = format!("n{}", self.rng.range(0, 7));
+        match self.scheduler.warm_adapter(&name) {
+            Ok(is_resident) => {
+                let listed = self.scheduler.adapters();
+                let info = listed.iter().find(|info| info.name == name).unwrap();
+                assert_eq!(is_resident, info.state == "resident");
+            }
+            Err(Error::NoRoomBesidePinned { .. } | Error::AdapterUnloading { .. }) => {}
+            Err(Error::AdapterNotFound { .. }) => assert!(!self.names.contains_key(&name)),
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    fn pin(&mut self) {
+        let name = format!("n{}", self.rng.range(0, 7));
+        let is_pinned = !self.rng.one_in(3);
+        match self.scheduler.pin_adapter(&name, is_pinned) {
+            Ok(()) => {
+                self.num_pins += u64::from(is_pinned);
+                let listed = self.scheduler.adapters();
+                let info = listed.iter().find(|info| info.name == name).unwrap();
+                assert_eq!(info.is_kept, is_pinned);
+            }
+            Err(
+                Error::PinTooLarge { .. }
+                | Error::TooManyPinned { .. }
+                | Error::PinInTheWay { .. }
+                | Error::NoRoomBesidePinned { .. },
+            ) => assert!(is_pinned),
+            Err(Error::AdapterNotFound { .. } | Error::AdapterUnloading { .. }) => {
+                assert!(!self.names.contains_key(&name));
+            }
+            Err(error) => panic!("{error}"),
         }
     }
 
