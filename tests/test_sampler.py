@@ -1,6 +1,8 @@
 """The sampler alone: its distribution, its truncations against plain definitions, its row independence."""
 
+import math
 from collections import Counter
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -94,6 +96,71 @@ def test_logits_made_in_inference_mode_can_be_penalised() -> None:
     one = state(temperature=0.0, presence_penalty=1.0)
     one.append(0)
     assert sample(logits, [one]).token_ids.tolist() == [1]
+
+
+def test_penalties_follow_the_tokens_as_they_come() -> None:
+    rng = np.random.default_rng(0)
+    settings = {"repetition_penalty": 1.7, "presence_penalty": 0.3, "frequency_penalty": 0.2}
+    one, answer = state(temperature=0.0, **settings), list[int]()
+    for token_id in rng.integers(0, 300, 400).tolist():
+        logits = torch.from_numpy(rng.standard_normal((1, 300), dtype=np.float32))
+        expected = logits[0].clone()
+        seen = sorted({1, 2, *answer})
+        expected[seen] = torch.where(expected[seen] > 0, expected[seen] / 1.7, expected[seen] * 1.7)
+        for other, count in Counter(answer).items():
+            expected[other] -= 0.3 + 0.2 * count
+        sample(logits, [one])
+        torch.testing.assert_close(logits[0], expected)
+        answer.append(token_id)
+        one.append(token_id)
+
+
+def test_a_long_prompt_is_looked_at_once_for_the_repetition_penalty() -> None:
+    class Prompt(list[int]):
+        num_reads = 0
+
+        def __iter__(self) -> Iterator[int]:
+            self.num_reads += 1
+            return super().__iter__()
+
+    prompt = Prompt(range(5000))
+    params = SamplingParams(repetition_penalty=1.5)
+    one = SamplingState(params, 0, prompt_token_ids=prompt, banned_until_min_tokens=[])
+    after_start = prompt.num_reads
+    for token_id in range(20):
+        sample(torch.zeros(1, 6000), [one])
+        one.append(token_id)
+    assert prompt.num_reads == after_start
+
+
+def test_logit_bias_is_added() -> None:
+    logits = torch.zeros(1, 8)
+    sample(logits, [state(logit_bias={3: 2.5, 5: -100.0})])
+    assert logits[0].tolist() == [0, 0, 0, 2.5, 0, -100.0, 0, 0]
+    assert draws(torch.zeros(8), 50, logit_bias={6: 100.0}) == {6: 50}
+
+
+@pytest.mark.parametrize("vocab_size", [200, VOCAB])
+@pytest.mark.parametrize("typical_p", [0.2, 0.6, 0.95])
+def test_typical_p_keeps_what_is_nearest_to_the_expected_surprise(vocab_size: int, typical_p: float) -> None:
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(vocab_size, generator=generator, dtype=torch.float64) * 2
+    probs = torch.softmax(logits, -1).tolist()
+    entropy = -sum(p * math.log(p) for p in probs)
+    kept, mass = set(), 0.0
+    for token_id in sorted(range(vocab_size), key=lambda i: abs(-math.log(probs[i]) - entropy)):
+        kept.add(token_id)
+        mass += probs[token_id]
+        if mass >= typical_p:
+            break
+    seen = set(draws(logits.float(), 400, typical_p=typical_p))
+    assert seen <= kept
+    assert len(seen) > 0.3 * min(len(kept), 400)
+
+
+def test_typical_p_looks_at_what_top_k_left() -> None:
+    logits = torch.tensor([5.0, 1.0, 0.9, 0.8, 0.7, -9.0])
+    assert set(draws(logits, 200, top_k=4, typical_p=0.999, temperature=3.0)) <= {0, 1, 2, 3}
 
 
 def test_uniform_numbers_are_uniform_and_repeatable() -> None:

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from loraserve._core import __version__ as __version__
     from loraserve.async_engine import AsyncEngine as AsyncEngine
     from loraserve.config import EngineConfig as EngineConfig
+    from loraserve.grammar import Grammar as Grammar
     from loraserve.llm import LLM as LLM
     from loraserve.request import GenerateRequest as GenerateRequest
     from loraserve.request import RequestOutput as RequestOutput
@@ -17,6 +18,7 @@ _MODULES = {
     "AsyncEngine": "loraserve.async_engine",
     "EngineConfig": "loraserve.config",
     "GenerateRequest": "loraserve.request",
+    "Grammar": "loraserve.grammar",
     "LLM": "loraserve.llm",
     "RequestOutput": "loraserve.request",
     "SamplingParams": "loraserve.sampling_params",

@@ -7,11 +7,13 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 
 from loraserve._core import Receipt
+from loraserve.adapters.manifest import AdapterManifest
 from loraserve.config import EngineConfig
 from loraserve.engine import Engine, EngineOutput
-from loraserve.info import AdapterInfo, EngineInfo
+from loraserve.info import AdapterInfo, EngineInfo, EngineStats
 from loraserve.request import Delta, GenerateRequest
 from loraserve.service import Service
+from loraserve.tokenizer import Tokenizer
 
 
 class RequestStream(AsyncIterator[Delta]):
@@ -65,7 +67,7 @@ class AsyncEngine:
 
         Raises:
             InvalidRequestError, AdapterNotFoundError, AdapterUnavailableError, CapacityError,
-            EngineStoppedError: the request was refused; nothing was queued.
+            OverloadedError, DeadlineError, EngineStoppedError: the request was refused; nothing was queued.
         """
         self._loop = asyncio.get_running_loop()
         prepared = await asyncio.to_thread(self._service.prepare, request)
@@ -77,15 +79,42 @@ class AsyncEngine:
     def abort(self, stream: RequestStream) -> None:
         self._service.abort(stream.request_ids)
 
-    async def load_adapter(self, name: str, path: str) -> Receipt:
+    @property
+    def refusal(self) -> str | None:
+        """Why no new requests are taken; None while they are."""
+        return self._engine.refusal
+
+    @property
+    def has_failed(self) -> bool:
+        return self._failed.is_set()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._engine.runner.model.tokenizer
+
+    async def load_adapter(self, name: str, path: str, manifest: AdapterManifest | None = None) -> Receipt:
         """Check and register an adapter off the loop; see `Engine.load_adapter`."""
-        return await asyncio.to_thread(self._engine.load_adapter, name, path)
+        return await asyncio.to_thread(self._engine.load_adapter, name, path, manifest)
 
     async def unload_adapter(self, name: str) -> None:
         self._engine.unload_adapter(name)
 
+    async def warm_adapter(self, name: str) -> float:
+        """Load an adapter ahead of requests; the seconds until it was there. See `Engine.warm_adapter`.
+
+        Who gives up waiting leaves the load to finish.
+        """
+        return await asyncio.wrap_future(self._engine.warm_adapter(name))
+
+    async def pin_adapter(self, name: str, is_pinned: bool = True) -> None:
+        """Keep an adapter in the pool, or let it go again; see `Engine.pin_adapter`."""
+        self._engine.pin_adapter(name, is_pinned)
+
     def adapters(self) -> list[AdapterInfo]:
         return self._engine.adapters()
+
+    def stats(self) -> EngineStats:
+        return self._engine.stats()
 
     def info(self) -> EngineInfo:
         return self._engine.info()

@@ -23,6 +23,13 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         self._template: Template | None = None
 
+    def check(self) -> None:
+        """Raises InvalidRequestError if it is no template."""
+        try:
+            self._compiled()
+        except TemplateError as error:
+            raise InvalidRequestError(f"the chat template is malformed: {error}") from error
+
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The conversation as the model's prompt text. Raises InvalidRequestError."""
         try:

@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from loraserve.errors import EngineStoppedError, LoraserveError
 from loraserve.request import AdapterSpec, Completion, Delta, GenerateRequest
 from loraserve.sampling_params import SamplingParams
-from loraserve.server.errors import ERROR_CLASS_KEY, typed_error
+from loraserve.server.errors import typed_error
 from loraserve.server.messages import delta_from_wire, request_to_wire
 from loraserve.v1 import loraserve_pb2 as pb
 from loraserve.v1 import loraserve_pb2_grpc as pb_grpc
@@ -40,12 +40,25 @@ class Client:
     Args:
         address: host:port of the server.
         timeout: seconds a call may take in all; None waits as long as it takes.
+        api_key: sent with every call, where the server has keys.
+        credentials: TLS, as `grpc.ssl_channel_credentials` makes them; None speaks plain text.
     """
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, timeout: float | None = None) -> None:
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        timeout: float | None = None,
+        api_key: str | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
         self._address = address
         self._timeout = timeout
-        self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        self._metadata = _authorization(api_key)
+        if credentials is None:
+            self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.secure_channel(address, credentials, options=_CHANNEL_OPTIONS)
         self._stub = pb_grpc.LoraServeStub(self._channel)
 
     def stream(
@@ -55,6 +68,8 @@ class Client:
         *,
         messages: Sequence[Mapping[str, Any]] | None = None,
         adapter: AdapterSpec = None,
+        deadline_s: float | None = None,
+        truncate: int | None = None,
     ) -> Iterator[Delta]:
         """Deltas as the server makes them, of all n answers; closing the iterator cancels the request.
 
@@ -63,8 +78,14 @@ class Client:
             params: sampling; None takes the defaults.
             messages: a chat, each message with "role" and "content".
             adapter: None for the base model, a name, or {name: weight}.
+            deadline_s: seconds the server has to finish it, else DeadlineError.
+            truncate: keep only this many tokens of the prompt, its last.
         """
-        call = self._stub.Generate(_request(prompt, params, messages, adapter), timeout=self._timeout)
+        call = self._stub.Generate(
+            _request(prompt, params, messages, adapter, deadline_s, truncate),
+            timeout=self._timeout,
+            metadata=self._metadata,
+        )
         try:
             for message in call:
                 yield delta_from_wire(message)
@@ -80,10 +101,19 @@ class Client:
         *,
         messages: Sequence[Mapping[str, Any]] | None = None,
         adapter: AdapterSpec = None,
+        deadline_s: float | None = None,
+        truncate: int | None = None,
     ) -> list[Completion]:
         """The n whole answers to one prompt; arguments as of `stream`."""
         answers = _no_answers(params)
-        for delta in self.stream(prompt, params, messages=messages, adapter=adapter):
+        for delta in self.stream(
+            prompt,
+            params,
+            messages=messages,
+            adapter=adapter,
+            deadline_s=deadline_s,
+            truncate=truncate,
+        ):
             answers[delta.index].append(delta)
         return answers
 
@@ -96,6 +126,16 @@ class Client:
     def unload_adapter(self, name: str) -> None:
         """Refuse new requests for `name`; running ones finish."""
         self._call(self._stub.UnloadAdapter, pb.UnloadAdapterRequest(name=name))
+
+    def warm_adapter(self, name: str) -> float:
+        """Load an adapter into the server's memory ahead of requests; the seconds until it was there."""
+        request = pb.WarmAdapterRequest(name=name)
+        response: pb.WarmAdapterResponse = self._call(self._stub.WarmAdapter, request)
+        return response.load_s
+
+    def pin_adapter(self, name: str, is_pinned: bool = True) -> None:
+        """Keep an adapter in the server's memory, or let it go again."""
+        self._call(self._stub.PinAdapter, pb.PinAdapterRequest(name=name, is_pinned=is_pinned))
 
     def adapters(self) -> list[pb.Adapter]:
         """All registered adapters, sorted by name."""
@@ -134,7 +174,7 @@ class Client:
 
     def _call(self, method: Any, request: Any) -> Any:
         try:
-            return method(request, timeout=self._timeout)
+            return method(request, timeout=self._timeout, metadata=self._metadata)
         except grpc.RpcError as error:
             raise _error_of(error, self._address) from None
 
@@ -142,10 +182,21 @@ class Client:
 class AsyncClient:
     """The asyncio twin of `Client`: the same methods, arguments and errors, on the running loop."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, timeout: float | None = None) -> None:
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        timeout: float | None = None,
+        api_key: str | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
         self._address = address
         self._timeout = timeout
-        self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        self._metadata = _authorization(api_key)
+        if credentials is None:
+            self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.aio.secure_channel(address, credentials, options=_CHANNEL_OPTIONS)
         self._stub = pb_grpc.LoraServeStub(self._channel)
 
     async def stream(
@@ -155,9 +206,15 @@ class AsyncClient:
         *,
         messages: Sequence[Mapping[str, Any]] | None = None,
         adapter: AdapterSpec = None,
+        deadline_s: float | None = None,
+        truncate: int | None = None,
     ) -> AsyncIterator[Delta]:
         """As `Client.stream`."""
-        call = self._stub.Generate(_request(prompt, params, messages, adapter), timeout=self._timeout)
+        call = self._stub.Generate(
+            _request(prompt, params, messages, adapter, deadline_s, truncate),
+            timeout=self._timeout,
+            metadata=self._metadata,
+        )
         try:
             async for message in call:
                 yield delta_from_wire(message)
@@ -173,10 +230,19 @@ class AsyncClient:
         *,
         messages: Sequence[Mapping[str, Any]] | None = None,
         adapter: AdapterSpec = None,
+        deadline_s: float | None = None,
+        truncate: int | None = None,
     ) -> list[Completion]:
         """As `Client.generate`."""
         answers = _no_answers(params)
-        async for delta in self.stream(prompt, params, messages=messages, adapter=adapter):
+        async for delta in self.stream(
+            prompt,
+            params,
+            messages=messages,
+            adapter=adapter,
+            deadline_s=deadline_s,
+            truncate=truncate,
+        ):
             answers[delta.index].append(delta)
         return answers
 
@@ -189,6 +255,16 @@ class AsyncClient:
     async def unload_adapter(self, name: str) -> None:
         """As `Client.unload_adapter`."""
         await self._call(self._stub.UnloadAdapter, pb.UnloadAdapterRequest(name=name))
+
+    async def warm_adapter(self, name: str) -> float:
+        """As `Client.warm_adapter`."""
+        request = pb.WarmAdapterRequest(name=name)
+        response: pb.WarmAdapterResponse = await self._call(self._stub.WarmAdapter, request)
+        return response.load_s
+
+    async def pin_adapter(self, name: str, is_pinned: bool = True) -> None:
+        """As `Client.pin_adapter`."""
+        await self._call(self._stub.PinAdapter, pb.PinAdapterRequest(name=name, is_pinned=is_pinned))
 
     async def adapters(self) -> list[pb.Adapter]:
         """As `Client.adapters`."""
@@ -229,7 +305,7 @@ class AsyncClient:
 
     async def _call(self, method: Any, request: Any) -> Any:
         try:
-            return await method(request, timeout=self._timeout)
+            return await method(request, timeout=self._timeout, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             raise _error_of(error, self._address) from None
 
@@ -239,9 +315,23 @@ def _request(
     params: SamplingParams | None,
     messages: Sequence[Mapping[str, Any]] | None,
     adapter: AdapterSpec,
+    deadline_s: float | None,
+    truncate: int | None,
 ) -> pb.GenerateRequest:
-    params = params or SamplingParams()
-    return request_to_wire(GenerateRequest(prompt=prompt, messages=messages, adapter=adapter, params=params))
+    return request_to_wire(
+        GenerateRequest(
+            prompt=prompt,
+            messages=messages,
+            adapter=adapter,
+            params=params or SamplingParams(),
+            deadline_s=deadline_s,
+            truncate=truncate,
+        )
+    )
+
+
+def _authorization(api_key: str | None) -> tuple[tuple[str, str], ...]:
+    return () if api_key is None else (("authorization", f"Bearer {api_key}"),)
 
 
 def _no_answers(params: SamplingParams | None) -> list[Completion]:
@@ -255,9 +345,9 @@ def _is_serving(response: health_pb2.HealthCheckResponse) -> bool:
 def _error_of(error: Any, address: str) -> LoraserveError | TimeoutError:
     """The typed error behind a failed call: the server names its class in the trailing metadata."""
     code, details = error.code(), error.details() or ""
-    for key, value in error.trailing_metadata() or ():
-        if key == ERROR_CLASS_KEY:
-            return typed_error(value, details)
+    typed = typed_error(error.trailing_metadata() or (), details)
+    if typed is not None:
+        return typed
     if code == grpc.StatusCode.DEADLINE_EXCEEDED:
         return TimeoutError(f"no complete answer from {address} in time")
     if code == grpc.StatusCode.UNAVAILABLE:

@@ -5,12 +5,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 
+from loraserve.adapters.manifest import AdapterManifest
 from loraserve.errors import InvalidRequestError
 
 DTYPES = ("bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
 
 MAX_MEMORY = 2**62
+
+_COUNTS = (
+    "max_lora_rank",
+    "max_num_seqs",
+    "max_batched_tokens",
+    "max_waiting",
+    "max_model_len",
+    "num_threads",
+)
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -22,6 +32,7 @@ class EngineConfig:
     Args:
         model: a Hugging Face directory, a Hub id, a `.gguf` file, or "smollm2" (the embedded default).
         adapters: name → PEFT directory, registered at start.
+        manifests: name → what is said of an adapter here, over its own `loraserve.json`.
         dtype: storage of weights, KV cache and adapters: "bfloat16", "float16" (GPU only) or "float32" (CPU
             only).
         device: "cpu", "cuda" (one NVIDIA GPU), or "auto", which takes a GPU if torch sees one.
@@ -29,6 +40,8 @@ class EngineConfig:
         max_lora_rank: adapters of a higher rank are refused.
         max_num_seqs: most sequences in one step.
         max_batched_tokens: most tokens in one step; longer prompts are prefilled in chunks.
+        max_waiting: most sequences that wait for their turn; beyond, requests are refused as OverloadedError;
+            None sets no limit.
         max_model_len: context limit in tokens; None takes the model's own.
         prefix_caching: keep KV blocks of finished requests for later ones with the same prefix and adapter.
         num_threads: CPU threads of the kernels; None uses every core this process may run on.
@@ -39,12 +52,14 @@ class EngineConfig:
 
     model: str
     adapters: Mapping[str, str] = field(default_factory=dict)
+    manifests: Mapping[str, AdapterManifest] = field(default_factory=dict)
     dtype: str = "bfloat16"
     device: str = "auto"
     memory: int | str = "2GiB"
     max_lora_rank: int = 64
     max_num_seqs: int = 256
     max_batched_tokens: int = 2048
+    max_waiting: int | None = 1024
     max_model_len: int | None = None
     prefix_caching: bool = True
     num_threads: int | None = None
@@ -52,10 +67,13 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("device", self.device, DEVICES)
-        for name in ("max_lora_rank", "max_num_seqs", "max_batched_tokens", "max_model_len", "num_threads"):
+        for name in _COUNTS:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidRequestError(f"{name} is {value}, it must be at least 1")
+        for name in self.manifests:
+            if name not in self.adapters:
+                raise InvalidRequestError(f"manifests has {name!r}, which is none of the adapters")
         parse_memory(self.memory)
 
     @property

@@ -1,5 +1,9 @@
 """Every error loraserve raises on purpose; each says what was wrong, the limit and the remedy."""
 
+from typing import Literal, TypeAlias
+
+OverloadReason: TypeAlias = Literal["busy", "adapter_loading"]
+
 
 class LoraserveError(Exception):
     """Base of all typed errors."""
@@ -35,3 +39,30 @@ class DeviceError(LoraserveError):
 
 class EngineStoppedError(LoraserveError):
     """The engine is shutting down or has failed and takes no new requests."""
+
+
+class OverloadedError(LoraserveError):
+    """Too much is waiting already; the same request may be accepted later.
+
+    Args:
+        message: what is full, and its limit.
+        retry_after_s: about when there will be room, in seconds.
+        reason: "busy", or "adapter_loading" if what waits, waits for adapters to be loaded.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0, reason: OverloadReason = "busy") -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+        self.reason: OverloadReason = reason
+
+
+class DeadlineError(LoraserveError):
+    """The request was not finished by its deadline; its memory is free again."""
+
+
+class UnauthenticatedError(LoraserveError):
+    """The caller gave no key, or one that is not known."""
+
+
+class PermissionDeniedError(LoraserveError):
+    """The caller's key does not allow this."""

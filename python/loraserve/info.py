@@ -14,14 +14,76 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterInfo:
-    """One registered name; state is "registered", "loading", "resident" or "failed"."""
+class AdapterUsage:
+    """What a name has been asked and has answered, since it was registered; each of n answers counts.
+
+    A request of several adapters counts at each. Cached tokens are those of the prompts that came from the
+    prefix cache.
+    """
+
+    num_requests: int
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_completion_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterStats:
+    """One registered name now, and its past since it was registered.
+
+    State is "registered", "loading", "resident" or "failed". `load_s` is the time of all loads together,
+    `last_load_s` is None before the first. Names of the same content share its loads.
+    """
+
+    state: str
+    num_running: int
+    num_waiting: int
+    is_pinned: bool
+    nbytes: int
+    num_loads: int
+    num_load_failures: int
+    num_evictions: int
+    load_s: float
+    last_load_s: float | None
+    usage: AdapterUsage
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterInfo(AdapterStats):
+    """`AdapterStats`, with what the adapter is and where it comes from."""
 
     name: str
     path: str
-    state: str
-    num_running: int
+    description: str | None
     receipt: Receipt
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """Present load and counts since start; pages are of the pool that KV cache and adapters share.
+
+    `num_pinned_pages` are reserved for pinned adapters, resident or not. `base` counts requests without an
+    adapter, `adapters` is by name.
+    """
+
+    num_running: int
+    num_waiting: int
+    num_waiting_for_adapters: int
+    page_nbytes: int
+    num_pages: int
+    num_free_pages: int
+    num_kv_pages: int
+    num_cached_pages: int
+    num_adapter_pages: int
+    num_pinned_pages: int
+    num_adapters: int
+    num_resident_adapters: int
+    num_adapter_loads: int
+    num_adapter_evictions: int
+    num_preemptions: int
+    num_prefix_hit_tokens: int
+    base: AdapterUsage
+    adapters: Mapping[str, AdapterStats]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,11 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from loraserve._core import Receipt
+from loraserve.adapters.manifest import AdapterManifest
 from loraserve.config import EngineConfig
 from loraserve.engine import Engine, EngineOutput
 from loraserve.errors import InvalidRequestError
-from loraserve.info import AdapterInfo, EngineInfo
+from loraserve.info import AdapterInfo, EngineInfo, EngineStats
 from loraserve.request import AdapterSpec, Completion, Delta, GenerateRequest, RequestOutput
 from loraserve.sampling_params import SamplingParams
 from loraserve.service import PreparedRequest, Service
@@ -43,6 +44,7 @@ class LLM:
     def __init__(self, model: str, adapters: Mapping[str, str] | None = None, **settings: Any) -> None:
         self._call = threading.Lock()  # calls from several threads take turns
         self._events: queue.SimpleQueue[list[EngineOutput]] = queue.SimpleQueue()
+        settings.setdefault("max_waiting", None)  # a batch is as long as its caller made it
         config = EngineConfig(model=str(model), adapters=dict(adapters or {}), **settings)
         self._engine = Engine(config, self._events.put)
         self._service: Service[_Pending] = Service(self._engine)
@@ -101,16 +103,29 @@ class LLM:
         ]
         return self._run(requests, progress)
 
-    def load_adapter(self, name: str, path: str | os.PathLike[str]) -> Receipt:
+    def load_adapter(
+        self, name: str, path: str | os.PathLike[str], manifest: AdapterManifest | None = None
+    ) -> Receipt:
         """Check and register an adapter; see `Engine.load_adapter` for the errors."""
-        return self._engine.load_adapter(name, path)
+        return self._engine.load_adapter(name, path, manifest)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter; AdapterNotFoundError if there is none of this name."""
         self._engine.unload_adapter(name)
 
+    def warm_adapter(self, name: str) -> float:
+        """Load an adapter into memory now; the seconds it took. See `Engine.warm_adapter` for the errors."""
+        return self._engine.warm_adapter(name).result()
+
+    def pin_adapter(self, name: str, is_pinned: bool = True) -> None:
+        """Keep an adapter in memory, or let it go again; see `Engine.pin_adapter` for the errors."""
+        self._engine.pin_adapter(name, is_pinned)
+
     def adapters(self) -> list[AdapterInfo]:
         return self._engine.adapters()
+
+    def stats(self) -> EngineStats:
+        return self._engine.stats()
 
     def info(self) -> EngineInfo:
         return self._engine.info()

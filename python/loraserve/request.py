@@ -14,12 +14,19 @@ FinishReason: TypeAlias = Literal["length", "stop", "abort"]
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateRequest:
-    """One prompt (or one chat) with its adapter and its sampling; exactly one of prompt and messages."""
+    """One prompt (or one chat) with its adapter and its sampling; exactly one of prompt and messages.
+
+    Args:
+        deadline_s: seconds from its arrival in which it must be finished, else it ends with DeadlineError.
+        truncate: keep only this many tokens of the prompt, its last ones.
+    """
 
     prompt: str | Sequence[int] | None = None
     messages: Sequence[Mapping[str, Any]] | None = None
     adapter: AdapterSpec = None
     params: SamplingParams = field(default_factory=SamplingParams)
+    deadline_s: float | None = None
+    truncate: int | None = None
 
 
 @dataclass(frozen=True)
@@ -41,8 +48,25 @@ class Usage:
 
 
 @dataclass(frozen=True)
+class RequestTiming:
+    """How long one answer took, in seconds; the first token came after queue_s + prefill_s.
+
+    Args:
+        queue_s: from arrival until the model began with it: tokenising, waiting, loading adapters.
+        prefill_s: from then to the first token; None if there was none.
+        total_s: from arrival to the end.
+        adapter_was_resident: whether all its adapters were in memory when it arrived; true without any.
+    """
+
+    queue_s: float
+    prefill_s: float | None
+    total_s: float
+    adapter_was_resident: bool
+
+
+@dataclass(frozen=True)
 class Delta:
-    """What one step added to one answer; usage is set on the last delta of each answer."""
+    """What one step added to one answer; usage and timing are set on the last delta of each answer."""
 
     index: int
     text: str
@@ -50,6 +74,7 @@ class Delta:
     logprobs: list[TokenLogprob] | None
     finish_reason: FinishReason | None
     usage: Usage | None
+    timing: RequestTiming | None = None
 
 
 @dataclass
@@ -61,6 +86,7 @@ class Completion:
     logprobs: list[TokenLogprob] | None = None
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    timing: RequestTiming | None = None
 
     def append(self, delta: Delta) -> None:
         self.text += delta.text
@@ -69,6 +95,7 @@ class Completion:
             self.logprobs = (self.logprobs or []) + delta.logprobs
         self.finish_reason = delta.finish_reason or self.finish_reason
         self.usage = delta.usage or self.usage
+        self.timing = delta.timing or self.timing
 
 
 @dataclass(frozen=True)
@@ -99,3 +126,7 @@ class RequestOutput:
     @property
     def usage(self) -> Usage | None:
         return self.completions[0].usage
+
+    @property
+    def timing(self) -> RequestTiming | None:
+        return self.completions[0].timing

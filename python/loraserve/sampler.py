@@ -2,35 +2,55 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from loraserve.grammar_compiler import GrammarMatcher
 from loraserve.request import TokenLogprob
 from loraserve.sampling_params import SamplingParams
+from loraserve.token_counts import TokenCounts
 
-NUM_CANDIDATES = 1024  # rows that truncate look at this many likeliest tokens before sorting all
+NUM_CANDIDATES = (
+    1024  # rows that truncate look at this many tokens, the first in question, before sorting all
+)
 _MASK64 = 2**64 - 1
 
 
 @dataclass
 class SamplingState:
-    """What the sampler knows of one sequence: its parameters, its seed and the tokens so far."""
+    """What the sampler knows of one sequence: its parameters, its seed and the tokens so far.
+
+    Counts are kept for the penalties in use only.
+    """
 
     params: SamplingParams
     seed: int
     prompt_token_ids: Sequence[int]
     banned_until_min_tokens: Sequence[int]
     num_output_tokens: int = 0
-    output_counts: Counter[int] = field(default_factory=Counter)
+    matcher: GrammarMatcher | None = None
+
+    def __post_init__(self) -> None:
+        params = self.params
+        self.seen = TokenCounts(self.prompt_token_ids) if params.repetition_penalty != 1.0 else None
+        is_counted = params.presence_penalty or params.frequency_penalty
+        self.answered = TokenCounts() if is_counted else None
+        self.bias_ids = np.array(list(params.logit_bias), dtype=np.int64)
+        self.biases = np.array(list(params.logit_bias.values()), dtype=np.float32)
 
     def append(self, token_id: int) -> None:
         self.num_output_tokens += 1
-        self.output_counts[token_id] += 1
+        if self.seen is not None:
+            self.seen.add(token_id)
+        if self.answered is not None:
+            self.answered.add(token_id)
+        if self.matcher is not None:
+            self.matcher.consume(token_id)
 
 
 @dataclass(frozen=True)
@@ -55,7 +75,7 @@ def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> Sampled:
         if state.params.logprobs is not None
     }
     for row, state in enumerate(states):
-        _apply_penalties(logits[row], state)
+        _change_logits(logits[row], state)
     token_ids = np.empty(len(states), dtype=np.int32)
     random_rows = [row for row, state in enumerate(states) if not state.params.is_greedy]
     if len(random_rows) < len(states):
@@ -78,35 +98,66 @@ def _argmax(logits: torch.Tensor) -> npt.NDArray[np.int32]:
     return np.asarray(logits.argmax(dim=-1).numpy(force=True), dtype=np.int32)
 
 
-def _apply_penalties(logits: torch.Tensor, state: SamplingState) -> None:
+def _change_logits(logits: torch.Tensor, state: SamplingState) -> None:
+    """Penalties and biases, then what must not come at all."""
     params = state.params
-    if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted({*state.prompt_token_ids, *state.output_counts}), device=logits.device)
-        values = logits[seen]
+    if state.seen is not None:
+        ids = _on_device(state.seen.ids, logits)
+        values = logits[ids]
         penalty = params.repetition_penalty
-        logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
-    if (params.presence_penalty or params.frequency_penalty) and state.output_counts:
-        seen = torch.tensor(list(state.output_counts.keys()), device=logits.device)
-        counts = torch.tensor(list(state.output_counts.values()), device=logits.device, dtype=logits.dtype)
-        logits[seen] -= params.presence_penalty + params.frequency_penalty * counts
-    if state.num_output_tokens < params.min_tokens:
+        logits[ids] = torch.where(values > 0, values / penalty, values * penalty)
+    if state.answered is not None:
+        counts = _on_device(state.answered.counts, logits)
+        penalties = params.presence_penalty + params.frequency_penalty * counts
+        logits[_on_device(state.answered.ids, logits)] -= penalties
+    if state.bias_ids.size:
+        logits[_on_device(state.bias_ids, logits)] += _on_device(state.biases, logits)
+    is_too_short = state.num_output_tokens < params.min_tokens
+    if state.matcher is not None:
+        _apply_grammar(logits, state.matcher, without_end=params.ignore_eos or is_too_short)
+    elif is_too_short:
         logits[list(state.banned_until_min_tokens)] = -torch.inf
 
 
+def _apply_grammar(logits: torch.Tensor, matcher: GrammarMatcher, *, without_end: bool) -> None:
+    """Leave what the grammar allows; all, where it can't be followed and the sequence is about to end."""
+    allowed = matcher.allowed(logits.numel(), without_end=without_end)
+    if allowed is not None:
+        logits.masked_fill_(_on_device(~allowed, logits), -torch.inf)
+
+
+def _on_device(values: npt.NDArray[Any], logits: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(values).to(logits.device)
+
+
 def _sample_row(logits: torch.Tensor, state: SamplingState) -> int:
-    """Inverse-CDF draw after temperature, top-k, top-p and min-p, in this order."""
+    """Inverse-CDF draw after temperature, top-k, top-p, min-p and typical-p, in this order."""
     params = state.params
     probs = torch.softmax(logits / params.temperature, dim=-1)
     threshold = uniform(state.seed, state.num_output_tokens)
     if params.top_k == 0 and params.top_p == 1.0 and params.min_p == 0.0:
-        return _draw(probs, threshold)
+        return _draw(_typical(probs, params.typical_p), threshold)
     values, ids = _candidates(probs, params)
     if params.top_k:
         values = values[: params.top_k]
     mass = values.cumsum(0)
     total = mass[-1] if params.top_k else 1.0
     keep = (mass - values < params.top_p * total) & (values >= params.min_p * values[0])
-    return int(ids[_draw(values * keep, threshold)])
+    return int(ids[_draw(_typical(values * keep, params.typical_p), threshold)])
+
+
+def _typical(weights: torch.Tensor, typical_p: float) -> torch.Tensor:
+    """The weights whose surprise is nearest to the entropy, up to `typical_p` of the total; others 0."""
+    if typical_p == 1.0:
+        return weights
+    probs = weights / weights.sum()
+    distance = (-probs.log() - torch.special.entr(probs).sum()).abs()
+    order = distance.topk(min(NUM_CANDIDATES, probs.numel()), largest=False).indices
+    if float(probs[order].sum()) < typical_p:
+        order = distance.argsort(stable=True)
+    ordered = probs[order]
+    is_kept = ordered.cumsum(0) - ordered < typical_p
+    return torch.zeros_like(weights).index_copy(0, order, weights[order] * is_kept)
 
 
 def _candidates(probs: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import operator
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Generic, TypeVar
 
+from loraserve.adapters.registry import RegisteredAdapter
 from loraserve.detokenizer import IncrementalDetokenizer, StopStrings
 from loraserve.engine import Engine, EngineOutput
 from loraserve.errors import InvalidRequestError
-from loraserve.request import AdapterSpec, Delta, FinishReason, GenerateRequest, TokenLogprob, Usage
+from loraserve.grammar_compiler import GrammarMatcher
+from loraserve.request import AdapterSpec, Delta, FinishReason, GenerateRequest, Usage
 from loraserve.sampling_params import SamplingParams
 from loraserve.tokenizer import Tokenizer
 
 MAX_ADAPTERS_PER_REQUEST = 16
+MAX_DEADLINE_S = 24 * 3600.0
+MAX_TRUNCATED_CONTEXTS = 8  # prompts of more contexts than this are refused, even if to be truncated
 MAX_ADAPTER_WEIGHT = 1000.0  # beyond, sums of deltas lose all meaning in bfloat16
 
 Owner = TypeVar("Owner")
@@ -28,27 +33,42 @@ class PreparedRequest:
     prompt_token_ids: list[int]
     adapters: list[tuple[str, float]]
     params: SamplingParams
+    arrived_at: float
+    deadline_s: float | None
+    matcher: GrammarMatcher | None = None
 
 
-def prepare(request: GenerateRequest, tokenizer: Tokenizer, max_model_len: int) -> PreparedRequest:
-    """Tokenise and resolve a request.
+def prepare(
+    request: GenerateRequest,
+    tokenizer: Tokenizer,
+    max_model_len: int,
+    find_adapter: Callable[[str], RegisteredAdapter | None] = lambda _: None,
+) -> PreparedRequest:
+    """Tokenise and resolve a request, which arrives now; the manifest of its one adapter fills the gaps.
 
     Raises:
         InvalidRequestError: not exactly one of prompt and messages, an empty prompt, a bad adapter spec.
     """
+    arrived_at = time.monotonic()
+    _check_deadline(request.deadline_s)
     if (request.prompt is None) == (request.messages is None):
         raise InvalidRequestError("give exactly one of prompt and messages")
+    max_num_tokens = _max_prompt_tokens(request.truncate, max_model_len)
+    adapters = resolve_adapters(request.adapter)
+    adapter = find_adapter(adapters[0][0]) if len(adapters) == 1 else None
     if request.messages is not None:
         if not request.messages:
             raise InvalidRequestError("messages is empty, give at least one message")
-        text = tokenizer.apply_chat_template(request.messages)
-        _check_text(text, tokenizer, max_model_len)
+        text = _render_chat(request.messages, tokenizer, adapter)
+        _check_text(text, tokenizer, max_num_tokens)
         token_ids = tokenizer.encode(text, add_special_tokens=False)
     elif isinstance(request.prompt, str):
-        _check_text(request.prompt, tokenizer, max_model_len)
+        _check_text(request.prompt, tokenizer, max_num_tokens)
         token_ids = tokenizer.encode(request.prompt)
     else:
         token_ids = _integers(request.prompt)
+    if request.truncate is not None:
+        token_ids = token_ids[-request.truncate :]
     if not token_ids:
         raise InvalidRequestError("the prompt is empty, give at least one token")
     if len(token_ids) >= max_model_len:
@@ -56,7 +76,10 @@ def prepare(request: GenerateRequest, tokenizer: Tokenizer, max_model_len: int) 
             f"prompt has {len(token_ids)} tokens, limit is {max_model_len - 1}: "
             "the context length less one token to generate"
         )
-    return PreparedRequest(token_ids, resolve_adapters(request.adapter), request.params)
+    params = request.params
+    if adapter is not None:
+        params = params.with_defaults(adapter.manifest.request_defaults)
+    return PreparedRequest(token_ids, adapters, params, arrived_at, request.deadline_s)
 
 
 def resolve_adapters(spec: AdapterSpec) -> list[tuple[str, float]]:
@@ -111,7 +134,7 @@ class ActiveSequence:
         if self._stop_strings.is_matched:
             finish = "stop"
         self.is_finished = finish is not None
-        return self._delta(text, token_ids, output.logprob, finish, output.num_cached_tokens)
+        return self._delta(text, token_ids, finish, output)
 
     def _text(self, token_ids: list[int], finish: FinishReason | None) -> str:
         """New text, without the end token and without what may yet become a stop string."""
@@ -128,17 +151,16 @@ class ActiveSequence:
         self,
         text: str,
         token_ids: list[int],
-        logprob: TokenLogprob | None,
         finish: FinishReason | None,
-        num_cached_tokens: int,
+        output: EngineOutput,
     ) -> Delta | None:
         if not (text or token_ids or finish):
             return None
-        logprobs = None if logprob is None else [logprob]
-        usage = None
-        if finish is not None:
-            usage = Usage(self._prompt_tokens, self._completion_tokens, num_cached_tokens)
-        return Delta(self._index, text, token_ids, logprobs, finish, usage)
+        logprobs = None if output.logprob is None else [output.logprob]
+        if finish is None:
+            return Delta(self._index, text, token_ids, logprobs, None, None)
+        usage = Usage(self._prompt_tokens, self._completion_tokens, output.num_cached_tokens)
+        return Delta(self._index, text, token_ids, logprobs, finish, usage, output.clock.timing())
 
 
 class Service(Generic[Owner]):
@@ -150,7 +172,12 @@ class Service(Generic[Owner]):
         self._active: dict[int, tuple[ActiveSequence, Owner]] = {}
 
     def prepare(self, request: GenerateRequest) -> PreparedRequest:
-        return prepare(request, self._tokenizer, self._engine.max_model_len)
+        """Tokenise and resolve a request and compile its grammar; slow, call it off the loop."""
+        prepared = prepare(request, self._tokenizer, self._engine.max_model_len, self._engine.find_adapter)
+        grammar = prepared.params.grammar
+        if grammar is None:
+            return prepared
+        return replace(prepared, matcher=self._engine.grammars.compile(grammar))
 
     def submit(self, prepared: PreparedRequest, owner: Owner) -> list[int]:
         """Queue all n sequences of a request, or none; their request ids."""
@@ -159,7 +186,15 @@ class Service(Generic[Owner]):
         try:
             for index in range(params.n):
                 seed = None if params.seed is None else params.seed + index
-                request_id = self._engine.submit(prepared.prompt_token_ids, prepared.adapters, params, seed)
+                request_id = self._engine.submit(
+                    prepared.prompt_token_ids,
+                    prepared.adapters,
+                    params,
+                    seed,
+                    arrived_at=prepared.arrived_at,
+                    deadline_s=prepared.deadline_s,
+                    matcher=prepared.matcher and prepared.matcher.copy(),
+                )
                 request_ids.append(request_id)
                 sequence = ActiveSequence(request_id, index, prepared, self._tokenizer)
                 self._active[request_id] = (sequence, owner)
@@ -201,12 +236,39 @@ class Service(Generic[Owner]):
                 on_delta(owner, delta)
 
 
-def _check_text(text: str, tokenizer: Tokenizer, max_model_len: int) -> None:
+def _check_deadline(deadline_s: Any) -> None:
+    if deadline_s is None:
+        return
+    if not isinstance(deadline_s, Real) or not 0.0 < float(deadline_s) <= MAX_DEADLINE_S:
+        raise InvalidRequestError(
+            f"deadline_s is {deadline_s!r}, it must be a number of seconds in (0, {MAX_DEADLINE_S:g}]"
+        )
+
+
+def _max_prompt_tokens(truncate: Any, max_model_len: int) -> int:
+    """A prompt that is sure to have as many tokens is refused untokenised."""
+    if truncate is None:
+        return max_model_len
+    if isinstance(truncate, bool) or not isinstance(truncate, int) or truncate < 1:
+        raise InvalidRequestError(f"truncate is {truncate!r}, it must be at least 1 token")
+    return MAX_TRUNCATED_CONTEXTS * max_model_len
+
+
+def _render_chat(
+    messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, adapter: RegisteredAdapter | None
+) -> str:
+    if adapter is None:
+        return tokenizer.apply_chat_template(messages)
+    messages = adapter.manifest.with_system_prompt(messages)
+    return tokenizer.apply_chat_template(messages, template=adapter.chat_template)
+
+
+def _check_text(text: str, tokenizer: Tokenizer, max_num_tokens: int) -> None:
     """Refuse what can't be encoded, and at once what is far too long to be worth encoding."""
     min_tokens = len(text) // tokenizer.max_token_len
-    if min_tokens >= max_model_len:
+    if min_tokens >= max_num_tokens:
         raise InvalidRequestError(
-            f"prompt has at least {min_tokens} tokens, limit is {max_model_len - 1}: "
+            f"prompt has at least {min_tokens} tokens, limit is {max_num_tokens - 1}: "
             "the context length less one token to generate"
         )
     try:

@@ -41,7 +41,8 @@ class Tokenizer:
         )
         self._adds_bos_itself = backend.encode("").ids[:1] == [self.bos_token_id]
         self._add_bos = self._adds_bos_itself if add_bos is None else add_bos
-        self._chat_template = ChatTemplate(chat_template, special_tokens) if chat_template else None
+        self._special_tokens = dict(special_tokens)
+        self.chat_template = self.build_chat_template(chat_template) if chat_template else None
 
     @classmethod
     def from_directory(cls, path: Path) -> "Tokenizer":
@@ -89,20 +90,50 @@ class Tokenizer:
             return ids[1:]
         return ids if self.bos_token_id is None else [self.bos_token_id, *ids]
 
+    def encode_with_offsets(self, text: str, add_special_tokens: bool = True) -> list[tuple[int, int, int]]:
+        """(token id, start, stop) of `encode`, in characters of the text; added tokens stand for none."""
+        encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        spans = [
+            (index, start, stop) for index, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)
+        ]
+        if not add_special_tokens or self._add_bos == self._adds_bos_itself:
+            return spans
+        if not self._add_bos:
+            return spans[1:]
+        return spans if self.bos_token_id is None else [(self.bos_token_id, 0, 0), *spans]
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of the ids; bytes that are not UTF-8 become U+FFFD."""
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
-    def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """Prompt text of a conversation. Raises InvalidRequestError if the model has no template."""
-        if self._chat_template is None:
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        *,
+        template: ChatTemplate | None = None,
+    ) -> str:
+        """Prompt text of a conversation, by `template` or else the model's own.
+
+        Raises InvalidRequestError if there is none, or it refuses the messages.
+        """
+        template = template or self.chat_template
+        if template is None:
             raise InvalidRequestError("the model has no chat template, send a prompt instead of messages")
-        return self._chat_template.render(messages, add_generation_prompt)
+        return template.render(messages, add_generation_prompt)
+
+    def build_chat_template(self, source: str) -> ChatTemplate:
+        """Another template for this model's tokens."""
+        return ChatTemplate(source, self._special_tokens)
 
     def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
         """Token ids of a conversation; the template writes its own special tokens."""
         text = self.apply_chat_template(messages, add_generation_prompt)
         return self.encode(text, add_special_tokens=False)
+
+    def to_json(self) -> str:
+        """The tokenizer as the text of a tokenizer.json."""
+        return self._backend.to_str()
 
     @cached_property
     def max_token_len(self) -> int:

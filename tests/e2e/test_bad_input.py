@@ -48,6 +48,12 @@ REQUESTS: list[tuple[str, dict[str, Any], type[LoraserveError], str]] = [
         InvalidRequestError,
         "token id 999999 is out of range",
     ),
+    (
+        "biased token out of range",
+        {"params": SamplingParams(logit_bias={999999: 1.0})},
+        InvalidRequestError,
+        "token id 999999 is out of range",
+    ),
     ("two adapters for one prompt", {"adapter": ["r4-all", None]}, InvalidRequestError, "2 entries for 1"),
 ]
 
@@ -84,6 +90,12 @@ SAMPLING: list[tuple[dict[str, Any], str]] = [
     ({"stop_token_ids": (-1,)}, "stop_token_ids is -1"),
     ({"seed": 1.0}, "seed is 1.0"),
     ({"seed": 2**63}, "seed is 9223372036854775808"),
+    ({"typical_p": 0.0}, "typical_p is 0.0"),
+    ({"logit_bias": 7}, "logit_bias is 7"),
+    ({"logit_bias": {"a": 1}}, "logit_bias token is 'a'"),
+    ({"logit_bias": {1: 101}}, "logit_bias is 101"),
+    ({"logit_bias": dict.fromkeys(range(2000), 1)}, "logit_bias has 2000 tokens"),
+    ({"grammar": "yes|no"}, "give a Grammar"),
 ]
 
 
@@ -102,6 +114,7 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"memory": None}, "memory is None"),
     ({"memory": "9" * 400}, "at most"),
     ({"max_lora_rank": 0}, "max_lora_rank is 0"),
+    ({"max_waiting": 0}, "max_waiting is 0"),
 ]
 
 

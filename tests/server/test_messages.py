@@ -3,7 +3,8 @@ from typing import Any
 
 import pytest
 from loraserve.errors import InvalidRequestError
-from loraserve.request import Delta, GenerateRequest, TokenLogprob, Usage
+from loraserve.grammar import Grammar
+from loraserve.request import Delta, GenerateRequest, RequestTiming, TokenLogprob, Usage
 from loraserve.sampling_params import SamplingParams
 from loraserve.server.messages import delta_from_wire, delta_to_wire, request_from_wire, request_to_wire
 from loraserve.v1 import loraserve_pb2 as pb
@@ -32,13 +33,23 @@ REQUESTS = [
             min_tokens=2,
             logprobs=0,
             n=3,
+            typical_p=0.8,
+            logit_bias={5: -100.0, 7: 1.5},
         ),
+        deadline_s=2.5,
+        truncate=10,
     ),
+    GenerateRequest(prompt="x", params=SamplingParams(grammar=Grammar("json"))),
+    GenerateRequest(prompt="x", params=SamplingParams(grammar=Grammar("json_schema", {"type": "string"}))),
+    GenerateRequest(prompt="x", params=SamplingParams(grammar=Grammar("regex", "[a-z]+"))),
+    GenerateRequest(prompt="x", params=SamplingParams(grammar=Grammar("lark", 'start: "a"'))),
+    GenerateRequest(prompt="x", params=SamplingParams(grammar=Grammar("choice", ["a", "b"]))),
 ]
 
 DELTAS = [
     Delta(0, "é", [5], None, None, None),
-    Delta(2, "", [], None, "abort", Usage(3, 0, 1)),
+    Delta(2, "", [], None, "abort", Usage(3, 0, 1), RequestTiming(0.5, None, 0.75, False)),
+    Delta(0, "", [4], None, "stop", Usage(3, 1, 1), RequestTiming(0.5, 0.125, 0.75, True)),
     Delta(
         1,
         "a",
@@ -69,6 +80,14 @@ def test_an_explicit_zero_is_not_taken_for_a_field_left_out() -> None:
     assert request_from_wire(message).params.temperature == 0.0
 
 
+def test_what_was_given_and_nothing_else_is_given_on_the_other_side() -> None:
+    sent = GenerateRequest(prompt="x", params=SamplingParams(temperature=1.0, stop=("a",)))
+    assert request_from_wire(request_to_wire(sent)).params.given == {"temperature", "stop"}
+    filled = SamplingParams(top_k=3).with_defaults({"max_tokens": 7})
+    received = request_from_wire(request_to_wire(GenerateRequest(prompt="x", params=filled))).params
+    assert received == filled
+
+
 def test_the_proto_has_every_sampling_parameter() -> None:
     in_proto = {field.name for field in pb.SamplingParams.DESCRIPTOR.fields}
     assert in_proto == {field.name for field in fields(SamplingParams)}
@@ -80,6 +99,10 @@ def test_the_proto_has_every_sampling_parameter() -> None:
         (pb.GenerateRequest(), "the request has no prompt"),
         (pb.GenerateRequest(text="x", adapter="a", adapters={"b": 1.0}), "both adapter and adapters are set"),
         (pb.GenerateRequest(text="x", sampling=pb.SamplingParams(max_tokens=0)), "max_tokens is 0"),
+        (
+            pb.GenerateRequest(text="x", sampling=pb.SamplingParams(grammar=pb.Grammar())),
+            "grammar has no form",
+        ),
     ],
 )
 def test_a_wrong_message_is_refused(message: pb.GenerateRequest, text: str) -> None:

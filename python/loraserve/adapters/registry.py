@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from loraserve._core import Receipt
+from loraserve.adapters.manifest import AdapterManifest
+from loraserve.chat_template import ChatTemplate
 from loraserve.errors import AdapterNotFoundError, InvalidRequestError
 
 NAME_PATTERN = re.compile(r"[a-zA-Z0-9_\-.:]+")
@@ -14,12 +16,17 @@ NAME_PATTERN = re.compile(r"[a-zA-Z0-9_\-.:]+")
 
 @dataclass(frozen=True)
 class RegisteredAdapter:
-    """One name; several names may share one adapter id, which stands for the content."""
+    """One name; several names may share one adapter id, which stands for the content.
+
+    `chat_template` is the manifest's, None where the model's own applies.
+    """
 
     name: str
     path: str
     receipt: Receipt
     adapter_id: int
+    manifest: AdapterManifest
+    chat_template: ChatTemplate | None
 
 
 class AdapterRegistry:
@@ -32,6 +39,13 @@ class AdapterRegistry:
     def add(self, adapter: RegisteredAdapter) -> None:
         self._by_name[adapter.name] = adapter
         self._sources.setdefault(adapter.adapter_id, {})[adapter.path] = adapter
+
+    def get(self, name: str) -> RegisteredAdapter | None:
+        return self._by_name.get(name)
+
+    def adapter_ids(self) -> set[int]:
+        """Of everything that has a name."""
+        return {adapter.adapter_id for adapter in self}
 
     def remove(self, name: str) -> RegisteredAdapter:
         """Forget the name; its source is kept for requests still queued."""

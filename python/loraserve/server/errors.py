@@ -1,5 +1,7 @@
 """How typed errors cross the network: error class ↔ gRPC status code and trailing metadata."""
 
+from collections.abc import Iterable
+
 import grpc
 
 from loraserve.errors import (
@@ -7,14 +9,21 @@ from loraserve.errors import (
     AdapterNotFoundError,
     AdapterUnavailableError,
     CapacityError,
+    DeadlineError,
     DeviceError,
     EngineStoppedError,
     InvalidRequestError,
     LoraserveError,
     ModelError,
+    OverloadedError,
+    OverloadReason,
+    PermissionDeniedError,
+    UnauthenticatedError,
 )
 
 ERROR_CLASS_KEY = "loraserve-error"
+RETRY_AFTER_KEY = "loraserve-retry-after-s"
+REASON_KEY = "loraserve-reason"
 MAX_MESSAGE_CHARS = 2000  # a status message travels in a header, and headers are limited to 8 KiB
 
 STATUS_CODES: dict[type[LoraserveError], grpc.StatusCode] = {
@@ -23,7 +32,11 @@ STATUS_CODES: dict[type[LoraserveError], grpc.StatusCode] = {
     ModelError: grpc.StatusCode.INVALID_ARGUMENT,
     AdapterNotFoundError: grpc.StatusCode.NOT_FOUND,
     CapacityError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     AdapterUnavailableError: grpc.StatusCode.FAILED_PRECONDITION,
+    DeadlineError: grpc.StatusCode.DEADLINE_EXCEEDED,
+    UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
+    PermissionDeniedError: grpc.StatusCode.PERMISSION_DENIED,
     EngineStoppedError: grpc.StatusCode.UNAVAILABLE,
     DeviceError: grpc.StatusCode.INTERNAL,
 }
@@ -48,6 +61,21 @@ def status_message(error: LoraserveError) -> str:
     return text if len(text) <= MAX_MESSAGE_CHARS else text[: MAX_MESSAGE_CHARS - 1] + "…"
 
 
-def typed_error(class_name: str, message: str) -> LoraserveError:
-    """The error a server answered with; LoraserveError where its class is not known here."""
-    return _CLASSES_BY_NAME.get(class_name, LoraserveError)(message)
+def error_metadata(error: LoraserveError) -> tuple[tuple[str, str], ...]:
+    """What a status can't say, for the trailing metadata."""
+    name = (ERROR_CLASS_KEY, type(error).__name__)
+    if isinstance(error, OverloadedError):
+        return name, (RETRY_AFTER_KEY, f"{error.retry_after_s:.3f}"), (REASON_KEY, error.reason)
+    return (name,)
+
+
+def typed_error(metadata: Iterable[tuple[str, str | bytes]], message: str) -> LoraserveError | None:
+    """The error a server answered with, LoraserveError if its class is not known; None if no server did."""
+    values = {key: value for key, value in metadata if isinstance(value, str)}
+    if ERROR_CLASS_KEY not in values:
+        return None
+    cls = _CLASSES_BY_NAME.get(values[ERROR_CLASS_KEY], LoraserveError)
+    if cls is not OverloadedError:
+        return cls(message)
+    reason: OverloadReason = "adapter_loading" if values.get(REASON_KEY) == "adapter_loading" else "busy"
+    return OverloadedError(message, retry_after_s=float(values.get(RETRY_AFTER_KEY, "1")), reason=reason)

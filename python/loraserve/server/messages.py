@@ -7,7 +7,16 @@ from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 from loraserve.errors import InvalidRequestError
-from loraserve.request import AdapterSpec, Delta, FinishReason, GenerateRequest, TokenLogprob, Usage
+from loraserve.grammar import Grammar
+from loraserve.request import (
+    AdapterSpec,
+    Delta,
+    FinishReason,
+    GenerateRequest,
+    RequestTiming,
+    TokenLogprob,
+    Usage,
+)
 from loraserve.sampling_params import SamplingParams
 from loraserve.v1 import loraserve_pb2 as pb
 
@@ -21,7 +30,7 @@ _FINISH_REASONS: dict[FinishReason, pb.FinishReason] = {
     "abort": pb.FINISH_REASON_ABORT,
 }
 _FINISH_REASON_NAMES = {value: name for name, value in _FINISH_REASONS.items()}
-_REPEATED_SAMPLING_FIELDS = ("stop", "stop_token_ids")
+_REPEATED_SAMPLING_FIELDS = {"stop", "stop_token_ids"}
 
 
 def request_from_wire(message: pb.GenerateRequest) -> GenerateRequest:
@@ -42,6 +51,8 @@ def request_from_wire(message: pb.GenerateRequest) -> GenerateRequest:
         messages=messages,
         adapter=_adapter_from_wire(message),
         params=_sampling_from_wire(message.sampling),
+        deadline_s=message.deadline_s if message.HasField("deadline_s") else None,
+        truncate=message.truncate if message.HasField("truncate") else None,
     )
 
 
@@ -53,9 +64,27 @@ def _adapter_from_wire(message: pb.GenerateRequest) -> AdapterSpec:
 
 def _sampling_from_wire(message: pb.SamplingParams) -> SamplingParams:
     given: dict[str, Any] = {field.name: value for field, value in message.ListFields()}
-    for name in _REPEATED_SAMPLING_FIELDS:
-        given[name] = tuple(given.get(name, ()))
+    for name in _REPEATED_SAMPLING_FIELDS & given.keys():
+        given[name] = tuple(given[name])
+    if message.logit_bias:
+        given["logit_bias"] = dict(message.logit_bias)
+    if message.HasField("grammar"):
+        given["grammar"] = _grammar_from_wire(message.grammar)
     return SamplingParams(**given)
+
+
+def _grammar_from_wire(message: pb.Grammar) -> Grammar:
+    match message.WhichOneof("form"):
+        case "json":
+            return Grammar("json")
+        case "choice":
+            return Grammar("choice", message.choice.choices)
+        case None:
+            raise InvalidRequestError(
+                "grammar has no form, set one of json, json_schema, regex, lark and choice"
+            )
+        case kind:
+            return Grammar(kind, getattr(message, kind))
 
 
 def request_to_wire(request: GenerateRequest) -> pb.GenerateRequest:
@@ -63,7 +92,11 @@ def request_to_wire(request: GenerateRequest) -> pb.GenerateRequest:
     if (request.prompt is None) == (request.messages is None):
         raise InvalidRequestError("give exactly one of prompt and messages")
     try:
-        message = pb.GenerateRequest(sampling=_sampling_to_wire(request.params))
+        message = pb.GenerateRequest(
+            sampling=_sampling_to_wire(request.params),
+            deadline_s=request.deadline_s,
+            truncate=request.truncate,
+        )
         _set_prompt(message, request)
         _set_adapter(message, request.adapter)
     except KeyError as error:
@@ -91,8 +124,29 @@ def _set_adapter(message: pb.GenerateRequest, adapter: AdapterSpec) -> None:
 
 
 def _sampling_to_wire(params: SamplingParams) -> pb.SamplingParams:
-    values = {field.name: getattr(params, field.name) for field in fields(params)}
-    return pb.SamplingParams(**{name: value for name, value in values.items() if value is not None})
+    """What was given, and what differs from the defaults; the server's adapters may decide on the rest."""
+    defaults = SamplingParams()
+    names = [field.name for field in fields(params)]
+    values = {
+        name: getattr(params, name)
+        for name in names
+        if name in params.given or getattr(params, name) != getattr(defaults, name)
+    }
+    values = {name: value for name, value in values.items() if value is not None}
+    if params.grammar is not None:
+        values["grammar"] = _grammar_to_wire(params.grammar)
+    return pb.SamplingParams(**values)
+
+
+def _grammar_to_wire(grammar: Grammar) -> pb.Grammar:
+    message = pb.Grammar()
+    if grammar.kind == "json":
+        message.json = True
+    elif isinstance(grammar.value, tuple):
+        message.choice.choices.extend(grammar.value)
+    else:
+        setattr(message, grammar.kind, grammar.value)
+    return message
 
 
 def delta_to_wire(delta: Delta) -> pb.GenerateResponse:
@@ -102,6 +156,8 @@ def delta_to_wire(delta: Delta) -> pb.GenerateResponse:
         message.finish_reason = _FINISH_REASONS[delta.finish_reason]
     if delta.usage is not None:
         message.usage.CopyFrom(_usage_to_wire(delta.usage))
+    if delta.timing is not None:
+        message.timing.CopyFrom(pb.Timing(**asdict(delta.timing)))
     return message
 
 
@@ -126,6 +182,7 @@ def delta_from_wire(message: pb.GenerateResponse) -> Delta:
         logprobs=[_logprob_from_wire(logprob) for logprob in message.logprobs] or None,
         finish_reason=_FINISH_REASON_NAMES.get(message.finish_reason),
         usage=_usage_from_wire(message.usage) if message.HasField("usage") else None,
+        timing=_timing_from_wire(message.timing) if message.HasField("timing") else None,
     )
 
 
@@ -139,6 +196,15 @@ def _usage_from_wire(message: pb.Usage) -> Usage:
         prompt_tokens=message.prompt_tokens,
         completion_tokens=message.completion_tokens,
         cached_tokens=message.cached_tokens,
+    )
+
+
+def _timing_from_wire(message: pb.Timing) -> RequestTiming:
+    return RequestTiming(
+        queue_s=message.queue_s,
+        prefill_s=message.prefill_s if message.HasField("prefill_s") else None,
+        total_s=message.total_s,
+        adapter_was_resident=message.adapter_was_resident,
     )
 
 
@@ -168,6 +234,12 @@ def _adapter_to_wire(adapter: AdapterInfo) -> pb.Adapter:
         state=adapter.state,
         num_running=adapter.num_running,
         receipt=receipt_to_wire(adapter.receipt),
+        num_waiting=adapter.num_waiting,
+        is_pinned=adapter.is_pinned,
+        description=adapter.description,
+        num_loads=adapter.num_loads,
+        num_evictions=adapter.num_evictions,
+        last_load_s=adapter.last_load_s,
     )
 
 

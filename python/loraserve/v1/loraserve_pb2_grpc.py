@@ -49,6 +49,16 @@ class LoraServeStub:
                 request_serializer=loraserve_dot_v1_dot_loraserve__pb2.UnloadAdapterRequest.SerializeToString,
                 response_deserializer=loraserve_dot_v1_dot_loraserve__pb2.UnloadAdapterResponse.FromString,
                 _registered_method=True)
+        self.WarmAdapter = channel.unary_unary(
+                '/loraserve.v1.LoraServe/WarmAdapter',
+                request_serializer=loraserve_dot_v1_dot_loraserve__pb2.WarmAdapterRequest.SerializeToString,
+                response_deserializer=loraserve_dot_v1_dot_loraserve__pb2.WarmAdapterResponse.FromString,
+                _registered_method=True)
+        self.PinAdapter = channel.unary_unary(
+                '/loraserve.v1.LoraServe/PinAdapter',
+                request_serializer=loraserve_dot_v1_dot_loraserve__pb2.PinAdapterRequest.SerializeToString,
+                response_deserializer=loraserve_dot_v1_dot_loraserve__pb2.PinAdapterResponse.FromString,
+                _registered_method=True)
         self.ListAdapters = channel.unary_unary(
                 '/loraserve.v1.LoraServe/ListAdapters',
                 request_serializer=loraserve_dot_v1_dot_loraserve__pb2.ListAdaptersRequest.SerializeToString,
@@ -86,6 +96,20 @@ class LoraServeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WarmAdapter(self, request, context):
+        """Loads a registered adapter into the memory pool ahead of requests; answers once it is there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PinAdapter(self, request, context):
+        """Keeps an adapter in the memory pool from now on, or no longer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListAdapters(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -115,6 +139,16 @@ def add_LoraServeServicer_to_server(servicer, server):
                     servicer.UnloadAdapter,
                     request_deserializer=loraserve_dot_v1_dot_loraserve__pb2.UnloadAdapterRequest.FromString,
                     response_serializer=loraserve_dot_v1_dot_loraserve__pb2.UnloadAdapterResponse.SerializeToString,
+            ),
+            'WarmAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.WarmAdapter,
+                    request_deserializer=loraserve_dot_v1_dot_loraserve__pb2.WarmAdapterRequest.FromString,
+                    response_serializer=loraserve_dot_v1_dot_loraserve__pb2.WarmAdapterResponse.SerializeToString,
+            ),
+            'PinAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.PinAdapter,
+                    request_deserializer=loraserve_dot_v1_dot_loraserve__pb2.PinAdapterRequest.FromString,
+                    response_serializer=loraserve_dot_v1_dot_loraserve__pb2.PinAdapterResponse.SerializeToString,
             ),
             'ListAdapters': grpc.unary_unary_rpc_method_handler(
                     servicer.ListAdapters,
@@ -208,6 +242,60 @@ class LoraServe:
             '/loraserve.v1.LoraServe/UnloadAdapter',
             loraserve_dot_v1_dot_loraserve__pb2.UnloadAdapterRequest.SerializeToString,
             loraserve_dot_v1_dot_loraserve__pb2.UnloadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WarmAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraserve.v1.LoraServe/WarmAdapter',
+            loraserve_dot_v1_dot_loraserve__pb2.WarmAdapterRequest.SerializeToString,
+            loraserve_dot_v1_dot_loraserve__pb2.WarmAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PinAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraserve.v1.LoraServe/PinAdapter',
+            loraserve_dot_v1_dot_loraserve__pb2.PinAdapterRequest.SerializeToString,
+            loraserve_dot_v1_dot_loraserve__pb2.PinAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

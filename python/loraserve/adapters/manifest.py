@@ -1,0 +1,186 @@
+"""`AdapterManifest`: what an adapter says of its own use, in `loraserve.json` beside its weights.
+
+```json
+{
+  "description": "turns questions about a schema into SQL",
+  "system_prompt": "Answer with one SQL statement.",
+  "chat_template": "{% for message in messages %}…",
+  "stop": [";"],
+  "sampling": {"temperature": 0.0, "max_tokens": 200},
+  "json_schema": {"type": "object"}
+}
+```
+Every field may be left out. What a request gives itself wins.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from loraserve.errors import AdapterFormatError, InvalidRequestError
+from loraserve.grammar import Grammar
+from loraserve.sampling_params import SamplingParams
+
+FILE_NAME = "loraserve.json"
+MAX_FILE_NBYTES = 2**20
+MAX_TEXT_CHARS = 256 * 1024
+
+SAMPLING_FIELDS = frozenset(
+    {
+        "max_tokens",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "typical_p",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+        "logit_bias",
+        "seed",
+        "stop_token_ids",
+        "ignore_eos",
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterManifest:
+    """How an adapter is meant to be used; checked when built by `from_fields`.
+
+    Args:
+        description: for people who choose an adapter.
+        system_prompt: put before a chat that has no system message.
+        chat_template: renders this adapter's chats in place of the model's own (Jinja).
+        stop: strings that end an answer.
+        sampling: defaults of sampling parameters, those of `SAMPLING_FIELDS`.
+        grammar: the form of an answer; "json_schema" in the file.
+    """
+
+    description: str | None = None
+    system_prompt: str | None = None
+    chat_template: str | None = None
+    stop: tuple[str, ...] | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    grammar: Grammar | None = None
+
+    @classmethod
+    def from_fields(cls, values: Any, source: str) -> AdapterManifest:
+        """The manifest written as `values`, found in `source`.
+
+        Raises:
+            AdapterFormatError: a field is unknown or not what it should be.
+        """
+        if not isinstance(values, Mapping):
+            raise AdapterFormatError(f"{source} is not a JSON object")
+        unknown = sorted(str(name) for name in values if name not in _READERS)
+        if unknown:
+            raise AdapterFormatError(
+                f"{source} has the field {unknown[0]!r}, known are {', '.join(sorted(_READERS))}"
+            )
+        try:
+            read = [_READERS[name](value) for name, value in values.items() if value is not None]
+        except InvalidRequestError as error:
+            raise AdapterFormatError(f"{source}: {error}") from error
+        return cls(**{name: value for pair in read for name, value in pair.items()})
+
+    def merged_over(self, other: AdapterManifest | None) -> AdapterManifest:
+        """These fields, and the other's where they say nothing; sampling parameters one by one."""
+        if other is None:
+            return self
+        absent = {f.name: getattr(other, f.name) for f in fields(self) if getattr(self, f.name) is None}
+        return replace(self, **absent, sampling={**other.sampling, **self.sampling})
+
+    @property
+    def request_defaults(self) -> dict[str, Any]:
+        """What `SamplingParams.with_defaults` takes."""
+        defaults = dict(self.sampling)
+        if self.stop is not None:
+            defaults["stop"] = self.stop
+        if self.grammar is not None:
+            defaults["grammar"] = self.grammar
+        return defaults
+
+    def with_system_prompt(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        """The chat, begun with the adapter's system prompt if it has none of its own."""
+        if self.system_prompt is None or messages[0].get("role") == "system":
+            return messages
+        return [{"role": "system", "content": self.system_prompt}, *messages]
+
+
+def read_manifest(directory: str) -> AdapterManifest | None:
+    """The manifest in an adapter's directory, None if there is none.
+
+    Raises:
+        AdapterFormatError: it can't be read, or is not a manifest.
+    """
+    path = Path(directory) / FILE_NAME
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_NBYTES + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise AdapterFormatError(f"{path} can't be read: {error.strerror}") from error
+    if len(data) > MAX_FILE_NBYTES:
+        raise AdapterFormatError(f"{path} has more than {MAX_FILE_NBYTES} bytes, the limit")
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise AdapterFormatError(f"{path} is not JSON: {error}") from error
+    return AdapterManifest.from_fields(values, str(path))
+
+
+def _text(name: str) -> Callable[[Any], dict[str, Any]]:
+    def read(value: Any) -> dict[str, Any]:
+        if not isinstance(value, str):
+            raise InvalidRequestError(f"{name} is {value!r:.100}, it must be a string")
+        if len(value) > MAX_TEXT_CHARS:
+            raise InvalidRequestError(f"{name} has {len(value)} characters, the limit is {MAX_TEXT_CHARS}")
+        return {name: value}
+
+    return read
+
+
+def _stop(value: Any) -> dict[str, Any]:
+    return {"stop": SamplingParams(stop=value).stop_strings}
+
+
+def _sampling(value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise InvalidRequestError(f"sampling is {value!r:.100}, it must be an object")
+    for name in value:
+        if name not in SAMPLING_FIELDS:
+            raise InvalidRequestError(
+                f"sampling has {name!r}, an adapter may set {', '.join(sorted(SAMPLING_FIELDS))}"
+            )
+    params = SamplingParams(**{name: _with_integer_keys(one) for name, one in value.items()})
+    return {"sampling": {name: getattr(params, name) for name in value}}
+
+
+def _with_integer_keys(value: Any) -> Any:
+    """A mapping of token ids has strings for keys in JSON."""
+    if not isinstance(value, Mapping):
+        return value
+    try:
+        return {int(key): one for key, one in value.items()}
+    except ValueError as error:
+        raise InvalidRequestError(f"a key is not a token id: {error}") from None
+
+
+def _schema(value: Any) -> dict[str, Any]:
+    return {"grammar": Grammar("json_schema", value)}
+
+
+_READERS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "description": _text("description"),
+    "system_prompt": _text("system_prompt"),
+    "chat_template": _text("chat_template"),
+    "stop": _stop,
+    "sampling": _sampling,
+    "json_schema": _schema,
+}
