@@ -1,0 +1,115 @@
+"""Answers as ASGI responses: whole ones as JSON, streamed ones as server-sent events built from bytes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import aclosing
+from typing import Any, Protocol
+
+import orjson
+from fastapi.responses import Response
+from starlette.requests import ClientDisconnect
+from starlette.types import Message, Receive, Scope, Send
+
+from loraserve.errors import LoraserveError
+from loraserve.request import Completion, Delta, GenerateRequest
+from loraserve.server.http.answer_headers import Headers, early_headers, late_headers
+from loraserve.server.http.errors import Family, error_body
+from loraserve.server.http.generation import Call, Generation, generation
+
+logger = logging.getLogger(__name__)
+
+SSE_HEADERS: Headers = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+DONE = b"data: [DONE]\n\n"
+
+
+class WholeWriter(Protocol):
+    """Makes the body of a whole answer."""
+
+    def body(self, generation: Generation, answers: Sequence[Sequence[Completion]]) -> Any:
+        """`answers[prompt][index]` in order."""
+        ...
+
+
+class StreamWriter(Protocol):
+    """Makes the events of a streamed answer; every method returns whole events, or nothing."""
+
+    def first(self, generation: Generation) -> bytes: ...
+
+    def delta(self, prompt: int, delta: Delta) -> bytes: ...
+
+    def last(self, generation: Generation) -> bytes: ...
+
+    def error(self, body: Mapping[str, Any]) -> bytes: ...
+
+
+class WholeResponse(Response):
+    """Waits for all answers, then sends one JSON document with all headers."""
+
+    def __init__(self, call: Call, requests: Sequence[GenerateRequest], writer: WholeWriter) -> None:
+        super().__init__()
+        self._call = call
+        self._requests = requests
+        self._writer = writer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with generation(self._call, self._requests) as running:
+            answers = [[Completion() for _ in range(request.params.n)] for request in self._requests]
+            async with aclosing(running.deltas()) as deltas:  # type: ignore[type-var]
+                async for prompt, delta in deltas:
+                    answers[prompt][delta.index].append(delta)
+            body = orjson.dumps(self._writer.body(running, answers))
+            headers = [
+                (b"content-type", b"application/json"),
+                (b"content-length", b"%d" % len(body)),
+                *early_headers(self._call, running, self._requests),
+                *late_headers(self._call, running),
+            ]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": body})
+
+
+class StreamResponse(Response):
+    """Sends each delta as it comes; the status waits for the first, so that a refusal has its own."""
+
+    def __init__(
+        self, call: Call, requests: Sequence[GenerateRequest], writer: StreamWriter, family: Family
+    ) -> None:
+        super().__init__()
+        self._call = call
+        self._requests = requests
+        self._writer = writer
+        self._family = family
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with (
+            generation(self._call, self._requests) as running,
+            aclosing(running.deltas()) as deltas,  # type: ignore[type-var]
+        ):
+            prompt, delta = await anext(deltas)
+            headers = SSE_HEADERS + early_headers(self._call, running, self._requests)
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            send = scope["state"]["send"]
+            try:
+                await send(_event(self._writer.first(running) + self._writer.delta(prompt, delta)))
+                async for prompt, delta in deltas:
+                    if chunk := self._writer.delta(prompt, delta):
+                        await send(_event(chunk))
+                await send({"type": "http.response.body", "body": self._writer.last(running)})
+            except ClientDisconnect:
+                pass
+            except Exception as error:
+                if not isinstance(error, LoraserveError):
+                    logger.exception("request %s failed", self._call.request_id)
+                running.error = error
+                chunk = self._writer.error(error_body(error, self._family))
+                await send({"type": "http.response.body", "body": chunk})
+
+
+def _event(chunk: bytes) -> Message:
+    return {"type": "http.response.body", "body": chunk, "more_body": True}

@@ -1,0 +1,33 @@
+"""The application: all routers, the error handlers, and the edge around them."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+
+from loraserve._core import __version__
+from loraserve.server.http import admin, errors, openai, tgi
+from loraserve.server.http.dashboard import router as dashboard
+from loraserve.server.http.edge import Edge
+from loraserve.server.http.openai_documents import OpenAIError, Responses
+from loraserve.server.http.state import HttpState
+from loraserve.server.http.tgi_documents import TgiError
+
+ADMIN_ERRORS: Responses = {
+    status: {"model": OpenAIError | TgiError} for status in (400, 401, 403, 404, 409, 413, 415, 422, 429, 503)
+}
+DESCRIPTION = """\
+One base model and many LoRA adapters, mixed in one batch. Choose an adapter by `model` (OpenAI) or by
+`parameters.adapter_id` (TGI, LoRAX). Every answer carries `X-Request-Id`.
+"""
+
+
+def create_app(state: HttpState) -> FastAPI:
+    app = FastAPI(title="loraserve", version=__version__, description=DESCRIPTION, redoc_url=None)
+    app.state.http = state
+    app.include_router(openai.router)
+    app.include_router(tgi.router)
+    app.include_router(admin.router, responses=ADMIN_ERRORS)
+    app.include_router(dashboard.router)
+    errors.install(app)
+    app.add_middleware(Edge)
+    return app

@@ -1,0 +1,58 @@
+"""The outermost layer: a request id on every answer, and an answer to every bug."""
+
+from __future__ import annotations
+
+import logging
+import re
+import uuid
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from loraserve.server.http.errors import error_response, family_of
+
+logger = logging.getLogger(__name__)
+
+REQUEST_ID = b"x-request-id"
+_ACCEPTED = re.compile(rb"[\x21-\x7e]{1,128}")
+
+
+class Edge:
+    """Takes the client's X-Request-Id or makes one.
+
+    `scope["state"]` then has `request_id`, and `send` without any layer around it.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id.decode()
+        state["send"] = send  # what streams send by once they have started: a layer less for each token
+        has_started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal has_started
+            if message["type"] == "http.response.start":
+                has_started = True
+                message["headers"] = [*message["headers"], (REQUEST_ID, request_id)]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception as error:
+            logger.exception("request %s failed", request_id.decode())
+            if has_started:
+                raise  # the connection is closed: the client sees that the answer is not whole
+            await error_response(error, family_of(scope["path"]))(scope, receive, send_with_id)
+
+
+def _request_id(scope: Scope) -> bytes:
+    for name, value in scope["headers"]:
+        if name == REQUEST_ID and _ACCEPTED.fullmatch(value):
+            return bytes(value)
+    return uuid.uuid4().hex.encode()

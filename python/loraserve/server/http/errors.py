@@ -1,0 +1,193 @@
+"""How errors look over HTTP: one table of statuses, and the shape each family of routes answers with."""
+
+from __future__ import annotations
+
+import enum
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import ClientDisconnect
+
+from loraserve.errors import (
+    AdapterFormatError,
+    AdapterNotFoundError,
+    AdapterUnavailableError,
+    CapacityError,
+    DeadlineError,
+    DeviceError,
+    EngineStoppedError,
+    InvalidRequestError,
+    LoraserveError,
+    ModelError,
+    OverloadedError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+)
+
+logger = logging.getLogger(__name__)
+
+MAX_SHOWN_PROBLEMS = 3
+MAX_MESSAGE_CHARS = 2000
+CLIENT_CLOSED_REQUEST = 499  # nginx's: nobody is left to read it
+TGI_PATHS = frozenset(("/", "/generate", "/generate_stream", "/tokenize", "/invocations"))
+
+
+class Family(enum.Enum):
+    """Whose error shape a route answers with."""
+
+    OPENAI = "openai"
+    TGI = "tgi"
+    PLAIN = "plain"
+
+
+@dataclass(frozen=True)
+class ErrorKind:
+    """Status and types of one error; TGI says 422 to most of what OpenAI says 400 to."""
+
+    status: int
+    openai_type: str
+    openai_code: str | None = None
+    tgi_status: int | None = None
+    tgi_type: str = "validation"
+
+
+_INVALID = "invalid_request_error"
+INTERNAL = ErrorKind(500, "server_error", "internal_error", tgi_type="generation")
+
+KINDS: dict[type[LoraserveError], ErrorKind] = {
+    InvalidRequestError: ErrorKind(400, _INVALID, tgi_status=422),
+    AdapterNotFoundError: ErrorKind(404, _INVALID, "model_not_found", tgi_status=422),
+    AdapterFormatError: ErrorKind(400, _INVALID, "adapter_format", tgi_status=422),
+    AdapterUnavailableError: ErrorKind(
+        409, _INVALID, "adapter_unavailable", tgi_status=424, tgi_type="generation"
+    ),
+    CapacityError: ErrorKind(400, _INVALID, "capacity_exceeded", tgi_status=422),
+    OverloadedError: ErrorKind(429, "rate_limit_error", "overloaded", tgi_type="overloaded"),
+    DeadlineError: ErrorKind(408, "timeout_error", "deadline_exceeded", tgi_type="generation"),
+    UnauthenticatedError: ErrorKind(401, _INVALID, "invalid_api_key", tgi_type="unauthenticated"),
+    PermissionDeniedError: ErrorKind(
+        403, "permission_error", "permission_denied", tgi_type="permission_denied"
+    ),
+    ModelError: ErrorKind(400, _INVALID, tgi_status=422),
+    EngineStoppedError: ErrorKind(503, "server_error", "engine_stopped", tgi_type="incomplete_generation"),
+    DeviceError: INTERNAL,
+}
+
+
+def family_of(path: str) -> Family:
+    if path.startswith("/v1/"):
+        return Family.OPENAI
+    return Family.TGI if path in TGI_PATHS else Family.PLAIN
+
+
+def kind_of(error: Exception) -> ErrorKind:
+    for cls, kind in KINDS.items():
+        if isinstance(error, cls):
+            return kind
+    return INTERNAL
+
+
+def http_status(error: Exception, family: Family = Family.PLAIN) -> int:
+    kind = kind_of(error)
+    return kind.tgi_status or kind.status if family is Family.TGI else kind.status
+
+
+def error_body(error: Exception, family: Family) -> dict[str, Any]:
+    """The answer to `error`; of an error that is not ours to show, its class only."""
+    kind = kind_of(error)
+    if isinstance(error, LoraserveError):
+        message, name = str(error)[:MAX_MESSAGE_CHARS], type(error).__name__
+    else:
+        name = "InternalError"
+        message = f"internal error ({type(error).__name__}), the server's log has the details"
+    if family is Family.OPENAI:
+        code = error.reason if isinstance(error, OverloadedError) else kind.openai_code
+        return openai_body(message, kind.openai_type, code)
+    return {"error": message, "error_type": kind.tgi_type if family is Family.TGI else name}
+
+
+def openai_body(message: str, type_: str, code: str | None, param: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": type_, "param": param, "code": code}}
+
+
+def error_response(error: Exception, family: Family) -> Response:
+    return _response(http_status(error, family), error_body(error, family), _headers(error))
+
+
+def install(app: FastAPI) -> None:
+    """Registers the handlers; what none of them takes is a bug, answered by the edge."""
+    app.add_exception_handler(LoraserveError, _on_loraserve_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(StarletteHTTPException, _on_http_exception)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
+
+
+async def _on_loraserve_error(request: Request, error: Exception) -> Response:
+    return error_response(error, family_of(request.url.path))
+
+
+async def _on_validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    problems = error.errors()
+    message = "; ".join(_problem_text(problem) for problem in problems[:MAX_SHOWN_PROBLEMS])
+    family = family_of(request.url.path)
+    if family is Family.OPENAI:
+        param = _printable(_location(problems[0])) or None if problems else None
+        return _response(400, openai_body(_printable(message), _INVALID, None, param))
+    name = "validation" if family is Family.TGI else InvalidRequestError.__name__
+    status = 422 if family is Family.TGI else 400
+    return _response(status, {"error": _printable(message), "error_type": name})
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, StarletteHTTPException)
+    family = family_of(request.url.path)
+    message = str(error.detail)
+    if error.status_code in (404, 405):
+        message = f"{request.method} {request.url.path[:200]} is not served here, see /docs"
+    if family is Family.OPENAI:
+        body = openai_body(_printable(message), _INVALID, None)
+    else:
+        body = {"error": _printable(message), "error_type": "validation"}
+    return _response(error.status_code, body, error.headers)
+
+
+async def _on_disconnect(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+def _problem_text(problem: Mapping[str, Any]) -> str:
+    if problem["type"] == "json_invalid":
+        return f"the body is not JSON: {problem['ctx']['error']}"
+    where = _location(problem)
+    return f"{where}: {problem['msg']}" if where else f"the body: {problem['msg']}"
+
+
+def _location(problem: Mapping[str, Any]) -> str:
+    """Where in the body, as `messages.0.role`."""
+    return ".".join(str(part) for part in problem["loc"][1:] if not isinstance(part, str) or "[" not in part)
+
+
+def _printable(text: str) -> str:
+    """Text that UTF-8 can carry; a client's own bytes may come back in a message."""
+    return text[:MAX_MESSAGE_CHARS].encode("utf-8", "replace").decode()
+
+
+def _headers(error: Exception) -> dict[str, str]:
+    if isinstance(error, OverloadedError):
+        return {"retry-after": str(max(1, math.ceil(error.retry_after_s))), "x-overload-reason": error.reason}
+    if isinstance(error, UnauthenticatedError):
+        return {"www-authenticate": "Bearer"}
+    return {}
+
+
+def _response(status: int, body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(body), status, dict(headers or {}), "application/json")

@@ -1,0 +1,68 @@
+"""Request bodies: bounded while they are read, JSON and nothing else."""
+
+from __future__ import annotations
+
+import email.message
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import orjson
+from fastapi import HTTPException, Request
+from fastapi.responses import Response
+from fastapi.routing import APIRoute
+
+from loraserve.server.http.state import HttpState
+
+
+class JsonRequest(Request):
+    """A request whose body is limited and parsed strictly: no NaN, no lone surrogates, bounded depth."""
+
+    async def body(self) -> bytes:
+        if not hasattr(self, "_body"):
+            self._body = await self._read()
+            if self._body:
+                self._check_content_type()
+        return self._body
+
+    async def json(self) -> Any:
+        return orjson.loads(await self.body())
+
+    async def _read(self) -> bytes:
+        state: HttpState = self.app.state.http
+        limit = state.limits.max_body_nbytes
+        length = self.headers.get("content-length", "")
+        if length.isdigit() and int(length[:20]) > limit:
+            raise _too_large(limit)
+        chunks, nbytes = [], 0
+        async for chunk in self.stream():
+            nbytes += len(chunk)
+            if nbytes > limit:
+                raise _too_large(limit)
+            chunks.append(chunk)
+        return b"".join(chunks)
+
+    def _check_content_type(self) -> None:
+        given = self.headers.get("content-type", "")
+        message = email.message.Message()
+        message["content-type"] = given or "none"
+        if message.get_content_type() != "application/json":
+            raise HTTPException(415, f"content-type is {given[:100]!r}, send application/json")
+        charset = message.get_content_charset("utf-8")
+        if charset not in ("utf-8", "utf8", "us-ascii"):
+            raise HTTPException(415, f"charset is {charset[:100]!r}, send UTF-8")
+
+
+class JsonRoute(APIRoute):
+    """A route that reads its body as `JsonRequest`."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            return await handler(JsonRequest(request.scope, request.receive))
+
+        return handle
+
+
+def _too_large(limit: int) -> HTTPException:
+    return HTTPException(413, f"the body is larger than the limit of {limit} bytes, send less at once")

@@ -1,0 +1,96 @@
+"""OpenAI's routes: models, completions, chat completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends
+from fastapi.responses import Response
+
+from loraserve.errors import AdapterNotFoundError, InvalidRequestError
+from loraserve.request import GenerateRequest
+from loraserve.server.http.answer import StreamResponse, WholeResponse
+from loraserve.server.http.auth import current_caller
+from loraserve.server.http.errors import Family
+from loraserve.server.http.generation import Call, current_call
+from loraserve.server.http.json_route import JsonRoute
+from loraserve.server.http.model_names import models_for
+from loraserve.server.http.openai_answer import (
+    AnswerHead,
+    ChatChunks,
+    CompletionChunks,
+    WholeChat,
+    WholeCompletion,
+)
+from loraserve.server.http.openai_documents import GENERATION_RESPONSES, MODEL_RESPONSES, MODELS_RESPONSES
+from loraserve.server.http.openai_request import chat_request, completion_requests
+from loraserve.server.http.openai_schema import ChatCompletionBody, CompletionBody, GenerationBody
+from loraserve.server.http.state import HttpState, http_state
+from loraserve.server.keys import Caller
+
+router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=JsonRoute)
+
+
+@router.get("/models", responses=MODELS_RESPONSES)
+async def list_models(
+    state: Annotated[HttpState, Depends(http_state)], caller: Annotated[Caller, Depends(current_caller)]
+) -> dict[str, Any]:
+    """The base model's names and every adapter the caller may use."""
+    return {"object": "list", "data": list(models_for(state, caller))}
+
+
+@router.get("/models/{model:path}", responses=MODEL_RESPONSES)
+async def get_model(
+    model: str,
+    state: Annotated[HttpState, Depends(http_state)],
+    caller: Annotated[Caller, Depends(current_caller)],
+) -> dict[str, Any]:
+    """One entry of the list."""
+    for entry in models_for(state, caller):
+        if entry["id"] == model:
+            return entry
+    raise AdapterNotFoundError(f"model {model[:200]!r} does not exist, GET /v1/models lists those that do")
+
+
+@router.post("/completions", responses=GENERATION_RESPONSES)
+async def completions(body: CompletionBody, call: Annotated[Call, Depends(current_call)]) -> Response:
+    """Continues one prompt or many, each `n` times."""
+    requests = completion_requests(call, body)
+    echoes = [_echo(call, request) if body.echo else "" for request in requests]
+    head = _head(call, body, "cmpl", wants_logprobs=body.logprobs is not None)
+    if body.stream:
+        return StreamResponse(call, requests, CompletionChunks(head, echoes), Family.OPENAI)
+    return WholeResponse(call, requests, WholeCompletion(head, echoes))
+
+
+@router.post("/chat/completions", responses=GENERATION_RESPONSES)
+async def chat_completions(
+    body: ChatCompletionBody, call: Annotated[Call, Depends(current_call)]
+) -> Response:
+    """Answers a conversation `n` times."""
+    requests = [chat_request(call, body)]
+    head = _head(call, body, "chatcmpl", wants_logprobs=bool(body.logprobs))
+    if body.stream:
+        return StreamResponse(call, requests, ChatChunks(head), Family.OPENAI)
+    return WholeResponse(call, requests, WholeChat(head))
+
+
+def _head(call: Call, body: GenerationBody, prefix: str, *, wants_logprobs: bool) -> AnswerHead:
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequestError("stream_options is given without stream, set stream to true")
+    return AnswerHead(
+        id=f"{prefix}-{call.request_id}",
+        model=body.model or call.state.served_names[0],
+        num_answers=1 if body.n is None else body.n,
+        wants_logprobs=wants_logprobs,
+        wants_usage=body.stream_options is not None and body.stream_options.include_usage,
+        texts=call.state.token_texts,
+    )
+
+
+def _echo(call: Call, request: GenerateRequest) -> str:
+    prompt: str | Sequence[int] | None = request.prompt
+    if isinstance(prompt, str):
+        return prompt
+    return call.state.engine.tokenizer.decode(prompt or [], skip_special_tokens=False)

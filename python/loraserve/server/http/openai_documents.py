@@ -1,0 +1,92 @@
+"""What OpenAI's routes answer with, for the OpenAPI document; answers themselves are built without these."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict
+
+Responses: TypeAlias = dict[int | str, dict[str, Any]]
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(protected_namespaces=())
+
+
+class OpenAIErrorFields(_Document):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIError(_Document):
+    error: OpenAIErrorFields
+
+
+class Model(_Document):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: str | None
+    max_model_len: int
+
+
+class ModelList(_Document):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class PromptTokensDetails(_Document):
+    cached_tokens: int
+
+
+class UsageFields(_Document):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class Choice(_Document):
+    """`text` in completions, `message` in chats."""
+
+    index: int
+    text: str | None = None
+    message: dict[str, Any] | None = None
+    logprobs: dict[str, Any] | None
+    finish_reason: Literal["stop", "length"]
+
+
+class Answer(_Document):
+    """Streamed as server-sent events of chunks where `stream` is true, ended by `data: [DONE]`."""
+
+    id: str
+    object: Literal["text_completion", "chat.completion"]
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: UsageFields
+    system_fingerprint: None
+
+
+EVENTS: dict[str, Any] = {
+    "text/event-stream": {
+        "schema": {
+            "type": "object",
+            "properties": {"data": {"type": "string", "contentMediaType": "application/json"}},
+            "required": ["data"],
+        }
+    }
+}
+_ERROR: dict[str, Any] = {"model": OpenAIError}
+_PROTECTED: Responses = {401: _ERROR, 403: _ERROR, 404: _ERROR}
+MODELS_RESPONSES: Responses = {200: {"model": ModelList}, 401: _ERROR}
+MODEL_RESPONSES: Responses = {200: {"model": Model}, 401: _ERROR, 404: _ERROR, 422: _ERROR}
+GENERATION_RESPONSES: Responses = {
+    200: {"model": Answer, "content": EVENTS},
+    **_PROTECTED,
+    **{status: _ERROR for status in (400, 408, 409, 413, 415, 422, 429, 503)},
+}

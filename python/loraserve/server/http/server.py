@@ -1,0 +1,94 @@
+"""A listening HTTP server on the running asyncio loop, beside whatever else runs there."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import socket
+import ssl
+from collections.abc import Iterator
+
+import uvicorn
+
+from loraserve.server.errors import ListenError
+from loraserve.server.grpc import MAX_PORT, socket_address
+from loraserve.server.http.app import create_app
+from loraserve.server.http.protocol import bounded_protocol
+from loraserve.server.http.state import HttpState
+
+BACKLOG = 2048
+START_POLL_S = 0.005
+
+
+class HttpServer:
+    """Serves `state`; `start` it, then `stop` it once. The engine is its owner's to shut down."""
+
+    def __init__(self, state: HttpState, host: str, port: int, *, tls: ssl.SSLContext | None = None) -> None:
+        """Binds the port; 0 takes a free one. Raises ListenError if the port can't be had."""
+        self._socket = _bound_socket(host, port)
+        self.address = socket_address(host, self._socket.getsockname()[1])
+        config = uvicorn.Config(
+            create_app(state),
+            http=bounded_protocol(state.limits),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            backlog=BACKLOG,
+            timeout_keep_alive=int(state.limits.keep_alive_s),
+        )
+        config.load()
+        config.ssl = tls
+        self._server = _Server(config)
+        self._serving: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Takes connections from here on."""
+        self._serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+        while not self._server.started:
+            if self._serving.done():
+                await self._serving
+            await asyncio.sleep(START_POLL_S)
+
+    async def stop(self, drain_s: float) -> None:
+        """Takes no new connections, lets running requests finish for `drain_s`, closes the rest."""
+        if self._serving is None:
+            self._socket.close()
+            return
+        self._server.config.timeout_graceful_shutdown = max(1, int(drain_s))
+        self._server.should_exit = True
+        await self._serving
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server without its signal handlers: the process has its own."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _bound_socket(host: str, port: int) -> socket.socket:
+    if not 0 <= port <= MAX_PORT:
+        raise ListenError(f"port {port} is out of range, choose 0 to {MAX_PORT} with --port")
+    where = socket_address(host, port)
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind)
+    except OSError as error:
+        raise ListenError(f"can't listen on {where}: {error.strerror}; see --host and --port") from error
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+        bound.listen(BACKLOG)
+    except OSError as error:
+        bound.close()
+        if error.errno == errno.EADDRINUSE:
+            text = f"port {port} on {host} is in use, choose another with --port (0 takes a free one)"
+        else:
+            text = f"can't listen on {where}: {error.strerror}; see --host and --port"
+        raise ListenError(text) from error
+    return bound

@@ -1,0 +1,84 @@
+"""What every HTTP route works with, and the limits a client can run into before the engine sees it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from fastapi import Request
+
+from loraserve.server.http.token_texts import TokenTexts
+
+if TYPE_CHECKING:
+    from loraserve.async_engine import AsyncEngine
+    from loraserve.server.adapter_sources import AdapterSources
+    from loraserve.server.http.metrics import Metrics
+    from loraserve.server.keys import AccessControl
+
+
+@dataclass(frozen=True, kw_only=True)
+class HttpLimits:
+    """Bounds on what one connection or one request may ask.
+
+    Args:
+        max_body_nbytes: of a request's body; more is refused with 413.
+        max_header_nbytes: of the request line and all headers; more closes the connection.
+        header_timeout_s: from the first byte of a request to the end of its headers.
+        body_timeout_s: from there to the end of the body.
+        write_timeout_s: that a client may leave an answer unread before its connection is cut.
+        keep_alive_s: that an idle connection stays open.
+        request_timeout_s: deadline of every generation; None leaves it to the request.
+        max_best_of: most sequences that TGI's `best_of` and OpenAI's `best_of` may compare.
+        max_stop_sequences: stop strings of one request.
+        max_top_n_tokens: alternatives per token.
+        max_client_batch_size: prompts of one request.
+        max_input_tokens: of a prompt; None is the context length less one.
+    """
+
+    max_body_nbytes: int = 16 * 2**20
+    max_header_nbytes: int = 64 * 2**10
+    header_timeout_s: float = 10.0
+    body_timeout_s: float = 60.0
+    write_timeout_s: float = 60.0
+    keep_alive_s: float = 75.0
+    request_timeout_s: float | None = None
+    max_best_of: int = 8
+    max_stop_sequences: int = 16
+    max_top_n_tokens: int = 20
+    max_client_batch_size: int = 128
+    max_input_tokens: int | None = None
+
+
+@dataclass(kw_only=True)
+class HttpState:
+    """One server's parts.
+
+    Args:
+        engine: what answers.
+        served_names: names of the base model; the first is the one that answers carry.
+        access: who may use what.
+        metrics: told of every request.
+        limits: see `HttpLimits`.
+        sources: where adapters may be loaded from.
+    """
+
+    engine: AsyncEngine
+    served_names: tuple[str, ...]
+    access: AccessControl
+    metrics: Metrics
+    limits: HttpLimits = field(default_factory=HttpLimits)
+    sources: AdapterSources | None = None
+    started_at: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        info = self.engine.info()
+        self.max_model_len = info.max_model_len
+        self.device = info.device
+        self.token_texts = TokenTexts(self.engine.tokenizer)
+
+
+async def http_state(request: Request) -> HttpState:
+    """The state of the app that serves `request`, as a dependency."""
+    state: HttpState = request.app.state.http
+    return state

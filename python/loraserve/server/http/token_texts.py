@@ -1,0 +1,38 @@
+"""Token ids as single texts, for log-probabilities and token lists."""
+
+from __future__ import annotations
+
+from loraserve.detokenizer import REPLACEMENT
+from loraserve.tokenizer import Tokenizer
+
+
+class TokenTexts:
+    """Texts of single tokens; each id is decoded once."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._texts: dict[int, str] = {}
+
+    def text(self, token_id: int) -> str:
+        """The token alone; U+FFFD stands for bytes that are no whole character."""
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._tokenizer.decode([token_id], skip_special_tokens=False)
+            self._texts[token_id] = text
+        return text
+
+    def utf8(self, token_id: int) -> list[int] | None:
+        """The token's bytes; None where the token alone is no text."""
+        text = self.text(token_id)
+        return None if REPLACEMENT in text else list(text.encode())
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._tokenizer.special_ids
+
+    def ends_sequence(self, token_id: int) -> bool:
+        return token_id in self._tokenizer.eos_token_ids
+
+    @property
+    def end_id(self) -> int:
+        """The model's own end token; 0 where it has none."""
+        return next(iter(self._tokenizer.eos_token_ids), 0)

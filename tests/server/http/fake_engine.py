@@ -1,0 +1,89 @@
+"""An engine without a model, for HTTP: the prompt says how it behaves, with errors and hangs at will."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+from loraserve.errors import OverloadedError
+from loraserve.request import Delta, GenerateRequest, TokenLogprob, Usage
+
+from tests.server.fake_engine import error_named
+
+FLOOD_TEXT = "x" * 65536
+
+
+class FakeStream:
+    """Words of the prompt as deltas; "late CLASS" fails after one, "hang" waits, "flood" never stops."""
+
+    prompt_token_ids = (1, 2, 3)
+
+    def __init__(self, request: GenerateRequest) -> None:
+        self._words = request.prompt.split() if isinstance(request.prompt, str) else ["token", "ids"]
+        self.aborted = asyncio.Event()
+        self.num_deltas = 0
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        if self._words[0] == "silent":
+            await self.aborted.wait()
+        for index, word in enumerate(self._words):
+            yield self._delta(index, word)
+            if self._words[0] == "late":
+                raise error_named(self._words[1])
+            if self._words[0] == "hang":
+                await self.aborted.wait()
+            while self._words[0] == "flood" and not self.aborted.is_set():
+                yield self._delta(index, FLOOD_TEXT)
+                await asyncio.sleep(0)
+            if self.aborted.is_set():
+                return
+        yield Delta(0, "", [], None, "stop", Usage(3, len(self._words), 0))
+
+    def _delta(self, index: int, text: str) -> Delta:
+        self.num_deltas += 1
+        return Delta(0, text, [index], [TokenLogprob(index, -1.0, [])], None, None)
+
+    def abort(self) -> None:
+        self.aborted.set()
+
+
+class FakeTokenizer:
+    special_ids: frozenset[int] = frozenset()
+    eos_token_ids: tuple[int, ...] = ()
+    max_token_len = 8
+
+    def decode(self, ids: Any, skip_special_tokens: bool = True) -> str:
+        return " ".join(f"<{token_id}>" for token_id in ids)
+
+
+class FakeEngine:
+    """Refuses "refuse CLASS" prompts with that error; remembers its streams and its requests."""
+
+    tokenizer = FakeTokenizer()
+
+    def __init__(self) -> None:
+        self.streams: list[FakeStream] = []
+        self.requests: list[GenerateRequest] = []
+
+    def info(self) -> Any:
+        return SimpleNamespace(model="fake", max_model_len=1024, device="cpu")
+
+    def adapters(self) -> list[Any]:
+        return [SimpleNamespace(name=name, path=f"/adapters/{name}") for name in ("one", "two")]
+
+    async def submit(self, request: GenerateRequest) -> FakeStream:
+        self.requests.append(request)
+        words = request.prompt.split() if isinstance(request.prompt, str) else []
+        if words[:2] == ["refuse", "busy"]:
+            raise OverloadedError("1024 requests wait, limit is 1024", retry_after_s=2.5, reason="busy")
+        if words[:2] == ["refuse", "loading"]:
+            raise OverloadedError("1024 wait for adapters", retry_after_s=0.2, reason="adapter_loading")
+        if words[:1] == ["refuse"]:
+            raise error_named(words[1])
+        self.streams.append(FakeStream(request))
+        return self.streams[-1]
+
+    async def shutdown(self, deadline_s: float = 0.0) -> None:
+        pass

@@ -1,0 +1,80 @@
+"""HTTP and gRPC over one engine on free ports, their asyncio loop on a thread, for tests that block."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+from loraserve.server.adapter_sources import AdapterSources
+from loraserve.server.grpc import GrpcServer
+from loraserve.server.http.metrics import Metrics
+from loraserve.server.http.server import HttpServer
+from loraserve.server.http.state import HttpLimits, HttpState
+from loraserve.server.keys import AccessControl, ApiKey
+
+START_TIMEOUT_S = 120.0
+
+
+class HttpThread:
+    """Serves `make_engine()` until the `with` block ends."""
+
+    def __init__(
+        self,
+        make_engine: Callable[[], Any],
+        *,
+        served_names: tuple[str, ...] = ("base",),
+        keys: Sequence[ApiKey] = (),
+        limits: HttpLimits | None = None,
+        max_concurrent_requests: int | None = None,
+    ) -> None:
+        self._make_engine = make_engine
+        self._served_names = served_names
+        self._access = AccessControl(keys, max_concurrent_requests=max_concurrent_requests)
+        self._limits = limits or HttpLimits()
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="test-http")
+        self.engine: Any = None
+        self.address = ""
+        self.grpc_address = ""
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.address}"
+
+    async def _serve(self) -> None:
+        try:
+            self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+            self.engine = self._make_engine()
+            state = HttpState(
+                engine=self.engine,
+                served_names=self._served_names,
+                access=self._access,
+                metrics=Metrics(),
+                limits=self._limits,
+                sources=AdapterSources(roots=(), hub_repos=()),
+            )
+            http = HttpServer(state, "127.0.0.1", 0)
+            grpc = GrpcServer(self.engine, "127.0.0.1", 0)
+            await http.start()
+            await grpc.start()
+            self.address, self.grpc_address = http.address, grpc.address
+        finally:
+            self._ready.set()
+        await self._stop.wait()
+        await grpc.stop(0.0)
+        await http.stop(0.0)
+
+    def __enter__(self) -> HttpThread:
+        self._thread.start()
+        assert self._ready.wait(START_TIMEOUT_S)
+        assert self.address, "the server did not start"
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
