@@ -53,8 +53,8 @@ bench: $(STAMPS)/bench ## scheduler, kernels, latencies, streams; beside PEFT an
 	$(BIN)/python benches/bench_many_adapters.py --json $(RESULTS)/many.json --plot $(RESULTS)/many.png
 	$(BIN)/python benches/tables.py
 
-serve: $(STAMPS)/demo ## leave a gRPC server running on 127.0.0.1:50051 with the demo adapters
-	$(BIN)/loraserve serve $(MODEL) $(foreach name,$(DEMO_ADAPTERS),--adapter $(name)=examples/adapters/$(name))
+serve: $(STAMPS)/demo ## leave a server running on 127.0.0.1 (HTTP 8000, gRPC 50051) with the demo adapters
+	$(BIN)/loraserve serve $(MODEL) --adapter-root examples/adapters $(foreach name,$(DEMO_ADAPTERS),--adapter $(name)=examples/adapters/$(name))
 
 clean: ## remove the environment and the build
 	rm -rf $(VENV) target python/loraserve/_core.*.so
@@ -68,6 +68,8 @@ $(STAMPS)/demo: $(SOURCES) | $(STAMPS)
 
 $(STAMPS)/dev: $(STAMPS)/demo
 	$(BIN)/pip install --quiet --editable '.[dev]'
+	@# TGI's and LoRAX' clients pin an old huggingface_hub that they don't need.
+	$(BIN)/pip install --quiet --no-deps 'text-generation==0.7.0' 'lorax-client==0.6.3'
 	@touch $@
 
 $(STAMPS)/bench: $(STAMPS)/dev

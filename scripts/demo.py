@@ -94,6 +94,8 @@ def running_server(model: str, adapters: dict[str, Path]) -> Iterator[str]:
         model,
         "--grpc-port",
         "0",
+        "--http-port",
+        "off",
         "--log-level",
         "warning",
     ]

@@ -2,12 +2,14 @@
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
 from loraserve import AsyncEngine, EngineConfig
 from loraserve.cli.main import build_parser
 
+from tests.server.http.http_thread import HttpThread
 from tests.server.server_thread import ServerThread
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +41,23 @@ def test_the_grpc_example_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         exec(example.replace("127.0.0.1:50051", server.address), {})
         assert {adapter.name for adapter in server.engine.adapters()} == {"sql", "mine"}
     assert capsys.readouterr().out.startswith("SELECT name FROM planets")
+
+
+def test_the_http_examples_run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(ROOT)
+    (python,), (shell,) = blocks("HTTP", "python"), blocks("HTTP", "sh")
+    names = ("sql", "pirate")
+    adapters = {name: f"examples/adapters/{name}" for name in names}
+    config = EngineConfig(model="smollm2", adapters=adapters, memory="256MiB")
+    with HttpThread(lambda: AsyncEngine(config)) as server:
+        exec(python.replace("http://127.0.0.1:8000", server.url), {})
+        assert capfd.readouterr().out.startswith("SELECT")
+        script = shell.replace("curl 127.0.0.1:8000", f"curl --silent --fail-with-body {server.url}")
+        subprocess.run(["bash", "-e"], input=script, text=True, check=True, timeout=60)
+    generated, listed = capfd.readouterr().out.split('{"adapters":')
+    assert "generated_text" in generated
+    assert all(f'"name":"{name}"' in listed for name in names)
+    assert "# HELP loraserve_" in listed
 
 
 def test_the_commands_parse() -> None:

@@ -9,7 +9,7 @@ from loraserve import _core
 from loraserve.cli import main
 from loraserve.cli.adapters import ranges
 
-COMMANDS = [["serve"], ["generate"], ["adapters"], ["adapters", "check"]]
+COMMANDS = [["serve"], ["generate"], ["adapters"], ["adapters", "check"], ["config"], ["config", "check"]]
 
 
 def test_version_is_that_of_the_compiled_core(capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,14 +41,18 @@ def test_help_teaches_with_examples(command: list[str], capsys: pytest.CaptureFi
     [
         ([], "required: COMMAND"),
         (["adapters"], "required: ACTION"),
-        (["serve"], "required: MODEL"),
+        (["config", "check"], "required: FILE"),
         (["generate", "m"], "required: -p/--prompt"),
         (["serve", "m", "--adapter", "sql"], "'sql' is not NAME=PATH"),
         (["serve", "m", "--adapter", "a=x", "--adapter", "a=y"], "--adapter names 'a' twice"),
         (["serve", "m", "--dtype", "int4"], "invalid choice: 'int4'"),
         (["serve", "m", "--grpc-port", "http"], "invalid int value: 'http'"),
-        (["serve", "m", "--drain-seconds", "-1"], "--drain-seconds is -1"),
-        (["serve", "m", "--drain-seconds", "nan"], "--drain-seconds is nan"),
+        (["serve", "m", "--http-port", "on"], "invalid int value: 'on'"),
+        (["serve", "m", "--model-id", "n"], "MODEL is 'm' and --model-id is 'n'"),
+        (["serve", "m", "--lora-adapters", "a=b=c"], "--lora-adapters: lora adapter 'a=b=c' is not id"),
+        (["serve", "m", "--adapter", "a=x", "--lora-adapters", "a=y"], "--adapter names 'a' twice"),
+        (["serve", "m", "--num-shard", "2"], "--num-shard is '2', only 1"),
+        (["serve", "m", "--quantize", "awq"], "--quantize is 'awq', refused"),
         (["generate", "m", "-p", "x", "-a", "a=heavy"], "'a=heavy' is not NAME or NAME=WEIGHT"),
         (["generate", "m", "-p", "x", "--adapter", "a=x", "-a", "a", "-a", "a"], "-a names 'a' twice"),
         (["generate", "m", "-p", "x", "-a", "sql"], "-a names 'sql', give its files with --adapter sql=PATH"),
@@ -70,8 +74,38 @@ def test_wrong_usage_exits_with_2(
         (["serve", "m", "--memory", "0"], "memory is '0', it must be more than 0 bytes"),
         (["serve", "m", "--max-lora-rank", "0"], "max_lora_rank is 0, it must be at least 1"),
         (["serve", "m", "--threads", "-2"], "num_threads is -2, it must be at least 1"),
-        (["serve", "m", "--grpc-port", "70000"], "port 70000 is out of range, choose 0 to 65535"),
-        (["serve", "./none", "--grpc-port", "0"], "model path ./none does not exist"),
+        (["serve"], "model is missing"),
+        (
+            ["serve", "m", "--grpc-port", "70000"],
+            "--grpc-port: input should be less than or equal to 65535, got 70000",
+        ),
+        (["serve", "m", "--port", "-1"], "--http-port: input should be greater than or equal to 0, got -1"),
+        (["serve", "m", "--drain-seconds", "-1"], "--drain-seconds: "),
+        (["serve", "m", "--drain-seconds", "nan"], "--drain-seconds: "),
+        (["serve", "m", "--http-port", "off", "--grpc-port", "off"], "serve at least one API"),
+        (["serve", "m", "--config", "/no/such.yaml"], "/no/such.yaml can't be read"),
+        (["serve", "m", "--tls-key", "x"], "give both tls_certificate and tls_key"),
+        (
+            [
+                "serve",
+                "m",
+                "--grpc-port",
+                "0",
+                "--http-port",
+                "0",
+                "--tls-key",
+                "/none",
+                "--tls-certificate",
+                "/none",
+            ],
+            "TLS file /none can't be read",
+        ),
+        (
+            ["serve", "m", "--keys-file", "/none", "--grpc-port", "0", "--http-port", "0"],
+            "/none can't be read",
+        ),
+        (["serve", "./none", "--grpc-port", "0", "--http-port", "0"], "model path ./none does not exist"),
+        (["config", "check", "/no/such.yaml"], "/no/such.yaml can't be read"),
         (["generate", "./none", "-p", "x"], "model path ./none does not exist"),
         (
             ["generate", "m", "-p", "x", "--temperature", "nan"],

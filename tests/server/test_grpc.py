@@ -17,7 +17,9 @@ from loraserve.server.errors import (
     MAX_MESSAGE_CHARS,
     STATUS_CODES,
     ListenError,
+    error_metadata,
     status_message,
+    typed_error,
 )
 from loraserve.server.grpc import SERVICE_NAME, check_can_listen
 from loraserve.v1 import loraserve_pb2 as pb
@@ -37,6 +39,10 @@ CODES = [
     ("AdapterUnavailableError", grpc.StatusCode.FAILED_PRECONDITION),
     ("EngineStoppedError", grpc.StatusCode.UNAVAILABLE),
     ("DeviceError", grpc.StatusCode.INTERNAL),
+    ("OverloadedError", grpc.StatusCode.RESOURCE_EXHAUSTED),
+    ("DeadlineError", grpc.StatusCode.DEADLINE_EXCEEDED),
+    ("UnauthenticatedError", grpc.StatusCode.UNAUTHENTICATED),
+    ("PermissionDeniedError", grpc.StatusCode.PERMISSION_DENIED),
 ]
 
 
@@ -88,6 +94,15 @@ def test_both_clients_raise_the_error_the_server_raised(server: ServerThread, pr
 
     with pytest.raises(error_class, match=f"text of {name}"):
         asyncio.run(generate())
+
+
+def test_an_overload_says_on_both_sides_when_to_come_back() -> None:
+    sent = errors.OverloadedError("full", retry_after_s=12.5, reason="adapter_loading")
+    received = typed_error(error_metadata(sent), "full")
+    assert isinstance(received, errors.OverloadedError)
+    assert (received.retry_after_s, received.reason) == (12.5, "adapter_loading")
+    assert typed_error([("other", "x")], "full") is None
+    assert type(typed_error([(ERROR_CLASS_KEY, "NewerError")], "x")) is errors.LoraserveError
 
 
 def test_every_typed_error_has_a_status_code() -> None:

@@ -1,22 +1,30 @@
 """A server process from its ready line to its exit code, on the real engine."""
 
 import asyncio
+import json
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+import grpc
+import httpx
 import pytest
 from loraserve import EngineConfig
 from loraserve.client import Client
-from loraserve.errors import EngineStoppedError
+from loraserve.config_layers import load_settings
+from loraserve.errors import EngineStoppedError, PermissionDeniedError
 from loraserve.request import Completion
 from loraserve.sampling_params import SamplingParams
-from loraserve.server.lifecycle import ServeConfig, serve
+from loraserve.server.lifecycle import serve
 
+from tests.peft_writer import SMOLLM2_135M, write_adapter
+from tests.server.certificates import Authority
 from tests.server.fake_engine import FakeEngine
 
 EXIT_TIMEOUT_S = 20.0
@@ -27,7 +35,9 @@ def params(max_tokens: int) -> SamplingParams:
 
 
 @contextmanager
-def server_process(*options: str) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
+def server_process(
+    *options: str, stderr: int = subprocess.DEVNULL
+) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
     """(process, address, ready line) of a server on a free port; killed at the end if still there."""
     command = [
         sys.executable,
@@ -37,11 +47,13 @@ def server_process(*options: str) -> Iterator[tuple[subprocess.Popen[str], str, 
         "smollm2",
         "--grpc-port",
         "0",
+        "--http-port",
+        "0",
         "--memory",
         "256MiB",
     ]
     pipe = subprocess.PIPE
-    with subprocess.Popen([*command, *options], stdout=pipe, stderr=subprocess.DEVNULL, text=True) as process:
+    with subprocess.Popen([*command, *options], stdout=pipe, stderr=stderr, text=True) as process:
         try:
             assert process.stdout is not None
             ready = process.stdout.readline()
@@ -50,9 +62,14 @@ def server_process(*options: str) -> Iterator[tuple[subprocess.Popen[str], str, 
             process.kill()
 
 
+def http_url(ready: str) -> str:
+    return ready.split(", ")[1].removeprefix("http ")
+
+
 def test_sigterm_lets_running_requests_finish_and_refuses_new_ones() -> None:
     with server_process() as (process, address, ready), Client(address) as client:
-        assert ready == f"loraserve ready: grpc {address}, model smollm2, adapters none\n"
+        url = http_url(ready)
+        assert ready == f"loraserve ready: grpc {address}, http {url}, model smollm2, adapters none\n"
         client.wait_ready(1.0)
         stream, answer = client.stream("Once upon a time", params(100)), Completion()
         answer.append(next(stream))
@@ -98,6 +115,108 @@ def test_a_port_in_use_is_one_line_and_fails_before_the_model_is_opened() -> Non
     )
 
 
+def test_http_drains_as_grpc_does() -> None:
+    with (
+        server_process() as (process, _, ready),
+        httpx.Client(base_url=http_url(ready), timeout=60) as client,
+    ):
+        assert client.get("/ready").status_code == 200
+        body = {"model": "smollm2", "prompt": "Once", "max_tokens": 100, "ignore_eos": True, "stream": True}
+        with client.stream("POST", "/v1/completions", json=body) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            assert _is_not_ready_soon(http_url(ready))
+            refused = httpx.post(f"{http_url(ready)}/v1/completions", json=body | {"stream": False})
+            assert (refused.status_code, "shutting down" in refused.text) == (503, True)
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        assert '"finish_reason":"length"' in rest[-2].replace(" ", "")
+        assert process.wait(EXIT_TIMEOUT_S) == 0
+
+
+def test_one_server_can_be_off() -> None:
+    with server_process("--grpc-port", "off") as (process, _, ready):
+        url = ready.split()[3].rstrip(",")
+        assert ready == f"loraserve ready: http {url}, model smollm2, adapters none\n"
+        assert httpx.get(f"{url}/info").json()["model_id"] == "smollm2"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(EXIT_TIMEOUT_S) == 0
+
+
+def test_keys_logs_and_adapters_come_from_a_file(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "adapters/sql", SMOLLM2_135M, rank=4, scale=0.2)
+    write_adapter(tmp_path / "adapters/later", SMOLLM2_135M, rank=4, scale=0.2, seed=2)
+    (tmp_path / "loraserve.yaml").write_text(
+        """
+served_model_name: base
+adapters: {sql: {path: adapters/sql, pin: true, manifest: {description: answers in SQL}}}
+adapter_root: adapters
+keys:
+  - {name: sales, secret: sales-key, adapters: ["sql"], base_model: false}
+  - {name: root, secret: root-key, admin: true}
+"""
+    )
+    options = ["--config", str(tmp_path / "loraserve.yaml"), "--log-format", "json"]
+    sales, root = ({"authorization": f"Bearer {name}-key"} for name in ("sales", "root"))
+    body = {"prompt": "Once", "max_tokens": 4}
+    with (
+        server_process(*options, stderr=subprocess.PIPE) as (process, address, ready),
+        httpx.Client(base_url=http_url(ready), timeout=60) as client,
+    ):
+        models = client.get("/v1/models", headers=sales).json()["data"]
+        assert [model["id"] for model in models] == ["sql"]
+        completion = client.post(
+            "/v1/completions", json=body | {"model": "sql"}, headers=sales | {"x-request-id": "r-1"}
+        )
+        assert completion.status_code == 200
+        assert client.post("/v1/completions", json=body | {"model": "base"}, headers=sales).status_code == 403
+        assert client.post("/v1/completions", json=body | {"model": "sql"}).status_code == 401
+        with Client(address, api_key="sales-key") as caller, pytest.raises(PermissionDeniedError):
+            caller.generate("Once", params(4))
+        load = {"name": "later", "source": str(tmp_path / "adapters/later"), "warm": True}
+        assert client.post("/adapters", json=load, headers=root).json()["state"] == "resident"
+        assert client.post("/adapters", json=load | {"source": "/etc"}, headers=root).status_code == 403
+        listed = {entry["name"]: entry for entry in client.get("/adapters", headers=root).json()["adapters"]}
+        assert (listed["sql"]["pinned"], listed["sql"]["description"]) == (True, "answers in SQL")
+        metrics = client.get("/metrics", headers=root).text
+        assert 'loraserve_adapter_requests_total{adapter="sql"} 1.0' in metrics
+        assert 'loraserve_requests_total{outcome="refused",route="grpc"} 1.0' in metrics
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(EXIT_TIMEOUT_S) == 0
+        assert process.stderr is not None
+        records = [json.loads(line) for line in process.stderr]
+    finished = next(record for record in records if record.get("request_id") == "r-1")
+    assert (finished["adapter"], finished["outcome"], finished["tokens"]) == ("sql", "success", 4)
+    assert finished["logger"] == "loraserve.request"
+    assert not any("-key" in json.dumps(record) for record in records)
+
+
+def test_tls_serves_both(tmp_path: Path) -> None:
+    authority = Authority(tmp_path, "authority")
+    files = authority.issue("server")
+    options = ["--tls-certificate", str(files.certificate), "--tls-key", str(files.key)]
+    context = ssl.create_default_context(cafile=str(authority.certificate))
+    credentials = grpc.ssl_channel_credentials(authority.certificate.read_bytes())
+    with server_process(*options) as (process, address, ready):
+        url = http_url(ready)
+        assert url.startswith("https://")
+        assert httpx.get(f"{url}/health", verify=context).status_code == 200
+        with Client(address, credentials=credentials) as client:
+            assert len(client.generate("Once", params(4))[0].token_ids) == 4
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(EXIT_TIMEOUT_S) == 0
+
+
+def _is_not_ready_soon(url: str) -> bool:
+    deadline = time.monotonic() + 5.0
+    while time.monotonic() < deadline:
+        if httpx.get(f"{url}/ready").status_code == 503:
+            return True
+        time.sleep(0.01)
+    return False
+
+
 def _is_refused_soon(client: Client) -> bool:
     """Whether the server refuses new requests with the engine's words within five seconds."""
     deadline = time.monotonic() + 5.0
@@ -122,7 +241,7 @@ def test_a_server_whose_engine_fails_ends_with_an_error(monkeypatch: pytest.Monk
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         with pytest.raises(EngineStoppedError, match="broken"):
-            asyncio.run(serve(ServeConfig(engine=EngineConfig(model="none"), grpc_port=0)))
+            asyncio.run(serve(load_settings({"model": "none", "grpc_port": 0, "http_port": "off"}, {})))
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

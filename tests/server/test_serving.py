@@ -1,6 +1,7 @@
 """The gRPC server on the real engine: every kind of prompt, mixed adapters, refusals, freed pages."""
 
 import asyncio
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -15,9 +16,11 @@ from loraserve.config import EngineConfig
 from loraserve.errors import (
     AdapterFormatError,
     AdapterNotFoundError,
+    DeadlineError,
     InvalidRequestError,
     LoraserveError,
 )
+from loraserve.grammar import Grammar
 from loraserve.request import AdapterSpec, Completion
 from loraserve.sampling_params import SamplingParams
 from loraserve.v1 import loraserve_pb2 as pb
@@ -124,6 +127,42 @@ def test_concurrent_requests_with_different_adapters_equal_each_alone(server: Se
     alone, together = asyncio.run(compare())
     assert [answer.token_ids for answer in together] == [answer.token_ids for answer in alone]
     assert len({tuple(answer.token_ids) for answer in together}) == 5
+
+
+def test_an_answer_has_the_form_its_grammar_asks_for(client: Client) -> None:
+    grammar = Grammar("json_schema", {"type": "object", "properties": {"city": {"type": "string"}}})
+    params = SamplingParams(max_tokens=60, temperature=0.0, grammar=grammar)
+    answer = client.generate("A city of France as JSON:", params)[0]
+    assert answer.finish_reason == "stop"
+    assert isinstance(json.loads(answer.text), dict)
+    choice = SamplingParams(max_tokens=9, grammar=Grammar("choice", ["yes", "no"]), n=4)
+    assert {answer.text for answer in client.generate("Is it?", choice)} <= {"yes", "no"}
+    with pytest.raises(InvalidRequestError, match="unclosed group"):
+        client.generate("x", SamplingParams(grammar=Grammar("regex", "(")))
+
+
+def test_a_late_request_ends_with_its_error(client: Client) -> None:
+    params = SamplingParams(max_tokens=2000, ignore_eos=True)
+    with pytest.raises(DeadlineError, match=r"not finished in 0\.3 s"):
+        client.generate("Once", params, deadline_s=0.3)
+    assert client.info().num_running == 0
+
+
+def test_truncation_timing_warming_and_pinning_cross_the_wire(client: Client) -> None:
+    assert client.warm_adapter("partial") >= 0.0
+    client.pin_adapter("partial")
+    listed = {adapter.name: adapter for adapter in client.adapters()}
+    assert (listed["partial"].is_pinned, listed["partial"].state) == (True, "resident")
+    assert listed["partial"].num_loads >= 1
+    client.pin_adapter("partial", False)
+    answer = client.generate("one two three four five", GREEDY, adapter="partial", truncate=2)[0]
+    assert answer.usage is not None
+    assert answer.timing is not None
+    assert answer.usage.prompt_tokens == 2
+    assert answer.timing.adapter_was_resident
+    assert answer.timing.total_s > 0.0
+    with pytest.raises(AdapterNotFoundError):
+        client.warm_adapter("nobody")
 
 
 INVALID: list[tuple[dict[str, Any], type[LoraserveError], str]] = [

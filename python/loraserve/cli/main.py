@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from loraserve.cli import adapters, doctor, generate, serve
+from loraserve.cli import adapters, config, doctor, generate, serve
 from loraserve.errors import LoraserveError
 
 EXAMPLES = """\
@@ -16,6 +16,7 @@ examples:
   loraserve generate smollm2 -p "The capital of France is"
   loraserve serve smollm2 --adapter sql=adapters/sql --adapter pirate=adapters/pirate
   loraserve adapters check adapters/sql --model smollm2
+  loraserve config check loraserve.yaml
   loraserve doctor
 
 `loraserve COMMAND --help` explains a command. The model "smollm2" comes with loraserve[demo].
@@ -51,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_PrintVersion, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (serve, generate, adapters, doctor):
+    for command in (serve, generate, adapters, config, doctor):
         command.add_parser(commands)
     return parser
 

@@ -1,66 +1,58 @@
-"""`loraserve serve`: one model and its adapters behind gRPC."""
+"""`loraserve serve`: one model and its adapters behind HTTP and gRPC."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
 import functools
-import logging
+import os
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
 
-from loraserve.cli.options import Subparsers, add_command, add_engine_options, engine_config
+from loraserve.cli.options import Subparsers, add_command
+from loraserve.cli.serve_options import add_serve_options, given_values
+from loraserve.config_layers import load_settings
 
 EXAMPLES = """\
   loraserve serve smollm2 --adapter sql=adapters/sql --adapter pirate=adapters/pirate
-  loraserve serve ./Llama-3.1-8B --memory 8GiB --grpc-port 0     # prints the free port it took
+  loraserve serve ./Llama-3.1-8B --memory 8GiB --port 0     # prints the free port it took
+  loraserve serve --config loraserve.yaml
+  LORASERVE_ADMIN_KEY=… loraserve serve smollm2 --host 0.0.0.0 --keys-file keys.yaml --adapter-root /adapters
+
+A flag wins over its variable (in brackets), a variable over the file, where the setting is called as the
+variable without LORASERVE_, in lower case. `loraserve config check FILE` checks a file.
 
 Stop it with SIGTERM or Ctrl-C: it takes no new requests and lets running ones finish; a second signal
-ends it at once. The server has no authentication: think twice before --host 0.0.0.0.
+ends it at once. Without keys everybody who reaches the server may use it, and this machine may load and
+unload adapters: think twice before --host 0.0.0.0.
 """
-
-LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 def add_parser(commands: Subparsers) -> None:
-    parser = add_command(commands, "serve", "serve a model and its adapters over gRPC", EXAMPLES)
-    add_engine_options(parser)
-    group = parser.add_argument_group("server")
-    group.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default %(default)s: this machine only)"
-    )
-    group.add_argument(
-        "--grpc-port",
-        type=int,
-        default=50051,
-        metavar="PORT",
-        help="TCP port of the gRPC API, 0 takes a free one (default %(default)s)",
-    )
-    group.add_argument(
-        "--drain-seconds",
-        type=float,
-        default=30.0,
-        metavar="S",
-        help="time that running requests get to finish on a stop signal (default %(default)g)",
-    )
-    group.add_argument("--log-level", choices=LOG_LEVELS, default="info", help="(default %(default)s)")
+    parser = add_command(commands, "serve", "serve a model and its adapters over HTTP and gRPC", EXAMPLES)
+    add_serve_options(parser)
     parser.set_defaults(run=functools.partial(run, parser))
 
 
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    if not 0.0 <= args.drain_seconds < float("inf"):
-        parser.error(f"--drain-seconds is {args.drain_seconds:g}, it must be 0 or more")
-    config = engine_config(args, parser)
-    _log_to_stderr(args.log_level)
+    config = None if args.config is None else Path(args.config)
+    flags = given_values(args, parser)
+    loaded = load_settings(flags, os.environ, config)
 
-    from loraserve.server.lifecycle import ServeConfig, serve  # noqa: PLC0415 (imports grpc)
+    from loraserve.server.lifecycle import serve  # noqa: PLC0415 (imports grpc)
+    from loraserve.server.logs import configure_logs  # noqa: PLC0415
 
-    server = ServeConfig(engine=config, host=args.host, grpc_port=args.grpc_port, drain_s=args.drain_seconds)
-    asyncio.run(serve(server))
+    configure_logs(loaded.settings.log_level, loaded.settings.log_format)
+    run_loop(serve(loaded))
     return 0
 
 
-def _log_to_stderr(level: str) -> None:
-    logging.basicConfig(
-        level=level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-        datefmt="%Y-%m-%dT%H:%M:%S",
-    )
+def run_loop(main: Coroutine[Any, Any, None]) -> None:
+    """Runs `main` on uvloop where it is installed, else on asyncio's own loop."""
+    try:
+        import uvloop  # noqa: PLC0415 (not on every platform)
+    except ImportError:
+        asyncio.run(main)
+    else:
+        uvloop.run(main)

@@ -1,8 +1,13 @@
-"""Fetches a model from the Hugging Face Hub (or HF_ENDPOINT) into its local cache."""
+"""Fetches models and adapters from the Hugging Face Hub (or HF_ENDPOINT) into its local cache."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeAlias
 
-from loraserve.errors import ModelError
+from loraserve.errors import AdapterFormatError, LoraserveError, ModelError
 
 ALLOW_PATTERNS = [
     "config.json",
@@ -17,30 +22,103 @@ ALLOW_PATTERNS = [
 ]
 IGNORE_PATTERNS = ["*/*"]
 
+# A pickle can run code when it is read, so none is ever fetched.
+ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", "loraserve.json"]
 
-def download_model(repo_id: str) -> Path:
-    """Directory of the repository's newest snapshot, downloaded unless cached. Raises ModelError."""
+OnProgress: TypeAlias = Callable[[int, "int | None"], None]
+"""Called with (bytes so far, bytes in all as far as known), from any thread."""
+
+
+def download_model(repo_id: str, revision: str | None = None) -> Path:
+    """Directory of the repository's snapshot, downloaded unless cached. Raises ModelError.
+
+    `revision` is a branch, tag or commit; None is the newest.
+    """
     from huggingface_hub import snapshot_download  # noqa: PLC0415  half a second, only paid for ids
+
+    with _hub_errors("model", repo_id, ModelError):
+        return Path(
+            snapshot_download(
+                repo_id, revision=revision, allow_patterns=ALLOW_PATTERNS, ignore_patterns=IGNORE_PATTERNS
+            )
+        )
+
+
+def download_adapter(
+    repo_id: str,
+    revision: str | None = None,
+    token: str | None = None,
+    on_progress: OnProgress | None = None,
+) -> Path:
+    """Directory of an adapter's snapshot, downloaded unless cached; of its weights only safetensors.
+
+    Raises AdapterFormatError: the repository can't be had, or is no PEFT adapter in safetensors.
+    """
+    from huggingface_hub import snapshot_download  # noqa: PLC0415  half a second, only paid for ids
+
+    with _hub_errors("adapter", repo_id, AdapterFormatError):
+        path = Path(
+            snapshot_download(
+                repo_id,
+                revision=revision,
+                token=token,
+                allow_patterns=ADAPTER_FILES,
+                tqdm_class=None if on_progress is None else _byte_counter(on_progress),
+            )
+        )
+    for name in ADAPTER_FILES[:2]:
+        if not (path / name).is_file():
+            raise AdapterFormatError(f"Hub repository {repo_id!r} has no {name}, adapters need it")
+    return path
+
+
+@contextmanager
+def _hub_errors(kind: str, repo_id: str, error_class: type[LoraserveError]) -> Iterator[None]:
+    """Turns the Hub client's errors into one typed error that names the remedy."""
     from huggingface_hub.errors import (  # noqa: PLC0415
         GatedRepoError,
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
+    what = f"{kind} {repo_id!r}"
     try:
-        return Path(
-            snapshot_download(repo_id, allow_patterns=ALLOW_PATTERNS, ignore_patterns=IGNORE_PATTERNS)
-        )
+        yield
     except HFValidationError as error:
-        raise ModelError(f"model {repo_id!r} is neither a path nor a Hub id: {error}") from error
+        raise error_class(f"{what} is neither a path nor a Hub id: {error}") from error
     except GatedRepoError as error:
-        raise ModelError(f"model {repo_id!r} is gated on the Hub: accept its terms, set HF_TOKEN") from error
+        raise error_class(f"{what} is gated on the Hub: accept its terms, set HF_TOKEN") from error
     except RepositoryNotFoundError as error:
-        raise ModelError(f"model {repo_id!r} is neither a local path nor on the Hub") from error
+        raise error_class(f"{what} is neither a local path nor on the Hub") from error
+    except RevisionNotFoundError as error:
+        raise error_class(f"{what} has no such revision on the Hub") from error
     except LocalEntryNotFoundError as error:
-        raise ModelError(
-            f"model {repo_id!r} is not a local path, is not cached, and the Hub can't be reached"
+        raise error_class(
+            f"{what} is not a local path, is not cached, and the Hub can't be reached"
         ) from error
     except (OSError, RuntimeError) as error:
-        raise ModelError(f"model {repo_id!r} can't be downloaded from the Hub: {error}") from error
+        raise error_class(f"{what} can't be downloaded from the Hub: {error}") from error
+
+
+def _byte_counter(on_progress: OnProgress) -> Any:
+    """A progress bar class that draws nothing and reports the bytes of the bar that is furthest."""
+    from tqdm import tqdm  # noqa: PLC0415
+
+    most = 0
+
+    class ByteCounter(tqdm):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            kwargs.pop("name", None)
+            self._counts_bytes = kwargs.get("unit") == "B"
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+        def update(self, n: float | None = 1) -> None:
+            nonlocal most
+            self.n += n or 0
+            if self._counts_bytes and self.n > most:
+                most = int(self.n)
+                on_progress(most, int(self.total) if self.total else None)
+
+    return ByteCounter

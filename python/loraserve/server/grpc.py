@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 import socket
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, TypeAlias
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from loraserve.errors import EngineStoppedError, LoraserveError
-from loraserve.request import Delta
-from loraserve.server.errors import ERROR_CLASS_KEY, ListenError, status_code, status_message
+from loraserve.errors import EngineStoppedError, LoraserveError, OverloadedError
+from loraserve.request import Delta, RequestTiming, Usage
+from loraserve.server.errors import ListenError, status_message
+from loraserve.server.grpc_access import GRPC_ROUTE, AccessInterceptor, abort_with
+from loraserve.server.http.metrics import Metrics, Outcome, RequestMetrics
 from loraserve.server.messages import (
     adapters_to_wire,
     delta_to_wire,
@@ -50,22 +52,24 @@ SERVER_OPTIONS = (
 class LoraServeServicer:
     """Answers the LoraServe service from one engine; reports when that turns out to have stopped."""
 
-    def __init__(self, engine: AsyncEngine, on_engine_stopped: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self, engine: AsyncEngine, on_engine_stopped: Callable[[], Awaitable[None]], metrics: Metrics
+    ) -> None:
         self._engine = engine
         self._on_engine_stopped = on_engine_stopped
+        self._metrics = metrics
 
     async def Generate(self, message: pb.GenerateRequest, context: Context) -> None:  # noqa: N802
         async with self._errors_answered(context):
-            stream = await self._engine.submit(request_from_wire(message))
-            call = _CallLog(message)
-            try:
-                async for delta in stream:
-                    call.add(delta)
-                    await context.write(delta_to_wire(delta))
-            finally:
-                # A cancelled call ends here too. Of a finished request, nothing is left to abort.
-                stream.abort()
-                call.end()
+            with _recorded(self._metrics, message) as call:
+                stream = await self._engine.submit(request_from_wire(message))
+                try:
+                    async for delta in stream:
+                        call.add(delta)
+                        await context.write(delta_to_wire(delta))
+                finally:
+                    # A cancelled call ends here too. Of a finished request, nothing is left to abort.
+                    stream.abort()
 
     async def LoadAdapter(  # noqa: N802
         self, message: pb.LoadAdapterRequest, context: Context
@@ -83,6 +87,24 @@ class LoraServeServicer:
             await self._engine.unload_adapter(message.name)
             logger.info("adapter unloaded: name=%s", message.name)
             return pb.UnloadAdapterResponse()
+        return None
+
+    async def WarmAdapter(  # noqa: N802
+        self, message: pb.WarmAdapterRequest, context: Context
+    ) -> pb.WarmAdapterResponse | None:
+        async with self._errors_answered(context):
+            load_s = await self._engine.warm_adapter(message.name)
+            logger.info("adapter warm: name=%s load_s=%.3f", message.name, load_s)
+            return pb.WarmAdapterResponse(load_s=load_s)
+        return None
+
+    async def PinAdapter(  # noqa: N802
+        self, message: pb.PinAdapterRequest, context: Context
+    ) -> pb.PinAdapterResponse | None:
+        async with self._errors_answered(context):
+            await self._engine.pin_adapter(message.name, message.is_pinned)
+            logger.info("adapter pinned: name=%s is_pinned=%s", message.name, message.is_pinned)
+            return pb.PinAdapterResponse()
         return None
 
     async def ListAdapters(  # noqa: N802
@@ -107,9 +129,8 @@ class LoraServeServicer:
         except LoraserveError as error:
             if isinstance(error, EngineStoppedError):
                 await self._on_engine_stopped()
-            name, text = type(error).__name__, status_message(error)
-            logger.info("call refused: error=%s message=%s", name, text)
-            await context.abort(status_code(error), text, ((ERROR_CLASS_KEY, name),))
+            logger.info("call refused: error=%s message=%s", type(error).__name__, status_message(error))
+            await abort_with(context, error)
         except Exception as error:
             logger.exception("call failed")
             text = f"internal error ({type(error).__name__}), the server's log has the details"
@@ -119,12 +140,32 @@ class LoraServeServicer:
 class GrpcServer:
     """A listening server over a ready engine; `start` it, then `stop` it once."""
 
-    def __init__(self, engine: AsyncEngine, host: str, port: int) -> None:
-        """Binds the port; 0 takes a free one. Raises ListenError if the port can't be had."""
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        host: str,
+        port: int,
+        *,
+        access: AccessInterceptor | None = None,
+        metrics: Metrics | None = None,
+        credentials: grpc.ServerCredentials | None = None,
+    ) -> None:
+        """Binds the port; 0 takes a free one. Raises ListenError if the port can't be had.
+
+        Args:
+            engine: what answers; `stop` shuts it down.
+            host: address to listen on.
+            port: TCP port.
+            access: checks every call; None lets everybody do everything.
+            metrics: told of every request.
+            credentials: TLS; None serves plain text.
+        """
         self._engine = engine
+        self._credentials = credentials
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
-        self._server = grpc.aio.server(options=SERVER_OPTIONS)
-        servicer = LoraServeServicer(engine, self._health.enter_graceful_shutdown)
+        interceptors = () if access is None else (access,)
+        self._server = grpc.aio.server(interceptors=interceptors, options=SERVER_OPTIONS)
+        servicer = LoraServeServicer(engine, self._health.enter_graceful_shutdown, metrics or Metrics())
         pb_grpc.add_LoraServeServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         services = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -134,7 +175,10 @@ class GrpcServer:
     def _bind(self, host: str, port: int) -> str:
         check_can_listen(host, port)
         try:
-            bound = self._server.add_insecure_port(socket_address(host, port))
+            if self._credentials is None:
+                bound = self._server.add_insecure_port(socket_address(host, port))
+            else:
+                bound = self._server.add_secure_port(socket_address(host, port), self._credentials)
         except RuntimeError as error:
             raise ListenError(f"can't listen on {socket_address(host, port)}: {error}") from error
         return socket_address(host, bound)
@@ -175,27 +219,42 @@ def socket_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-class _CallLog:
-    """One line in the log for one Generate call."""
+class _Call:
+    """What one Generate call has answered so far."""
 
-    def __init__(self, message: pb.GenerateRequest) -> None:
-        self._adapter = message.adapter or "+".join(sorted(message.adapters)) or "-"
-        self._started = time.monotonic()
-        self._num_tokens = 0
-        self._finish: dict[int, str] = {}
+    def __init__(self, record: RequestMetrics) -> None:
+        self._record = record
+        self.has_tokens = False
+        self.usage: Usage | None = None
+        self.timing: RequestTiming | None = None
 
     def add(self, delta: Delta) -> None:
-        self._num_tokens += len(delta.token_ids)
-        if delta.finish_reason is not None:
-            self._finish[delta.index] = delta.finish_reason
+        if delta.token_ids:
+            self.has_tokens = True
+            self._record.token(len(delta.token_ids))
+        self.usage = delta.usage or self.usage
+        self.timing = delta.timing or self.timing
 
-    def end(self) -> None:
-        finish = ",".join(reason for _, reason in sorted(self._finish.items())) or "abandoned"
-        milliseconds = 1000 * (time.monotonic() - self._started)
-        logger.info(
-            "generate: adapter=%s tokens=%d finish=%s ms=%.0f",
-            self._adapter,
-            self._num_tokens,
-            finish,
-            milliseconds,
-        )
+
+@contextmanager
+def _recorded(metrics: Metrics, message: pb.GenerateRequest) -> Iterator[_Call]:
+    """Tells the metrics of a call and of how it ended."""
+    record = metrics.request_started(GRPC_ROUTE, message.adapter or dict(message.adapters) or None)
+    call = _Call(record)
+    outcome: Outcome = "success"
+    try:
+        yield call
+    except OverloadedError:
+        outcome = "overloaded"
+        raise
+    except LoraserveError:
+        outcome = "failed" if call.has_tokens else "refused"
+        raise
+    except asyncio.CancelledError:
+        outcome = "aborted"
+        raise
+    except Exception:
+        outcome = "failed"
+        raise
+    finally:
+        record.finished(outcome, call.usage, call.timing)

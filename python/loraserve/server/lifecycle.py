@@ -1,4 +1,8 @@
-"""A server process from start to exit: load, announce, wait for a signal, drain."""
+"""A server process from start to exit: load, announce, wait for a signal, drain.
+
+HTTP and gRPC run on one asyncio loop over one engine. On a stop signal both stay open while the engine
+drains: running requests finish, and new ones are told that the server is stopping.
+"""
 
 from __future__ import annotations
 
@@ -10,63 +14,96 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from loraserve.config import EngineConfig
+from loraserve.config_layers import LoadedSettings
 from loraserve.errors import EngineStoppedError
-from loraserve.server.grpc import GrpcServer, check_can_listen
+from loraserve.serve_config import ServeSettings
+from loraserve.server import assembly
+from loraserve.server.grpc import FLUSH_SECONDS, GrpcServer, check_can_listen
 
 if TYPE_CHECKING:
     from loraserve.async_engine import AsyncEngine
+    from loraserve.server.http.server import HttpServer
+    from loraserve.server.http.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ServeConfig:
-    """Where a server listens and how long it drains.
+@dataclass(frozen=True)
+class Servers:
+    """What runs, and how it ends: at least one of the two servers is there."""
 
-    Args:
-        engine: what it serves.
-        host: address to listen on.
-        grpc_port: TCP port; 0 takes a free one.
-        drain_s: seconds that running requests get to finish after a stop signal.
-    """
+    engine: AsyncEngine
+    grpc: GrpcServer | None
+    http: HttpServer | None
+    traces: Tracing | None
 
-    engine: EngineConfig
-    host: str = "127.0.0.1"
-    grpc_port: int = 50051
-    drain_s: float = 30.0
+    async def start(self) -> None:
+        if self.grpc is not None:
+            await self.grpc.start()
+        if self.http is not None:
+            await self.http.start()
+
+    async def stop(self, drain_s: float) -> None:
+        """Refuses new requests, lets running ones finish within `drain_s`, closes."""
+        if self.grpc is not None:
+            await self.grpc.stop(drain_s)
+        await self.engine.shutdown(drain_s)
+        if self.http is not None:
+            await self.http.stop(FLUSH_SECONDS)
+        if self.traces is not None:
+            await asyncio.to_thread(self.traces.shutdown)
 
 
-async def serve(config: ServeConfig) -> None:
+async def serve(loaded: LoadedSettings) -> None:
     """Serves until SIGTERM or SIGINT, then drains; a second signal ends the process at once.
 
     Raises:
-        ListenError: the port can't be had; nothing has been loaded yet when it was taken before.
-        LoraserveError: the model or an adapter can't be loaded, or the engine failed.
+        ListenError: a port can't be had; nothing has been loaded yet when it was taken before.
+        LoraserveError: a setting is wrong, the model or an adapter can't be loaded, or the engine failed.
     """
-    check_can_listen(config.host, config.grpc_port)
+    settings = loaded.settings
+    for note in loaded.notes:
+        logger.warning("%s", note)
+    for port in (settings.grpc_port, settings.http_port):
+        if port is not None:
+            check_can_listen(settings.host, port)
     _exit_on_signals()
+    servers = await _assemble(settings)
+    stop = _stop_event()
+    await servers.start()
+    print(_ready_line(settings, servers), flush=True)
+    failure = await _failure_before(servers.engine, stop)
+    if failure is not None:
+        await servers.stop(0.0)
+        raise EngineStoppedError(failure)
+    logger.info("draining: running requests have %g s", settings.drain_seconds)
+    await servers.stop(settings.drain_seconds)
+    logger.info("stopped")
+
+
+async def _assemble(settings: ServeSettings) -> Servers:
+    """Checks what is cheap to check, then loads the model, then takes the ports."""
+    access = assembly.access_control(settings)
+    tls = assembly.tls_config(settings)
+    if tls is not None:
+        tls.http_context()
+    traces = assembly.tracing(settings)
+    metrics = assembly.metrics(settings, traces)
+    config = await asyncio.to_thread(assembly.engine_config, settings)
 
     from loraserve.async_engine import AsyncEngine  # noqa: PLC0415 (imports torch: seconds)
 
-    engine = AsyncEngine(config.engine)
+    engine = AsyncEngine(config)
     try:
-        server = GrpcServer(engine, config.host, config.grpc_port)
+        await assembly.warm_up(engine, settings)
+        grpc = assembly.grpc_server(settings, engine, access, metrics, tls)
+        http = assembly.http_server(settings, engine, access, metrics, tls)
     except BaseException:
         await engine.shutdown(0.0)
         raise
-    stop = _stop_event()
-    await server.start()
-    print(_ready_line(config, server.address), flush=True)
-    failure = await _failure_before(engine, stop)
-    if failure is not None:
-        await server.stop(0.0)
-        raise EngineStoppedError(failure)
-    logger.info("draining: running requests have %g s", config.drain_s)
-    await server.stop(config.drain_s)
-    logger.info("stopped")
+    return Servers(engine, grpc, http, traces)
 
 
 async def _failure_before(engine: AsyncEngine, stop: asyncio.Event) -> str | None:
@@ -79,9 +116,15 @@ async def _failure_before(engine: AsyncEngine, stop: asyncio.Event) -> str | Non
     return failing.result() if failing in done else None
 
 
-def _ready_line(config: ServeConfig, address: str) -> str:
-    names = ", ".join(sorted(config.engine.adapters)) or "none"
-    return f"loraserve ready: grpc {address}, model {config.engine.model}, adapters {names}"
+def _ready_line(settings: ServeSettings, servers: Servers) -> str:
+    parts = []
+    if servers.grpc is not None:
+        parts.append(f"grpc {servers.grpc.address}")
+    if servers.http is not None:
+        scheme = "http" if settings.tls_certificate is None else "https"
+        parts.append(f"http {scheme}://{servers.http.address}")
+    names = ", ".join(sorted(settings.adapters)) or "none"
+    return f"loraserve ready: {', '.join(parts)}, model {settings.model}, adapters {names}"
 
 
 def _exit_on_signals() -> None:

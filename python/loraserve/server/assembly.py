@@ -1,0 +1,173 @@
+"""From settings to the parts of a server."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loraserve.config import EngineConfig
+from loraserve.loader.hub import download_adapter, download_model
+from loraserve.serve_config import AdapterSettings, ServeSettings
+from loraserve.serve_keys import api_keys
+from loraserve.server.adapter_sources import AdapterSources
+from loraserve.server.grpc import GrpcServer
+from loraserve.server.grpc_access import AccessInterceptor
+from loraserve.server.http.metrics import Metrics
+from loraserve.server.http.request_log import log_request
+from loraserve.server.http.tracing import Tracing, otlp_exporter
+from loraserve.server.keys import AccessControl
+from loraserve.server.tls import TlsConfig
+
+if TYPE_CHECKING:
+    from loraserve.adapters.manifest import AdapterManifest
+    from loraserve.async_engine import AsyncEngine
+    from loraserve.server.http.server import HttpServer
+
+
+def engine_config(settings: ServeSettings, *, with_downloads: bool = True) -> EngineConfig:
+    """The engine's part; what is on the Hub is fetched, unless `with_downloads` is false and it is left out.
+
+    Raises LoraserveError: a value is out of range, or the Hub does not have something.
+    """
+    config = EngineConfig(
+        model=settings.model,
+        dtype=settings.dtype,
+        device=settings.device,
+        memory=settings.memory,
+        max_lora_rank=settings.max_lora_rank,
+        max_num_seqs=settings.max_num_seqs,
+        max_batched_tokens=settings.max_batched_tokens,
+        max_waiting=settings.max_waiting,
+        max_model_len=settings.max_model_len,
+        prefix_caching=settings.prefix_caching,
+        num_threads=settings.threads,
+    )
+    manifests = _manifests(settings)
+    model = settings.model
+    if settings.revision is not None and with_downloads:
+        model = str(download_model(settings.model, settings.revision))
+    adapters = {
+        name: _adapter_path(adapter)
+        for name, adapter in settings.adapters.items()
+        if adapter.repo is None or with_downloads
+    }
+    manifests = {name: manifest for name, manifest in manifests.items() if name in adapters}
+    return replace(config, model=model, adapters=adapters, manifests=manifests)
+
+
+def access_control(settings: ServeSettings) -> AccessControl:
+    """Raises ConfigError: a key can't be read."""
+    return AccessControl(
+        api_keys(settings),
+        max_concurrent_requests=settings.max_concurrent_requests,
+        has_open_metrics=settings.open_metrics,
+    )
+
+
+def adapter_sources(settings: ServeSettings) -> AdapterSources:
+    return AdapterSources(settings.adapter_root, settings.hub_repo)
+
+
+def tls_config(settings: ServeSettings) -> TlsConfig | None:
+    if settings.tls_certificate is None or settings.tls_key is None:
+        return None
+    return TlsConfig(
+        certificate=settings.tls_certificate, key=settings.tls_key, client_ca=settings.tls_client_ca
+    )
+
+
+def tracing(settings: ServeSettings) -> Tracing | None:
+    """Raises TracingError: the extra is not installed."""
+    if settings.otlp_endpoint is None:
+        return None
+    return Tracing(
+        otlp_exporter(settings.otlp_endpoint), settings.otlp_service_name, settings.served_names[0]
+    )
+
+
+def metrics(settings: ServeSettings, traces: Tracing | None) -> Metrics:
+    observers = [log_request] if traces is None else [log_request, traces.record]
+    return Metrics(settings.max_adapter_labels, observers)
+
+
+def grpc_server(
+    settings: ServeSettings,
+    engine: AsyncEngine,
+    access: AccessControl,
+    metrics: Metrics,
+    tls: TlsConfig | None,
+) -> GrpcServer | None:
+    """None where it is off. Raises ListenError: the port can't be had."""
+    if settings.grpc_port is None:
+        return None
+    checks = AccessInterceptor(
+        access, adapter_sources(settings), metrics, request_timeout_s=settings.request_timeout_seconds
+    )
+    credentials = None if tls is None else tls.grpc_credentials()
+    return GrpcServer(
+        engine, settings.host, settings.grpc_port, access=checks, metrics=metrics, credentials=credentials
+    )
+
+
+def http_server(
+    settings: ServeSettings,
+    engine: AsyncEngine,
+    access: AccessControl,
+    metrics: Metrics,
+    tls: TlsConfig | None,
+) -> HttpServer | None:
+    """None where it is off. Raises ListenError: the port can't be had."""
+    if settings.http_port is None:
+        return None
+    from loraserve.server.http.server import HttpServer  # noqa: PLC0415 (imports fastapi)
+    from loraserve.server.http.state import HttpLimits, HttpState  # noqa: PLC0415
+
+    limits = HttpLimits(
+        max_body_nbytes=settings.max_body_size,
+        header_timeout_s=settings.header_timeout_seconds,
+        body_timeout_s=settings.body_timeout_seconds,
+        request_timeout_s=settings.request_timeout_seconds,
+        max_best_of=settings.max_best_of,
+        max_stop_sequences=settings.max_stop_sequences,
+        max_top_n_tokens=settings.max_top_n_tokens,
+        max_client_batch_size=settings.max_client_batch_size,
+        max_input_tokens=settings.max_input_tokens,
+    )
+    state = HttpState(
+        engine=engine,
+        served_names=settings.served_names,
+        access=access,
+        metrics=metrics,
+        limits=limits,
+        sources=adapter_sources(settings),
+    )
+    context = None if tls is None else tls.http_context()
+    return HttpServer(state, settings.host, settings.http_port, tls=context)
+
+
+async def warm_up(engine: AsyncEngine, settings: ServeSettings) -> None:
+    """Loads and pins the adapters that the settings say. Raises LoraserveError: one does not fit."""
+    wanted = [name for name, adapter in settings.adapters.items() if adapter.warm or adapter.pin]
+    await asyncio.gather(*(engine.warm_adapter(name) for name in wanted))
+    for name in wanted:
+        if settings.adapters[name].pin:
+            await engine.pin_adapter(name, True)
+
+
+def _adapter_path(adapter: AdapterSettings) -> str:
+    source = adapter.adapter_source()
+    if source.kind == "local":
+        return str(Path(source.location).expanduser())
+    return str(download_adapter(source.location, source.revision))
+
+
+def _manifests(settings: ServeSettings) -> dict[str, AdapterManifest]:
+    from loraserve.adapters.manifest import AdapterManifest  # noqa: PLC0415 (imports jinja2)
+
+    return {
+        name: AdapterManifest.from_fields(adapter.manifest, f"adapters.{name}.manifest")
+        for name, adapter in settings.adapters.items()
+        if adapter.manifest is not None
+    }

@@ -1,0 +1,104 @@
+"""Loads an adapter at run time, step by step, telling how far it is.
+
+download (Hub only) → check → pin or warm, where asked for; what fails leaves nothing registered
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from loraserve.adapters.source import AdapterSource
+
+if TYPE_CHECKING:
+    from loraserve.adapters.manifest import AdapterManifest
+    from loraserve.async_engine import AsyncEngine
+    from loraserve.server.adapter_sources import AdapterSources
+
+
+@dataclass(frozen=True)
+class LoadProgress:
+    """Bytes are of the download; None where they are not known."""
+
+    stage: Literal["downloading", "checking", "warming"]
+    done_bytes: int | None = None
+    total_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadRequest:
+    name: str
+    source: AdapterSource
+    token: str | None = None
+    is_pinned: bool = False
+    is_warm: bool = False
+    replaces: bool = False
+    manifest: AdapterManifest | None = None
+
+
+logger = logging.getLogger(__name__)
+
+OnLoadProgress: TypeAlias = Callable[[LoadProgress], None]
+
+
+async def load_adapter(
+    engine: AsyncEngine, sources: AdapterSources, request: LoadRequest, on_progress: OnLoadProgress
+) -> None:
+    """Registers the adapter; `on_progress` is called on the loop.
+
+    Raises:
+        PermissionDeniedError: the source is not allowed.
+        InvalidRequestError, AdapterFormatError, AdapterUnavailableError, CapacityError: it can't be served.
+    """
+    path = await _fetch(sources, request, on_progress)
+    on_progress(LoadProgress("checking"))
+    logger.info("loading adapter: name=%s source=%s", request.name, request.source)
+    was_registered = any(adapter.name == request.name for adapter in engine.adapters())
+    if was_registered and request.replaces:
+        await _replace(engine, request, path)
+    else:
+        await engine.load_adapter(request.name, str(path), request.manifest)
+    if not (request.is_pinned or request.is_warm):
+        return
+    on_progress(LoadProgress("warming"))
+    try:
+        await engine.warm_adapter(request.name)
+        if request.is_pinned:
+            await engine.pin_adapter(request.name, True)
+    except Exception:
+        if not was_registered:
+            await engine.unload_adapter(request.name)
+        raise
+
+
+async def unload_adapter(engine: AsyncEngine, name: str) -> None:
+    """Raises AdapterNotFoundError: no adapter has this name."""
+    await engine.unload_adapter(name)
+    logger.info("adapter unloaded: name=%s", name)
+
+
+async def _fetch(sources: AdapterSources, request: LoadRequest, on_progress: OnLoadProgress) -> Path:
+    loop = asyncio.get_running_loop()
+
+    def on_bytes(done: int, total: int | None) -> None:
+        loop.call_soon_threadsafe(on_progress, LoadProgress("downloading", done, total))
+
+    if request.source.kind == "hub":
+        on_progress(LoadProgress("downloading"))
+    return await sources.resolve(request.source, request.token, on_bytes)
+
+
+async def _replace(engine: AsyncEngine, request: LoadRequest, path: Path) -> None:
+    """Checks the new content under a name of its own first: if it is refused, the old one stays."""
+    trial = f"{request.name}:{secrets.token_hex(4)}"
+    await engine.load_adapter(trial, str(path), request.manifest)
+    try:
+        await engine.unload_adapter(request.name)
+        await engine.load_adapter(request.name, str(path), request.manifest)
+    finally:
+        await engine.unload_adapter(trial)

@@ -1,0 +1,110 @@
+"""How the server is: for load balancers, for Prometheus, for TGI's clients and for the dashboard."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import JSONResponse
+
+from loraserve.server.http.auth import current_caller
+from loraserve.server.http.exposition import CONTENT_TYPE, pool_pages, render
+from loraserve.server.http.metrics import OTHER_LABEL, SUM_LABEL, Traffic
+from loraserve.server.http.state import HttpState, http_state
+from loraserve.server.keys import Caller
+
+SHARED_LABELS = (SUM_LABEL, OTHER_LABEL)
+
+State = Annotated[HttpState, Depends(http_state)]
+AnyCaller = Annotated[Caller, Depends(current_caller)]
+
+router = APIRouter(tags=["status"])
+
+
+@router.get("/ping", include_in_schema=False, response_class=Response)
+@router.get("/health", response_class=Response, responses={503: {"description": "The engine has failed."}})
+async def health(state: State) -> Response:
+    """200 with an empty body as long as the process should live."""
+    return _unhealthy("unhealthy") if state.engine.has_failed else Response()
+
+
+@router.get(
+    "/ready", response_class=Response, responses={503: {"description": "New requests are refused now."}}
+)
+async def ready(state: State) -> Response:
+    """200 with an empty body as long as new requests are taken; 503 from the stop signal on."""
+    refusal = state.engine.refusal
+    return Response() if refusal is None else _unhealthy(refusal)
+
+
+@router.get("/info")
+async def info(state: State, _caller: AnyCaller) -> dict[str, Any]:
+    """What is served: TGI's fields, then the engine's own."""
+    engine, limits = state.engine.info(), state.limits
+    max_input = engine.max_model_len - 1
+    return {
+        "model_id": state.served_names[0],
+        "model_sha": None,
+        "model_dtype": f"torch.{engine.dtype}",
+        "model_device_type": engine.device,
+        "model_pipeline_tag": "text-generation",
+        "max_concurrent_requests": state.access.max_concurrent_requests,
+        "max_best_of": limits.max_best_of,
+        "max_stop_sequences": limits.max_stop_sequences,
+        "max_input_tokens": min(limits.max_input_tokens or max_input, max_input),
+        "max_total_tokens": engine.max_model_len,
+        "validation_workers": 1,
+        "max_client_batch_size": limits.max_client_batch_size,
+        "router": "loraserve",
+        "sha": None,
+        "docker_label": None,
+        "served_model_names": list(state.served_names),
+        **asdict(engine),
+    }
+
+
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+async def metrics(request: Request, state: State) -> Response:
+    """Prometheus' text format; where keys are configured an admin key is needed, unless opened to all."""
+    if state.access.has_keys and not state.access.has_open_metrics:
+        caller = await current_caller(request, state, None)
+        caller.require_admin()
+    engine = state.engine
+    return Response(render(state.metrics, engine.info(), engine.stats()), media_type=CONTENT_TYPE)
+
+
+@router.get("/dashboard/stats", include_in_schema=False)
+async def dashboard_stats(state: State, caller: AnyCaller) -> dict[str, Any]:
+    """Load and traffic of the last seconds; adapters that the caller may use."""
+    stats, recent = state.engine.stats(), state.metrics.recent
+    state.metrics.keep_only(stats.adapters)
+    return {
+        "running": stats.num_running,
+        "waiting": stats.num_waiting,
+        "pages": pool_pages(stats),
+        "page_nbytes": stats.page_nbytes,
+        "tokens_per_s": recent.tokens_per_s(),
+        "requests_per_s": recent.requests_per_s(),
+        "is_admin": caller.is_admin,
+        "adapters": {
+            name: _traffic(traffic)
+            for name, traffic in state.metrics.traffic.items()
+            if name in SHARED_LABELS or caller.may_use(name or None)
+        },
+    }
+
+
+def _traffic(traffic: Traffic) -> dict[str, Any]:
+    recent = traffic.recent
+    return {
+        "requests_per_s": recent.requests_per_s(),
+        "tokens_per_s": recent.tokens_per_s(),
+        "ttft_s": recent.ttft_s(),
+        "latency_s": recent.latency_s(),
+        "latency_series_s": recent.latency_series_s(),
+    }
+
+
+def _unhealthy(error: str) -> Response:
+    return JSONResponse({"error": error, "error_type": "healthcheck"}, 503)

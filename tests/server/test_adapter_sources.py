@@ -1,0 +1,100 @@
+"""Which paths and repositories a running server reads."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from loraserve.adapters.source import AdapterSource
+from loraserve.errors import AdapterFormatError, InvalidRequestError, LoraserveError, PermissionDeniedError
+from loraserve.server import adapter_sources
+from loraserve.server.adapter_sources import AdapterSources
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """root/good, and ways out of root: links of folders and of files."""
+    for name in ("root/good", "root/linked-file", "outside", "rootless"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+    (tmp_path / "root/inside").symlink_to("good")
+    (tmp_path / "root/out").symlink_to(tmp_path / "outside")
+    (tmp_path / "root/out-chain").symlink_to("out")
+    (tmp_path / "root/linked-file/adapter_model.safetensors").symlink_to("/etc/passwd")
+    (tmp_path / "alias").symlink_to("root")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("path", "resolved"),
+    [
+        ("root/good", "root/good"),
+        ("root/../root/good/.", "root/good"),
+        ("root/inside", "root/good"),
+        ("alias/good", "root/good"),
+        ("root/missing", "root/missing"),
+    ],
+)
+def test_paths_under_a_root_are_resolved(folder: Path, path: str, resolved: str) -> None:
+    sources = AdapterSources([folder / "root"])
+    found = asyncio.run(sources.resolve(AdapterSource("local", str(folder / path))))
+    assert found == folder / resolved
+
+
+@pytest.mark.parametrize(
+    ("path", "error"),
+    [
+        ("outside", PermissionDeniedError),
+        ("root/../outside", PermissionDeniedError),
+        ("root/out", PermissionDeniedError),
+        ("root/out-chain", PermissionDeniedError),
+        ("root/linked-file", PermissionDeniedError),
+        ("rootless", PermissionDeniedError),
+        ("", PermissionDeniedError),
+        ("/etc", PermissionDeniedError),
+        ("/proc/self/root/etc", PermissionDeniedError),
+        ("~", PermissionDeniedError),
+        ("~nobody-of-this-name", AdapterFormatError),
+        ("root/good\0", InvalidRequestError),
+    ],
+)
+def test_other_paths_are_refused(folder: Path, path: str, error: type[LoraserveError]) -> None:
+    sources = AdapterSources([folder / "root"])
+    text = path if path.startswith(("/", "~")) or not path else str(folder / path)
+    with pytest.raises(error):
+        asyncio.run(sources.resolve(AdapterSource("local", text)))
+
+
+def test_without_roots_no_path_is_read(folder: Path) -> None:
+    with pytest.raises(PermissionDeniedError, match="--adapter-root"):
+        AdapterSources().check_path(str(folder / "root/good"))
+
+
+@pytest.mark.parametrize(
+    ("patterns", "repo", "is_allowed"),
+    [
+        (("*",), "org/name", True),
+        (("org/*",), "org/name", True),
+        (("org/*", "name"), "name", True),
+        (("org/*",), "organ/name", False),
+        ((), "org/name", False),
+    ],
+)
+def test_repositories_are_fetched_where_a_pattern_allows_them(
+    monkeypatch: pytest.MonkeyPatch, patterns: tuple[str, ...], repo: str, is_allowed: bool
+) -> None:
+    fetched = []
+
+    def download(repo_id: str, revision: str | None, token: str | None, on_progress: object) -> Path:
+        fetched.append((repo_id, revision, token))
+        return Path("/cache") / repo_id
+
+    monkeypatch.setattr(adapter_sources, "download_adapter", download)
+    sources = AdapterSources(hub_repos=patterns)
+    source = AdapterSource("hub", repo, "main")
+    if is_allowed:
+        assert asyncio.run(sources.resolve(source, "token")) == Path("/cache") / repo
+        assert fetched == [(repo, "main", "token")]
+        return
+    with pytest.raises(PermissionDeniedError, match="--hub-repo"):
+        asyncio.run(sources.resolve(source))
+    assert fetched == []
