@@ -22,7 +22,10 @@ One base model and many LoRA adapters, mixed in one batch. Choose an adapter by 
 
 
 def create_app(state: HttpState) -> FastAPI:
-    app = FastAPI(title="loraserve", version=__version__, description=DESCRIPTION, redoc_url=None)
+    # FastAPI's pages for the document would load scripts from elsewhere.
+    app = FastAPI(
+        title="loraserve", version=__version__, description=DESCRIPTION, docs_url=None, redoc_url=None
+    )
     app.state.http = state
     app.include_router(openai.router)
     app.include_router(tgi.router)

@@ -152,7 +152,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     family = family_of(request.url.path)
     message = str(error.detail)
     if error.status_code in (404, 405):
-        message = f"{request.method} {request.url.path[:200]} is not served here, see /docs"
+        message = f"{request.method} {request.url.path[:200]} is not served here, see /openapi.json"
     if family is Family.OPENAI:
         body = openai_body(_printable(message), _INVALID, None)
     else:
