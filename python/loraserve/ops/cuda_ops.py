@@ -12,6 +12,7 @@ import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from loraserve import _core
 from loraserve.errors import ModelError
 from loraserve.ops.base import KvGeometry, Linear, StepBatch, StepHandle
+from loraserve.ops.torch_ops import TorchLinear
 
 if TYPE_CHECKING:
     from loraserve.ops.cuda_device import CudaDevice
@@ -28,22 +29,6 @@ class CudaLimits:
     max_num_seqs: int
     max_lora_rank: int
     max_model_len: int
-
-
-@dataclass(frozen=True)
-class CudaLinear:
-    """A weight [out, in] as torch keeps it."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-
-    @property
-    def in_features(self) -> int:
-        return self.weight.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        return self.weight.shape[0]
 
 
 @dataclass(frozen=True)
@@ -124,8 +109,8 @@ class CudaOps:
     def device(self) -> torch.device:
         return self._device.device
 
-    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> CudaLinear:
-        return CudaLinear(self._stored(weight), None if bias is None else self._stored(bias))
+    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> TorchLinear:
+        return TorchLinear(self._stored(weight), None if bias is None else self._stored(bias))
 
     def _stored(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().to(device=self.device, dtype=self._dtype).contiguous()
@@ -260,8 +245,8 @@ class CudaOps:
             )
 
 
-def _own_linear(linear: Linear) -> CudaLinear:
-    assert isinstance(linear, CudaLinear)
+def _own_linear(linear: Linear) -> TorchLinear:
+    assert isinstance(linear, TorchLinear)
     return linear
 
 
