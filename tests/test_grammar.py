@@ -168,13 +168,13 @@ def test_a_hostile_grammar_costs_a_bounded_time_or_is_refused(
     compiler: GrammarCompiler, tokenizer: Tokenizer, grammar: Grammar
 ) -> None:
     rng, times = random.Random(0), []
-    started = time.monotonic()
+    started = time.thread_time()
     try:
         matcher = compiler.compile(grammar)
     except InvalidRequestError:
-        assert time.monotonic() - started < 2.0
+        assert time.thread_time() - started < 2.0
         return
-    assert time.monotonic() - started < 2.0
+    assert time.thread_time() - started < 2.0
     for _ in range(300):
         started = time.thread_time()
         allowed = matcher.allowed(tokenizer.vocab_size)

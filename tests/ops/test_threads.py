@@ -32,7 +32,7 @@ def chosen_isa(variable: str) -> subprocess.CompletedProcess[str]:
 
 
 def long_op(ops: CpuOps) -> float:
-    """Runs a big matmul and returns its wall time in seconds."""
+    """Run four big matmuls and return their wall time in seconds."""
     linear = ops.pack(torch.ones(2048, 2048))
     step, x = ops.begin_step(token_batch(4096)), torch.ones(4096, 2048, dtype=ops.dtype)
     start = time.perf_counter()
@@ -71,8 +71,8 @@ def test_unsupported_dtype_block_size_and_pool_are_refused() -> None:
         CpuOps(KvGeometry(1, 3, 2, 16), torch.float32, pool)
 
 
-def test_other_python_threads_run_during_an_op() -> None:
-    ops = make_backends(GEOMETRY, torch.float32, num_threads=1).cpu
+def longest_gap_during(ops: CpuOps) -> float:
+    """How long another Python thread stood still during long ops, as a share of their time."""
     stop, ticks = threading.Event(), []
 
     def tick() -> None:
@@ -86,12 +86,20 @@ def test_other_python_threads_run_during_an_op() -> None:
     elapsed = long_op(ops)
     stop.set()
     thread.join()
-    # One op takes a fourth of this; a held GIL would leave gaps that long.
-    end = start + elapsed
-    inside = [t for t in ticks if start <= t <= end]
-    gaps = [b - a for a, b in itertools.pairwise(inside)]
     assert elapsed > 0.1, "the op is too short to tell"
-    assert max(gaps) < elapsed / 8
+    inside = [start, *(t for t in ticks if start <= t <= start + elapsed), start + elapsed]
+    return max(b - a for a, b in itertools.pairwise(inside)) / elapsed
+
+
+def test_other_python_threads_run_during_an_op() -> None:
+    ops = make_backends(GEOMETRY, torch.float32, num_threads=1).cpu
+    # One op takes a fourth of the time; a held GIL would leave gaps that long in every attempt.
+    gaps = []
+    for _ in range(5):  # a busy machine may starve the other thread
+        gaps.append(longest_gap_during(ops))
+        if gaps[-1] < 1 / 8:
+            return
+    pytest.fail(f"the other thread stood still for {gaps} of the time")
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core")

@@ -144,7 +144,7 @@ def test_a_client_that_disconnects_aborts_its_request(server: ServerThread) -> N
 def test_a_cancelled_async_stream_aborts_its_request(server: ServerThread) -> None:
     async def leave_early() -> None:
         async with AsyncClient(server.address) as client:
-            await asyncio.wait_for(client.generate("hang"), timeout=0.3)
+            await asyncio.wait_for(client.generate("hang"), timeout=1.0)
 
     with pytest.raises(TimeoutError):
         asyncio.run(leave_early())
@@ -152,7 +152,7 @@ def test_a_cancelled_async_stream_aborts_its_request(server: ServerThread) -> No
 
 
 def test_a_call_past_its_deadline_raises_timeout_error_and_aborts(server: ServerThread) -> None:
-    with Client(server.address, timeout=0.3) as client, pytest.raises(TimeoutError):
+    with Client(server.address, timeout=1.0) as client, pytest.raises(TimeoutError):
         client.generate("hang")
     assert _becomes_aborted(server)
 
@@ -211,7 +211,7 @@ def test_checking_a_free_port_leaves_it_free() -> None:
 
 
 def _becomes_aborted(server: ServerThread) -> bool:
-    deadline = time.monotonic() + 5.0
+    deadline = time.monotonic() + 20.0
     while time.monotonic() < deadline:
         if server.engine.streams and server.engine.streams[-1].aborted.is_set():
             return True

@@ -209,7 +209,7 @@ def test_tls_serves_both(tmp_path: Path) -> None:
 
 
 def _is_not_ready_soon(url: str) -> bool:
-    deadline = time.monotonic() + 5.0
+    deadline = time.monotonic() + 20.0
     while time.monotonic() < deadline:
         if httpx.get(f"{url}/ready").status_code == 503:
             return True
@@ -218,8 +218,8 @@ def _is_not_ready_soon(url: str) -> bool:
 
 
 def _is_refused_soon(client: Client) -> bool:
-    """Whether the server refuses new requests with the engine's words within five seconds."""
-    deadline = time.monotonic() + 5.0
+    """Whether the server refuses new requests with the engine's words within twenty seconds."""
+    deadline = time.monotonic() + 20.0
     while time.monotonic() < deadline:
         try:
             client.generate("x", params(1))

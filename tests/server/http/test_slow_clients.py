@@ -35,14 +35,14 @@ def fake() -> Iterator[HttpThread]:
 @pytest.fixture
 def connection(fake: HttpThread) -> Iterator[socket.socket]:
     host, _, port = fake.address.rpartition(":")
-    with closing(socket.create_connection((host, int(port)), timeout=5.0)) as connection:
+    with closing(socket.create_connection((host, int(port)), timeout=20.0)) as connection:
         yield connection
 
 
 @pytest.fixture(autouse=True)
 def _others_are_served(fake: HttpThread) -> Iterator[None]:
     """Whatever a test does to the server, somebody else gets an answer before, beside and after it."""
-    with httpx.Client(base_url=fake.url, timeout=5.0) as client:
+    with httpx.Client(base_url=fake.url, timeout=20.0) as client:
         yield
         assert client.post("/generate", json={"inputs": "one two"}).json() == {"generated_text": "onetwo"}
 
@@ -72,7 +72,7 @@ def drip(connection: socket.socket, data: bytes) -> bytes:
 def test_dripped_headers_are_cut_off(connection: socket.socket) -> None:
     started = time.monotonic()
     drip(connection, HEAD * 4)
-    assert time.monotonic() - started < 3.0
+    assert time.monotonic() - started < 8.0
 
 
 def test_headers_that_stop_are_answered_408(connection: socket.socket) -> None:
@@ -94,7 +94,7 @@ def test_a_dripped_body_is_cut_off(connection: socket.socket) -> None:
     connection.sendall(HEAD + b"content-length: 500\r\n\r\n")
     started = time.monotonic()
     drip(connection, b" " * 500)
-    assert time.monotonic() - started < 3.0
+    assert time.monotonic() - started < 8.0
 
 
 def test_a_silent_connection_is_closed_without_a_word(connection: socket.socket) -> None:
@@ -104,7 +104,7 @@ def test_a_silent_connection_is_closed_without_a_word(connection: socket.socket)
 def test_newlines_do_not_keep_a_connection_open(connection: socket.socket) -> None:
     started = time.monotonic()
     drip(connection, b"\r\n" * 60)
-    assert time.monotonic() - started < 3.0
+    assert time.monotonic() - started < 8.0
 
 
 def test_headers_beyond_the_limit_are_answered_431(connection: socket.socket) -> None:
@@ -160,7 +160,7 @@ def test_an_idle_connection_is_closed_after_keep_alive(connection: socket.socket
     connection.sendall(b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n")
     started = time.monotonic()
     assert everything(connection).startswith(b"HTTP/1.1 200 ")
-    assert 0.8 < time.monotonic() - started < 4.0
+    assert 0.8 < time.monotonic() - started < 10.0
 
 
 def test_pipelined_requests_are_answered_in_order(connection: socket.socket) -> None:
