@@ -35,7 +35,6 @@ pub struct Projection {
 
 /// A segment whose adapter has this group; offsets in elements of s.
 pub(super) struct Item {
-    pub wave: usize,
     /// Token rows of the batch.
     pub rows: Range<usize>,
     /// Address of the group's A, and its ranks.
@@ -189,7 +188,6 @@ impl LoraScratch {
         let offset = segment.wave * self.num_rows;
         self.row_items[offset + rows.start..offset + rows.end].fill(self.items.len() as u32);
         self.items.push(Item {
-            wave: segment.wave,
             rows,
             a: base + group.a_offset,
             rank: group.rank,

@@ -115,7 +115,7 @@ impl<E: Element, O: Element> Gemm<'_, E, O> {
         // SAFETY: the scratch holds 16 sums per row and panel.
         unsafe {
             self.dense_sums(rows.clone(), panels.clone(), fetches, acc, stride);
-            lora.add_each::<S>(rows.clone(), panels.clone(), acc, stride);
+            lora.add_each(rows.clone(), panels.clone(), acc, stride);
             self.finish_rows::<S>(rows, panels, acc, stride);
         }
     }

@@ -8,35 +8,8 @@ use crate::cpu::simd::amx::{Product, TILE, TILE_K, Term, Tiles};
 
 /// How far ahead a shrink asks for A, all panels together.
 const PREFETCH_NBYTES: usize = 4096;
-/// Panels of an update.
+/// Panels of B added at once.
 const QUAD: usize = 4;
-/// Items whose B is read side by side: a prefetcher of the hardware follows each.
-const STREAMS: usize = 4;
-/// How many updates ahead B is asked for: the next of the same item.
-const UPDATES_AHEAD: usize = STREAMS;
-
-/// One module's addition to some rows and up to four panels.
-struct Update {
-    term: Term,
-    num_rows: usize,
-    num_panels: usize,
-    rank: usize,
-    /// Floats from the first of the accumulators.
-    offset: usize,
-}
-
-impl Update {
-    /// Asks for its part of B.
-    #[inline(always)]
-    fn fetch<S: Simd>(&self) {
-        let nbytes = self.num_panels * self.rank * TILE * size_of::<u16>();
-        for offset in (0..nbytes).step_by(64) {
-            // SAFETY: a hint; the address need not be valid.
-            unsafe { S::prefetch(self.term.panels[0].wrapping_add(offset)) }
-        }
-    }
-}
-
 impl<E: Element> Shrink<'_, E> {
     /// # Safety
     /// As for `Simd`: tiles are supported and fit K.
@@ -168,100 +141,106 @@ impl<E: Element> Lora<'_, E> {
     ///
     /// # Safety
     /// As for `Simd`: tiles are supported, `wait` has returned, `acc` is writable.
-    #[inline(always)]
-    pub(in crate::cpu) unsafe fn add_each<S: Simd>(
+    pub(in crate::cpu) unsafe fn add_each(
         &self,
         rows: Range<usize>,
         panels: Range<usize>,
         acc: *mut f32,
         stride: usize,
     ) {
-        let updates = self.updates(rows, panels, stride);
-        let mut tiles: Option<(Tiles, usize, usize)> = None;
-        for (index, update) in updates.iter().enumerate() {
-            let term = update.term;
-            if let Some(upcoming) = updates.get(index + UPDATES_AHEAD) {
-                upcoming.fetch::<S>();
-            }
-            let k = update.rank.min(RANK_BLOCK);
-            let shape = (
-                update.num_rows,
-                if update.rank == k { k } else { RANK_BLOCK },
-            );
-            // SAFETY: rows, panels and accumulators are the caller's; a term of one block has `rank`
-            // elements along K.
-            unsafe {
-                if tiles
-                    .as_ref()
-                    .is_none_or(|tiles| (tiles.1, tiles.2) != shape)
-                {
-                    drop(tiles.take());
-                    tiles = Some((Tiles::of_rows_and_k(shape.0, shape.1), shape.0, shape.1));
-                }
-                let tiles = &tiles.as_ref().expect("just configured").0;
-                let (c, c_stride) = (acc.add(update.offset), stride * size_of::<f32>());
-                match update.num_panels {
-                    1 => tiles.one_by::<1, 1>(&[term], c, c_stride),
-                    2 => tiles.one_by::<2, 1>(&[term], c, c_stride),
-                    3 => tiles.one_by::<3, 1>(&[term], c, c_stride),
-                    _ => tiles.one_by::<4, 1>(&[term], c, c_stride),
-                }
-            }
-        }
-    }
-
-    /// The updates, those of `STREAMS` items of a wave in turns. A row has one item a wave, so its
-    /// updates stay in the order of waves.
-    fn updates(&self, rows: Range<usize>, panels: Range<usize>, stride: usize) -> Vec<Update> {
-        let items: Vec<&Item> = self.plan.items_of(rows.clone()).collect();
-        let mut ordered = Vec::with_capacity(256);
-        for wave in items.chunk_by(|a, b| a.wave == b.wave) {
-            for items in wave.chunks(STREAMS) {
-                let each = |item: &&Item| self.updates_of(item, &rows, &panels, stride);
-                let mut streams: Vec<_> = items.iter().map(each).map(Vec::into_iter).collect();
-                while let Some(longest) = streams.iter().map(ExactSizeIterator::len).max()
-                    && longest > 0
-                {
-                    ordered.extend(streams.iter_mut().filter_map(Iterator::next));
-                }
-            }
-        }
-        ordered
-    }
-
-    fn updates_of(
-        &self,
-        item: &Item,
-        rows: &Range<usize>,
-        panels: &Range<usize>,
-        stride: usize,
-    ) -> Vec<Update> {
-        let mut updates = Vec::with_capacity(64);
-        let (first, end) = (item.rows.start.max(rows.start), item.rows.end.min(rows.end));
-        for row in (first..end).step_by(TILE) {
-            let s = item.s_offset + (row - item.rows.start) * item.s_stride;
+        let mut tiles = TilesOfShape::default();
+        for item in self.plan.items_of(rows.clone()) {
+            let (first, end) = (item.rows.start.max(rows.start), item.rows.end.min(rows.end));
             for module in self.plan.expansions_of(item) {
-                let x = self
-                    .s
-                    .get()
-                    .wrapping_add(s + module.s_column)
-                    .cast::<u8>()
-                    .cast_const();
-                let last = module.panels.end.min(panels.end);
-                for panel in (module.panels.start.max(panels.start)..last).step_by(QUAD) {
-                    let b = std::array::from_fn(|p| module.b_panel((panel + p).min(last - 1)));
-                    let num_blocks = module.s_width() / RANK_BLOCK;
-                    let x_stride = item.s_stride * size_of::<E>();
-                    updates.push(Update {
-                        term: Term::new([x; 2], x_stride, b, TILE, num_blocks),
-                        num_rows: (end - row).min(TILE),
-                        num_panels: (last - panel).min(QUAD),
-                        rank: module.rank,
-                        offset: (row - rows.start) * stride + (panel - panels.start) * TILE,
-                    });
+                let own = module.panels.start.max(panels.start)..module.panels.end.min(panels.end);
+                if own.is_empty() {
+                    continue;
+                }
+                for row in (first..end).step_by(TILE) {
+                    let num_rows = (end - row).min(TILE);
+                    // SAFETY: rows and panels are the caller's, whose accumulators hold them.
+                    unsafe {
+                        let offset =
+                            (row - rows.start) * stride + (own.start - panels.start) * TILE;
+                        let c = acc.add(offset);
+                        self.add_module(
+                            &mut tiles,
+                            item,
+                            module,
+                            row..row + num_rows,
+                            own.clone(),
+                            c,
+                            stride,
+                        );
+                    }
                 }
             }
         }
-        updates
+    }
+
+    /// Adds one module's s · Bᵀ of up to 16 rows to `c`.
+    unsafe fn add_module(
+        &self,
+        tiles: &mut TilesOfShape,
+        item: &Item,
+        module: &Expansion,
+        rows: Range<usize>,
+        panels: Range<usize>,
+        c: *mut f32,
+        stride: usize,
+    ) {
+        let s = item.s_offset + (rows.start - item.rows.start) * item.s_stride + module.s_column;
+        let x = self.s.get().wrapping_add(s).cast::<u8>().cast_const();
+        let k = if module.rank <= RANK_BLOCK {
+            module.rank
+        } else {
+            RANK_BLOCK
+        };
+        let num_blocks = module.s_width() / RANK_BLOCK;
+        // SAFETY: a term of one block has `rank` elements along K; 16 sums a panel are writable.
+        unsafe {
+            let tiles = tiles.get(rows.len(), k);
+            for panel in panels.clone().step_by(QUAD) {
+                let b = std::array::from_fn(|p| module.b_panel((panel + p).min(panels.end - 1)));
+                let term = [Term::new(
+                    [x; 2],
+                    item.s_stride * size_of::<E>(),
+                    b,
+                    TILE,
+                    num_blocks,
+                )];
+                let (c, c_stride) = (
+                    c.add((panel - panels.start) * TILE),
+                    stride * size_of::<f32>(),
+                );
+                match panels.end - panel {
+                    1 => tiles.one_by::<1, 1>(&term, c, c_stride),
+                    2 => tiles.one_by::<2, 1>(&term, c, c_stride),
+                    3 => tiles.one_by::<3, 1>(&term, c, c_stride),
+                    _ => tiles.one_by::<4, 1>(&term, c, c_stride),
+                }
+            }
+        }
+    }
+}
+
+/// Tiles of the shape last asked for; configuring them takes as long as some products.
+#[derive(Default)]
+struct TilesOfShape(Option<(Tiles, usize, usize)>);
+
+impl TilesOfShape {
+    /// # Safety
+    /// As for `Tiles::of_rows_and_k`.
+    unsafe fn get(&mut self, num_rows: usize, k: usize) -> &Tiles {
+        if self
+            .0
+            .as_ref()
+            .is_none_or(|tiles| (tiles.1, tiles.2) != (num_rows, k))
+        {
+            drop(self.0.take());
+            // SAFETY: the caller's contract.
+            self.0 = Some((unsafe { Tiles::of_rows_and_k(num_rows, k) }, num_rows, k));
+        }
+        &self.0.as_ref().expect("just configured").0
     }
 }
