@@ -9,10 +9,13 @@ from numpy.typing import NDArray
 from loraserve.ops.base import Linear, StepBatch, StepHandle
 
 __all__ = [
+    "Activation",
     "AdapterLayout",
     "BaseShape",
     "Batch",
     "CpuKernels",
+    "CpuProgram",
+    "CpuRecording",
     "CpuStep",
     "CudaKernels",
     "CudaStep",
@@ -390,6 +393,53 @@ class CpuKernels:
     ) -> None: ...
     def attention(self, step: StepHandle, qkv_ptr: int, layer: int, out_ptr: int) -> None: ...
     def silu_mul(self, gate_up_ptr: int, out_ptr: int, num_rows: int, intermediate: int) -> None: ...
+
+# rust/py/src/cpu_kernels/program.rs
+
+@final
+class Activation:
+    """What a recorded op makes: [T, width]; T is known when the program runs."""
+
+    @property
+    def width(self) -> int: ...
+
+@final
+class CpuRecording:
+    """A forward pass being recorded, op by op, for `CpuProgram`.
+
+    `*_ptr` are addresses of contiguous tensors in the storage dtype (`cos_sin` is float32) that must outlive
+    the program unchanged. Raises ValueError for widths that don't fit, for another recording's activations,
+    and once the recording has ended.
+    """
+
+    def __new__(cls) -> CpuRecording: ...
+    def embedding(self, table: Linear) -> Activation: ...
+    def rms_norm(
+        self, x: Activation, residual: Activation | None, weight_ptr: int, num_features: int, eps: float
+    ) -> Activation: ...
+    def lora_linear(self, x: Activation, linear: Linear, layer: int, group: int) -> Activation: ...
+    def rope_and_cache(
+        self,
+        qkv: Activation,
+        layer: int,
+        cos_sin_ptr: int,
+        num_positions: int,
+        head_dim: int,
+        q_norm_ptr: int | None,
+        k_norm_ptr: int | None,
+        eps: float,
+    ) -> None: ...
+    def attention(self, qkv: Activation, layer: int, num_features: int) -> Activation: ...
+    def silu_mul(self, gate_up: Activation) -> Activation: ...
+    def logits(self, kernels: CpuKernels, hidden: Activation, lm_head: Linear) -> CpuProgram:
+        """Ends the recording."""
+
+@final
+class CpuProgram:
+    """A recorded forward pass; one step at a time, without the GIL."""
+
+    def run(self, step: StepHandle, logits_ptr: int) -> None:
+        """Runs a step of its kernels; logits: float32 [L, vocab]. Raises ValueError as the ops do."""
 
 def default_isa() -> str:
     """The instruction set of the CPU kernels here: `LORASERVE_CPU_ISA`, or the best there is."""

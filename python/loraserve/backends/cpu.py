@@ -11,6 +11,7 @@ from loraserve import _core
 from loraserve.backends.base import Extent
 from loraserve.errors import CapacityError
 from loraserve.ops.cpu_ops import CpuOps
+from loraserve.ops.cpu_program import CpuProgram
 
 if TYPE_CHECKING:
     from loraserve.config import EngineConfig
@@ -28,6 +29,7 @@ class CpuBackend:
     def __init__(self, config: EngineConfig, dtype: torch.dtype) -> None:
         self._num_threads = config.num_threads
         self._dtype = dtype
+        self._program: CpuProgram | None = None
 
     def build_ops(self, model: ModelConfig, geometry: KvGeometry, num_pages: int) -> Ops:
         self._page_nbytes = geometry.page_nbytes(self._dtype)
@@ -49,8 +51,9 @@ class CpuBackend:
         return load(self._pool.data_ptr() + extent.first_page * self._page_nbytes)
 
     def logits(self, decoder: Decoder, batch: StepBatch) -> torch.Tensor:
-        step = self._ops.begin_step(batch)
-        return decoder.logits(step, decoder.forward(step))
+        if self._program is None:
+            self._program = self._ops.record(decoder)
+        return self._program.run(self._ops.begin_step(batch))
 
 
 def _allocate(nbytes: int) -> torch.Tensor:

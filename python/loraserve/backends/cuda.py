@@ -82,15 +82,16 @@ class CudaBackend:
 
     def logits(self, decoder: Decoder, batch: StepBatch) -> torch.Tensor:
         if self._graphs is None:
-            self._graphs = DecodeGraphs(self._ops, self._device, _run(decoder), self._config.max_num_seqs)
+            self._graphs = DecodeGraphs(
+                self._ops, self._device, self._run(decoder), self._config.max_num_seqs
+            )
         bucket = self._graphs.bucket(batch)
         if bucket is not None:
             return self._graphs.run(batch, bucket)
-        return _run(decoder)(self._ops.begin_step(batch))
+        return self._run(decoder)(self._ops.begin_step(batch))
 
-
-def _run(decoder: Decoder) -> Callable[[CudaStep], torch.Tensor]:
-    return lambda step: decoder.logits(step, decoder.forward(step))
+    def _run(self, decoder: Decoder) -> Callable[[CudaStep], torch.Tensor]:
+        return lambda step: decoder.logits(self._ops, step)
 
 
 def _group_shapes(model: ModelConfig) -> list[tuple[int, int]]:

@@ -5,7 +5,18 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from loraserve.models.config import ModelConfig, ModuleShape
-from loraserve.ops.base import DOWN, GATE_UP, QKV, Linear, O, Ops, StepHandle
+from loraserve.ops.base import (
+    DOWN,
+    GATE_UP,
+    QKV,
+    ForwardOps,
+    Linear,
+    O,
+    Ops,
+    StepHandle,
+    StepT_contra,
+    ValueT,
+)
 
 
 @dataclass(frozen=True)
@@ -28,7 +39,6 @@ class Decoder:
     def __init__(
         self,
         config: ModelConfig,
-        ops: Ops,
         *,
         embedding: Linear,
         layers: list[Layer],
@@ -38,41 +48,52 @@ class Decoder:
     ) -> None:
         self.config = config
         self.layers = layers
-        self._ops = ops
         self._embedding = embedding
-        self._lm_head = lm_head
+        self.lm_head = lm_head
         self._cos_sin = cos_sin
         self._norms_after = [layer.attn_norm for layer in layers[1:]] + [final_norm]
 
-    def forward(self, step: StepHandle) -> Tensor:
+    def forward(self, ops: ForwardOps[StepT_contra, ValueT], step: StepT_contra) -> ValueT:
         """Run every layer over the step's tokens; returns normed hidden states [T, hidden]."""
-        ops, eps = self._ops, self.config.rms_norm_eps
+        eps = self.config.rms_norm_eps
         residual = ops.embedding(step, self._embedding)
         hidden = ops.rms_norm(residual, self.layers[0].attn_norm, eps)
         for index, (layer, norm_after) in enumerate(zip(self.layers, self._norms_after, strict=True)):
-            hidden = self._attention(step, index, layer, hidden)
+            hidden = self._attention(ops, step, index, layer, hidden)
             hidden = ops.add_rms_norm(hidden, residual, layer.mlp_norm, eps)
-            hidden = self._mlp(step, index, layer, hidden)
+            hidden = self._mlp(ops, step, index, layer, hidden)
             hidden = ops.add_rms_norm(hidden, residual, norm_after, eps)
         return hidden
 
-    def logits(self, step: StepHandle, hidden: Tensor) -> Tensor:
+    def logits(self, ops: Ops, step: StepHandle) -> Tensor:
         """Scores of the step's sampled rows, float32 [L, vocab]."""
-        return self._ops.logits(step, hidden, self._lm_head)
+        return ops.logits(step, self.forward(ops, step), self.lm_head)
 
     def base_shape(self) -> tuple[int, list[ModuleShape]]:
         """Arguments of `_core.BaseShape`."""
         return self.config.base_shape()
 
-    def _attention(self, step: StepHandle, index: int, layer: Layer, hidden: Tensor) -> Tensor:
-        ops = self._ops
+    def _attention(
+        self,
+        ops: ForwardOps[StepT_contra, ValueT],
+        step: StepT_contra,
+        index: int,
+        layer: Layer,
+        hidden: ValueT,
+    ) -> ValueT:
         qkv = ops.lora_linear(step, hidden, layer.qkv, index, QKV)
         ops.rope_and_cache(
             step, qkv, index, self._cos_sin, layer.q_norm, layer.k_norm, self.config.rms_norm_eps
         )
         return ops.lora_linear(step, ops.attention(step, qkv, index), layer.o, index, O)
 
-    def _mlp(self, step: StepHandle, index: int, layer: Layer, hidden: Tensor) -> Tensor:
-        ops = self._ops
+    def _mlp(
+        self,
+        ops: ForwardOps[StepT_contra, ValueT],
+        step: StepT_contra,
+        index: int,
+        layer: Layer,
+        hidden: ValueT,
+    ) -> ValueT:
         gate_up = ops.lora_linear(step, hidden, layer.gate_up, index, GATE_UP)
         return ops.lora_linear(step, ops.silu_mul(gate_up), layer.down, index, DOWN)

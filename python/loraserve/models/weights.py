@@ -35,7 +35,6 @@ def build_decoder(
     cos_sin = cos_sin_table(config.rope, config.head_dim, num_positions).to(ops.device)
     return Decoder(
         config,
-        ops,
         embedding=embedding,
         layers=layers,
         final_norm=final_norm,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
     IntArray = npt.NDArray[np.int32]
     FloatArray = npt.NDArray[np.float32]
+
+StepT_contra = TypeVar("StepT_contra", contravariant=True)
+ValueT = TypeVar("ValueT")
 
 # Groups of projections that share one input and one fused output.
 QKV, O, GATE_UP, DOWN = range(4)  # noqa: E741 (o_proj is its name)
@@ -90,12 +93,57 @@ class StepHandle(Protocol):
     def num_logits(self) -> int: ...
 
 
-class Ops(Protocol):
-    """The ops of one backend over one page pool.
+class ForwardOps(Protocol[StepT_contra, ValueT]):
+    """The ops a forward pass is written in: computed at once, or recorded to be computed later.
 
     Activations are contiguous [T, features] in the storage dtype; arithmetic inside is float32.
     A row's result does not depend on what else is in the batch, nor on how its prompt was chunked.
     """
+
+    def embedding(self, step: StepT_contra, table: Linear) -> ValueT:
+        """Rows `token_ids` of the table: [T, hidden]."""
+        ...
+
+    def lora_linear(self, step: StepT_contra, x: ValueT, linear: Linear, layer: int, group: int) -> ValueT:
+        """x·Wᵀ + bias + Σ over waves of weight·scale·(x·Aᵀ)·Bᵀ: [T, out]."""
+        ...
+
+    def rms_norm(self, x: ValueT, weight: torch.Tensor, eps: float) -> ValueT:
+        """x / sqrt(mean(x²) + eps) · weight, per row; weight [features] in the storage dtype."""
+        ...
+
+    def add_rms_norm(self, x: ValueT, residual: ValueT, weight: torch.Tensor, eps: float) -> ValueT:
+        """residual += x in place, then rms_norm(residual)."""
+        ...
+
+    def rope_and_cache(
+        self,
+        step: StepT_contra,
+        qkv: ValueT,
+        layer: int,
+        cos_sin: torch.Tensor,
+        q_norm: torch.Tensor | None = None,
+        k_norm: torch.Tensor | None = None,
+        eps: float = 1e-6,
+    ) -> None:
+        """Rotates q and k of qkv [T, (H + 2·KV)·D] in place and writes K, V to their pages.
+
+        `cos_sin` is float32 [max_position, D]: cosines of the D/2 angles, then sines; halves rotate
+        together (x₁·cos - x₂·sin, x₂·cos + x₁·sin). `q_norm`/`k_norm` [D]: per-head RMSNorm before it.
+        """
+        ...
+
+    def attention(self, step: StepT_contra, qkv: ValueT, layer: int) -> ValueT:
+        """Causal paged attention of the q part of qkv, scale 1/sqrt(D): [T, H·D]."""
+        ...
+
+    def silu_mul(self, gate_up: ValueT) -> ValueT:
+        """silu(gate)·up of [T, 2·I] (gate first): [T, I]."""
+        ...
+
+
+class Ops(ForwardOps[StepHandle, "torch.Tensor"], Protocol):
+    """The ops of one backend over one page pool."""
 
     @property
     def dtype(self) -> torch.dtype: ...
@@ -118,51 +166,6 @@ class Ops(Protocol):
         """Checks and prepares a batch; every op of the step takes the handle."""
         ...
 
-    def embedding(self, step: StepHandle, table: Linear) -> torch.Tensor:
-        """Rows `token_ids` of the table: [T, hidden]."""
-        ...
-
-    def lora_linear(
-        self, step: StepHandle, x: torch.Tensor, linear: Linear, layer: int, group: int
-    ) -> torch.Tensor:
-        """x·Wᵀ + bias + Σ over waves of weight·scale·(x·Aᵀ)·Bᵀ: [T, out]."""
-        ...
-
     def logits(self, step: StepHandle, hidden: torch.Tensor, lm_head: Linear) -> torch.Tensor:
         """Logits of the rows `logits_indices`: float32 [L, vocab]."""
-        ...
-
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """x / sqrt(mean(x²) + eps) · weight, per row; weight [features] in the storage dtype."""
-        ...
-
-    def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> torch.Tensor:
-        """residual += x in place, then rms_norm(residual)."""
-        ...
-
-    def rope_and_cache(
-        self,
-        step: StepHandle,
-        qkv: torch.Tensor,
-        layer: int,
-        cos_sin: torch.Tensor,
-        q_norm: torch.Tensor | None = None,
-        k_norm: torch.Tensor | None = None,
-        eps: float = 1e-6,
-    ) -> None:
-        """Rotates q and k of qkv [T, (H + 2·KV)·D] in place and writes K, V to their pages.
-
-        `cos_sin` is float32 [max_position, D]: cosines of the D/2 angles, then sines; halves rotate
-        together (x₁·cos - x₂·sin, x₂·cos + x₁·sin). `q_norm`/`k_norm` [D]: per-head RMSNorm before it.
-        """
-        ...
-
-    def attention(self, step: StepHandle, qkv: torch.Tensor, layer: int) -> torch.Tensor:
-        """Causal paged attention of the q part of qkv, scale 1/sqrt(D): [T, H·D]."""
-        ...
-
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """silu(gate)·up of [T, 2·I] (gate first): [T, I]."""
         ...

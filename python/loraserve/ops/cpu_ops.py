@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from loraserve import _core
 from loraserve.errors import ModelError
 from loraserve.ops.base import KvGeometry, Linear, StepBatch, StepHandle
+from loraserve.ops.cpu_program import CpuProgram, record
+
+if TYPE_CHECKING:
+    from loraserve.models.decoder import Decoder
 
 BLOCK_SIZE = 16  # tokens per page: the lanes of the attention kernel
 STORAGE_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -96,6 +102,10 @@ class CpuOps:
 
     def begin_step(self, batch: StepBatch) -> _core.CpuStep:
         return self._kernels.begin_step(batch)
+
+    def record(self, decoder: Decoder) -> CpuProgram:
+        """The model's forward pass as one call; the ops below compute the same one by one."""
+        return record(self._kernels, decoder, self._dtype, self._attention_features)
 
     def embedding(self, step: StepHandle, table: Linear) -> torch.Tensor:
         out = torch.empty(step.num_tokens, table.in_features, dtype=self._dtype)

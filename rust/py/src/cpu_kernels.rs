@@ -3,6 +3,8 @@
 //! Addresses come from tensors that `loraserve.ops.cpu_ops` has checked (dtype, shape, contiguity)
 //! and keeps alive during the call; everything else is checked here or below.
 
+use std::sync::Arc;
+
 use loraserve_kernels::KernelError;
 use loraserve_kernels::cpu::activation::silu_mul;
 use loraserve_kernels::cpu::context::CpuContext;
@@ -21,10 +23,6 @@ use crate::adapters::AdapterLayout;
 use crate::errors;
 use crate::step_arrays::step_arrays;
 
-mod step;
-
-pub use step::CpuStep;
-
 /// Runs `$body` with `$E` the element type of the storage dtype.
 macro_rules! with_element {
     ($dtype:expr, $E:ident => $body:expr) => {
@@ -41,6 +39,12 @@ macro_rules! with_element {
         }
     };
 }
+
+mod program;
+mod step;
+
+pub use program::{Activation, CpuProgram, CpuRecording};
+pub use step::CpuStep;
 
 /// The tensor of `len` elements at `address`.
 ///
@@ -78,7 +82,7 @@ fn raise(py: Python<'_>, error: &KernelError) -> PyErr {
 /// A dense weight in the layout of the GEMM kernel.
 #[pyclass(frozen, module = "loraserve._core")]
 pub struct PackedLinear {
-    inner: linear::PackedLinear,
+    inner: Arc<linear::PackedLinear>,
 }
 
 #[pymethods]
@@ -169,7 +173,9 @@ impl CpuKernels {
             })
         });
         let inner = packed.map_err(|error| raise(py, &error))?;
-        Ok(PackedLinear { inner })
+        Ok(PackedLinear {
+            inner: Arc::new(inner),
+        })
     }
 
     fn set_adapter(
@@ -212,7 +218,7 @@ impl CpuKernels {
         table: &Bound<'_, PackedLinear>,
         out_ptr: usize,
     ) -> PyResult<()> {
-        let (step, table) = (&step.get().inner, &table.get().inner);
+        let (step, table) = (&step.get().inner, &*table.get().inner);
         detached(py, || {
             with_element!(self.inner.dtype, E => {
                 // SAFETY: the file's contract.
@@ -232,7 +238,7 @@ impl CpuKernels {
         group: usize,
         out_ptr: usize,
     ) -> PyResult<()> {
-        let (step, linear) = (&step.get().inner, &linear.get().inner);
+        let (step, linear) = (&step.get().inner, &*linear.get().inner);
         let num_tokens = step.num_tokens();
         detached(py, || {
             with_element!(self.inner.dtype, E => {
@@ -254,7 +260,7 @@ impl CpuKernels {
         rows_ptr: usize,
         out_ptr: usize,
     ) -> PyResult<()> {
-        let (step, lm_head) = (&step.get().inner, &lm_head.get().inner);
+        let (step, lm_head) = (&step.get().inner, &*lm_head.get().inner);
         let (width, num_logits) = (lm_head.in_features(), step.num_logits());
         detached(py, || {
             with_element!(self.inner.dtype, E => {
@@ -395,5 +401,8 @@ pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(default_isa, m)?)?;
     m.add_class::<PackedLinear>()?;
     m.add_class::<CpuStep>()?;
+    m.add_class::<Activation>()?;
+    m.add_class::<CpuRecording>()?;
+    m.add_class::<CpuProgram>()?;
     m.add_class::<CpuKernels>()
 }

@@ -12,6 +12,7 @@ mod lora_plan;
 pub mod memory;
 pub mod norm;
 pub mod pool;
+pub mod program;
 mod rank_update;
 pub mod rope;
 mod scratch;

@@ -1,0 +1,195 @@
+//! Recording a model's forward pass, and running it: one call a step.
+
+use std::sync::Mutex;
+
+use loraserve_adapters::StorageDtype;
+use loraserve_kernels::KernelError;
+use loraserve_kernels::cpu::element::Bf16;
+use loraserve_kernels::cpu::program::{self, Constant, Program, Recording};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+
+use super::{CpuKernels, CpuStep, PackedLinear, detached, raise, tensor_mut};
+
+/// A tensor [T, width] that a recorded op makes; T is known when the program runs.
+#[pyclass(frozen, module = "loraserve._core")]
+pub struct Activation {
+    inner: program::Activation,
+}
+
+#[pymethods]
+impl Activation {
+    #[getter]
+    fn width(&self) -> usize {
+        self.inner.width()
+    }
+}
+
+/// A forward pass being recorded. Addresses are of tensors that outlive the program, unchanged.
+#[pyclass(frozen, module = "loraserve._core")]
+pub struct CpuRecording {
+    /// Taken when the program ends.
+    inner: Mutex<Option<Recording>>,
+}
+
+#[pymethods]
+impl CpuRecording {
+    #[new]
+    fn new() -> Self {
+        Self {
+            inner: Mutex::new(Some(Recording::default())),
+        }
+    }
+
+    fn embedding(&self, py: Python<'_>, table: &Bound<'_, PackedLinear>) -> PyResult<Activation> {
+        self.record(py, |ops| Ok(ops.embedding(table.get().inner.clone())))
+    }
+
+    #[pyo3(signature = (x, residual, weight_ptr, num_features, eps))]
+    fn rms_norm(
+        &self,
+        py: Python<'_>,
+        x: &Bound<'_, Activation>,
+        residual: Option<&Bound<'_, Activation>>,
+        weight_ptr: usize,
+        num_features: usize,
+        eps: f32,
+    ) -> PyResult<Activation> {
+        let residual = residual.map(|residual| residual.get().inner);
+        // SAFETY: the class's contract.
+        let weight = unsafe { Constant::new(weight_ptr, num_features) };
+        self.record(py, |ops| ops.norm(x.get().inner, residual, weight, eps))
+    }
+
+    fn lora_linear(
+        &self,
+        py: Python<'_>,
+        x: &Bound<'_, Activation>,
+        linear: &Bound<'_, PackedLinear>,
+        layer: usize,
+        group: usize,
+    ) -> PyResult<Activation> {
+        let linear = linear.get().inner.clone();
+        self.record(py, |ops| {
+            ops.lora_linear(x.get().inner, linear, layer, group)
+        })
+    }
+
+    #[pyo3(signature = (qkv, layer, cos_sin_ptr, num_positions, head_dim, q_norm_ptr, k_norm_ptr, eps))]
+    fn rope_and_cache(
+        &self,
+        py: Python<'_>,
+        qkv: &Bound<'_, Activation>,
+        layer: usize,
+        cos_sin_ptr: usize,
+        num_positions: usize,
+        head_dim: usize,
+        q_norm_ptr: Option<usize>,
+        k_norm_ptr: Option<usize>,
+        eps: f32,
+    ) -> PyResult<()> {
+        // SAFETY: the class's contract.
+        let cos_sin = unsafe { Constant::new(cos_sin_ptr, num_positions * head_dim) };
+        // SAFETY: the class's contract.
+        let norm = |address| unsafe { Constant::new(address, head_dim) };
+        let (q_norm, k_norm) = (q_norm_ptr.map(norm), k_norm_ptr.map(norm));
+        self.record(py, |ops| {
+            ops.rope_and_cache(qkv.get().inner, layer, cos_sin, q_norm, k_norm, eps)
+        })
+    }
+
+    fn attention(
+        &self,
+        py: Python<'_>,
+        qkv: &Bound<'_, Activation>,
+        layer: usize,
+        num_features: usize,
+    ) -> PyResult<Activation> {
+        self.record(py, |ops| {
+            ops.attention(qkv.get().inner, layer, num_features)
+        })
+    }
+
+    fn silu_mul(&self, py: Python<'_>, gate_up: &Bound<'_, Activation>) -> PyResult<Activation> {
+        self.record(py, |ops| ops.silu_mul(gate_up.get().inner))
+    }
+
+    /// Ends the recording.
+    fn logits(
+        &self,
+        kernels: Py<CpuKernels>,
+        hidden: &Bound<'_, Activation>,
+        lm_head: &Bound<'_, PackedLinear>,
+    ) -> PyResult<CpuProgram> {
+        let py = hidden.py();
+        let recording = self.lock().take().ok_or_else(ended)?;
+        let lm_head = lm_head.get().inner.clone();
+        let inner = recording
+            .logits(hidden.get().inner, lm_head)
+            .map_err(|error| raise(py, &error))?;
+        Ok(CpuProgram { kernels, inner })
+    }
+}
+
+impl CpuRecording {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<Recording>> {
+        self.inner
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+/// What an op adds to a recording: the result's name, if it has one.
+trait Recorded {
+    type Python;
+    fn into_python(self) -> Self::Python;
+}
+
+impl Recorded for () {
+    type Python = ();
+    fn into_python(self) {}
+}
+
+impl Recorded for program::Activation {
+    type Python = Activation;
+    fn into_python(self) -> Activation {
+        Activation { inner: self }
+    }
+}
+
+impl CpuRecording {
+    fn record<R: Recorded>(
+        &self,
+        py: Python<'_>,
+        op: impl FnOnce(&mut Recording) -> Result<R, KernelError>,
+    ) -> PyResult<R::Python> {
+        let mut recording = self.lock();
+        let result = op(recording.as_mut().ok_or_else(ended)?);
+        Ok(result.map_err(|error| raise(py, &error))?.into_python())
+    }
+}
+
+fn ended() -> PyErr {
+    PyValueError::new_err("the recording has ended, begin another")
+}
+
+/// A recorded forward pass of one model.
+#[pyclass(frozen, module = "loraserve._core")]
+pub struct CpuProgram {
+    kernels: Py<CpuKernels>,
+    inner: Program,
+}
+
+#[pymethods]
+impl CpuProgram {
+    /// Runs a step that these kernels began; `logits_ptr`: float32 [L, vocabulary].
+    fn run(&self, py: Python<'_>, step: &Bound<'_, CpuStep>, logits_ptr: usize) -> PyResult<()> {
+        let (context, step) = (&self.kernels.get().inner, &step.get().inner);
+        detached(py, || {
+            let len = step.num_logits() * self.inner.vocab_size();
+            // SAFETY: the file's contract of `cpu_kernels`.
+            let logits = unsafe { tensor_mut::<f32>(logits_ptr, len) };
+            with_element!(context.dtype, E => self.inner.run::<E>(context, step, logits))
+        })
+    }
+}
