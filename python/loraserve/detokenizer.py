@@ -79,6 +79,8 @@ class StopStrings:
         """Text now safe to show; sets `is_matched` when a stop string is complete."""
         if self.is_matched:
             return ""
+        if not self._stops:
+            return text
         buffer = self._held + text
         start = self._first_stop(buffer)
         if start is not None:
