@@ -2,15 +2,20 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
 import torch
-from loraserve.sampler import SamplingState, sample, uniform
+from loraserve import sampler
+from loraserve.sampler import Sampled, SamplingState, uniform
 from loraserve.sampling_params import SamplingParams
 
 VOCAB = 4000
+
+
+def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> Sampled:
+    return sampler.sample(logits, states, lambda logits: logits.argmax(dim=-1).tolist())
 
 
 def state(seed: int = 0, index: int = 0, **settings: object) -> SamplingState:
@@ -78,6 +83,25 @@ def test_a_row_does_not_depend_on_the_other_rows() -> None:
     together = sample(logits.clone(), states).token_ids
     alone = [sample(logits[i : i + 1].clone(), [states[i]]).token_ids[0] for i in range(8)]
     assert together.tolist() == alone
+
+
+def test_greedy_rows_that_change_nothing_mix_with_rows_that_do() -> None:
+    logits = torch.randn(6, VOCAB, generator=torch.Generator().manual_seed(4))
+    likeliest = logits.argmax(dim=-1).tolist()
+    states = [
+        state(temperature=0.0),
+        state(temperature=0.0, logit_bias={5: 100.0}),
+        state(temperature=0.0, min_tokens=2),
+        state(temperature=0.0, logprobs=1),
+        state(seed=3, top_k=1),
+        state(temperature=0.0),
+    ]
+    assert [one.is_plain for one in states] == [True, False, False, False, False, True]
+    changed = logits.clone()
+    sampled = sample(changed, states)
+    assert sampled.token_ids.tolist() == [likeliest[0], 5, *likeliest[2:]]
+    assert torch.equal(changed[[0, 3, 4, 5]], logits[[0, 3, 4, 5]])
+    assert [one is not None for one in sampled.logprobs] == [False, False, False, True, False, False]
 
 
 def test_penalties_change_logits_as_defined() -> None:

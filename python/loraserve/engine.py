@@ -375,7 +375,8 @@ class Engine:
         logits = self.runner.execute(batch)
         request_ids = batch.sample_request_ids.tolist()
         sequences = [self._sequences[request_id] for request_id in request_ids]
-        sampled = sample(logits, [sequence.sampling for sequence in sequences])
+        states = [sequence.sampling for sequence in sequences]
+        sampled = sample(logits, states, self.runner.ops.argmax)
         for sequence, token_id in zip(sequences, sampled.token_ids.tolist(), strict=True):
             sequence.sampling.append(token_id)
             sequence.clock.note_token()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,15 @@ class SamplingState:
         self.answered = TokenCounts() if is_counted else None
         self.bias_ids = np.array(list(params.logit_bias), dtype=np.int64)
         self.biases = np.array(list(params.logit_bias.values()), dtype=np.float32)
+        changes_logits = (
+            params.repetition_penalty != 1.0
+            or is_counted
+            or params.logit_bias
+            or params.min_tokens
+            or self.matcher is not None
+        )
+        # Whether the likeliest token of the logits as they come is all that is asked for.
+        self.is_plain = params.is_greedy and params.logprobs is None and not changes_logits
 
     def append(self, token_id: int) -> None:
         self.num_output_tokens += 1
@@ -61,25 +70,39 @@ class Sampled:
     logprobs: list[TokenLogprob | None]
 
 
-@torch.inference_mode()
-def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> Sampled:
+def sample(
+    logits: torch.Tensor,
+    states: Sequence[SamplingState],
+    argmax: Callable[[torch.Tensor], Sequence[int]],
+) -> Sampled:
     """Choose one token per row.
 
     Args:
         logits: float32 [L, vocab]; modified in place.
         states: one per row.
+        argmax: the likeliest token of each row, as `Ops.argmax`.
     """
+    if all(state.is_plain for state in states):
+        return Sampled(np.array(argmax(logits), dtype=np.int32), [None] * len(states))
+    return _sample_mixed(logits, states, argmax)
+
+
+@torch.inference_mode()
+def _sample_mixed(
+    logits: torch.Tensor, states: Sequence[SamplingState], argmax: Callable[[torch.Tensor], Sequence[int]]
+) -> Sampled:
     raw_logprobs = {
         row: torch.log_softmax(logits[row], dim=-1)
         for row, state in enumerate(states)
         if state.params.logprobs is not None
     }
     for row, state in enumerate(states):
-        _change_logits(logits[row], state)
+        if not state.is_plain:
+            _change_logits(logits[row], state)
     token_ids = np.empty(len(states), dtype=np.int32)
     random_rows = [row for row, state in enumerate(states) if not state.params.is_greedy]
     if len(random_rows) < len(states):
-        token_ids[:] = _argmax(logits)
+        token_ids[:] = argmax(logits)
     for row in random_rows:
         token_ids[row] = _sample_row(logits[row], states[row])
     logprobs = [
@@ -89,13 +112,6 @@ def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> Sampled:
         for row, state in enumerate(states)
     ]
     return Sampled(token_ids, logprobs)
-
-
-def _argmax(logits: torch.Tensor) -> npt.NDArray[np.int32]:
-    """The likeliest token of each row; numpy is the faster one on the CPU."""
-    if logits.is_cpu:
-        return np.asarray(logits.numpy(force=True).argmax(axis=-1), dtype=np.int32)
-    return np.asarray(logits.argmax(dim=-1).numpy(force=True), dtype=np.int32)
 
 
 def _change_logits(logits: torch.Tensor, state: SamplingState) -> None:

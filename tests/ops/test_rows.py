@@ -1,4 +1,4 @@
-"""RMSNorm, residual + RMSNorm and SiLU·mul against the reference."""
+"""RMSNorm, residual + RMSNorm, SiLU·mul and argmax against the reference."""
 
 import pytest
 import torch
@@ -49,6 +49,30 @@ def test_silu_of_extreme_gates_is_finite(isa: str, dtype: torch.dtype) -> None:
     gate_up = torch.tensor([[-1e4, -100.0, 0.0, 100.0, 1e4, 1.0, 1.0, 1.0, 1.0, 1.0]]).to(dtype)
     expected = torch.tensor([[0.0, 0.0, 0.0, 100.0, 1e4]]).to(dtype)
     assert torch.allclose(ops.silu_mul(gate_up).float(), expected.float(), atol=1e-30)
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 2, 33])
+@pytest.mark.parametrize("num_columns", [1, 37, 512, 49152])
+def test_argmax_matches_reference_on_ties_and_nan(
+    isa: str, generator: torch.Generator, num_rows: int, num_columns: int
+) -> None:
+    backends = make_backends(GEOMETRY, torch.float32, isa)
+    rows = torch.randint(-9, 9, (num_rows, num_columns), generator=generator).float()
+    with_nan = rows.masked_fill(rows == 7, torch.nan)
+    for logits in (rows, with_nan):
+        token_ids = backends.cpu.argmax(logits)
+        assert token_ids == backends.reference.argmax(logits)
+        assert token_ids == logits.numpy().argmax(axis=-1).tolist()
+
+
+def test_argmax_refuses_logits_it_would_misread() -> None:
+    ops = make_backends(GEOMETRY, torch.float32).cpu
+    with pytest.raises(ValueError, match="logits are torch.bfloat16"):
+        ops.argmax(torch.zeros(2, 8, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="expected contiguous"):
+        ops.argmax(torch.zeros(8, 2).T)
+    with pytest.raises(ValueError, match="0 columns"):
+        ops.argmax(torch.zeros(2, 0))
 
 
 def test_rows_of_another_dtype_are_refused(dtype: torch.dtype) -> None:

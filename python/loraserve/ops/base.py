@@ -169,3 +169,7 @@ class Ops(ForwardOps[StepHandle, "torch.Tensor"], Protocol):
     def logits(self, step: StepHandle, hidden: torch.Tensor, lm_head: Linear) -> torch.Tensor:
         """Logits of the rows `logits_indices`: float32 [L, vocab]."""
         ...
+
+    def argmax(self, logits: torch.Tensor) -> list[int]:
+        """The likeliest token of each row of `logits`; of equals the first, and NaN before any number."""
+        ...

@@ -200,6 +200,14 @@ class CpuOps:
         self._kernels.silu_mul(gate_up.data_ptr(), out.data_ptr(), num_rows, width // 2)
         return out
 
+    def argmax(self, logits: torch.Tensor) -> list[int]:
+        if logits.dtype != torch.float32 or not logits.is_contiguous() or not logits.is_cpu:
+            raise ValueError(
+                f"logits are {logits.dtype} on {logits.device}, expected contiguous float32 on cpu"
+            )
+        num_rows, num_columns = logits.shape
+        return self._kernels.argmax(logits.data_ptr(), num_rows, num_columns)
+
     def _check(self, name: str, tensor: torch.Tensor, num_rows: int, num_features: int) -> None:
         """Refuses what the kernels would read past or misread; they only get an address."""
         if (

@@ -231,6 +231,10 @@ class CudaOps:
         self._kernels.silu_mul(gate_up.data_ptr(), out.data_ptr(), num_rows, width // 2, stream)
         return out
 
+    def argmax(self, logits: torch.Tensor) -> list[int]:
+        token_ids: list[int] = logits.argmax(dim=-1).tolist()
+        return token_ids
+
     def _check(self, name: str, tensor: torch.Tensor, *shape: int) -> None:
         """Refuses what the kernels would read past or misread; they only get an address."""
         if (

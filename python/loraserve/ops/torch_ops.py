@@ -246,6 +246,10 @@ class TorchOps:
         gate, up = gate_up.float().chunk(2, dim=-1)
         return (F.silu(gate) * up).to(self._dtype)
 
+    def argmax(self, logits: torch.Tensor) -> list[int]:
+        token_ids: list[int] = logits.argmax(dim=-1).tolist()
+        return token_ids
+
 
 def _own_linear(linear: Linear) -> TorchLinear:
     if not isinstance(linear, TorchLinear):

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use loraserve_kernels::KernelError;
 use loraserve_kernels::cpu::activation::silu_mul;
+use loraserve_kernels::cpu::argmax::argmax;
 use loraserve_kernels::cpu::context::CpuContext;
 use loraserve_kernels::cpu::element::{Bf16, Element};
 use loraserve_kernels::cpu::geometry::{KvGeometry, PageMemory};
@@ -379,6 +380,28 @@ impl CpuKernels {
                 silu_mul(&self.inner.pool, self.inner.isa, gate_up, intermediate, out)
             })
         })
+    }
+
+    fn argmax(
+        &self,
+        py: Python<'_>,
+        logits_ptr: usize,
+        num_rows: usize,
+        num_columns: usize,
+    ) -> PyResult<Vec<i32>> {
+        let mut out = vec![0; num_rows];
+        detached(py, || {
+            // SAFETY: the file's contract.
+            let logits = unsafe { tensor::<f32>(logits_ptr, num_rows * num_columns) };
+            argmax(
+                &self.inner.pool,
+                self.inner.isa,
+                logits,
+                num_columns,
+                &mut out,
+            )
+        })?;
+        Ok(out)
     }
 }
 
