@@ -20,6 +20,7 @@ __all__ = [
     "CudaKernels",
     "CudaStep",
     "LoadPace",
+    "MemoryAhead",
     "PackedLinear",
     "Receipt",
     "Scheduler",
@@ -444,6 +445,29 @@ class CpuProgram:
 
 def default_isa() -> str:
     """The instruction set of the CPU kernels here: `LORASERVE_CPU_ISA`, or the best there is."""
+
+# rust/py/src/memory_ahead.rs
+
+@final
+class MemoryAhead:
+    """A thread that touches a margin of the page pool before it is needed, at both ends of what is in use.
+
+    `pool` keeps `pool_nbytes` writable bytes at `pool_ptr` alive; it is kept until the thread has ended. The
+    rest may be called from any thread, and takes microseconds.
+    """
+
+    def __new__(cls, pool: object, pool_ptr: int, pool_nbytes: int) -> MemoryAhead: ...
+    def use_below(self, end: int) -> None:
+        """KV blocks lie in the first `end` bytes."""
+
+    def use_above(self, start: int) -> None:
+        """Adapters lie from byte `start` on."""
+
+    def set_contended(self, is_contended: bool) -> None:
+        """Whether the model computes now on the cores the thread runs on; it then keeps back."""
+
+    def stop(self) -> None:
+        """End the thread, without the GIL, and wait for it."""
 
 # rust/py/src/cuda_kernels.rs
 

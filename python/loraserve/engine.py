@@ -135,6 +135,7 @@ class Engine:
         )
         for name, path in config.adapters.items():
             self.load_adapter(name, path, config.manifests.get(name))
+        self.runner.backend.start()
         self._thread = threading.Thread(target=self._run, name="loraserve-engine", daemon=True)
         self._thread.start()
 
@@ -333,6 +334,7 @@ class Engine:
         self._wake.set()
         self._thread.join()
         self._loader.shutdown()
+        self.runner.backend.shutdown()
         self._refuse_waiters(self.refusal)
 
     def stop_soon(self) -> None:
@@ -363,7 +365,9 @@ class Engine:
             self.runner.backend.order_loads()
         for load in step.loads:
             self._start_load(*load)
-        self._loader.set_contended(self._uses_every_core and step.batch is not None)
+        is_contended = self._uses_every_core and step.batch is not None
+        self._loader.set_contended(is_contended)
+        self.runner.backend.set_contended(is_contended)
         logprobs = self._execute(step) if step.batch is not None else {}
         num_delivered = self._deliver(logprobs)
         if step.batch is None and num_delivered == 0:

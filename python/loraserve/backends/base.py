@@ -54,6 +54,18 @@ class Backend(Protocol):
         """
         ...
 
+    def start(self) -> None:
+        """The model is loaded: begin what goes on beside the steps."""
+        ...
+
+    def set_contended(self, is_contended: bool) -> None:
+        """Say whether the model computes now on every core: what goes on beside it then keeps back."""
+        ...
+
+    def shutdown(self) -> None:
+        """End what `start` began."""
+        ...
+
     def logits(self, decoder: Decoder, batch: StepBatch) -> torch.Tensor:
         """Run one step: float32 [L, vocab], good until the next one."""
         ...

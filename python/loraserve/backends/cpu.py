@@ -10,7 +10,7 @@ import torch
 from loraserve import _core
 from loraserve.backends.base import Extent
 from loraserve.errors import CapacityError
-from loraserve.ops.cpu_ops import CpuOps
+from loraserve.ops.cpu_ops import BLOCK_SIZE, CpuOps
 from loraserve.ops.cpu_program import CpuProgram
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class CpuBackend:
         self._num_threads = config.num_threads
         self._dtype = dtype
         self._program: CpuProgram | None = None
+        self._ahead: _core.MemoryAhead | None = None
 
     def build_ops(self, model: ModelConfig, geometry: KvGeometry, num_pages: int) -> Ops:
         self._page_nbytes = geometry.page_nbytes(self._dtype)
@@ -48,9 +49,25 @@ class CpuBackend:
         """Nothing is queued on a CPU: ops return when they are done."""
 
     def fill(self, extent: Extent, load: Callable[[int], _core.AdapterLayout]) -> _core.AdapterLayout:
+        if self._ahead is not None:
+            self._ahead.use_above(extent.first_page * self._page_nbytes)
         return load(self._pool.data_ptr() + extent.first_page * self._page_nbytes)
 
+    def start(self) -> None:
+        self._ahead = _core.MemoryAhead(self._pool, self._pool.data_ptr(), self._pool.numel())
+
+    def set_contended(self, is_contended: bool) -> None:
+        if self._ahead is not None:
+            self._ahead.set_contended(is_contended)
+
+    def shutdown(self) -> None:
+        if self._ahead is not None:
+            self._ahead.stop()
+
     def logits(self, decoder: Decoder, batch: StepBatch) -> torch.Tensor:
+        if self._ahead is not None:
+            last_page = int(batch.slot_mapping.max()) // BLOCK_SIZE
+            self._ahead.use_below((last_page + 1) * self._page_nbytes)
         if self._program is None:
             self._program = self._ops.record(decoder)
         return self._program.run(self._ops.begin_step(batch))

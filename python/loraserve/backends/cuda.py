@@ -80,6 +80,15 @@ class CudaBackend:
         self._ops.upload(staging[: layout.nbytes], extent.first_page)
         return layout
 
+    def start(self) -> None:
+        """Device memory is real from the beginning: nothing goes on beside the steps."""
+
+    def set_contended(self, is_contended: bool) -> None:
+        """Nothing has to keep back."""
+
+    def shutdown(self) -> None:
+        """Nothing was started."""
+
     def logits(self, decoder: Decoder, batch: StepBatch) -> torch.Tensor:
         if self._graphs is None:
             self._graphs = DecodeGraphs(

@@ -6,6 +6,7 @@ mod adapters;
 mod cpu_kernels;
 mod cuda_kernels;
 mod errors;
+mod memory_ahead;
 mod scheduler;
 mod step_arrays;
 
@@ -15,5 +16,6 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     scheduler::register(m)?;
     adapters::register(m)?;
     cpu_kernels::register(m)?;
+    memory_ahead::register(m)?;
     cuda_kernels::register(m)
 }

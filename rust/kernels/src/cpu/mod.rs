@@ -11,6 +11,7 @@ pub mod linear;
 pub mod lora;
 mod lora_plan;
 pub mod memory;
+pub mod memory_ahead;
 pub mod norm;
 pub mod pool;
 pub mod program;

@@ -1,0 +1,50 @@
+"""CpuBackend: memory touched ahead of use."""
+
+import types
+
+import pytest
+import torch
+from loraserve.backends import Extent
+from loraserve.backends.cpu import CpuBackend
+from loraserve.config import EngineConfig
+
+
+class Ahead:
+    """Notes what it is told."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, object]] = []
+
+    def use_above(self, start: int) -> None:
+        self.calls.append(("above", start))
+
+
+@pytest.fixture
+def backend() -> CpuBackend:
+    backend = CpuBackend(EngineConfig(model="smollm2"), torch.float32)
+    backend._pool = torch.empty(1024, dtype=torch.uint8)
+    backend._page_nbytes = 64
+    return backend
+
+
+def test_an_adapters_extent_is_in_use_before_it_is_written(backend: CpuBackend) -> None:
+    ahead = Ahead()
+    backend._ahead = ahead  # type: ignore[assignment]
+    layout = types.SimpleNamespace()
+
+    def load(address: int) -> object:
+        assert address == backend.pool.data_ptr() + 3 * 64
+        assert ahead.calls == [("above", 3 * 64)]
+        return layout
+
+    assert backend.fill(Extent(0, 3, 128), load) is layout  # type: ignore[arg-type]
+
+
+def test_shutdown_ends_what_start_began(backend: CpuBackend) -> None:
+    backend.shutdown()
+    backend.pool.fill_(7)
+    backend.start()
+    backend.set_contended(True)
+    backend.shutdown()
+    backend.shutdown()
+    assert (backend.pool == 7).all()
