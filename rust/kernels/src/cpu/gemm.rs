@@ -84,7 +84,7 @@ pub fn gemm<E: Element, O: Element>(
         num_panel_tasks,
     };
     let num_shrinks = lora.map_or(0, Lora::num_tasks);
-    pool.run(num_shrinks + num_blocks * num_panel_tasks, &|index| {
+    pool.run_phases([num_shrinks, num_blocks * num_panel_tasks], &|index| {
         let Some(index) = index.checked_sub(num_shrinks) else {
             return lora.expect("it has shrink tasks").shrink(index);
         };

@@ -87,6 +87,11 @@ impl PackedLinear {
         self.panels.nbytes()
     }
 
+    /// Where the packed weights begin.
+    pub(super) fn address(&self) -> usize {
+        self.panels.as_ptr::<u8>() as usize
+    }
+
     pub(super) fn num_panels(&self) -> usize {
         self.out_features.div_ceil(LANES)
     }

@@ -1,6 +1,7 @@
 //! CPU backend: every hot op of a decoder layer on one thread pool.
 
 pub mod activation;
+mod ahead;
 pub mod argmax;
 pub mod attention;
 pub mod context;

@@ -1,7 +1,8 @@
 //! One fork-join thread pool; the caller works too.
 //!
 //! A job is a count of tasks and a function of the task index. Workers that are awake join the open
-//! job; the caller never waits for one that did not, so a descheduled worker costs nothing.
+//! job; the caller never waits for one that did not, so a descheduled worker costs nothing. Each thread
+//! begins with its own share of the tasks, the same from job to job, and then helps others with theirs.
 
 use std::any::Any;
 use std::cell::UnsafeCell;
@@ -11,6 +12,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
+
+use super::ahead::{Ahead, Fetcher};
 
 /// How long an idle worker spins before it parks: longer than the gap between two ops of a step.
 const SPIN: Duration = Duration::from_micros(50);
@@ -26,13 +29,20 @@ const ACTIVE_MASK: u64 = CLOSED - 1;
 #[derive(Clone, Copy)]
 struct Job {
     task: *const Task<'static>,
-    num_tasks: usize,
+    phases: [usize; 2],
 }
+
+/// The next task of a thread's share of each phase, alone on its cache line.
+#[derive(Default)]
+#[repr(align(64))]
+struct Share([AtomicUsize; 2]);
 
 struct Shared {
     state: AtomicU64,
     job: UnsafeCell<Job>,
-    next_task: AtomicUsize,
+    /// Of every thread, the caller first.
+    shares: Vec<Share>,
+    ahead: Ahead,
     parked: Vec<AtomicBool>,
     stopping: AtomicBool,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
@@ -48,7 +58,7 @@ unsafe impl Send for Shared {}
 pub struct ThreadPool {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
-    caller: Mutex<()>,
+    caller: Mutex<Fetcher>,
 }
 
 impl ThreadPool {
@@ -60,9 +70,10 @@ impl ThreadPool {
             state: AtomicU64::new(CLOSED),
             job: UnsafeCell::new(Job {
                 task: &|_| {},
-                num_tasks: 0,
+                phases: [0; 2],
             }),
-            next_task: AtomicUsize::new(0),
+            shares: (0..=num_workers).map(|_| Share::default()).collect(),
+            ahead: Ahead::default(),
             parked: (0..num_workers).map(|_| AtomicBool::new(false)).collect(),
             stopping: AtomicBool::new(false),
             panic: Mutex::new(None),
@@ -73,7 +84,7 @@ impl ThreadPool {
         Self {
             shared,
             workers,
-            caller: Mutex::new(()),
+            caller: Mutex::new(Fetcher::new(0, num_workers + 1)),
         }
     }
 
@@ -85,29 +96,47 @@ impl ThreadPool {
     ///
     /// A panic of a task is raised again here. Tasks must not call `run` of the same pool.
     pub fn run(&self, num_tasks: usize, task: &Task<'_>) {
+        self.run_phases([0, num_tasks], task);
+    }
+
+    /// As `run`; the tasks of the second phase have the indices after the first's, and each begins
+    /// when all of the first have at least begun.
+    pub fn run_phases(&self, phases: [usize; 2], task: &Task<'_>) {
+        let num_tasks = phases[0] + phases[1];
         if num_tasks <= 1 || self.workers.is_empty() {
             (0..num_tasks).for_each(task);
             return;
         }
-        let _turn = self.caller.lock().unwrap_or_else(PoisonError::into_inner);
-        self.open(num_tasks, task);
-        self.shared.work();
-        self.shared.close();
+        let mut fetcher = self.caller.lock().unwrap_or_else(PoisonError::into_inner);
+        self.open(phases, task);
+        self.shared.work(0);
+        self.shared.close(&mut fetcher);
         let panic = self.shared.lock_panic().take();
         if let Some(payload) = panic {
             resume_unwind(payload);
         }
     }
 
-    fn open(&self, num_tasks: usize, task: &Task<'_>) {
+    /// Says which `nbytes` a coming job reads, each thread its share of them in order. Threads that wait
+    /// fetch them into their caches; a hint, the address need not be valid.
+    pub fn fetch_ahead(&self, address: usize, nbytes: usize) {
+        self.shared.ahead.set(address, nbytes);
+    }
+
+    fn open(&self, phases: [usize; 2], task: &Task<'_>) {
         let shared = &self.shared;
         let task: *const Task<'_> = task;
         #[allow(clippy::transmute_ptr_to_ptr)] // a cast can't change a trait object's lifetime
         // SAFETY: only the lifetime changes; `close` ends every use of the task before `run` returns.
         let task = unsafe { std::mem::transmute::<*const Task<'_>, *const Task<'static>>(task) };
         // SAFETY: the state is closed and empty, and `caller` is locked: nobody else touches `job`.
-        unsafe { *shared.job.get() = Job { task, num_tasks } };
-        shared.next_task.store(0, Ordering::Relaxed);
+        unsafe { *shared.job.get() = Job { task, phases } };
+        let team = shared.shares.len();
+        for (thread, share) in shared.shares.iter().enumerate() {
+            for (next, num_tasks) in share.0.iter().zip(phases) {
+                next.store(first_of(thread, team, num_tasks), Ordering::Relaxed);
+            }
+        }
         let epoch = shared.state.load(Ordering::Relaxed) >> 32;
         shared.state.store((epoch + 1) << 32, Ordering::SeqCst);
         self.wake();
@@ -134,32 +163,39 @@ impl Drop for ThreadPool {
 }
 
 impl Shared {
-    /// Runs tasks of the open job until none is left.
-    fn work(&self) {
+    /// Runs tasks of the open job until none is left, those of this thread's share first.
+    fn work(&self, thread: usize) {
         // SAFETY: the caller of `run`, or a worker that joined the open state: `job` is fixed until closed.
         let job = unsafe { *self.job.get() };
         // SAFETY: the task outlives the open job, see `open`.
         let task = unsafe { &*job.task };
-        loop {
-            let index = self.next_task.fetch_add(1, Ordering::Relaxed);
-            if index >= job.num_tasks {
-                return;
-            }
-            if let Err(payload) = catch_unwind(AssertUnwindSafe(|| task(index))) {
-                self.lock_panic().get_or_insert(payload);
+        let team = self.shares.len();
+        for phase in 0..2 {
+            let before = if phase == 0 { 0 } else { job.phases[0] };
+            for owner in (thread..team).chain(0..thread) {
+                let end = first_of(owner + 1, team, job.phases[phase]);
+                loop {
+                    let index = self.shares[owner].0[phase].fetch_add(1, Ordering::Relaxed);
+                    if index >= end {
+                        break;
+                    }
+                    if let Err(payload) = catch_unwind(AssertUnwindSafe(|| task(before + index))) {
+                        self.lock_panic().get_or_insert(payload);
+                    }
+                }
             }
         }
     }
 
     /// Lets nobody else in and waits for those inside.
-    fn close(&self) {
+    fn close(&self, fetcher: &mut Fetcher) {
         self.state.fetch_or(CLOSED, Ordering::AcqRel);
         let mut spins = 0_u32;
         while self.state.load(Ordering::Acquire) & ACTIVE_MASK != 0 {
             spins = spins.wrapping_add(1);
             if spins.is_multiple_of(1 << 14) {
                 thread::yield_now();
-            } else {
+            } else if !fetcher.fetch_some(&self.ahead) {
                 spin_loop();
             }
         }
@@ -185,7 +221,7 @@ impl Shared {
     }
 
     /// Waits for a job newer than `seen`: spins, then parks. `None` when the pool stops.
-    fn wait_for_job(&self, index: usize, seen: u64) -> Option<u64> {
+    fn wait_for_job(&self, index: usize, seen: u64, fetcher: &mut Fetcher) -> Option<u64> {
         let mut start = Instant::now();
         loop {
             for _ in 0..SPINS_PER_CHECK {
@@ -193,7 +229,9 @@ impl Shared {
                 if Self::is_open(state, seen) {
                     return Some(state);
                 }
-                spin_loop();
+                if !fetcher.fetch_some(&self.ahead) {
+                    spin_loop();
+                }
             }
             if self.stopping.load(Ordering::SeqCst) {
                 return None;
@@ -220,15 +258,21 @@ fn spawn_worker(index: usize, shared: Arc<Shared>) -> JoinHandle<()> {
         .name(format!("loraserve-cpu-{}", index + 1))
         .spawn(move || {
             let mut seen = 0;
-            while let Some(state) = shared.wait_for_job(index, seen) {
+            let mut fetcher = Fetcher::new(index + 1, shared.shares.len());
+            while let Some(state) = shared.wait_for_job(index, seen, &mut fetcher) {
                 if shared.try_join(state) {
                     seen = state >> 32;
-                    shared.work();
+                    shared.work(index + 1);
                     shared.leave();
                 }
             }
         })
         .expect("the operating system can start a thread")
+}
+
+/// The first task of a thread's share.
+fn first_of(thread: usize, team: usize, num_tasks: usize) -> usize {
+    num_tasks * thread / team
 }
 
 /// A pointer that tasks of one job may write through, each to its own elements.
@@ -269,13 +313,30 @@ mod tests {
     fn every_task_runs_once_whatever_the_team() {
         for num_threads in 1..6 {
             let pool = ThreadPool::new(Some(num_threads));
-            for num_tasks in [0, 1, 2, 7, 1000] {
+            for (first, second) in [(0, 0), (0, 1), (1, 1), (2, 0), (3, 4), (0, 1000), (1, 7)] {
+                let num_tasks = first + second;
                 let counts: Vec<_> = (0..num_tasks).map(|_| AtomicUsize::new(0)).collect();
-                pool.run(num_tasks, &|i| {
+                pool.run_phases([first, second], &|i| {
                     counts[i].fetch_add(1, Ordering::Relaxed);
                 });
                 assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 1));
             }
+        }
+    }
+
+    #[test]
+    fn a_second_phase_may_wait_for_the_first() {
+        let pool = ThreadPool::new(Some(3));
+        for _ in 0..2000 {
+            let pending = AtomicUsize::new(5);
+            pool.run_phases([5, 6], &|i| {
+                if i < 5 {
+                    pending.fetch_sub(1, Ordering::Release);
+                }
+                while i >= 5 && pending.load(Ordering::Acquire) != 0 {
+                    spin_loop();
+                }
+            });
         }
     }
 

@@ -250,6 +250,15 @@ impl Recording {
 }
 
 impl Op {
+    /// The weight it reads from end to end.
+    fn weight(&self) -> Option<&PackedLinear> {
+        match self {
+            Op::Linear { linear, .. } => Some(linear),
+            Op::Logits { lm_head, .. } => Some(lm_head),
+            _ => None,
+        }
+    }
+
     /// Indices of what it reads or writes.
     fn activations(&self) -> Vec<usize> {
         let (some, other) = match self {
@@ -303,6 +312,14 @@ impl Program {
         self.vocab_size
     }
 
+    /// Says what the next op with a weight reads; after the last one that is the next step's first.
+    fn fetch_after(&self, index: usize, context: &CpuContext) {
+        let mut following = self.ops[index + 1..].iter().chain(&self.ops);
+        if let Some(weight) = following.find_map(Op::weight) {
+            context.pool.fetch_ahead(weight.address(), weight.nbytes());
+        }
+    }
+
     /// Runs all ops for `step`; `logits` is [L, vocabulary]. `E` is the context's dtype.
     pub fn run<E: Element>(
         &self,
@@ -325,7 +342,10 @@ impl Program {
             placement: &self.placement,
             num_tokens: step.num_tokens(),
         };
-        for op in &self.ops {
+        for (index, op) in self.ops.iter().enumerate() {
+            if op.weight().is_some() {
+                self.fetch_after(index, context);
+            }
             // SAFETY: this op's activations are the only ones in use.
             unsafe { run_op(op, room, context, step, logits)? }
         }
