@@ -4,6 +4,8 @@
 //! blocks that start at fixed positions, whatever else is in the task, the batch or the chunk.
 
 #[cfg(target_arch = "x86_64")]
+mod ahead;
+#[cfg(target_arch = "x86_64")]
 mod tile_product;
 #[cfg(target_arch = "x86_64")]
 mod tile_softmax;
@@ -14,6 +16,7 @@ mod vector;
 mod weave;
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::element::Element;
 use super::geometry::{KvGeometry, PageMemory};
@@ -69,11 +72,19 @@ pub fn attention<E: Element>(
                 heads: first..(first + heads_per_task).min(geometry.num_kv_heads),
             }
         };
-        pool.run(num_tasks, &|index| {
-            let next = index + pool.num_threads();
-            let next = (next < num_tasks).then(|| share(next));
-            // SAFETY: `fit` found tiles; else as below.
-            unsafe { tiles::run(&share(index), next.as_ref()) }
+        let unclaimed = AtomicUsize::new(0);
+        let claim = || {
+            let index = unclaimed.fetch_add(1, Ordering::Relaxed);
+            (index < num_tasks).then(|| share(index))
+        };
+        // A thread claims its next task before it runs one, to fetch what that one begins with.
+        pool.run(pool.num_threads().min(num_tasks), &|_| {
+            let mut claimed = claim();
+            while let Some(share) = claimed {
+                claimed = claim();
+                // SAFETY: `fit` found tiles; else as below.
+                unsafe { tiles::run(&share, claimed.as_ref()) }
+            }
         });
         return Ok(());
     }

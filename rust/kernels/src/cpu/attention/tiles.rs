@@ -13,6 +13,7 @@ use std::ops::Range;
 
 use loraserve_adapters::StorageDtype;
 
+use super::ahead::{Ahead, fetch};
 use super::tile_product::Product;
 use super::tile_softmax::{Block, RunningRows};
 use super::weave::{store_unwoven, weave, weave_first};
@@ -73,7 +74,7 @@ struct State {
 struct Task<'a, 'b, E: Element> {
     rows: &'a QueryRows<'b, E>,
     heads: Range<usize>,
-    /// What this thread is likely to do next.
+    /// What this thread does next.
     next: Option<&'a Share<'b, E>>,
     tiles_per_head: usize,
     head_dim: usize,
@@ -84,7 +85,7 @@ struct Task<'a, 'b, E: Element> {
     state: State,
 }
 
-/// Attention of the rows to the heads; meanwhile the first keys of `next` are fetched.
+/// Attention of the rows to the heads; meanwhile the first key block of `next` is fetched.
 ///
 /// # Safety
 /// `fit` returned true, and the rows' job was checked.
@@ -179,9 +180,10 @@ impl<E: Element> Task<'_, '_, E> {
         }
     }
 
-    /// One key block of one head.
+    /// One key block of one head; meanwhile the block that comes next is fetched.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
     unsafe fn attend(&self, tiles: &Tiles, head: usize, first_key: usize) {
+        let mut ahead = self.next_block(head, first_key);
         // SAFETY: the block starts below `num_keys`; tiles lie in the state.
         unsafe {
             for tile in 0..self.tiles_per_head {
@@ -189,20 +191,21 @@ impl<E: Element> Task<'_, '_, E> {
                 let num_visible = *self.state.num_visible.add(rows.end - 1) as usize;
                 let num_keys = num_visible.saturating_sub(first_key).min(KEY_BLOCK);
                 let num_steps = num_keys.div_ceil(TILE_K);
-                self.score(tiles, head, tile, first_key, num_steps);
+                self.score(tiles, head, tile, first_key, num_steps, &mut ahead);
                 if tile == 0 {
-                    self.weave_values(head, first_key);
+                    self.weave_values(head, first_key, &mut ahead);
                 }
                 if num_steps > 0 {
                     let index = head * self.tiles_per_head + tile;
                     self.soften(index, rows, first_key);
-                    self.accumulate(tiles, index, first_key, num_steps);
+                    self.accumulate(tiles, index, first_key, num_steps, &mut ahead);
                 }
             }
+            ahead.for_each(|block| fetch(block, self.head_dim));
         }
     }
 
-    /// scores = q·Kᵀ of one row tile; the first one fetches the block's V.
+    /// scores = q·Kᵀ of one row tile.
     #[inline(always)]
     unsafe fn score(
         &self,
@@ -211,6 +214,7 @@ impl<E: Element> Task<'_, '_, E> {
         tile: usize,
         first_key: usize,
         num_steps: usize,
+        ahead: &mut Ahead<'_, '_, E>,
     ) {
         let index = head * self.tiles_per_head + tile;
         let head = self.heads.start + head;
@@ -230,31 +234,26 @@ impl<E: Element> Task<'_, '_, E> {
                     c: self.state.scores.add(step * TILE_K),
                     c_stride: KEY_BLOCK,
                 };
-                let ahead = if tile == 0 {
-                    pages.map(|page| self.rows.v_block(head, page).cast())
-                } else {
-                    [std::ptr::null(); 2]
-                };
-                product.compute(tiles, ahead);
+                product.compute(tiles, ahead.next().unwrap_or(std::ptr::null()));
             }
         }
     }
 
-    /// V of a block, as the tiles want it; meanwhile the K that comes next is fetched.
+    /// V of a block, as the tiles want it.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-    unsafe fn weave_values(&self, head: usize, first_key: usize) {
+    unsafe fn weave_values(&self, head: usize, first_key: usize, ahead: &mut Ahead<'_, '_, E>) {
         let pages = self.pages(first_key);
         for page in pages.clone() {
             let block = self
                 .rows
                 .v_block(self.heads.start + head, page)
                 .cast::<u16>();
-            let ahead = self.next_keys(head, page).unwrap_or(block.cast());
             let num_tokens = (self.num_keys - page * BLOCK_SIZE).min(BLOCK_SIZE);
             // SAFETY: the page lies in the sequence's table, its place in the values.
             unsafe {
                 let values = self.values(page - pages.start);
                 if num_tokens == BLOCK_SIZE {
+                    let ahead = ahead.next().unwrap_or(block.cast());
                     weave(block, self.head_dim, values, ahead);
                 } else {
                     weave_first(block, num_tokens, self.head_dim, values);
@@ -268,19 +267,20 @@ impl<E: Element> Task<'_, '_, E> {
         }
     }
 
-    /// K that is scored after the K of `head` at `page`: of the next head, the next block or the next
-    /// task.
-    fn next_keys(&self, head: usize, page: usize) -> Option<*const u8> {
+    /// What is attended after a block of `head`: the next head's, the next keys or the next task's.
+    fn next_block(&self, head: usize, first_key: usize) -> Ahead<'_, '_, E> {
         if head + 1 < self.heads.len() {
-            return Some(self.rows.k_block(self.heads.start + head + 1, page).cast());
+            let head = self.heads.start + head + 1;
+            return Ahead::new(self.rows, head, self.pages(first_key));
         }
-        let next_page = page + KEY_BLOCK / BLOCK_SIZE;
-        if next_page * BLOCK_SIZE < self.num_keys {
-            return Some(self.rows.k_block(self.heads.start, next_page).cast());
+        let next_key = first_key + KEY_BLOCK;
+        if next_key < self.num_keys {
+            return Ahead::new(self.rows, self.heads.start, self.pages(next_key));
         }
-        let Share { rows, heads } = self.next?;
-        let page = page % (KEY_BLOCK / BLOCK_SIZE);
-        (page < rows.pages.len()).then(|| rows.k_block(heads.start, page).cast())
+        match self.next {
+            Some(next) => Ahead::of(next),
+            None => Ahead::new(self.rows, 0, 0..0),
+        }
     }
 
     /// Where page `page` of a block is woven to: the upper or the lower half of a step's tiles.
@@ -309,10 +309,20 @@ impl<E: Element> Task<'_, '_, E> {
 
     /// acc += weights · V of one row tile.
     #[inline(always)]
-    unsafe fn accumulate(&self, tiles: &Tiles, index: usize, first_key: usize, num_steps: usize) {
+    unsafe fn accumulate(
+        &self,
+        tiles: &Tiles,
+        index: usize,
+        first_key: usize,
+        num_steps: usize,
+        ahead: &mut Ahead<'_, '_, E>,
+    ) {
         for column in (0..self.head_dim).step_by(2 * TILE) {
-            // SAFETY: the columns of two tiles.
+            // SAFETY: the columns of two tiles; a hint.
             unsafe {
+                if let Some(block) = ahead.next() {
+                    fetch(block, self.head_dim);
+                }
                 let values = self.state.values.add(column * TILE_K);
                 let product = Product {
                     a: self.state.scores.cast(),
@@ -324,7 +334,7 @@ impl<E: Element> Task<'_, '_, E> {
                     c_stride: self.head_dim,
                 };
                 if first_key == 0 {
-                    product.compute(tiles, [std::ptr::null(); 2]);
+                    product.compute(tiles, std::ptr::null());
                 } else {
                     product.accumulate(tiles);
                 }
