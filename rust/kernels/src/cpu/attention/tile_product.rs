@@ -1,20 +1,20 @@
-//! One product of AMX tiles: 16 rows times 32 columns.
+//! One product of AMX tiles: up to 16 rows times 32 columns.
 
 use std::arch::asm;
 
 use crate::cpu::simd::amx::Tiles;
 
-/// A · B; strides and steps are in elements.
+/// A · B of as many rows as the tiles are made for; strides and steps are in elements.
 #[derive(Clone, Copy)]
 pub(super) struct Product {
-    /// bf16 [16][32·`num_steps`]
+    /// bf16 [rows][32·`num_steps`]
     pub a: *const u16,
     pub a_stride: usize,
     /// The tiles of each 16 columns, `b_step` apart.
     pub b: [*const u16; 2],
     pub b_step: usize,
     pub num_steps: usize,
-    /// [16][32]
+    /// [rows][32]
     pub c: *mut f32,
     pub c_stride: usize,
 }
@@ -23,7 +23,7 @@ impl Product {
     /// C = A · B; at each step a KiB from `ahead` on is fetched, unless it is null.
     ///
     /// # Safety
-    /// The operands are as long as they say; the tiles have 16 rows.
+    /// The operands are as long as they say; the tiles were made by `of_rows`.
     #[inline(always)]
     pub unsafe fn compute(&self, _tiles: &Tiles, ahead: *const u8) {
         // SAFETY: the caller's contract.
@@ -64,7 +64,7 @@ impl Product {
     /// C += A · B.
     ///
     /// # Safety
-    /// The operands are as long as they say; the tiles have 16 rows.
+    /// The operands are as long as they say; the tiles were made by `of_rows`.
     #[inline(always)]
     pub unsafe fn accumulate(&self, _tiles: &Tiles) {
         // SAFETY: the caller's contract.

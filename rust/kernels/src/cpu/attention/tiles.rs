@@ -131,7 +131,7 @@ pub(super) unsafe fn run<E: Element>(share: &Share<'_, E>, next: Option<&Share<'
     // SAFETY: the caller's contract; the parts of the scratch are as long as the state says.
     unsafe {
         task.begin();
-        let tiles = Tiles::full();
+        let tiles = Tiles::of_rows(rows.num_rows.min(TILE));
         for first_key in (0..task.num_keys).step_by(KEY_BLOCK) {
             for head in 0..task.heads.len() {
                 task.attend(&tiles, head, first_key);
@@ -154,7 +154,7 @@ impl<E: Element> Task<'_, '_, E> {
         first_key / BLOCK_SIZE..end.div_ceil(BLOCK_SIZE)
     }
 
-    /// Gathers the q rows and clears the running state.
+    /// Gathers the q rows and clears the running state; rows that only fill a tile keep what is there.
     unsafe fn begin(&self) {
         let tile_len = TILE * self.head_dim;
         // SAFETY: the state has a tile for every 16 rows of every head.
@@ -169,9 +169,6 @@ impl<E: Element> Task<'_, '_, E> {
                     self.state.running.add(tile).write(RunningRows::START);
                 }
                 let q = self.state.q.add(first * tile_len);
-                let end = self.rows.num_rows * self.head_dim;
-                q.add(end)
-                    .write_bytes(0, self.tiles_per_head * tile_len - end);
                 for run in self.rows.runs(head) {
                     let dst = q.add(run.row * self.head_dim);
                     std::ptr::copy_nonoverlapping(run.q.cast(), dst, run.len * self.head_dim);
