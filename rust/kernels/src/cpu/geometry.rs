@@ -1,10 +1,13 @@
 //! Where a token's K and V lie in the page pool.
 //!
 //! ```text
-//! page      [layer][K, V][kv_head][block]        a block holds 16 tokens of one head
+//! page      [layer][kv_head][K, V][block]        a block holds 16 tokens of one head
 //! K block   [D / PACK][16 tokens][PACK]          tokens in lanes: q·Kᵀ is a GEMM panel
 //! V block   [16 tokens][D]
 //! ```
+//!
+//! K and V of a head lie side by side, 4 KiB of bf16 where D is 64: as far as the hardware prefetches. A
+//! device's kernels order the blocks of a layer for themselves.
 
 use loraserve_adapters::StorageDtype;
 
@@ -71,12 +74,12 @@ impl KvGeometry {
 
     /// Elements from a page's start to the K block of `kv_head`.
     pub fn k_offset(&self, layer: usize, kv_head: usize) -> usize {
-        (layer * 2 * self.num_kv_heads + kv_head) * self.block_len()
+        (layer * self.num_kv_heads + kv_head) * 2 * self.block_len()
     }
 
     /// Elements from a page's start to the V block of `kv_head`.
     pub fn v_offset(&self, layer: usize, kv_head: usize) -> usize {
-        self.k_offset(layer, kv_head) + self.num_kv_heads * self.block_len()
+        self.k_offset(layer, kv_head) + self.block_len()
     }
 }
 
