@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// What a thread fetches at most: half of a second-level cache.
+/// What a thread fetches at most: the second-level cache is wanted for adapters and activations too.
 const LIMIT_NBYTES: usize = 1 << 18;
 /// Cache lines fetched between two looks for work.
 const LINES: usize = 4;

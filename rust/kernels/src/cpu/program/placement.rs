@@ -14,11 +14,12 @@ pub(super) struct Placement {
 impl Placement {
     /// `widths` of all activations, and for each op in order the activations that it uses.
     pub fn new(widths: &[usize], ops: impl Iterator<Item = Vec<usize>>) -> Self {
-        let mut lives = vec![usize::MAX..0; widths.len()];
+        // First and last op of each activation.
+        let mut lives: Vec<Option<(usize, usize)>> = vec![None; widths.len()];
         for (op, activations) in ops.enumerate() {
             for activation in activations {
                 let life = &mut lives[activation];
-                *life = life.start.min(op)..op + 1;
+                *life = Some((life.map_or(op, |(first, _)| first), op));
             }
         }
         let mut placed: Vec<Range<usize>> = Vec::new();
@@ -26,7 +27,7 @@ impl Placement {
             let mut taken: Vec<_> = placed
                 .iter()
                 .zip(&lives)
-                .filter(|(_, other)| other.start < life.end && life.start < other.end)
+                .filter(|(_, other)| meet(*life, **other))
                 .map(|(columns, _)| columns.clone())
                 .collect();
             taken.sort_by_key(|columns| columns.start);
@@ -46,6 +47,7 @@ impl Placement {
         }
     }
 
+    /// First column of an activation.
     pub fn offset(&self, activation: usize) -> usize {
         self.offsets[activation]
     }
@@ -53,6 +55,11 @@ impl Placement {
     pub fn num_columns(&self) -> usize {
         self.num_columns
     }
+}
+
+/// Whether two lives share an op.
+fn meet(a: Option<(usize, usize)>, b: Option<(usize, usize)>) -> bool {
+    a.zip(b).is_some_and(|(a, b)| a.0 <= b.1 && b.0 <= a.1)
 }
 
 #[cfg(test)]
