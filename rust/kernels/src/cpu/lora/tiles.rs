@@ -191,11 +191,7 @@ impl<E: Element> Lora<'_, E> {
     ) {
         let s = item.s_offset + (rows.start - item.rows.start) * item.s_stride + module.s_column;
         let x = self.s.get().wrapping_add(s).cast::<u8>().cast_const();
-        let k = if module.rank <= RANK_BLOCK {
-            module.rank
-        } else {
-            RANK_BLOCK
-        };
+        let k = module.rank.min(RANK_BLOCK);
         let num_blocks = module.s_width() / RANK_BLOCK;
         // SAFETY: a term of one block has `rank` elements along K; 16 sums a panel are writable.
         unsafe {
