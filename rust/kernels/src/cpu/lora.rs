@@ -21,6 +21,8 @@ use crate::KernelError;
 use crate::error::check_length;
 
 #[cfg(target_arch = "x86_64")]
+mod mixed;
+#[cfg(target_arch = "x86_64")]
 mod tiles;
 
 /// Shrink tasks per thread below which work is cut finer.
@@ -83,6 +85,7 @@ impl<'a, E: Element> Lora<'a, E> {
         let _done = Done(&self.pending);
         let task = Shrink {
             lora: self,
+            index,
             task: &self.plan.shrink_tasks[index],
         };
         // SAFETY: `isa` is supported; `plan` and `set_adapter` checked shapes and offsets; tasks own
@@ -206,6 +209,7 @@ impl Drop for Done<'_> {
 
 struct Shrink<'a, E: Element> {
     lora: &'a Lora<'a, E>,
+    index: usize,
     task: &'a ShrinkTask,
 }
 

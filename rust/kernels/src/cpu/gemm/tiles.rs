@@ -64,7 +64,7 @@ impl<E: Element, O: Element> Gemm<'_, E, O> {
                     lora.add_terms::<4>(&items, starts, rows.len(), &some, true, &mut terms);
                 }
                 let c = product.0.as_mut_ptr();
-                tiles.one_by::<4, 0>(&terms, c, 4 * TILE * 4);
+                tiles.one_by::<4>(&terms, c, 4 * TILE * 4);
                 self.finish_rows::<S>(rows.clone(), some, c, 4 * TILE);
             }
         }
@@ -136,7 +136,7 @@ impl<E: Element, O: Element> Gemm<'_, E, O> {
                 for panel in panels.clone().step_by(4) {
                     let term = self.quad_term(rows.start, panel..panels.end.min(panel + 4));
                     let c = acc.add((panel - panels.start) * TILE);
-                    tiles.one_by::<4, 0>(&[term], c, stride * 4);
+                    tiles.one_by::<4>(&[term], c, stride * 4);
                 }
                 return;
             }

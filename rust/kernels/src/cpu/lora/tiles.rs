@@ -4,18 +4,22 @@ use std::ops::Range;
 
 use super::{Element, Lora, RANK_BLOCK, Shrink, Simd};
 use crate::cpu::lora_plan::{Expansion, Item};
-use crate::cpu::simd::amx::{Product, TILE, TILE_K, Term, Tiles};
+use crate::cpu::scratch::Scratch;
+use crate::cpu::simd::amx::{Next, Product, Row, TILE, TILE_K, Term, Tiles};
 
 /// How far ahead a shrink asks for A, all panels together.
 const PREFETCH_NBYTES: usize = 4096;
-/// Panels of B added at once.
-const QUAD: usize = 4;
+
 impl<E: Element> Shrink<'_, E> {
     /// # Safety
     /// As for `Simd`: tiles are supported and fit K.
     #[inline(always)]
     pub(super) unsafe fn tiles<S: Simd>(&self) {
         let rows = self.task.rows.clone();
+        if rows.len() == 1 && self.num_wide(self.task.panels.start) == self.task.panels.len() {
+            // SAFETY: the caller's contract.
+            return unsafe { self.row::<S>(rows.start) };
+        }
         let mut product = Product::new();
         let c = product.0.as_mut_ptr();
         let is_few = rows.len() <= TILE;
@@ -39,10 +43,10 @@ impl<E: Element> Shrink<'_, E> {
                 let stride = count * TILE;
                 let second = c.add((starts[1] - starts[0]) * stride);
                 match (is_few, count) {
-                    (true, 1) => tiles.one_by::<1, 0>(&terms, c, stride * 4),
-                    (true, 2) => tiles.one_by::<2, 0>(&terms, c, stride * 4),
-                    (true, 3) => tiles.one_by::<3, 0>(&terms, c, stride * 4),
-                    (true, _) => tiles.one_by::<4, 0>(&terms, c, stride * 4),
+                    (true, 1) => tiles.one_by::<1>(&terms, c, stride * 4),
+                    (true, 2) => tiles.one_by::<2>(&terms, c, stride * 4),
+                    (true, 3) => tiles.one_by::<3>(&terms, c, stride * 4),
+                    (true, _) => tiles.one_by::<4>(&terms, c, stride * 4),
                     (false, 1) => tiles.two_by::<1>(&terms, [c, second], stride * 4),
                     (false, _) => tiles.two_by::<2>(&terms, [c, second], stride * 4),
                 }
@@ -55,6 +59,44 @@ impl<E: Element> Shrink<'_, E> {
                 panel += count;
             }
         }
+    }
+
+    /// One row, all panels one after another.
+    #[inline(always)]
+    unsafe fn row<S: Simd>(&self, row: usize) {
+        let (k, panels) = (self.lora.in_features, self.task.panels.clone());
+        let panel_nbytes = k * TILE * size_of::<E>();
+        let mut scratch = Scratch::take(k + panels.len() * TILE);
+        // SAFETY: the scratch holds the row and 16 sums a panel.
+        unsafe {
+            let widened = scratch.as_mut_ptr();
+            let sums = widened.add(k);
+            std::ptr::write_bytes(sums, 0, panels.len() * TILE);
+            let x = self.lora.x.as_ptr().add(row * k);
+            Row::widen(x.cast(), k, widened).add(
+                self.panel(panels.start),
+                panel_nbytes,
+                panels.len(),
+                sums,
+                self.next(),
+            );
+            for (p, panel) in panels.enumerate() {
+                self.lora
+                    .store_ranks::<S>(self.task, row, panel, sums.add(p * TILE));
+            }
+        }
+    }
+
+    /// What the task after this one reads.
+    fn next(&self) -> Next {
+        let task = self.lora.plan.shrink_tasks.get(self.index + 1);
+        task.map_or(Next::NOTHING, |task| {
+            let next = Self { task, ..*self };
+            Next {
+                address: next.panel(task.panels.start),
+                nbytes: task.panels.len() * TILE * self.lora.in_features * size_of::<E>(),
+            }
+        })
     }
 
     /// Panels of 16 ranks from `panel` on.
@@ -134,109 +176,5 @@ impl<E: Element> Lora<'_, E> {
         });
         let x_stride = item.s_stride * size_of::<E>();
         Term::new(x, x_stride, b, TILE, module.s_width() / RANK_BLOCK)
-    }
-
-    /// Adds what the items add to `rows` and `panels`, in the same order and arithmetic as terms do.
-    /// `acc` holds the rows, `stride` floats apart, of 16 sums per panel.
-    ///
-    /// # Safety
-    /// As for `Simd`: tiles are supported, `wait` has returned, `acc` is writable.
-    pub(in crate::cpu) unsafe fn add_each(
-        &self,
-        rows: Range<usize>,
-        panels: Range<usize>,
-        acc: *mut f32,
-        stride: usize,
-    ) {
-        let mut tiles = TilesOfShape::default();
-        for item in self.plan.items_of(rows.clone()) {
-            let (first, end) = (item.rows.start.max(rows.start), item.rows.end.min(rows.end));
-            for module in self.plan.expansions_of(item) {
-                let own = module.panels.start.max(panels.start)..module.panels.end.min(panels.end);
-                if own.is_empty() {
-                    continue;
-                }
-                for row in (first..end).step_by(TILE) {
-                    let num_rows = (end - row).min(TILE);
-                    // SAFETY: rows and panels are the caller's, whose accumulators hold them.
-                    unsafe {
-                        let offset =
-                            (row - rows.start) * stride + (own.start - panels.start) * TILE;
-                        let c = acc.add(offset);
-                        self.add_module(
-                            &mut tiles,
-                            item,
-                            module,
-                            row..row + num_rows,
-                            own.clone(),
-                            c,
-                            stride,
-                        );
-                    }
-                }
-            }
-        }
-    }
-
-    /// Adds one module's s · Bᵀ of up to 16 rows to `c`.
-    unsafe fn add_module(
-        &self,
-        tiles: &mut TilesOfShape,
-        item: &Item,
-        module: &Expansion,
-        rows: Range<usize>,
-        panels: Range<usize>,
-        c: *mut f32,
-        stride: usize,
-    ) {
-        let s = item.s_offset + (rows.start - item.rows.start) * item.s_stride + module.s_column;
-        let x = self.s.get().wrapping_add(s).cast::<u8>().cast_const();
-        let k = module.rank.min(RANK_BLOCK);
-        let num_blocks = module.s_width() / RANK_BLOCK;
-        // SAFETY: a term of one block has `rank` elements along K; 16 sums a panel are writable.
-        unsafe {
-            let tiles = tiles.get(rows.len(), k);
-            for panel in panels.clone().step_by(QUAD) {
-                let b = std::array::from_fn(|p| module.b_panel((panel + p).min(panels.end - 1)));
-                let term = [Term::new(
-                    [x; 2],
-                    item.s_stride * size_of::<E>(),
-                    b,
-                    TILE,
-                    num_blocks,
-                )];
-                let (c, c_stride) = (
-                    c.add((panel - panels.start) * TILE),
-                    stride * size_of::<f32>(),
-                );
-                match panels.end - panel {
-                    1 => tiles.one_by::<1, 1>(&term, c, c_stride),
-                    2 => tiles.one_by::<2, 1>(&term, c, c_stride),
-                    3 => tiles.one_by::<3, 1>(&term, c, c_stride),
-                    _ => tiles.one_by::<4, 1>(&term, c, c_stride),
-                }
-            }
-        }
-    }
-}
-
-/// Tiles of the shape last asked for; configuring them takes as long as some products.
-#[derive(Default)]
-struct TilesOfShape(Option<(Tiles, usize, usize)>);
-
-impl TilesOfShape {
-    /// # Safety
-    /// As for `Tiles::of_rows_and_k`.
-    unsafe fn get(&mut self, num_rows: usize, k: usize) -> &Tiles {
-        if self
-            .0
-            .as_ref()
-            .is_none_or(|tiles| (tiles.1, tiles.2) != (num_rows, k))
-        {
-            drop(self.0.take());
-            // SAFETY: the caller's contract.
-            self.0 = Some((unsafe { Tiles::of_rows_and_k(num_rows, k) }, num_rows, k));
-        }
-        &self.0.as_ref().expect("just configured").0
     }
 }

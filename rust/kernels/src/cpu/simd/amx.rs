@@ -13,6 +13,10 @@ use std::marker::PhantomData;
 use std::mem::offset_of;
 use std::sync::OnceLock;
 
+mod row;
+
+pub use row::{Next, Row};
+
 /// Rows and columns of a tile of f32.
 pub const TILE: usize = 16;
 /// Elements along K of one tile of bf16.
@@ -108,7 +112,7 @@ impl Tiles {
         unsafe { Self::of_rows_and_k(num_rows, TILE_K) }
     }
 
-    /// Tiles for `one_by` of `num_rows ≤ 16` rows and one block of `k ≤ 32` elements.
+    /// Tiles for `add` of `num_rows ≤ 16` rows and one block of `k ≤ 32` elements.
     ///
     /// # Safety
     /// `is_supported` returned true.
@@ -221,29 +225,17 @@ impl Tiles {
     }
 
     /// One row tile, `x[0]`, times P ≤ 4 panels: to `c`, the panels' columns side by side, rows
-    /// `c_stride` bytes apart; added to what is there if `ADDS` is 1 and not 0.
+    /// `c_stride` bytes apart.
     ///
     /// # Safety
-    /// Made by `of_rows(n)`, or by `of_rows_and_k(n, k)` for terms of one block; each term has n
-    /// readable rows at `x[0]`, and P panels; n rows are writable at `c`.
-    pub unsafe fn one_by<const P: usize, const ADDS: usize>(
-        &self,
-        terms: &[Term],
-        c: *mut f32,
-        c_stride: usize,
-    ) {
-        debug_assert!((1..=4).contains(&P) && ADDS <= 1 && !terms.is_empty());
+    /// Made by `of_rows(n)`; each term has n readable rows at `x[0]`, and P panels; n rows are writable
+    /// at `c`.
+    pub unsafe fn one_by<const P: usize>(&self, terms: &[Term], c: *mut f32, c_stride: usize) {
+        debug_assert!((1..=4).contains(&P) && !terms.is_empty());
         // SAFETY: reads what the caller guarantees, writes `c`.
         unsafe {
             asm!(
-                ".if {ADDS}",
-                "tileloadd tmm0, [{c} + {c_stride}]",
-                ".if {P} > 1", "tileloadd tmm1, [{c} + {c_stride} + 64]", ".endif",
-                ".if {P} > 2", "tileloadd tmm2, [{c} + {c_stride} + 128]", ".endif",
-                ".if {P} > 3", "tileloadd tmm3, [{c} + {c_stride} + 192]", ".endif",
-                ".else",
                 "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
-                ".endif",
                 "2:",
                 "mov {a}, [{term} + {A0}]",
                 "mov {b0}, [{term} + {B0}]", "mov {b1}, [{term} + {B0} + 8]",
@@ -299,9 +291,62 @@ impl Tiles {
                 n = out(reg) _, a_stride = out(reg) _, b_stride = out(reg) _, ahead = out(reg) _,
                 A0 = const A0, B0 = const B0, A_STRIDE = const A_STRIDE, B_STRIDE = const B_STRIDE,
                 AHEAD = const AHEAD, NUM_BLOCKS = const NUM_BLOCKS, BLOCK = const BLOCK,
-                SIZE = const size_of::<Term>(), P = const P, ADDS = const ADDS,
+                SIZE = const size_of::<Term>(), P = const P,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack),
+            );
+        }
+    }
+
+    /// c += x · B of one block along K: the panels' columns side by side, rows `c_stride` bytes apart.
+    /// Panels lie `panel_nbytes` apart; `next` is fetched at the pace at which they are read.
+    ///
+    /// # Safety
+    /// Made by `of_rows_and_k(n, k)`; n rows of k elements are readable at `x`, `x_stride` bytes apart,
+    /// `num_panels ≥ 1` panels of k / 2 pairs at `panels`; n rows are writable at `c`; `next` need not
+    /// be valid.
+    #[allow(clippy::too_many_arguments)] // a BLAS-like product has these
+    pub unsafe fn add(
+        &self,
+        x: *const u8,
+        x_stride: usize,
+        panels: *const u8,
+        panel_nbytes: usize,
+        num_panels: usize,
+        c: *mut f32,
+        c_stride: usize,
+        next: Next,
+    ) {
+        debug_assert!(num_panels > 0);
+        let fetch_end = next.address.wrapping_add(next.nbytes);
+        // SAFETY: reads what the caller guarantees, writes `c`.
+        unsafe {
+            asm!(
+                "tileloadd tmm4, [{x} + {x_stride}]",
+                "2:",
+                "tileloaddt1 tmm5, [{panels} + {b_stride}]",
+                "tileloadd tmm0, [{c} + {c_stride}]",
+                "tdpbf16ps tmm0, tmm4, tmm5",
+                "tilestored [{c} + {c_stride}], tmm0",
+                "cmp {next}, {fetch_end}",
+                "jae 4f",
+                "lea {line}, [{next} + {panel_nbytes}]",
+                "3:",
+                "prefetcht1 [{next}]",
+                "add {next}, 64",
+                "cmp {next}, {line}",
+                "jb 3b",
+                "4:",
+                "add {panels}, {panel_nbytes}", "add {c}, 64",
+                "dec {num_panels}",
+                "jnz 2b",
+                x = in(reg) x, x_stride = in(reg) x_stride,
+                panels = inout(reg) panels => _, b_stride = in(reg) 64_usize,
+                panel_nbytes = in(reg) panel_nbytes, num_panels = inout(reg) num_panels => _,
+                c = inout(reg) c => _, c_stride = in(reg) c_stride, line = out(reg) _,
+                next = inout(reg) next.address => _, fetch_end = in(reg) fetch_end,
+                out("tmm0") _, out("tmm4") _, out("tmm5") _,
                 options(nostack),
             );
         }
