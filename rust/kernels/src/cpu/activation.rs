@@ -9,12 +9,16 @@ use crate::error::check_length;
 /// Columns a task handles; with few rows the columns are what is shared out.
 const COLUMNS_PER_TASK: usize = 4096;
 
-struct SiluMul<'a, E: Element> {
-    gate_up: &'a [E],
-    out: Shareable<E>,
-    intermediate: usize,
-    num_rows: usize,
-    rows_per_task: usize,
+/// silu(gate)·up of some rows and columns.
+pub(super) struct GatedRows<E: Element> {
+    pub gate: *const E,
+    pub up: *const E,
+    /// From row to row of gate and of up.
+    pub stride: usize,
+    pub width: usize,
+    pub num_rows: usize,
+    pub out: *mut E,
+    pub out_stride: usize,
 }
 
 /// `gate_up` [T, 2·I], gate first → `out` [T, I].
@@ -29,38 +33,37 @@ pub fn silu_mul<E: Element>(
     check_length("output", out.len(), num_rows * intermediate)?;
     check_length("gate_up", gate_up.len(), 2 * out.len())?;
     let rows_per_task = (COLUMNS_PER_TASK / intermediate.max(1)).max(1);
-    let job = SiluMul {
-        gate_up,
-        out: Shareable::new(out),
-        intermediate,
-        num_rows,
-        rows_per_task,
-    };
+    let out = Shareable::new(out);
     pool.run(num_rows.div_ceil(rows_per_task), &|index| {
-        let task = Task { job: &job, index };
+        let first = index * rows_per_task;
         // SAFETY: `isa` is supported; lengths were checked above; tasks own disjoint rows.
-        unsafe { isa.dispatch(task) }
+        unsafe {
+            let gate = gate_up.as_ptr().add(first * 2 * intermediate);
+            isa.dispatch(GatedRows {
+                gate,
+                up: gate.add(intermediate),
+                stride: 2 * intermediate,
+                width: intermediate,
+                num_rows: rows_per_task.min(num_rows - first),
+                out: out.get().add(first * intermediate),
+                out_stride: intermediate,
+            });
+        }
     });
     Ok(())
 }
 
-struct Task<'a, E: Element> {
-    job: &'a SiluMul<'a, E>,
-    index: usize,
-}
-
-impl<E: Element> Kernel for Task<'_, E> {
+impl<E: Element> Kernel for GatedRows<E> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let job = self.job;
-        let width = job.intermediate;
-        let first = self.index * job.rows_per_task;
-        let end = (first + job.rows_per_task).min(job.num_rows);
-        for row in first..end {
-            // SAFETY: `row` exists in input and output.
+        for row in 0..self.num_rows {
+            // SAFETY: the rows hold `width` elements.
             unsafe {
-                let gate = job.gate_up.as_ptr().add(row * 2 * width);
-                silu_mul_row::<S, E>(gate, gate.add(width), width, job.out.get().add(row * width));
+                let (gate, up) = (
+                    self.gate.add(row * self.stride),
+                    self.up.add(row * self.stride),
+                );
+                silu_mul_row::<S, E>(gate, up, self.width, self.out.add(row * self.out_stride));
             }
         }
     }
@@ -75,7 +78,7 @@ unsafe fn silu_mul_row<S: Simd, E: Element>(gate: *const E, up: *const E, width:
             let g = load_first::<S, E>(gate.add(i), n);
             let u = load_first::<S, E>(up.add(i), n);
             let decay = exp::<S>(S::sub(S::zero(), g));
-            let silu = S::div(g, S::add(S::splat(1.0), decay));
+            let silu = S::mul(g, S::reciprocal(S::add(S::splat(1.0), decay)));
             store_first::<S, E>(y.add(i), n, S::mul(silu, u));
         }
     }

@@ -8,7 +8,7 @@ use loraserve_adapters::{
 
 use super::attention;
 use super::element::Element;
-use super::gemm::gemm;
+use super::gemm::{gemm, gemm_gated};
 use super::geometry::{KvGeometry, PageMemory};
 use super::linear::{self, PackedLinear};
 use super::lora::{Lora, LoraScratch, Projection};
@@ -146,6 +146,36 @@ impl CpuContext {
         group: usize,
         out: &mut [E],
     ) -> Result<(), KernelError> {
+        self.with_lora(step, x, linear, layer, group, |lora| {
+            gemm(&self.pool, self.isa, x, linear, lora, out)
+        })
+    }
+
+    /// out [T, N / 2] = silu(gate)·up of that, gate first; see `is_gateable`.
+    pub fn gated_lora_linear<E: Element>(
+        &self,
+        step: &Step,
+        x: &[E],
+        linear: &PackedLinear,
+        layer: usize,
+        group: usize,
+        out: &mut [E],
+    ) -> Result<(), KernelError> {
+        self.with_lora(step, x, linear, layer, group, |lora| {
+            gemm_gated(&self.pool, self.isa, x, linear, lora, out)
+        })
+    }
+
+    /// Plans what the step's adapters add at (layer, group) and lets `product` compute it.
+    fn with_lora<E: Element>(
+        &self,
+        step: &Step,
+        x: &[E],
+        linear: &PackedLinear,
+        layer: usize,
+        group: usize,
+        product: impl FnOnce(Option<&Lora<'_, E>>) -> Result<(), KernelError>,
+    ) -> Result<(), KernelError> {
         step.check_owner(&self.owner)?;
         let projection = Projection {
             layer,
@@ -156,7 +186,7 @@ impl CpuContext {
         let mut scratch = lock(&self.scratch);
         let num_threads = self.pool.num_threads();
         let lora = Lora::plan(num_threads, self.isa, step, projection, x, &mut scratch)?;
-        gemm(&self.pool, self.isa, x, linear, lora.as_ref(), out)
+        product(lora.as_ref())
     }
 
     /// Logits of the sampled rows of `hidden` [T, K]: f32 [L, N]; `rows` is room for [L, K].

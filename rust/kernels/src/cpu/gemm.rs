@@ -1,20 +1,25 @@
-//! y [M, N] = x [M, K] · Wᵀ + what adapters add + bias, one rounding at the end.
+//! y [M, N] = x [M, K] · Wᵀ + what adapters add + bias, one rounding at the end; or of a fused
+//! gate and up projection silu(gate)·up [M, N / 2].
 //!
 //! An output element is one accumulator that runs over K in order, whatever tile it falls in, so
 //! a row does not depend on how many rows there are.
 
 #[cfg(target_arch = "x86_64")]
 mod tiles;
+mod vectors;
 
 use std::ops::Range;
 
 use loraserve_adapters::StorageDtype;
 
-use super::element::{Element, splat_pack, splat_partial_pack, store_first};
+pub(super) use self::vectors::{Ahead, multiply_tile};
+use super::activation::GatedRows;
+use super::element::{Element, store_first};
 use super::linear::PackedLinear;
 use super::lora::Lora;
 use super::pool::{Shareable, ThreadPool};
-use super::simd::{Isa, Kernel, LANES, Simd};
+use super::scratch::Scratch;
+use super::simd::{Isa, LANES, Simd};
 use crate::KernelError;
 use crate::error::check_length;
 
@@ -28,20 +33,18 @@ const TASKS_PER_THREAD: usize = 4;
 const MIXED_ROWS: usize = 64;
 /// How far ahead a lone row tile asks for weights.
 const PREFETCH_NBYTES: usize = 1024;
-
-/// Memory that is wanted soon: `step` bytes per pack of K from each pointer on.
-#[derive(Clone, Copy)]
-pub(super) struct Ahead<const P: usize> {
-    pub from: [*const u8; P],
-    pub step: usize,
-}
+/// Bytes of gate and up that wait for each other in the second-level cache.
+const GATED_NBYTES: usize = 1 << 17;
 
 struct Gemm<'a, E: Element, O: Element> {
     x: &'a [E],
     weight: &'a PackedLinear,
     lora: Option<&'a Lora<'a, E>>,
     out: Shareable<O>,
+    /// Whether `out` takes silu(gate)·up: panels are then those of the gate, and up's go with them.
+    is_gated: bool,
     num_rows: usize,
+    num_panels: usize,
     rows_per_block: usize,
     panels_per_task: usize,
     num_panel_tasks: usize,
@@ -57,8 +60,44 @@ pub fn gemm<E: Element, O: Element>(
     out: &mut [O],
 ) -> Result<(), KernelError> {
     let num_rows = x.len() / weight.in_features();
-    check_length("x", x.len(), num_rows * weight.in_features())?;
     check_length("output", out.len(), num_rows * weight.out_features())?;
+    run(pool, isa, x, weight, lora, out, false)
+}
+
+/// Whether gate and up of a fused projection lie in panels of their own, as `gemm_gated` wants.
+pub fn is_gateable(weight: &PackedLinear) -> bool {
+    weight.out_features().is_multiple_of(2 * LANES)
+}
+
+/// Computes `out` [M, N / 2] = silu(gate)·up from `x` [M, K]; gate and up are rounded to the storage
+/// dtype first.
+pub fn gemm_gated<E: Element>(
+    pool: &ThreadPool,
+    isa: Isa,
+    x: &[E],
+    weight: &PackedLinear,
+    lora: Option<&Lora<'_, E>>,
+    out: &mut [E],
+) -> Result<(), KernelError> {
+    let num_rows = x.len() / weight.in_features();
+    check_length("gated output modulo 32", weight.out_features() % 32, 0)?;
+    check_length("output", out.len(), num_rows * weight.out_features() / 2)?;
+    run(pool, isa, x, weight, lora, out, true)
+}
+
+/// The length of `out` was checked.
+fn run<E: Element, O: Element>(
+    pool: &ThreadPool,
+    isa: Isa,
+    x: &[E],
+    weight: &PackedLinear,
+    lora: Option<&Lora<'_, E>>,
+    out: &mut [O],
+    is_gated: bool,
+) -> Result<(), KernelError> {
+    let num_rows = x.len() / weight.in_features();
+    check_length("x", x.len(), num_rows * weight.in_features())?;
+    let num_panels = weight.num_panels() / if is_gated { 2 } else { 1 };
     let rows_per_block = (ROW_BLOCK_NBYTES / (weight.in_features() * size_of::<E>()))
         .next_multiple_of(32)
         .clamp(32, 256);
@@ -68,17 +107,18 @@ pub fn gemm<E: Element, O: Element>(
         num_rows <= MIXED_ROWS && lora.is_some_and(|lora| lora.has_many_items(0..num_rows));
     let tasks_per_thread = if is_mixed { 1 } else { TASKS_PER_THREAD };
     let tasks_wanted = (pool.num_threads() * tasks_per_thread).div_ceil(num_blocks.max(1));
-    let panels_per_task = weight
-        .num_panels()
+    let panels_per_task = num_panels
         .div_ceil(tasks_wanted)
         .next_multiple_of(PANELS_PER_TILE);
-    let num_panel_tasks = weight.num_panels().div_ceil(panels_per_task);
+    let num_panel_tasks = num_panels.div_ceil(panels_per_task);
     let job = Gemm {
         x,
         weight,
         lora,
         out: Shareable::new(out),
+        is_gated,
         num_rows,
+        num_panels,
         rows_per_block,
         panels_per_task,
         num_panel_tasks,
@@ -102,43 +142,83 @@ pub(super) fn in_tiles<E: Element>(isa: Isa, in_features: usize) -> bool {
     isa == Isa::Amx && E::DTYPE == StorageDtype::BFloat16 && in_features.is_multiple_of(32)
 }
 
-struct Task<'a, E: Element, O: Element> {
-    job: &'a Gemm<'a, E, O>,
-    index: usize,
-}
-
-impl<E: Element, O: Element> Kernel for Task<'_, E, O> {
-    #[inline(always)]
-    unsafe fn run<S: Simd>(self) {
-        let job = self.job;
-        let (rows, panels) = job.extent(self.index);
-        let (first_row, end_row, end_panel) = (rows.start, rows.end, panels.end);
-        let mut panel = panels.start;
-        // SAFETY: rows and panels stay below the job's limits.
+impl<E: Element, O: Element> Gemm<'_, E, O> {
+    unsafe fn run(&self, isa: Isa, index: usize) {
+        let (rows, panels) = self.extent(index);
+        // SAFETY: the caller's contract; `extent` stays below the job's limits.
         unsafe {
-            if S::WIDE {
-                while panel + 2 <= end_panel {
-                    job.rows::<S, 2>(first_row, end_row, panel, panel + 4 <= end_panel);
-                    panel += 2;
-                }
+            if self.is_gated {
+                return self.run_gated(isa, rows, panels);
             }
-            while panel < end_panel {
-                job.rows::<S, 1>(first_row, end_row, panel, panel + 2 <= end_panel);
-                panel += 1;
+            let target = Target {
+                base: self.out.get(),
+                row_stride: self.weight.out_features(),
+                first_row: 0,
+                first_column: 0,
+            };
+            self.run_part(isa, rows, panels, target);
+        }
+    }
+
+    /// Gate and up of some columns, side by side in scratch, then of the next.
+    unsafe fn run_gated(&self, isa: Isa, rows: Range<usize>, gates: Range<usize>) {
+        let column_nbytes = rows.len() * 2 * LANES * size_of::<O>();
+        let num_panels = (GATED_NBYTES / column_nbytes)
+            .next_multiple_of(PANELS_PER_TILE)
+            .clamp(
+                PANELS_PER_TILE,
+                gates.len().next_multiple_of(PANELS_PER_TILE),
+            );
+        let mut scratch = Scratch::take((num_panels * column_nbytes).div_ceil(size_of::<f32>()));
+        let room: *mut O = scratch.as_mut_ptr().cast();
+        let out_stride = self.num_panels * LANES;
+        for first in gates.clone().step_by(num_panels) {
+            let count = (gates.end - first).min(num_panels);
+            let width = count * LANES;
+            // SAFETY: scratch holds `count` panels of gate and of up; both exist, as do the columns.
+            unsafe {
+                for (part, panel) in [first, first + self.num_panels].into_iter().enumerate() {
+                    let target = Target {
+                        base: room.add(part * width),
+                        row_stride: 2 * width,
+                        first_row: rows.start,
+                        first_column: panel * LANES,
+                    };
+                    self.run_part(isa, rows.clone(), panel..panel + count, target);
+                }
+                isa.dispatch(GatedRows {
+                    gate: room,
+                    up: room.add(width),
+                    stride: 2 * width,
+                    width,
+                    num_rows: rows.len(),
+                    out: self.out.get().add(rows.start * out_stride + first * LANES),
+                    out_stride,
+                });
             }
         }
     }
-}
 
-impl<E: Element, O: Element> Gemm<'_, E, O> {
-    unsafe fn run(&self, isa: Isa, index: usize) {
+    unsafe fn run_part(
+        &self,
+        isa: Isa,
+        rows: Range<usize>,
+        panels: Range<usize>,
+        target: Target<O>,
+    ) {
+        let part = Part {
+            job: self,
+            rows,
+            panels,
+            target,
+        };
         // SAFETY: the caller's contract.
         unsafe {
             #[cfg(target_arch = "x86_64")]
             if in_tiles::<E>(isa, self.weight.in_features()) {
-                return isa.dispatch(tiles::TileTask { job: self, index });
+                return isa.dispatch(tiles::TilePart(part));
             }
-            isa.dispatch(Task { job: self, index });
+            isa.dispatch(part);
         }
     }
 
@@ -147,149 +227,51 @@ impl<E: Element, O: Element> Gemm<'_, E, O> {
         let row = index / self.num_panel_tasks * self.rows_per_block;
         let panel = index % self.num_panel_tasks * self.panels_per_task;
         let end_row = (row + self.rows_per_block).min(self.num_rows);
-        let end_panel = (panel + self.panels_per_task).min(self.weight.num_panels());
+        let end_panel = (panel + self.panels_per_task).min(self.num_panels);
         (row..end_row, panel..end_panel)
-    }
-
-    /// Rows `first..end` of `P` panels, the tallest tiles first; while it multiplies, each tile
-    /// fetches its share of the next panels, if this task has them.
-    #[inline(always)]
-    unsafe fn rows<S: Simd, const P: usize>(
-        &self,
-        first: usize,
-        end: usize,
-        panel: usize,
-        has_next: bool,
-    ) {
-        let panel_len = self.weight.panel_len::<E>();
-        let num_tiles = (end - first).div_ceil(if S::WIDE { 8 } else { 4 });
-        let share = if has_next {
-            panel_len * size_of::<E>() / num_tiles
-        } else {
-            0
-        };
-        let mut row = first;
-        // SAFETY: every tile lies in `first..end`; prefetched addresses need not be valid.
-        unsafe {
-            let mut panels = [self.weight.panels::<E>(); P];
-            let mut ahead = Ahead {
-                from: [std::ptr::null(); P],
-                step: share * E::PACK * LANES / panel_len,
-            };
-            for p in 0..P {
-                panels[p] = panels[p].add((panel + p) * panel_len);
-                let next = panels[p].wrapping_add(if has_next { P * panel_len } else { 0 });
-                ahead.from[p] = next.cast();
-            }
-            if num_tiles == 1 {
-                ahead.step = 64;
-                for p in 0..P {
-                    ahead.from[p] = panels[p].cast::<u8>().wrapping_add(PREFETCH_NBYTES);
-                }
-            }
-            if S::WIDE {
-                while row + 8 <= end {
-                    self.tile::<S, 8, P>(row, panel, panels, ahead);
-                    row += 8;
-                    for p in 0..P {
-                        ahead.from[p] = ahead.from[p].wrapping_add(share);
-                    }
-                }
-            }
-            while row + 4 <= end {
-                self.tile::<S, 4, P>(row, panel, panels, ahead);
-                row += 4;
-            }
-            if row + 2 <= end {
-                self.tile::<S, 2, P>(row, panel, panels, ahead);
-                row += 2;
-            }
-            if row < end {
-                self.tile::<S, 1, P>(row, panel, panels, ahead);
-            }
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn tile<S: Simd, const R: usize, const P: usize>(
-        &self,
-        row: usize,
-        panel: usize,
-        panels: [*const E; P],
-        ahead: Ahead<P>,
-    ) {
-        let k = self.weight.in_features();
-        // SAFETY: the tile's rows and panels exist; lengths were checked by `gemm`.
-        unsafe {
-            let x = self.x.as_ptr().add(row * k);
-            let mut acc = multiply_tile::<S, E, R, P>(x, k, panels, ahead, k);
-            if let Some(lora) = self.lora {
-                lora.expand::<S, R, P>(row, panel, &mut acc);
-            }
-            for r in 0..R {
-                for p in 0..P {
-                    self.finish::<S>(row + r, panel + p, acc[r][p]);
-                }
-            }
-        }
-    }
-
-    /// Adds the bias, rounds, stores.
-    #[inline(always)]
-    unsafe fn finish<S: Simd>(&self, row: usize, panel: usize, acc: S::V) {
-        let num_columns = self.weight.out_features();
-        let column = panel * LANES;
-        let width = (num_columns - column).min(LANES);
-        let mut value = acc;
-        // SAFETY: bias is padded to panels; `row` and `width` columns exist in the output.
-        unsafe {
-            if let Some(bias) = self.weight.bias() {
-                value = S::add(value, S::load(bias.as_ptr().add(column)));
-            }
-            store_first::<S, O>(self.out.get().add(row * num_columns + column), width, value);
-        }
     }
 }
 
-/// R rows of x (`x_stride` elements apart) times P panels, over `k`.
-///
-/// # Safety
-/// As for `Simd`: R rows of `k` elements and P panels of ⌈k / PACK⌉ packs are readable.
-#[inline(always)]
-pub(super) unsafe fn multiply_tile<S: Simd, E: Element, const R: usize, const P: usize>(
-    x: *const E,
-    x_stride: usize,
-    panels: [*const E; P],
-    ahead: Ahead<P>,
-    k: usize,
-) -> [[S::V; P]; R] {
-    // SAFETY: packs below k / PACK are whole; the last one reads `k % PACK` elements of x.
-    unsafe {
-        let mut acc = [[S::zero(); P]; R];
-        let num_packs = k / E::PACK;
-        for pack in 0..num_packs {
-            let mut w = [S::zero(); P];
-            for p in 0..P {
-                S::prefetch(ahead.from[p].wrapping_add(pack * ahead.step));
-                w[p] = S::load(panels[p].add(pack * LANES * E::PACK).cast());
+/// Where results go.
+#[derive(Clone, Copy)]
+struct Target<O> {
+    base: *mut O,
+    row_stride: usize,
+    /// What `base` points to.
+    first_row: usize,
+    first_column: usize,
+}
+
+impl<O> Target<O> {
+    /// Room for the result at `row` and `column`.
+    fn at(&self, row: usize, column: usize) -> *mut O {
+        let offset = (row - self.first_row) * self.row_stride + column - self.first_column;
+        self.base.wrapping_add(offset)
+    }
+}
+
+/// Some rows times some panels.
+struct Part<'a, E: Element, O: Element> {
+    job: &'a Gemm<'a, E, O>,
+    rows: Range<usize>,
+    panels: Range<usize>,
+    target: Target<O>,
+}
+
+impl<E: Element, O: Element> Part<'_, E, O> {
+    /// Adds the bias, rounds, stores.
+    #[inline(always)]
+    unsafe fn finish<S: Simd>(&self, row: usize, panel: usize, acc: S::V) {
+        let weight = self.job.weight;
+        let column = panel * LANES;
+        let width = (weight.out_features() - column).min(LANES);
+        let mut value = acc;
+        // SAFETY: bias is padded to panels; `row` and `width` columns exist in the output.
+        unsafe {
+            if let Some(bias) = weight.bias() {
+                value = S::add(value, S::load(bias.as_ptr().add(column)));
             }
-            for r in 0..R {
-                let a = splat_pack::<S, E>(x.add(r * x_stride + pack * E::PACK));
-                for p in 0..P {
-                    acc[r][p] = E::dot::<S>(acc[r][p], a, w[p]);
-                }
-            }
+            store_first::<S, O>(self.target.at(row, column), width, value);
         }
-        let rest = k % E::PACK;
-        if rest != 0 {
-            for r in 0..R {
-                let a = splat_partial_pack::<S, E>(x.add(r * x_stride + num_packs * E::PACK), rest);
-                for p in 0..P {
-                    let w = panels[p].add(num_packs * LANES * E::PACK);
-                    acc[r][p] = E::dot::<S>(acc[r][p], a, S::load(w.cast()));
-                }
-            }
-        }
-        acc
     }
 }

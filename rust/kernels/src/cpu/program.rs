@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::activation::silu_mul;
 use super::context::CpuContext;
 use super::element::Element;
+use super::gemm::is_gateable;
 use super::linear::PackedLinear;
 use super::memory::AlignedBytes;
 use super::norm::rms_norm;
@@ -70,6 +71,14 @@ enum Op {
         out: Activation,
     },
     Linear {
+        x: Activation,
+        linear: Arc<PackedLinear>,
+        layer: usize,
+        group: usize,
+        out: Activation,
+    },
+    /// silu(gate)·up of a linear whose output nothing else takes.
+    GatedLinear {
         x: Activation,
         linear: Arc<PackedLinear>,
         layer: usize,
@@ -199,12 +208,33 @@ impl Recording {
         Ok(out)
     }
 
+    /// Where a linear has just made `gate_up`, both become one op, and `gate_up` is gone.
     pub fn silu_mul(&mut self, gate_up: Activation) -> Result<Activation, KernelError> {
         self.check(gate_up)?;
         let width = gate_up.width / 2;
         check_length("gate_up's features", gate_up.width, 2 * width)?;
         let out = self.activation(width);
-        self.ops.push(Op::SiluMul { gate_up, out });
+        let op = match self.ops.pop_if(|op| op.makes_gateable(gate_up)) {
+            Some(Op::Linear {
+                x,
+                linear,
+                layer,
+                group,
+                ..
+            }) => {
+                // Nobody else can take it any more.
+                self.widths[gate_up.index] = 0;
+                Op::GatedLinear {
+                    x,
+                    linear,
+                    layer,
+                    group,
+                    out,
+                }
+            }
+            _ => Op::SiluMul { gate_up, out },
+        };
+        self.ops.push(op);
         Ok(out)
     }
 
@@ -236,7 +266,7 @@ impl Recording {
         if self.widths.get(activation.index) == Some(&activation.width) {
             return Ok(());
         }
-        let message = "activation was recorded elsewhere";
+        let message = "activation was recorded elsewhere, or an op has taken it";
         Err(KernelError::Invalid(message.into()))
     }
 
@@ -250,12 +280,22 @@ impl Recording {
 }
 
 impl Op {
-    /// The weight it reads from end to end.
-    fn weight(&self) -> Option<&PackedLinear> {
+    /// Address and bytes of the weights that threads begin with, each with its share.
+    fn first_weights(&self) -> Option<(usize, usize)> {
         match self {
-            Op::Linear { linear, .. } => Some(linear),
-            Op::Logits { lm_head, .. } => Some(lm_head),
+            Op::Linear { linear, .. } => Some((linear.address(), linear.nbytes())),
+            // Of gate; up follows.
+            Op::GatedLinear { linear, .. } => Some((linear.address(), linear.nbytes() / 2)),
+            Op::Logits { lm_head, .. } => Some((lm_head.address(), lm_head.nbytes())),
             _ => None,
+        }
+    }
+
+    /// Whether it is a linear that makes `gate_up` and can take silu(gate)·up upon itself.
+    fn makes_gateable(&self, gate_up: Activation) -> bool {
+        match self {
+            Op::Linear { linear, out, .. } => out.index == gate_up.index && is_gateable(linear),
+            _ => false,
         }
     }
 
@@ -266,7 +306,9 @@ impl Op {
             Op::Norm {
                 x, residual, out, ..
             } => ([Some(*x), Some(*out)], *residual),
-            Op::Linear { x, out, .. } => ([Some(*x), Some(*out)], None),
+            Op::Linear { x, out, .. } | Op::GatedLinear { x, out, .. } => {
+                ([Some(*x), Some(*out)], None)
+            }
             Op::RopeAndCache { qkv, .. } => ([Some(*qkv), None], None),
             Op::Attention { qkv, out, .. } => ([Some(*qkv), Some(*out)], None),
             Op::SiluMul { gate_up, out } => ([Some(*gate_up), Some(*out)], None),
@@ -315,8 +357,8 @@ impl Program {
     /// Says what the next op with a weight reads; after the last one that is the next step's first.
     fn fetch_after(&self, index: usize, context: &CpuContext) {
         let mut following = self.ops[index + 1..].iter().chain(&self.ops);
-        if let Some(weight) = following.find_map(Op::weight) {
-            context.pool.fetch_ahead(weight.address(), weight.nbytes());
+        if let Some((address, nbytes)) = following.find_map(Op::first_weights) {
+            context.pool.fetch_ahead(address, nbytes);
         }
     }
 
@@ -344,7 +386,7 @@ impl Program {
             num_tokens: step.num_tokens(),
         };
         for (index, op) in self.ops.iter().enumerate() {
-            if op.weight().is_some() {
+            if op.first_weights().is_some() {
                 self.fetch_after(index, context);
             }
             // SAFETY: this op's activations are the only ones in use.
@@ -394,6 +436,16 @@ unsafe fn run_op<E: Element>(
                 group,
                 out,
             } => context.lora_linear(step, room.get(*x), linear, *layer, *group, room.get(*out)),
+            Op::GatedLinear {
+                x,
+                linear,
+                layer,
+                group,
+                out,
+            } => {
+                let (x, out) = (room.get(*x), room.get(*out));
+                context.gated_lora_linear(step, x, linear, *layer, *group, out)
+            }
             Op::RopeAndCache {
                 qkv,
                 layer,

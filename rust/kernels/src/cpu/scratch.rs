@@ -1,9 +1,10 @@
 //! Working memory of one thread, kept between tasks so that the step path allocates nothing.
 
-use std::cell::Cell;
+use std::cell::RefCell;
 
 thread_local! {
-    static KEPT: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+    /// What is not in use; as many as were in use at once.
+    static KEPT: RefCell<Vec<Vec<f32>>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Floats of unspecified content; returned to the thread when dropped. A guard and not a closure,
@@ -12,7 +13,7 @@ pub struct Scratch(Vec<f32>);
 
 impl Scratch {
     pub fn take(len: usize) -> Self {
-        let mut floats = KEPT.take();
+        let mut floats = KEPT.with_borrow_mut(|kept| kept.pop().unwrap_or_default());
         if floats.len() < len {
             floats.resize(len, 0.0);
         }
@@ -26,6 +27,6 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        KEPT.set(std::mem::take(&mut self.0));
+        KEPT.with_borrow_mut(|kept| kept.push(std::mem::take(&mut self.0)));
     }
 }

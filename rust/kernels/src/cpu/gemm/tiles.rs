@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use super::{Gemm, PREFETCH_NBYTES};
+use super::{PREFETCH_NBYTES, Part};
 use crate::cpu::element::Element;
 use crate::cpu::lora::Lora;
 use crate::cpu::scratch::Scratch;
@@ -15,42 +15,41 @@ use crate::cpu::simd::{Kernel, Simd};
 /// Rows multiplied together: two tiles.
 const ROWS: usize = 2 * TILE;
 
-pub(super) struct TileTask<'a, E: Element, O: Element> {
-    pub job: &'a Gemm<'a, E, O>,
-    pub index: usize,
-}
+/// A part in tiles.
+pub(super) struct TilePart<'a, E: Element, O: Element>(pub Part<'a, E, O>);
 
-impl<E: Element, O: Element> Kernel for TileTask<'_, E, O> {
+impl<E: Element, O: Element> Kernel for TilePart<'_, E, O> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let (rows, panels) = self.job.extent(self.index);
+        let part = self.0;
         // SAFETY: rows and panels stay below the job's limits; `in_tiles` was asked.
         unsafe {
-            for first in rows.clone().step_by(ROWS) {
+            for first in part.rows.clone().step_by(ROWS) {
                 // A last group of up to 16 rows is few.
-                let group = first..rows.end.min(first + ROWS);
-                let is_first = first == rows.start;
-                match self.job.lora {
+                let group = first..part.rows.end.min(first + ROWS);
+                let is_first = first == part.rows.start;
+                match part.job.lora {
                     Some(lora) if lora.has_many_items(group.clone()) => {
-                        self.job
-                            .mixed_rows::<S>(lora, group, panels.clone(), is_first);
+                        part.mixed_rows::<S>(lora, group, is_first);
                     }
-                    _ if group.len() <= TILE => self.job.few_rows::<S>(group, panels.clone()),
-                    _ => self.job.many_rows::<S>(group, panels.clone(), is_first),
+                    _ if group.len() <= TILE => part.few_rows::<S>(group),
+                    _ => part.many_rows::<S>(group, is_first),
                 }
             }
         }
     }
 }
 
-impl<E: Element, O: Element> Gemm<'_, E, O> {
+impl<E: Element, O: Element> Part<'_, E, O> {
     /// Up to 16 rows, four panels at a time: as fast as the weights arrive.
     #[inline(always)]
-    unsafe fn few_rows<S: Simd>(&self, rows: Range<usize>, panels: Range<usize>) {
+    unsafe fn few_rows<S: Simd>(&self, rows: Range<usize>) {
+        let panels = self.panels.clone();
         let mut product = Product::new();
         let mut terms = Vec::with_capacity(8);
         let starts = [rows.start; 2];
         let items = self
+            .job
             .lora
             .map_or_else(Vec::new, |lora| lora.items_of(starts, rows.len()));
         // SAFETY: at most 16 rows, each of K / 32 blocks; panels are those of the task.
@@ -60,7 +59,7 @@ impl<E: Element, O: Element> Gemm<'_, E, O> {
                 let some = panel..panels.end.min(panel + 4);
                 terms.clear();
                 terms.push(self.quad_term(rows.start, some.clone()));
-                if let Some(lora) = self.lora {
+                if let Some(lora) = self.job.lora {
                     lora.add_terms::<4>(&items, starts, rows.len(), &some, true, &mut terms);
                 }
                 let c = product.0.as_mut_ptr();
@@ -73,11 +72,13 @@ impl<E: Element, O: Element> Gemm<'_, E, O> {
     /// 17 to 32 rows, which stay in the first-level cache while the panels go by, two at a time;
     /// `fetches` the next two panels if no rows before did.
     #[inline(always)]
-    unsafe fn many_rows<S: Simd>(&self, rows: Range<usize>, panels: Range<usize>, fetches: bool) {
+    unsafe fn many_rows<S: Simd>(&self, rows: Range<usize>, fetches: bool) {
+        let panels = self.panels.clone();
         let mut product = Product::new();
         let mut terms = Vec::with_capacity(8);
         let starts = [rows.start, rows.end - TILE];
         let items = self
+            .job
             .lora
             .map_or_else(Vec::new, |lora| lora.items_of(starts, TILE));
         let stride = 2 * TILE;
@@ -88,7 +89,7 @@ impl<E: Element, O: Element> Gemm<'_, E, O> {
                 let pair = panel..panels.end.min(panel + 2);
                 terms.clear();
                 terms.push(self.pair_term(starts, pair.clone(), fetches));
-                if let Some(lora) = self.lora {
+                if let Some(lora) = self.job.lora {
                     lora.add_terms::<2>(&items, starts, TILE, &pair, fetches, &mut terms);
                 }
                 let c = product.0.as_mut_ptr();
@@ -101,13 +102,8 @@ impl<E: Element, O: Element> Gemm<'_, E, O> {
 
     /// Up to 32 rows of many adapters: the dense sums of all panels, then one item after another.
     #[inline(always)]
-    unsafe fn mixed_rows<S: Simd>(
-        &self,
-        lora: &Lora<'_, E>,
-        rows: Range<usize>,
-        panels: Range<usize>,
-        fetches: bool,
-    ) {
+    unsafe fn mixed_rows<S: Simd>(&self, lora: &Lora<'_, E>, rows: Range<usize>, fetches: bool) {
+        let panels = self.panels.clone();
         // A last step of the dense product may write panels past the end.
         let stride = panels.len().next_multiple_of(4) * TILE;
         let mut scratch = Scratch::take(rows.len() * stride);
@@ -161,7 +157,7 @@ impl<E: Element, O: Element> Gemm<'_, E, O> {
 
     /// The dense product of a pair of panels.
     fn pair_term(&self, starts: [usize; 2], pair: Range<usize>, fetches: bool) -> Term {
-        let pair_nbytes = 2 * self.weight.panel_len::<E>() * size_of::<E>();
+        let pair_nbytes = 2 * self.job.weight.panel_len::<E>() * size_of::<E>();
         let mut term = self.term(starts, pair);
         term.ahead = if fetches { pair_nbytes } else { 0 };
         term
@@ -169,9 +165,12 @@ impl<E: Element, O: Element> Gemm<'_, E, O> {
 
     /// The dense product of row tiles at `starts`; past the last panel it is taken again.
     fn term(&self, starts: [usize; 2], panels: Range<usize>) -> Term {
-        let k = self.weight.in_features();
-        let x = starts.map(|row| self.x.as_ptr().wrapping_add(row * k).cast());
-        let (weight, len) = (self.weight.panels::<E>(), self.weight.panel_len::<E>());
+        let k = self.job.weight.in_features();
+        let x = starts.map(|row| self.job.x.as_ptr().wrapping_add(row * k).cast());
+        let (weight, len) = (
+            self.job.weight.panels::<E>(),
+            self.job.weight.panel_len::<E>(),
+        );
         let panels = std::array::from_fn(|p| {
             let panel = (panels.start + p).min(panels.end - 1);
             weight.wrapping_add(panel * len).cast()
@@ -189,14 +188,14 @@ impl<E: Element, O: Element> Gemm<'_, E, O> {
         acc: *const f32,
         stride: usize,
     ) {
-        let num_columns = self.weight.out_features();
-        let is_plain = self.weight.bias().is_none() && panels.end * TILE <= num_columns;
+        let num_columns = self.job.weight.out_features();
+        let is_plain = self.job.weight.bias().is_none() && panels.end * TILE <= num_columns;
         // SAFETY: rows and panels are the task's, with 16 sums each; whole panels lie in the output.
         unsafe {
             for (r, row) in rows.enumerate() {
                 let sums = acc.add(r * stride);
                 if is_plain {
-                    let out = self.out.get().add(row * num_columns + panels.start * TILE);
+                    let out = self.target.at(row, panels.start * TILE);
                     for column in (0..panels.len() * TILE).step_by(TILE) {
                         O::store::<S>(out.add(column), S::load(sums.add(column)));
                     }

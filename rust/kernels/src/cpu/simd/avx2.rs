@@ -118,8 +118,11 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn div(a: Pair, b: Pair) -> Pair {
-        unsafe { [_mm256_div_ps(a[0], b[0]), _mm256_div_ps(a[1], b[1])] }
+    unsafe fn reciprocal(a: Pair) -> Pair {
+        unsafe {
+            let one = _mm256_set1_ps(1.0);
+            [_mm256_div_ps(one, a[0]), _mm256_div_ps(one, a[1])]
+        }
     }
 
     #[inline(always)]

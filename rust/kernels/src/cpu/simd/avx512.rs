@@ -130,8 +130,13 @@ macro_rules! impl_avx512 {
             }
 
             #[inline(always)]
-            unsafe fn div(a: __m512, b: __m512) -> __m512 {
-                unsafe { _mm512_div_ps(a, b) }
+            unsafe fn reciprocal(a: __m512) -> __m512 {
+                // A division takes 16 cycles; 14 bits and a step of Newton's method take 5.
+                unsafe {
+                    let guess = _mm512_rcp14_ps(a);
+                    let rest = _mm512_fnmadd_ps(a, guess, _mm512_set1_ps(1.0));
+                    _mm512_fmadd_ps(guess, rest, guess)
+                }
             }
 
             #[inline(always)]

@@ -43,7 +43,8 @@ pub trait Simd: Copy + 'static {
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn sub(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
-    unsafe fn div(a: Self::V, b: Self::V) -> Self::V;
+    /// 1 / a, to the last bit or two.
+    unsafe fn reciprocal(a: Self::V) -> Self::V;
     unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn min(a: Self::V, b: Self::V) -> Self::V;
     /// a·b + c
@@ -197,28 +198,50 @@ pub unsafe fn exp<S: Simd>(x: S::V) -> S::V {
 mod tests {
     use super::*;
 
-    struct Exp<'a> {
-        x: &'a [f32; LANES],
-        y: &'a mut [f32; LANES],
+    /// e to the power of x, and 1 / x.
+    struct Functions<'a> {
+        x: [f32; LANES],
+        y: &'a mut [[f32; LANES]; 2],
     }
 
-    impl Kernel for Exp<'_> {
+    impl Kernel for Functions<'_> {
         #[inline(always)]
         unsafe fn run<S: Simd>(self) {
-            // SAFETY: both arrays hold 16 lanes.
-            unsafe { S::store(self.y.as_mut_ptr(), exp::<S>(S::load(self.x.as_ptr()))) }
+            // SAFETY: all arrays hold 16 lanes.
+            unsafe {
+                let x = S::load(self.x.as_ptr());
+                S::store(self.y[0].as_mut_ptr(), exp::<S>(x));
+                S::store(self.y[1].as_mut_ptr(), S::reciprocal(x));
+            }
         }
     }
 
-    fn exp_on(isa: Isa, x: f32) -> f32 {
-        let mut y = [0.0; LANES];
-        let kernel = Exp {
-            x: &[x; LANES],
+    fn functions_on(isa: Isa, x: f32) -> [f32; 2] {
+        let mut y = [[0.0; LANES]; 2];
+        let kernel = Functions {
+            x: [x; LANES],
             y: &mut y,
         };
         // SAFETY: only supported sets are passed.
         unsafe { isa.dispatch(kernel) };
-        y[LANES - 1]
+        y.map(|lanes| lanes[LANES - 1])
+    }
+
+    fn exp_on(isa: Isa, x: f32) -> f32 {
+        functions_on(isa, x)[0]
+    }
+
+    #[test]
+    fn reciprocal_is_accurate_to_an_ulp_on_every_isa() {
+        for isa in Isa::supported() {
+            for i in 0..2000 {
+                // Up to 1 + e⁸⁸, as far as silu goes.
+                let x = 1.0 + (f64::from(i) * 0.04 - 4.0).exp() as f32;
+                let error = (f64::from(functions_on(isa, x)[1]) * f64::from(x) - 1.0).abs();
+                assert!(error < 1.2e-7, "{isa:?}: 1 / {x} is off by {error:e}");
+            }
+            assert!(functions_on(isa, 1.0 + 88.0_f32.exp())[1].abs() < 1e-37);
+        }
     }
 
     #[test]

@@ -110,8 +110,8 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    unsafe fn div(a: Lanes, b: Lanes) -> Lanes {
-        zip(a, b, |a, b| a / b)
+    unsafe fn reciprocal(a: Lanes) -> Lanes {
+        map(a, f32::recip)
     }
 
     #[inline(always)]
