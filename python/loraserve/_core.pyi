@@ -264,7 +264,7 @@ class Receipt:
         """Packed length in bytes."""
     @property
     def hash(self) -> str:
-        """SHA-256 of tensors and scales, in hex: equal hashes compute the same."""
+        """BLAKE3 of tensors and scales, in hex: equal hashes compute the same."""
     @property
     def base_check(self) -> str:
         """How the adapter was compared with the base, in words."""

@@ -61,7 +61,7 @@ def _describe(receipt: Receipt) -> str:
         "layers": ranges(receipt.layers),
         "ranks": ", ".join(map(str, receipt.ranks)),
         "size": f"{receipt.nbytes / 2**20:.2f} MiB in the memory pool",
-        "hash": f"sha256 {receipt.hash}",
+        "hash": f"blake3 {receipt.hash}",
         "trained on": receipt.base_model or "not named in its config",
         "base check": receipt.base_check,
     }

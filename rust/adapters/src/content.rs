@@ -1,19 +1,21 @@
 //! Identity of an adapter: what it computes, whatever its path, age or unused config fields.
 
-use sha2::{Digest, Sha256};
+use blake3::Hasher;
 
 use crate::bind::{Binding, Source};
 use crate::tensor_name::module_key;
 
 /// Names what is hashed and how; changes whenever that does.
-const DOMAIN: &[u8] = b"loraserve adapter content 1";
+const DOMAIN: &[u8] = b"loraserve adapter content 2";
 
 /// Hashes modules in order; equal hashes mean equal tensors and equal arithmetic.
-pub(crate) struct ContentHash(Sha256);
+pub(crate) struct ContentHash(Hasher);
 
 impl ContentHash {
     pub(crate) fn new() -> Self {
-        Self(Sha256::new_with_prefix(DOMAIN))
+        let mut hasher = Hasher::new();
+        hasher.update(DOMAIN);
+        Self(hasher)
     }
 
     pub(crate) fn update(&mut self, binding: &Binding, a: &[u8], b: &[u8]) {
@@ -23,29 +25,23 @@ impl ContentHash {
         self.tensor(&binding.b, b);
     }
 
-    /// SHA-256 in hex.
+    /// BLAKE3 in hex.
     pub(crate) fn finish(self) -> String {
-        use std::fmt::Write;
-        self.0
-            .finalize()
-            .iter()
-            .fold(String::new(), |mut hex, byte| {
-                write!(hex, "{byte:02x}").expect("writing to a string succeeds");
-                hex
-            })
+        self.0.finalize().to_hex().to_string()
     }
 
     fn tensor(&mut self, source: &Source, data: &[u8]) {
         self.bytes(source.info.dtype.to_string().as_bytes());
         for dimension in &source.info.shape {
-            self.0.update((*dimension as u64).to_le_bytes());
+            self.0.update(&(*dimension as u64).to_le_bytes());
         }
-        self.bytes(data);
+        // By itself: a hash from its first byte on runs in whole vectors.
+        self.0.update(blake3::hash(data).as_bytes());
     }
 
     /// Length first, so that neighbouring fields can't run into each other.
     fn bytes(&mut self, bytes: &[u8]) {
-        self.0.update((bytes.len() as u64).to_le_bytes());
+        self.0.update(&(bytes.len() as u64).to_le_bytes());
         self.0.update(bytes);
     }
 }

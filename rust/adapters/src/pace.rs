@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
-/// Bytes read at a stretch, about half a millisecond of work.
+/// Bytes read at a stretch, a quarter of a millisecond of work.
 const BURST_NBYTES: usize = 512 << 10;
 
 /// How long reading rests after each burst; shared by all loads, and may change during them.

@@ -13,7 +13,7 @@ pub struct Receipt {
     pub ranks: Vec<usize>,
     /// Packed length in bytes.
     pub nbytes: usize,
-    /// SHA-256 of the content, in hex.
+    /// BLAKE3 of the content, in hex.
     pub hash: String,
     /// How the adapter was compared with the base, in words.
     pub base_check: String,
