@@ -26,12 +26,16 @@ class CpuProgram:
         self._program = program
         self._vocab_size = vocab_size
         self._constants = constants
+        self._logits = torch.empty(0, vocab_size, dtype=torch.float32)
 
     def run(self, step: StepHandle) -> torch.Tensor:
-        """Logits of the step's sampled rows: float32 [L, vocab]."""
-        logits = torch.empty(step.num_logits, self._vocab_size, dtype=torch.float32)
-        self._program.run(step, logits.data_ptr())
-        return logits
+        """Logits of the step's sampled rows: float32 [L, vocab], good until the next run."""
+        num_rows = step.num_logits
+        if len(self._logits) < num_rows:
+            # Kept from step to step: the first touch of fresh memory takes longer than the product.
+            self._logits = torch.empty(num_rows, self._vocab_size, dtype=torch.float32)
+        self._program.run(step, self._logits.data_ptr())
+        return self._logits[:num_rows]
 
 
 def record(

@@ -27,14 +27,16 @@ use crate::error::check_length;
 const PANELS_PER_TILE: usize = 2;
 /// Bytes of x a task keeps in the second-level cache.
 const ROW_BLOCK_NBYTES: usize = 1 << 20;
+/// Bytes of weights that a task of several groups of rows keeps there too.
+const TASK_NBYTES: usize = 1 << 19;
 /// Tasks per thread, so that a slow thread takes fewer.
 const TASKS_PER_THREAD: usize = 4;
-/// Rows up to which adapters' weights, and not the dense ones, may be what takes time.
-const MIXED_ROWS: usize = 64;
+/// Rows an adapter up to which its weights, and not the dense ones, may be what takes time.
+const MIXED_ROWS: usize = 8;
 /// How far ahead a lone row tile asks for weights.
 const PREFETCH_NBYTES: usize = 1024;
 /// Bytes of gate and up that wait for each other in the second-level cache.
-const GATED_NBYTES: usize = 1 << 17;
+const GATED_NBYTES: usize = 1 << 18;
 
 struct Gemm<'a, E: Element, O: Element> {
     x: &'a [E],
@@ -103,12 +105,18 @@ fn run<E: Element, O: Element>(
         .clamp(32, 256);
     let num_blocks = num_rows.div_ceil(rows_per_block);
     // Many adapters in few rows: the longer the stretches of B, the faster they arrive.
-    let is_mixed =
-        num_rows <= MIXED_ROWS && lora.is_some_and(|lora| lora.has_many_items(0..num_rows));
+    let is_mixed = lora.is_some_and(|lora| num_rows <= MIXED_ROWS * lora.num_items());
     let tasks_per_thread = if is_mixed { 1 } else { TASKS_PER_THREAD };
     let tasks_wanted = (pool.num_threads() * tasks_per_thread).div_ceil(num_blocks.max(1));
+    // All groups of rows meet a task's weights in the second-level cache.
+    let panel_nbytes = weight.panel_len::<E>() * size_of::<E>();
+    let panels_wanted = match num_rows {
+        0..=32 => num_panels,
+        _ => (TASK_NBYTES / panel_nbytes).max(1),
+    };
     let panels_per_task = num_panels
         .div_ceil(tasks_wanted)
+        .min(panels_wanted)
         .next_multiple_of(PANELS_PER_TILE);
     let num_panel_tasks = num_panels.div_ceil(panels_per_task);
     let job = Gemm {

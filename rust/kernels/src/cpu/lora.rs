@@ -27,8 +27,6 @@ mod tiles;
 
 /// Shrink tasks per thread below which work is cut finer.
 const TASKS_PER_THREAD: usize = 2;
-/// Ranks that belong to one module, and columns that are written at once.
-const RANK_STEP: usize = 8;
 /// Items of some rows from which on they are added one after another.
 const MANY_ITEMS: usize = 3;
 
@@ -73,6 +71,10 @@ impl<'a, E: Element> Lora<'a, E> {
 
     pub(super) fn num_tasks(&self) -> usize {
         self.plan.shrink_tasks.len()
+    }
+
+    pub(super) fn num_items(&self) -> usize {
+        self.plan.items.len()
     }
 
     /// Whether so many adapters share `rows` that their weights are read one after another.
@@ -166,34 +168,45 @@ impl<'a, E: Element> Lora<'a, E> {
         }
     }
 
-    /// Scales and rounds the 16 sums of `row` at `panel` of A, or 8 of a last panel.
+    /// Scales and rounds the sums of `rows` at `panel` of A, 16 a row or 8 of a last panel; the rows of
+    /// sums are `stride` apart.
     ///
     /// # Safety
-    /// As for `Simd`: the row and the panel are the task's; 16 sums are readable.
+    /// As for `Simd`: rows and panel are the task's; 16 sums a row are readable.
     #[inline(always)]
     unsafe fn store_ranks<S: Simd>(
         &self,
         task: &ShrinkTask,
-        row: usize,
+        rows: Range<usize>,
         panel: usize,
         sums: *const f32,
+        stride: usize,
     ) {
         let item = &self.plan.items[task.item];
-        let s_row = item.s_offset + (row - item.rows.start) * item.s_stride;
-        let modules = self.plan.expansions_of(item);
+        let first_row = item.s_offset + (rows.start - item.rows.start) * item.s_stride;
         let first = panel * LANES;
-        for rank in (first..item.rank.min(first + LANES)).step_by(RANK_STEP) {
-            let module = modules
+        let end = item.rank.min(first + LANES);
+        let mut rank = first;
+        while rank < end {
+            let module = self
+                .plan
+                .expansions_of(item)
                 .iter()
                 .find(|module| rank < module.rank_offset + module.rank)
                 .expect("the modules' ranks make up the group's");
-            let column = s_row + module.s_column + rank - module.rank_offset;
-            // SAFETY: 8 sums of this module go to 8 columns of its row.
+            // 16 of one module, or 8 of each of two.
+            let width = (module.rank_offset + module.rank).min(end) - rank;
+            let column = first_row + module.s_column + rank - module.rank_offset;
+            // SAFETY: `width` sums of this module go to as many columns of its rows.
             unsafe {
-                let sums = load_first::<S, f32>(sums.add(rank - first), RANK_STEP);
-                let scaled = S::mul(sums, S::splat(module.scale));
-                store_first::<S, E>(self.s.get().add(column), RANK_STEP, scaled);
+                let scale = S::splat(module.scale);
+                for row in 0..rows.len() {
+                    let sums = load_first::<S, f32>(sums.add(row * stride + rank - first), width);
+                    let s = self.s.get().add(column + row * item.s_stride);
+                    store_first::<S, E>(s, width, S::mul(sums, scale));
+                }
             }
+            rank += width;
         }
     }
 }
@@ -272,12 +285,13 @@ impl<E: Element> Shrink<'_, E> {
                     *acc = E::dot::<S>(*acc, x, w);
                 }
             }
-            for (r, acc) in acc.iter().enumerate() {
-                let mut sums = [0.0; LANES];
-                S::store(sums.as_mut_ptr(), *acc);
-                self.lora
-                    .store_ranks::<S>(self.task, row + r, panel, sums.as_ptr());
+            let mut sums = [[0.0; LANES]; R];
+            for (sums, acc) in sums.iter_mut().zip(acc) {
+                S::store(sums.as_mut_ptr(), acc);
             }
+            let (rows, sums) = (row..row + R, sums.as_ptr().cast());
+            self.lora
+                .store_ranks::<S>(self.task, rows, panel, sums, LANES);
         }
     }
 

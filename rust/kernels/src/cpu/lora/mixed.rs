@@ -108,7 +108,7 @@ impl<E: Element> Lora<'_, E> {
             unsafe {
                 if num_rows == 1 {
                     let row = Row::widen(x.cast(), k, widened.as_mut_ptr());
-                    row.add(b, module.panel_nbytes, num_panels, c, next);
+                    row.add::<64>(b, module.panel_nbytes, num_panels, c, next);
                 } else {
                     tiles.get(num_rows, k).add(
                         x.cast(),

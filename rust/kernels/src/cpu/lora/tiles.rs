@@ -16,7 +16,7 @@ impl<E: Element> Shrink<'_, E> {
     #[inline(always)]
     pub(super) unsafe fn tiles<S: Simd>(&self) {
         let rows = self.task.rows.clone();
-        if rows.len() == 1 && self.num_wide(self.task.panels.start) == self.task.panels.len() {
+        if rows.len() == 1 {
             // SAFETY: the caller's contract.
             return unsafe { self.row::<S>(rows.start) };
         }
@@ -50,11 +50,10 @@ impl<E: Element> Shrink<'_, E> {
                     (false, 1) => tiles.two_by::<1>(&terms, [c, second], stride * 4),
                     (false, _) => tiles.two_by::<2>(&terms, [c, second], stride * 4),
                 }
-                for (r, row) in rows.clone().enumerate() {
-                    for p in 0..count {
-                        let sums = c.add(r * stride + p * TILE);
-                        self.lora.store_ranks::<S>(self.task, row, panel + p, sums);
-                    }
+                for p in 0..count {
+                    let (rows, sums) = (rows.clone(), c.add(p * TILE));
+                    self.lora
+                        .store_ranks::<S>(self.task, rows, panel + p, sums, stride);
                 }
                 panel += count;
             }
@@ -73,16 +72,21 @@ impl<E: Element> Shrink<'_, E> {
             let sums = widened.add(k);
             std::ptr::write_bytes(sums, 0, panels.len() * TILE);
             let x = self.lora.x.as_ptr().add(row * k);
-            Row::widen(x.cast(), k, widened).add(
-                self.panel(panels.start),
-                panel_nbytes,
-                panels.len(),
-                sums,
-                self.next(),
-            );
+            let row_of_x = Row::widen(x.cast(), k, widened);
+            let num_wide = self.num_wide(panels.start);
+            let [next, rest] = self.next().split(num_wide * panel_nbytes);
+            if num_wide > 0 {
+                let first = self.panel(panels.start);
+                row_of_x.add::<64>(first, panel_nbytes, num_wide, sums, next);
+            }
+            if num_wide < panels.len() {
+                let (last, sums) = (self.panel(panels.end - 1), sums.add(num_wide * TILE));
+                row_of_x.add::<32>(last, panel_nbytes / 2, 1, sums, rest);
+            }
             for (p, panel) in panels.enumerate() {
+                let sums = sums.add(p * TILE);
                 self.lora
-                    .store_ranks::<S>(self.task, row, panel, sums.add(p * TILE));
+                    .store_ranks::<S>(self.task, row..row + 1, panel, sums, TILE);
             }
         }
     }
@@ -92,9 +96,13 @@ impl<E: Element> Shrink<'_, E> {
         let task = self.lora.plan.shrink_tasks.get(self.index + 1);
         task.map_or(Next::NOTHING, |task| {
             let next = Self { task, ..*self };
+            let end = self.lora.plan.items[task.item]
+                .rank
+                .min(task.panels.end * TILE);
+            let num_ranks = end - task.panels.start * TILE;
             Next {
                 address: next.panel(task.panels.start),
-                nbytes: task.panels.len() * TILE * self.lora.in_features * size_of::<E>(),
+                nbytes: num_ranks * self.lora.in_features * size_of::<E>(),
             }
         })
     }

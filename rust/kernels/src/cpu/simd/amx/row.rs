@@ -24,6 +24,22 @@ impl Next {
         address: std::ptr::null(),
         nbytes: 0,
     };
+
+    /// The first `nbytes`, and the rest.
+    pub fn split(self, nbytes: usize) -> [Self; 2] {
+        let first = nbytes.min(self.nbytes);
+        let rest = Self {
+            address: self.address.wrapping_add(first),
+            nbytes: self.nbytes - first,
+        };
+        [
+            Self {
+                nbytes: first,
+                ..self
+            },
+            rest,
+        ]
+    }
 }
 
 /// One row of x as f32.
@@ -47,14 +63,15 @@ impl Row {
         Self { values: room, k }
     }
 
-    /// `c` [16 a panel] += x · B, block by block along K. Panels lie `panel_nbytes` apart; `next` is
-    /// fetched at the pace at which they are read.
+    /// `c` [16 a panel] += x · B, block by block along K. A pair of K takes `LINE` bytes of a panel: 64,
+    /// or 32 where it has 8 columns, and `c`'s other 8 stay as they are. Panels lie `panel_nbytes`
+    /// apart; `next` is fetched at the pace at which they are read.
     ///
     /// # Safety
     /// `num_panels ≥ 1` panels of k / 2 pairs are readable, as many times 16 sums writable; `next` need
     /// not be valid.
     #[target_feature(enable = "avx512f")]
-    pub unsafe fn add(
+    pub unsafe fn add<const LINE: usize>(
         &self,
         panels: *const u8,
         panel_nbytes: usize,
@@ -62,7 +79,7 @@ impl Row {
         c: *mut f32,
         next: Next,
     ) {
-        debug_assert!(num_panels > 0);
+        debug_assert!(num_panels > 0 && matches!(LINE, 32 | 64));
         // The third is the mask of odd elements, which lacks a register of its own.
         let mut words = [DENORMALS_ARE_ZERO, 0, ODD];
         let fetch_end = next.address.wrapping_add(next.nbytes);
@@ -85,7 +102,8 @@ impl Row {
                 "vpxord {odd_sum}, {odd_sum}, {odd_sum}",
                 "4:",
                 ".irp i, 0,1,2,3",
-                "vmovdqu64 {even_b}, [{at} + 64 * \\i]",
+                ".if {LINE} == 64", "vmovdqu64 {even_b}, [{at} + 64 * \\i]",
+                ".else", "vmovdqu64 {even_b:y}, [{at} + 32 * \\i]", ".endif",
                 "vpandd {odd_b}, {even_b}, {odd}",
                 "vpslld {even_b}, {even_b}, 16",
                 "vfmadd231ps {even_sum}, {even_b}, dword ptr [{x} + 8 * \\i]{{1to16}}",
@@ -93,12 +111,13 @@ impl Row {
                 ".endr",
                 "cmp {next}, {fetch_end}",
                 "jae 5f",
-                ".irp i, 0,64,128,192",
-                "prefetcht1 [{next} + \\i]",
-                ".endr",
-                "add {next}, 256",
+                "prefetcht1 [{next}]", "prefetcht1 [{next} + 64]",
+                ".if {LINE} == 64",
+                "prefetcht1 [{next} + 128]", "prefetcht1 [{next} + 192]",
+                ".endif",
+                "add {next}, 4 * {LINE}",
                 "5:",
-                "add {at}, 256",
+                "add {at}, 4 * {LINE}",
                 "add {x}, 32",
                 "cmp {x}, {block_end}",
                 "jb 4b",
@@ -121,7 +140,7 @@ impl Row {
                 next = inout(reg) next.address => _, fetch_end = in(reg) fetch_end,
                 odd = out(zmm_reg) _, sum = out(zmm_reg) _,
                 even_sum = out(zmm_reg) _, odd_sum = out(zmm_reg) _,
-                even_b = out(zmm_reg) _, odd_b = out(zmm_reg) _,
+                even_b = out(zmm_reg) _, odd_b = out(zmm_reg) _, LINE = const LINE,
                 options(nostack),
             );
         }
@@ -170,7 +189,7 @@ mod tests {
                 );
             }
             let mut room = vec![0.0; k];
-            Row::widen(x.as_ptr(), k, room.as_mut_ptr()).add(
+            Row::widen(x.as_ptr(), k, room.as_mut_ptr()).add::<64>(
                 panels.as_ptr().cast(),
                 panel_nbytes,
                 num_panels,
