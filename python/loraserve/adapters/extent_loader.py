@@ -15,9 +15,9 @@ from loraserve.errors import AdapterUnavailableError, LoraserveError
 NUM_LOADER_THREADS = 2
 
 # While the model computes on the same cores, a load rests this long after every half megabyte: it then takes
-# a fifteenth of a core from the step. Open loads share the rest, and a queue of them is not slowed at all:
+# a thirtieth of a core from the step. Open loads share the rest, and a queue of them is not slowed at all:
 # by then the batch waits for adapters more than for cores.
-REST_S = 0.004
+REST_S = 0.008
 MAX_OPEN_LOADS_AT_REST = 4
 
 
