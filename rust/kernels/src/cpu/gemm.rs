@@ -31,8 +31,6 @@ const ROW_BLOCK_NBYTES: usize = 1 << 20;
 const TASK_NBYTES: usize = 1 << 19;
 /// Tasks per thread, so that a slow thread takes fewer.
 const TASKS_PER_THREAD: usize = 4;
-/// Rows an adapter up to which its weights, and not the dense ones, may be what takes time.
-const MIXED_ROWS: usize = 8;
 /// How far ahead a lone row tile asks for weights.
 const PREFETCH_NBYTES: usize = 1024;
 /// Bytes of gate and up that wait for each other in the second-level cache.
@@ -105,7 +103,7 @@ fn run<E: Element, O: Element>(
         .clamp(32, 256);
     let num_blocks = num_rows.div_ceil(rows_per_block);
     // Many adapters in few rows: the longer the stretches of B, the faster they arrive.
-    let is_mixed = lora.is_some_and(|lora| num_rows <= MIXED_ROWS * lora.num_items());
+    let is_mixed = lora.is_some_and(|lora| lora.has_many_items_in(num_rows));
     let tasks_per_thread = if is_mixed { 1 } else { TASKS_PER_THREAD };
     let tasks_wanted = (pool.num_threads() * tasks_per_thread).div_ceil(num_blocks.max(1));
     // All groups of rows meet a task's weights in the second-level cache.

@@ -29,6 +29,8 @@ mod tiles;
 const TASKS_PER_THREAD: usize = 2;
 /// Items of some rows from which on they are added one after another.
 const MANY_ITEMS: usize = 3;
+/// Rows an item up to which reading its weights may take longer than reading the dense ones.
+const ROWS_PER_ITEM: usize = 8;
 
 /// The adapters of one projection of a step, shrunk while its GEMM runs.
 pub struct Lora<'a, E: Element> {
@@ -73,8 +75,11 @@ impl<'a, E: Element> Lora<'a, E> {
         self.plan.shrink_tasks.len()
     }
 
-    pub(super) fn num_items(&self) -> usize {
-        self.plan.items.len()
+    /// Whether all its rows, `num_rows`, have so many adapters that their weights, and not the dense
+    /// ones, may be what takes time.
+    pub(super) fn has_many_items_in(&self, num_rows: usize) -> bool {
+        let num_items = self.plan.items.len();
+        num_items >= MANY_ITEMS && num_rows <= ROWS_PER_ITEM * num_items
     }
 
     /// Whether so many adapters share `rows` that their weights are read one after another.
