@@ -129,6 +129,22 @@ def test_a_row_is_bit_identical_alone_and_in_a_mixed_batch(
         assert torch.equal(alone, together[rows])
 
 
+@pytest.mark.parametrize("slot", range(4))
+def test_a_lone_row_has_the_bits_it_has_in_a_segment(
+    backends: Backends, dtype: torch.dtype, generator: torch.Generator, in_features: int, slot: int
+) -> None:
+    """Lone rows run in vectors where segments run in tiles; many adapters are added one after another."""
+    x = torch.randn(40, in_features, generator=generator).to(dtype)
+    linear = backends.cpu.pack(torch.randn(OUT_FEATURES, in_features, generator=generator))
+    segment = run_cpu(backends, x, linear, [[(0, 40, slot, 0.7)]])
+    lone = run_cpu(backends, x, linear, [[(row, row + 1, slot, 0.7) for row in range(40)]])
+    pairs = run_cpu(backends, x, linear, [[(row, row + 2, slot, 0.7) for row in range(0, 40, 2)]])
+    alone = run_cpu(backends, x[7:8].contiguous(), linear, [[(0, 1, slot, 0.7)]])
+    assert torch.equal(lone, segment)
+    assert torch.equal(pairs, segment)
+    assert torch.equal(alone, segment[7:8])
+
+
 def test_moved_extent_computes_the_same(
     backends: Backends, dtype: torch.dtype, generator: torch.Generator, in_features: int
 ) -> None:
