@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from loraserve.config import EngineConfig as EngineConfig
     from loraserve.grammar import Grammar as Grammar
     from loraserve.llm import LLM as LLM
+    from loraserve.request import ChatOptions as ChatOptions
     from loraserve.request import GenerateRequest as GenerateRequest
     from loraserve.request import RequestOutput as RequestOutput
     from loraserve.sampling_params import SamplingParams as SamplingParams
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "__version__": "loraserve._core",
     "AsyncEngine": "loraserve.async_engine",
+    "ChatOptions": "loraserve.request",
     "EngineConfig": "loraserve.config",
     "GenerateRequest": "loraserve.request",
     "Grammar": "loraserve.grammar",

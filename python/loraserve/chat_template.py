@@ -3,13 +3,16 @@
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
+from types import MappingProxyType
 from typing import Any, NoReturn
 
-from jinja2 import Environment, Template, TemplateError, nodes
+from jinja2 import Environment, Template, TemplateError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from loraserve.did_you_mean import did_you_mean
 from loraserve.errors import InvalidRequestError
 
 Message = Mapping[str, Any]
@@ -30,21 +33,90 @@ class ChatTemplate:
         except TemplateError as error:
             raise InvalidRequestError(f"the chat template is malformed: {error}") from error
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """The conversation as the model's prompt text. Raises InvalidRequestError."""
+    def render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        *,
+        continue_final_message: bool = False,
+        kwargs: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
+        """The conversation as the model's prompt text.
+
+        Args:
+            messages: oldest first.
+            add_generation_prompt: a variable; templates begin the assistant's next message where it is true.
+            continue_final_message: end the text with the last message, before what the template adds to it.
+            kwargs: further variables.
+
+        Raises:
+            InvalidRequestError: the template refuses the messages, does not show the final one, or reads no
+                variable of a name in `kwargs` but one much like it.
+        """
+        self._check_kwargs(kwargs)
+        turns = [dict(message) for message in messages]
+        final = _marked(turns) if continue_final_message else None
+        variables = {
+            **self._special_tokens,
+            **kwargs,
+            "messages": turns,
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
-            return self._compiled().render(
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
-            )
+            text = self._compiled().render(variables)
         except (TemplateError, TypeError, KeyError, ValueError) as error:
             raise InvalidRequestError(f"chat template refused the messages: {error}") from error
+        return text if final is None else _cut_at_mark(text, final)
+
+    def _check_kwargs(self, kwargs: Mapping[str, Any]) -> None:
+        """A name the template never reads can't change the text, but one that is nearly read is a slip."""
+        for name in kwargs.keys() - self._variables if kwargs else ():
+            if hint := did_you_mean(name, self._variables):
+                raise InvalidRequestError(
+                    f"chat_template_kwargs has {name[:100]!r}, which the chat template does not read{hint}"
+                )
+
+    @cached_property
+    def _variables(self) -> frozenset[str]:
+        """Names the template reads and does not set itself."""
+        try:
+            return frozenset(meta.find_undeclared_variables(_environment().parse(self._source)))
+        except TemplateError as error:
+            raise InvalidRequestError(f"the chat template is malformed: {error}") from error
 
     def _compiled(self) -> Template:
         if self._template is None:
             self._template = _environment().from_string(self._source)
         return self._template
+
+
+_MARK = "\ue000the-final-message-ends-here "  # a private-use character: no message has it by chance
+
+
+def _marked(turns: list[dict[str, Any]]) -> str:
+    """Marks the end of the last message, in place; what it said. Raises InvalidRequestError."""
+    content = turns[-1].get("content") if turns else None
+    if isinstance(content, str):
+        turns[-1]["content"] = content + _MARK
+        return content
+    parts = [dict(part) for part in content] if isinstance(content, Sequence) else []
+    for part in reversed(parts):
+        if isinstance(part.get("text"), str):
+            text: str = part["text"]
+            part["text"] = text + _MARK
+            turns[-1]["content"] = parts
+            return text
+    raise InvalidRequestError("continue_final_message is set, but the final message has no text to continue")
+
+
+def _cut_at_mark(text: str, final: str) -> str:
+    """As transformers cuts: where the template trims the message, the text ends without its spaces too."""
+    end = text.rfind(_MARK.strip())
+    if end < 0 or final.strip() not in text:
+        raise InvalidRequestError(
+            "continue_final_message is set, but the chat template does not show the final message as it is"
+        )
+    return text[:end] if text.startswith(_MARK, end) else text[:end].rstrip()
 
 
 class _GenerationTag(Extension):

@@ -19,7 +19,7 @@ from loraserve.config import EngineConfig
 from loraserve.engine import Engine, EngineOutput
 from loraserve.errors import InvalidRequestError
 from loraserve.info import AdapterInfo, EngineInfo, EngineStats
-from loraserve.request import AdapterSpec, Completion, Delta, GenerateRequest, RequestOutput
+from loraserve.request import AdapterSpec, ChatOptions, Completion, Delta, GenerateRequest, RequestOutput
 from loraserve.sampling_params import SamplingParams
 from loraserve.service import PreparedRequest, Service
 
@@ -88,12 +88,25 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         adapter: AdapterSpec | Sequence[AdapterSpec] = None,
         *,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         progress: bool | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation or many through the model's chat template; else as `generate`."""
+        """Answer one conversation or many through the model's chat template.
+
+        Args and errors as of `generate`, and of `ChatOptions` for how the template is used.
+        """
+        options = ChatOptions(
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            chat_template=chat_template,
+            template_kwargs=chat_template_kwargs or {},
+        )
         chats: list[Any] = [messages] if not messages or isinstance(messages[0], Mapping) else list(messages)
         requests = [
-            GenerateRequest(messages=chat, adapter=one_adapter, params=one_params)
+            GenerateRequest(messages=chat, chat=options, adapter=one_adapter, params=one_params)
             for chat, one_adapter, one_params in zip(
                 chats,
                 _per_request(adapter, len(chats), "adapter"),

@@ -4,12 +4,85 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+from loraserve.errors import InvalidRequestError
 from loraserve.sampling_params import SamplingParams
 
 AdapterSpec: TypeAlias = "None | str | Mapping[str, float]"
 """The base model (None), one adapter by name, or an exact weighted sum of adapters."""
 
+MAX_CHAT_TEMPLATE_CHARS = 256 * 1024
+MAX_TEMPLATE_KWARGS = 64
+_NOT_TEMPLATE_KWARGS = (
+    "messages",
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template",
+    "tokenize",
+)
+
 FinishReason: TypeAlias = Literal["length", "stop", "abort"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions:
+    """How a chat becomes a prompt; checked when built.
+
+    Args:
+        add_generation_prompt: end the prompt where the assistant's next message begins; None does so unless
+            the final message is continued.
+        continue_final_message: leave the last message open, so that the answer goes on with it.
+        chat_template: Jinja source that renders this chat in place of the adapter's or the model's template.
+        template_kwargs: further variables that the template sees.
+
+    Raises:
+        InvalidRequestError: the values contradict each other, or one is too large or not of its type.
+    """
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    chat_template: str | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise InvalidRequestError(
+                "continue_final_message and add_generation_prompt are both true: a prompt can't go on with "
+                "the final message and begin a new one, set one of them"
+            )
+        if self.chat_template is not None:
+            _check_template(self.chat_template)
+        _check_template_kwargs(self.template_kwargs)
+
+    @property
+    def begins_answer(self) -> bool:
+        """Whether the template is to add the generation prompt."""
+        if self.add_generation_prompt is None:
+            return not self.continue_final_message
+        return self.add_generation_prompt
+
+
+def _check_template(source: Any) -> None:
+    if not isinstance(source, str):
+        raise InvalidRequestError(f"chat_template is {source!r:.100}, it must be a string")
+    if len(source) > MAX_CHAT_TEMPLATE_CHARS:
+        raise InvalidRequestError(
+            f"chat_template has {len(source)} characters, the limit is {MAX_CHAT_TEMPLATE_CHARS}"
+        )
+
+
+def _check_template_kwargs(kwargs: Any) -> None:
+    if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) for name in kwargs):
+        raise InvalidRequestError(f"chat_template_kwargs is {kwargs!r:.100}, it must be {{name: value}}")
+    if len(kwargs) > MAX_TEMPLATE_KWARGS:
+        raise InvalidRequestError(
+            f"chat_template_kwargs has {len(kwargs)} names, the limit is {MAX_TEMPLATE_KWARGS}"
+        )
+    for name in _NOT_TEMPLATE_KWARGS:
+        if name in kwargs:
+            raise InvalidRequestError(
+                f"chat_template_kwargs has {name!r}, which is no variable of its own: "
+                f"{'leave it out' if name == 'tokenize' else 'set it beside chat_template_kwargs'}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,12 +90,14 @@ class GenerateRequest:
     """One prompt (or one chat) with its adapter and its sampling; exactly one of prompt and messages.
 
     Args:
+        chat: how `messages` become the prompt.
         deadline_s: seconds from its arrival in which it must be finished, else it ends with DeadlineError.
         truncate: keep only this many tokens of the prompt, its last ones.
     """
 
     prompt: str | Sequence[int] | None = None
     messages: Sequence[Mapping[str, Any]] | None = None
+    chat: ChatOptions = ChatOptions()
     adapter: AdapterSpec = None
     params: SamplingParams = field(default_factory=SamplingParams)
     deadline_s: float | None = None

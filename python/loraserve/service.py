@@ -14,7 +14,7 @@ from loraserve.detokenizer import IncrementalDetokenizer, StopStrings
 from loraserve.engine import Engine, EngineOutput
 from loraserve.errors import InvalidRequestError
 from loraserve.grammar_compiler import GrammarMatcher
-from loraserve.request import AdapterSpec, Delta, FinishReason, GenerateRequest, Usage
+from loraserve.request import AdapterSpec, ChatOptions, Delta, FinishReason, GenerateRequest, Usage
 from loraserve.sampling_params import SamplingParams
 from loraserve.tokenizer import Tokenizer
 
@@ -53,13 +53,15 @@ def prepare(
     _check_deadline(request.deadline_s)
     if (request.prompt is None) == (request.messages is None):
         raise InvalidRequestError("give exactly one of prompt and messages")
+    if request.messages is None and request.chat != ChatOptions():
+        raise InvalidRequestError("chat options are given with a prompt, they need messages")
     max_num_tokens = _max_prompt_tokens(request.truncate, max_model_len)
     adapters = resolve_adapters(request.adapter)
     adapter = find_adapter(adapters[0][0]) if len(adapters) == 1 else None
     if request.messages is not None:
         if not request.messages:
             raise InvalidRequestError("messages is empty, give at least one message")
-        text = _render_chat(request.messages, tokenizer, adapter)
+        text = _render_chat(request.messages, request.chat, tokenizer, adapter)
         _check_text(text, tokenizer, max_num_tokens)
         token_ids = tokenizer.encode(text, add_special_tokens=False)
     elif isinstance(request.prompt, str):
@@ -255,12 +257,24 @@ def _max_prompt_tokens(truncate: Any, max_model_len: int) -> int:
 
 
 def _render_chat(
-    messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, adapter: RegisteredAdapter | None
+    messages: Sequence[Mapping[str, Any]],
+    options: ChatOptions,
+    tokenizer: Tokenizer,
+    adapter: RegisteredAdapter | None,
 ) -> str:
-    if adapter is None:
-        return tokenizer.apply_chat_template(messages)
-    messages = adapter.manifest.with_system_prompt(messages)
-    return tokenizer.apply_chat_template(messages, template=adapter.chat_template)
+    template = None
+    if adapter is not None:
+        messages, template = adapter.manifest.with_system_prompt(messages), adapter.chat_template
+    if options.chat_template is not None:
+        template = tokenizer.build_chat_template(options.chat_template)
+        template.check()
+    return tokenizer.apply_chat_template(
+        messages,
+        options.begins_answer,
+        template=template,
+        continue_final_message=options.continue_final_message,
+        kwargs=options.template_kwargs,
+    )
 
 
 def _check_text(text: str, tokenizer: Tokenizer, max_num_tokens: int) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import tokenizers
@@ -112,15 +113,19 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         *,
         template: ChatTemplate | None = None,
+        continue_final_message: bool = False,
+        kwargs: Mapping[str, Any] = MappingProxyType({}),
     ) -> str:
-        """Prompt text of a conversation, by `template` or else the model's own.
+        """Prompt text of a conversation, by `template` or else the model's own; see `ChatTemplate.render`.
 
         Raises InvalidRequestError if there is none, or it refuses the messages.
         """
         template = template or self.chat_template
         if template is None:
             raise InvalidRequestError("the model has no chat template, send a prompt instead of messages")
-        return template.render(messages, add_generation_prompt)
+        return template.render(
+            messages, add_generation_prompt, continue_final_message=continue_final_message, kwargs=kwargs
+        )
 
     def build_chat_template(self, source: str) -> ChatTemplate:
         """Another template for this model's tokens."""
