@@ -427,8 +427,9 @@ class Engine:
     def _finish_loads(self) -> None:
         for result in self._loader.take_results():
             if isinstance(result.outcome, LoraserveError):
-                logger.warning("adapter load failed: %s", result.outcome)
                 with self._lock:
+                    names = ", ".join(self._registry.names(result.adapter_id))
+                    logger.warning("adapter %s was not read into the pool: %s", names, result.outcome)
                     self._scheduler.adapter_load_failed(
                         result.adapter_id, type(result.outcome).__name__, str(result.outcome)
                     )

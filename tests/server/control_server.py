@@ -14,6 +14,7 @@ from loraserve.server.adapter_sources import AdapterSources
 from loraserve.server.grpc import GrpcServer
 from loraserve.server.grpc_access import AccessInterceptor
 from loraserve.server.http.metrics import Metrics
+from loraserve.server.http.request_log import log_request
 from loraserve.server.http.server import HttpServer
 from loraserve.server.http.state import HttpState
 from loraserve.server.keys import AccessControl, ApiKey
@@ -143,7 +144,7 @@ class ControlServer:
         self._request_timeout_s = request_timeout_s
         self._access = AccessControl(keys, has_open_metrics=has_open_metrics)
         self._sources = AdapterSources(roots)
-        self.metrics = Metrics()
+        self.metrics = Metrics(on_finished=[log_request])
         self._ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="test-control")
         self.engine: Any = None
@@ -168,8 +169,9 @@ class ControlServer:
                 "127.0.0.1",
                 0,
                 access=AccessInterceptor(
-                    self._access, self._sources, self.metrics, request_timeout_s=self._request_timeout_s
+                    self._access, self.metrics, request_timeout_s=self._request_timeout_s
                 ),
+                sources=self._sources,
                 metrics=self.metrics,
                 credentials=None if tls is None else tls.grpc_credentials(),
             )

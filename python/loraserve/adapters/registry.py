@@ -11,6 +11,7 @@ from loraserve.adapters.manifest import AdapterManifest
 from loraserve.chat_template import ChatTemplate
 from loraserve.errors import AdapterNotFoundError, InvalidRequestError
 
+MAX_NAME_CHARS = 256
 NAME_PATTERN = re.compile(r"[a-zA-Z0-9_\-.:]+")
 
 
@@ -47,6 +48,10 @@ class AdapterRegistry:
         """Of everything that has a name."""
         return {adapter.adapter_id for adapter in self}
 
+    def names(self, adapter_id: int) -> list[str]:
+        """All names of this content."""
+        return [adapter.name for adapter in self if adapter.adapter_id == adapter_id]
+
     def remove(self, name: str) -> RegisteredAdapter:
         """Forget the name; its source is kept for requests still queued."""
         if name not in self._by_name:
@@ -68,6 +73,10 @@ class AdapterRegistry:
 
 
 def check_adapter_name(name: str) -> None:
+    if len(name) > MAX_NAME_CHARS:
+        raise InvalidRequestError(
+            f"adapter name {name!r:.40}… has {len(name)} characters, limit is {MAX_NAME_CHARS}"
+        )
     if not NAME_PATTERN.fullmatch(name):
         raise InvalidRequestError(
             f"adapter name {name!r} is not allowed, use letters, digits, '_', '-', '.' and ':'"

@@ -10,6 +10,7 @@ from typing import Any
 
 from loraserve.cli import adapters, config, doctor, generate, serve
 from loraserve.errors import LoraserveError
+from loraserve.printable import printable
 
 EXAMPLES = """\
 examples:
@@ -22,6 +23,7 @@ examples:
 `loraserve COMMAND --help` explains a command. The model "smollm2" comes with loraserve[demo].
 """
 
+MAX_LINE_CHARS = 4000
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
 
@@ -32,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = args.run(args)
     except LoraserveError as error:
-        print(f"loraserve: error: {error}", file=sys.stderr)
+        print(_error_text(error), file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
@@ -41,6 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_ERROR
     return status
+
+
+def _error_text(error: LoraserveError) -> str:
+    """What failed, line by line; what a file put into it can't begin a line or move the cursor."""
+    first, *more = [printable(line, MAX_LINE_CHARS) for line in str(error).split("\n")]
+    return "\n  ".join([f"loraserve: error: {first}", *more])
 
 
 def build_parser() -> argparse.ArgumentParser:

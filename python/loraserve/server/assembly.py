@@ -102,12 +102,16 @@ def grpc_server(
     """None where it is off. Raises ListenError: the port can't be had."""
     if settings.grpc_port is None:
         return None
-    checks = AccessInterceptor(
-        access, adapter_sources(settings), metrics, request_timeout_s=settings.request_timeout_seconds
-    )
+    checks = AccessInterceptor(access, metrics, request_timeout_s=settings.request_timeout_seconds)
     credentials = None if tls is None else tls.grpc_credentials()
     return GrpcServer(
-        engine, settings.host, settings.grpc_port, access=checks, metrics=metrics, credentials=credentials
+        engine,
+        settings.host,
+        settings.grpc_port,
+        access=checks,
+        sources=adapter_sources(settings),
+        metrics=metrics,
+        credentials=credentials,
     )
 
 

@@ -20,6 +20,7 @@ from loraserve.errors import (
     PermissionDeniedError,
     UnauthenticatedError,
 )
+from loraserve.printable import printable
 
 ERROR_CLASS_KEY = "loraserve-error"
 RETRY_AFTER_KEY = "loraserve-retry-after-s"
@@ -56,9 +57,8 @@ def status_code(error: LoraserveError) -> grpc.StatusCode:
 
 
 def status_message(error: LoraserveError) -> str:
-    """The error's text, or as much of it as a status can carry."""
-    text = str(error)
-    return text if len(text) <= MAX_MESSAGE_CHARS else text[: MAX_MESSAGE_CHARS - 1] + "…"
+    """The error's text on one line, or as much of it as a status can carry."""
+    return printable(str(error), MAX_MESSAGE_CHARS)
 
 
 def error_metadata(error: LoraserveError) -> tuple[tuple[str, str], ...]:

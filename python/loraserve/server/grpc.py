@@ -14,11 +14,15 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from loraserve.adapters.source import AdapterSource
 from loraserve.errors import EngineStoppedError, LoraserveError, OverloadedError
 from loraserve.request import Delta, RequestTiming, Usage
+from loraserve.server.adapter_sources import AdapterSources
 from loraserve.server.errors import ListenError, status_message
-from loraserve.server.grpc_access import GRPC_ROUTE, AccessInterceptor, abort_with
+from loraserve.server.grpc_access import GRPC_ROUTE, AccessInterceptor, abort_with, caller_name
+from loraserve.server.http.adapter_loading import logged_load, pin_adapter, unload_adapter, warm_adapter
 from loraserve.server.http.metrics import Metrics, Outcome, RequestMetrics
+from loraserve.server.logs import log_event
 from loraserve.server.messages import (
     adapters_to_wire,
     delta_to_wire,
@@ -53,9 +57,14 @@ class LoraServeServicer:
     """Answers the LoraServe service from one engine; reports when that turns out to have stopped."""
 
     def __init__(
-        self, engine: AsyncEngine, on_engine_stopped: Callable[[], Awaitable[None]], metrics: Metrics
+        self,
+        engine: AsyncEngine,
+        on_engine_stopped: Callable[[], Awaitable[None]],
+        metrics: Metrics,
+        sources: AdapterSources | None,
     ) -> None:
         self._engine = engine
+        self._sources = sources
         self._on_engine_stopped = on_engine_stopped
         self._metrics = metrics
 
@@ -75,8 +84,9 @@ class LoraServeServicer:
         self, message: pb.LoadAdapterRequest, context: Context
     ) -> pb.LoadAdapterResponse | None:
         async with self._errors_answered(context):
-            receipt = await self._engine.load_adapter(message.name, message.path)
-            logger.info("adapter loaded: name=%s path=%s rank=%d", message.name, message.path, receipt.rank)
+            with logged_load(message.name, message.path, caller_name()):
+                path = await self._allowed_path(message.path)
+                receipt = await self._engine.load_adapter(message.name, path)
             return pb.LoadAdapterResponse(receipt=receipt_to_wire(receipt))
         return None
 
@@ -84,8 +94,7 @@ class LoraServeServicer:
         self, message: pb.UnloadAdapterRequest, context: Context
     ) -> pb.UnloadAdapterResponse | None:
         async with self._errors_answered(context):
-            await self._engine.unload_adapter(message.name)
-            logger.info("adapter unloaded: name=%s", message.name)
+            await unload_adapter(self._engine, message.name, by=caller_name())
             return pb.UnloadAdapterResponse()
         return None
 
@@ -93,8 +102,7 @@ class LoraServeServicer:
         self, message: pb.WarmAdapterRequest, context: Context
     ) -> pb.WarmAdapterResponse | None:
         async with self._errors_answered(context):
-            load_s = await self._engine.warm_adapter(message.name)
-            logger.info("adapter warm: name=%s load_s=%.3f", message.name, load_s)
+            load_s = await warm_adapter(self._engine, message.name, by=caller_name())
             return pb.WarmAdapterResponse(load_s=load_s)
         return None
 
@@ -102,8 +110,7 @@ class LoraServeServicer:
         self, message: pb.PinAdapterRequest, context: Context
     ) -> pb.PinAdapterResponse | None:
         async with self._errors_answered(context):
-            await self._engine.pin_adapter(message.name, message.is_pinned)
-            logger.info("adapter pinned: name=%s is_pinned=%s", message.name, message.is_pinned)
+            await pin_adapter(self._engine, message.name, message.is_pinned, by=caller_name())
             return pb.PinAdapterResponse()
         return None
 
@@ -121,6 +128,11 @@ class LoraServeServicer:
             return info_to_wire(self._engine.info())
         return None
 
+    async def _allowed_path(self, path: str) -> str:
+        if self._sources is None:
+            return path
+        return str(await self._sources.resolve(AdapterSource("local", path)))
+
     @asynccontextmanager
     async def _errors_answered(self, context: Context) -> AsyncIterator[None]:
         """Turns an error of the body into the call's status; a cancelled call passes through."""
@@ -129,7 +141,8 @@ class LoraServeServicer:
         except LoraserveError as error:
             if isinstance(error, EngineStoppedError):
                 await self._on_engine_stopped()
-            logger.info("call refused: error=%s message=%s", type(error).__name__, status_message(error))
+            name, text = type(error).__name__, status_message(error)
+            log_event(logger, "call refused", error=name, reason=text, key=caller_name())
             await abort_with(context, error)
         except Exception as error:
             logger.exception("call failed")
@@ -147,6 +160,7 @@ class GrpcServer:
         port: int,
         *,
         access: AccessInterceptor | None = None,
+        sources: AdapterSources | None = None,
         metrics: Metrics | None = None,
         credentials: grpc.ServerCredentials | None = None,
     ) -> None:
@@ -157,6 +171,7 @@ class GrpcServer:
             host: address to listen on.
             port: TCP port.
             access: checks every call; None lets everybody do everything.
+            sources: where adapters may be loaded from; None lets them come from everywhere.
             metrics: told of every request.
             credentials: TLS; None serves plain text.
         """
@@ -165,7 +180,8 @@ class GrpcServer:
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         interceptors = () if access is None else (access,)
         self._server = grpc.aio.server(interceptors=interceptors, options=SERVER_OPTIONS)
-        servicer = LoraServeServicer(engine, self._health.enter_graceful_shutdown, metrics or Metrics())
+        stop_serving = self._health.enter_graceful_shutdown
+        servicer = LoraServeServicer(engine, stop_serving, metrics or Metrics(), sources)
         pb_grpc.add_LoraServeServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         services = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -239,7 +255,8 @@ class _Call:
 @contextmanager
 def _recorded(metrics: Metrics, message: pb.GenerateRequest) -> Iterator[_Call]:
     """Tells the metrics of a call and of how it ended."""
-    record = metrics.request_started(GRPC_ROUTE, message.adapter or dict(message.adapters) or None)
+    adapter = message.adapter or dict(message.adapters) or None
+    record = metrics.request_started(GRPC_ROUTE, adapter, key=caller_name())
     call = _Call(record)
     outcome: Outcome = "success"
     try:

@@ -9,15 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import unquote
 
 import grpc
 
-from loraserve.adapters.source import AdapterSource
 from loraserve.errors import LoraserveError, OverloadedError
 from loraserve.request import AdapterSpec
-from loraserve.server.adapter_sources import AdapterSources
 from loraserve.server.errors import error_metadata, status_code, status_message
 from loraserve.server.http.metrics import Metrics
 from loraserve.server.keys import PROXY_HEADERS, AccessControl, Caller
@@ -29,6 +28,8 @@ if TYPE_CHECKING:
 SERVICE_PREFIX = f"/{pb.DESCRIPTOR.services_by_name['LoraServe'].full_name}/"
 GRPC_ROUTE = "grpc"
 
+_CALLER: ContextVar[Caller | None] = ContextVar("caller", default=None)  # of the call this task answers
+
 Handler: TypeAlias = Callable[[Any, Any], Awaitable[Any]]
 Rule: TypeAlias = "Callable[[AccessInterceptor, Handler, Any, Context, Caller], Awaitable[Any]]"
 
@@ -38,7 +39,6 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
     Args:
         access: who may do what.
-        sources: where adapters may be loaded from.
         metrics: told of refused requests.
         request_timeout_s: deadline of every request that has no shorter one; None leaves it to the request.
     """
@@ -46,13 +46,11 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     def __init__(
         self,
         access: AccessControl,
-        sources: AdapterSources,
         metrics: Metrics,
         *,
         request_timeout_s: float | None = None,
     ) -> None:
         self._access = access
-        self._sources = sources
         self._metrics = metrics
         self._request_timeout_s = request_timeout_s
 
@@ -85,6 +83,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                 )
             except LoraserveError as error:
                 await abort_with(context, error)
+            _CALLER.set(caller)
             return await rule(self, handler, message, context, caller)
 
         return handle
@@ -97,7 +96,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                 await admission.enter_async_context(caller.admit())
             except LoraserveError as error:
                 is_busy = isinstance(error, OverloadedError)
-                record = self._metrics.request_started(GRPC_ROUTE, adapter)
+                record = self._metrics.request_started(GRPC_ROUTE, adapter, key=caller.name)
                 record.finished("overloaded" if is_busy else "refused")
                 await abort_with(context, error)
             if self._request_timeout_s is not None:
@@ -118,14 +117,6 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     async def _ask(self, handler: Handler, message: Any, context: Context, _caller: Caller) -> Any:
         return await handler(message, context)
 
-    async def _load(self, handler: Handler, message: Any, context: Context, caller: Caller) -> Any:
-        try:
-            caller.require_admin()
-            path = await self._sources.resolve(AdapterSource("local", message.path))
-        except LoraserveError as error:
-            await abort_with(context, error)
-        return await handler(pb.LoadAdapterRequest(name=message.name, path=str(path)), context)
-
     async def _administer(self, handler: Handler, message: Any, context: Context, caller: Caller) -> Any:
         try:
             caller.require_admin()
@@ -138,13 +129,18 @@ _RULES: dict[str, Rule] = {
     "Generate": AccessInterceptor._generate,
     "ListAdapters": AccessInterceptor._list,
     "GetServerInfo": AccessInterceptor._ask,
-    "LoadAdapter": AccessInterceptor._load,
 }
 
 
 async def abort_with(context: Context, error: LoraserveError) -> None:
     """Ends the call with the error's status and text, and the rest of it in the trailing metadata."""
     await context.abort(status_code(error), status_message(error), error_metadata(error))
+
+
+def caller_name() -> str | None:
+    """Whose call this task answers: the name of a key; None on a server that checks none."""
+    caller = _CALLER.get()
+    return None if caller is None else caller.name
 
 
 def host_of_peer(peer: str) -> str:

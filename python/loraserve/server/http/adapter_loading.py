@@ -8,12 +8,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from loraserve.adapters.source import AdapterSource
+from loraserve.errors import LoraserveError
+from loraserve.server.logs import log_event
 
 if TYPE_CHECKING:
     from loraserve.adapters.manifest import AdapterManifest
@@ -47,17 +50,68 @@ OnLoadProgress: TypeAlias = Callable[[LoadProgress], None]
 
 
 async def load_adapter(
-    engine: AsyncEngine, sources: AdapterSources, request: LoadRequest, on_progress: OnLoadProgress
+    engine: AsyncEngine,
+    sources: AdapterSources,
+    request: LoadRequest,
+    on_progress: OnLoadProgress,
+    *,
+    by: str | None,
 ) -> None:
-    """Registers the adapter; `on_progress` is called on the loop.
+    """Registers the adapter; `on_progress` is called on the loop, `by` names the key that asks.
 
     Raises:
         PermissionDeniedError: the source is not allowed.
         InvalidRequestError, AdapterFormatError, AdapterUnavailableError, CapacityError: it can't be served.
     """
+    with logged_load(request.name, str(request.source), by):
+        await _load(engine, sources, request, on_progress)
+
+
+async def unload_adapter(engine: AsyncEngine, name: str, *, by: str | None) -> None:
+    """Raises AdapterNotFoundError: no adapter has this name."""
+    await engine.unload_adapter(name)
+    log_event(logger, "adapter unloaded", adapter=name, by=by)
+
+
+async def pin_adapter(engine: AsyncEngine, name: str, is_pinned: bool, *, by: str | None) -> None:
+    """Raises AdapterNotFoundError, AdapterUnavailableError, CapacityError: it can't be pinned."""
+    await engine.pin_adapter(name, is_pinned)
+    log_event(logger, "adapter pinned" if is_pinned else "adapter unpinned", adapter=name, by=by)
+
+
+async def warm_adapter(engine: AsyncEngine, name: str, *, by: str | None) -> float:
+    """The seconds it took. Raises AdapterNotFoundError, AdapterUnavailableError, CapacityError."""
+    seconds = await engine.warm_adapter(name)
+    log_event(logger, "adapter warm", adapter=name, seconds=round(seconds, 3), by=by)
+    return seconds
+
+
+@contextmanager
+def logged_load(name: str, source: str, by: str | None) -> Iterator[None]:
+    """Logs how a load ends, whoever else is told."""
+    log_event(logger, "adapter loading", adapter=name, source=source, by=by)
+    failed = "adapter not loaded"
+    try:
+        yield
+    except LoraserveError as error:
+        kind, reason = type(error).__name__, str(error)
+        level = logging.WARNING
+        log_event(logger, failed, level=level, adapter=name, by=by, error=kind, reason=reason)
+        raise
+    except asyncio.CancelledError:
+        log_event(logger, failed, adapter=name, by=by, reason="the client left")
+        raise
+    except Exception:
+        log_event(logger, failed, level=logging.ERROR, exc_info=True, adapter=name, by=by)
+        raise
+    log_event(logger, "adapter loaded", adapter=name, source=source, by=by)
+
+
+async def _load(
+    engine: AsyncEngine, sources: AdapterSources, request: LoadRequest, on_progress: OnLoadProgress
+) -> None:
     path = await _fetch(sources, request, on_progress)
     on_progress(LoadProgress("checking"))
-    logger.info("loading adapter: name=%s source=%s", request.name, request.source)
     was_registered = any(adapter.name == request.name for adapter in engine.adapters())
     if was_registered and request.replaces:
         await _replace(engine, request, path)
@@ -74,12 +128,6 @@ async def load_adapter(
         if not was_registered:
             await engine.unload_adapter(request.name)
         raise
-
-
-async def unload_adapter(engine: AsyncEngine, name: str) -> None:
-    """Raises AdapterNotFoundError: no adapter has this name."""
-    await engine.unload_adapter(name)
-    logger.info("adapter unloaded: name=%s", name)
 
 
 async def _fetch(sources: AdapterSources, request: LoadRequest, on_progress: OnLoadProgress) -> Path:

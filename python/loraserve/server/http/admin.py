@@ -16,7 +16,14 @@ from loraserve.errors import AdapterNotFoundError
 from loraserve.info import AdapterInfo
 from loraserve.server.adapter_sources import AdapterSources
 from loraserve.server.http import status
-from loraserve.server.http.adapter_loading import LoadProgress, LoadRequest, load_adapter, unload_adapter
+from loraserve.server.http.adapter_loading import (
+    LoadProgress,
+    LoadRequest,
+    load_adapter,
+    pin_adapter,
+    unload_adapter,
+    warm_adapter,
+)
 from loraserve.server.http.admin_caller import admin_caller
 from loraserve.server.http.admin_schema import (
     AdapterBody,
@@ -86,7 +93,7 @@ async def load(body: LoadBody, request: Request, state: State, caller: Admin) ->
             media_type=EVENT_STREAM,
             headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
         )
-    await load_adapter(state.engine, _sources(state), wanted, lambda _: None)
+    await load_adapter(state.engine, _sources(state), wanted, lambda _: None, by=caller.name)
     return _json(_find(state, body.name, caller), 201)
 
 
@@ -97,44 +104,46 @@ async def show(name: str, state: State, caller: AnyCaller) -> AdapterBody:
 
 
 @router.delete("/adapters/{name}", status_code=204)
-async def unload(name: str, state: State, _admin: Admin) -> None:
+async def unload(name: str, state: State, caller: Admin) -> None:
     """Refuse new requests for the adapter; running ones finish, then its memory is free."""
-    await unload_adapter(state.engine, name)
+    await unload_adapter(state.engine, name, by=caller.name)
 
 
 @router.put("/adapters/{name}/pin")
 async def pin(name: str, body: PinBody, state: State, caller: Admin) -> AdapterBody:
     """Keep the adapter in the memory pool, or no longer."""
-    await state.engine.pin_adapter(name, body.pinned)
+    await pin_adapter(state.engine, name, body.pinned, by=caller.name)
     return _find(state, name, caller)
 
 
 @router.post("/adapters/{name}/warm")
-async def warm(name: str, state: State, _admin: Admin) -> WarmBody:
+async def warm(name: str, state: State, caller: Admin) -> WarmBody:
     """Load the adapter into the memory pool now, ahead of its first request."""
-    return WarmBody(seconds=await state.engine.warm_adapter(name))
+    return WarmBody(seconds=await warm_adapter(state.engine, name, by=caller.name))
 
 
 @router.post("/v1/load_lora_adapter", responses=VLLM_SUCCESS)
-async def vllm_load(body: VllmLoadBody, state: State, _admin: Admin) -> Response:
+async def vllm_load(body: VllmLoadBody, state: State, caller: Admin) -> Response:
     """vLLM's way to load an adapter."""
     source = parse_source(body.lora_path)
     wanted = LoadRequest(name=body.lora_name, source=source, replaces=body.load_inplace)
-    await load_adapter(state.engine, _sources(state), wanted, lambda _: None)
+    await load_adapter(state.engine, _sources(state), wanted, lambda _: None, by=caller.name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
 @router.post("/v1/unload_lora_adapter", responses=VLLM_SUCCESS)
-async def vllm_unload(body: VllmUnloadBody, state: State, _admin: Admin) -> Response:
+async def vllm_unload(body: VllmUnloadBody, state: State, caller: Admin) -> Response:
     """vLLM's way to unload an adapter."""
-    await unload_adapter(state.engine, body.lora_name)
+    await unload_adapter(state.engine, body.lora_name, by=caller.name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
 async def _load_events(state: HttpState, wanted: LoadRequest, caller: Caller) -> AsyncIterator[bytes]:
     """Server-sent events of a load; a client that leaves cancels what is not yet done."""
     progress: asyncio.Queue[LoadProgress | None] = asyncio.Queue()
-    loading = asyncio.create_task(load_adapter(state.engine, _sources(state), wanted, progress.put_nowait))
+    loading = asyncio.create_task(
+        load_adapter(state.engine, _sources(state), wanted, progress.put_nowait, by=caller.name)
+    )
     loading.add_done_callback(lambda _: progress.put_nowait(None))
     try:
         while True:

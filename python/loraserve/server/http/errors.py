@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,8 +30,7 @@ from loraserve.errors import (
     PermissionDeniedError,
     UnauthenticatedError,
 )
-
-logger = logging.getLogger(__name__)
+from loraserve.printable import printable
 
 MAX_SHOWN_PROBLEMS = 3
 MAX_MESSAGE_CHARS = 2000
@@ -104,7 +102,7 @@ def error_body(error: Exception, family: Family) -> dict[str, Any]:
     """The answer to `error`; of an error that is not ours to show, its class only."""
     kind = kind_of(error)
     if isinstance(error, LoraserveError):
-        message, name = str(error)[:MAX_MESSAGE_CHARS], type(error).__name__
+        message, name = _printable(str(error)), type(error).__name__
     else:
         name = "InternalError"
         message = f"internal error ({type(error).__name__}), the server's log has the details"
@@ -177,8 +175,8 @@ def _location(problem: Mapping[str, Any]) -> str:
 
 
 def _printable(text: str) -> str:
-    """Text that UTF-8 can carry; a client's own bytes may come back in a message."""
-    return text[:MAX_MESSAGE_CHARS].encode("utf-8", "replace").decode()
+    """Text that any reader may show; a client's own bytes may come back in a message."""
+    return printable(text, MAX_MESSAGE_CHARS)
 
 
 def _headers(error: Exception) -> dict[str, str]:

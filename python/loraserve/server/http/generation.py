@@ -149,7 +149,11 @@ async def generation(call: Call, requests: Sequence[GenerateRequest]) -> AsyncIt
     """
     adapter: AdapterSpec = requests[0].adapter
     metrics = call.state.metrics.request_started(
-        call.route, adapter, request_id=call.request_id, traceparent=call.traceparent
+        call.route,
+        adapter,
+        request_id=call.request_id,
+        key=call.caller.name,
+        traceparent=call.traceparent,
     )
     streams: list[RequestStream] = []
     running = Generation(streams, metrics, 0.0)

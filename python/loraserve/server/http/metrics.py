@@ -28,11 +28,15 @@ OTHER_LABEL = (
 
 @dataclass(frozen=True, kw_only=True)
 class RequestSummary:
-    """One finished request, for logs and traces; times in seconds, `started_at` on the wall clock."""
+    """One finished request, for logs and traces; times in seconds, `started_at` on the wall clock.
+
+    `adapter` is what was asked for, a client's own text if no such adapter exists; `key` names the caller's.
+    """
 
     route: str
     adapter: str
     request_id: str | None
+    key: str | None
     traceparent: str | None
     outcome: Outcome
     started_at: float
@@ -86,6 +90,7 @@ class Metrics:
         adapter: AdapterSpec = None,
         *,
         request_id: str | None = None,
+        key: str | None = None,
         traceparent: str | None = None,
     ) -> RequestMetrics:
         """Call `finished` of what this returns exactly once.
@@ -94,10 +99,11 @@ class Metrics:
             route: one of few, never a client's path.
             adapter: what was asked for, whether it exists or not.
             request_id: what logs call the request.
+            key: the name of the caller's key.
             traceparent: the client's span, as its header of this name tells it (W3C Trace Context).
         """
         self.num_in_progress += 1
-        return RequestMetrics(self, route, adapter_text(adapter), request_id, traceparent)
+        return RequestMetrics(self, route, adapter_text(adapter), request_id, key, traceparent)
 
     def label(self, adapter: str) -> str:
         """The adapter's own label, or the shared one; an adapter that may not exist must not come here."""
@@ -152,12 +158,19 @@ class RequestMetrics:
     """One request, from its arrival to its end."""
 
     def __init__(
-        self, metrics: Metrics, route: str, adapter: str, request_id: str | None, traceparent: str | None
+        self,
+        metrics: Metrics,
+        route: str,
+        adapter: str,
+        request_id: str | None,
+        key: str | None,
+        traceparent: str | None,
     ) -> None:
         self._metrics = metrics
         self._route = route
         self._adapter = adapter
         self._request_id = request_id
+        self._key = key
         self._traceparent = traceparent
         self._started_at = time.time()
         self._started = time.perf_counter()
@@ -193,6 +206,7 @@ class RequestMetrics:
             route=self._route,
             adapter=self._adapter,
             request_id=self._request_id,
+            key=self._key,
             traceparent=self._traceparent,
             outcome=outcome,
             started_at=self._started_at,

@@ -5,29 +5,29 @@ from __future__ import annotations
 import logging
 
 from loraserve.server.http.metrics import RequestSummary
+from loraserve.server.logs import log_event
 
 logger = logging.getLogger("loraserve.request")
 
 
 def log_request(summary: RequestSummary) -> None:
     """The fields are in the text, and for `--log-format json` in the record."""
-    if not logger.isEnabledFor(logging.INFO):
-        return
-    fields = {
-        "request_id": summary.request_id,
-        "route": summary.route,
-        "adapter": summary.adapter or None,
-        "outcome": summary.outcome,
-        "prompt_tokens": None if summary.usage is None else summary.usage.prompt_tokens,
-        "cached_tokens": None if summary.usage is None else summary.usage.cached_tokens,
-        "tokens": summary.num_tokens,
-        "queue_ms": None if summary.timing is None else _ms(summary.timing.queue_s),
-        "first_token_ms": None if summary.ttft_s is None else _ms(summary.ttft_s),
-        "ms": _ms(summary.total_s),
-    }
-    given = {name: value for name, value in fields.items() if value is not None}
-    text = " ".join(f"{name}={value}" for name, value in given.items())
-    logger.info("%s", f"finished: {text}", extra=given)
+    usage, timing = summary.usage, summary.timing
+    log_event(
+        logger,
+        "finished",
+        request_id=summary.request_id,
+        route=summary.route,
+        key=summary.key,
+        adapter=summary.adapter or None,
+        outcome=summary.outcome,
+        prompt_tokens=None if usage is None else usage.prompt_tokens,
+        cached_tokens=None if usage is None else usage.cached_tokens,
+        tokens=summary.num_tokens,
+        queue_ms=None if timing is None else _ms(timing.queue_s),
+        first_token_ms=None if summary.ttft_s is None else _ms(summary.ttft_s),
+        ms=_ms(summary.total_s),
+    )
 
 
 def _ms(seconds: float) -> float:

@@ -12,12 +12,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loraserve.errors import LoraserveError
+from loraserve.printable import printable
 from loraserve.server.http.metrics import RequestSummary
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
 
 NANOSECONDS = 1_000_000_000
+MAX_NAME_CHARS = 1000
 
 
 class TracingError(LoraserveError):
@@ -80,14 +82,17 @@ class Tracing:
         self._provider.shutdown()
 
     def _attributes(self, summary: RequestSummary) -> dict[str, str | int | float | bool]:
+        adapter = printable(summary.adapter, MAX_NAME_CHARS)
         attributes: dict[str, str | int | float | bool] = {
             "gen_ai.operation.name": "text_completion",
-            "gen_ai.request.model": summary.adapter or self._model,
+            "gen_ai.request.model": adapter or self._model,
             "gen_ai.usage.output_tokens": summary.num_tokens,
             "loraserve.route": summary.route,
-            "loraserve.adapter": summary.adapter,
+            "loraserve.adapter": adapter,
             "loraserve.outcome": summary.outcome,
         }
+        if summary.key is not None:
+            attributes["loraserve.key"] = printable(summary.key, MAX_NAME_CHARS)
         if summary.request_id is not None:
             attributes["loraserve.request_id"] = summary.request_id
         if summary.usage is not None:
