@@ -141,23 +141,116 @@ def write_directory(directory: Path, config: dict[str, Any], adds_bos: bool = Fa
     return directory
 
 
+@pytest.mark.parametrize("file_adds_bos", [True, False])
 @pytest.mark.parametrize(
-    ("file_adds_bos", "add_bos_token", "expected"),
+    "config",
+    [{}, {"add_bos_token": True}, {"add_bos_token": False}, {"add_eos_token": True, "eos_token": "</s>"}],
+)
+def test_bos_is_added_as_transformers_adds_it(
+    file_adds_bos: bool, config: dict[str, Any], tmp_path: Path
+) -> None:
+    """What tokenizer.json does to a prompt counts, whatever the config beside it says of bos and eos."""
+    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415  slow to import
+
+    write_directory(tmp_path, config, file_adds_bos)
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    expected = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    expected.backend_tokenizer.no_padding()
+    expected.backend_tokenizer.no_truncation()
+    assert tokenizer.encode("hello world") == expected.encode("hello world")
+    assert tokenizer.encode("hello world")[0] == (0 if file_adds_bos else 2)
+    assert tokenizer.encode("hello world", add_special_tokens=False) == [2, 3]
+
+
+LISTED = {"content": "<new>", "special": True}
+TOKEN_CONFIGS: dict[str, dict[str, Any]] = {
+    "listed": {"added_tokens_decoder": {"5": {"content": "<b>"}, "4": LISTED}},
+    "listed twice": {"added_tokens_decoder": {"4": LISTED, "0": {"content": "<s>", "special": True}}},
+    "listed and named": {"added_tokens_decoder": {"4": {"content": "<new>"}}, "eos_token": "<new>"},
+    "named": {"eos_token": "<eos>", "pad_token": {"__type": "AddedToken", "content": "<p>", "lstrip": True}},
+    "extra": {"extra_special_tokens": ["<x>", "<y>"]},
+    "additional": {"additional_special_tokens": ["<x>", {"__type": "AddedToken", "content": "<y>"}]},
+    "additional and extra": {"additional_special_tokens": ["<x>"], "extra_special_tokens": ["<y>"]},
+    "extra names": {
+        "extra_special_tokens": {"image_token": "<img>"},
+        "audio_token": "<a>",
+        "add_bos_token": True,
+    },
+    "class": {"tokenizer_class": "PreTrainedTokenizerFast"},
+}
+MAPS: list[dict[str, Any]] = [
+    {},
+    {"bos_token": {"content": "<m>"}, "eos_token": "<e>", "additional_special_tokens": ["<q>"]},
+]
+
+
+@pytest.mark.parametrize("older", [{}, {"<eos>": 5, "<old>": 4}])
+@pytest.mark.parametrize("special_map", MAPS, ids=["no map", "map"])
+@pytest.mark.parametrize("name", TOKEN_CONFIGS)
+def test_tokens_beside_the_vocabulary_are_those_of_transformers(
+    name: str, special_map: dict[str, Any], older: dict[str, int], tmp_path: Path
+) -> None:
+    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415  slow to import
+
+    write_directory(tmp_path, TOKEN_CONFIGS[name])
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(special_map))
+    (tmp_path / "added_tokens.json").write_text(json.dumps(older))
+    expected = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    found = Tokenizer.from_directory(tmp_path)
+    assert (
+        json.loads(found.to_json())["added_tokens"]
+        == json.loads(expected.backend_tokenizer.to_str())["added_tokens"]
+    )
+    assert found.special_tokens == expected.special_tokens_map
+    text = "hello <new> <b> <eos><p> <x><y> world"
+    assert found.encode(text) == expected.encode(text, padding=False, truncation=False)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer_class", "config"),
     [
-        (False, None, [2, 3]),
-        (True, None, [0, 2, 3]),
-        (False, True, [0, 2, 3]),
-        (True, True, [0, 2, 3]),
-        (True, False, [2, 3]),
+        ("LlamaTokenizer", {}),
+        ("LlamaTokenizerFast", {"eos_token": None}),
+        ("GPT2Tokenizer", {"bos_token": "<s>"}),
+        ("Qwen2Tokenizer", {"unk_token": None}),
+        ("PreTrainedTokenizerFast", {}),
     ],
 )
-def test_bos_is_added_once_and_only_if_the_model_wants_it(
-    file_adds_bos: bool, add_bos_token: bool | None, expected: list[int], tmp_path: Path
+def test_tokens_left_out_are_those_of_transformers_class(
+    tokenizer_class: str, config: dict[str, Any], tmp_path: Path
 ) -> None:
-    config = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
-    tokenizer = Tokenizer.from_directory(write_directory(tmp_path, config, file_adds_bos))
-    assert tokenizer.encode("hello world") == expected
-    assert tokenizer.encode("hello world", add_special_tokens=False) == [2, 3]
+    import transformers  # noqa: PLC0415  slow to import
+
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": tokenizer_class, **config})
+    )
+    expected = getattr(transformers, tokenizer_class).from_pretrained(tmp_path)
+    found = Tokenizer.from_directory(tmp_path)
+    assert found.special_tokens == expected.special_tokens_map
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"eos_token": 3}, "eos_token is 3, it must be a string or an object with content"),
+        ({"eos_token": {"id": 3}}, "a token is {'id': 3}, it needs a content"),
+        ({"added_tokens_decoder": [1]}, r"added_tokens_decoder is \[1\], it must be an object of objects"),
+        ({"added_tokens_decoder": {"4": "<a>"}}, "it must be an object of objects"),
+        ({"added_tokens_decoder": {"four": {"content": "<a>"}}}, "invalid literal for int"),
+        ({"added_tokens_decoder": {"4": {"content": "<a>", "lstrip": "yes"}}}, "lstrip|bool"),
+        ({"chat_template": 3}, "chat_template is 3, it must be a string, or objects with name and template"),
+        ({"chat_template": [{"name": "default"}]}, "it must be a string, or objects with name and template"),
+        ({"chat_template": {"tool_use": "t"}}, "has the chat templates tool_use and no default"),
+    ],
+)
+def test_a_tokenizer_config_that_cannot_be_read_is_refused(
+    config: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        Tokenizer.from_directory(write_directory(tmp_path, config))
 
 
 def test_saved_truncation_and_padding_do_not_apply(tmp_path: Path) -> None:
@@ -190,10 +283,29 @@ def test_templates_get_what_transformers_gives_them(template: Any, expected: str
     assert tokenizer.apply_chat_template(ONE) == expected
 
 
-def test_a_template_file_wins_over_the_config(tmp_path: Path) -> None:
-    write_directory(tmp_path, {"chat_template": "config"})
-    (tmp_path / "chat_template.jinja").write_text("file")
-    assert Tokenizer.from_directory(tmp_path).apply_chat_template(ONE) == "file"
+@pytest.mark.parametrize("further", [{}, {"tool_use": "t"}, {"default": "d"}])
+@pytest.mark.parametrize(
+    "template", ["config", {"default": "e"}, [{"name": "default", "template": "f"}], None]
+)
+@pytest.mark.parametrize("file", ["file", None])
+def test_the_template_is_the_one_transformers_takes(
+    file: str | None, template: Any, further: dict[str, str], tmp_path: Path
+) -> None:
+    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415  slow to import
+
+    write_directory(tmp_path, {"chat_template": template})
+    if file is not None:
+        (tmp_path / "chat_template.jinja").write_text(file)
+    for name, text in further.items():
+        (tmp_path / "additional_chat_templates").mkdir(exist_ok=True)
+        (tmp_path / "additional_chat_templates" / f"{name}.jinja").write_text(text)
+    try:
+        expected = PreTrainedTokenizerFast.from_pretrained(tmp_path).apply_chat_template(ONE, tokenize=False)
+    except ValueError:
+        with pytest.raises((ModelError, InvalidRequestError), match="template"):
+            Tokenizer.from_directory(tmp_path).apply_chat_template(ONE)
+    else:
+        assert Tokenizer.from_directory(tmp_path).apply_chat_template(ONE) == expected
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,7 @@ from loraserve.chat_template import ChatTemplate, Message
 from loraserve.errors import InvalidRequestError, ModelError
 from loraserve.json_file import read_optional_json
 from loraserve.models.config import token_ids
-
-SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+from loraserve.tokenizer_config import TokenizerConfig
 
 
 class Tokenizer:
@@ -42,7 +41,7 @@ class Tokenizer:
         )
         self._adds_bos_itself = backend.encode("").ids[:1] == [self.bos_token_id]
         self._add_bos = self._adds_bos_itself if add_bos is None else add_bos
-        self._special_tokens = dict(special_tokens)
+        self.special_tokens = dict(special_tokens)
         self.chat_template = self.build_chat_template(chat_template) if chat_template else None
 
     @classmethod
@@ -55,16 +54,16 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # tokenizers raises bare Exception
             raise ModelError(f"{file} can't be read: {error}") from error
-        config = read_optional_json(path / "tokenizer_config.json")
+        config = TokenizerConfig.from_directory(path, backend.padding)
+        config.add_tokens_to(backend)
         model = read_optional_json(path / "config.json")
         generation = read_optional_json(path / "generation_config.json")
         eos = generation.get("eos_token_id", model.get("eos_token_id"))
         return cls(
             backend,
-            special_tokens=_special_tokens(read_optional_json(path / "special_tokens_map.json") | config),
+            special_tokens=config.special_tokens,
             eos_token_ids=token_ids(eos),
-            add_bos=config.get("add_bos_token"),
-            chat_template=_chat_template(path, config),
+            chat_template=config.chat_template,
         )
 
     @classmethod
@@ -129,7 +128,7 @@ class Tokenizer:
 
     def build_chat_template(self, source: str) -> ChatTemplate:
         """Another template for this model's tokens."""
-        return ChatTemplate(source, self._special_tokens)
+        return ChatTemplate(source, self.special_tokens)
 
     def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
         """Token ids of a conversation; the template writes its own special tokens."""
@@ -147,21 +146,3 @@ class Tokenizer:
 
     def _id_of(self, token: str | None) -> int | None:
         return None if token is None else self._backend.token_to_id(token)
-
-
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Each is written as a string or as an object with its `content`."""
-    found = {name: config[name] for name in SPECIAL_TOKENS if config.get(name) is not None}
-    return {name: token if isinstance(token, str) else token["content"] for name, token in found.items()}
-
-
-def _chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
-    """The template file wins over tokenizer_config.json; of several named ones, `default`."""
-    file = path / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
