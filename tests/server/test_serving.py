@@ -50,7 +50,9 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def server(adapters: dict[str, str]) -> Iterator[ServerThread]:
-    config = EngineConfig(model="smollm2", adapters=adapters, memory="256MiB", max_model_len=2048)
+    config = EngineConfig(
+        model="smollm2", adapters=adapters, dtype="float32", memory="512MiB", max_model_len=2048
+    )
     with ServerThread(lambda: AsyncEngine(config)) as server:
         yield server
 
@@ -74,9 +76,9 @@ def test_token_ids_are_taken_as_they_are(client: Client) -> None:
 
 
 def test_a_chat_goes_through_the_template(client: Client) -> None:
-    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    messages = [{"role": "user", "content": "What is the capital of Japan?"}]
     answer = client.generate(messages=messages, params=SamplingParams(max_tokens=20, temperature=0.0))[0]
-    assert "Paris" in answer.text
+    assert answer.text == "The capital of Japan is Tokyo."
     assert answer.finish_reason == "stop"
 
 
@@ -277,11 +279,11 @@ def test_server_info_tells_settings_and_load(client: Client) -> None:
     info = client.info()
     assert (info.model, info.dtype, info.max_model_len, info.max_lora_rank) == (
         "smollm2",
-        "bfloat16",
+        "float32",
         2048,
         64,
     )
-    assert info.num_pages * info.page_nbytes <= 256 * 2**20
+    assert info.num_pages * info.page_nbytes <= 512 * 2**20
     assert (info.num_running, info.num_waiting, info.num_adapters) == (0, 0, 3)
 
 

