@@ -39,6 +39,9 @@ format: $(STAMPS)/dev ## rewrite files the way lint wants them
 check-sass: ## compile the CUDA kernels for every GPU they support and check the machine code; needs nvcc and nvdisasm
 	$(PYTHON) scripts/check_sass.py
 
+gpu-kit: $(STAMPS)/dev ## collect what a GPU machine without network needs for scripts/gpu_check.sh, in .gpu-kit
+	PYTHON=$(BIN)/python scripts/gpu_kit.sh
+
 RESULTS := benches/results
 BENCH_PEERS ?=
 bench: $(STAMPS)/bench ## scheduler, kernels, latencies, streams; beside PEFT and BENCH_PEERS="openvino vllm llamacpp" (20 minutes)
@@ -82,4 +85,4 @@ $(STAMPS):
 	$(PYTHON) -m venv $(VENV)
 	@mkdir -p $@
 
-.PHONY: help demo test lint format check-sass bench serve clean
+.PHONY: help demo test lint format check-sass gpu-kit bench serve clean

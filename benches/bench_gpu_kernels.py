@@ -3,7 +3,7 @@
 A graph holds a launch for each of several layers, whose weights and pages are read once; the L2 cache is
 emptied before each replay. Bandwidths stand beside that of a large copy in the same run.
 
-    python benches/bench_gpu_kernels.py [--json FILE] [--markdown FILE]
+    python benches/bench_gpu_kernels.py [--json FILE] [--once]
 """
 
 import argparse
@@ -11,16 +11,14 @@ import dataclasses
 import json
 import statistics
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from gpu_facts import copy_bandwidth, device
 from gpu_kernels import LLAMA_3_8B, Bench, Case
-from loraserve import _core
 
 NUM_REPLAYS = 30
 FLUSH_NBYTES = 512 << 20  # more than any L2 cache
-COPY_NBYTES = 2 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,24 +37,58 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--once", action="store_true", help="run a few cases once, untimed, for a profiler")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="a toy's shapes on the tests' emulator, untimed"
+    )
     arguments = parser.parse_args()
+    if arguments.rehearse:
+        return rehearse()
     if not torch.cuda.is_available():
         print("bench_gpu_kernels: torch finds no NVIDIA GPU here; nothing was measured", file=sys.stderr)
         return 1
-    copy_gb_per_s = copy_bandwidth()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         bench = Bench(LLAMA_3_8B, lambda tensor: tensor.cuda(), stream.cuda_stream)
-        timings = [measure(case, LLAMA_3_8B.num_layers, copy_gb_per_s) for case in bench.cases()]
-    text = report(timings, copy_gb_per_s)
-    print(text)
-    if arguments.markdown:
-        arguments.markdown.write_text(text)
+        if arguments.once:
+            return run_once(bench)
+        copy_gb_per_s = copy_bandwidth()
+        print(HEAD.format(device=device(), copy=copy_gb_per_s, layers=LLAMA_3_8B.num_layers), flush=True)
+        timings = []
+        for case in bench.cases():
+            timings.append(measure(case, LLAMA_3_8B.num_layers, copy_gb_per_s))
+            print(row(timings[-1]), flush=True)
     if arguments.json:
         result = {"device": device(), "copy_gb_per_s": copy_gb_per_s}
         result["timings"] = [dataclasses.asdict(timing) for timing in timings]
         arguments.json.write_text(json.dumps(result, indent=1))
+    return 0
+
+
+def run_once(bench: Bench) -> int:
+    """Each kind of kernel that is ours: its launches of one replay."""
+    for case in bench.cases():
+        if case.op.startswith(("lora", "attention")) and case.num_rows in (1, 64, LLAMA_3_8B.prompt_tokens):
+            stream = torch.cuda.current_stream().cuda_stream
+            print(case.op, case.num_rows, case.mix, flush=True)
+            case.begin(stream)(stream)
+            torch.cuda.synchronize()
+    return 0
+
+
+def rehearse() -> int:
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from tests.gpu.device import Gpu, open_driver  # noqa: PLC0415 (not there in a wheel)
+    from tests.gpu.test_bench_cases import SMALL  # noqa: PLC0415
+
+    driver, reason = open_driver()
+    if driver is None or not driver.is_emulated:
+        raise SystemExit(f"bench_gpu_kernels: no emulator to rehearse on: {reason}")
+    gpu = Gpu(driver, torch.device("cpu"), driver.create_stream())
+    for case in Bench(SMALL, gpu.place, gpu.stream).cases():
+        case.begin(gpu.stream)(gpu.stream)
+        gpu.synchronize()
+        print(case.op, case.num_rows, case.mix, "ran")
     return 0
 
 
@@ -91,45 +123,22 @@ def measure(case: Case, num_launches: int, copy_gb_per_s: float) -> Timing:
     )
 
 
-def copy_bandwidth() -> float:
-    """GB/s read and written by the best of several large copies."""
-    source, target = (torch.empty(COPY_NBYTES, dtype=torch.uint8, device="cuda") for _ in range(2))
-    best = float("inf")
-    for _ in range(10):
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record()
-        target.copy_(source)
-        after.record()
-        torch.cuda.synchronize()
-        best = min(best, before.elapsed_time(after))
-    return 2 * COPY_NBYTES / (best / 1e3) / 1e9
+HEAD = """{device}. A large copy moves {copy:.0f} GB/s.
+
+Time of one launch: the median of replays of a graph of {layers} launches. GB/s counts what must move once.
+Weights and pages are not in the L2 cache; activations are, from the second launch on. torch's LoRA is bmm
+over stacked weights.
+
+| op | rows | | µs | GB/s | of a copy | TFLOP/s |
+|---|---|---|---|---|---|---|"""
 
 
-def device() -> str:
-    facts, properties = _core.cuda_facts(), torch.cuda.get_device_properties(0)
-    memory = f"{properties.multi_processor_count} SMs, {properties.total_memory / 2**30:.0f} GiB"
-    software = f"driver for CUDA {facts['driver']}, NVRTC {facts['nvrtc']}, torch {torch.__version__}"
-    return f"{properties.name}, {memory}, {software}"
-
-
-def report(timings: Sequence[Timing], copy_gb_per_s: float) -> str:
-    lines = [
-        f"{device()}. A large copy moves {copy_gb_per_s:.0f} GB/s.",
-        "",
-        f"Time of one launch: the median of {NUM_REPLAYS} replays of {LLAMA_3_8B.num_layers} launches. GB/s",
-        "counts what must move once. Weights and pages are not in the L2 cache; activations are, from the",
-        "second launch on.",
-        "",
-        "| op | rows | | µs | GB/s | of a copy | TFLOP/s |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for timing in timings:
-        tflop = f"{timing.tflop_per_s:.1f}" if timing.tflop_per_s else ""
-        lines.append(
-            f"| {timing.op} | {timing.num_rows} | {timing.mix} | {timing.microseconds:.1f} "
-            f"| {timing.gb_per_s:.0f} | {timing.percent_of_copy:.0f}% | {tflop} |"
-        )
-    return "\n".join(lines) + "\n"
+def row(timing: Timing) -> str:
+    tflop = f"{timing.tflop_per_s:.1f}" if timing.tflop_per_s else ""
+    return (
+        f"| {timing.op} | {timing.num_rows} | {timing.mix} | {timing.microseconds:.1f} "
+        f"| {timing.gb_per_s:.0f} | {timing.percent_of_copy:.0f}% | {tflop} |"
+    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Launches of the CUDA kernels with the shapes of a model, and the bytes and products of each."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -167,6 +168,7 @@ class Bench:
             for group in range(NUM_GROUPS):
                 for mix in ("distinct", "identical"):
                     yield self._lora_decode(group, num_rows, mix)
+                    yield self._torch_lora(group, num_rows, mix)
             yield from self._rows(num_rows)
             yield self._rope(num_rows)
             yield self._attention(num_rows)
@@ -184,6 +186,33 @@ class Bench:
         nbytes = len(set(slots)) * self._shapes.lora_nbytes(group) + rows_nbytes
         arrays = arrays_of([(1, BLOCK_SIZE)] * num_rows, segments)
         return self._lora(f"lora {GROUP_NAMES[group]}", group, arrays, mix, nbytes)
+
+    def _torch_lora(self, group: int, num_rows: int, mix: str) -> Case:
+        """The same sums by torch's batched products over stacked weights, as a plain server would do them."""
+        in_features, out_features = self._shapes.modules(group)
+        num_adapters = num_rows if mix == "distinct" else 1
+        rows, rank = num_rows // num_adapters, self._shapes.rank
+        ours = self._lora_decode(group, num_rows, mix)
+
+        def begin(_: int) -> Run:
+            def stacked(*shape: int) -> torch.Tensor:
+                shape = (self._shapes.num_layers, num_adapters, *shape)
+                return self._place((torch.randn(1, 1, *shape[2:]) / 16).bfloat16().expand(shape).contiguous())
+
+            a = stacked(in_features, rank * len(out_features))
+            b = [stacked(rank, width) for width in out_features]
+            x = self._x[: num_rows * in_features].view(num_adapters, rows, in_features)
+            y = self._y[: num_rows * sum(out_features)].view(num_adapters, rows, sum(out_features))
+
+            def run(_: int) -> None:
+                for layer in range(self._shapes.num_layers):
+                    shrunk = torch.bmm(x, a[layer]).split(rank, dim=2)
+                    for part, s, expand in zip(y.split(out_features, dim=2), shrunk, b, strict=True):
+                        part.baddbmm_(s, expand[layer])
+
+            return run
+
+        return dataclasses.replace(ours, op=f"torch {GROUP_NAMES[group]}", begin=begin)
 
     def _lora_prefill(self, group: int, num_adapters: int) -> Case:
         num_tokens = self._shapes.prompt_tokens // num_adapters

@@ -18,6 +18,10 @@
 // s, so that they travel meanwhile. Waiting can't deadlock as long as blocks start in the order of their
 // indices, as CUB's scans assume too: shrink blocks come first and never wait.
 
+#ifndef __CUDACC_RTC__  // NVRTC knows assert by itself
+#include <assert.h>
+#endif
+
 #include "lora.cuh"
 
 constexpr int WARPS = 8;
@@ -196,15 +200,24 @@ __device__ __forceinline__ void stage_s(SharedMemory& shared, const LoraArgs& ar
     __syncthreads();
 }
 
+// Looks at a flag after which the blocks waited for will never run: seconds. Better a dead context than a hung GPU.
+constexpr unsigned MAX_LOOKS = 1U << 24;
+
+// Only looks; not inlined, so that its loop and its message take no registers from the caller's loads under way.
+__device__ __noinline__ void look_until_ready(const ItemState* state) {
+    for (unsigned looks = 0; looks < MAX_LOOKS; ++looks) {
+        unsigned is_ready;
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(is_ready) : "l"(&state->is_ready) : "memory");
+        if (is_ready != 0) {
+            return;
+        }
+    }
+    assert(!"lora_decode waited for the shrink of its item in vain");
+}
+
 __device__ __forceinline__ void wait_until_ready(const ItemState* state) {
     if (threadIdx.x == 0) {
-        unsigned is_ready = 0;
-        while (is_ready == 0) {
-            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
-                         : "=r"(is_ready)
-                         : "l"(&state->is_ready)
-                         : "memory");
-        }
+        look_until_ready(state);
         __threadfence();
     }
     __syncthreads();

@@ -13,7 +13,6 @@ import time
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
-import llguidance
 import numpy as np
 import numpy.typing as npt
 
@@ -21,6 +20,8 @@ from loraserve.errors import InvalidRequestError
 from loraserve.grammar import Grammar
 
 if TYPE_CHECKING:
+    import llguidance
+
     from loraserve.tokenizer import Tokenizer
 
 CACHE_SIZE = 64  # compiled grammars kept
@@ -121,6 +122,8 @@ class GrammarCompiler:
 
     def _built_vocabulary(self) -> llguidance.LLTokenizer:
         """Made at the first grammar: it takes a fifth of a second."""
+        import llguidance  # noqa: PLC0415 (engines run without it until a grammar is asked for)
+
         if self._vocabulary is None:
             self._vocabulary = llguidance.LLTokenizer(
                 self._tokenizer.to_json(),
@@ -130,6 +133,8 @@ class GrammarCompiler:
         return self._vocabulary
 
     def _compile(self, grammar: Grammar, vocabulary: llguidance.LLTokenizer) -> GrammarMatcher:
+        import llguidance  # noqa: PLC0415 (as above)
+
         try:
             matcher = llguidance.LLMatcher(
                 vocabulary,
@@ -154,6 +159,8 @@ class GrammarCompiler:
 
 def _source(grammar: Grammar) -> str:
     """The grammar in llguidance's own notation."""
+    import llguidance  # noqa: PLC0415 (as above)
+
     if isinstance(grammar.value, tuple):
         choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in grammar.value)
         return llguidance.LLMatcher.grammar_from_lark(f"start: {choices}")

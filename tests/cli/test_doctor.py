@@ -1,5 +1,7 @@
 """`loraserve doctor` says what there is, what is missing, and what to do about it."""
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -65,3 +67,32 @@ def test_this_machine_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert f"{_core.default_isa()} kernels" in out
     assert "device auto" in out
+
+
+def test_it_runs_where_packages_are_missing() -> None:
+    absent = [
+        "torch",
+        "pydantic",
+        "fastapi",
+        "uvicorn",
+        "orjson",
+        "llguidance",
+        "grpc",
+        "grpc_health",
+        "jinja2",
+        "yaml",
+    ]
+    hide = "".join(f"sys.modules[{name!r}] = None; " for name in absent)
+    code = f"import sys; {hide}from loraserve.cli import main; sys.exit(main(['doctor']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "none: import of torch halted" in done.stdout
+
+
+def test_missing_packages_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    required = ["torch>=2.4", "a-package-nobody-has>=1,<2", 'nor-this ; extra == "dev"']
+    monkeypatch.setattr("importlib.metadata.requires", lambda _: required)
+    assert main(["doctor"]) == 0
+    assert "missing: a-package-nobody-has; install" in capsys.readouterr().out

@@ -20,19 +20,21 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     driver, reason = open_driver()
     assert driver is not None, reason
     backends: list[CudaBackend] = []
+    open_real = loraserve.runner.open_backend
 
     def open_backend(config: EngineConfig) -> CudaBackend:
         assert driver is not None
-        backends.append(EmulatedBackend(config, driver))
-        return backends[0]
+        opened = EmulatedBackend(config, driver) if driver.is_emulated else open_real(config)
+        assert isinstance(opened, CudaBackend)
+        backends.append(opened)
+        return opened
 
-    if driver.is_emulated:
-        loraserve.runner.open_backend = open_backend  # type: ignore[assignment]
+    loraserve.runner.open_backend = open_backend
     return answer(job, "cuda") | {"captures": _captures(backends)}
 
 
 def _captures(backends: list[CudaBackend]) -> int:
-    graphs = backends[0]._graphs if backends else None
+    graphs = backends[0]._graphs
     return 0 if graphs is None else graphs.num_captured
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
+from importlib import metadata
 from typing import TYPE_CHECKING
 
 from loraserve.cli.options import Subparsers, add_command
@@ -38,15 +40,13 @@ def run(_: argparse.Namespace) -> int:
 
 def report() -> dict[str, str]:
     """Label → finding."""
-    import torch  # noqa: PLC0415 (slow to import)
-
     from loraserve import _core  # noqa: PLC0415 (a compiled module)
-    from loraserve.backends import choose_device  # noqa: PLC0415 (imports torch)
 
     facts = _core.cuda_facts()
     rows = {
         "loraserve": f"{_core.__version__} on Python {platform.python_version()}",
-        "torch": f"{torch.__version__}, {_torch_cuda(torch.version.cuda)}",
+        "packages": _packages(),
+        "torch": _torch(),
         "CPU": f"{_core.default_isa()} kernels, {len(os.sched_getaffinity(0))} cores",
         "CUDA driver": _found(facts["driver"], facts["driver_error"]),
     }
@@ -55,13 +55,46 @@ def report() -> dict[str, str]:
     rows |= {
         "NVRTC": _found(facts["nvrtc"], facts["nvrtc_error"]),
         "kernel cache": _cache(facts),
-        "device auto": choose_device("auto"),
+        "device auto": _device_auto(),
     }
     return rows
 
 
-def _torch_cuda(version: str | None) -> str:
-    return "built without CUDA" if version is None else f"built for CUDA {version}"
+def _packages() -> str:
+    """Whether what loraserve requires is installed; versions are pip's business."""
+    try:
+        required = metadata.requires("loraserve") or []
+    except metadata.PackageNotFoundError:
+        return "unknown: loraserve is not installed as a package"
+    names = [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in required if "extra ==" not in line]
+    missing = sorted(name for name in names if not _is_installed(name))
+    return f"missing: {', '.join(missing)}; install them with pip" if missing else "all installed"
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _torch() -> str:
+    try:
+        import torch  # noqa: PLC0415 (slow to import)
+    except (ImportError, OSError) as error:
+        return f"none: {error}"
+    version = torch.version.cuda
+    built = "built without CUDA" if version is None else f"built for CUDA {version}"
+    return f"{torch.__version__}, {built}"
+
+
+def _device_auto() -> str:
+    try:
+        from loraserve.backends import choose_device  # noqa: PLC0415 (imports torch)
+    except (ImportError, OSError) as error:
+        return f"none: {error}"
+    return choose_device("auto")
 
 
 def _found(value: str | None, error: str | None) -> str:

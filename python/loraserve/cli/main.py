@@ -6,11 +6,13 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
-from loraserve.cli import adapters, config, doctor, generate, serve
 from loraserve.errors import LoraserveError
 from loraserve.printable import printable
+
+COMMANDS = ("serve", "generate", "adapters", "config", "doctor")  # modules of this package
 
 EXAMPLES = """\
 examples:
@@ -30,7 +32,10 @@ EXIT_INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0, 1 after an error of loraserve, 130 after an interrupt; 2 is bad usage."""
-    args = build_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    # One command's module alone: doctor runs where what another one imports is missing.
+    named = [command for command in COMMANDS if command in argv[:1]]
+    args = build_parser(named or COMMANDS).parse_args(argv)
     try:
         status: int = args.run(args)
     except LoraserveError as error:
@@ -51,7 +56,8 @@ def _error_text(error: LoraserveError) -> str:
     return "\n  ".join([f"loraserve: error: {first}", *more])
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
+    """The parser of these commands."""
     parser = argparse.ArgumentParser(
         prog="loraserve",
         description="Serve hundreds of LoRA adapters on one base LLM, mixed in one batch.",
@@ -59,9 +65,9 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action=_PrintVersion, nargs=0, help="print the version and exit")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (serve, generate, adapters, config, doctor):
-        command.add_parser(commands)
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in commands:
+        import_module(f"loraserve.cli.{command}").add_parser(subparsers)
     return parser
 
 
