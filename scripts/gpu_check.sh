@@ -64,9 +64,11 @@ stage() {
 # pytest's own settings turn warnings of other package versions into errors; parallel where xdist is there.
 tests=("$python" -m pytest -W default -p no:cacheprovider)
 has() { "$python" -c "import $1" 2>/dev/null; }
-has pytest_timeout && tests+=(--timeout 120)
+has pytest_timeout && tests+=(--timeout 60 --timeout-method thread) # a wait in the driver hears no signal
 parallel=()
 if has xdist; then parallel=(-n "$([ -n "$rehearse" ] && echo 2 || echo 8)" --dist worksteal); fi
+# Eight processes with a thread per core each would mostly wait for one another.
+in_parallel=(env OMP_NUM_THREADS=2)
 profiled=("$python" benches/bench_gpu_kernels.py --once)
 rehearsed=()
 if [ -n "$rehearse" ]; then
@@ -78,7 +80,16 @@ facts() {
     "$python" -m loraserve doctor || return
     [ -n "$rehearse" ] || { nvidia-smi && "$python" benches/gpu_facts.py; }
 }
-export -f facts
+sanitized() { # stray accesses; then races in shared memory, where prefill's copies are asynchronous
+    local check=(compute-sanitizer --error-exitcode 9 --target-processes all) ran=0
+    local tests=("$python" -m pytest -W default -p no:cacheprovider -x --verbose)
+    "${check[@]}" --tool memcheck "${tests[@]}" tests/gpu/test_step_graphs.py tests/gpu/test_lora_decode.py \
+        -k 'replay or several_waves or graph or distinct' || ran=1
+    "${check[@]}" --tool racecheck "${tests[@]}" tests/gpu/test_lora_prefill.py tests/gpu/test_lora_decode.py \
+        -k 'several_waves or share_a_step' || ran=1
+    return $ran
+}
+export -f facts sanitized
 export python rehearse
 
 minutes=$([ -n "$rehearse" ] && echo 600 || echo 1)
@@ -86,15 +97,15 @@ limit() { echo $((minutes == 1 ? $1 : minutes)); }
 
 stage facts "$(limit 60)" facts.txt bash -c facts
 stage smoke "$(limit 90)" smoke.txt "${tests[@]}" -x tests/gpu/test_norm.py tests/gpu/test_lora_decode.py
-stage tests "$(limit 180)" tests.txt "${tests[@]}" "${parallel[@]}" -rsfE tests/gpu
+stage tests "$(limit 200)" tests.txt "${in_parallel[@]}" "${tests[@]}" ${parallel[@]+"${parallel[@]}"} \
+    --verbose --durations 10 -rsfE tests/gpu
 stage kernels "$(limit 120)" kernels.md "$python" benches/bench_gpu_kernels.py ${rehearsed[@]+"${rehearsed[@]}"}
 stage engine "$(limit 240)" engine.md "$python" benches/bench_gpu_engine.py ${rehearsed[@]+"${rehearsed[@]}"}
 if [ -z "$rehearse" ]; then
     stage ncu 120 ncu.txt ncu --clock-control none --kernel-name 'regex:lora_|paged_attention' \
         --section SpeedOfLight --section MemoryWorkloadAnalysis --section Occupancy --section LaunchStats \
         --section WarpStateStats "${profiled[@]}"
-    stage sanitizer 150 sanitizer.txt compute-sanitizer --tool memcheck --error-exitcode 9 \
-        "$python" -m pytest -W default -p no:cacheprovider -x tests/gpu/test_lora_decode.py tests/gpu/test_step.py
+    stage sanitizer "$(limit 180)" sanitizer.txt bash -c sanitized
 else
     stage ncu 600 ncu.txt "${profiled[@]}"
 fi
