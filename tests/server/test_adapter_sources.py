@@ -64,6 +64,62 @@ def test_other_paths_are_refused(folder: Path, path: str, error: type[LoraserveE
         asyncio.run(sources.resolve(AdapterSource("local", text)))
 
 
+@pytest.mark.parametrize(
+    ("text", "revision", "source"),
+    [
+        ("good", None, AdapterSource("local", "good")),
+        ("root/good", None, AdapterSource("hub", "root/good")),
+        ("other/deeper", None, AdapterSource("local", "other/deeper")),
+        ("missing", None, AdapterSource("hub", "missing")),
+        ("good", "main", AdapterSource("hub", "good", "main")),
+        ("hf://good", None, AdapterSource("hub", "good")),
+        ("./good", None, AdapterSource("local", "./good")),
+        ("./missing", None, AdapterSource("local", "./missing")),
+        ("../outside", None, AdapterSource("local", "../outside")),
+        ("a/b/c", None, AdapterSource("local", "a/b/c")),
+    ],
+)
+def test_a_name_is_a_directory_under_a_root_or_else_a_repository(
+    folder: Path, text: str, revision: str | None, source: AdapterSource
+) -> None:
+    (folder / "second/other/deeper").mkdir(parents=True)
+    sources = AdapterSources([folder / "root", folder / "second"])
+    assert sources.find(text, revision) == source
+
+
+@pytest.mark.parametrize("text", ["good", "./good", "inside"])
+def test_a_relative_path_is_taken_from_the_roots(folder: Path, text: str) -> None:
+    sources = AdapterSources([folder / "root"])
+    assert asyncio.run(sources.resolve(sources.find(text))) == folder / "root/good"
+
+
+@pytest.mark.parametrize("text", ["out", "./../outside", "../outside", ".", "..", "./out-chain"])
+def test_a_relative_path_does_not_leave_its_root(folder: Path, text: str) -> None:
+    sources = AdapterSources([folder / "root"])
+    with pytest.raises(PermissionDeniedError, match="not under an adapter root"):
+        asyncio.run(sources.resolve(sources.find(text)))
+
+
+def test_a_name_that_is_nowhere_says_where_it_was_looked_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(repo_id: str, *_: object) -> Path:
+        raise AdapterFormatError(f"adapter {repo_id!r} is not on the Hub")
+
+    monkeypatch.setattr(adapter_sources, "download_adapter", download)
+    local = f"no directory 'a-two' lies under an adapter root \\({folder / 'root'}\\); "
+    sources = AdapterSources([folder / "root"])
+    with pytest.raises(AdapterFormatError, match=f"^{local}adapter 'a-two' is not on the Hub"):
+        asyncio.run(sources.resolve(sources.find("a-two")))
+    sources = AdapterSources([folder / "root"], hub_repos=())
+    with pytest.raises(PermissionDeniedError, match=f"^{local}Hub repository 'a-two' is not allowed"):
+        asyncio.run(sources.resolve(sources.find("a-two")))
+    with pytest.raises(PermissionDeniedError, match="^Hub repository 'a-two' is not allowed"):
+        asyncio.run(sources.resolve(sources.find("hf://a-two")))
+    with pytest.raises(PermissionDeniedError, match="under an adapter root: there is none"):
+        asyncio.run(AdapterSources(hub_repos=()).resolve(AdapterSources().find("a-two")))
+
+
 def test_without_roots_no_path_is_read(folder: Path) -> None:
     with pytest.raises(PermissionDeniedError, match="--adapter-root"):
         AdapterSources().check_path(str(folder / "root/good"))

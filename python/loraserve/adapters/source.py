@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -18,18 +18,22 @@ _HUB_SCHEMES = ("hf://", "hub:")
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """`location` is a directory, or a repository of the Hub at a branch, tag or commit (`revision`)."""
+    """`location` is a directory, or a repository of the Hub at a branch, tag or commit (`revision`).
+
+    `sought` says in words where a directory was looked for first, None where it was not.
+    """
 
     kind: Literal["local", "hub"]
     location: str
     revision: str | None = None
+    sought: str | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         return self.location if self.revision is None else f"{self.location}@{self.revision}"
 
 
 def parse_source(text: str, revision: str | None = None) -> AdapterSource:
-    """A path, or else what looks like a Hub id; "hf://owner/name" is never a path.
+    """A path, or else what looks like a Hub id; "hf://owner/name" is never a path, "./name" always.
 
     Raises InvalidRequestError: a directory has a revision.
     """

@@ -91,7 +91,10 @@ def _hub_errors(kind: str, repo_id: str, error_class: type[LoraserveError]) -> I
     except GatedRepoError as error:
         raise error_class(f"{what} is gated on the Hub: accept its terms, set HF_TOKEN") from error
     except RepositoryNotFoundError as error:
-        raise error_class(f"{what} is neither a local path nor on the Hub") from error
+        raise error_class(
+            f"{what} is neither a local path nor on the Hub: looked in {Path.cwd()}; a private repository "
+            "needs HF_TOKEN"
+        ) from error
     except RevisionNotFoundError as error:
         raise error_class(f"{what} has no such revision on the Hub") from error
     except LocalEntryNotFoundError as error:

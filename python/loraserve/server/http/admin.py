@@ -11,7 +11,6 @@ import orjson
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 
-from loraserve.adapters.source import parse_source
 from loraserve.errors import AdapterNotFoundError
 from loraserve.info import AdapterInfo
 from loraserve.server.adapter_sources import AdapterSources
@@ -78,7 +77,7 @@ async def load(body: LoadBody, request: Request, state: State, caller: Admin) ->
 
     Events are `progress` {stage, done_bytes, total_bytes}, at the end `loaded` with the adapter, or `error`.
     """
-    source = parse_source(body.source, body.revision)
+    source = _sources(state).find(body.source, body.revision)
     wanted = LoadRequest(
         name=body.name,
         source=source,
@@ -125,7 +124,7 @@ async def warm(name: str, state: State, caller: Admin) -> WarmBody:
 @router.post("/v1/load_lora_adapter", responses=VLLM_SUCCESS)
 async def vllm_load(body: VllmLoadBody, state: State, caller: Admin) -> Response:
     """vLLM's way to load an adapter."""
-    source = parse_source(body.lora_path)
+    source = _sources(state).find(body.lora_path)
     wanted = LoadRequest(name=body.lora_name, source=source, replaces=body.load_inplace)
     await load_adapter(state.engine, _sources(state), wanted, lambda _: None, by=caller.name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")

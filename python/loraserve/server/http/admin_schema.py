@@ -18,7 +18,10 @@ class LoadBody(_Body):
     """An adapter to load."""
 
     name: Name
-    source: Source = Field(description="A directory under an adapter root, or a Hub id (hf://owner/name).")
+    source: Source = Field(
+        description="A directory, absolute or from an adapter root; a name that is none there is a Hub id. "
+        "hf://owner/name is always a Hub id, ./name never."
+    )
     revision: str | None = Field(None, max_length=256, description="Branch, tag or commit on the Hub.")
     token: str | None = Field(None, max_length=1024, repr=False, description="Hub token for this adapter.")
     pin: bool = Field(False, description="Keep it in the memory pool.")
@@ -31,7 +34,7 @@ class PinBody(_Body):
 
 
 class VllmLoadBody(BaseModel):
-    """vLLM's body; `lora_path` may be a Hub id too."""
+    """vLLM's body; `lora_path` is what `source` is at POST /adapters."""
 
     lora_name: Name
     lora_path: Source
