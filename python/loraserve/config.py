@@ -1,5 +1,6 @@
 """Engine settings, validated once."""
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,20 +8,24 @@ from decimal import Decimal
 
 from loraserve.adapters.manifest import AdapterManifest
 from loraserve.errors import InvalidRequestError
+from loraserve.value_checks import check_bool, check_choice, check_int
 
 DTYPES = ("bfloat16", "float16", "float32")
+DTYPE_ALIASES = {"auto": "bfloat16", "half": "float16", "float": "float32"}
 DEVICES = ("auto", "cpu", "cuda")
 
 MAX_MEMORY = 2**62
 
-_COUNTS = (
-    "max_lora_rank",
-    "max_num_seqs",
-    "max_batched_tokens",
-    "max_waiting",
-    "max_model_len",
-    "num_threads",
-)
+# Most that a setting may be; what an engine can do with a machine is checked against the machine.
+MAX_COUNTS = {
+    "max_lora_rank": 2**16,
+    "max_num_seqs": 2**16,
+    "max_batched_tokens": 2**20,
+    "max_waiting": 2**31 - 1,
+    "max_model_len": 2**31 - 1,
+    "num_threads": 1024,
+}
+_OPTIONAL_COUNTS = ("max_waiting", "max_model_len", "num_threads")
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -34,7 +39,7 @@ class EngineConfig:
         adapters: name → PEFT directory, registered at start.
         manifests: name → what is said of an adapter here, over its own `loraserve.json`.
         dtype: storage of weights, KV cache and adapters: "bfloat16", "float16" (GPU only) or "float32" (CPU
-            only).
+            only); also vLLM's names "half", "float" and "auto", which is bfloat16 here.
         device: "cpu", "cuda" (one NVIDIA GPU), or "auto", which takes a GPU if torch sees one.
         memory: bytes of the one pool that KV cache and adapters share, or text such as "2GiB".
         max_lora_rank: adapters of a higher rank are refused.
@@ -65,12 +70,23 @@ class EngineConfig:
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
-        _check_choice("dtype", self.dtype, DTYPES)
-        _check_choice("device", self.device, DEVICES)
-        for name in _COUNTS:
+        object.__setattr__(self, "model", _path_text("model", self.model))
+        object.__setattr__(self, "adapters", _checked_adapters(self.adapters))
+        if not isinstance(self.manifests, Mapping):
+            raise InvalidRequestError(f"manifests is {self.manifests!r:.100}, give {{name: AdapterManifest}}")
+        for name, manifest in self.manifests.items():
+            if not isinstance(manifest, AdapterManifest):
+                raise InvalidRequestError(
+                    f"manifest of {name!r:.100} is {manifest!r:.100}, give AdapterManifest"
+                )
+        check_choice("dtype", self.dtype, (*DTYPES, *DTYPE_ALIASES))
+        object.__setattr__(self, "dtype", DTYPE_ALIASES.get(self.dtype, self.dtype))
+        check_choice("device", self.device, DEVICES)
+        for name, high in MAX_COUNTS.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InvalidRequestError(f"{name} is {value}, it must be at least 1")
+            if value is not None or name not in _OPTIONAL_COUNTS:
+                check_int(name, value, 1, high)
+        check_bool("prefix_caching", self.prefix_caching)
         for name in self.manifests:
             if name not in self.adapters:
                 raise InvalidRequestError(f"manifests has {name!r}, which is none of the adapters")
@@ -100,6 +116,17 @@ def parse_memory(memory: int | str) -> int:
     return nbytes
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InvalidRequestError(f"{name} is {value!r}, it must be one of {', '.join(choices)}")
+def _checked_adapters(adapters: object) -> dict[str, str]:
+    if not isinstance(adapters, Mapping):
+        raise InvalidRequestError(f"adapters is {adapters!r:.100}, give {{name: directory}}")
+    for name in adapters:
+        if not isinstance(name, str):
+            raise InvalidRequestError(f"adapters has the name {name!r:.100}, it must be text")
+    return {name: _path_text(f"adapter {name!r:.100}", path) for name, path in adapters.items()}
+
+
+def _path_text(name: str, value: object) -> str:
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(text, str) or not text:
+        raise InvalidRequestError(f"{name} is {value!r:.100}, it must be a path or a name, as text")
+    return text

@@ -45,7 +45,7 @@ class LLM:
         self._call = threading.Lock()  # calls from several threads take turns
         self._events: queue.SimpleQueue[list[EngineOutput]] = queue.SimpleQueue()
         settings.setdefault("max_waiting", None)  # a batch is as long as its caller made it
-        config = EngineConfig(model=str(model), adapters=dict(adapters or {}), **settings)
+        config = EngineConfig(model=model, adapters={} if adapters is None else adapters, **settings)
         self._engine = Engine(config, self._events.put)
         self._service: Service[_Pending] = Service(self._engine)
         self._finalizer = weakref.finalize(self, self._engine.stop_soon)

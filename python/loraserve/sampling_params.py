@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from numbers import Integral, Real
 from typing import Any
 
 from loraserve.errors import InvalidRequestError
 from loraserve.grammar import Grammar
+from loraserve.value_checks import check_bool, check_float, check_int
 
 MAX_N = 128
 MAX_LOGPROBS = 20
@@ -81,21 +80,22 @@ class SamplingParams:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         object.__setattr__(self, "stop", _as_tuple("stop", stop))
         object.__setattr__(self, "stop_token_ids", _as_tuple("stop_token_ids", self.stop_token_ids))
-        _check_int("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        _check_int("min_tokens", self.min_tokens, 0, self.max_tokens)
-        _check_int("top_k", self.top_k, 0, 2**31 - 1)
-        _check_int("n", self.n, 1, MAX_N)
-        _check_float("temperature", self.temperature, 0.0, 100.0)
-        _check_float("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        _check_float("min_p", self.min_p, 0.0, 1.0)
-        _check_float("typical_p", self.typical_p, 0.0, 1.0, open_low=True)
-        _check_float("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
-        _check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        check_int("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        check_int("min_tokens", self.min_tokens, 0, self.max_tokens)
+        check_int("top_k", self.top_k, 0, 2**31 - 1)
+        check_int("n", self.n, 1, MAX_N)
+        check_float("temperature", self.temperature, 0.0, 100.0)
+        check_float("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        check_float("min_p", self.min_p, 0.0, 1.0)
+        check_float("typical_p", self.typical_p, 0.0, 1.0, open_low=True)
+        check_float("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        check_bool("ignore_eos", self.ignore_eos)
         if self.seed is not None:
-            _check_int("seed", self.seed, -(2**63), 2**63 - 1)
+            check_int("seed", self.seed, -(2**63), 2**63 - 1)
         if self.logprobs is not None:
-            _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+            check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if self.grammar is not None and not isinstance(self.grammar, Grammar):
             raise InvalidRequestError(f"grammar is {self.grammar!r:.100}, give a Grammar")
         object.__setattr__(self, "logit_bias", _checked_logit_bias(self.logit_bias))
@@ -133,23 +133,8 @@ def _as_tuple(name: str, values: object) -> tuple[object, ...]:
     if values is None:
         return ()
     if not isinstance(values, Iterable):
-        raise InvalidRequestError(f"{name} is {values!r}, it must be a list")
+        raise InvalidRequestError(f"{name} is {values!r:.100}, it must be a list")
     return tuple(values)
-
-
-def _check_int(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise InvalidRequestError(f"{name} is {value!r}, it must be an integer")
-    if not low <= int(value) <= high:
-        raise InvalidRequestError(f"{name} is {value}, it must be from {low} to {high}")
-
-
-def _check_float(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise InvalidRequestError(f"{name} is {value!r}, it must be a finite number")
-    if not low <= float(value) <= high or (open_low and value == low):
-        bracket = "(" if open_low else "["
-        raise InvalidRequestError(f"{name} is {value}, it must be in {bracket}{low:g}, {high:g}]")
 
 
 def _check_stop(stop: object, stop_token_ids: tuple[object, ...]) -> None:
@@ -158,9 +143,9 @@ def _check_stop(stop: object, stop_token_ids: tuple[object, ...]) -> None:
         raise InvalidRequestError(f"stop has {len(strings)} strings, the limit is {MAX_STOP_STRINGS}")
     for string in strings:
         if not isinstance(string, str) or not string:
-            raise InvalidRequestError(f"stop contains {string!r}, each must be a non-empty string")
+            raise InvalidRequestError(f"stop contains {string!r:.100}, each must be a non-empty string")
     for token_id in stop_token_ids:
-        _check_int("stop_token_ids", token_id, 0, 2**31 - 1)
+        check_int("stop_token_ids", token_id, 0, 2**31 - 1)
 
 
 def _checked_logit_bias(logit_bias: object) -> dict[int, float]:
@@ -171,6 +156,6 @@ def _checked_logit_bias(logit_bias: object) -> dict[int, float]:
     if len(logit_bias) > MAX_LOGIT_BIASES:
         raise InvalidRequestError(f"logit_bias has {len(logit_bias)} tokens, the limit is {MAX_LOGIT_BIASES}")
     for token_id, bias in logit_bias.items():
-        _check_int("logit_bias token", token_id, 0, 2**31 - 1)
-        _check_float("logit_bias", bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
+        check_int("logit_bias token", token_id, 0, 2**31 - 1)
+        check_float("logit_bias", bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
     return {int(token_id): float(bias) for token_id, bias in logit_bias.items()}

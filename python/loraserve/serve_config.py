@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 
 from loraserve.adapters.registry import check_adapter_name
 from loraserve.adapters.source import AdapterSource, parse_source
-from loraserve.config import EngineConfig
+from loraserve.config import MAX_COUNTS, EngineConfig
 from loraserve.errors import LoraserveError
+from loraserve.sampling_params import MAX_LOGPROBS, MAX_N, MAX_STOP_STRINGS
 from loraserve.server.keys import ApiKey
 
 OFF = "off"
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.\-]*://[^\s/?#@,]+")
 MAX_PORT = 2**16 - 1
+MAX_COUNT = 2**31 - 1
+MAX_SECONDS = 366 * 24 * 3600.0
 
 
 class ConfigError(LoraserveError, ValueError):
@@ -31,10 +37,11 @@ def option(
     *,
     flags: Sequence[str] = (),
     env: Sequence[str] = (),
+    most: int | None = None,
 ) -> Any:
-    """A field with its line in `--help`; `flags` and `env` are further names of it."""
+    """A field with its line in `--help`; `flags` and `env` are further names, `most` is the limit."""
     extra: dict[str, Any] = {"group": group, "metavar": metavar, "flags": list(flags), "env": list(env)}
-    return Field(default=default, description=text, json_schema_extra=extra)
+    return Field(default=default, description=text, json_schema_extra=extra, le=most)
 
 
 def _split(value: Any) -> Any:
@@ -42,16 +49,66 @@ def _split(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+def _listed(value: Any) -> Any:
+    """vLLM's flag takes a list in JSON."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not any(str(text).lstrip().startswith("[") for text in texts):
+        return value
+    return [origin for text in texts for origin in json.loads(text)]
+
+
+def _checked_origins(origins: tuple[str, ...]) -> tuple[str, ...]:
+    """What a browser sends as Origin: scheme, host and port, nothing behind."""
+    for origin in origins:
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
+            raise ValueError(
+                f"{origin!r:.100} is no origin, write it as https://app.example or http://host:3000"
+            )
+    return origins
+
+
 def _none_if_off(value: Any) -> Any:
     return None if value == OFF or value is False else value
 
 
+def _number(value: Any) -> Any:
+    """YAML reads `yes` and `on` as true, which Python takes for 1."""
+    if isinstance(value, bool):
+        raise ValueError(f"give a number, not {'yes' if value else 'no'}")
+    return value
+
+
+def _integer(value: Any) -> Any:
+    if isinstance(value, float):
+        raise ValueError(f"give an integer, not {value!r}")
+    return _number(value)
+
+
+def _bounded(value: int) -> int:
+    """Of an integer whose setting has no smaller limit of its own."""
+    if value > MAX_COUNT:
+        raise ValueError(f"input should be less than or equal to {MAX_COUNT}, got {value}")
+    return value
+
+
+def _yes_or_no(value: Any) -> Any:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise ValueError(f"give yes or no, not {value!r}")
+    return value
+
+
 Texts: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(_split)]
-Port: TypeAlias = Annotated[int, Field(ge=0, le=MAX_PORT)]
+Origins: TypeAlias = Annotated[
+    tuple[str, ...], BeforeValidator(_split), BeforeValidator(_listed), AfterValidator(_checked_origins)
+]
+Port: TypeAlias = Annotated[int, Field(ge=0, le=MAX_PORT), BeforeValidator(_integer)]
 OptionalPort: TypeAlias = Annotated[Port | None, BeforeValidator(_none_if_off)]
-Count: TypeAlias = Annotated[int, Field(ge=1)]
-Seconds: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-PositiveSeconds: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count: TypeAlias = Annotated[int, Field(ge=1), BeforeValidator(_integer), AfterValidator(_bounded)]
+Memory: TypeAlias = Annotated[str | int, BeforeValidator(_integer)]
+YesNo: TypeAlias = Annotated[bool, BeforeValidator(_yes_or_no)]
+Seconds: TypeAlias = Annotated[float, Field(ge=0, le=MAX_SECONDS), BeforeValidator(_number)]
+PositiveSeconds: TypeAlias = Annotated[float, Field(gt=0, le=MAX_SECONDS), BeforeValidator(_number)]
+PerMinute: TypeAlias = Annotated[float, Field(gt=0, le=MAX_COUNT), BeforeValidator(_number)]
 
 
 class _Model(BaseModel):
@@ -75,8 +132,8 @@ class AdapterSettings(_Model):
     repo: str | None = None
     revision: str | None = None
     source: Literal["HF", "hub", "local"] | None = None
-    pin: bool = False
-    warm: bool = False
+    pin: YesNo = False
+    warm: YesNo = False
     manifest: dict[str, Any] | None = None
 
     @model_validator(mode="before")
@@ -115,10 +172,10 @@ class KeySettings(_Model):
     secret_env: str | None = None
     secret_file: Path | None = None
     adapters: Texts = ("*",)
-    base_model: bool = True
-    requests_per_minute: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    base_model: YesNo = True
+    requests_per_minute: PerMinute | None = None
     max_concurrent: Count | None = None
-    admin: bool = False
+    admin: YesNo = False
 
     @model_validator(mode="after")
     def _check(self) -> KeySettings:
@@ -155,8 +212,16 @@ class KeySettings(_Model):
 class ServeSettings(_Model):
     """The settings, checked one by one; what they mean together is checked where they are used."""
 
-    model: str = option(..., "model", "what to serve", "MODEL", flags=("--model-id",), env=("MODEL_ID",))
-    revision: str | None = option(None, "model", "branch, tag or commit of a model on the Hub", "REV")
+    model: str = option(
+        ..., "model", "what to serve", "MODEL", flags=("--model-id", "--model"), env=("MODEL_ID",)
+    )
+    revision: str | None = option(
+        None,
+        "model",
+        "branch, tag or commit of a model on the Hub",
+        "REV",
+        env=("REVISION",),
+    )
     served_model_name: Texts = option(
         (), "model", "names of the base model in the HTTP API, commas between (default: MODEL)", "NAMES"
     )
@@ -171,33 +236,67 @@ class ServeSettings(_Model):
     device: Literal["auto", "cpu", "cuda"] = option(
         EngineConfig.device, "engine", "where to compute; auto takes an NVIDIA GPU if torch sees one"
     )
-    dtype: Literal["bfloat16", "float16", "float32"] = option(
-        EngineConfig.dtype, "engine", "storage of weights, KV cache and adapters"
+    dtype: Literal["auto", "bfloat16", "half", "float16", "float", "float32"] = option(
+        EngineConfig.dtype,
+        "engine",
+        "storage of weights, KV cache and adapters; half is float16, float is float32, auto is bfloat16",
+        env=("DTYPE",),
     )
-    memory: str | int = option(
-        EngineConfig.memory, "engine", "memory that KV cache and adapters share, as 512MiB or 4GiB", "SIZE"
+    memory: Memory = option(
+        EngineConfig.memory,
+        "engine",
+        "memory that KV cache and adapters share, as 512MiB or 4GiB",
+        "SIZE",
+        flags=("--kv-cache-memory-bytes",),
     )
-    max_lora_rank: int = option(EngineConfig.max_lora_rank, "engine", "refuse adapters of a higher rank", "R")
-    max_num_seqs: int = option(EngineConfig.max_num_seqs, "engine", "most sequences in one step", "N")
-    max_batched_tokens: int = option(
+    max_lora_rank: Count = option(
+        EngineConfig.max_lora_rank,
+        "engine",
+        "refuse adapters of a higher rank",
+        "R",
+        most=MAX_COUNTS["max_lora_rank"],
+    )
+    max_num_seqs: Count = option(
+        EngineConfig.max_num_seqs,
+        "engine",
+        "most sequences in one step",
+        "N",
+        most=MAX_COUNTS["max_num_seqs"],
+        flags=("--max-batch-size",),
+        env=("MAX_BATCH_SIZE",),
+    )
+    max_batched_tokens: Count = option(
         EngineConfig.max_batched_tokens,
         "engine",
         "most tokens in one step, longer prompts are prefilled in chunks",
         "TOKENS",
-        flags=("--max-batch-prefill-tokens",),
+        flags=("--max-num-batched-tokens", "--max-batch-prefill-tokens"),
+        most=MAX_COUNTS["max_batched_tokens"],
+        env=("MAX_BATCH_PREFILL_TOKENS",),
     )
-    max_model_len: int | None = option(
+    max_model_len: Count | None = option(
         None,
         "engine",
         "most tokens of prompt and answer together (default: the model's limit)",
         "TOKENS",
         flags=("--max-total-tokens",),
+        env=("MAX_TOTAL_TOKENS",),
     )
-    prefix_caching: bool = option(
-        EngineConfig.prefix_caching, "engine", "keep the KV cache of prompts for later ones that begin alike"
+    prefix_caching: YesNo = option(
+        EngineConfig.prefix_caching,
+        "engine",
+        "keep the KV cache of prompts for later ones that begin alike",
+        flags=("--enable-prefix-caching",),
+        env=("PREFIX_CACHING",),
     )
-    threads: int | None = option(None, "engine", "CPU threads to compute with (default: all cores)", "N")
-    max_waiting: int = option(
+    threads: Count | None = option(
+        None,
+        "engine",
+        "CPU threads to compute with (default: all cores)",
+        "N",
+        most=MAX_COUNTS["num_threads"],
+    )
+    max_waiting: Count = option(
         EngineConfig.max_waiting, "engine", "sequences that may wait for their turn; more are refused", "N"
     )
 
@@ -207,13 +306,19 @@ class ServeSettings(_Model):
         "server",
         "TCP port of the HTTP API, 0 takes a free one, off serves none",
         "PORT",
-        flags=("--port",),
+        flags=("--port", "-p"),
+        env=("PORT",),
     )
     grpc_port: OptionalPort = option(
         50051, "server", "TCP port of the gRPC API, 0 takes a free one, off serves none", "PORT"
     )
     drain_seconds: Seconds = option(
-        30.0, "server", "time that running requests get to finish on a stop signal", "S"
+        30.0,
+        "server",
+        "time that running requests get to finish on a stop signal",
+        "S",
+        flags=("--graceful-termination-timeout",),
+        env=("GRACEFUL_TERMINATION_TIMEOUT",),
     )
     request_timeout_seconds: PositiveSeconds | None = option(
         None, "server", "end every request after this time (default: none)", "S"
@@ -224,21 +329,70 @@ class ServeSettings(_Model):
     body_timeout_seconds: PositiveSeconds = option(
         60.0, "server", "close HTTP connections that take longer to send a body", "S"
     )
-    max_body_size: Count = option(16 * 2**20, "server", "most bytes of an HTTP request's body", "BYTES")
+    cors_origin: Origins = option(
+        (),
+        "server",
+        "origin whose web pages may call the HTTP API, as https://app.example, or *; repeat for more",
+        "ORIGIN",
+        flags=("--cors-allow-origin", "--allowed-origins"),
+        env=("CORS_ALLOW_ORIGIN",),
+    )
+    max_body_size: Count = option(
+        16 * 2**20,
+        "server",
+        "most bytes of an HTTP request's body",
+        "BYTES",
+        most=2**30,
+        flags=("--payload-limit",),
+        env=("PAYLOAD_LIMIT",),
+    )
 
     max_concurrent_requests: Count | None = option(
-        None, "limits", "requests that may run at once, of all callers together (default: no limit)", "N"
+        None,
+        "limits",
+        "requests that may run at once, of all callers together (default: no limit)",
+        "N",
+        env=("MAX_CONCURRENT_REQUESTS",),
     )
-    max_best_of: Count = option(8, "limits", "most answers that best_of may compare", "N")
-    max_stop_sequences: Count = option(16, "limits", "most stop strings of a request", "N")
-    max_top_n_tokens: Count = option(20, "limits", "most alternatives shown per token", "N")
-    max_client_batch_size: Count = option(128, "limits", "most prompts in one request", "N")
+    max_best_of: Count = option(
+        8,
+        "limits",
+        "most answers that best_of may compare",
+        "N",
+        most=MAX_N,
+        env=("MAX_BEST_OF",),
+    )
+    max_stop_sequences: Count = option(
+        16,
+        "limits",
+        "most stop strings of a request",
+        "N",
+        most=MAX_STOP_STRINGS,
+        env=("MAX_STOP_SEQUENCES",),
+    )
+    max_top_n_tokens: Count = option(
+        20,
+        "limits",
+        "most alternatives shown per token",
+        "N",
+        most=MAX_LOGPROBS,
+        env=("MAX_TOP_N_TOKENS",),
+    )
+    max_client_batch_size: Count = option(
+        128,
+        "limits",
+        "most prompts in one request",
+        "N",
+        most=2**16,
+        env=("MAX_CLIENT_BATCH_SIZE",),
+    )
     max_input_tokens: Count | None = option(
         None,
         "limits",
         "most tokens of a prompt (default: the context length less one)",
         "TOKENS",
         flags=("--max-input-length",),
+        env=("MAX_INPUT_TOKENS", "MAX_INPUT_LENGTH"),
     )
 
     api_key: SecretStr | None = option(
@@ -246,6 +400,7 @@ class ServeSettings(_Model):
         "keys",
         "one key that may use every adapter; others read your flags, so prefer the variable",
         "KEY",
+        env=("API_KEY", "VLLM_API_KEY"),
     )
     admin_key: SecretStr | None = option(
         None,
@@ -269,12 +424,22 @@ class ServeSettings(_Model):
         "pattern of Hub repositories that may be loaded at run time; repeat for more",
         "PATTERN",
     )
-    open_metrics: bool = option(False, "keys", "let everybody read /metrics, also where keys are configured")
+    open_metrics: YesNo = option(False, "keys", "let everybody read /metrics, also where keys are configured")
 
     tls_certificate: Path | None = option(
-        None, "tls", "certificate and its chain, in PEM, for both APIs", "FILE"
+        None,
+        "tls",
+        "certificate and its chain, in PEM, for both APIs",
+        "FILE",
+        flags=("--ssl-certfile",),
     )
-    tls_key: Path | None = option(None, "tls", "private key of the certificate, in PEM", "FILE")
+    tls_key: Path | None = option(
+        None,
+        "tls",
+        "private key of the certificate, in PEM",
+        "FILE",
+        flags=("--ssl-keyfile",),
+    )
     tls_client_ca: Path | None = option(
         None, "tls", "authorities of which every client must show a certificate, in PEM", "FILE"
     )
@@ -289,9 +454,19 @@ class ServeSettings(_Model):
         100, "observation", "adapters with metrics of their own; others are counted together", "N"
     )
     otlp_endpoint: str | None = option(
-        None, "observation", "send traces to this OpenTelemetry collector (needs loraserve[tracing])", "URL"
+        None,
+        "observation",
+        "send traces to this OpenTelemetry collector (needs loraserve[tracing])",
+        "URL",
+        env=("OTLP_ENDPOINT",),
     )
-    otlp_service_name: str = option("loraserve", "observation", "what traces call this server", "NAME")
+    otlp_service_name: str = option(
+        "loraserve",
+        "observation",
+        "what traces call this server",
+        "NAME",
+        env=("OTLP_SERVICE_NAME",),
+    )
 
     @model_validator(mode="after")
     def _check_together(self) -> ServeSettings:

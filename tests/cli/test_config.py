@@ -55,7 +55,10 @@ def test_what_has_no_effect_is_noted(tmp_path: Path, capsys: pytest.CaptureFixtu
         ("model: smollm2\nmax_lora_rank: 4\nadapters: {a: adapters/sql}", "rank 8"),
         ("model: smollm2\nadapters: {a: {path: adapters/sql, manifest: {colour: red}}}", "colour"),
         ("model: smollm2\nmemory: lots", "memory is 'lots'"),
-        ("model: smollm2\nmax_num_seqs: 0", "max_num_seqs is 0"),
+        (
+            "model: smollm2\nmax_num_seqs: 0",
+            "max_num_seqs: input should be greater than or equal to 1, got 0",
+        ),
         ("model: smollm2\nkeys_file: none.yaml", "none.yaml can't be read"),
         ("model: smollm2\ntls_key: a\ntls_certificate: b", "TLS file"),
         ("model: ./none", "none does not exist"),

@@ -51,8 +51,8 @@ def test_help_teaches_with_examples(command: list[str], capsys: pytest.CaptureFi
         (["serve", "m", "--model-id", "n"], "MODEL is 'm' and --model-id is 'n'"),
         (["serve", "m", "--lora-adapters", "a=b=c"], "--lora-adapters: lora adapter 'a=b=c' is not id"),
         (["serve", "m", "--adapter", "a=x", "--lora-adapters", "a=y"], "--adapter names 'a' twice"),
-        (["serve", "m", "--num-shard", "2"], "--num-shard is '2', only 1"),
-        (["serve", "m", "--quantize", "awq"], "--quantize is 'awq', refused"),
+        (["serve", "m", "--num-shard", "2"], "--num-shard is '2': only 1"),
+        (["serve", "m", "--quantize", "awq"], "--quantize is 'awq': weights are not quantised"),
         (["generate", "m", "-p", "x", "-a", "a=heavy"], "'a=heavy' is not NAME or NAME=WEIGHT"),
         (["generate", "m", "-p", "x", "--adapter", "a=x", "-a", "a", "-a", "a"], "-a names 'a' twice"),
         (["generate", "m", "-p", "x", "-a", "sql"], "-a names 'sql', give its files with --adapter sql=PATH"),
@@ -72,8 +72,13 @@ def test_wrong_usage_exits_with_2(
     [
         (["serve", "m", "--memory", "lots"], "memory is 'lots', write it as 512MiB or 2GiB"),
         (["serve", "m", "--memory", "0"], "memory is '0', it must be more than 0 bytes"),
-        (["serve", "m", "--max-lora-rank", "0"], "max_lora_rank is 0, it must be at least 1"),
-        (["serve", "m", "--threads", "-2"], "num_threads is -2, it must be at least 1"),
+        (
+            ["serve", "m", "--max-lora-rank", "0"],
+            "--max-lora-rank: input should be greater than or equal to 1",
+        ),
+        (["serve", "m", "--threads", "-2"], "--threads: input should be greater than or equal to 1, got -2"),
+        (["serve", "m", "--threads", "1000000"], "--threads: input should be less than or equal to 1024"),
+        (["generate", "m", "-p", "x", "--threads", "1000000"], "num_threads is 1000000, it must be from 1"),
         (["serve"], "model is missing"),
         (
             ["serve", "m", "--grpc-port", "70000"],

@@ -3,18 +3,23 @@
 import argparse
 
 import pytest
-from loraserve.cli.main import build_parser
-from loraserve.cli.serve_options import FOREIGN_FLAGS, add_serve_options, given_values
+from loraserve.cli.main import build_parser, main
+from loraserve.cli.serve_options import GivenFlags, add_serve_options, given_flags
+from loraserve.foreign_settings import FOREIGN_SETTINGS
 from loraserve.serve_config import ServeSettings
 
 SETTINGS = [name for name, field in ServeSettings.model_fields.items() if field.json_schema_extra is not None]
 ONLY_IN_FILES = {"keys"}
 
 
-def parse(*arguments: str) -> dict[str, object]:
+def flags(*arguments: str) -> GivenFlags:
     parser = argparse.ArgumentParser()
     add_serve_options(parser)
-    return given_values(parser.parse_args(arguments), parser)
+    return given_flags(parser.parse_args(arguments), parser)
+
+
+def parse(*arguments: str) -> dict[str, object]:
+    return flags(*arguments).values
 
 
 def help_text(capsys: pytest.CaptureFixture[str]) -> str:
@@ -53,14 +58,131 @@ def test_every_setting_has_a_flag_a_variable_and_a_line_of_help(capsys: pytest.C
         (["--adapter-root", "a", "--adapter-root", "b"], {"adapter_root": ["a", "b"]}),
         (["--adapter", "a=/x", "--adapter", "b=y@z"], {"adapters": {"a": "/x", "b": "y@z"}}),
         (["--lora-adapters", "a=/x"], {"adapters": {"a": {"path": "/x", "revision": None}}}),
-        (["--num-shard", "1", "--waiting-served-ratio", "0.3", "--max-batch-total-tokens", "9"], {}),
+        (["--num-shard", "1"], {}),
     ],
 )
 def test_flags_are_read(arguments: list[str], values: dict[str, object]) -> None:
     assert parse(*arguments) == values
 
 
-def test_tgis_flags_without_a_setting_say_what_becomes_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+JSON_ONE = '{"name": "a", "path": "/x", "base_model_name": "m"}'
+
+
+@pytest.mark.parametrize(
+    ("arguments", "values"),
+    [
+        (["m", "--lora-modules", "a=/x", "b=org/y"], {"model": "m", "adapters": {"a": "/x", "b": "org/y"}}),
+        (["--lora-modules", JSON_ONE, "b=/y"], {"adapters": {"a": "/x", "b": "/y"}}),
+        (["--lora-modules", f"[{JSON_ONE}]"], {"adapters": {"a": "/x"}}),
+        (["--lora-modules", "a=/x", "--adapter", "b=/y"], {"adapters": {"a": "/x", "b": "/y"}}),
+        (["--enable-lora", "--model", "m"], {"model": "m"}),
+        (["--max-lora-rank", "16"], {"max_lora_rank": 16}),
+        (["--max-num-batched-tokens", "512"], {"max_batched_tokens": 512}),
+        (["--max-num-seqs", "8"], {"max_num_seqs": 8}),
+        (["--enable-prefix-caching"], {"prefix_caching": True}),
+        (["--no-enable-prefix-caching"], {"prefix_caching": False}),
+        (["--max-model-len", "512"], {"max_model_len": 512}),
+        (["--dtype", "auto"], {"dtype": "auto"}),
+        (["--dtype", "half"], {"dtype": "half"}),
+        (["--api-key", "k"], {"api_key": "k"}),
+        (["m", "--served-model-name", "one", "two"], {"model": "m", "served_model_name": ["one", "two"]}),
+        (["--host", "::", "--port", "1"], {"host": "::", "http_port": 1}),
+        (["-p", "1"], {"http_port": 1}),
+        (["--ssl-keyfile", "k", "--ssl-certfile", "c"], {"tls_key": "k", "tls_certificate": "c"}),
+        (["--kv-cache-memory-bytes", "1000000"], {"memory": "1000000"}),
+        (["-tp", "1", "--tensor-parallel-size", "1", "--pipeline-parallel-size", "1"], {}),
+        (["--json-output"], {"log_format": "json"}),
+        (["--cors-allow-origin", "https://a", "--cors-origin", "*"], {"cors_origin": ["https://a", "*"]}),
+        (["--payload-limit", "5"], {"max_body_size": 5}),
+        (["--graceful-termination-timeout", "5"], {"drain_seconds": 5.0}),
+        (["--max-batch-size", "5"], {"max_num_seqs": 5}),
+        (["--sharded", "false", "--usage-stats", "off", "--adapter-source", "hub"], {}),
+        (
+            ["--preloaded-adapter-ids", "org/a@v1"],
+            {"adapters": {"org-a": {"repo": "org/a", "revision": "v1", "warm": True}}},
+        ),
+    ],
+)
+def test_flags_of_other_servers_mean_what_they_mean_there(
+    arguments: list[str], values: dict[str, object]
+) -> None:
+    assert flags(*arguments) == GivenFlags(values, [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "note"),
+    [
+        (["--gpu-memory-utilization", "0.9"], "--memory says what KV cache and adapters take together"),
+        (["--max-loras", "4"], "a batch mixes any number of adapters"),
+        (["--max-cpu-loras", "4"], "adapters that do not fit"),
+        (["--waiting-served-ratio", "0.3"], "waiting requests join at every step"),
+        (["--max-batch-total-tokens", "9"], "--memory bounds the batch"),
+        (["--enforce-eager"], "it tunes another engine"),
+        (["--trust-remote-code"], "code of a model's repository never runs"),
+        (["--max-active-adapters", "9"], "a batch mixes as many adapters as fit"),
+    ],
+)
+def test_a_flag_without_effect_is_noted(arguments: list[str], note: str) -> None:
+    given = flags(*arguments)
+    assert given.values == {}
+    assert len(given.notes) == 1
+    assert given.notes[0].startswith(f"{arguments[0]} has no effect here: {note}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--num-shard", "2"], "--num-shard is '2': only 1 is possible"),
+        (["--tensor-parallel-size", "2"], "only 1 is possible"),
+        (["--quantize", "awq"], "--quantize is 'awq': weights are not quantised"),
+        (["--quantization", "fp8"], "weights are not quantised"),
+        (["--kv-cache-dtype", "fp8"], "weights are not quantised"),
+        (["--adapter-id", "org/a"], "serve it by --adapter NAME=SOURCE"),
+        (["--merge-adapter-weights"], "adapters are not merged"),
+        (["--adapter-source", "s3"], "download it and give its directory"),
+        (["--no-enable-lora"], "give none"),
+        (["--chat-template", "x.jinja"], "put the file into the model's directory"),
+        (["--tokenizer", "other"], "the tokenizer is the model's"),
+        (["--download-dir", "/x"], "HF_HUB_CACHE"),
+        (["--disable-grammar-support"], "grammars can't be switched off"),
+        (["--lora-modules", "a"], "neither name=path nor"),
+        (["--lora-modules", "{"], "is not JSON"),
+        (["--lora-modules", '{"name": "a"}'], '"path"'),
+        (["--lora-modules", '{"name": "a", "path": "/x", "colour": "red"}'], "base_model_name"),
+        (["--lora-modules", '{"name": "a", "path": 3}'], "no text"),
+        (["--lora-modules", "a=/x", "a=/y"], "names 'a' twice"),
+    ],
+)
+def test_a_flag_that_asks_for_more_says_what_to_do(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], error: str
+) -> None:
+    with pytest.raises(SystemExit):
+        flags(*arguments)
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert ": error: --" in message
+    assert error in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["serve", "m", "--prefix-cachin"], "did you mean --prefix-caching?"),
+        (["serve", "m", "--max-lora", "4"], "did you mean --max-loras?"),
+        (["serve", "m", "--nothing-like-it=3"], "unrecognized arguments: --nothing-like-it=3"),
+        (["serve", "--prefix-caching", "true"], "switches take no value"),
+        (["serve", "--adapter", "a=/x", "--lora-modules", "a=/y"], "names 'a' twice"),
+    ],
+)
+def test_wrong_usage_is_told(capsys: pytest.CaptureFixture[str], arguments: list[str], error: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert error in capsys.readouterr().err
+
+
+def test_what_becomes_of_other_servers_flags_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     text = help_text(capsys)
-    for flag in FOREIGN_FLAGS:
-        assert f"{flag.name} {flag.metavar} {flag.text}" in text
+    for setting in FOREIGN_SETTINGS:
+        if setting.is_flag:
+            assert f"{setting.flag}" in text
+            assert setting.text in text

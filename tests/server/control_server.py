@@ -138,10 +138,12 @@ class ControlServer:
         has_open_metrics: bool = False,
         tls: TlsConfig | None = None,
         request_timeout_s: float | None = None,
+        cors_origins: tuple[str, ...] = (),
     ) -> None:
         self._make_engine = make_engine
         self._tls = tls
         self._request_timeout_s = request_timeout_s
+        self._cors_origins = cors_origins
         self._access = AccessControl(keys, has_open_metrics=has_open_metrics)
         self._sources = AdapterSources(roots)
         self.metrics = Metrics(on_finished=[log_request])
@@ -161,6 +163,7 @@ class ControlServer:
                 access=self._access,
                 metrics=self.metrics,
                 sources=self._sources,
+                cors_origins=self._cors_origins,
             )
             tls = self._tls
             http = HttpServer(state, "127.0.0.1", 0, tls=None if tls is None else tls.http_context())

@@ -103,15 +103,18 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
             list(stream)
 
 
-def test_a_port_in_use_is_one_line_and_fails_before_the_model_is_opened() -> None:
+@pytest.mark.parametrize(
+    ("flag", "other_flag"), [("--grpc-port", "--http-port"), ("--http-port", "--grpc-port")]
+)
+def test_a_port_in_use_is_one_line_and_fails_before_the_model_is_opened(flag: str, other_flag: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
-        command = [sys.executable, "-m", "loraserve", "serve", "./none", "--grpc-port", port]
+        command = [sys.executable, "-m", "loraserve", "serve", "./none", flag, port, other_flag, "0"]
         server = subprocess.run(command, check=False, capture_output=True, text=True, timeout=EXIT_TIMEOUT_S)
     assert server.returncode == 1
     assert server.stderr == (
         f"loraserve: error: port {port} on 127.0.0.1 is in use, "
-        "choose another with --grpc-port (0 takes a free one)\n"
+        f"choose another with {flag} (0 takes a free one)\n"
     )
 
 

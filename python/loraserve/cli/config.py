@@ -41,6 +41,8 @@ def run_check(args: argparse.Namespace) -> int:
     rows = _describe(settings) | _check_parts(settings)
     for name, value in rows.items():
         print(f"{name:<10} {value}")
+    if loaded.variables:
+        print(f"variables  {', '.join(loaded.variables)}")
     for note in loaded.notes:
         print(f"note       {note}")
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 from collections.abc import Sequence
@@ -35,7 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     # One command's module alone: doctor runs where what another one imports is missing.
     named = [command for command in COMMANDS if command in argv[:1]]
-    args = build_parser(named or COMMANDS).parse_args(argv)
+    parser = build_parser(named or COMMANDS)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(_unknown_text(args.parser, unknown))
     try:
         status: int = args.run(args)
     except LoraserveError as error:
@@ -54,6 +58,13 @@ def _error_text(error: LoraserveError) -> str:
     """What failed, line by line; what a file put into it can't begin a line or move the cursor."""
     first, *more = [printable(line, MAX_LINE_CHARS) for line in str(error).split("\n")]
     return "\n  ".join([f"loraserve: error: {first}", *more])
+
+
+def _unknown_text(command: argparse.ArgumentParser, unknown: Sequence[str]) -> str:
+    text = f"unrecognized arguments: {' '.join(unknown)}"
+    flags = command._option_string_actions  # argparse has no other list of them
+    likely = difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1)
+    return f"{text}; did you mean {likely[0]}?" if likely else text
 
 
 def build_parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:

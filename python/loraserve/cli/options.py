@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TypeAlias, TypeVar
 
-from loraserve.config import DEVICES, DTYPES, EngineConfig
+from loraserve.config import DEVICES, DTYPE_ALIASES, DTYPES, EngineConfig
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -16,13 +16,16 @@ MODEL_HELP = 'Hugging Face directory, Hub id, .gguf file, or "smollm2" (needs lo
 
 
 def add_command(commands: Subparsers, name: str, summary: str, examples: str) -> argparse.ArgumentParser:
-    return commands.add_parser(
+    parser = commands.add_parser(
         name,
+        allow_abbrev=False,  # what is misspelt is not taken for another flag
         help=summary,
         description=f"{summary[0].upper()}{summary[1:]}.",
         epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.set_defaults(parser=parser)
+    return parser
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +74,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
 def add_dtype_option(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--dtype",
-        choices=DTYPES,
+        choices=(*DTYPES, *DTYPE_ALIASES),
         default=EngineConfig.dtype,
         help="storage of weights, KV cache and adapters (default %(default)s)",
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loraserve.cli.options import Subparsers, add_command
-from loraserve.cli.serve_options import add_serve_options, given_values
+from loraserve.cli.serve_options import add_serve_options, given_flags
 from loraserve.config_layers import load_settings
 
 EXAMPLES = """\
@@ -37,8 +37,8 @@ def add_parser(commands: Subparsers) -> None:
 
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     config = None if args.config is None else Path(args.config)
-    flags = given_values(args, parser)
-    loaded = load_settings(flags, os.environ, config)
+    flags = given_flags(args, parser)
+    loaded = load_settings(flags.values, os.environ, config, flags.notes)
 
     from loraserve.server.lifecycle import serve  # noqa: PLC0415 (imports grpc)
     from loraserve.server.logs import configure_logs  # noqa: PLC0415

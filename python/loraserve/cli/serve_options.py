@@ -1,4 +1,4 @@
-"""The flags of `loraserve serve`, made from its settings, and those that only TGI's launcher has."""
+"""The flags of `loraserve serve`, made from its settings, and those that only other launchers have."""
 
 from __future__ import annotations
 
@@ -12,9 +12,18 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from loraserve.adapters.source import parse_lora_adapters
-from loraserve.config_layers import CONFIG_VARIABLE, adapter_values, variable_names
+from loraserve.config_environment import CONFIG_VARIABLE, variable_names
 from loraserve.errors import InvalidRequestError
-from loraserve.serve_config import OFF, ServeSettings
+from loraserve.foreign_settings import (
+    FALSE,
+    FOREIGN_SETTINGS,
+    TGI_AND_LORAX,
+    TRUE,
+    VLLM,
+    ForeignSetting,
+    adapter_values,
+)
+from loraserve.serve_config import OFF, ConfigError, ServeSettings
 
 GROUPS = {
     "model": "model and adapters",
@@ -25,25 +34,14 @@ GROUPS = {
     "tls": "TLS",
     "observation": "logs, metrics and traces",
 }
-REPEATED = ("adapter_root", "hub_repo")
+REPEATED = ("adapter_root", "hub_repo", "cors_origin")
+SEVERAL = ("served_model_name",)  # values of one flag, as vLLM takes them
 
 
-@dataclass(frozen=True)
-class ForeignFlag:
-    """A flag of TGI's launcher: `accepted` are its only values here; None takes any, without effect."""
-
-    name: str
-    metavar: str
-    accepted: tuple[str, ...] | None
-    text: str
-
-
-FOREIGN_FLAGS = (
-    ForeignFlag("--num-shard", "N", ("1",), "only 1: a model runs on one device"),
-    ForeignFlag("--quantize", "METHOD", (), "refused: the dtype of --dtype is what computes"),
-    ForeignFlag("--waiting-served-ratio", "X", None, "no effect: waiting requests join at every step"),
-    ForeignFlag("--max-batch-total-tokens", "TOKENS", None, "no effect: --memory bounds the batch"),
-)
+FOREIGN_GROUPS = {
+    "TGI's and LoRAX' launchers (a flag's variable has its name in capitals)": TGI_AND_LORAX,
+    "vLLM's server": VLLM,
+}
 
 
 def add_serve_options(parser: argparse.ArgumentParser) -> None:
@@ -61,24 +59,69 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         extra = field.json_schema_extra
         if isinstance(extra, dict):
             _add(groups[str(extra["group"])], name, field, extra)
-    foreign = parser.add_argument_group("TGI's launcher")
-    for flag in FOREIGN_FLAGS:
-        foreign.add_argument(flag.name, metavar=flag.metavar, help=flag.text)
+    for title, settings in FOREIGN_GROUPS.items():
+        foreign = parser.add_argument_group(title)
+        for setting in settings:
+            if setting.is_flag:
+                _add_foreign(foreign, setting)
 
 
-def given_values(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """Field name → value of every flag that was given; exits with a usage error if two contradict."""
-    for flag in FOREIGN_FLAGS:
-        value = getattr(args, flag.name[2:].replace("-", "_"))
-        if value is not None and flag.accepted is not None and value not in flag.accepted:
-            parser.error(f"{flag.name} is {value!r}, {flag.text}")
+@dataclass(frozen=True)
+class GivenFlags:
+    """Field name → value of every flag that was given, and notes on flags without effect."""
+
+    values: dict[str, Any]
+    notes: list[str]
+
+
+def given_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> GivenFlags:
+    """Exits with a usage error if two contradict, or one asks for what this server does not do."""
+    try:
+        foreign, notes = _foreign_values(args)
+    except ConfigError as error:
+        parser.error(str(error))
     values = {name: getattr(args, name, None) for name in ServeSettings.model_fields}
-    values["adapters"] = _adapters(args, parser)
+    values = foreign | {name: value for name, value in values.items() if value is not None}
+    values["adapters"] = _adapters(args, foreign.get("adapters", {}), parser)
+    if args.model in (*TRUE, *FALSE):
+        parser.error(f"MODEL is {args.model!r}: switches take no value, write --flag or --no-flag")
     if args.model_flag is not None:
         if args.model is not None:
             parser.error(f"MODEL is {args.model!r} and --model-id is {args.model_flag!r}, give one of them")
         values["model"] = args.model_flag
-    return {name: value for name, value in values.items() if value is not None}
+    return GivenFlags({name: value for name, value in values.items() if value is not None}, notes)
+
+
+def _add_foreign(group: argparse._ArgumentGroup, setting: ForeignSetting) -> None:
+    options: dict[str, Any] = {"dest": _dest(setting), "default": None}
+    if setting.metavar == "":
+        options["action"] = argparse.BooleanOptionalAction
+    else:
+        options |= {"action": "append", "metavar": setting.metavar}
+        options |= {"action": "extend", "nargs": "+"} if setting.is_list else {}
+    group.add_argument(setting.flag, *setting.short, help=setting.text.replace("%", "%%"), **options)
+
+
+def _dest(setting: ForeignSetting) -> str:
+    return f"foreign_{setting.name}"
+
+
+def _foreign_values(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    """(settings that other launchers' flags stand for, notes); adapters of several flags together."""
+    values: dict[str, Any] = {}
+    notes: list[str] = []
+    for setting in FOREIGN_SETTINGS:
+        given = getattr(args, _dest(setting), None)
+        texts = given if isinstance(given, list) else [] if given is None else [str(given).lower()]
+        for text in texts:
+            meant, note = setting.read(text, setting.flag)
+            notes += [] if note is None else [note]
+            twice = values.get("adapters", {}).keys() & meant.get("adapters", {}).keys()
+            if twice:
+                raise ConfigError(f"{setting.flag} names {min(twice)!r} twice")
+            adapters = values.get("adapters", {}) | meant.get("adapters", {})
+            values |= {**meant, **({"adapters": adapters} if adapters else {})}
+    return values, notes
 
 
 def _add(group: argparse._ArgumentGroup, name: str, field: FieldInfo, extra: Mapping[str, Any]) -> None:
@@ -106,6 +149,8 @@ def _add(group: argparse._ArgumentGroup, name: str, field: FieldInfo, extra: Map
         options |= {"choices": choices, "type": _reader(kinds), "metavar": extra["metavar"] or None}
         if name in REPEATED:
             options["action"] = "append"
+        if name in SEVERAL:
+            options |= {"action": "extend", "nargs": "+"}
     group.add_argument(*flags, **options)
 
 
@@ -146,8 +191,10 @@ def _help(name: str) -> str:
     return f"{text} [{', '.join(variable_names(name))}]"
 
 
-def _adapters(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Any] | None:
-    adapters: dict[str, Any] = {}
+def _adapters(
+    args: argparse.Namespace, foreign: Mapping[str, Any], parser: argparse.ArgumentParser
+) -> dict[str, Any] | None:
+    adapters = dict(foreign)
     try:
         listed = adapter_values(parse_lora_adapters(args.lora_adapters or ""))
     except InvalidRequestError as error:

@@ -146,6 +146,7 @@ def http_server(
         metrics=metrics,
         limits=limits,
         sources=adapter_sources(settings),
+        cors_origins=settings.cors_origin,
     )
     context = None if tls is None else tls.http_context()
     return HttpServer(state, settings.host, settings.http_port, tls=context)

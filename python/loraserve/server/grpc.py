@@ -189,7 +189,7 @@ class GrpcServer:
         self.address = self._bind(host, port)
 
     def _bind(self, host: str, port: int) -> str:
-        check_can_listen(host, port)
+        check_can_listen(host, port, "--grpc-port")
         try:
             if self._credentials is None:
                 bound = self._server.add_insecure_port(socket_address(host, port))
@@ -211,10 +211,10 @@ class GrpcServer:
         await self._server.stop(FLUSH_SECONDS)
 
 
-def check_can_listen(host: str, port: int) -> None:
-    """Raises ListenError, naming the remedy, if `host`:`port` is taken or not ours to bind."""
+def check_can_listen(host: str, port: int, flag: str) -> None:
+    """Raises ListenError if `host`:`port` is taken or not ours to bind; `flag` is what sets another port."""
     if not 0 <= port <= MAX_PORT:
-        raise ListenError(f"port {port} is out of range, choose 0 to {MAX_PORT} with --grpc-port")
+        raise ListenError(f"port {port} is out of range, choose 0 to {MAX_PORT} with {flag}")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as probe:
@@ -223,11 +223,9 @@ def check_can_listen(host: str, port: int) -> None:
             probe.listen(1)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            text = f"port {port} on {host} is in use, choose another with --grpc-port (0 takes a free one)"
+            text = f"port {port} on {host} is in use, choose another with {flag} (0 takes a free one)"
         else:
-            text = (
-                f"can't listen on {socket_address(host, port)}: {error.strerror}; see --host and --grpc-port"
-            )
+            text = f"can't listen on {socket_address(host, port)}: {error.strerror}; see --host and {flag}"
         raise ListenError(text) from error
 
 

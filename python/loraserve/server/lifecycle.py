@@ -64,11 +64,11 @@ async def serve(loaded: LoadedSettings) -> None:
         LoraserveError: a setting is wrong, the model or an adapter can't be loaded, or the engine failed.
     """
     settings = loaded.settings
+    if loaded.variables:
+        logger.info("settings come from the environment: %s", ", ".join(loaded.variables))
     for note in loaded.notes:
         logger.warning("%s", note)
-    for port in (settings.grpc_port, settings.http_port):
-        if port is not None:
-            check_can_listen(settings.host, port)
+    _check_ports(settings)
     _exit_on_signals()
     servers = await _assemble(settings)
     stop = _stop_event()
@@ -81,6 +81,14 @@ async def serve(loaded: LoadedSettings) -> None:
     logger.info("draining: running requests have %g s", settings.drain_seconds)
     await servers.stop(settings.drain_seconds)
     logger.info("stopped")
+
+
+def _check_ports(settings: ServeSettings) -> None:
+    """Raises ListenError: before anything is loaded, and naming the flag of the port that can't be had."""
+    ports = {"--grpc-port": settings.grpc_port, "--http-port": settings.http_port}
+    for flag, port in ports.items():
+        if port is not None:
+            check_can_listen(settings.host, port, flag)
 
 
 async def _assemble(settings: ServeSettings) -> Servers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from loraserve._core import __version__
 from loraserve.server.http import admin, errors, openai, tgi
@@ -15,6 +16,7 @@ from loraserve.server.http.tgi_documents import TgiError
 ADMIN_ERRORS: Responses = {
     status: {"model": OpenAIError | TgiError} for status in (400, 401, 403, 404, 409, 413, 415, 422, 429, 503)
 }
+CORS_METHODS = ("GET", "POST", "PUT", "DELETE")
 DESCRIPTION = """\
 One base model and many LoRA adapters, mixed in one batch. Choose an adapter by `model` (OpenAI) or by
 `parameters.adapter_id` (TGI, LoRAX). Every answer carries `X-Request-Id`.
@@ -33,4 +35,13 @@ def create_app(state: HttpState) -> FastAPI:
     app.include_router(dashboard.router)
     errors.install(app)
     app.add_middleware(Edge)
+    if state.cors_origins:
+        # No credentials: a key comes in a header of its own, and nothing here reads cookies.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=state.cors_origins,
+            allow_methods=CORS_METHODS,
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
     return app

@@ -73,13 +73,13 @@ class _Server(uvicorn.Server):
 
 def _bound_socket(host: str, port: int) -> socket.socket:
     if not 0 <= port <= MAX_PORT:
-        raise ListenError(f"port {port} is out of range, choose 0 to {MAX_PORT} with --port")
+        raise ListenError(f"port {port} is out of range, choose 0 to {MAX_PORT} with --http-port")
     where = socket_address(host, port)
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind)
     except OSError as error:
-        raise ListenError(f"can't listen on {where}: {error.strerror}; see --host and --port") from error
+        raise ListenError(f"can't listen on {where}: {error.strerror}; see --host and --http-port") from error
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
@@ -87,8 +87,8 @@ def _bound_socket(host: str, port: int) -> socket.socket:
     except OSError as error:
         bound.close()
         if error.errno == errno.EADDRINUSE:
-            text = f"port {port} on {host} is in use, choose another with --port (0 takes a free one)"
+            text = f"port {port} on {host} is in use, choose another with --http-port (0 takes a free one)"
         else:
-            text = f"can't listen on {where}: {error.strerror}; see --host and --port"
+            text = f"can't listen on {where}: {error.strerror}; see --host and --http-port"
         raise ListenError(text) from error
     return bound

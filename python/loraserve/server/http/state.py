@@ -61,6 +61,7 @@ class HttpState:
         metrics: told of every request.
         limits: see `HttpLimits`.
         sources: where adapters may be loaded from.
+        cors_origins: whose web pages a browser lets call this server; "*" is everybody's.
     """
 
     engine: AsyncEngine
@@ -69,6 +70,7 @@ class HttpState:
     metrics: Metrics
     limits: HttpLimits = field(default_factory=HttpLimits)
     sources: AdapterSources | None = None
+    cors_origins: tuple[str, ...] = ()
     started_at: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:

@@ -1,0 +1,111 @@
+"""Settings of an engine and sampling parameters: every field is checked for its type and its range."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from loraserve import LLM, EngineConfig, SamplingParams
+from loraserve.config import MAX_COUNTS
+from loraserve.errors import InvalidRequestError
+
+# (settings, what the error begins with): at least two wrong values of every field
+WRONG_SETTINGS: list[tuple[dict[str, Any], str]] = [
+    ({"model": None}, "model is None, it must be a path or a name"),
+    ({"model": 5}, "model is 5, it must be a path or a name"),
+    ({"model": ""}, "model is '', it must be a path or a name"),
+    ({"adapters": ["a"]}, "adapters is ['a'], give {name: directory}"),
+    ({"adapters": {"a": None}}, "adapter 'a' is None, it must be a path"),
+    ({"adapters": {1: "/a"}}, "adapters has the name 1, it must be text"),
+    ({"manifests": ["a"]}, "manifests is ['a'], give {name: AdapterManifest}"),
+    ({"adapters": {"a": "/a"}, "manifests": {"a": {"stop": "x"}}}, "manifest of 'a' is {'stop': 'x'}"),
+    ({"manifests": {"a": None}}, "manifest"),
+    ({"dtype": torch.float32}, "dtype is torch.float32, it must be one of"),
+    ({"dtype": "int8"}, "dtype is 'int8', it must be one of"),
+    ({"dtype": ["float32"]}, "dtype is ['float32'], it must be one of"),
+    ({"device": 0}, "device is 0, it must be one of auto, cpu, cuda"),
+    ({"device": "tpu"}, "device is 'tpu', it must be one of"),
+    ({"memory": 1.5}, "memory is 1.5"),
+    ({"memory": True}, "memory is True"),
+    ({"memory": "lots"}, "memory is 'lots'"),
+    ({"memory": 2**63}, "memory is 9223372036854775808, it must be at most"),
+    ({"prefix_caching": "no"}, "prefix_caching is 'no', it must be True or False"),
+    ({"prefix_caching": 1}, "prefix_caching is 1, it must be True or False"),
+    *(
+        ({name: value}, f"{name} is {value!r}, it must be ")
+        for name, most in MAX_COUNTS.items()
+        for value in ("8", 8.0, True, [8], 0, -1, most + 1)
+    ),
+    *(({name: None}, f"{name} is None") for name in ("max_lora_rank", "max_num_seqs", "max_batched_tokens")),
+]
+
+WRONG_PARAMS: list[tuple[dict[str, Any], str]] = [
+    *(
+        ({name: value}, f"{name} is {value!r}")
+        for name in ("max_tokens", "top_k", "n", "min_tokens", "seed", "logprobs")
+        for value in ("8", 8.0, True, 2**64)
+    ),
+    *(
+        ({name: value}, f"{name} is {value!r}")
+        for name in (
+            "temperature",
+            "top_p",
+            "min_p",
+            "typical_p",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+        )
+        for value in ("1", True, None, -7, 1e9)
+    ),
+    ({"temperature": float("nan")}, "temperature is nan"),
+    ({"logit_bias": [1]}, "logit_bias is [1]"),
+    ({"logit_bias": {"1": 1.0}}, "logit_bias token is '1'"),
+    ({"logit_bias": {1: "x"}}, "logit_bias is 'x'"),
+    ({"stop": 5}, "stop is 5"),
+    ({"stop": (5,)}, "stop contains 5"),
+    ({"stop_token_ids": 5}, "stop_token_ids is 5"),
+    ({"stop_token_ids": ["5"]}, "stop_token_ids is '5'"),
+    ({"ignore_eos": "no"}, "ignore_eos is 'no', it must be True or False"),
+    ({"ignore_eos": 0}, "ignore_eos is 0, it must be True or False"),
+    ({"grammar": "json"}, "grammar is 'json'"),
+    ({"grammar": {}}, "grammar is {}"),
+]
+
+
+@pytest.mark.parametrize(("settings", "error"), WRONG_SETTINGS)
+def test_a_wrong_setting_is_a_typed_error(settings: dict[str, Any], error: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        EngineConfig(**({"model": "m"} | settings))
+    assert str(caught.value).startswith(error)
+
+
+def test_no_setting_goes_unchecked() -> None:
+    checked = {name for settings, _ in WRONG_SETTINGS for name in settings}
+    assert checked == {field.name for field in dataclasses.fields(EngineConfig)}
+
+
+@pytest.mark.parametrize(("values", "error"), WRONG_PARAMS)
+def test_a_wrong_parameter_is_a_typed_error(values: dict[str, Any], error: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        SamplingParams(**values)
+    assert str(caught.value).startswith(error)
+
+
+def test_no_parameter_goes_unchecked() -> None:
+    checked = {name for values, _ in WRONG_PARAMS for name in values}
+    assert checked == {field.name for field in dataclasses.fields(SamplingParams)}
+
+
+def test_an_engine_refuses_settings_before_it_loads_anything() -> None:
+    for settings in ({"max_num_seqs": "8"}, {"num_threads": 10**6}, {"adapters": [1]}):
+        with pytest.raises(InvalidRequestError, match=next(iter(settings))):
+            LLM("./none", **settings)  # type: ignore[arg-type]
+
+
+def test_paths_and_vllms_names_of_dtypes_are_taken() -> None:
+    config = EngineConfig(model=Path("/m"), adapters={"a": Path("/a")}, dtype="float")  # type: ignore
+    assert (config.model, config.adapters, config.dtype) == ("/m", {"a": "/a"}, "float32")
+    assert EngineConfig(model="m", dtype="half").dtype == "float16"
+    assert EngineConfig(model="m", dtype="auto").dtype == EngineConfig.dtype
