@@ -15,6 +15,17 @@ from loraserve.json_file import read_optional_json
 from loraserve.models.config import token_ids
 from loraserve.tokenizer_config import TokenizerConfig
 
+# Names of special tokens as templates see them, and as GGUF spells them.
+GGUF_TOKENS: Mapping[str, str] = {
+    "bos_token": "bos",
+    "eos_token": "eos",
+    "unk_token": "unknown",
+    "sep_token": "seperator",
+    "pad_token": "padding",
+    "cls_token": "cls",
+    "mask_token": "mask",
+}
+
 
 class Tokenizer:
     """Wraps a `tokenizers` tokenizer; safe to use from several threads."""
@@ -71,8 +82,10 @@ class Tokenizer:
         """Build from a GGUF file's metadata. Raises ModelError."""
         add_bos = metadata.get("tokenizer.ggml.add_bos_token", find_pre_tokenizer(metadata).adds_bos)
         tokens = metadata.get("tokenizer.ggml.tokens", [])
-        names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-        ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
+        for key in ("add_eos_token", "add_sep_token"):
+            if metadata.get(f"tokenizer.ggml.{key}"):
+                raise ModelError(f"tokenizer.ggml.{key} is true, only false is supported")
+        ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in GGUF_TOKENS.items()}
         return cls(
             build_byte_level_bpe(metadata),
             special_tokens={name: tokens[index] for name, index in ids.items() if index is not None},

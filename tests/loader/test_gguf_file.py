@@ -91,8 +91,8 @@ def test_llama_3_frequency_factors_become_rope_scaling(tmp_path: Path) -> None:
     factors = np.linspace(1, 8, 8, dtype=np.float32)
     path = write_gguf(tmp_path / "m.gguf", edit=lambda w: w.add_tensor("rope_freqs.weight", factors))
     with open_checkpoint(path) as checkpoint:
-        assert checkpoint.config.rope.kind == "factors"
-        assert checkpoint.config.rope.params["factors"] == factors.tolist()
+        assert checkpoint.config.rope.kind == "default"
+        assert checkpoint.config.rope.factors == tuple(factors.tolist())
 
 
 def test_metadata_becomes_the_tokenizer(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_metadata_becomes_the_tokenizer(tmp_path: Path) -> None:
     ("arch", "edit", "message"),
     [
         ("gpt2", None, "architecture gpt2 is not supported, supported are llama, qwen2, qwen3"),
-        ("llama", lambda w: w.add_expert_count(8), "mixture-of-experts models are not supported"),
+        ("llama", lambda w: w.add_expert_count(8), "llama.expert_count is 8, only 0 is supported"),
         (
             "llama",
             lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE),
@@ -126,6 +126,10 @@ def test_an_unsupported_file_is_refused(
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
+        (
+            lambda w: w.add_add_eos_token(True),
+            "tokenizer.ggml.add_eos_token is true",
+        ),
         (lambda w: w.add_tokenizer_pre("klingon"), "tokenizer.ggml.pre 'klingon' is not supported"),
         (lambda w: w.kv_data[0].pop("tokenizer.ggml.merges"), "metadata has no tokenizer.ggml.merges"),
     ],

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 from loraserve.errors import ModelError
-from loraserve.models.config import ModelConfig, RopeConfig
-from loraserve.models.rope import inverse_frequencies
+from loraserve.models.config import ModelConfig
+from loraserve.models.rope import RopeConfig, inverse_frequencies
 
 GOOD = {
     "architectures": ["LlamaForCausalLM"],
@@ -28,7 +28,7 @@ GOOD = {
             "MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM",
         ),
         ({"architectures": None}, "architecture none is not supported"),
-        ({"hidden_size": None}, "config has no hidden_size"),
+        ({"hidden_size": None}, "config has hidden_size None, it must be a positive integer"),
         ({"num_hidden_layers": 0}, "num_hidden_layers 0, it must be a positive integer"),
         ({"vocab_size": "many"}, "vocab_size 'many', it must be a positive integer"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
@@ -36,7 +36,7 @@ GOOD = {
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported, it must be silu"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"checkpoint is quantised \(gptq\)"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope scaling 'dynamic' is not supported"),
+        ({"rope_scaling": {"type": "mrope", "factor": 2.0}}, "rope scaling 'mrope' is not supported"),
     ],
 )
 def test_a_config_we_cannot_serve_is_refused(change: dict[str, Any], message: str) -> None:
@@ -45,7 +45,7 @@ def test_a_config_we_cannot_serve_is_refused(change: dict[str, Any], message: st
 
 
 def test_a_rope_parameter_that_is_missing_is_named() -> None:
-    with pytest.raises(ModelError, match="rope scaling llama3 has low_freq_factor None"):
+    with pytest.raises(ModelError, match="rope scaling llama3 has factor None"):
         inverse_frequencies(RopeConfig(kind="llama3", params={"original_max_position_embeddings": 8}), 16)
 
 
@@ -54,7 +54,19 @@ def test_a_rope_parameter_that_is_missing_is_named() -> None:
     [
         ({}, 256),
         ({"sliding_window": 128}, 128),
-        ({"sliding_window": 128, "use_sliding_window": False}, 256),
+        ({"sliding_window": 128, "use_sliding_window": False}, 128),  # no field of Llama's and Mistral's
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 128, "use_sliding_window": False}, 128),
+        ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 128}, 256),
+        ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 128, "use_sliding_window": True}, 256),
+        (
+            {
+                "architectures": ["Qwen3ForCausalLM"],
+                "sliding_window": 128,
+                "use_sliding_window": True,
+                "max_window_layers": 1,
+            },
+            128,
+        ),
         ({"sliding_window": 512}, 256),
         ({"sliding_window": None}, 256),
     ],

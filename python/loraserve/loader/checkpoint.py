@@ -1,7 +1,7 @@
 """Checkpoint: an open model on disk; config, named tensors and tokenizer, whatever the file format."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,14 +19,17 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Checkpoint(ABC):
-    """Tensors go by their Hugging Face names; `raw_config` is in the terms of config.json."""
+    """Tensors go by their Hugging Face names; `raw_config` is in the terms of config.json.
 
-    def __init__(self, path: Path, raw_config: dict[str, Any]) -> None:
+    `rope_factors` divide the rotary frequencies; config.json has no word for them.
+    """
+
+    def __init__(self, path: Path, raw_config: dict[str, Any], rope_factors: Sequence[float] = ()) -> None:
         self.path = path
         self.raw_config = raw_config
         self._used: set[str] = set()
         try:
-            self.config = ModelConfig.from_hf(raw_config)
+            self.config = ModelConfig.from_hf(raw_config, rope_factors)
         except ModelError as error:
             raise ModelError(f"{path}: {error}") from None
 
@@ -50,6 +53,9 @@ class Checkpoint(ABC):
     def _read(self, name: str) -> Tensor:
         """Read a tensor listed in `names()`. Raises ModelError."""
 
+    def has(self, name: str) -> bool:
+        return name in self.names()
+
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
         """Read one float tensor. Raises ModelError naming file and tensor if missing or not of `shape`."""
         if name not in self.names():
@@ -65,9 +71,8 @@ class Checkpoint(ABC):
 
     def check_all_used(self) -> None:
         """A tensor nobody asked for means the model is not what its config says. Raises ModelError."""
-        ignored = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
         unused = sorted(
-            name for name in set(self.names()) - self._used - ignored if not name.endswith(IGNORED_SUFFIXES)
+            name for name in set(self.names()) - self._used if not name.endswith(IGNORED_SUFFIXES)
         )
         if unused:
             more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""

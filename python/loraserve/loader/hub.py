@@ -11,16 +11,18 @@ from loraserve.errors import AdapterFormatError, LoraserveError, ModelError
 
 ALLOW_PATTERNS = [
     "config.json",
+    "adapter_config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
-    "chat_template.json",
+    "additional_chat_templates/*.jinja",
     "model*.safetensors",
     "model.safetensors.index.json",
 ]
-IGNORE_PATTERNS = ["*/*"]
+IGNORE_PATTERNS = ["*/*.safetensors"]
 
 # A pickle can run code when it is read, so none is ever fetched.
 ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", "loraserve.json"]

@@ -15,6 +15,7 @@ from loraserve.tokenizer import Tokenizer
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 class SafetensorsDir(Checkpoint):
@@ -69,6 +70,11 @@ class SafetensorsDir(Checkpoint):
 def read_config(path: Path) -> dict[str, Any]:
     """config.json, with the stop tokens of generation_config.json if it names any. Raises ModelError."""
     config = read_json(path / "config.json")
+    if (path / ADAPTER_CONFIG).exists():
+        raise ModelError(
+            f"{path} holds {ADAPTER_CONFIG} beside config.json, which transformers would apply: "
+            "move the adapter to a directory of its own and load it by name, or remove it"
+        )
     generation = read_optional_json(path / "generation_config.json")
     if generation.get("eos_token_id") is not None:
         config["eos_token_id"] = generation["eos_token_id"]

@@ -1,39 +1,20 @@
 """ModelConfig: the checked shape of a base model, read from a Hugging Face config.json dict."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from loraserve.errors import ModelError
 from loraserve.models.registry import find_architecture
+from loraserve.models.rope import RopeConfig
 from loraserve.ops.base import DOWN, GATE_UP, QKV, O
 
 # (path inside the layer, LoRA group, in_features, out_features, first column in the group's fused output)
 ModuleShape: TypeAlias = tuple[str, int, int, int, int]
 
-ROPE_KINDS = ("default", "linear", "llama3", "yarn", "factors")
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary embedding: base wavelength, kind of context scaling, and that kind's own parameters."""
-
-    theta: float = 10000.0
-    kind: str = "default"
-    params: Mapping[str, Any] = field(default_factory=dict)
-
-    @staticmethod
-    def from_hf(config: Mapping[str, Any]) -> "RopeConfig":
-        params = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-        kind = params.pop("rope_type", None) or params.pop("type", None) or "default"
-        if kind not in ROPE_KINDS:
-            raise ModelError(f"rope scaling {kind!r} is not supported, supported are {', '.join(ROPE_KINDS)}")
-        theta = params.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
-        rotary_factor = params.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1.0
-        if rotary_factor != 1.0:
-            raise ModelError(f"partial_rotary_factor {rotary_factor} is not supported, it must be 1")
-        params.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
-        return RopeConfig(float(theta), kind, params)
+FULL_ATTENTION = "full_attention"
+SLIDING_ATTENTION = "sliding_attention"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,34 +42,39 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
 
     @staticmethod
-    def from_hf(config: Mapping[str, Any]) -> "ModelConfig":
-        """Check a config.json dict. Raises ModelError naming the first field we can't serve."""
+    def from_hf(config: Mapping[str, Any], rope_factors: Sequence[float] = ()) -> "ModelConfig":
+        """Read a config.json dict as transformers reads it; `rope_factors` divide the rotary frequencies.
+
+        Fields that transformers does not read for this architecture are not read here either.
+        Raises ModelError naming the first field we can't serve.
+        """
         name, architecture = find_architecture(config)
-        _refuse_unsupported(config)
-        hidden_size = _positive(config, "hidden_size")
-        num_heads = _positive(config, "num_attention_heads")
-        attention_bias = bool(config.get("attention_bias", False))
-        mlp_bias = bool(config.get("mlp_bias", False))
+        fields = _Fields(config, architecture.defaults)
+        _refuse_unsupported(config, fields)
+        hidden_size, num_heads = fields.positive("hidden_size"), fields.positive("num_attention_heads")
+        head_dim = fields.optional_positive("head_dim") or hidden_size // num_heads
+        max_position = fields.positive("max_position_embeddings")
+        attention_bias, mlp_bias = fields.boolean("attention_bias"), fields.boolean("mlp_bias")
         model = ModelConfig(
             architecture=name,
-            num_layers=_positive(config, "num_hidden_layers"),
+            num_layers=fields.positive("num_hidden_layers"),
             hidden_size=hidden_size,
             num_heads=num_heads,
-            num_kv_heads=_positive(config, "num_key_value_heads", num_heads),
-            head_dim=_positive(config, "head_dim", hidden_size // num_heads),
-            intermediate_size=_positive(config, "intermediate_size"),
-            vocab_size=_positive(config, "vocab_size"),
-            max_position=_positive(config, "max_position_embeddings"),
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            rope=RopeConfig.from_hf(config),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            num_kv_heads=fields.optional_positive("num_key_value_heads") or num_heads,
+            head_dim=head_dim,
+            intermediate_size=fields.positive("intermediate_size"),
+            vocab_size=fields.positive("vocab_size"),
+            max_position=max_position,
+            rms_norm_eps=fields.number("rms_norm_eps"),
+            rope=RopeConfig.from_hf(config, head_dim, max_position, rope_factors),
+            tie_word_embeddings=fields.boolean("tie_word_embeddings"),
             qkv_bias=attention_bias if architecture.qkv_bias is None else architecture.qkv_bias,
             o_bias=attention_bias if architecture.o_bias is None else architecture.o_bias,
             mlp_bias=mlp_bias if architecture.mlp_bias is None else architecture.mlp_bias,
             qk_norm=architecture.qk_norm,
-            sliding_window=_sliding_window(config),
-            bos_token_id=_first_id(config.get("bos_token_id")),
-            eos_token_ids=token_ids(config.get("eos_token_id")),
+            sliding_window=_sliding_window(fields, uses_window_fields=architecture.uses_window_fields),
+            bos_token_id=next(iter(fields.token_ids("bos_token_id")), None),
+            eos_token_ids=fields.token_ids("eos_token_id"),
         )
         model._check_heads()
         return model
@@ -143,37 +129,91 @@ class ModelConfig:
 
 
 def token_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
-    """One id, a list of ids or nothing, as configs write them, to a tuple."""
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, int) else tuple(value)
+    """One id, a list of ids or nothing, as configs write them, to a tuple. Raises ModelError."""
+    ids = () if value is None else (value,) if isinstance(value, int) else tuple(value)
+    for token_id in ids:
+        if isinstance(token_id, bool) or not isinstance(token_id, int):
+            raise ModelError(f"token ids are {value!r:.100}, they must be an integer or a list of integers")
+    return ids
 
 
-def _first_id(value: int | Sequence[int] | None) -> int | None:
-    return next(iter(token_ids(value)), None)
+class _Fields:
+    """Typed reads of a config.json; a field left out has its architecture's default."""
+
+    def __init__(self, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+        self._values = {**defaults, **config}
+
+    def get(self, key: str) -> Any:
+        return self._values.get(key)
+
+    def positive(self, key: str) -> int:
+        value = self.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ModelError(f"config has {key} {value!r:.100}, it must be a positive integer")
+        return value
+
+    def optional_positive(self, key: str) -> int | None:
+        return None if self.get(key) is None else self.positive(key)
+
+    def count(self, key: str) -> int:
+        value = self.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ModelError(f"config has {key} {value!r:.100}, it must be an integer of 0 or more")
+        return value
+
+    def number(self, key: str) -> float:
+        value = self.get(key)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+            raise ModelError(f"config has {key} {value!r:.100}, it must be a number of 0 or more")
+        return float(value)
+
+    def boolean(self, key: str) -> bool:
+        value = self.get(key)
+        if not isinstance(value, bool):
+            raise ModelError(f"config has {key} {value!r:.100}, it must be true or false")
+        return value
+
+    def token_ids(self, key: str) -> tuple[int, ...]:
+        try:
+            return token_ids(self.get(key))
+        except TypeError:
+            raise ModelError(
+                f"config has {key} {self.get(key)!r:.100}, it must be an integer or a list of integers"
+            ) from None
 
 
-def _positive(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = config.get(key)
-    value = default if value is None else value
-    if value is None:
-        raise ModelError(f"config has no {key}")
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ModelError(f"config has {key} {value!r}, it must be a positive integer")
-    return value
+def _sliding_window(fields: _Fields, *, uses_window_fields: bool) -> int | None:
+    """The window of the layers whose attention slides, None if there are none."""
+    window, num_layers = fields.optional_positive("sliding_window"), fields.positive("num_hidden_layers")
+    types = fields.get("layer_types")
+    if types is not None:
+        known = isinstance(types, list) and all(kind in (FULL_ATTENTION, SLIDING_ATTENTION) for kind in types)
+        if not known or len(types) != num_layers:
+            raise ModelError(
+                f"config has layer_types {types!r:.200}, each of {num_layers} layers must have "
+                f"{FULL_ATTENTION} or {SLIDING_ATTENTION}"
+            )
+    if uses_window_fields and not fields.boolean("use_sliding_window"):
+        window = None
+    if types is None:
+        first = fields.count("max_window_layers") if uses_window_fields else 0
+        return window if first < num_layers else None
+    if SLIDING_ATTENTION in types and window is None:
+        raise ModelError(f"layer_types has {SLIDING_ATTENTION}, but sliding_window is not set or not used")
+    return window if SLIDING_ATTENTION in types else None
 
 
-def _sliding_window(config: Mapping[str, Any]) -> int | None:
-    """Qwen configs carry a window next to `use_sliding_window: false`; the others mean it."""
-    if config.get("use_sliding_window") is False or config.get("sliding_window") is None:
-        return None
-    return _positive(config, "sliding_window")
-
-
-def _refuse_unsupported(config: Mapping[str, Any]) -> None:
-    activation = config.get("hidden_act", "silu")
+def _refuse_unsupported(config: Mapping[str, Any], fields: _Fields) -> None:
+    activation = fields.get("hidden_act")
     if activation not in ("silu", "swish"):
-        raise ModelError(f"hidden_act {activation!r} is not supported, it must be silu")
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown")
-        raise ModelError(f"checkpoint is quantised ({method}), use float weights or a .gguf file")
+        raise ModelError(f"hidden_act {activation!r:.100} is not supported, it must be silu")
+    if config.get("per_layer_config") is not None:
+        raise ModelError("per_layer_config is not supported, all layers must have the same shape")
+    for name in ("quantization_config", "compression_config"):
+        quantization = config.get(name)
+        if quantization is not None:
+            method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+            raise ModelError(
+                f"checkpoint is quantised ({method or 'unknown'}), {name} says: "
+                "use float weights or a .gguf file"
+            )

@@ -11,6 +11,9 @@ from loraserve.models.decoder import Decoder, Layer
 from loraserve.models.rope import cos_sin_table
 from loraserve.ops.base import Linear, Ops
 
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
 
 class Weights(Protocol):
     """Where tensors come from, by their Hugging Face name; a checkpoint is one."""
@@ -19,16 +22,17 @@ class Weights(Protocol):
         """The tensor, checked to have `shape`. Raises ModelError."""
         ...
 
+    def has(self, name: str) -> bool:
+        """Whether there is such a tensor."""
+        ...
+
 
 def build_decoder(
     config: ModelConfig, weights: Weights, ops: Ops, dtype: torch.dtype, num_positions: int
 ) -> Decoder:
     """Pack every weight through `ops`; `num_positions` bounds the rotary table. Raises ModelError."""
     reader = _Reader(config, weights, ops, dtype)
-    vocab_shape = (config.vocab_size, config.hidden_size)
-    embedding = ops.pack(weights.tensor("model.embed_tokens.weight", vocab_shape))
-    tied = config.tie_word_embeddings
-    lm_head = embedding if tied else ops.pack(weights.tensor("lm_head.weight", vocab_shape))
+    embedding, lm_head = reader.embedding_and_head()
     indices = tqdm(range(config.num_layers), desc="loading layers", delay=1.0, leave=False, disable=None)
     layers = [reader.layer(index) for index in indices]
     final_norm = reader.norm("model.norm.weight", config.hidden_size)
@@ -66,6 +70,18 @@ class _Reader:
             gate_up=self._fused(mlp, gate_up, hidden, config.mlp_bias),
             down=self._fused(mlp, [("down_proj", hidden)], inter, config.mlp_bias),
         )
+
+    def embedding_and_head(self) -> tuple[Linear, Linear]:
+        """One and the same where they are tied: by the config, and by being equal or alone in the file."""
+        shape = (self._config.vocab_size, self._config.hidden_size)
+        tied, has = self._config.tie_word_embeddings, self._weights.has
+        only_head = tied and has(HEAD) and not has(EMBEDDING)
+        embedding = self._weights.tensor(HEAD if only_head else EMBEDDING, shape)
+        packed = self._ops.pack(embedding)
+        if only_head or (tied and not has(HEAD)):
+            return packed, packed
+        head = self._weights.tensor(HEAD, shape)
+        return packed, packed if tied and torch.equal(embedding, head) else self._ops.pack(head)
 
     def norm(self, name: str, size: int) -> Tensor:
         return self._weights.tensor(name, (size,)).to(self._ops.device, self._dtype, copy=True)
