@@ -6,7 +6,7 @@ import sys
 CODE = """
 import threading
 import torch
-from loraserve.engine import _use_one_torch_thread
+from loraserve.engine_thread import use_one_torch_thread
 
 def num_threads():
     seen = []
@@ -18,7 +18,7 @@ def num_threads():
 torch.set_num_threads(3)
 seen = []
 def engine():
-    _use_one_torch_thread()
+    use_one_torch_thread()
     seen.append(torch.get_num_threads())
 thread = threading.Thread(target=engine)
 thread.start()

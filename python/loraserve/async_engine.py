@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
+from typing import ParamSpec
 
 from loraserve._core import Receipt
 from loraserve.adapters.manifest import AdapterManifest
@@ -14,6 +16,8 @@ from loraserve.info import AdapterInfo, EngineInfo, EngineStats
 from loraserve.request import Delta, GenerateRequest
 from loraserve.service import Service
 from loraserve.tokenizer import Tokenizer
+
+P = ParamSpec("P")
 
 
 class RequestStream(AsyncIterator[Delta]):
@@ -59,7 +63,7 @@ class AsyncEngine:
     def __init__(self, config: EngineConfig) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._failed = asyncio.Event()
-        self._engine = Engine(config, self._on_outputs, self._on_failure)
+        self._engine = Engine(config, _weak(self._on_outputs), _weak(self._on_failure))
         self._service: Service[RequestStream] = Service(self._engine)
 
     async def submit(self, request: GenerateRequest) -> RequestStream:
@@ -144,3 +148,15 @@ class AsyncEngine:
 
     def _route(self, outputs: Sequence[EngineOutput]) -> None:
         self._service.route(outputs, RequestStream.put, RequestStream.put)
+
+
+def _weak(method: Callable[P, None]) -> Callable[P, None]:
+    """Calls the method while its object lives, and doesn't keep it alive."""
+    reference = weakref.WeakMethod(method)
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> None:
+        method = reference()
+        if method is not None:
+            method(*args, **kwargs)
+
+    return call

@@ -10,9 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
-
-import torch
+from typing import Any, Literal, NamedTuple, cast
 
 from loraserve import _core, errors
 from loraserve.adapters.extent_loader import ExtentLoader
@@ -23,6 +21,8 @@ from loraserve.backends import Backend
 from loraserve.chat_template import ChatTemplate
 from loraserve.config import EngineConfig
 from loraserve.deadlines import Deadlines
+from loraserve.engine_lock import EngineLock
+from loraserve.engine_thread import EngineThread
 from loraserve.errors import (
     AdapterFormatError,
     DeadlineError,
@@ -77,6 +77,9 @@ class _Sequence:
 class Engine:
     """Runs sequences on one model; every method may be called from any thread.
 
+    One that nobody holds any more goes away with its threads and its memory. In a forked child every
+    method raises EngineStoppedError.
+
     Args:
         config: what to load and how much memory it may use.
         on_outputs: called on the engine's thread with all events of a step, in order.
@@ -93,12 +96,18 @@ class Engine:
         backend: Backend | None = None,
     ) -> None:
         self.config = config
-        self.runner = ModelRunner(config, backend)
         self._on_outputs = on_outputs
         self._on_failure = on_failure
-        self._lock = threading.Lock()  # guards the scheduler, the registry and the sequences
-        self._wake = threading.Event()
-        self._idle = threading.Condition(self._lock)
+        self._lock = EngineLock()  # guards the scheduler, the registry and the sequences
+        self._thread = EngineThread(self)
+        self._wake = self._thread.wake
+        with self._thread.building():
+            self._build(backend)
+
+    def _build(self, backend: Backend | None) -> None:
+        config = self.config
+        self.runner = ModelRunner(config, backend)
+        self._idle = threading.Condition(cast(threading.Lock, self._lock))
         self.refusal: str | None = None  # why no new requests are taken
         self._is_stopping = False
         self._sequences: dict[int, _Sequence] = {}
@@ -136,8 +145,7 @@ class Engine:
         for name, path in config.adapters.items():
             self.load_adapter(name, path, config.manifests.get(name))
         self.runner.backend.start()
-        self._thread = threading.Thread(target=self._run, name="loraserve-engine", daemon=True)
-        self._thread.start()
+        self._thread.start(on_end=self._loader.shutdown)
 
     def submit(
         self,
@@ -195,6 +203,10 @@ class Engine:
                 self._deadlines.add(arrived_at + deadline_s, request_id)
         self._wake.set()
         return request_id
+
+    def check_process(self) -> None:
+        """Raises EngineStoppedError in a forked child, where nothing may be waited for."""
+        self._lock.check_process()
 
     def abort(self, request_id: int) -> None:
         """End a sequence now; its last event says "abort". Unknown or finished ids are left alone."""
@@ -324,35 +336,47 @@ class Engine:
             )
 
     def shutdown(self, deadline_s: float) -> None:
-        """Refuse new requests, let running ones finish for `deadline_s` seconds, abort the rest, stop."""
+        """Refuse new requests, let running ones finish for `deadline_s` seconds, abort the rest, stop.
+
+        Frees the weights and the pool. In a forked child there is nothing to stop.
+        """
+        if self._lock.is_foreign:
+            return
         with self._lock:
             self.refusal = self.refusal or "the engine is shutting down and takes no new requests"
-            self._idle.wait_for(lambda: not self._sequences, timeout=deadline_s)
+            self._idle.wait_for(lambda: not (self._sequences and self._thread.is_alive), timeout=deadline_s)
             for request_id in self._sequences:
                 self._scheduler.abort(request_id)
             self._is_stopping = True
         self._wake.set()
         self._thread.join()
-        self._loader.shutdown()
-        self.runner.backend.shutdown()
+        self.runner.release()
         self._refuse_waiters(self.refusal)
 
-    def stop_soon(self) -> None:
-        """Ask the thread to end, without waiting or locking: safe from a finalizer on any thread."""
-        self._is_stopping = True
-        self._wake.set()
+    @property
+    def is_stopped(self) -> bool:
+        """The thread has nothing more to do."""
+        return self._is_stopping and not self._sequences
 
-    def _run(self) -> None:
-        _use_one_torch_thread()
+    def begin_exit(self) -> None:
+        """The interpreter exits: requests still open stay unanswered, and later ones are refused."""
+        self._lock.begin_exit(self._thread.ident)
+        self.refusal = "the interpreter exits, the engine takes no new requests"
+
+    def step(self) -> bool:
+        """Schedule, run, sample, commit, deliver, once; False if there was nothing to do."""
         try:
-            while not self._is_stopping or self._sequences:
-                self._step()
+            return self._step()
         except BaseException as error:
             logger.exception("the engine failed")
             self._fail(f"the engine failed: {error}")
+            return True
 
-    def _step(self) -> None:
-        self._wake.clear()
+    def idle_s(self) -> float | None:
+        """Seconds until a deadline; None if there is none."""
+        return self._deadlines.next_in_s()
+
+    def _step(self) -> bool:
         self._finish_loads()
         with self._lock:
             self._end_expired()
@@ -370,8 +394,7 @@ class Engine:
         self.runner.backend.set_contended(is_contended)
         logprobs = self._execute(step) if step.batch is not None else {}
         num_delivered = self._deliver(logprobs)
-        if step.batch is None and num_delivered == 0:
-            self._wake.wait(self._deadlines.next_in_s())
+        return step.batch is not None or num_delivered > 0
 
     def _execute(self, step: _core.Step) -> dict[int, TokenLogprob]:
         batch = step.batch
@@ -477,6 +500,7 @@ class Engine:
     def _fail(self, message: str) -> None:
         with self._lock:
             self.refusal = message
+            self._is_stopping = True
             sequences = self._sequences
             self._sequences = {}
             self._idle.notify_all()
@@ -549,18 +573,6 @@ class Engine:
                 raise InvalidRequestError(
                     f"token id {token_id} is out of range, the vocabulary has {self._vocab_size} tokens"
                 )
-
-
-def _use_one_torch_thread() -> None:
-    """Keep torch's ops of this thread on it: OpenMP workers would spin on the cores the kernels use.
-
-    torch also makes the number the default of threads to come, so another thread sets that back.
-    """
-    default = torch.get_num_threads()
-    torch.set_num_threads(1)
-    restore = threading.Thread(target=torch.set_num_threads, args=(default,))
-    restore.start()
-    restore.join()
 
 
 def _deadline_error(deadline_s: float) -> DeadlineError:

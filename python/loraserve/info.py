@@ -124,7 +124,7 @@ class EngineInfo:
             version=__version__,
             model=config.model,
             dtype=config.dtype,
-            device=runner.backend.name,
+            device=runner.device,
             max_model_len=max_model_len,
             max_lora_rank=config.max_lora_rank,
             page_nbytes=runner.page_nbytes,

@@ -6,7 +6,6 @@ import operator
 import os
 import queue
 import threading
-import weakref
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -48,7 +47,6 @@ class LLM:
         config = EngineConfig(model=model, adapters={} if adapters is None else adapters, **settings)
         self._engine = Engine(config, self._events.put)
         self._service: Service[_Pending] = Service(self._engine)
-        self._finalizer = weakref.finalize(self, self._engine.stop_soon)
 
     def generate(
         self,
@@ -145,7 +143,6 @@ class LLM:
 
     def close(self) -> None:
         """Stop the engine and free its memory; safe to call twice."""
-        self._finalizer.detach()
         self._engine.shutdown(0.0)
 
     def __enter__(self) -> LLM:
@@ -157,6 +154,7 @@ class LLM:
         self.close()
 
     def _run(self, requests: Sequence[GenerateRequest], progress: bool | None) -> list[RequestOutput]:
+        self._engine.check_process()
         pending = [_Pending(request, self._service.prepare(request)) for request in requests]
         request_ids: list[int] = []
         with self._call:

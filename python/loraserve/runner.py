@@ -28,6 +28,7 @@ class ModelRunner:
         self._config = config
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self.backend = open_backend(config) if backend is None else backend
+        self.device = self.backend.name
         self.model: LoadedModel = load_model(config.model, self._dtype, self._build_ops, config.max_model_len)
 
     def _build_ops(self, model_config: ModelConfig) -> Ops:
@@ -69,6 +70,14 @@ class ModelRunner:
 
     def move(self, slot: int, src_page: int, dst_page: int, num_pages: int) -> None:
         self.ops.move_extent(slot, src_page, dst_page, num_pages)
+
+    def release(self) -> None:
+        """Give up weights and pool; nothing may be run later. Safe to call twice."""
+        backend: Backend | None = vars(self).pop("backend", None)
+        if backend is not None:
+            backend.shutdown()
+        vars(self).pop("ops", None)
+        self.model.release()
 
     @torch.inference_mode()
     def execute(self, batch: _core.Batch) -> torch.Tensor:

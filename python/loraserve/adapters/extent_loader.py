@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import queue
+import threading
+import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
 
 from loraserve import _core
 from loraserve.adapters.registry import RegisteredAdapter
@@ -31,7 +34,11 @@ class LoadResult:
 
 
 class ExtentLoader:
-    """Starts loads and collects their results; `on_done` is called from a loader thread after each."""
+    """Starts loads and collects their results; `on_done` is called from a loader thread after each.
+
+    The threads start with the first load, and end with `shutdown` or with the loader. (An executor of Python
+    takes no more work once the main thread has ended, though other threads of the program go on.)
+    """
 
     def __init__(
         self,
@@ -41,14 +48,17 @@ class ExtentLoader:
         max_lora_rank: int,
         on_done: Callable[[], None],
     ) -> None:
-        self._backend = backend
+        self._backend: Backend | None = backend
         self._shape = shape
         self._dtype = dtype
         self._max_lora_rank = max_lora_rank
         self._on_done = on_done
         self._pace = _core.LoadPace()
         self._num_open = 0  # loads started whose results were not taken; the engine's thread counts
-        self._executor = ThreadPoolExecutor(NUM_LOADER_THREADS, "loraserve-loader")
+        self._jobs: _Jobs = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._end = weakref.finalize(self, _end_threads, self._jobs)
+        self._end.atexit = False  # the engine's thread, which the exit waits for, ends them
         self._results: queue.SimpleQueue[LoadResult] = queue.SimpleQueue()
 
     def check(self, path: str) -> _core.Receipt:
@@ -60,8 +70,10 @@ class ExtentLoader:
         self._pace.set_rest(rest_s(self._num_open) if is_contended else 0.0)
 
     def start(self, adapter_id: int, sources: Sequence[RegisteredAdapter], extent: Extent) -> None:
+        if not self._threads:
+            self._start_threads()
         self._num_open += 1
-        self._executor.submit(self._run, adapter_id, sources, extent)
+        self._jobs.put(partial(self._run, adapter_id, sources, extent))
 
     def take_results(self) -> list[LoadResult]:
         results = [self._results.get_nowait() for _ in range(self._results.qsize())]
@@ -69,7 +81,20 @@ class ExtentLoader:
         return results
 
     def shutdown(self) -> None:
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        """Drop loads that wait, and return when those under way are over; nothing may be started later."""
+        self._pace.set_rest(0.0)  # no step is delayed any more
+        while not self._jobs.empty():
+            self._jobs.get()
+        self._end()
+        for thread in self._threads:
+            thread.join()
+        self._backend = None
+
+    def _start_threads(self) -> None:
+        for index in range(NUM_LOADER_THREADS):
+            name = f"loraserve-loader-{index}"
+            self._threads.append(threading.Thread(target=_work, args=(self._jobs,), name=name, daemon=True))
+            self._threads[-1].start()
 
     def _run(self, adapter_id: int, sources: Sequence[RegisteredAdapter], extent: Extent) -> None:
         outcome: _core.AdapterLayout | LoraserveError
@@ -105,7 +130,22 @@ class ExtentLoader:
                 self._pace,
             )
 
+        assert self._backend is not None, "invariant: a load is over before the loader is shut down"
         return self._backend.fill(extent, load)
+
+
+_Jobs: TypeAlias = "queue.SimpleQueue[Callable[[], None] | None]"  # None ends a thread
+
+
+def _work(jobs: _Jobs) -> None:
+    while (job := jobs.get()) is not None:
+        job()
+        del job  # it holds the loader
+
+
+def _end_threads(jobs: _Jobs) -> None:
+    for _ in range(NUM_LOADER_THREADS):
+        jobs.put(None)
 
 
 def rest_s(num_open: int) -> float:

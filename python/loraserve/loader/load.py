@@ -30,6 +30,10 @@ class LoadedModel:
         """What adapters are checked against."""
         return _core.BaseShape(*self.decoder.base_shape())
 
+    def release(self) -> None:
+        """Give up the decoder, which has the weights; what else is known of the model stays."""
+        vars(self).pop("decoder", None)
+
 
 def load_model(
     path_or_id: str | Path,

@@ -10,12 +10,12 @@
 //! runs on the same cores, half a margin will do, and the thread rests after each huge page. When the
 //! margins stand it is parked.
 
-use std::hint;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
+use std::{hint, mem, process};
 
 /// Bytes kept touched beyond those in use, at each end of the pool; half as many beside a running model.
 pub const MARGIN: usize = 64 << 20;
@@ -34,6 +34,8 @@ pub struct MemoryAhead {
     shared: Arc<Shared>,
     thread: Mutex<Option<JoinHandle<()>>>,
     base: usize,
+    /// The process that has the thread.
+    process: u32,
 }
 
 struct Shared {
@@ -78,6 +80,7 @@ impl MemoryAhead {
             shared,
             thread: Mutex::new(Some(thread)),
             base,
+            process: process::id(),
         }
     }
 
@@ -101,6 +104,9 @@ impl MemoryAhead {
 
     /// Ends the thread, after the step it is at.
     pub fn stop(&self) {
+        if self.is_in_forked_child() {
+            return; // it has no thread, and locks may be held for ever
+        }
         self.shared.update(|state| state.is_stopping = true);
         let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(thread) = thread.take() {
@@ -108,11 +114,20 @@ impl MemoryAhead {
             let _ = thread.join();
         }
     }
+
+    fn is_in_forked_child(&self) -> bool {
+        process::id() != self.process
+    }
 }
 
 impl Drop for MemoryAhead {
     fn drop(&mut self) {
-        self.stop();
+        if self.is_in_forked_child() {
+            let thread = self.thread.get_mut();
+            mem::forget(thread.unwrap_or_else(PoisonError::into_inner).take());
+        } else {
+            self.stop();
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 //! A job is a count of tasks and a function of the task index. Workers that are awake join the open
 //! job; the caller never waits for one that did not, so a descheduled worker costs nothing. Each thread
 //! begins with its own share of the tasks, the same from job to job, and then helps others with theirs.
+//! A forked child has none of the threads: it can only drop the pool.
 
 use std::any::Any;
 use std::cell::UnsafeCell;
@@ -12,6 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
+use std::{mem, process};
 
 use super::ahead::{Ahead, Fetcher};
 
@@ -59,6 +61,8 @@ pub struct ThreadPool {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
     caller: Mutex<Fetcher>,
+    /// The process that has the workers.
+    process: u32,
 }
 
 impl ThreadPool {
@@ -85,6 +89,7 @@ impl ThreadPool {
             shared,
             workers,
             caller: Mutex::new(Fetcher::new(0, num_workers + 1)),
+            process: process::id(),
         }
     }
 
@@ -153,6 +158,10 @@ impl ThreadPool {
 
 impl Drop for ThreadPool {
     fn drop(&mut self) {
+        if process::id() != self.process {
+            mem::forget(mem::take(&mut self.workers)); // nobody would ever end a join
+            return;
+        }
         self.shared.stopping.store(true, Ordering::SeqCst);
         for worker in self.workers.drain(..) {
             worker.thread().unpark();
