@@ -48,6 +48,9 @@ class EngineConfig:
         max_waiting: most sequences that wait for their turn; beyond, requests are refused as OverloadedError;
             None sets no limit.
         max_model_len: context limit in tokens; None takes the model's own.
+        generation_config: where defaults of sampling come from, for what neither a request nor its adapter's
+            manifest gives: "auto" is the model's own generation_config.json, "none" (vLLM's "vllm") is
+            nowhere, else a directory with such a file.
         prefix_caching: keep KV blocks of finished requests for later ones with the same prefix and adapter.
         num_threads: CPU threads of the kernels; None uses every core this process may run on.
 
@@ -66,6 +69,7 @@ class EngineConfig:
     max_batched_tokens: int = 2048
     max_waiting: int | None = 1024
     max_model_len: int | None = None
+    generation_config: str = "auto"
     prefix_caching: bool = True
     num_threads: int | None = None
 
@@ -79,6 +83,8 @@ class EngineConfig:
                 raise InvalidRequestError(
                     f"manifest of {name!r:.100} is {manifest!r:.100}, give AdapterManifest"
                 )
+        source = _path_text("generation_config", self.generation_config)
+        object.__setattr__(self, "generation_config", "none" if source == "vllm" else source)
         check_choice("dtype", self.dtype, (*DTYPES, *DTYPE_ALIASES))
         object.__setattr__(self, "dtype", DTYPE_ALIASES.get(self.dtype, self.dtype))
         check_choice("device", self.device, DEVICES)

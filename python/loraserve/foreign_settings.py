@@ -244,8 +244,6 @@ VLLM: tuple[ForeignSetting, ...] = (
     *_values("tokenizer_mode", "the tokenizer is the model's", "MODE", accepted=("auto",), **FLAG_ONLY),
     *_values("chat_template", FROM_MODEL + " (chat_template.jinja), or into an adapter's loraserve.json",
              "FILE", **FLAG_ONLY),
-    *_values("generation_config", "the model's generation_config.json is read", "FROM", accepted=("auto",),
-             **FLAG_ONLY),
     *_values("override_generation_config", "give it in requests or in an adapter's loraserve.json", "JSON",
              **FLAG_ONLY),
     *_values("download_dir", CACHE, "DIRECTORY", **FLAG_ONLY),

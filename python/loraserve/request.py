@@ -93,6 +93,8 @@ class GenerateRequest:
         chat: how `messages` become the prompt.
         deadline_s: seconds from its arrival in which it must be finished, else it ends with DeadlineError.
         truncate: keep only this many tokens of the prompt, its last ones.
+        uses_model_defaults: whether what the model's generation_config.json says holds for `params` that were
+            not given.
     """
 
     prompt: str | Sequence[int] | None = None
@@ -102,6 +104,7 @@ class GenerateRequest:
     params: SamplingParams = field(default_factory=SamplingParams)
     deadline_s: float | None = None
     truncate: int | None = None
+    uses_model_defaults: bool = True
 
 
 @dataclass(frozen=True)

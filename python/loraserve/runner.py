@@ -29,7 +29,9 @@ class ModelRunner:
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self.backend = open_backend(config) if backend is None else backend
         self.device = self.backend.name
-        self.model: LoadedModel = load_model(config.model, self._dtype, self._build_ops, config.max_model_len)
+        self.model: LoadedModel = load_model(
+            config.model, self._dtype, self._build_ops, config.max_model_len, config.generation_config
+        )
 
     def _build_ops(self, model_config: ModelConfig) -> Ops:
         geometry = KvGeometry(

@@ -282,6 +282,12 @@ class ServeSettings(_Model):
         flags=("--max-total-tokens",),
         env=("MAX_TOTAL_TOKENS",),
     )
+    generation_config: str = option(
+        EngineConfig.generation_config,
+        "engine",
+        "defaults of sampling: auto takes the model's generation_config.json, else none or a directory",
+        "FROM",
+    )
     prefix_caching: YesNo = option(
         EngineConfig.prefix_caching,
         "engine",

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
+from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 from loraserve.adapters.registry import RegisteredAdapter
@@ -43,8 +44,11 @@ def prepare(
     tokenizer: Tokenizer,
     max_model_len: int,
     find_adapter: Callable[[str], RegisteredAdapter | None] = lambda _: None,
+    sampling_defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> PreparedRequest:
-    """Tokenise and resolve a request, which arrives now; the manifest of its one adapter fills the gaps.
+    """Tokenise and resolve a request, which arrives now.
+
+    The manifest of its one adapter fills the gaps of its parameters, then the model's `sampling_defaults`.
 
     Raises:
         InvalidRequestError: not exactly one of prompt and messages, an empty prompt, a bad adapter spec.
@@ -78,9 +82,10 @@ def prepare(
             f"prompt has {len(token_ids)} tokens, limit is {max_model_len - 1}: "
             "the context length less one token to generate"
         )
-    params = request.params
+    defaults = dict(sampling_defaults) if request.uses_model_defaults else {}
     if adapter is not None:
-        params = params.with_defaults(adapter.manifest.request_defaults)
+        defaults |= adapter.manifest.request_defaults
+    params = request.params.with_defaults(defaults) if defaults else request.params
     return PreparedRequest(token_ids, adapters, params, arrived_at, request.deadline_s)
 
 
@@ -175,7 +180,13 @@ class Service(Generic[Owner]):
 
     def prepare(self, request: GenerateRequest) -> PreparedRequest:
         """Tokenise and resolve a request and compile its grammar; slow, call it off the loop."""
-        prepared = prepare(request, self._tokenizer, self._engine.max_model_len, self._engine.find_adapter)
+        prepared = prepare(
+            request,
+            self._tokenizer,
+            self._engine.max_model_len,
+            self._engine.find_adapter,
+            self._engine.runner.model.sampling_defaults,
+        )
         grammar = prepared.params.grammar
         if grammar is None:
             return prepared

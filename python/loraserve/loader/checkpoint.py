@@ -42,6 +42,10 @@ class Checkpoint(ABC):
         """The tokenizer that belongs to the model. Raises ModelError."""
 
     @abstractmethod
+    def sampling_defaults(self) -> dict[str, Any]:
+        """What `SamplingParams.with_defaults` takes of what the model says of sampling. Raises ModelError."""
+
+    @abstractmethod
     def close(self) -> None:
         """Release the files; tensors already read stay valid."""
 

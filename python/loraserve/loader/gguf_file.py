@@ -12,6 +12,7 @@ from torch import Tensor
 
 from loraserve.errors import ModelError
 from loraserve.loader.checkpoint import Checkpoint
+from loraserve.loader.generation_config import gguf_sampling_defaults
 from loraserve.loader.gguf_config import hf_config
 from loraserve.loader.gguf_header import GgufHeader, parse_header
 from loraserve.tokenizer import Tokenizer
@@ -56,6 +57,9 @@ class GgufFile(Checkpoint):
 
     def load_tokenizer(self) -> Tokenizer:
         return Tokenizer.from_gguf(self._header.metadata, self.config.eos_token_ids)
+
+    def sampling_defaults(self) -> dict[str, Any]:
+        return gguf_sampling_defaults(self.path, self._header.metadata)
 
     def close(self) -> None:
         self._data.close()

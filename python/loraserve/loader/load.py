@@ -1,12 +1,16 @@
 """load_model: from what a user calls a model to a decoder ready to run."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from loraserve import _core
+from loraserve.errors import ModelError
+from loraserve.loader.checkpoint import Checkpoint
+from loraserve.loader.generation_config import FILE_NAME, read_sampling_defaults
 from loraserve.loader.resolve import open_checkpoint
 from loraserve.models.config import ModelConfig
 from loraserve.models.decoder import Decoder
@@ -17,13 +21,17 @@ from loraserve.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with all that belongs to it; `max_model_len` in tokens."""
+    """A model with all that belongs to it; `max_model_len` in tokens.
+
+    `sampling_defaults` is what `SamplingParams.with_defaults` takes.
+    """
 
     path: Path
     config: ModelConfig
     decoder: Decoder
     tokenizer: Tokenizer
     max_model_len: int
+    sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def base_shape(self) -> _core.BaseShape:
@@ -40,15 +48,32 @@ def load_model(
     dtype: torch.dtype,
     ops_factory: Callable[[ModelConfig], Ops],
     max_model_len: int | None = None,
+    generation_config: str = "auto",
 ) -> LoadedModel:
     """Open, check, read and pack a model; `ops_factory` is called once the config is checked.
 
+    `generation_config` is `EngineConfig`'s.
     Raises ModelError.
     """
     with open_checkpoint(path_or_id) as checkpoint:
         config = checkpoint.config
         max_model_len = config.resolve_max_model_len(max_model_len)
         tokenizer = checkpoint.load_tokenizer()
+        defaults = _sampling_defaults(checkpoint, generation_config)
         decoder = build_decoder(config, checkpoint, ops_factory(config), dtype, max_model_len)
         checkpoint.check_all_used()
-        return LoadedModel(checkpoint.path, config, decoder, tokenizer, max_model_len)
+        return LoadedModel(checkpoint.path, config, decoder, tokenizer, max_model_len, defaults)
+
+
+def _sampling_defaults(checkpoint: Checkpoint, generation_config: str) -> dict[str, Any]:
+    if generation_config == "none":
+        return {}
+    if generation_config == "auto":
+        return checkpoint.sampling_defaults()
+    directory = Path(generation_config).expanduser()
+    if not (directory / FILE_NAME).is_file():
+        raise ModelError(
+            f"generation_config is {generation_config}, which has no {FILE_NAME}: "
+            "give a directory that has one, auto or none"
+        )
+    return read_sampling_defaults(directory)

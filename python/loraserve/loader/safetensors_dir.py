@@ -11,6 +11,7 @@ from torch import Tensor
 from loraserve.errors import ModelError
 from loraserve.json_file import read_json, read_optional_json
 from loraserve.loader.checkpoint import Checkpoint
+from loraserve.loader.generation_config import read_sampling_defaults
 from loraserve.tokenizer import Tokenizer
 
 SINGLE_FILE = "model.safetensors"
@@ -37,6 +38,9 @@ class SafetensorsDir(Checkpoint):
 
     def load_tokenizer(self) -> Tokenizer:
         return Tokenizer.from_directory(self.path)
+
+    def sampling_defaults(self) -> dict[str, Any]:
+        return read_sampling_defaults(self.path)
 
     def close(self) -> None:
         self._shards, self._shard_of = {}, {}

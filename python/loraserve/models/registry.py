@@ -89,10 +89,11 @@ def find_architecture(config: Mapping[str, Any]) -> tuple[str, Architecture]:
     ]
     for name in names:
         if name in ARCHITECTURES:
-            architecture = ARCHITECTURES[name]
-            kind = config.get("model_type", architecture.model_type)
-            if kind != architecture.model_type:
-                raise ModelError(f"model_type is {kind!r}, that of {name} is {architecture.model_type!r}")
-            return name, architecture
+            kind = config.get("model_type", ARCHITECTURES[name].model_type)
+            if kind not in [one.model_type for one in ARCHITECTURES.values()]:
+                raise ModelError(
+                    f"model_type is {kind!r}, that of {name} is {ARCHITECTURES[name].model_type!r}"
+                )
+            return name, ARCHITECTURES[name]
     found = ", ".join(map(str, names)) or "none"
     raise ModelError(f"architecture {found} is not supported, supported are {', '.join(ARCHITECTURES)}")

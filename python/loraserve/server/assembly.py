@@ -41,6 +41,7 @@ def engine_config(settings: ServeSettings, *, with_downloads: bool = True) -> En
         max_batched_tokens=settings.max_batched_tokens,
         max_waiting=settings.max_waiting,
         max_model_len=settings.max_model_len,
+        generation_config=settings.generation_config,
         prefix_caching=settings.prefix_caching,
         num_threads=settings.threads,
     )

@@ -43,6 +43,7 @@ def generate_request(call: Call, inputs: str, given: Parameters, *, is_stream: b
         params=SamplingParams(**sampling).with_defaults(defaults),
         deadline_s=call.deadline_s,
         truncate=given.truncate,
+        uses_model_defaults=False,  # TGI is greedy unless asked, whatever the model says
     )
 
 
