@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import InitVar, dataclass, field, fields
+from itertools import takewhile
 from typing import Any
 
 from loraserve.errors import InvalidRequestError
@@ -23,7 +24,7 @@ class SamplingParams:
     """Sampling and stopping of one request; checked when built.
 
     Which values were given, rather than left to their defaults, is remembered: an adapter's own defaults
-    replace only the others.
+    replace only the others. `dataclasses.replace` keeps what was given as given, and adds what it changes.
 
     Args:
         max_tokens: most tokens to generate, at least 1; also bounded by the model's context.
@@ -52,6 +53,7 @@ class SamplingParams:
         InvalidRequestError: a value is out of its range.
     """
 
+    _given: InitVar[frozenset[str]] = frozenset()  # first: see __new__
     max_tokens: int = 16
     temperature: float = 1.0
     top_p: float = 1.0
@@ -71,12 +73,15 @@ class SamplingParams:
     grammar: Grammar | None = None
     n: int = 1
 
-    def __new__(cls, **given: Any) -> SamplingParams:
+    def __new__(cls, **values: Any) -> SamplingParams:
+        """`dataclasses.replace` passes what it changes first and then, from `_given` on, copies."""
         params = super().__new__(cls)
-        object.__setattr__(params, "_given", frozenset(given))
+        named = takewhile(lambda name: name != "_given", values)
+        object.__setattr__(params, "_named", frozenset(named))
         return params
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, _given: frozenset[str]) -> None:
+        object.__setattr__(self, "_given", _given | self.__dict__.pop("_named"))
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         object.__setattr__(self, "stop", _as_tuple("stop", stop))
         object.__setattr__(self, "stop_token_ids", _as_tuple("stop_token_ids", self.stop_token_ids))
@@ -109,9 +114,7 @@ class SamplingParams:
         """
         values = {parameter.name: getattr(self, parameter.name) for parameter in fields(self)}
         values |= {name: value for name, value in defaults.items() if name not in self.given}
-        filled = SamplingParams(**values)
-        object.__setattr__(filled, "_given", self.given)
-        return filled
+        return SamplingParams(_given=self.given, **values)
 
     @property
     def given(self) -> frozenset[str]:
