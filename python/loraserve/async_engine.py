@@ -14,7 +14,7 @@ from loraserve.config import EngineConfig
 from loraserve.engine import Engine, EngineOutput
 from loraserve.info import AdapterInfo, EngineInfo, EngineStats
 from loraserve.request import Delta, GenerateRequest
-from loraserve.service import Service
+from loraserve.service import PreparedRequest, Service
 from loraserve.tokenizer import Tokenizer
 
 P = ParamSpec("P")
@@ -66,7 +66,15 @@ class AsyncEngine:
         self._engine = Engine(config, _weak(self._on_outputs), _weak(self._on_failure))
         self._service: Service[RequestStream] = Service(self._engine)
 
-    async def submit(self, request: GenerateRequest) -> RequestStream:
+    async def prepare(self, request: GenerateRequest) -> PreparedRequest:
+        """Tokenise and resolve a request off the loop, to be submitted; nothing is queued.
+
+        Raises:
+            InvalidRequestError: it was refused.
+        """
+        return await asyncio.to_thread(self._service.prepare, request)
+
+    async def submit(self, request: GenerateRequest | PreparedRequest) -> RequestStream:
         """Queue a request and return its stream; tokenising runs off the loop.
 
         Raises:
@@ -74,7 +82,7 @@ class AsyncEngine:
             OverloadedError, DeadlineError, EngineStoppedError: the request was refused; nothing was queued.
         """
         self._loop = asyncio.get_running_loop()
-        prepared = await asyncio.to_thread(self._service.prepare, request)
+        prepared = request if isinstance(request, PreparedRequest) else await self.prepare(request)
         stream = RequestStream(self, prepared.params.n)
         stream.prompt_token_ids = prepared.prompt_token_ids
         stream.request_ids = self._service.submit(prepared, stream)

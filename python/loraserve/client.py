@@ -12,7 +12,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from loraserve.errors import EngineStoppedError, LoraserveError
-from loraserve.request import AdapterSpec, Completion, Delta, GenerateRequest
+from loraserve.request import AdapterSpec, ChatOptions, Completion, Delta, GenerateRequest
 from loraserve.sampling_params import SamplingParams
 from loraserve.server.errors import typed_error
 from loraserve.server.messages import delta_from_wire, request_to_wire
@@ -67,6 +67,7 @@ class Client:
         params: SamplingParams | None = None,
         *,
         messages: Sequence[Mapping[str, Any]] | None = None,
+        chat: ChatOptions | None = None,
         adapter: AdapterSpec = None,
         deadline_s: float | None = None,
         truncate: int | None = None,
@@ -77,12 +78,13 @@ class Client:
             prompt: text or token ids; or else `messages`.
             params: sampling; None takes the defaults.
             messages: a chat, each message with "role" and "content".
+            chat: how the chat becomes a prompt; None leaves it to the template.
             adapter: None for the base model, a name, or {name: weight}.
             deadline_s: seconds the server has to finish it, else DeadlineError.
             truncate: keep only this many tokens of the prompt, its last.
         """
         call = self._stub.Generate(
-            _request(prompt, params, messages, adapter, deadline_s, truncate),
+            _request(prompt, params, messages, chat, adapter, deadline_s, truncate),
             timeout=self._timeout,
             metadata=self._metadata,
         )
@@ -100,6 +102,7 @@ class Client:
         params: SamplingParams | None = None,
         *,
         messages: Sequence[Mapping[str, Any]] | None = None,
+        chat: ChatOptions | None = None,
         adapter: AdapterSpec = None,
         deadline_s: float | None = None,
         truncate: int | None = None,
@@ -110,6 +113,7 @@ class Client:
             prompt,
             params,
             messages=messages,
+            chat=chat,
             adapter=adapter,
             deadline_s=deadline_s,
             truncate=truncate,
@@ -205,13 +209,14 @@ class AsyncClient:
         params: SamplingParams | None = None,
         *,
         messages: Sequence[Mapping[str, Any]] | None = None,
+        chat: ChatOptions | None = None,
         adapter: AdapterSpec = None,
         deadline_s: float | None = None,
         truncate: int | None = None,
     ) -> AsyncIterator[Delta]:
         """As `Client.stream`."""
         call = self._stub.Generate(
-            _request(prompt, params, messages, adapter, deadline_s, truncate),
+            _request(prompt, params, messages, chat, adapter, deadline_s, truncate),
             timeout=self._timeout,
             metadata=self._metadata,
         )
@@ -229,6 +234,7 @@ class AsyncClient:
         params: SamplingParams | None = None,
         *,
         messages: Sequence[Mapping[str, Any]] | None = None,
+        chat: ChatOptions | None = None,
         adapter: AdapterSpec = None,
         deadline_s: float | None = None,
         truncate: int | None = None,
@@ -239,6 +245,7 @@ class AsyncClient:
             prompt,
             params,
             messages=messages,
+            chat=chat,
             adapter=adapter,
             deadline_s=deadline_s,
             truncate=truncate,
@@ -314,6 +321,7 @@ def _request(
     prompt: str | Sequence[int] | None,
     params: SamplingParams | None,
     messages: Sequence[Mapping[str, Any]] | None,
+    chat: ChatOptions | None,
     adapter: AdapterSpec,
     deadline_s: float | None,
     truncate: int | None,
@@ -322,6 +330,7 @@ def _request(
         GenerateRequest(
             prompt=prompt,
             messages=messages,
+            chat=chat or ChatOptions(),
             adapter=adapter,
             params=params or SamplingParams(),
             deadline_s=deadline_s,

@@ -346,7 +346,7 @@ class ServeSettings(_Model):
     max_body_size: Count = option(
         16 * 2**20,
         "server",
-        "most bytes of an HTTP request's body",
+        "most bytes of an HTTP request's body, or of a gRPC message",
         "BYTES",
         most=2**30,
         flags=("--payload-limit",),
@@ -399,6 +399,9 @@ class ServeSettings(_Model):
         "TOKENS",
         flags=("--max-input-length",),
         env=("MAX_INPUT_TOKENS", "MAX_INPUT_LENGTH"),
+    )
+    trust_request_chat_template: bool = option(
+        False, "limits", "let a request bring a chat template of its own, a program that runs here"
     )
 
     api_key: SecretStr | None = option(

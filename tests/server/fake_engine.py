@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
 from loraserve import errors
 from loraserve.request import Delta, GenerateRequest, Usage
 
 
 class FakeStream:
-    """Words of the prompt as deltas; "late CLASS" fails after one delta, "hang" never ends."""
+    """Words of the prompt as deltas; "late CLASS" fails after one, "hang" never ends, "cut" is aborted."""
+
+    prompt_token_ids = (1, 2, 3)
 
     def __init__(self, request: GenerateRequest) -> None:
         assert isinstance(request.prompt, str)
@@ -24,10 +27,25 @@ class FakeStream:
                 raise error_named(self._words[1])
             if self._words[0] == "hang":
                 await asyncio.Event().wait()
+            if self._words[0] == "cut":
+                yield Delta(0, "", [], None, "abort", Usage(1, 1, 0))
+                return
         yield Delta(0, "", [], None, "stop", Usage(1, len(self._words), 0))
 
     def abort(self) -> None:
         self.aborted.set()
+
+
+@dataclass
+class FakePrepared:
+    """A word is a token."""
+
+    request: GenerateRequest
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        prompt = self.request.prompt
+        return list(range(len(prompt.split()))) if isinstance(prompt, str) else list(prompt or [])
 
 
 class FakeEngine:
@@ -37,7 +55,11 @@ class FakeEngine:
         self.streams: list[FakeStream] = []
         self.requests: list[GenerateRequest] = []
 
-    async def submit(self, request: GenerateRequest) -> FakeStream:
+    async def prepare(self, request: GenerateRequest) -> FakePrepared:
+        return FakePrepared(request)
+
+    async def submit(self, prepared: FakePrepared) -> FakeStream:
+        request = prepared.request
         self.requests.append(request)
         if isinstance(request.prompt, str) and request.prompt.startswith("refuse"):
             raise error_named(request.prompt.split()[1])

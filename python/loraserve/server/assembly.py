@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from loraserve.server.http.metrics import Metrics
 from loraserve.server.http.request_log import log_request
 from loraserve.server.http.tracing import Tracing, otlp_exporter
 from loraserve.server.keys import AccessControl
+from loraserve.server.request_limits import RequestLimits
 from loraserve.server.tls import TlsConfig
 
 if TYPE_CHECKING:
@@ -71,6 +72,19 @@ def adapter_sources(settings: ServeSettings) -> AdapterSources:
     return AdapterSources(settings.adapter_root, settings.hub_repo)
 
 
+def request_limits(settings: ServeSettings) -> RequestLimits:
+    """What one request may ask, whichever API it comes by."""
+    return RequestLimits(
+        request_timeout_s=settings.request_timeout_seconds,
+        max_best_of=settings.max_best_of,
+        max_stop_sequences=settings.max_stop_sequences,
+        max_top_n_tokens=settings.max_top_n_tokens,
+        max_client_batch_size=settings.max_client_batch_size,
+        max_input_tokens=settings.max_input_tokens,
+        trust_request_chat_template=settings.trust_request_chat_template,
+    )
+
+
 def tls_config(settings: ServeSettings) -> TlsConfig | None:
     if settings.tls_certificate is None or settings.tls_key is None:
         return None
@@ -113,6 +127,8 @@ def grpc_server(
         sources=adapter_sources(settings),
         metrics=metrics,
         credentials=credentials,
+        limits=request_limits(settings),
+        max_message_nbytes=settings.max_body_size,
     )
 
 
@@ -133,12 +149,7 @@ def http_server(
         max_body_nbytes=settings.max_body_size,
         header_timeout_s=settings.header_timeout_seconds,
         body_timeout_s=settings.body_timeout_seconds,
-        request_timeout_s=settings.request_timeout_seconds,
-        max_best_of=settings.max_best_of,
-        max_stop_sequences=settings.max_stop_sequences,
-        max_top_n_tokens=settings.max_top_n_tokens,
-        max_client_batch_size=settings.max_client_batch_size,
-        max_input_tokens=settings.max_input_tokens,
+        **asdict(request_limits(settings)),
     )
     state = HttpState(
         engine=engine,
@@ -148,6 +159,7 @@ def http_server(
         limits=limits,
         sources=adapter_sources(settings),
         cors_origins=settings.cors_origin,
+        adapters_at_start=tuple(settings.adapters),
     )
     context = None if tls is None else tls.http_context()
     return HttpServer(state, settings.host, settings.http_port, tls=context)

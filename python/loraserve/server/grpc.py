@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import logging
 import socket
@@ -11,25 +10,35 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, TypeAlias
 
 import grpc
+from google.protobuf.message import Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from loraserve.adapters.source import AdapterSource
-from loraserve.errors import EngineStoppedError, LoraserveError, OverloadedError
-from loraserve.request import Delta, RequestTiming, Usage
+from loraserve.errors import EngineStoppedError, LoraserveError
+from loraserve.request import Delta
 from loraserve.server.adapter_sources import AdapterSources
 from loraserve.server.errors import ListenError, status_message
-from loraserve.server.grpc_access import GRPC_ROUTE, AccessInterceptor, abort_with, caller_name
+from loraserve.server.grpc_access import (
+    GRPC_ROUTE,
+    AccessInterceptor,
+    abort_with,
+    caller_name,
+    metadata_value,
+)
 from loraserve.server.http.adapter_loading import logged_load, pin_adapter, unload_adapter, warm_adapter
-from loraserve.server.http.metrics import Metrics, Outcome, RequestMetrics
+from loraserve.server.http.metrics import Metrics, RequestMetrics
 from loraserve.server.logs import log_event
 from loraserve.server.messages import (
     adapters_to_wire,
+    check_known,
     delta_to_wire,
     info_to_wire,
     receipt_to_wire,
     request_from_wire,
 )
+from loraserve.server.outcomes import Answered, outcome_of
+from loraserve.server.request_limits import RequestLimits
 from loraserve.v1 import loraserve_pb2 as pb
 from loraserve.v1 import loraserve_pb2_grpc as pb_grpc
 
@@ -42,11 +51,11 @@ logger = logging.getLogger(__name__)
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["LoraServe"].full_name
 MAX_PORT = 2**16 - 1
+MAX_MESSAGE_NBYTES = 16 * 2**20  # a prompt of some million tokens
 FLUSH_SECONDS = 2.0  # for last messages on their way to clients after the engine has stopped
 
 SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),  # a second server on the same port must fail, not share its calls
-    ("grpc.max_receive_message_length", 16 * 2**20),  # a prompt of some million tokens
     ("grpc.max_send_message_length", 16 * 2**20),
     ("grpc.keepalive_time_ms", 30_000),  # finds clients that vanished without closing the connection
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -62,16 +71,20 @@ class LoraServeServicer:
         on_engine_stopped: Callable[[], Awaitable[None]],
         metrics: Metrics,
         sources: AdapterSources | None,
+        limits: RequestLimits,
     ) -> None:
         self._engine = engine
         self._sources = sources
+        self._limits = limits
         self._on_engine_stopped = on_engine_stopped
         self._metrics = metrics
 
     async def Generate(self, message: pb.GenerateRequest, context: Context) -> None:  # noqa: N802
-        async with self._errors_answered(context):
-            with _recorded(self._metrics, message) as call:
-                stream = await self._engine.submit(request_from_wire(message))
+        async with self._errors_answered(context, message):
+            with _recorded(self._metrics, message, metadata_value(context, "traceparent")) as call:
+                (prepared,) = await self._limits.prepare(self._engine, [request_from_wire(message)])
+                stream = await self._engine.submit(prepared)
+                call.submitted(len(stream.prompt_token_ids))
                 try:
                     async for delta in stream:
                         call.add(delta)
@@ -83,7 +96,7 @@ class LoraServeServicer:
     async def LoadAdapter(  # noqa: N802
         self, message: pb.LoadAdapterRequest, context: Context
     ) -> pb.LoadAdapterResponse | None:
-        async with self._errors_answered(context):
+        async with self._errors_answered(context, message):
             with logged_load(message.name, message.path, caller_name()):
                 path = await self._allowed_path(message.path)
                 receipt = await self._engine.load_adapter(message.name, path)
@@ -93,7 +106,7 @@ class LoraServeServicer:
     async def UnloadAdapter(  # noqa: N802
         self, message: pb.UnloadAdapterRequest, context: Context
     ) -> pb.UnloadAdapterResponse | None:
-        async with self._errors_answered(context):
+        async with self._errors_answered(context, message):
             await unload_adapter(self._engine, message.name, by=caller_name())
             return pb.UnloadAdapterResponse()
         return None
@@ -101,7 +114,7 @@ class LoraServeServicer:
     async def WarmAdapter(  # noqa: N802
         self, message: pb.WarmAdapterRequest, context: Context
     ) -> pb.WarmAdapterResponse | None:
-        async with self._errors_answered(context):
+        async with self._errors_answered(context, message):
             load_s = await warm_adapter(self._engine, message.name, by=caller_name())
             return pb.WarmAdapterResponse(load_s=load_s)
         return None
@@ -109,22 +122,22 @@ class LoraServeServicer:
     async def PinAdapter(  # noqa: N802
         self, message: pb.PinAdapterRequest, context: Context
     ) -> pb.PinAdapterResponse | None:
-        async with self._errors_answered(context):
+        async with self._errors_answered(context, message):
             await pin_adapter(self._engine, message.name, message.is_pinned, by=caller_name())
             return pb.PinAdapterResponse()
         return None
 
     async def ListAdapters(  # noqa: N802
-        self, _message: pb.ListAdaptersRequest, context: Context
+        self, message: pb.ListAdaptersRequest, context: Context
     ) -> pb.ListAdaptersResponse | None:
-        async with self._errors_answered(context):
+        async with self._errors_answered(context, message):
             return adapters_to_wire(self._engine.adapters())
         return None
 
     async def GetServerInfo(  # noqa: N802
-        self, _message: pb.GetServerInfoRequest, context: Context
+        self, message: pb.GetServerInfoRequest, context: Context
     ) -> pb.GetServerInfoResponse | None:
-        async with self._errors_answered(context):
+        async with self._errors_answered(context, message):
             return info_to_wire(self._engine.info())
         return None
 
@@ -134,9 +147,10 @@ class LoraServeServicer:
         return str(await self._sources.resolve(AdapterSource("local", path)))
 
     @asynccontextmanager
-    async def _errors_answered(self, context: Context) -> AsyncIterator[None]:
+    async def _errors_answered(self, context: Context, message: Message) -> AsyncIterator[None]:
         """Turns an error of the body into the call's status; a cancelled call passes through."""
         try:
+            check_known(message)
             yield
         except LoraserveError as error:
             if isinstance(error, EngineStoppedError):
@@ -163,6 +177,8 @@ class GrpcServer:
         sources: AdapterSources | None = None,
         metrics: Metrics | None = None,
         credentials: grpc.ServerCredentials | None = None,
+        limits: RequestLimits | None = None,
+        max_message_nbytes: int = MAX_MESSAGE_NBYTES,
     ) -> None:
         """Binds the port; 0 takes a free one. Raises ListenError if the port can't be had.
 
@@ -174,14 +190,19 @@ class GrpcServer:
             sources: where adapters may be loaded from; None lets them come from everywhere.
             metrics: told of every request.
             credentials: TLS; None serves plain text.
+            limits: what one request may ask; None takes the defaults.
+            max_message_nbytes: of a request's message; a larger one is refused with RESOURCE_EXHAUSTED.
         """
         self._engine = engine
         self._credentials = credentials
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         interceptors = () if access is None else (access,)
-        self._server = grpc.aio.server(interceptors=interceptors, options=SERVER_OPTIONS)
+        options = (*SERVER_OPTIONS, ("grpc.max_receive_message_length", max_message_nbytes))
+        self._server = grpc.aio.server(interceptors=interceptors, options=options)
         stop_serving = self._health.enter_graceful_shutdown
-        servicer = LoraServeServicer(engine, stop_serving, metrics or Metrics(), sources)
+        servicer = LoraServeServicer(
+            engine, stop_serving, metrics or Metrics(), sources, limits or RequestLimits()
+        )
         pb_grpc.add_LoraServeServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         services = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -233,43 +254,43 @@ def socket_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+@contextmanager
+def _recorded(metrics: Metrics, message: pb.GenerateRequest, traceparent: str | None) -> Iterator[_Call]:
+    """Tells the metrics of a call and of how it ended."""
+    adapter = message.adapter or dict(message.adapters) or None
+    call = _Call(metrics.request_started(GRPC_ROUTE, adapter, key=caller_name(), traceparent=traceparent))
+    failure: BaseException | None = None
+    try:
+        yield call
+    except BaseException as error:
+        failure = error
+        raise
+    finally:
+        call.finished(failure)
+
+
 class _Call:
-    """What one Generate call has answered so far."""
+    """One Generate call: what it has answered so far, and what the metrics are told of it."""
 
     def __init__(self, record: RequestMetrics) -> None:
         self._record = record
-        self.has_tokens = False
-        self.usage: Usage | None = None
-        self.timing: RequestTiming | None = None
+        self._answered = Answered()
+        self._num_prompt_tokens = 0
+        self._cut: EngineStoppedError | None = None
+
+    def submitted(self, num_prompt_tokens: int) -> None:
+        self._num_prompt_tokens = num_prompt_tokens
 
     def add(self, delta: Delta) -> None:
+        """An answer that is cut because the server stops is sent as such, and is no success."""
         if delta.token_ids:
-            self.has_tokens = True
             self._record.token(len(delta.token_ids))
-        self.usage = delta.usage or self.usage
-        self.timing = delta.timing or self.timing
+        try:
+            self._answered.add(delta)
+        except EngineStoppedError as error:
+            self._cut = error
 
-
-@contextmanager
-def _recorded(metrics: Metrics, message: pb.GenerateRequest) -> Iterator[_Call]:
-    """Tells the metrics of a call and of how it ended."""
-    adapter = message.adapter or dict(message.adapters) or None
-    record = metrics.request_started(GRPC_ROUTE, adapter, key=caller_name())
-    call = _Call(record)
-    outcome: Outcome = "success"
-    try:
-        yield call
-    except OverloadedError:
-        outcome = "overloaded"
-        raise
-    except LoraserveError:
-        outcome = "failed" if call.has_tokens else "refused"
-        raise
-    except asyncio.CancelledError:
-        outcome = "aborted"
-        raise
-    except Exception:
-        outcome = "failed"
-        raise
-    finally:
-        record.finished(outcome, call.usage, call.timing)
+    def finished(self, error: BaseException | None) -> None:
+        outcome = outcome_of(error or self._cut, has_tokens=self._answered.has_tokens)
+        usage = self._answered.usage([self._num_prompt_tokens])
+        self._record.finished(outcome, usage, self._answered.timing)

@@ -79,7 +79,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         async def handle(message: Any, context: Context) -> Any:
             try:
                 caller = self._access.authenticate(
-                    _metadata(context, "authorization"), client_host=_client_host(context)
+                    metadata_value(context, "authorization"), client_host=_client_host(context)
                 )
             except LoraserveError as error:
                 await abort_with(context, error)
@@ -153,12 +153,12 @@ def host_of_peer(peer: str) -> str:
 
 def _client_host(context: Context) -> str:
     """The caller's address; "" behind a proxy, which is not the caller."""
-    if any(_metadata(context, name) is not None for name in PROXY_HEADERS):
+    if any(metadata_value(context, name) is not None for name in PROXY_HEADERS):
         return ""
     return host_of_peer(context.peer())
 
 
-def _metadata(context: Context, name: str) -> str | None:
+def metadata_value(context: Context, name: str) -> str | None:
     for key, value in context.invocation_metadata() or ():
         if key == name:
             return value if isinstance(value, str) else value.decode("ascii", "replace")

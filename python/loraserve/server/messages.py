@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
+from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from loraserve.did_you_mean import did_you_mean
 from loraserve.errors import InvalidRequestError
 from loraserve.grammar import Grammar
 from loraserve.request import (
     AdapterSpec,
+    ChatOptions,
     Delta,
     FinishReason,
     GenerateRequest,
@@ -30,6 +36,8 @@ _FINISH_REASONS: dict[FinishReason, pb.FinishReason] = {
     "abort": pb.FINISH_REASON_ABORT,
 }
 _FINISH_REASON_NAMES = {value: name for name, value in _FINISH_REASONS.items()}
+_OPTIONAL_TURN_FIELDS = ("name", "tool_call_id", "reasoning_content")
+_TURN_FIELDS = ("role", "content", *_OPTIONAL_TURN_FIELDS)
 _REPEATED_SAMPLING_FIELDS = {"stop", "stop_token_ids"}
 
 
@@ -37,22 +45,60 @@ def request_from_wire(message: pb.GenerateRequest) -> GenerateRequest:
     """Raises InvalidRequestError: no prompt, both adapter fields, or a sampling value out of range."""
     prompt: str | list[int] | None = None
     messages: list[dict[str, str]] | None = None
+    chat = ChatOptions()
     match message.WhichOneof("prompt"):
         case "text":
             prompt = message.text
         case "token_ids":
             prompt = list(message.token_ids.ids)
         case "chat":
-            messages = [{"role": turn.role, "content": turn.content} for turn in message.chat.messages]
+            messages = [_turn_from_wire(turn) for turn in message.chat.messages]
+            chat = _chat_options_from_wire(message.chat)
         case _:
             raise InvalidRequestError("the request has no prompt, set one of text, token_ids and chat")
     return GenerateRequest(
         prompt=prompt,
         messages=messages,
+        chat=chat,
         adapter=_adapter_from_wire(message),
         params=_sampling_from_wire(message.sampling),
         deadline_s=message.deadline_s if message.HasField("deadline_s") else None,
         truncate=message.truncate if message.HasField("truncate") else None,
+    )
+
+
+def check_known(message: Message, where: str = "") -> None:
+    """Raises InvalidRequestError if a message, or one within it, has a field that is not in the .proto."""
+    unknown = UnknownFieldSet(message)
+    if len(unknown) > 0:
+        raise InvalidRequestError(
+            f"{where}{message.DESCRIPTOR.name} has the field number {unknown[0].field_number}, which this "
+            "server does not know: update the server, or leave the field out"
+        )
+    for field, value in message.ListFields():
+        if field.message_type is None or field.message_type.GetOptions().map_entry:
+            continue
+        for inner in (value,) if isinstance(value, Message) else value:
+            check_known(inner, f"{where}{field.name}.")
+
+
+def _turn_from_wire(turn: pb.ChatMessage) -> dict[str, str]:
+    others = {name: getattr(turn, name) for name in _OPTIONAL_TURN_FIELDS if turn.HasField(name)}
+    return {"role": turn.role, "content": turn.content, **others}
+
+
+def _chat_options_from_wire(chat: pb.ChatMessages) -> ChatOptions:
+    kwargs: Any = {}
+    if chat.HasField("template_kwargs_json"):
+        try:
+            kwargs = json.loads(chat.template_kwargs_json)
+        except (ValueError, RecursionError) as error:
+            raise InvalidRequestError(f"template_kwargs_json is not JSON: {error}") from None
+    return ChatOptions(
+        add_generation_prompt=chat.add_generation_prompt if chat.HasField("add_generation_prompt") else None,
+        continue_final_message=chat.continue_final_message,
+        chat_template=chat.chat_template if chat.HasField("chat_template") else None,
+        template_kwargs=kwargs,
     )
 
 
@@ -108,12 +154,28 @@ def request_to_wire(request: GenerateRequest) -> pb.GenerateRequest:
 
 def _set_prompt(message: pb.GenerateRequest, request: GenerateRequest) -> None:
     if request.messages is not None:
-        turns = [pb.ChatMessage(role=turn["role"], content=turn["content"]) for turn in request.messages]
-        message.chat.CopyFrom(pb.ChatMessages(messages=turns))
+        message.chat.CopyFrom(_chat_to_wire(request.messages, request.chat))
     elif isinstance(request.prompt, str):
         message.text = request.prompt
     else:
         message.token_ids.CopyFrom(pb.TokenIds(ids=request.prompt))
+
+
+def _chat_to_wire(messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> pb.ChatMessages:
+    for turn in messages:
+        for name in turn:
+            if name not in _TURN_FIELDS:
+                hint = did_you_mean(str(name), _TURN_FIELDS)
+                raise InvalidRequestError(f"a message has {name!r:.100}, which gRPC does not carry{hint}")
+        if not isinstance(turn["content"], str):
+            raise InvalidRequestError(f"content of a message is {turn['content']!r:.100}, give text")
+    return pb.ChatMessages(
+        messages=[pb.ChatMessage(**{"role": turn["role"], **turn}) for turn in messages],
+        add_generation_prompt=options.add_generation_prompt,
+        continue_final_message=options.continue_final_message or None,
+        chat_template=options.chat_template,
+        template_kwargs_json=json.dumps(options.template_kwargs) if options.template_kwargs else None,
+    )
 
 
 def _set_adapter(message: pb.GenerateRequest, adapter: AdapterSpec) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,8 @@ FLOOD_TEXT = "x" * 65536
 
 
 class FakeStream:
-    """Words of the prompt as deltas; "late CLASS" fails after one, "hang" waits, "flood" never stops."""
+    """Words of the prompt as deltas; "late CLASS" fails after one, "hang" waits, "flood" never stops, "cut"
+    is aborted."""
 
     prompt_token_ids = (1, 2, 3)
 
@@ -39,6 +41,9 @@ class FakeStream:
                 await asyncio.sleep(0)
             if self.aborted.is_set():
                 return
+            if self._words[0] == "cut":
+                yield Delta(0, "", [], None, "abort", Usage(3, 1, 0))
+                return
         yield Delta(0, "", [], None, "stop", Usage(3, len(self._words), 0))
 
     def _delta(self, index: int, text: str) -> Delta:
@@ -58,6 +63,18 @@ class FakeTokenizer:
         return " ".join(f"<{token_id}>" for token_id in ids)
 
 
+@dataclass
+class FakePrepared:
+    """A word is a token."""
+
+    request: GenerateRequest
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        prompt = self.request.prompt
+        return list(range(len(prompt.split()))) if isinstance(prompt, str) else list(prompt or [])
+
+
 class FakeEngine:
     """Refuses "refuse CLASS" prompts with that error; remembers its streams and its requests."""
 
@@ -73,7 +90,11 @@ class FakeEngine:
     def adapters(self) -> list[Any]:
         return [SimpleNamespace(name=name, path=f"/adapters/{name}") for name in ("one", "two")]
 
-    async def submit(self, request: GenerateRequest) -> FakeStream:
+    async def prepare(self, request: GenerateRequest) -> FakePrepared:
+        return FakePrepared(request)
+
+    async def submit(self, prepared: FakePrepared) -> FakeStream:
+        request = prepared.request
         self.requests.append(request)
         words = request.prompt.split() if isinstance(request.prompt, str) else []
         if words[:2] == ["refuse", "busy"]:

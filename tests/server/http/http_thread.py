@@ -29,11 +29,14 @@ class HttpThread:
         keys: Sequence[ApiKey] = (),
         limits: HttpLimits | None = None,
         max_concurrent_requests: int | None = None,
+        adapters_at_start: tuple[str, ...] = (),
     ) -> None:
         self._make_engine = make_engine
         self._served_names = served_names
         self._access = AccessControl(keys, max_concurrent_requests=max_concurrent_requests)
         self._limits = limits or HttpLimits()
+        self._adapters_at_start = adapters_at_start
+        self.metrics = Metrics()
         self._ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="test-http")
         self.engine: Any = None
@@ -52,12 +55,20 @@ class HttpThread:
                 engine=self.engine,
                 served_names=self._served_names,
                 access=self._access,
-                metrics=Metrics(),
+                metrics=self.metrics,
                 limits=self._limits,
                 sources=AdapterSources(roots=(), hub_repos=()),
+                adapters_at_start=self._adapters_at_start,
             )
             http = HttpServer(state, "127.0.0.1", 0)
-            grpc = GrpcServer(self.engine, "127.0.0.1", 0)
+            grpc = GrpcServer(
+                self.engine,
+                "127.0.0.1",
+                0,
+                metrics=self.metrics,
+                limits=self._limits,
+                max_message_nbytes=self._limits.max_body_nbytes,
+            )
             await http.start()
             await grpc.start()
             self.address, self.grpc_address = http.address, grpc.address

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -145,6 +146,36 @@ def test_inference_client_chats(server: HttpThread, expected: Expected) -> None:
     with InferenceClient(base_url=server.url) as client:
         answer = client.chat_completion(CHAT, model="small", max_tokens=NUM_TOKENS, temperature=0.0)
     assert answer.choices[0].message.content == expected.chat["small"]
+
+
+def test_inference_client_chats_with_the_base_model_where_it_is_given_an_address(
+    server: HttpThread, expected: Expected
+) -> None:
+    with InferenceClient(server.url) as client:  # it sends "dummy" for a model
+        answer = client.chat_completion(CHAT, max_tokens=NUM_TOKENS, temperature=0.0)
+        assert answer.choices[0].message.content == expected.chat[None]
+        assert answer.model == "smollm2"
+        other = client.chat_completion(
+            CHAT, max_tokens=NUM_TOKENS, temperature=0.0, extra_body={"adapter_id": "small"}
+        )
+        assert other.choices[0].message.content == expected.chat["small"]
+        schema = {"type": "object", "properties": {"a": {"enum": [7]}}, "required": ["a"]}
+        form: Any = {
+            "type": "json_schema",
+            "json_schema": {"name": "x", "schema": schema | {"additionalProperties": False}},
+        }
+        formed = client.chat_completion(CHAT, max_tokens=60, response_format=form)
+        assert json.loads(formed.choices[0].message.content or "") == {"a": 7}
+
+
+@OLD_PYDANTIC
+def test_text_generation_client_chats_with_the_base_model(server: HttpThread, expected: Expected) -> None:
+    text_generation = pytest.importorskip("text_generation")
+    client = text_generation.Client(server.url)  # it sends "tgi" for a model
+    messages = [text_generation.types.Message(**turn) for turn in CHAT]
+    answer = client.chat(messages, max_tokens=NUM_TOKENS, temperature=1e-6)
+    assert answer.choices[0].message.content == expected.chat[None]
+    assert answer.model == "smollm2"
 
 
 @OLD_PYDANTIC

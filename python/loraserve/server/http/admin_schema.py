@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
+
+from loraserve.server.http.request_body import Elsewhere, Neutral, NoEffect, RequestBody
 
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 Source = Annotated[str, Field(min_length=1, max_length=4096)]
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class LoadBody(_Body):
+class LoadBody(RequestBody):
     """An adapter to load."""
+
+    elsewhere: ClassVar[Elsewhere] = {
+        "path": "source",
+        "repo": "source",
+        "lora_name": "name",
+        "lora_path": "source",
+        "adapter_id": "name",
+        "pinned": "pin",
+    }
 
     name: Name
     source: Source = Field(
@@ -29,21 +36,26 @@ class LoadBody(_Body):
     manifest: dict[str, Any] | None = Field(None, description="Fields that override its loraserve.json.")
 
 
-class PinBody(_Body):
+class PinBody(RequestBody):
     pinned: bool
 
 
-class VllmLoadBody(BaseModel):
+class VllmLoadBody(RequestBody):
     """vLLM's body; `lora_path` is what `source` is at POST /adapters."""
+
+    neutral: ClassVar[Neutral] = {"is_3d_lora_weight": (False,), "pinned": (False,)}
+    elsewhere: ClassVar[Elsewhere] = {"name": "lora_name", "path": "lora_path", "source": "lora_path"}
 
     lora_name: Name
     lora_path: Source
     load_inplace: bool = Field(False, description="Replace the adapter of this name.")
 
 
-class VllmUnloadBody(BaseModel):
+class VllmUnloadBody(RequestBody):
+    no_effect: ClassVar[NoEffect] = frozenset({"lora_int_id"})
+    elsewhere: ClassVar[Elsewhere] = {"name": "lora_name"}
+
     lora_name: Name
-    lora_int_id: int | None = None
 
 
 class ReceiptBody(BaseModel):

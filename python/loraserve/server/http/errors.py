@@ -33,6 +33,11 @@ from loraserve.errors import (
 from loraserve.printable import printable
 
 MAX_SHOWN_PROBLEMS = 3
+OWN_PROBLEMS = (
+    "unknown_field",
+    "not_supported",
+    "not_text",
+)  # told first: of a union, the others are guesses
 MAX_MESSAGE_CHARS = 2000
 CLIENT_CLOSED_REQUEST = 499  # nginx's: nobody is left to read it
 TGI_PATHS = frozenset(("/", "/generate", "/generate_stream", "/tokenize", "/invocations"))
@@ -134,7 +139,7 @@ async def _on_loraserve_error(request: Request, error: Exception) -> Response:
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    problems = error.errors()
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] not in OWN_PROBLEMS)
     message = "; ".join(_problem_text(problem) for problem in problems[:MAX_SHOWN_PROBLEMS])
     family = family_of(request.url.path)
     if family is Family.OPENAI:
@@ -171,7 +176,8 @@ def _problem_text(problem: Mapping[str, Any]) -> str:
 
 def _location(problem: Mapping[str, Any]) -> str:
     """Where in the body, as `messages.0.role`."""
-    return ".".join(str(part) for part in problem["loc"][1:] if not isinstance(part, str) or "[" not in part)
+    parts = [str(part) for part in problem["loc"][1:]]
+    return ".".join(part for part in parts if "[" not in part and part != "constrained-str")
 
 
 def _printable(text: str) -> str:

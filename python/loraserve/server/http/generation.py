@@ -7,24 +7,21 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated
 
 from fastapi import Depends, Header, Request
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from loraserve.errors import EngineStoppedError, LoraserveError, OverloadedError
 from loraserve.request import AdapterSpec, Delta, GenerateRequest, RequestTiming, Usage
 from loraserve.server.http.auth import current_caller
-from loraserve.server.http.request_limits import check_num_input_tokens
 from loraserve.server.http.state import HttpState, http_state
 from loraserve.server.keys import Caller
+from loraserve.server.outcomes import Answered, Outcome, outcome_of
 
 if TYPE_CHECKING:
     from loraserve.async_engine import RequestStream
     from loraserve.server.http.metrics import RequestMetrics
-
-Outcome: TypeAlias = Literal["success", "aborted", "refused", "overloaded", "failed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +75,7 @@ class Generation:
         self.validation_s = validation_s
         self.is_abandoned = False
         self.error: Exception | None = None  # one that was answered inside a stream
-        self.has_tokens = False
-        self.usages: list[Usage] = []
-        self.timing: RequestTiming | None = None
+        self.answered = Answered()
         self._metrics = metrics
 
     @property
@@ -89,14 +84,12 @@ class Generation:
 
     @property
     def usage(self) -> Usage | None:
-        """Of all answers together; a prompt counts once however many answers it has."""
-        if not self.usages:
-            return None
-        cached = max(usage.cached_tokens for usage in self.usages)
-        if len(self.streams) > 1:
-            cached = sum(usage.cached_tokens for usage in self.usages)
-        completion = sum(usage.completion_tokens for usage in self.usages)
-        return Usage(self.num_prompt_tokens, completion, min(cached, self.num_prompt_tokens))
+        """Of all answers together."""
+        return self.answered.usage([len(stream.prompt_token_ids) for stream in self.streams])
+
+    @property
+    def timing(self) -> RequestTiming | None:
+        return self.answered.timing
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
         """(index of the prompt, delta) as they come.
@@ -118,17 +111,8 @@ class Generation:
 
     def _note(self, delta: Delta) -> None:
         if delta.token_ids:
-            self.has_tokens = True
             self._metrics.token(len(delta.token_ids))
-        if delta.finish_reason is not None:
-            self._note_end(delta)
-
-    def _note_end(self, delta: Delta) -> None:
-        if delta.finish_reason == "abort":
-            raise EngineStoppedError("the server is shutting down, the answer is not complete; ask again")
-        if delta.usage is not None:
-            self.usages.append(delta.usage)
-        self.timing = delta.timing or self.timing
+        self.answered.add(delta)
 
     def abandon(self) -> None:
         """End everything now: the client is gone."""
@@ -162,9 +146,8 @@ async def generation(call: Call, requests: Sequence[GenerateRequest]) -> AsyncIt
         async with call.caller.admit():
             watcher: asyncio.Task[None] | None = None
             try:
-                for request in requests:
-                    streams.append(await call.state.engine.submit(request))
-                    check_num_input_tokens(len(streams[-1].prompt_token_ids), call.state.limits)
+                for prepared in await call.state.limits.prepare(call.state.engine, requests):
+                    streams.append(await call.state.engine.submit(prepared))
                 running.validation_s = time.perf_counter() - call.started
                 watcher = asyncio.create_task(_abandon_when_gone(call.receive, running))
                 yield running
@@ -179,13 +162,9 @@ async def generation(call: Call, requests: Sequence[GenerateRequest]) -> AsyncIt
 
 
 def _outcome(error: BaseException | None, running: Generation) -> Outcome:
-    if running.is_abandoned or isinstance(error, ClientDisconnect | asyncio.CancelledError):
+    if running.is_abandoned or isinstance(error, ClientDisconnect):
         return "aborted"
-    if error is None:
-        return "success"
-    if isinstance(error, OverloadedError):
-        return "overloaded"
-    return "refused" if isinstance(error, LoraserveError) and not running.has_tokens else "failed"
+    return outcome_of(error, has_tokens=running.answered.has_tokens)
 
 
 async def _abandon_when_gone(receive: Receive, running: Generation) -> None:

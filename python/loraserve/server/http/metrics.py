@@ -9,15 +9,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 from loraserve.request import AdapterSpec, RequestTiming, Usage
 from loraserve.server.http.adapter_series import AdapterSeries
 from loraserve.server.http.histogram import REQUEST_SECONDS, TOKEN_SECONDS, TOKENS, Histogram
 from loraserve.server.http.recent import Recent
-
-Outcome: TypeAlias = Literal["success", "aborted", "refused", "overloaded", "failed"]
-"""`aborted`: the client left; `refused`: the request was wrong; `overloaded`: too much was waiting."""
+from loraserve.server.outcomes import Outcome
 
 BASE_LABEL = ""
 SUM_LABEL = "_sum"  # of requests for a weighted sum of adapters

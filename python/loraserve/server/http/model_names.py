@@ -1,42 +1,30 @@
-"""OpenAI's `model` field: the base model, an adapter, or base:adapter; beside it `adapters` for a sum."""
+"""OpenAI's `model` field: the base model, an adapter, or base:adapter; and what models there are."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-from loraserve.errors import InvalidRequestError
-from loraserve.request import AdapterSpec
 from loraserve.server.http.state import HttpState
 from loraserve.server.keys import Caller
 
-
-def adapter_of(
-    model: str | None, adapters: Mapping[str, float] | None, served_names: Sequence[str]
-) -> AdapterSpec:
-    """The adapter that `model` and `adapters` mean; whether it exists, the engine says.
-
-    Raises:
-        InvalidRequestError: both name one.
-    """
-    named = _adapter_in(model, served_names)
-    if not adapters:
-        return named
-    if named is not None:
-        raise InvalidRequestError(
-            f"model names adapter {named!r:.200} and adapters names {len(adapters)} more, "
-            f"set model to {served_names[0]!r} to use adapters"
-        )
-    return {registered_name(name): weight for name, weight in adapters.items()}
+# What clients of servers with one model send: text_generation's chat, huggingface_hub's InferenceClient.
+PLACEHOLDER_MODELS = ("tgi", "dummy")
 
 
-def _adapter_in(model: str | None, served_names: Sequence[str]) -> str | None:
-    if model is None or model in served_names:
+def adapter_in_model(state: HttpState, model: str | None) -> str | None:
+    """The adapter that `model` names, None for the base model; whether it exists, the engine says."""
+    if model is None or model in state.served_names or is_placeholder(state, model):
         return None
-    for name in served_names:
+    for name in state.served_names:
         if model.startswith(f"{name}:"):
             return registered_name(model[len(name) + 1 :])
     return registered_name(model)
+
+
+def is_placeholder(state: HttpState, model: str) -> bool:
+    """Whether `model` stands for whatever model there is; an adapter that has such a name is meant by it."""
+    return model in PLACEHOLDER_MODELS and all(one.name != model for one in state.engine.adapters())
 
 
 def registered_name(name: str) -> str:

@@ -9,13 +9,13 @@ from fastapi import APIRouter, Depends
 from fastapi.responses import Response
 
 from loraserve.errors import AdapterNotFoundError, InvalidRequestError
-from loraserve.request import GenerateRequest
+from loraserve.request import AdapterSpec, GenerateRequest
 from loraserve.server.http.answer import StreamResponse, WholeResponse
 from loraserve.server.http.auth import current_caller
 from loraserve.server.http.errors import Family
 from loraserve.server.http.generation import Call, current_call
 from loraserve.server.http.json_route import JsonRoute
-from loraserve.server.http.model_names import models_for
+from loraserve.server.http.model_names import is_placeholder, models_for
 from loraserve.server.http.openai_answer import (
     AnswerHead,
     ChatChunks,
@@ -57,8 +57,9 @@ async def get_model(
 async def completions(body: CompletionBody, call: Annotated[Call, Depends(current_call)]) -> Response:
     """Continues one prompt or many, each `n` times."""
     requests = completion_requests(call, body)
+    adapter = requests[0].adapter
     echoes = [_echo(call, request) if body.echo else "" for request in requests]
-    head = _head(call, body, "cmpl", wants_logprobs=body.logprobs is not None)
+    head = _head(call, body, "cmpl", adapter, wants_logprobs=body.logprobs is not None)
     if body.stream:
         return StreamResponse(call, requests, CompletionChunks(head, echoes), Family.OPENAI)
     return WholeResponse(call, requests, WholeCompletion(head, echoes))
@@ -70,23 +71,34 @@ async def chat_completions(
 ) -> Response:
     """Answers a conversation `n` times."""
     requests = [chat_request(call, body)]
-    head = _head(call, body, "chatcmpl", wants_logprobs=bool(body.logprobs))
+    head = _head(call, body, "chatcmpl", requests[0].adapter, wants_logprobs=bool(body.logprobs))
     if body.stream:
         return StreamResponse(call, requests, ChatChunks(head), Family.OPENAI)
     return WholeResponse(call, requests, WholeChat(head))
 
 
-def _head(call: Call, body: GenerationBody, prefix: str, *, wants_logprobs: bool) -> AnswerHead:
+def _head(
+    call: Call, body: GenerationBody, prefix: str, adapter: AdapterSpec, *, wants_logprobs: bool
+) -> AnswerHead:
     if body.stream_options is not None and not body.stream:
         raise InvalidRequestError("stream_options is given without stream, set stream to true")
     return AnswerHead(
         id=f"{prefix}-{call.request_id}",
-        model=body.model or call.state.served_names[0],
+        model=_answering_model(call.state, body.model, adapter),
         num_answers=1 if body.n is None else body.n,
         wants_logprobs=wants_logprobs,
         wants_usage=body.stream_options is not None and body.stream_options.include_usage,
         texts=call.state.token_texts,
     )
+
+
+def _answering_model(state: HttpState, model: str | None, adapter: AdapterSpec) -> str:
+    """As the client named it, unless another field chose an adapter or it named no model in particular."""
+    if model is not None and model not in state.served_names and not is_placeholder(state, model):
+        return model
+    if isinstance(adapter, str):
+        return adapter
+    return model if model in state.served_names else state.served_names[0]
 
 
 def _echo(call: Call, request: GenerateRequest) -> str:

@@ -7,18 +7,18 @@ from typing import Any
 
 from loraserve.errors import InvalidRequestError
 from loraserve.grammar import Grammar
-from loraserve.request import AdapterSpec, GenerateRequest
+from loraserve.request import AdapterSpec, ChatOptions, GenerateRequest
 from loraserve.sampling_params import SamplingParams
+from loraserve.server.http.adapter_selectors import adapter_of
 from loraserve.server.http.generation import Call
-from loraserve.server.http.model_names import adapter_of
 from loraserve.server.http.openai_schema import (
     ChatCompletionBody,
     CompletionBody,
     GenerationBody,
     Message,
     ResponseFormat,
+    StructuredOutputs,
 )
-from loraserve.server.http.request_limits import check_best_of, check_num_prompts, check_stop
 
 _SAME_NAME = (
     "temperature",
@@ -33,6 +33,7 @@ _SAME_NAME = (
     "min_tokens",
     "n",
 )
+_FOR_TEMPLATES = ("name", "tool_call_id", "reasoning_content")
 _GUIDED = {
     "guided_json": "json_schema",
     "guided_regex": "regex",
@@ -43,28 +44,27 @@ _GUIDED = {
 
 def completion_requests(call: Call, body: CompletionBody) -> list[GenerateRequest]:
     """One request per prompt. Raises InvalidRequestError."""
-    if body.suffix:
-        raise InvalidRequestError("suffix is not supported: the model only continues text")
     if body.echo and body.logprobs is not None:
         raise InvalidRequestError(
             "echo with logprobs is not supported: a prompt's own log-probabilities are not computed, "
             "set one of them"
         )
-    given = _sampling(call, body, body.max_tokens)
+    given = _sampling(body, body.max_tokens)
     if body.logprobs is not None:
         given["logprobs"] = body.logprobs
     if body.best_of is not None:
         _compare_answers(call, body, given)
     prompts = prompts_of(body)
-    check_num_prompts(len(prompts), call.state.limits)
-    return [_request(call, body, SamplingParams(**given), prompt=prompt) for prompt in prompts]
+    call.state.limits.check_num_prompts(len(prompts))
+    adapter = adapter_of(call.state, call.caller, body.model, body, num_prompts=len(prompts))
+    params = SamplingParams(**given)
+    return [_request(call, body, adapter, params, prompt=prompt) for prompt in prompts]
 
 
 def chat_request(call: Call, body: ChatCompletionBody) -> GenerateRequest:
     """Raises InvalidRequestError."""
-    _refuse_tools(body)
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    given = _sampling(call, body, max_tokens)
+    given = _sampling(body, max_tokens)
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequestError(f"top_logprobs is {body.top_logprobs}, set logprobs to true to use it")
     if body.logprobs:
@@ -77,7 +77,9 @@ def chat_request(call: Call, body: ChatCompletionBody) -> GenerateRequest:
         )
         if "min_tokens" in given:
             params = SamplingParams(**given, max_tokens=call.state.max_model_len)
-    return _request(call, body, params, messages=[_message(message) for message in body.messages])
+    adapter = adapter_of(call.state, call.caller, body.model, body)
+    messages = [_message(message) for message in body.messages]
+    return _request(call, body, adapter, params, messages=messages, chat=_chat_options(body))
 
 
 def prompts_of(body: CompletionBody) -> list[str | list[int]]:
@@ -92,15 +94,17 @@ def prompts_of(body: CompletionBody) -> list[str | list[int]]:
 def _request(
     call: Call,
     body: GenerationBody,
+    adapter: AdapterSpec,
     params: SamplingParams,
     *,
     prompt: str | Sequence[int] | None = None,
     messages: Sequence[Mapping[str, Any]] | None = None,
+    chat: ChatOptions | None = None,
 ) -> GenerateRequest:
-    adapter: AdapterSpec = adapter_of(body.model, body.adapters, call.state.served_names)
     return GenerateRequest(
         prompt=prompt,
         messages=messages,
+        chat=chat or ChatOptions(),
         adapter=adapter,
         params=params,
         deadline_s=call.deadline_s,
@@ -108,7 +112,7 @@ def _request(
     )
 
 
-def _sampling(call: Call, body: GenerationBody, max_tokens: int | None) -> dict[str, Any]:
+def _sampling(body: GenerationBody, max_tokens: int | None) -> dict[str, Any]:
     """What `SamplingParams` takes, of the fields that were given."""
     given = {name: value for name in _SAME_NAME if (value := getattr(body, name)) is not None}
     if max_tokens is not None:
@@ -117,7 +121,6 @@ def _sampling(call: Call, body: GenerationBody, max_tokens: int | None) -> dict[
         given["top_k"] = 0 if body.top_k == -1 else body.top_k
     if body.stop is not None:
         given["stop"] = body.stop if isinstance(body.stop, str) else tuple(body.stop)
-        check_stop(given["stop"], call.state.limits)
     if body.stop_token_ids is not None:
         given["stop_token_ids"] = tuple(body.stop_token_ids)
     if body.logit_bias is not None:
@@ -131,7 +134,7 @@ def _sampling(call: Call, body: GenerationBody, max_tokens: int | None) -> dict[
 def _compare_answers(call: Call, body: CompletionBody, given: dict[str, Any]) -> None:
     """`best_of` answers are made, and the likeliest `n` of them sent."""
     best_of, n = body.best_of or 0, given.get("n", 1)
-    check_best_of(best_of, call.state.limits)
+    call.state.limits.check_best_of(best_of)
     if best_of < n:
         raise InvalidRequestError(f"best_of is {best_of}, it must be at least n, which is {n}")
     if best_of == n:
@@ -155,6 +158,8 @@ def _grammar(body: GenerationBody) -> Grammar | None:
     found = [
         Grammar(kind, value) for name, kind in _GUIDED.items() if (value := getattr(body, name)) is not None
     ]
+    if body.structured_outputs is not None:
+        found += _structured(body.structured_outputs)
     if body.response_format is not None:
         from_format = _format_grammar(body.response_format)
         found += [] if from_format is None else [from_format]
@@ -163,31 +168,55 @@ def _grammar(body: GenerationBody) -> Grammar | None:
     return found[0] if found else None
 
 
+def _structured(outputs: StructuredOutputs) -> list[Grammar]:
+    found = [Grammar("json")] if outputs.json_object else []
+    for kind, value in (
+        ("json_schema", outputs.json_form),
+        ("regex", outputs.regex),
+        ("choice", outputs.choice),
+        ("lark", outputs.grammar),
+    ):
+        found += [] if value is None else [Grammar(kind, value)]
+    if not found:
+        raise InvalidRequestError(
+            "structured_outputs asks for nothing, set one of json, regex, choice, grammar and json_object"
+        )
+    return found
+
+
+_FORMAT_VALUES: dict[str, tuple[str, ...]] = {
+    "text": (),
+    "json_object": ("schema", "value"),
+    "json": ("schema", "value"),
+    "json_schema": ("json_schema", "schema", "value"),
+    "regex": ("regex", "value"),
+    "grammar": ("grammar",),
+    "choice": ("choice",),
+}
+
+
 def _format_grammar(form: ResponseFormat) -> Grammar | None:
-    match form.type:
-        case "text":
-            return None
-        case "json_object":
-            schema = form.json_object_schema
-            return Grammar("json") if schema is None else Grammar("json_schema", schema)
-        case "json_schema":
-            wrapped = form.json_schema
-            schema = form.json_object_schema if wrapped is None else wrapped.json_schema
-            if schema is None:
-                raise InvalidRequestError("response_format has no json_schema.schema, give one")
-            return Grammar("json_schema", schema)
-        case "regex":
-            return Grammar("regex", _given(form.regex, "regex"))
-        case "grammar":
-            return Grammar("lark", _given(form.grammar, "grammar"))
-        case "choice":
-            return Grammar("choice", _given(form.choice, "choice"))
-
-
-def _given(value: Any, name: str) -> Any:
-    if value is None:
-        raise InvalidRequestError(f"response_format has no {name}, give one")
-    return value
+    given = form.model_dump(by_alias=True, exclude={"type"}, exclude_none=True)
+    taken = _FORMAT_VALUES[form.type]
+    others = [name for name in given if name not in taken]
+    if others:
+        raise InvalidRequestError(f"response_format of type {form.type} takes no {others[0]}, leave it out")
+    if len(given) > 1:
+        raise InvalidRequestError(f"response_format has {' and '.join(given)}, give one of them")
+    if form.type == "text":
+        return None
+    if not given and form.type in ("json_object", "json"):
+        return Grammar("json")
+    if not given:
+        wanted = "json_schema.schema" if form.type == "json_schema" else taken[0]
+        raise InvalidRequestError(f"response_format has no {wanted}, give one")
+    (value,) = given.values()
+    if "json_schema" in given:
+        value = value.get("schema")
+        if value is None:
+            raise InvalidRequestError("response_format has no json_schema.schema, give one")
+    kind = {"json_object": "json_schema", "json": "json_schema", "grammar": "lark"}.get(form.type, form.type)
+    return Grammar(kind, value)
 
 
 def _message(message: Message) -> dict[str, Any]:
@@ -197,14 +226,21 @@ def _message(message: Message) -> dict[str, Any]:
     elif isinstance(content, str):
         text = content
     else:
-        text = "".join(part.text for part in content)
+        text = "".join(part.words for part in content)
     role = "system" if message.role == "developer" else message.role
-    named = {} if message.name is None else {"name": message.name}
-    return {"role": role, "content": text, **named}
+    others = {name: value for name in _FOR_TEMPLATES if (value := getattr(message, name)) is not None}
+    return {"role": role, "content": text, **others}
 
 
-def _refuse_tools(body: ChatCompletionBody) -> None:
-    if body.tools or body.functions:
-        raise InvalidRequestError("tools are not supported, ask for a form with response_format instead")
-    if body.audio is not None or (body.modalities and body.modalities != ["text"]):
-        raise InvalidRequestError('only text is generated, set modalities to ["text"]')
+def _chat_options(body: ChatCompletionBody) -> ChatOptions:
+    kwargs = body.chat_template_kwargs or {}
+    if body.documents:
+        if "documents" in kwargs:
+            raise InvalidRequestError("documents is set twice, leave it out of chat_template_kwargs")
+        kwargs = {**kwargs, "documents": body.documents}
+    return ChatOptions(
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=bool(body.continue_final_message),
+        chat_template=body.chat_template,
+        template_kwargs=kwargs,
+    )

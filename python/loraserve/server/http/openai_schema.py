@@ -2,66 +2,147 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from loraserve.server.http.adapter_selectors import AdapterSelectors
+from loraserve.server.http.foreign_fields import (
+    CHAT_NEUTRAL,
+    COMPLETION_NEUTRAL,
+    OPENAI_ELSEWHERE,
+    OPENAI_NEUTRAL,
+    OPENAI_NO_EFFECT,
+    SELECTORS_ELSEWHERE,
+)
+from loraserve.server.http.request_body import Elsewhere, Neutral, NoEffect, RequestBody
 
 MAX_TEXT_PARTS = 1024
+TEXT_PART_TYPES = ("text", "input_text", "refusal")
 
 Text: TypeAlias = Annotated[str, Field(max_length=16 * 2**20)]
 TokenIds: TypeAlias = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(min_length=1)]
 
 
-class _Body(BaseModel):
-    """Fields that clients send and that change nothing here are taken and left alone."""
+class TextPart(RequestBody):
+    no_effect: ClassVar[NoEffect] = frozenset({"cache_control"})
 
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False, protected_namespaces=())
-
-
-class TextPart(_Body):
     type: Literal["text", "input_text", "refusal"] = "text"
-    text: Text = ""
+    text: Text | None = None
+    refusal: Text | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_text(cls, part: Any) -> Any:
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        if kind not in TEXT_PART_TYPES:
+            raise PydanticCustomError(
+                "not_text",
+                "a part of type {kind} is not supported, the model reads text only",
+                {"kind": repr(kind)[:100]},
+            )
+        return part
+
+    @model_validator(mode="after")
+    def _check(self) -> TextPart:
+        field = "refusal" if self.type == "refusal" and self.text is None else "text"
+        if getattr(self, field) is None or (self.text is None) == (self.refusal is None):
+            raise ValueError(
+                f"a part of type {self.type!r} has {field} and nothing else, give it as a string"
+            )
+        return self
+
+    @property
+    def words(self) -> str:
+        return self.text or self.refusal or ""
 
 
-class Message(_Body):
+class Message(RequestBody):
+    """`reasoning_content` and `tool_call_id` are for the chat template, if it reads them."""
+
+    no_effect: ClassVar[NoEffect] = frozenset({"cache_control", "id"})
+    neutral: ClassVar[Neutral] = {
+        "tool_calls": ([],),
+        "function_call": (),
+        "refusal": (),
+        "audio": (),
+        "annotations": ([],),
+        "reasoning": (),
+        "reasoning_details": ([],),
+        "thinking_blocks": ([],),
+        "prefix": (False,),
+        "partial": (False,),
+    }
+    elsewhere: ClassVar[Elsewhere] = {"text": "content", "message": "content", "from": "role"}
+
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Text | Annotated[list[TextPart], Field(max_length=MAX_TEXT_PARTS)] | None = None
     name: str | None = None
+    tool_call_id: str | None = None
+    reasoning_content: Text | None = None
 
 
-class JsonSchema(_Body):
-    """`schema` is what the answer must satisfy."""
+class JsonSchema(RequestBody):
+    """`schema` is what the answer must satisfy, strictly in any case."""
+
+    no_effect: ClassVar[NoEffect] = frozenset({"strict", "description"})
+    elsewhere: ClassVar[Elsewhere] = {"json_schema": "schema"}
 
     name: str | None = None
     json_schema: dict[str, Any] | bool | None = Field(default=None, alias="schema")
 
 
-class ResponseFormat(_Body):
-    """The form of the answer; "regex", "grammar" (Lark) and "choice" are loraserve's own."""
+class ResponseFormat(RequestBody):
+    """The form of the answer; "grammar" (Lark) and "choice" are loraserve's own, `value` is TGI's."""
 
-    type: Literal["text", "json_object", "json_schema", "regex", "grammar", "choice"]
+    no_effect: ClassVar[NoEffect] = frozenset({"strict"})
+
+    type: Literal["text", "json_object", "json", "json_schema", "regex", "grammar", "choice"]
     json_schema: JsonSchema | None = None
     json_object_schema: dict[str, Any] | bool | None = Field(default=None, alias="schema")
+    value: dict[str, Any] | bool | str | None = None
     regex: str | None = None
     grammar: str | None = None
     choice: list[str] | None = None
 
 
-class StreamOptions(_Body):
+class StructuredOutputs(RequestBody):
+    """vLLM's; one of its fields."""
+
+    neutral: ClassVar[Neutral] = {
+        "disable_fallback": (False,),
+        "disable_any_whitespace": (False,),
+        "disable_additional_properties": (False,),
+        "whitespace_pattern": (),
+        "structural_tag": (),
+    }
+
+    json_form: dict[str, Any] | str | bool | None = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
+class StreamOptions(RequestBody):
+    no_effect: ClassVar[NoEffect] = frozenset({"include_obfuscation"})
+    neutral: ClassVar[Neutral] = {"continuous_usage_stats": (False,)}
+
     include_usage: bool = False
 
 
-class GenerationBody(_Body):
+class GenerationBody(AdapterSelectors):
     """What completions and chat completions share."""
+
+    no_effect: ClassVar[NoEffect] = OPENAI_NO_EFFECT
+    neutral: ClassVar[Neutral] = OPENAI_NEUTRAL
+    elsewhere: ClassVar[Elsewhere] = SELECTORS_ELSEWHERE | OPENAI_ELSEWHERE
 
     model: str | None = Field(
         default=None,
         max_length=1024,
         description="The base model, an adapter, or base:adapter; none is the base model.",
-    )
-    adapters: dict[str, float] | None = Field(
-        default=None,
-        description="Adapters and weights: their exact weighted sum. Only with the base model as `model`.",
     )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -82,34 +163,63 @@ class GenerationBody(_Body):
     min_tokens: int | None = None
     n: int | None = None
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | str | bool | None = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
     truncate_prompt_tokens: int | None = Field(default=None, ge=1, description="Keep the last tokens only.")
-    user: str | None = None
 
 
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
+    neutral: ClassVar[Neutral] = OPENAI_NEUTRAL | COMPLETION_NEUTRAL
+    elsewhere: ClassVar[Elsewhere] = GenerationBody.elsewhere | {
+        "inputs": "prompt",
+        "input": "prompt",
+        "text": "prompt",
+        "messages": "messages at /v1/chat/completions",
+        "max_completion_tokens": "max_tokens",
+        "top_logprobs": "logprobs",
+    }
+
     prompt: Text | TokenIds | list[TokenIds] | list[Text]
     best_of: int | None = None
     echo: bool | None = None
     logprobs: int | None = None
-    suffix: str | None = None
 
 
 class ChatCompletionBody(GenerationBody):
     """POST /v1/chat/completions."""
 
+    neutral: ClassVar[Neutral] = OPENAI_NEUTRAL | CHAT_NEUTRAL
+    elsewhere: ClassVar[Elsewhere] = GenerationBody.elsewhere | {
+        "inputs": "messages",
+        "input": "messages",
+        "prompt": "messages",
+        "conversation": "messages",
+        "enable_thinking": "chat_template_kwargs.enable_thinking",
+        "template": "chat_template",
+        "best_of": "n",
+    }
+
     messages: list[Message]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = None
-    functions: list[Any] | None = None
-    function_call: Any = None
-    modalities: list[str] | None = None
-    audio: Any = None
+    add_generation_prompt: bool | None = Field(
+        default=None, description="Begin the assistant's message; true unless the final message is continued."
+    )
+    continue_final_message: bool | None = Field(
+        default=None, description="Go on with the last message in place of a new one."
+    )
+    chat_template: str | None = Field(
+        default=None, description="Jinja; only where the server has --trust-request-chat-template."
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        default=None, description="Further variables of the chat template."
+    )
+    documents: list[dict[str, Any]] | None = Field(
+        default=None, description="For a chat template that reads documents."
+    )

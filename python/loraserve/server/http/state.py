@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from fastapi import Request
 
 from loraserve.server.http.token_texts import TokenTexts
+from loraserve.server.request_limits import RequestLimits
 
 if TYPE_CHECKING:
     from loraserve.async_engine import AsyncEngine
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HttpLimits:
-    """Bounds on what one connection or one request may ask.
+class HttpLimits(RequestLimits):
+    """Bounds on what one connection may ask, beside those on a request.
 
     Args:
         max_body_nbytes: of a request's body; more is refused with 413.
@@ -28,12 +29,6 @@ class HttpLimits:
         body_timeout_s: from there to the end of the body.
         write_timeout_s: that a client may leave an answer unread before its connection is cut.
         keep_alive_s: that an idle connection stays open.
-        request_timeout_s: deadline of every generation; None leaves it to the request.
-        max_best_of: most sequences that TGI's `best_of` and OpenAI's `best_of` may compare.
-        max_stop_sequences: stop strings of one request.
-        max_top_n_tokens: alternatives per token.
-        max_client_batch_size: prompts of one request.
-        max_input_tokens: of a prompt; None is the context length less one.
     """
 
     max_body_nbytes: int = 16 * 2**20
@@ -42,12 +37,6 @@ class HttpLimits:
     body_timeout_s: float = 60.0
     write_timeout_s: float = 60.0
     keep_alive_s: float = 75.0
-    request_timeout_s: float | None = None
-    max_best_of: int = 8
-    max_stop_sequences: int = 16
-    max_top_n_tokens: int = 20
-    max_client_batch_size: int = 128
-    max_input_tokens: int | None = None
 
 
 @dataclass(kw_only=True)
@@ -62,6 +51,7 @@ class HttpState:
         limits: see `HttpLimits`.
         sources: where adapters may be loaded from.
         cors_origins: whose web pages a browser lets call this server; "*" is everybody's.
+        adapters_at_start: names of the adapters that were given at start, in order.
     """
 
     engine: AsyncEngine
@@ -71,6 +61,7 @@ class HttpState:
     limits: HttpLimits = field(default_factory=HttpLimits)
     sources: AdapterSources | None = None
     cors_origins: tuple[str, ...] = ()
+    adapters_at_start: tuple[str, ...] = ()
     started_at: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:

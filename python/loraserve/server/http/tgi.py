@@ -27,8 +27,10 @@ from loraserve.server.http.tgi_documents import (
 )
 from loraserve.server.http.tgi_request import generate_request
 from loraserve.server.http.tgi_schema import (
+    AnyGenerateBody,
     CompatGenerateBody,
     GenerateBody,
+    GenerateStreamBody,
     InvocationBody,
     Parameters,
     TokenizeBody,
@@ -45,7 +47,7 @@ async def generate(body: GenerateBody, call: Annotated[Call, Depends(current_cal
 
 
 @router.post("/generate_stream", responses=STREAM_RESPONSES)
-async def generate_stream(body: GenerateBody, call: Annotated[Call, Depends(current_call)]) -> Response:
+async def generate_stream(body: GenerateStreamBody, call: Annotated[Call, Depends(current_call)]) -> Response:
     """Continues a text, an event per token."""
     return _stream(call, body)
 
@@ -81,6 +83,8 @@ async def tokenize(
             f"inputs has {len(body.inputs)} characters, more than any context of {state.max_model_len} tokens"
         )
     spans = await asyncio.to_thread(tokenizer.encode_with_offsets, body.inputs, body.add_special_tokens)
+    if body.parameters is not None and body.parameters.truncate is not None:
+        spans = spans[-body.parameters.truncate :]
     return [
         {"id": token_id, "text": body.inputs[start:stop] or state.token_texts.text(token_id)}
         | {"start": start, "stop": stop}
@@ -88,13 +92,13 @@ async def tokenize(
     ]
 
 
-def _whole(call: Call, body: GenerateBody, *, is_array: bool) -> Response:
+def _whole(call: Call, body: AnyGenerateBody, *, is_array: bool) -> Response:
     given = body.parameters or Parameters()
-    request = generate_request(call, body.inputs, given, is_stream=False)
+    request = generate_request(call, body, given, is_stream=False)
     return WholeResponse(call, [request], WholeGenerate(call.state, request, given, is_array=is_array))
 
 
-def _stream(call: Call, body: GenerateBody) -> Response:
+def _stream(call: Call, body: AnyGenerateBody) -> Response:
     given = body.parameters or Parameters()
-    request = generate_request(call, body.inputs, given, is_stream=True)
+    request = generate_request(call, body, given, is_stream=True)
     return StreamResponse(call, [request], GenerateEvents(call.state, request, given), Family.TGI)

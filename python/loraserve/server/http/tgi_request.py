@@ -7,28 +7,34 @@ from typing import Any
 
 from loraserve.errors import InvalidRequestError
 from loraserve.grammar import Grammar
-from loraserve.request import AdapterSpec, GenerateRequest
+from loraserve.request import GenerateRequest
 from loraserve.sampling_params import SamplingParams
+from loraserve.server.http.adapter_selectors import adapter_of
 from loraserve.server.http.generation import Call
-from loraserve.server.http.model_names import registered_name
-from loraserve.server.http.request_limits import check_best_of, check_stop, check_top_n_tokens
-from loraserve.server.http.tgi_schema import GrammarField, MergedAdapters, Parameters
+from loraserve.server.http.tgi_schema import AnyGenerateBody, GrammarField, Parameters
 
 DEFAULT_MAX_NEW_TOKENS = 100
-LORAX_BASE_MODEL = "__base_model__"
-_SAME_NAME = ("temperature", "repetition_penalty", "frequency_penalty", "top_k", "top_p", "typical_p")
+_SAME_NAME = (
+    "temperature",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "top_k",
+    "top_p",
+    "typical_p",
+)
 
 
-def generate_request(call: Call, inputs: str, given: Parameters, *, is_stream: bool) -> GenerateRequest:
+def generate_request(
+    call: Call, body: AnyGenerateBody, given: Parameters, *, is_stream: bool
+) -> GenerateRequest:
     """Raises InvalidRequestError: a value is out of its range, or means nothing together with another."""
-    if given.watermark:
-        raise InvalidRequestError("watermark is not supported, set it to false")
     best_of = 1 if given.best_of is None else given.best_of
     _check_best_of(call, given, best_of, is_stream=is_stream)
     if is_stream and given.decoder_input_details:
         raise InvalidRequestError("decoder_input_details is not possible in a stream, set it to false")
     num_top = max(given.top_n_tokens or 0, given.return_k_alternatives or 0)
-    check_top_n_tokens(num_top, call.state.limits)
+    call.state.limits.check_alternatives("top_n_tokens", num_top)
     sampling = _sampling(call, given)
     sampling["n"] = best_of
     if is_stream or given.details or best_of > 1:
@@ -38,8 +44,8 @@ def generate_request(call: Call, inputs: str, given: Parameters, *, is_stream: b
         "temperature": 1.0 if samples(given) else 0.0,
     }
     return GenerateRequest(
-        prompt=inputs,
-        adapter=adapter_of(given, call.state.served_names),
+        prompt=body.inputs,
+        adapter=adapter_of(call.state, call.caller, None, body, given),
         params=SamplingParams(**sampling).with_defaults(defaults),
         deadline_s=call.deadline_s,
         truncate=given.truncate,
@@ -58,39 +64,6 @@ def samples(given: Parameters) -> bool:
     )
 
 
-def adapter_of(given: Parameters, served_names: tuple[str, ...]) -> AdapterSpec:
-    """The adapter these parameters name. Raises InvalidRequestError."""
-    if given.adapter_source in ("s3", "pbase"):
-        raise InvalidRequestError(
-            f"adapter_source is {given.adapter_source!r}, but a request loads no adapters: "
-            "name a loaded one, GET /v1/models lists them"
-        )
-    if given.merged_adapters is not None:
-        if given.adapter_id is not None:
-            raise InvalidRequestError("adapter_id and merged_adapters are both set, set one of them")
-        return _merged(given.merged_adapters)
-    if given.adapter_id in (None, LORAX_BASE_MODEL, *served_names):
-        return None
-    return None if given.adapter_id is None else registered_name(given.adapter_id)
-
-
-def _merged(merged: MergedAdapters) -> dict[str, float]:
-    if merged.merge_strategy not in (None, "linear"):
-        raise InvalidRequestError(
-            f"merge_strategy is {merged.merge_strategy!r}, only linear is supported: adapters are summed "
-            "while they run, and ties and dare would need a new adapter made of them"
-        )
-    if len(merged.ids) != len(merged.weights):
-        raise InvalidRequestError(
-            f"merged_adapters has {len(merged.ids)} ids and {len(merged.weights)} weights, "
-            "give as many of both"
-        )
-    total: dict[str, float] = {}
-    for name, weight in zip(merged.ids, merged.weights, strict=True):
-        total[registered_name(name)] = total.get(registered_name(name), 0.0) + weight
-    return total
-
-
 def _sampling(call: Call, given: Parameters) -> dict[str, Any]:
     values = {name: value for name in _SAME_NAME if (value := getattr(given, name)) is not None}
     if given.max_new_tokens is not None:
@@ -101,7 +74,6 @@ def _sampling(call: Call, given: Parameters) -> dict[str, Any]:
         values["temperature"] = 0.0
     if given.stop:
         values["stop"] = tuple(given.stop)
-        check_stop(values["stop"], call.state.limits)
     if given.ignore_eos_token:
         values["ignore_eos"] = True
     if samples(given):
@@ -113,7 +85,7 @@ def _sampling(call: Call, given: Parameters) -> dict[str, Any]:
 
 
 def _check_best_of(call: Call, given: Parameters, best_of: int, *, is_stream: bool) -> None:
-    check_best_of(best_of, call.state.limits)
+    call.state.limits.check_best_of(best_of)
     if best_of == 1:
         return
     if is_stream:

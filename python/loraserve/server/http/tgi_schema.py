@@ -2,56 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag
 
+from loraserve.server.http.adapter_selectors import AdapterSelectors
+from loraserve.server.http.foreign_fields import SELECTORS_ELSEWHERE, TGI_ELSEWHERE, TGI_NEUTRAL
 from loraserve.server.http.openai_schema import ChatCompletionBody, CompletionBody, Text
+from loraserve.server.http.request_body import Elsewhere, Neutral, NoEffect, RequestBody
 
 Fraction: TypeAlias = Annotated[float, Field(gt=0, le=1)]
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False, protected_namespaces=())
-
-
-class GrammarField(_Body):
+class GrammarField(RequestBody):
     """`value` is a JSON schema, {"schema": …}, or a regular expression."""
 
     type: Literal["json", "json_schema", "regex"]
     value: dict[str, Any] | bool | str
 
 
-class LoraxFormat(_Body):
+class LoraxFormat(RequestBody):
     """LoRAX' way to ask for JSON."""
+
+    no_effect: ClassVar[NoEffect] = frozenset({"strict"})
 
     type: Literal["json_object"]
     json_object_schema: dict[str, Any] | bool | None = Field(default=None, alias="schema")
 
 
-class MergedAdapters(_Body):
-    """A weighted sum of adapters: of their whole deltas, so that it has no cross terms."""
-
-    ids: list[str] = Field(min_length=1)
-    weights: list[float] = Field(min_length=1)
-    merge_strategy: Literal["linear", "ties", "dare_linear", "dare_ties"] | None = None
-    density: float | None = None
-    majority_sign_method: Literal["total", "frequency"] | None = None
-
-
-class Parameters(_Body):
+class Parameters(AdapterSelectors):
     """`parameters` of a generate request."""
 
-    adapter_id: str | None = Field(default=None, max_length=1024)
-    adapter_source: Literal["hub", "local", "s3", "pbase"] | None = None
-    api_token: str | None = Field(
-        default=None, description="Taken and not used: adapters are loaded already."
-    )
-    merged_adapters: MergedAdapters | None = None
+    neutral: ClassVar[Neutral] = TGI_NEUTRAL
+    elsewhere: ClassVar[Elsewhere] = SELECTORS_ELSEWHERE | TGI_ELSEWHERE
+
     best_of: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0)
     repetition_penalty: float | None = Field(default=None, gt=0)
     frequency_penalty: float | None = None
+    presence_penalty: float | None = None
     top_k: int | None = Field(default=None, ge=1)
     top_p: Fraction | None = None
     typical_p: Fraction | None = None
@@ -61,7 +50,6 @@ class Parameters(_Body):
     return_full_text: bool | None = None
     stop: list[str] = Field(default_factory=list)
     truncate: int | None = Field(default=None, ge=1)
-    watermark: bool = False
     details: bool = False
     decoder_input_details: bool = False
     seed: int | None = Field(default=None, ge=0, le=2**64 - 1)
@@ -71,23 +59,50 @@ class Parameters(_Body):
     response_format: LoraxFormat | None = None
 
 
-class GenerateBody(_Body):
-    """POST /generate and /generate_stream."""
+class AnyGenerateBody(AdapterSelectors):
+    """What /generate, /generate_stream and / share; `options` are those of Hugging Face's endpoints."""
+
+    no_effect: ClassVar[NoEffect] = frozenset({"options"})
+    neutral: ClassVar[Neutral] = {"add_special_tokens": (True,)}
+    elsewhere: ClassVar[Elsewhere] = (
+        SELECTORS_ELSEWHERE
+        | {
+            name: f"parameters.{name}"
+            for name in Parameters.model_fields.keys() - AdapterSelectors.model_fields.keys()
+        }
+        | {name: f"parameters.{other}" for name, other in TGI_ELSEWHERE.items() if name != "stream"}
+        | {"prompt": "inputs", "text": "inputs", "input": "inputs", "model": "parameters.adapter_id"}
+    )
 
     inputs: Text
     parameters: Parameters | None = None
 
 
-class CompatGenerateBody(GenerateBody):
+class GenerateBody(AnyGenerateBody):
+    """POST /generate."""
+
+    neutral: ClassVar[Neutral] = AnyGenerateBody.neutral | {"stream": (False,)}
+
+
+class GenerateStreamBody(AnyGenerateBody):
+    """POST /generate_stream."""
+
+    neutral: ClassVar[Neutral] = AnyGenerateBody.neutral | {"stream": (True,)}
+
+
+class CompatGenerateBody(AnyGenerateBody):
     """POST /: a stream or an array."""
 
     stream: bool | None = None
 
 
-class TokenizeBody(_Body):
-    """POST /tokenize; `parameters` are taken and mean nothing."""
+class TokenizeBody(RequestBody):
+    """POST /tokenize; of `parameters`, `truncate` keeps the last tokens."""
+
+    elsewhere: ClassVar[Elsewhere] = {"prompt": "inputs", "text": "inputs", "content": "inputs"}
 
     inputs: Text
+    parameters: Parameters | None = None
     add_special_tokens: bool = True
 
 

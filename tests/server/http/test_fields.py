@@ -1,0 +1,483 @@
+"""No field of a body is ignored: it is taken with its meaning or refused by its name, on every level."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any, get_args
+
+import httpx
+import pytest
+from fastapi.routing import APIRoute
+from loraserve.request import ChatOptions, GenerateRequest
+from loraserve.server.http import admin, openai, tgi
+from loraserve.server.http.foreign_fields import (
+    CHAT_NEUTRAL,
+    COMPLETION_NEUTRAL,
+    OPENAI_NEUTRAL,
+    OPENAI_NO_EFFECT,
+    TGI_NEUTRAL,
+)
+from loraserve.server.http.request_body import RequestBody
+from loraserve.server.http.state import HttpLimits
+from loraserve.server.keys import ApiKey
+from pydantic import BaseModel
+
+from tests.server.http.fake_engine import FakeEngine
+from tests.server.http.http_thread import HttpThread
+
+CHAT = [{"role": "user", "content": "hi"}]
+COMPLETION_ROUTE, CHAT_ROUTE = "/v1/completions", "/v1/chat/completions"
+TGI_ROUTES = ("/generate", "/generate_stream", "/", "/invocations")
+BODIES: dict[str, dict[str, Any]] = {
+    COMPLETION_ROUTE: {"prompt": "x"},
+    CHAT_ROUTE: {"messages": CHAT},
+    **{path: {"inputs": "x"} for path in TGI_ROUTES},
+    "/tokenize": {"inputs": "x"},
+    "/adapters": {"name": "new", "source": "nowhere"},
+    "/v1/load_lora_adapter": {"lora_name": "new", "lora_path": "nowhere"},
+    "/v1/unload_lora_adapter": {"lora_name": "new"},
+}
+SCHEMA = {"type": "object"}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[HttpThread]:
+    with HttpThread(FakeEngine, adapters_at_start=("one", "two")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server: HttpThread) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=60.0) as client:
+        yield client
+
+
+def asked(server: HttpThread, client: httpx.Client, path: str, **fields: Any) -> GenerateRequest:
+    """What reaches the engine."""
+    answer = client.post(path, json={**BODIES[path], **fields})
+    assert answer.status_code == 200, answer.text
+    request: GenerateRequest = server.engine.requests[-1]
+    return request
+
+
+def refusal(client: httpx.Client, path: str, /, **fields: Any) -> str:
+    answer = client.post(path, json={**BODIES.get(path, {}), **fields})
+    family = 422 if path in (*TGI_ROUTES, "/tokenize") else 400
+    assert answer.status_code in (family, 404 if family == 400 else 422), answer.text
+    error = answer.json()["error"]
+    return str(error["message"] if isinstance(error, dict) else error)
+
+
+SELECTORS: list[tuple[dict[str, Any], Any]] = [
+    ({}, None),
+    ({"adapter_id": "one"}, "one"),
+    ({"adapter_id": "__base_model__"}, None),
+    ({"adapter_id": "base"}, None),
+    ({"adapter_id": "owner/name", "adapter_source": "hub", "api_token": "x"}, "owner-name"),
+    ({"adapter": "one"}, "one"),
+    ({"adapter": {"one": 0.5, "two": 0.25}}, {"one": 0.5, "two": 0.25}),
+    ({"adapters": {"one": 0.5}}, {"one": 0.5}),
+    ({"lora": "one"}, "one"),
+    ({"lora": [{"id": 1, "scale": 1.0}]}, "two"),
+    ({"lora": [{"id": 0, "scale": 0.5}, {"id": "two"}]}, {"one": 0.5, "two": 1.0}),
+    ({"lora_path": "one"}, "one"),
+    ({"lora_path": ["one"]}, "one"),
+    ({"lora_path": [None]}, None),
+    ({"lora_name": "one"}, "one"),
+    ({"lora_request": "one"}, "one"),
+    ({"lora_request": {"lora_name": "one", "lora_int_id": 7, "lora_path": None}}, "one"),
+    ({"merged_adapters": {"ids": ["one", "two"], "weights": [0.5, 2.0]}}, {"one": 0.5, "two": 2.0}),
+    ({"merged_adapters": {"ids": ["one", "one"], "weights": [0.5, 0.5]}}, "one"),
+    ({"adapter_id": "one", "lora_path": "one", "adapters": {"one": 1.0}}, "one"),
+    ({"adapter_id": None, "lora_path": None, "lora": None, "adapter": None}, None),
+]
+
+
+@pytest.mark.parametrize(("fields", "adapter"), SELECTORS)
+@pytest.mark.parametrize("path", [COMPLETION_ROUTE, CHAT_ROUTE, *TGI_ROUTES])
+def test_selectors_of_other_servers_choose_the_adapter(
+    server: HttpThread, client: httpx.Client, path: str, fields: dict[str, Any], adapter: Any
+) -> None:
+    assert asked(server, client, path, **fields).adapter == adapter
+    if path in TGI_ROUTES:
+        assert asked(server, client, path, parameters=fields).adapter == adapter
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "adapter", "answering"),
+    [
+        ("base", {"lora_path": "one"}, "one", "one"),
+        (None, {"adapter_id": "one"}, "one", "one"),
+        ("one", {"adapter_id": "one"}, "one", "one"),
+        ("base:one", {"adapter_id": "one"}, "one", "base:one"),
+        (None, {"adapters": {"one": 0.5, "two": 0.5}}, {"one": 0.5, "two": 0.5}, "base"),
+        ("tgi", {}, None, "base"),
+        ("dummy", {}, None, "base"),
+        ("tgi", {"adapter_id": "two"}, "two", "two"),
+    ],
+)
+def test_the_model_and_a_selector_mean_one_adapter_and_the_answer_names_it(
+    server: HttpThread,
+    client: httpx.Client,
+    model: str | None,
+    fields: dict[str, Any],
+    adapter: Any,
+    answering: str,
+) -> None:
+    for path in (COMPLETION_ROUTE, CHAT_ROUTE):
+        body = {**BODIES[path], **fields} | ({} if model is None else {"model": model})
+        assert client.post(path, json=body).json()["model"] == answering
+        assert server.engine.requests[-1].adapter == adapter
+
+
+CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"adapter_id": "one", "lora_path": "two"}, "name different adapters"),
+    ({"adapter_id": "one", "adapters": {"one": 0.5}}, "name different adapters"),
+    ({"adapter_id": "__base_model__", "adapter": "one"}, "name different adapters"),
+    ({"adapter_id": "one", "merged_adapters": {"ids": ["one"], "weights": [1]}}, "set one of them"),
+    ({"lora": [{"id": 2}]}, "lora id 2 is no adapter of yours"),
+    ({"lora": [{"id": -1}]}, "lora id -1 is no adapter of yours"),
+    ({"lora": [{"scale": 1.0}]}, "id"),
+    ({"lora": 7}, "lora"),
+    ({"lora_path": ["one", "two"]}, "2 names for 1 prompts"),
+    ({"lora_path": []}, "lora_path"),
+    ({"lora_request": {"lora_name": "one", "lora_path": "/adapters/one"}}, "lora_path: not supported"),
+    ({"lora_request": {"lora_int_id": 1}}, "lora_name"),
+    ({"adapter_id": "one", "adapter_source": "s3"}, "a request loads no adapters"),
+    ({"lora_id": "one"}, "did you mean adapter_id?"),
+    ({"adapter_name": "one"}, "did you mean adapter_id?"),
+    ({"adaptor": "one"}, "did you mean adapter?"),
+]
+
+
+@pytest.mark.parametrize(("fields", "text"), CONTRADICTIONS)
+@pytest.mark.parametrize("path", [COMPLETION_ROUTE, CHAT_ROUTE, *TGI_ROUTES])
+def test_selectors_that_contradict_or_mean_nothing_are_refused(
+    server: HttpThread, client: httpx.Client, path: str, fields: dict[str, Any], text: str
+) -> None:
+    num_asked = len(server.engine.requests)
+    assert text in refusal(client, path, **fields)
+    if path in TGI_ROUTES:
+        assert text in refusal(client, path, parameters=fields)
+    assert len(server.engine.requests) == num_asked
+
+
+def test_selectors_contradict_across_model_and_levels(client: httpx.Client) -> None:
+    for path in (COMPLETION_ROUTE, CHAT_ROUTE):
+        assert "model and lora_path name different" in refusal(client, path, model="one", lora_path="two")
+        assert "name different" in refusal(client, path, model="one", adapter_id="__base_model__")
+    assert "name different" in refusal(
+        client, "/generate", adapter_id="one", parameters={"adapter_id": "two"}
+    )
+    prompts = {"prompt": ["x", "y"], "lora_path": ["one", "two"]}
+    assert "send a request for each" in refusal(client, COMPLETION_ROUTE, **prompts)
+
+
+def test_a_placeholder_means_an_adapter_of_that_name_and_no_other_name_is_one(
+    server: HttpThread, client: httpx.Client
+) -> None:
+    assert asked(server, client, CHAT_ROUTE, model="gpt-4").adapter == "gpt-4"  # which the engine refuses
+    names = [one.name for one in server.engine.adapters()]
+    server.engine.adapters = lambda: [type("One", (), {"name": name}) for name in (*names, "tgi")]
+    try:
+        assert asked(server, client, CHAT_ROUTE, model="tgi").adapter == "tgi"
+    finally:
+        del server.engine.adapters
+
+
+def test_a_number_tells_no_key_of_anothers_adapter() -> None:
+    keys = [ApiKey(name="k", secret="secret", adapters=("two",))]
+    headers = {"authorization": "Bearer secret"}
+    with (
+        HttpThread(FakeEngine, keys=keys, adapters_at_start=("one", "two")) as server,
+        httpx.Client(base_url=server.url, headers=headers) as client,
+    ):
+        bodies = [{"prompt": "x", "lora": [{"id": number}]} for number in (0, 1, 2)]
+        answers = [client.post(COMPLETION_ROUTE, json=body) for body in bodies]
+    assert [answer.status_code for answer in answers] == [404, 200, 404]
+    assert "one" not in answers[0].text.replace("none", "")
+
+
+LEVELS: list[tuple[str, dict[str, Any], tuple[Any, ...]]] = [
+    (COMPLETION_ROUTE, {}, ()),
+    (COMPLETION_ROUTE, {"stream": True, "stream_options": {}}, ("stream_options",)),
+    (COMPLETION_ROUTE, {"response_format": {"type": "text"}}, ("response_format",)),
+    (
+        COMPLETION_ROUTE,
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}},
+        ("response_format", "json_schema"),
+    ),
+    (COMPLETION_ROUTE, {"structured_outputs": {"regex": "a"}}, ("structured_outputs",)),
+    (COMPLETION_ROUTE, {"merged_adapters": {"ids": ["one"], "weights": [1]}}, ("merged_adapters",)),
+    (COMPLETION_ROUTE, {"lora": [{"id": 0}]}, ("lora", 0)),
+    (COMPLETION_ROUTE, {"lora_request": {"lora_name": "one"}}, ("lora_request",)),
+    (CHAT_ROUTE, {}, ()),
+    (CHAT_ROUTE, {"messages": [*CHAT, *CHAT]}, ("messages", 1)),
+    (
+        CHAT_ROUTE,
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]},
+        ("messages", 0, "content", 0),
+    ),
+    (CHAT_ROUTE, {"stream": True, "stream_options": {}}, ("stream_options",)),
+    *((path, {}, ()) for path in TGI_ROUTES),
+    *((path, {"parameters": {}}, ("parameters",)) for path in (*TGI_ROUTES, "/tokenize")),
+    ("/generate", {"parameters": {"grammar": {"type": "json", "value": SCHEMA}}}, ("parameters", "grammar")),
+    (
+        "/generate",
+        {"parameters": {"response_format": {"type": "json_object"}}},
+        ("parameters", "response_format"),
+    ),
+    ("/tokenize", {}, ()),
+    ("/adapters", {}, ()),
+    ("/v1/load_lora_adapter", {}, ()),
+    ("/v1/unload_lora_adapter", {}, ()),
+    ("/adapters/one/pin", {"pinned": True}, ()),
+]
+
+
+@pytest.mark.parametrize(("path", "fields", "level"), LEVELS)
+def test_an_unknown_field_is_refused_by_name_on_every_level(
+    server: HttpThread, client: httpx.Client, path: str, fields: dict[str, Any], level: tuple[Any, ...]
+) -> None:
+    body = json.loads(json.dumps({**BODIES.get(path, {}), **fields}))
+    inner = body
+    for step in level:
+        inner = inner[step]
+    inner["zzz_unheard_of"] = 1
+    num_asked = len(server.engine.requests)
+    answer = client.request("PUT" if path.endswith("/pin") else "POST", path, json=body)
+    assert answer.status_code == (422 if path in (*TGI_ROUTES, "/tokenize") else 400), answer.text
+    where = ".".join(map(str, (*level, "zzz_unheard_of")))
+    assert f"{where}: unknown field" in answer.text
+    assert len(server.engine.requests) == num_asked
+    if path.startswith("/v1/"):
+        assert answer.json()["error"]["param"] == where
+
+
+def test_every_model_of_a_body_refuses_what_it_does_not_know_and_is_in_the_table() -> None:
+    reached: set[type[BaseModel]] = set()
+    for router in (openai.router, tgi.router, admin.router):
+        for route in router.routes:
+            if isinstance(route, APIRoute) and route.body_field is not None:
+                _reach(route.body_field.field_info.annotation, reached)
+    assert {model.__name__ for model in reached if not issubclass(model, RequestBody)} == set()
+    tested = (
+        "GenerateBody GenerateStreamBody CompatGenerateBody CompletionBody ChatCompletionBody StreamOptions "
+        "ResponseFormat JsonSchema StructuredOutputs MergedAdapters LoraScale LoraRequest Message TextPart "
+        "Parameters GrammarField LoraxFormat TokenizeBody LoadBody PinBody VllmLoadBody VllmUnloadBody"
+    )
+    assert {model.__name__ for model in reached} == set(tested.split()), "give a new model a row in LEVELS"
+
+
+def _reach(annotation: Any, reached: set[type[BaseModel]]) -> None:
+    for inner in get_args(annotation):
+        _reach(inner, reached)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel) and annotation not in reached:
+        reached.add(annotation)
+        for field in annotation.model_fields.values():
+            _reach(field.annotation, reached)
+
+
+SLIPS: list[tuple[str, dict[str, Any], str]] = [
+    (COMPLETION_ROUTE, {"temprature": 0}, "temprature: unknown field, did you mean temperature?"),
+    (COMPLETION_ROUTE, {"maxTokens": 5}, "did you mean max_tokens?"),
+    (COMPLETION_ROUTE, {"max_new_tokens": 5}, "did you mean max_tokens?"),
+    (COMPLETION_ROUTE, {"repetition_penalti": 5}, "did you mean repetition_penalty?"),
+    (COMPLETION_ROUTE, {"stop_sequences": ["x"]}, "did you mean stop?"),
+    (COMPLETION_ROUTE, {"response_format": {"type": "json_schema", "json_schema": {"shema": {}}}}, "schema?"),
+    (COMPLETION_ROUTE, {"stream": True, "stream_options": {"includeUsage": True}}, "include_usage?"),
+    (CHAT_ROUTE, {"temperatur": 0}, "did you mean temperature?"),
+    (CHAT_ROUTE, {"prompt": "x"}, "did you mean messages?"),
+    (CHAT_ROUTE, {"enable_thinking": False}, "did you mean chat_template_kwargs.enable_thinking?"),
+    (
+        CHAT_ROUTE,
+        {"messages": [{"role": "user", "contnet": "x"}]},
+        "messages.0.contnet: unknown field, did you",
+    ),
+    (CHAT_ROUTE, {"messages": [{"rol": "user", "content": "x"}]}, "did you mean role?"),
+    ("/generate", {"temperature": 0.5}, "temperature: unknown field, did you mean parameters.temperature?"),
+    ("/generate", {"parameters": {"max_tokens": 5}}, "did you mean max_new_tokens?"),
+    ("/generate", {"parameters": {"stream": True}}, "did you mean stream beside parameters?"),
+    ("/generate", {"parameters": {"topP": 0.5}}, "did you mean top_p?"),
+    ("/generate", {"prompt": "x"}, "did you mean inputs?"),
+    ("/generate", {"model": "one"}, "did you mean parameters.adapter_id?"),
+    ("/adapters", {"path": "x"}, "did you mean source?"),
+    ("/v1/load_lora_adapter", {"load_in_place": True}, "did you mean load_inplace?"),
+]
+
+
+@pytest.mark.parametrize(("path", "fields", "text"), SLIPS)
+def test_a_slip_is_told_what_was_likely_meant(
+    client: httpx.Client, path: str, fields: dict[str, Any], text: str
+) -> None:
+    assert text in refusal(client, path, **fields)
+
+
+@pytest.mark.parametrize(
+    ("path", "names"),
+    [
+        (COMPLETION_ROUTE, OPENAI_NO_EFFECT),
+        (CHAT_ROUTE, OPENAI_NO_EFFECT),
+        *((path, {"options"}) for path in TGI_ROUTES),
+    ],
+)
+def test_a_field_that_changes_no_answer_is_taken(
+    server: HttpThread, client: httpx.Client, path: str, names: Any
+) -> None:
+    plain = asked(server, client, path)
+    for name in sorted(names):
+        for value in ("text", None, {"a": [1]}, True):
+            assert asked(server, client, path, **{name: value}) == plain, name
+
+
+@pytest.mark.parametrize(
+    ("path", "is_parameter", "table"),
+    [
+        (COMPLETION_ROUTE, False, OPENAI_NEUTRAL | COMPLETION_NEUTRAL),
+        (CHAT_ROUTE, False, OPENAI_NEUTRAL | CHAT_NEUTRAL),
+        *((path, True, TGI_NEUTRAL) for path in TGI_ROUTES),
+        *((path, False, {"add_special_tokens": (True,)}) for path in TGI_ROUTES),
+        ("/generate", False, {"stream": (False,)}),
+        ("/generate_stream", False, {"stream": (True,)}),
+    ],
+)
+def test_a_field_that_is_not_supported_is_taken_only_where_it_asks_for_nothing(
+    server: HttpThread, client: httpx.Client, path: str, is_parameter: bool, table: dict[str, tuple[Any, ...]]
+) -> None:
+    plain = asked(server, client, path)
+    for name, values in table.items():
+        for value in (None, *values):
+            fields = {"parameters": {name: value}} if is_parameter else {name: value}
+            assert asked(server, client, path, **fields) == plain, name
+        for value in (
+            "something",
+            17,
+            ["x"],
+            not values[0] if values and type(values[0]) is bool else {"x": 1},
+        ):
+            fields = {"parameters": {name: value}} if is_parameter else {name: value}
+            text = refusal(client, path, **fields)
+            assert f"{name}: not supported here, leave it out" in text
+            assert all(json.dumps(one) in text for one in values)
+
+
+@pytest.mark.parametrize(
+    ("message", "where"),
+    [
+        ({"role": "assistant", "tool_calls": [{"id": "1"}]}, "messages.0.tool_calls: not supported"),
+        ({"role": "assistant", "function_call": {"name": "f"}}, "messages.0.function_call: not supported"),
+        ({"role": "assistant", "refusal": "no"}, "messages.0.refusal: not supported"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "'image_url'"),
+        ({"role": "user", "content": [{"type": "text"}]}, "has text and nothing else"),
+        (
+            {"role": "user", "content": [{"type": "text", "text": "a", "refusal": "b"}]},
+            "has text and nothing",
+        ),
+    ],
+)
+def test_what_a_message_carries_beside_text_is_refused(
+    client: httpx.Client, message: dict[str, Any], where: str
+) -> None:
+    assert where in refusal(client, CHAT_ROUTE, messages=[message])
+
+
+def test_what_a_template_may_read_of_a_message_reaches_it(server: HttpThread, client: httpx.Client) -> None:
+    messages = [
+        {"role": "user", "name": "ann", "content": [{"type": "text", "text": "a", "cache_control": {}}]},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}], "tool_calls": []},
+        {"role": "assistant", "content": "b", "reasoning_content": "hm", "refusal": None, "annotations": []},
+        {"role": "tool", "content": "c", "tool_call_id": "1"},
+    ]
+    assert asked(server, client, CHAT_ROUTE, messages=messages).messages == [
+        {"role": "user", "name": "ann", "content": "a"},
+        {"role": "assistant", "content": "no"},
+        {"role": "assistant", "content": "b", "reasoning_content": "hm"},
+        {"role": "tool", "content": "c", "tool_call_id": "1"},
+    ]
+
+
+def test_chat_options_reach_the_engine(server: HttpThread, client: httpx.Client) -> None:
+    options: list[tuple[dict[str, Any], ChatOptions]] = [
+        ({}, ChatOptions()),
+        ({"add_generation_prompt": False}, ChatOptions(add_generation_prompt=False)),
+        ({"continue_final_message": True}, ChatOptions(continue_final_message=True)),
+        (
+            {"continue_final_message": True, "add_generation_prompt": False},
+            ChatOptions(continue_final_message=True, add_generation_prompt=False),
+        ),
+        (
+            {"chat_template_kwargs": {"enable_thinking": False}},
+            ChatOptions(template_kwargs={"enable_thinking": False}),
+        ),
+        ({"documents": [{"text": "x"}]}, ChatOptions(template_kwargs={"documents": [{"text": "x"}]})),
+    ]
+    for fields, expected in options:
+        assert asked(server, client, CHAT_ROUTE, **fields).chat == expected
+    both = {"add_generation_prompt": True, "continue_final_message": True}
+    assert "both true" in refusal(client, CHAT_ROUTE, **both)
+    twice = {"documents": [{}], "chat_template_kwargs": {"documents": []}}
+    assert "documents is set twice" in refusal(client, CHAT_ROUTE, **twice)
+    hidden = {"chat_template_kwargs": {"chat_template": "x"}}
+    assert "beside chat_template_kwargs" in refusal(client, CHAT_ROUTE, **hidden)
+
+
+def test_a_template_from_a_request_needs_the_operators_trust(
+    server: HttpThread, client: httpx.Client
+) -> None:
+    assert "--trust-request-chat-template" in refusal(client, CHAT_ROUTE, chat_template="x")
+    with HttpThread(FakeEngine, limits=HttpLimits(trust_request_chat_template=True)) as trusting:
+        body = {"messages": CHAT, "chat_template": "x"}
+        assert httpx.post(f"{trusting.url}{CHAT_ROUTE}", json=body).status_code == 200
+        assert trusting.engine.requests[-1].chat == ChatOptions(chat_template="x")
+
+
+FORMS: list[tuple[dict[str, Any], tuple[str, Any] | None]] = [
+    ({"response_format": {"type": "text"}}, None),
+    ({"response_format": {"type": "json_object"}}, ("json", "")),
+    ({"response_format": {"type": "json_object", "value": SCHEMA}}, ("json_schema", json.dumps(SCHEMA))),
+    ({"response_format": {"type": "json_object", "schema": SCHEMA}}, ("json_schema", json.dumps(SCHEMA))),
+    ({"response_format": {"type": "json", "value": SCHEMA}}, ("json_schema", json.dumps(SCHEMA))),
+    ({"response_format": {"type": "regex", "value": "a"}}, ("regex", "a")),
+    ({"response_format": {"type": "regex", "regex": "a"}}, ("regex", "a")),
+    ({"structured_outputs": {"json": SCHEMA}}, ("json_schema", json.dumps(SCHEMA))),
+    ({"structured_outputs": {"regex": "a"}}, ("regex", "a")),
+    ({"structured_outputs": {"choice": ["a", "b"]}}, ("choice", ("a", "b"))),
+    ({"structured_outputs": {"grammar": 'start: "a"'}}, ("lark", 'start: "a"')),
+    ({"structured_outputs": {"json_object": True}}, ("json", "")),
+]
+
+
+@pytest.mark.parametrize(("fields", "expected"), FORMS)
+def test_every_way_to_ask_for_a_form_is_taken(
+    server: HttpThread, client: httpx.Client, fields: dict[str, Any], expected: tuple[str, Any] | None
+) -> None:
+    grammar = asked(server, client, CHAT_ROUTE, **fields).params.grammar
+    assert (None if grammar is None else (grammar.kind, grammar.value)) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"response_format": {"type": "text", "regex": "a"}}, "of type text takes no regex"),
+        ({"response_format": {"type": "json_object", "json_schema": {}}}, "takes no json_schema"),
+        ({"response_format": {"type": "regex", "regex": "a", "value": "b"}}, "give one of them"),
+        ({"response_format": {"type": "choice"}}, "has no choice"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "json_schema.schema"),
+        ({"structured_outputs": {}}, "asks for nothing"),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "choose one"),
+        ({"structured_outputs": {"regex": "a"}, "guided_regex": "a"}, "choose one"),
+    ],
+)
+def test_a_form_that_is_half_ignored_is_refused(
+    client: httpx.Client, fields: dict[str, Any], text: str
+) -> None:
+    assert text in refusal(client, CHAT_ROUTE, **fields)
+
+
+def test_the_document_shows_every_field_that_is_taken(client: httpx.Client) -> None:
+    schemas = client.get("/openapi.json").json()["components"]["schemas"]
+    chat = schemas["ChatCompletionBody"]
+    assert chat["additionalProperties"] is False
+    assert {"user", "tools", "adapter_id", "chat_template_kwargs"} <= chat["properties"].keys()
+    assert chat["properties"]["tool_choice"]["enum"] == [None, "none", "auto"]
