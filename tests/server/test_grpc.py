@@ -193,21 +193,21 @@ def test_a_port_in_use_is_refused_with_the_flag_to_change_it(server: ServerThrea
     with pytest.raises(
         ListenError, match=f"port {port} on 127.0.0.1 is in use, choose another with --grpc-port"
     ):
-        check_can_listen("127.0.0.1", port)
+        check_can_listen("127.0.0.1", port, "--grpc-port")
 
 
 @pytest.mark.parametrize("address", [("203.0.113.1", 0), ("no-such-host.invalid", 0), ("127.0.0.1", 70000)])
 def test_an_address_that_is_not_ours_is_refused(address: tuple[str, int]) -> None:
     with pytest.raises(ListenError):
-        check_can_listen(*address)
+        check_can_listen(*address, "--grpc-port")
 
 
 def test_checking_a_free_port_leaves_it_free() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    check_can_listen("127.0.0.1", port)
-    check_can_listen("127.0.0.1", port)
+    check_can_listen("127.0.0.1", port, "--grpc-port")
+    check_can_listen("127.0.0.1", port, "--grpc-port")
 
 
 def _becomes_aborted(server: ServerThread) -> bool:
