@@ -269,6 +269,17 @@ def test_basetens_block_says_the_same_as_settings(tmp_path: Path) -> None:
         ("trt_llm: {build: {tensor_parallel_count: 2}}", "tensor_parallel_count is 2"),
         ("trt_llm: {build: {lora_adapters: {a b: {repo: x}}}}\nmodel: m", "'a b' is not allowed"),
         ("trt_llm: {build: {}}", "model is missing"),
+        (
+            "trt_llm: {build: {lora_adaptors: {}}}",
+            "build.lora_adaptors is no setting, did you mean lora_adapters",
+        ),
+        (
+            "trt_llm: {build: {checkpoint_repository: {repo: x, revison: y}}}",
+            "revison is no setting, did you",
+        ),
+        ("trt_llm: {build: {lora_adapters: {a: {repo: x, reviison: y}}}}", "a.reviison is no setting"),
+        ("trt_llm: {build: {lora_configuration: {max_rank: 8}}}", "did you mean max_lora_rank"),
+        ("trt_llm: {build: {}}\nmodel: m\nmemroy: 1GiB", "memroy is no setting, did you mean memory"),
     ],
 )
 def test_a_block_that_asks_for_more_is_refused(tmp_path: Path, text: str, error: str) -> None:

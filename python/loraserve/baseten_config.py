@@ -5,27 +5,40 @@
     trt_llm.build.lora_configuration     max_lora_rank        trt_llm.build.max_seq_len     max_model_len
     trt_llm.runtime.served_model_name    served_model_name
 
-What would change answers and has no counterpart is refused; what only tunes TensorRT-LLM is noted.
+What would change answers and has no counterpart is refused, and so is what looks like a slip; what only tunes
+TensorRT-LLM is noted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from loraserve.config_errors import problems
+from loraserve.did_you_mean import did_you_mean
 from loraserve.serve_config import ConfigError, ServeSettings
 
 SOURCES = ("HF",)
+BASETEN_KEYS = frozenset({"model_name"})  # of config.yaml beside trt_llm that are like names of settings
 
 
 class _Block(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
 
     def unread(self, prefix: str) -> list[str]:
-        return [f"{prefix}.{name}" for name in self.model_extra or {}]
+        """Fields of this block and of those in it that are not read. Raises ConfigError: one is a slip."""
+        found = [f"{prefix}.{name}" for name in self.model_extra or {}]
+        for name in self.model_extra or {}:
+            _check_no_slip(name, f"{prefix}.{name}", type(self).model_fields)
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            named = value.items() if isinstance(value, dict) else [(None, value)]
+            for key, inner in named:
+                if isinstance(inner, _Block):
+                    found += inner.unread(f"{prefix}.{name}" if key is None else f"{prefix}.{name}.{key}")
+        return found
 
 
 class _Repository(_Block):
@@ -72,17 +85,20 @@ def from_baseten(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     build = block.build
     _check_supported(build)
     settings = _settings(block)
-    unread = [
-        *block.unread("trt_llm"),
-        *build.unread("trt_llm.build"),
-        *block.runtime.unread("trt_llm.runtime"),
-    ]
+    unread = block.unread("trt_llm")
     for name, value in values.items():
         if name in ServeSettings.model_fields:
             settings[name] = value
         elif name != "trt_llm":
+            if name not in BASETEN_KEYS:
+                _check_no_slip(name, name, ServeSettings.model_fields)
             unread.append(name)
     return settings, [f"{name} has no effect here" for name in unread]
+
+
+def _check_no_slip(name: str, where: str, known: Iterable[str]) -> None:
+    if hint := did_you_mean(name, known):
+        raise ConfigError(f"{where} is no setting{hint}")
 
 
 def _check_supported(build: _Build) -> None:

@@ -21,6 +21,8 @@ WHOLE = {
 REFUSED: list[tuple[Any, str]] = [
     ([], "is not a JSON object"),
     ({"colour": 1}, "has the field 'colour', known are"),
+    ({"stopp": []}, "did you mean stop?"),
+    ({"temperature": 0}, "did you mean sampling.temperature?"),
     ({"description": 5}, "description is 5"),
     ({"system_prompt": ["a"]}, "system_prompt is"),
     ({"stop": [""]}, "non-empty string"),

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from loraserve.did_you_mean import did_you_mean
 from loraserve.errors import AdapterFormatError, InvalidRequestError
 from loraserve.grammar import Grammar
 from loraserve.sampling_params import SamplingParams
@@ -79,8 +80,9 @@ class AdapterManifest:
             raise AdapterFormatError(f"{source} is not a JSON object")
         unknown = sorted(str(name) for name in values if name not in _READERS)
         if unknown:
+            hint = did_you_mean(unknown[0], _READERS, {name: f"sampling.{name}" for name in SAMPLING_FIELDS})
             raise AdapterFormatError(
-                f"{source} has the field {unknown[0]!r}, known are {', '.join(sorted(_READERS))}"
+                f"{source} has the field {unknown[0]!r}, known are {', '.join(sorted(_READERS))}{hint}"
             )
         try:
             read = [_READERS[name](value) for name, value in values.items() if value is not None]
