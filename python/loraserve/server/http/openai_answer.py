@@ -9,11 +9,14 @@ from typing import Any
 
 import orjson
 
+from loraserve._core import __version__
 from loraserve.request import Completion, Delta, TokenLogprob, Usage
 from loraserve.server.http.answer import DONE
 from loraserve.server.http.generation import Generation
 from loraserve.server.http.openai_logprobs import chat_logprobs, completion_logprobs
 from loraserve.server.http.token_texts import TokenTexts
+
+SYSTEM_FINGERPRINT = f"loraserve-{__version__}"  # text_generation's client wants a string
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +32,13 @@ class AnswerHead:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def fields(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": SYSTEM_FINGERPRINT,
+        }
 
 
 class WholeChat:
@@ -44,7 +53,6 @@ class WholeChat:
             **self._head.fields("chat.completion"),
             "choices": choices,
             "usage": usage_body(generation.usage),
-            "system_fingerprint": None,
         }
 
     def _choice(self, index: int, answer: Completion) -> dict[str, Any]:
@@ -76,7 +84,6 @@ class WholeCompletion:
             **self._head.fields("text_completion"),
             "choices": [self._choice(index, echo, answer) for index, (echo, answer) in enumerate(chosen)],
             "usage": usage_body(generation.usage),
-            "system_fingerprint": None,
         }
 
     def _choice(self, index: int, echo: str, answer: Completion) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class Answer(_Document):
     model: str
     choices: list[Choice]
     usage: UsageFields
-    system_fingerprint: None
+    system_fingerprint: str
 
 
 EVENTS: dict[str, Any] = {
