@@ -309,6 +309,25 @@ def test_page_fits_and_is_readable(
     context.close()
 
 
+@pytest.mark.parametrize("num_adapters", [0, 3, 120])
+def test_page_ends_where_its_content_ends(
+    browser: Any, fake_server: DashboardThread, fake: FakeDashboardServer, num_adapters: int
+) -> None:
+    fake.adapters = {f"a{i}": {**fake.adapters["sql"], "name": f"a{i}"} for i in range(num_adapters)}
+    context = browser.new_context(viewport=PHONE, is_mobile=True, has_touch=True)
+    visit = Visit(context, fake_server.url)
+    visit.open()
+    visit.has_text("#adapters-count", str(num_adapters))
+    if num_adapters:
+        visit.page.locator(f"#picks label[data-model=a{num_adapters - 1}]").wait_for()
+    end, last = visit.page.evaluate(
+        """() => [document.documentElement.scrollHeight,
+                  document.querySelector('#prompt-form').getBoundingClientRect().bottom + scrollY]"""
+    )
+    assert 0 <= end - last < 40
+    context.close()
+
+
 def test_key_is_asked_for_and_kept_for_the_tab(browser: Any) -> None:
     fake = FakeDashboardServer(NAMES, needs_key=True)
     with DashboardThread(fake.app) as fake_server:
@@ -331,11 +350,24 @@ def test_key_is_asked_for_and_kept_for_the_tab(browser: Any) -> None:
         assert all("401" in error for error in visit.console_errors)
 
 
+def opacity(visit: Visit, selector: str) -> float:
+    return float(visit.page.locator(selector).first.evaluate("node => getComputedStyle(node).opacity"))
+
+
 def test_lost_server_is_told_and_found_again(visit: Visit) -> None:
     visit.has_text("#connection", "live")
+    visit.has_text("#figure-running", "3")
+    figures = ("#figure-running", ".panels > figure", ".table-card")
+    assert [opacity(visit, selector) for selector in figures] == [1.0] * 3
     visit.page.context.set_offline(True)
     visit.has_text("#connection", "no connection")
+    visit.has_text("#lost-text", "The server has not answered since ")
+    visit.has_text("#lost-text", "this page keeps trying")
+    assert visit.page.locator("#figure-running").text_content() == "3"
+    assert all(opacity(visit, selector) < 0.6 for selector in figures)
     visit.page.context.set_offline(False)
     visit.has_text("#connection", "live")
+    visit.page.locator("#lost").wait_for(state="hidden")
+    assert [opacity(visit, selector) for selector in figures] == [1.0] * 3
     assert all("ERR_INTERNET_DISCONNECTED" in error for error in visit.console_errors)
     visit.console_errors.clear()

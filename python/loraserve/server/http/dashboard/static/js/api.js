@@ -8,6 +8,16 @@ export class ApiError extends Error {
   }
 }
 
+/** No answer came: the server is gone, or too busy to say anything. */
+export class UnreachableError extends Error {
+  constructor() {
+    super("no connection");
+    this.name = "UnreachableError";
+  }
+}
+
+const READ_TIMEOUT_MS = 8000;
+
 export class Api {
   /** `keyForm` gives the key, and is shown when the server wants another one. */
   constructor(keyForm) {
@@ -15,7 +25,12 @@ export class Api {
   }
 
   async get(path) {
-    return (await this.request("GET", path)).json();
+    const signal = AbortSignal.timeout(READ_TIMEOUT_MS);
+    try {
+      return await (await this.request("GET", path, { signal })).json();
+    } catch (error) {
+      throw signal.aborted ? new UnreachableError() : error;
+    }
   }
 
   /** Sends JSON; the answer's JSON, or null for an empty one. */
@@ -26,19 +41,28 @@ export class Api {
 
   /** The response, once its headers are there.
    *
-   * @throws {ApiError} the server refused; AbortError and TypeError are fetch's own.
+   * @throws {ApiError} the server refused; UnreachableError: it is gone; AbortError is fetch's own.
    */
   async request(method, path, { body, accept = "application/json", signal } = {}) {
     const headers = { Accept: accept };
     if (body !== undefined) headers["Content-Type"] = "application/json";
     const key = this.keyForm.value;
     if (key !== null) headers.Authorization = `Bearer ${key}`;
-    const response = await fetch(new URL(path, document.baseURI), {
+    const response = await fetched(new URL(path, document.baseURI), {
       method, headers, signal, cache: "no-store", body: body === undefined ? undefined : JSON.stringify(body),
     });
     if (response.ok) return response;
     if (response.status === 401) this.keyForm.askAfter(key);
     throw new ApiError(response.status, errorText(await response.text(), response.status));
+  }
+}
+
+/** fetch, with one error for what every browser words differently. */
+async function fetched(url, options) {
+  try {
+    return await fetch(url, options);
+  } catch (error) {
+    throw error instanceof TypeError ? new UnreachableError() : error;
   }
 }
 
@@ -49,6 +73,7 @@ export function errorText(text, status) {
     const found = error?.message ?? error ?? message ?? detail;
     return typeof found === "string" ? found : JSON.stringify(found ?? text);
   } catch {
-    return text.trim() || `the server answered ${status}`;
+    const isText = text.trim() !== "" && !text.trimStart().startsWith("<"); // not a proxy's page
+    return isText ? text.trim() : `the server answered ${status}`;
   }
 }

@@ -2,7 +2,7 @@
 
 import { AdapterActions } from "./adapter_actions.js";
 import { AdaptersTable } from "./adapters_table.js";
-import { Api, ApiError } from "./api.js";
+import { Api, ApiError, UnreachableError } from "./api.js";
 import { byId, setText } from "./dom.js";
 import { KeyForm } from "./key.js";
 import { LoadDialog } from "./load_dialog.js";
@@ -30,6 +30,7 @@ new LoadDialog(api, refresh);
 
 let traffic = {};
 let adapters = null;
+let lastSeen = null;
 
 const polls = [
   poll(() => attempt(async () => {
@@ -74,15 +75,28 @@ function showRights(isAdmin) {
   byId("admin-key").hidden = isAdmin;
 }
 
+/** While the server is lost its last figures are dimmed. */
 function showConnection(state, text) {
   const node = byId("connection");
   node.dataset.state = state;
   setText(node, text);
+  document.body.classList.toggle("is-lost", state === "lost");
+  byId("lost").hidden = true;
+  if (state === "live") lastSeen = new Date();
 }
 
 /** A server that can't be reached and one that refuses are told apart; anything else is a fault of the page. */
 function showFailure(error) {
   if (error instanceof ApiError) showConnection("lost", error.status === 401 ? "key needed" : error.message);
-  else if (error instanceof TypeError && /fetch/i.test(error.message)) showConnection("lost", "no connection");
+  else if (error instanceof UnreachableError) showLost();
   else throw error;
+}
+
+function showLost() {
+  showConnection("lost", "no connection");
+  const since = lastSeen === null
+    ? "The server does not answer."
+    : `The server has not answered since ${lastSeen.toLocaleTimeString()}. What is shown is from then.`;
+  setText(byId("lost-text"), `${since} It may be stopped, restarting or unreachable; this page keeps trying.`);
+  byId("lost").hidden = false;
 }
