@@ -10,6 +10,7 @@ from typing import ParamSpec
 
 from loraserve._core import Receipt
 from loraserve.adapters.manifest import AdapterManifest
+from loraserve.adapters.startup import AdapterFailure
 from loraserve.config import EngineConfig
 from loraserve.engine import Engine, EngineOutput
 from loraserve.info import AdapterInfo, EngineInfo, EngineStats
@@ -121,6 +122,11 @@ class AsyncEngine:
     async def pin_adapter(self, name: str, is_pinned: bool = True) -> None:
         """Keep an adapter in the pool, or let it go again; see `Engine.pin_adapter`."""
         self._engine.pin_adapter(name, is_pinned)
+
+    @property
+    def adapter_failures(self) -> tuple[AdapterFailure, ...]:
+        """Adapters of the configuration that the engine started without."""
+        return self._engine.adapter_failures
 
     def adapters(self) -> list[AdapterInfo]:
         return self._engine.adapters()

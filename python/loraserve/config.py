@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 
 from loraserve.adapters.manifest import AdapterManifest
+from loraserve.adapters.startup import ON_ADAPTER_ERROR, AdapterFailure
 from loraserve.errors import InvalidRequestError
 from loraserve.value_checks import check_bool, check_choice, check_int
 
@@ -53,6 +54,9 @@ class EngineConfig:
             nowhere, else a directory with such a file.
         prefix_caching: keep KV blocks of finished requests for later ones with the same prefix and adapter.
         num_threads: CPU threads of the kernels; None uses every core this process may run on.
+        on_adapter_error: what an adapter that can't be served does to the start: "fail" raises one error that
+            names all such adapters, "skip" goes on without them (`adapter_failures` of the engine).
+        failed_adapters: what failed before, as a download; counts as the others.
 
     Raises:
         InvalidRequestError: a value is out of its range.
@@ -72,6 +76,8 @@ class EngineConfig:
     generation_config: str = "auto"
     prefix_caching: bool = True
     num_threads: int | None = None
+    on_adapter_error: str = "fail"
+    failed_adapters: tuple[AdapterFailure, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", _path_text("model", self.model))
@@ -93,6 +99,9 @@ class EngineConfig:
             if value is not None or name not in _OPTIONAL_COUNTS:
                 check_int(name, value, 1, high)
         check_bool("prefix_caching", self.prefix_caching)
+        check_choice("on_adapter_error", self.on_adapter_error, ON_ADAPTER_ERROR)
+        if not isinstance(self.failed_adapters, tuple):
+            raise InvalidRequestError(f"failed_adapters is {self.failed_adapters!r:.100}, give a tuple")
         for name in self.manifests:
             if name not in self.adapters:
                 raise InvalidRequestError(f"manifests has {name!r}, which is none of the adapters")

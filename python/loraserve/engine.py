@@ -17,6 +17,7 @@ from loraserve.adapters.extent_loader import ExtentLoader
 from loraserve.adapters.load_book import LoadBook
 from loraserve.adapters.manifest import AdapterManifest, read_manifest
 from loraserve.adapters.registry import AdapterRegistry, RegisteredAdapter, check_adapter_name
+from loraserve.adapters.startup import StartingAdapters
 from loraserve.backends import Backend
 from loraserve.chat_template import ChatTemplate
 from loraserve.config import EngineConfig
@@ -142,8 +143,13 @@ class Engine:
             prefix_caching=config.prefix_caching,
             max_num_slots=self.runner.max_num_slots,
         )
-        for name, path in config.adapters.items():
-            self.load_adapter(name, path, config.manifests.get(name))
+        starting = StartingAdapters(config.failed_adapters)
+        starting.register(
+            config.adapters.items(),
+            lambda name, path: self.load_adapter(name, path, config.manifests.get(name)),
+        )
+        starting.check(config.on_adapter_error)
+        self.adapter_failures = tuple(starting.failures)
         self.runner.backend.start()
         self._thread.start(on_end=self._loader.shutdown)
 

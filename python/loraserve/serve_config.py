@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from loraserve.adapters.registry import check_adapter_name
 from loraserve.adapters.source import AdapterSource, parse_source
+from loraserve.adapters.startup import OnAdapterError
 from loraserve.config import MAX_COUNTS, EngineConfig
 from loraserve.errors import LoraserveError
 from loraserve.sampling_params import MAX_LOGPROBS, MAX_N, MAX_STOP_STRINGS
@@ -231,6 +232,12 @@ class ServeSettings(_Model):
         "serve a PEFT directory or Hub repository as NAME; repeat for more",
         "NAME=SOURCE",
         env=("LORA_ADAPTERS",),
+    )
+
+    on_adapter_error: OnAdapterError = option(
+        EngineConfig.on_adapter_error,
+        "model",
+        "what adapters that can't be served do to the start: fail names them all, skip serves the others",
     )
 
     device: Literal["auto", "cpu", "cuda"] = option(

@@ -54,6 +54,7 @@ def test_what_has_no_effect_is_noted(tmp_path: Path, capsys: pytest.CaptureFixtu
         ("model: smollm2\nadapters: {a: {path: adapters/none}}", "adapters/none"),
         ("model: smollm2\nmax_lora_rank: 4\nadapters: {a: adapters/sql}", "rank 8"),
         ("model: smollm2\nadapters: {a: {path: adapters/sql, manifest: {colour: red}}}", "colour"),
+        ("model: smollm2\nadapters: {a: adapters/narrow}", "adapter 'a' of "),
         ("model: smollm2\nmemory: lots", "memory is 'lots'"),
         (
             "model: smollm2\nmax_num_seqs: 0",

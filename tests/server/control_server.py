@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace, TracebackType
 from typing import Any
 
+from loraserve.adapters.startup import AdapterFailure
 from loraserve.errors import AdapterFormatError, AdapterNotFoundError, CapacityError, InvalidRequestError
 from loraserve.info import AdapterInfo, AdapterStats, AdapterUsage, EngineInfo, EngineStats
 from loraserve.server.adapter_sources import AdapterSources
@@ -139,11 +140,13 @@ class ControlServer:
         tls: TlsConfig | None = None,
         request_timeout_s: float | None = None,
         cors_origins: tuple[str, ...] = (),
+        adapter_failures: tuple[AdapterFailure, ...] = (),
     ) -> None:
         self._make_engine = make_engine
         self._tls = tls
         self._request_timeout_s = request_timeout_s
         self._cors_origins = cors_origins
+        self._adapter_failures = adapter_failures
         self._access = AccessControl(keys, has_open_metrics=has_open_metrics)
         self._sources = AdapterSources(roots)
         self.metrics = Metrics(on_finished=[log_request])
@@ -164,6 +167,7 @@ class ControlServer:
                 metrics=self.metrics,
                 sources=self._sources,
                 cors_origins=self._cors_origins,
+                adapter_failures=self._adapter_failures,
             )
             tls = self._tls
             http = HttpServer(state, "127.0.0.1", 0, tls=None if tls is None else tls.http_context())

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from loraserve import errors
+from loraserve.adapters.startup import AdapterFailure
 from loraserve.request import Delta, GenerateRequest, Usage
 
 
@@ -50,6 +51,8 @@ class FakePrepared:
 
 class FakeEngine:
     """Refuses "refuse CLASS" prompts with that error; remembers its streams and its requests."""
+
+    adapter_failures: tuple[AdapterFailure, ...] = ()
 
     def __init__(self) -> None:
         self.streams: list[FakeStream] = []

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraserve.adapters.source import parse_source
+from loraserve.adapters.startup import StartingAdapters
 from loraserve.cli.options import Subparsers, add_command
 from loraserve.config_layers import load_settings
 from loraserve.serve_config import OFF, ServeSettings
@@ -82,6 +83,7 @@ def _check_adapters(settings: ServeSettings, config: EngineConfig) -> dict[str, 
         for name, adapter in settings.adapters.items()
     }
     if _is_on_hub(settings.model):
+        StartingAdapters(config.failed_adapters).check("fail")
         return rows
 
     from loraserve import _core  # noqa: PLC0415 (a compiled module)
@@ -89,9 +91,14 @@ def _check_adapters(settings: ServeSettings, config: EngineConfig) -> dict[str, 
 
     with open_checkpoint(config.model) as checkpoint:
         shape = _core.BaseShape(*checkpoint.config.base_shape())
-    for name, path in config.adapters.items():
+    starting = StartingAdapters(config.failed_adapters)
+
+    def check(name: str, path: str) -> None:
         receipt = _core.check_adapter(path, shape, config.dtype, config.max_lora_rank)
         rows[f"adapter {name}"] = f"{path}: rank {receipt.rank}, {receipt.nbytes / 2**20:.2f} MiB"
+
+    starting.register(config.adapters.items(), check)
+    starting.check("fail")
     return rows
 
 

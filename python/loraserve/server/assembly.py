@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loraserve.adapters.startup import AdapterFailure, StartingAdapters
 from loraserve.config import EngineConfig
 from loraserve.loader.hub import download_adapter, download_model
 from loraserve.serve_config import AdapterSettings, ServeSettings
@@ -45,18 +47,24 @@ def engine_config(settings: ServeSettings, *, with_downloads: bool = True) -> En
         generation_config=settings.generation_config,
         prefix_caching=settings.prefix_caching,
         num_threads=settings.threads,
+        on_adapter_error=settings.on_adapter_error,
     )
-    manifests = _manifests(settings)
     model = settings.model
     if settings.revision is not None and with_downloads:
         model = str(download_model(settings.model, settings.revision))
-    adapters = {
-        name: _adapter_path(adapter)
-        for name, adapter in settings.adapters.items()
-        if adapter.repo is None or with_downloads
-    }
-    manifests = {name: manifest for name, manifest in manifests.items() if name in adapters}
-    return replace(config, model=model, adapters=adapters, manifests=manifests)
+    adapters: dict[str, str] = {}
+    manifests: dict[str, AdapterManifest] = {}
+    starting = StartingAdapters()
+    for name, adapter in settings.adapters.items():
+        with starting.trying(name, str(adapter.adapter_source())):
+            manifest = _manifest(name, adapter)
+            if adapter.repo is None or with_downloads:
+                adapters[name] = _adapter_path(adapter)
+                if manifest is not None:
+                    manifests[name] = manifest
+    return replace(
+        config, model=model, adapters=adapters, manifests=manifests, failed_adapters=tuple(starting.failures)
+    )
 
 
 def access_control(settings: ServeSettings) -> AccessControl:
@@ -138,6 +146,7 @@ def http_server(
     access: AccessControl,
     metrics: Metrics,
     tls: TlsConfig | None,
+    failures: Sequence[AdapterFailure] = (),
 ) -> HttpServer | None:
     """None where it is off. Raises ListenError: the port can't be had."""
     if settings.http_port is None:
@@ -160,18 +169,33 @@ def http_server(
         sources=adapter_sources(settings),
         cors_origins=settings.cors_origin,
         adapters_at_start=tuple(settings.adapters),
+        adapter_failures=tuple(failures),
     )
     context = None if tls is None else tls.http_context()
     return HttpServer(state, settings.host, settings.http_port, tls=context)
 
 
-async def warm_up(engine: AsyncEngine, settings: ServeSettings) -> None:
-    """Loads and pins the adapters that the settings say. Raises LoraserveError: one does not fit."""
-    wanted = [name for name, adapter in settings.adapters.items() if adapter.warm or adapter.pin]
-    await asyncio.gather(*(engine.warm_adapter(name) for name in wanted))
-    for name in wanted:
-        if settings.adapters[name].pin:
-            await engine.pin_adapter(name, True)
+async def warm_up(engine: AsyncEngine, settings: ServeSettings) -> tuple[AdapterFailure, ...]:
+    """Loads and pins the adapters that the settings say; all failures of the start.
+
+    Raises LoraserveError: an adapter can't be loaded, and that is to fail the start.
+    """
+    starting = StartingAdapters(engine.adapter_failures)
+    failed = {failure.name for failure in starting.failures}
+    wanted = {
+        name: adapter
+        for name, adapter in settings.adapters.items()
+        if (adapter.warm or adapter.pin) and name not in failed
+    }
+    results = await asyncio.gather(*map(engine.warm_adapter, wanted), return_exceptions=True)
+    for (name, adapter), result in zip(wanted.items(), results, strict=True):
+        with starting.trying(name, str(adapter.adapter_source())):
+            if isinstance(result, BaseException):
+                raise result
+            if adapter.pin:
+                await engine.pin_adapter(name, True)
+    starting.check(settings.on_adapter_error)
+    return tuple(starting.failures)
 
 
 def _adapter_path(adapter: AdapterSettings) -> str:
@@ -181,11 +205,9 @@ def _adapter_path(adapter: AdapterSettings) -> str:
     return str(download_adapter(source.location, source.revision))
 
 
-def _manifests(settings: ServeSettings) -> dict[str, AdapterManifest]:
+def _manifest(name: str, adapter: AdapterSettings) -> AdapterManifest | None:
     from loraserve.adapters.manifest import AdapterManifest  # noqa: PLC0415 (imports jinja2)
 
-    return {
-        name: AdapterManifest.from_fields(adapter.manifest, f"adapters.{name}.manifest")
-        for name, adapter in settings.adapters.items()
-        if adapter.manifest is not None
-    }
+    if adapter.manifest is None:
+        return None
+    return AdapterManifest.from_fields(adapter.manifest, f"adapters.{name}.manifest")

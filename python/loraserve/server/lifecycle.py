@@ -19,6 +19,7 @@ from loraserve.errors import EngineStoppedError
 from loraserve.serve_config import ServeSettings
 from loraserve.server import assembly
 from loraserve.server.grpc import FLUSH_SECONDS, GrpcServer, check_can_listen
+from loraserve.server.logs import log_event
 
 if TYPE_CHECKING:
     from loraserve.async_engine import AsyncEngine
@@ -105,9 +106,19 @@ async def _assemble(settings: ServeSettings) -> Servers:
 
     engine = AsyncEngine(config)
     try:
-        await assembly.warm_up(engine, settings)
+        failures = await assembly.warm_up(engine, settings)
+        for failure in failures:
+            log_event(
+                logger,
+                "adapter not served",
+                level=logging.ERROR,
+                adapter=failure.name,
+                source=failure.source,
+                error=type(failure.error).__name__,
+                reason=str(failure.error),
+            )
         grpc = assembly.grpc_server(settings, engine, access, metrics, tls)
-        http = assembly.http_server(settings, engine, access, metrics, tls)
+        http = assembly.http_server(settings, engine, access, metrics, tls, failures)
     except BaseException:
         await engine.shutdown(0.0)
         raise

@@ -13,6 +13,7 @@ from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 
 from loraserve.errors import AdapterNotFoundError
 from loraserve.info import AdapterInfo
+from loraserve.printable import printable
 from loraserve.server.adapter_sources import AdapterSources
 from loraserve.server.http import status
 from loraserve.server.http.adapter_loading import (
@@ -27,6 +28,7 @@ from loraserve.server.http.admin_caller import admin_caller
 from loraserve.server.http.admin_schema import (
     AdapterBody,
     AdaptersBody,
+    FailedAdapterBody,
     LoadBody,
     PinBody,
     ReceiptBody,
@@ -35,7 +37,7 @@ from loraserve.server.http.admin_schema import (
     WarmBody,
 )
 from loraserve.server.http.auth import current_caller
-from loraserve.server.http.errors import Family, error_body
+from loraserve.server.http.errors import MAX_MESSAGE_CHARS, Family, error_body
 from loraserve.server.http.json_route import JsonRoute
 from loraserve.server.http.state import HttpState, http_state
 from loraserve.server.keys import Caller
@@ -60,10 +62,19 @@ router.include_router(status.router)
 
 @router.get("/adapters")
 async def list_adapters(state: State, caller: AnyCaller) -> AdaptersBody:
-    """All adapters the caller may use, by name."""
+    """All adapters the caller may use, by name, and those of them that the server started without."""
     adapters = sorted(state.engine.adapters(), key=lambda adapter: adapter.name)
     return AdaptersBody(
-        adapters=[_adapter_body(adapter, caller) for adapter in adapters if caller.may_use(adapter.name)]
+        adapters=[_adapter_body(adapter, caller) for adapter in adapters if caller.may_use(adapter.name)],
+        failed=[
+            FailedAdapterBody(
+                name=failure.name,
+                source=failure.source if caller.is_admin else None,
+                error=printable(str(failure.error), MAX_MESSAGE_CHARS) if caller.is_admin else None,
+            )
+            for failure in state.missing_adapters()
+            if caller.may_use(failure.name)
+        ],
     )
 
 

@@ -92,8 +92,17 @@ class AdapterBody(BaseModel):
     receipt: ReceiptBody
 
 
+class FailedAdapterBody(BaseModel):
+    """An adapter that the server started without; source and error are shown to administrators only."""
+
+    name: str
+    source: str | None
+    error: str | None
+
+
 class AdaptersBody(BaseModel):
     adapters: list[AdapterBody]
+    failed: list[FailedAdapterBody] = []
 
 
 class WarmBody(BaseModel):

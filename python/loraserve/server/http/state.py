@@ -12,6 +12,7 @@ from loraserve.server.http.token_texts import TokenTexts
 from loraserve.server.request_limits import RequestLimits
 
 if TYPE_CHECKING:
+    from loraserve.adapters.startup import AdapterFailure
     from loraserve.async_engine import AsyncEngine
     from loraserve.server.adapter_sources import AdapterSources
     from loraserve.server.http.metrics import Metrics
@@ -50,6 +51,7 @@ class HttpState:
         metrics: told of every request.
         limits: see `HttpLimits`.
         sources: where adapters may be loaded from.
+        adapter_failures: adapters of the configuration that the server started without.
         cors_origins: whose web pages a browser lets call this server; "*" is everybody's.
         adapters_at_start: names of the adapters that were given at start, in order.
     """
@@ -62,6 +64,7 @@ class HttpState:
     sources: AdapterSources | None = None
     cors_origins: tuple[str, ...] = ()
     adapters_at_start: tuple[str, ...] = ()
+    adapter_failures: tuple[AdapterFailure, ...] = ()
     started_at: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -69,6 +72,13 @@ class HttpState:
         self.max_model_len = info.max_model_len
         self.device = info.device
         self.token_texts = TokenTexts(self.engine.tokenizer)
+
+    def missing_adapters(self) -> list[AdapterFailure]:
+        """Of the failures at start, those whose name is still not served."""
+        if not self.adapter_failures:
+            return []
+        served = {adapter.name for adapter in self.engine.adapters()}
+        return [failure for failure in self.adapter_failures if failure.name not in served]
 
 
 async def http_state(request: Request) -> HttpState:

@@ -33,9 +33,15 @@ async def health(state: State) -> Response:
     "/ready", response_class=Response, responses={503: {"description": "New requests are refused now."}}
 )
 async def ready(state: State) -> Response:
-    """200 with an empty body as long as new requests are taken; 503 from the stop signal on."""
+    """200 as long as new requests are taken; 503 from the stop signal on.
+
+    The body is empty, or tells how many adapters the server started without; /adapters says which and why.
+    """
     refusal = state.engine.refusal
-    return Response() if refusal is None else _unhealthy(refusal)
+    if refusal is not None:
+        return _unhealthy(refusal)
+    missing = state.missing_adapters()
+    return JSONResponse({"num_failed_adapters": len(missing)}) if missing else Response()
 
 
 @router.get("/info")
