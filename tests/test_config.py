@@ -26,6 +26,8 @@ WRONG_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"dtype": ["float32"]}, "dtype is ['float32'], it must be one of"),
     ({"device": 0}, "device is 0, it must be one of auto, cpu, cuda"),
     ({"device": "tpu"}, "device is 'tpu', it must be one of"),
+    ({"generation_config": None}, "generation_config is None, it must be a path or a name"),
+    ({"generation_config": ""}, "generation_config is '', it must be a path or a name"),
     ({"on_adapter_error": "ignore"}, "on_adapter_error is 'ignore', it must be one of fail, skip"),
     ({"on_adapter_error": None}, "on_adapter_error is None, it must be one of fail, skip"),
     ({"failed_adapters": ["a"]}, "failed_adapters is ['a'], give a tuple"),

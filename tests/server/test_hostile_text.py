@@ -20,7 +20,7 @@ from loraserve.v1 import loraserve_pb2 as pb
 from loraserve.v1 import loraserve_pb2_grpc as pb_grpc
 
 from tests.server.control_server import ControlEngine, ControlServer
-from tests.server.http.fake_engine import FakeStream
+from tests.server.http.fake_engine import FakePrepared
 
 FORGED = "2026-01-01T00:00:00 INFO loraserve stopped"
 HOSTILE = f"evil outcome=success key=root\n{FORGED}\x1b[2K\x1b]0;title\x07\u202egpj\u2028{FORGED}"
@@ -36,12 +36,12 @@ SSE = {"accept": "text/event-stream"}
 class StrictEngine(ControlEngine):
     """Refuses adapters it does not have, in the core's words; a path with "bug" in it meets a bug."""
 
-    async def submit(self, request: GenerateRequest) -> FakeStream:
+    async def prepare(self, request: GenerateRequest) -> FakePrepared:
         names = [request.adapter] if isinstance(request.adapter, str) else list(request.adapter or ())
         for name in names:
             if name not in self.paths:
                 raise AdapterNotFoundError(f"no adapter named '{name}' is registered")
-        return await super().submit(request)
+        return await super().prepare(request)
 
     async def load_adapter(self, name: str, path: str, manifest: Any = None) -> Any:
         if "bug" in path:
