@@ -8,7 +8,7 @@ import pytest
 from loraserve.config_layers import load_settings
 from loraserve.errors import LoraserveError
 from loraserve.serve_config import AdapterSettings, ConfigError, ServeSettings
-from loraserve.serve_keys import api_keys
+from loraserve.serve_keys import api_keys, prefix_cache_scope
 from loraserve.server.keys import ApiKey
 
 FULL = """
@@ -119,6 +119,7 @@ def test_every_setting_can_be_a_variable() -> None:
         "tls_client_ca": "a",
         "hub_repo": "org/*,other/*",
         "cors_origin": "https://a.example,http://localhost:3000",
+        "prefix_cache_scope": "key",
     }
     numbers = {
         name: "7" for name, field in ServeSettings.model_fields.items() if field.json_schema_extra is not None
@@ -333,6 +334,30 @@ def test_wrong_keys_are_errors_that_do_not_tell_them(tmp_path: Path, keys: str, 
     with pytest.raises(ConfigError, match=error) as caught:
         api_keys(load_settings({"model": "m", "keys_file": path}, {}).settings)
     assert "hush" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "scope"),
+    [
+        ({}, "shared"),
+        ({"prefix_cache_scope": "shared"}, "shared"),
+        ({"api_key": "k"}, "key"),
+        ({"admin_key": "k"}, "key"),
+        ({"api_key": "k", "prefix_cache_scope": "key"}, "key"),
+        ({"api_key": "k", "prefix_cache_scope": "shared"}, "shared"),
+    ],
+)
+def test_cached_prompts_are_a_keys_own_unless_they_are_said_to_be_shared(
+    values: dict[str, Any], scope: str
+) -> None:
+    settings = load_settings({"model": "m", **values}, {}).settings
+    assert prefix_cache_scope(settings, api_keys(settings)) == scope
+
+
+def test_cached_prompts_of_each_key_without_keys_are_an_error() -> None:
+    settings = load_settings({"model": "m", "prefix_cache_scope": "key"}, {}).settings
+    with pytest.raises(ConfigError, match="prefix_cache_scope is key, but no keys are configured"):
+        prefix_cache_scope(settings, api_keys(settings))
 
 
 def test_settings_of_the_engine_are_those_of_its_config() -> None:

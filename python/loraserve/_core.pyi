@@ -173,8 +173,11 @@ class Scheduler:
         max_tokens: int,
         min_tokens: int,
         stop_token_ids: list[int],
+        cache_scope: tuple[str, str] = ...,
     ) -> int:
         """Queue a request and return its id; it gets exactly one output with a finish reason.
+
+        `cache_scope` is (tenant, salt); no KV is shared between scopes, ("", "") is the default.
 
         `max_tokens` is clamped to the context. Raises InvalidRequestError, AdapterNotFoundError,
         AdapterUnavailableError (being unloaded), CapacityError (could not run alone in an empty pool).

@@ -71,6 +71,7 @@ class Client:
         adapter: AdapterSpec = None,
         deadline_s: float | None = None,
         truncate: int | None = None,
+        cache_salt: str | None = None,
     ) -> Iterator[Delta]:
         """Deltas as the server makes them, of all n answers; closing the iterator cancels the request.
 
@@ -82,9 +83,10 @@ class Client:
             adapter: None for the base model, a name, or {name: weight}.
             deadline_s: seconds the server has to finish it, else DeadlineError.
             truncate: keep only this many tokens of the prompt, its last.
+            cache_salt: up to 256 characters; only requests of the same salt share cached prompts.
         """
         call = self._stub.Generate(
-            _request(prompt, params, messages, chat, adapter, deadline_s, truncate),
+            _request(prompt, params, messages, chat, adapter, deadline_s, truncate, cache_salt),
             timeout=self._timeout,
             metadata=self._metadata,
         )
@@ -106,6 +108,7 @@ class Client:
         adapter: AdapterSpec = None,
         deadline_s: float | None = None,
         truncate: int | None = None,
+        cache_salt: str | None = None,
     ) -> list[Completion]:
         """The n whole answers to one prompt; arguments as of `stream`."""
         answers = _no_answers(params)
@@ -117,6 +120,7 @@ class Client:
             adapter=adapter,
             deadline_s=deadline_s,
             truncate=truncate,
+            cache_salt=cache_salt,
         ):
             answers[delta.index].append(delta)
         return answers
@@ -213,10 +217,11 @@ class AsyncClient:
         adapter: AdapterSpec = None,
         deadline_s: float | None = None,
         truncate: int | None = None,
+        cache_salt: str | None = None,
     ) -> AsyncIterator[Delta]:
         """As `Client.stream`."""
         call = self._stub.Generate(
-            _request(prompt, params, messages, chat, adapter, deadline_s, truncate),
+            _request(prompt, params, messages, chat, adapter, deadline_s, truncate, cache_salt),
             timeout=self._timeout,
             metadata=self._metadata,
         )
@@ -238,6 +243,7 @@ class AsyncClient:
         adapter: AdapterSpec = None,
         deadline_s: float | None = None,
         truncate: int | None = None,
+        cache_salt: str | None = None,
     ) -> list[Completion]:
         """As `Client.generate`."""
         answers = _no_answers(params)
@@ -249,6 +255,7 @@ class AsyncClient:
             adapter=adapter,
             deadline_s=deadline_s,
             truncate=truncate,
+            cache_salt=cache_salt,
         ):
             answers[delta.index].append(delta)
         return answers
@@ -325,6 +332,7 @@ def _request(
     adapter: AdapterSpec,
     deadline_s: float | None,
     truncate: int | None,
+    cache_salt: str | None,
 ) -> pb.GenerateRequest:
     return request_to_wire(
         GenerateRequest(
@@ -335,6 +343,7 @@ def _request(
             params=params or SamplingParams(),
             deadline_s=deadline_s,
             truncate=truncate,
+            cache_salt=cache_salt,
         )
     )
 

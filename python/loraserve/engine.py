@@ -33,7 +33,7 @@ from loraserve.errors import (
 )
 from loraserve.grammar_compiler import GrammarCompiler, GrammarMatcher
 from loraserve.info import AdapterInfo, AdapterStats, EngineInfo, EngineStats
-from loraserve.request import FinishReason, TokenLogprob
+from loraserve.request import SHARED_CACHE, CacheScope, FinishReason, TokenLogprob
 from loraserve.request_clock import RequestClock
 from loraserve.runner import BLOCK_SIZE, ModelRunner
 from loraserve.sampler import SamplingState, sample
@@ -162,6 +162,7 @@ class Engine:
         *,
         arrived_at: float | None = None,
         deadline_s: float | None = None,
+        cache_scope: CacheScope = SHARED_CACHE,
         matcher: GrammarMatcher | None = None,
     ) -> int:
         """Queue one sequence and return its request id.
@@ -173,6 +174,7 @@ class Engine:
             seed: of this sequence; None draws one.
             arrived_at: when the request came, on `time.monotonic`; None is now.
             deadline_s: seconds from arrival after which it ends with DeadlineError.
+            cache_scope: whose cached prompts it finds and adds to.
             matcher: of the grammar it follows, for this sequence alone.
 
         Raises:
@@ -191,7 +193,12 @@ class Engine:
             self._check_accepting()
             self._waiting_limit.check(self._scheduler)
             request_id = self._scheduler.submit(
-                list(prompt), list(adapters), params.max_tokens, params.min_tokens, stop_token_ids
+                list(prompt),
+                list(adapters),
+                params.max_tokens,
+                params.min_tokens,
+                stop_token_ids,
+                cache_scope,
             )
             sampling = SamplingState(
                 params=params,

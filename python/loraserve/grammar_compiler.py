@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from loraserve.errors import InvalidRequestError
 from loraserve.grammar import Grammar
+from loraserve.request import SHARED_CACHE, CacheScope
 
 if TYPE_CHECKING:
     import llguidance
@@ -99,23 +100,24 @@ class GrammarCompiler:
         self._vocab_size = vocab_size
         self._lock = threading.Lock()
         self._vocabulary: llguidance.LLTokenizer | None = None
-        self._compiled: OrderedDict[Grammar, GrammarMatcher] = OrderedDict()
+        self._compiled: OrderedDict[tuple[CacheScope, Grammar], GrammarMatcher] = OrderedDict()
 
-    def compile(self, grammar: Grammar) -> GrammarMatcher:
-        """A matcher at the start of the grammar.
+    def compile(self, grammar: Grammar, scope: CacheScope = SHARED_CACHE) -> GrammarMatcher:
+        """A matcher at the start of the grammar; what was kept for another scope is compiled again.
 
         Raises:
             InvalidRequestError: it is malformed, not supported, too complex, or matches nothing but "".
         """
+        key = scope, grammar  # a compilation can be timed, so it must not tell what others asked for
         with self._lock:
             vocabulary = self._built_vocabulary()
-            known = self._compiled.get(grammar)
+            known = self._compiled.get(key)
             if known is not None:
-                self._compiled.move_to_end(grammar)
+                self._compiled.move_to_end(key)
                 return known.copy()
         matcher = self._compile(grammar, vocabulary)
         with self._lock:
-            self._compiled[grammar] = matcher
+            self._compiled[key] = matcher
             while len(self._compiled) > CACHE_SIZE:
                 self._compiled.popitem(last=False)
             return matcher.copy()

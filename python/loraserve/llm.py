@@ -55,6 +55,7 @@ class LLM:
         adapter: AdapterSpec | Sequence[AdapterSpec] = None,
         *,
         progress: bool | None = None,
+        cache_salt: str | None = None,
     ) -> list[RequestOutput]:
         """Answer all prompts, mixed in one batch; outputs are in the order of the prompts.
 
@@ -63,6 +64,7 @@ class LLM:
             params: for all, or one per prompt.
             adapter: for all, or one per prompt: None, a name, or {name: weight}.
             progress: show a bar; None shows one on a terminal when the batch takes over a second.
+            cache_salt: up to 256 characters; only calls with the same salt share cached prompts.
 
         Raises:
             InvalidRequestError, AdapterNotFoundError, AdapterUnavailableError, CapacityError: some
@@ -70,7 +72,7 @@ class LLM:
         """
         prompt_list = _as_prompts(prompts)
         requests = [
-            GenerateRequest(prompt=prompt, adapter=one_adapter, params=one_params)
+            GenerateRequest(prompt=prompt, adapter=one_adapter, params=one_params, cache_salt=cache_salt)
             for prompt, one_adapter, one_params in zip(
                 prompt_list,
                 _per_request(adapter, len(prompt_list), "adapter"),
@@ -91,6 +93,7 @@ class LLM:
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         progress: bool | None = None,
+        cache_salt: str | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation or many through the model's chat template.
 
@@ -104,7 +107,13 @@ class LLM:
         )
         chats: list[Any] = [messages] if not messages or isinstance(messages[0], Mapping) else list(messages)
         requests = [
-            GenerateRequest(messages=chat, chat=options, adapter=one_adapter, params=one_params)
+            GenerateRequest(
+                messages=chat,
+                chat=options,
+                adapter=one_adapter,
+                params=one_params,
+                cache_salt=cache_salt,
+            )
             for chat, one_adapter, one_params in zip(
                 chats,
                 _per_request(adapter, len(chats), "adapter"),

@@ -10,6 +10,11 @@ from loraserve.sampling_params import SamplingParams
 AdapterSpec: TypeAlias = "None | str | Mapping[str, float]"
 """The base model (None), one adapter by name, or an exact weighted sum of adapters."""
 
+CacheScope: TypeAlias = tuple[str, str]
+"""(tenant, salt): what is cached of a prompt serves only requests of the same scope."""
+
+SHARED_CACHE: CacheScope = ("", "")
+
 MAX_CHAT_TEMPLATE_CHARS = 256 * 1024
 MAX_TEMPLATE_KWARGS = 64
 _NOT_TEMPLATE_KWARGS = (
@@ -95,6 +100,8 @@ class GenerateRequest:
         truncate: keep only this many tokens of the prompt, its last ones.
         uses_model_defaults: whether what the model's generation_config.json says holds for `params` that were
             not given.
+        cache_salt: up to 256 characters; only requests of the same salt share cached prompts.
+        tenant: whose prompt it is; a server says so, and no cached prompt is shared between tenants.
     """
 
     prompt: str | Sequence[int] | None = None
@@ -105,6 +112,8 @@ class GenerateRequest:
     deadline_s: float | None = None
     truncate: int | None = None
     uses_model_defaults: bool = True
+    cache_salt: str | None = None
+    tenant: str = ""
 
 
 @dataclass(frozen=True)

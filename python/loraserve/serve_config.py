@@ -17,7 +17,7 @@ from loraserve.adapters.startup import OnAdapterError
 from loraserve.config import MAX_COUNTS, EngineConfig
 from loraserve.errors import LoraserveError
 from loraserve.sampling_params import MAX_LOGPROBS, MAX_N, MAX_STOP_STRINGS
-from loraserve.server.keys import ApiKey
+from loraserve.server.keys import ApiKey, PrefixCacheScope
 
 OFF = "off"
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.\-]*://[^\s/?#@,]+")
@@ -439,6 +439,12 @@ class ServeSettings(_Model):
         "keys",
         "pattern of Hub repositories that may be loaded at run time; repeat for more",
         "PATTERN",
+    )
+    prefix_cache_scope: PrefixCacheScope | None = option(
+        None,
+        "keys",
+        "who finds a prompt cached: shared is everybody, key is requests of the same key only (default: key "
+        "where keys are configured, else shared)",
     )
     open_metrics: YesNo = option(False, "keys", "let everybody read /metrics, also where keys are configured")
 

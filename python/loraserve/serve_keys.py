@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from loraserve.config_errors import problems
 from loraserve.serve_config import ConfigError, KeySettings, ServeSettings, checked_secret
-from loraserve.server.keys import ApiKey
+from loraserve.server.keys import ApiKey, PrefixCacheScope
 from loraserve.yaml_file import read_yaml
 
 _KEYS = TypeAdapter(tuple[KeySettings, ...])
@@ -28,6 +28,19 @@ def api_keys(settings: ServeSettings) -> list[ApiKey]:
             keys.append(ApiKey(name=name, secret=text, is_admin=is_admin))
     _check_distinct(keys)
     return keys
+
+
+def prefix_cache_scope(settings: ServeSettings, keys: Sequence[ApiKey]) -> PrefixCacheScope:
+    """Keys are kept apart unless the settings say otherwise.
+
+    Raises ConfigError: there are none to keep apart.
+    """
+    if settings.prefix_cache_scope == "key" and not keys:
+        raise ConfigError(
+            "prefix_cache_scope is key, but no keys are configured to tell callers apart: "
+            "configure keys, or leave it out"
+        )
+    return settings.prefix_cache_scope or ("key" if keys else "shared")
 
 
 def read_keys_file(path: Path) -> tuple[KeySettings, ...]:

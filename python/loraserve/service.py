@@ -15,13 +15,23 @@ from loraserve.detokenizer import IncrementalDetokenizer, StopStrings
 from loraserve.engine import Engine, EngineOutput
 from loraserve.errors import InvalidRequestError
 from loraserve.grammar_compiler import GrammarMatcher
-from loraserve.request import AdapterSpec, ChatOptions, Delta, FinishReason, GenerateRequest, Usage
+from loraserve.request import (
+    SHARED_CACHE,
+    AdapterSpec,
+    CacheScope,
+    ChatOptions,
+    Delta,
+    FinishReason,
+    GenerateRequest,
+    Usage,
+)
 from loraserve.sampling_params import SamplingParams
 from loraserve.tokenizer import Tokenizer
 
 MAX_ADAPTERS_PER_REQUEST = 16
 MAX_DEADLINE_S = 24 * 3600.0
 MAX_TRUNCATED_CONTEXTS = 8  # prompts of more contexts than this are refused, even if to be truncated
+MAX_CACHE_SALT_CHARS = 256
 MAX_ADAPTER_WEIGHT = 1000.0  # beyond, sums of deltas lose all meaning in bfloat16
 
 Owner = TypeVar("Owner")
@@ -36,6 +46,7 @@ class PreparedRequest:
     params: SamplingParams
     arrived_at: float
     deadline_s: float | None
+    cache_scope: CacheScope = SHARED_CACHE
     matcher: GrammarMatcher | None = None
 
 
@@ -55,6 +66,7 @@ def prepare(
     """
     arrived_at = time.monotonic()
     _check_deadline(request.deadline_s)
+    _check_cache_salt(request.cache_salt)
     if (request.prompt is None) == (request.messages is None):
         raise InvalidRequestError("give exactly one of prompt and messages")
     if request.messages is None and request.chat != ChatOptions():
@@ -86,7 +98,8 @@ def prepare(
     if adapter is not None:
         defaults |= adapter.manifest.request_defaults
     params = request.params.with_defaults(defaults) if defaults else request.params
-    return PreparedRequest(token_ids, adapters, params, arrived_at, request.deadline_s)
+    cache_scope = (request.tenant, request.cache_salt or "")
+    return PreparedRequest(token_ids, adapters, params, arrived_at, request.deadline_s, cache_scope)
 
 
 def resolve_adapters(spec: AdapterSpec) -> list[tuple[str, float]]:
@@ -190,7 +203,7 @@ class Service(Generic[Owner]):
         grammar = prepared.params.grammar
         if grammar is None:
             return prepared
-        return replace(prepared, matcher=self._engine.grammars.compile(grammar))
+        return replace(prepared, matcher=self._engine.grammars.compile(grammar, prepared.cache_scope))
 
     def submit(self, prepared: PreparedRequest, owner: Owner) -> list[int]:
         """Queue all n sequences of a request, or none; their request ids."""
@@ -206,6 +219,7 @@ class Service(Generic[Owner]):
                     seed,
                     arrived_at=prepared.arrived_at,
                     deadline_s=prepared.deadline_s,
+                    cache_scope=prepared.cache_scope,
                     matcher=prepared.matcher and prepared.matcher.copy(),
                 )
                 request_ids.append(request_id)
@@ -256,6 +270,20 @@ def _check_deadline(deadline_s: Any) -> None:
         raise InvalidRequestError(
             f"deadline_s is {deadline_s!r}, it must be a number of seconds in (0, {MAX_DEADLINE_S:g}]"
         )
+
+
+def _check_cache_salt(salt: Any) -> None:
+    if salt is None:
+        return
+    if not isinstance(salt, str):
+        raise InvalidRequestError(f"cache_salt is {salt!r:.100}, it must be text")
+    if not 0 < len(salt) <= MAX_CACHE_SALT_CHARS:
+        raise InvalidRequestError(
+            f"cache_salt has {len(salt)} characters, it must have from 1 to {MAX_CACHE_SALT_CHARS}; "
+            "leave it out for none"
+        )
+    if any("\ud800" <= char <= "\udfff" for char in salt):
+        raise InvalidRequestError("cache_salt is not valid Unicode")
 
 
 def _max_prompt_tokens(truncate: Any, max_model_len: int) -> int:

@@ -18,7 +18,7 @@ from loraserve.server.http.metrics import Metrics
 from loraserve.server.http.request_log import log_request
 from loraserve.server.http.server import HttpServer
 from loraserve.server.http.state import HttpState
-from loraserve.server.keys import AccessControl, ApiKey
+from loraserve.server.keys import AccessControl, ApiKey, PrefixCacheScope
 from loraserve.server.tls import TlsConfig
 
 from tests.server.http.fake_engine import FakeEngine
@@ -132,7 +132,7 @@ class ControlServer:
 
     def __init__(
         self,
-        make_engine: Callable[[], ControlEngine],
+        make_engine: Callable[[], Any],
         *,
         keys: Sequence[ApiKey] = (),
         roots: Sequence[Any] = (),
@@ -141,13 +141,16 @@ class ControlServer:
         request_timeout_s: float | None = None,
         cors_origins: tuple[str, ...] = (),
         adapter_failures: tuple[AdapterFailure, ...] = (),
+        prefix_cache_scope: PrefixCacheScope = "key",
     ) -> None:
         self._make_engine = make_engine
         self._tls = tls
         self._request_timeout_s = request_timeout_s
         self._cors_origins = cors_origins
         self._adapter_failures = adapter_failures
-        self._access = AccessControl(keys, has_open_metrics=has_open_metrics)
+        self._access = AccessControl(
+            keys, has_open_metrics=has_open_metrics, prefix_cache_scope=prefix_cache_scope
+        )
         self._sources = AdapterSources(roots)
         self.metrics = Metrics(on_finished=[log_request])
         self._ready = threading.Event()

@@ -12,7 +12,7 @@ from loraserve.adapters.startup import StartingAdapters
 from loraserve.cli.options import Subparsers, add_command
 from loraserve.config_layers import load_settings
 from loraserve.serve_config import OFF, ServeSettings
-from loraserve.serve_keys import api_keys
+from loraserve.serve_keys import api_keys, prefix_cache_scope
 
 if TYPE_CHECKING:
     from loraserve.config import EngineConfig
@@ -68,11 +68,16 @@ def _check_parts(settings: ServeSettings) -> dict[str, str]:
     tls = assembly.tls_config(settings)
     if tls is not None:
         tls.http_context()
-    keys = [
+    keys = api_keys(settings)
+    named = [
         f"{key.name} ({'admin' if key.is_admin else ' '.join(key.adapters) or 'base model only'})"
-        for key in api_keys(settings)
+        for key in keys
     ]
-    rows = {"keys": ", ".join(keys) or "none: everybody may use everything, this machine administers"}
+    has_own_cache = prefix_cache_scope(settings, keys) == "key"
+    rows = {
+        "keys": ", ".join(named) or "none: everybody may use everything, this machine administers",
+        "cache": "prompts of a key serve that key only" if has_own_cache else "prompts are shared by all",
+    }
     return rows | _check_adapters(settings, assembly.engine_config(settings, with_downloads=False))
 
 

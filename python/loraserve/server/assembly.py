@@ -12,7 +12,7 @@ from loraserve.adapters.startup import AdapterFailure, StartingAdapters
 from loraserve.config import EngineConfig
 from loraserve.loader.hub import download_adapter, download_model
 from loraserve.serve_config import AdapterSettings, ServeSettings
-from loraserve.serve_keys import api_keys
+from loraserve.serve_keys import api_keys, prefix_cache_scope
 from loraserve.server.adapter_sources import AdapterSources
 from loraserve.server.grpc import GrpcServer
 from loraserve.server.grpc_access import AccessInterceptor
@@ -68,11 +68,13 @@ def engine_config(settings: ServeSettings, *, with_downloads: bool = True) -> En
 
 
 def access_control(settings: ServeSettings) -> AccessControl:
-    """Raises ConfigError: a key can't be read."""
+    """Raises ConfigError: a key can't be read, or there are none to keep apart."""
+    keys = api_keys(settings)
     return AccessControl(
-        api_keys(settings),
+        keys,
         max_concurrent_requests=settings.max_concurrent_requests,
         has_open_metrics=settings.open_metrics,
+        prefix_cache_scope=prefix_cache_scope(settings, keys),
     )
 
 

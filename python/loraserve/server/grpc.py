@@ -24,6 +24,7 @@ from loraserve.server.grpc_access import (
     AccessInterceptor,
     abort_with,
     caller_name,
+    current_caller,
     metadata_value,
 )
 from loraserve.server.http.adapter_loading import logged_load, pin_adapter, unload_adapter, warm_adapter
@@ -82,7 +83,9 @@ class LoraServeServicer:
     async def Generate(self, message: pb.GenerateRequest, context: Context) -> None:  # noqa: N802
         async with self._errors_answered(context, message):
             with _recorded(self._metrics, message, metadata_value(context, "traceparent")) as call:
-                (prepared,) = await self._limits.prepare(self._engine, [request_from_wire(message)])
+                request, caller = request_from_wire(message), current_caller()
+                signed = request if caller is None else caller.sign(request)
+                (prepared,) = await self._limits.prepare(self._engine, [signed])
                 stream = await self._engine.submit(prepared)
                 call.submitted(len(stream.prompt_token_ids))
                 try:

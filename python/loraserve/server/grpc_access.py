@@ -137,9 +137,14 @@ async def abort_with(context: Context, error: LoraserveError) -> None:
     await context.abort(status_code(error), status_message(error), error_metadata(error))
 
 
+def current_caller() -> Caller | None:
+    """Whose call this task answers; None on a server that checks none."""
+    return _CALLER.get()
+
+
 def caller_name() -> str | None:
-    """Whose call this task answers: the name of a key; None on a server that checks none."""
-    caller = _CALLER.get()
+    """The name of the caller's key; None on a server that checks none."""
+    caller = current_caller()
     return None if caller is None else caller.name
 
 

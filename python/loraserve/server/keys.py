@@ -11,12 +11,15 @@ import hmac
 import ipaddress
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from typing import Literal, TypeAlias
 
 from loraserve.errors import OverloadedError, PermissionDeniedError, UnauthenticatedError
-from loraserve.request import AdapterSpec
+from loraserve.request import AdapterSpec, GenerateRequest
 from loraserve.server.limits import ConcurrencyLimit, RateLimit
+
+PrefixCacheScope: TypeAlias = Literal["shared", "key"]
 
 SCHEME = "bearer"
 PROXY_HEADERS = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-real-ip")
@@ -50,9 +53,15 @@ class Caller:
     """Whoever sent a request: one key, or anybody where no keys are configured."""
 
     def __init__(
-        self, key: ApiKey, concurrency: ConcurrencyLimit, rate: RateLimit | None, server: ConcurrencyLimit
+        self,
+        key: ApiKey,
+        concurrency: ConcurrencyLimit,
+        rate: RateLimit | None,
+        server: ConcurrencyLimit,
+        tenant: str,
     ) -> None:
         self._key = key
+        self._tenant = tenant
         self._concurrency = concurrency
         self._rate = rate
         self._server = server
@@ -81,6 +90,10 @@ class Caller:
             if not self.may_use(name):
                 what = "the base model" if name is None else f"adapter {name!r}"
                 raise PermissionDeniedError(f"key {self.name!r} may not use {what}, ask for another key")
+
+    def sign(self, request: GenerateRequest) -> GenerateRequest:
+        """The request with what the engine must know of who asks."""
+        return replace(request, tenant=self._tenant)
 
     def require_admin(self) -> None:
         """Raises PermissionDeniedError unless this caller administers the server."""
@@ -132,6 +145,7 @@ class AccessControl:
         keys: with distinct names and secrets; a secret is one or more visible ASCII characters.
         max_concurrent_requests: of all callers together; None has no limit.
         has_open_metrics: whether /metrics needs no key.
+        prefix_cache_scope: "key" keeps the cached prompts of each key apart, "shared" lets all use all.
     """
 
     def __init__(
@@ -140,10 +154,14 @@ class AccessControl:
         *,
         max_concurrent_requests: int | None = None,
         has_open_metrics: bool = False,
+        prefix_cache_scope: PrefixCacheScope = "key",
     ) -> None:
         self.has_open_metrics = has_open_metrics
         self._server = ConcurrencyLimit(max_concurrent_requests)
-        self._callers = [(_digest(key.secret), self._caller(key)) for key in keys]
+        is_shared = prefix_cache_scope == "shared"
+        self._callers = [
+            (_digest(key.secret), self._caller(key, "" if is_shared else key.name)) for key in keys
+        ]
         self._anybody = self._caller(ApiKey(name="anybody", secret=""))
         self._local = self._caller(ApiKey(name="loopback", secret="", is_admin=True))
 
@@ -186,9 +204,9 @@ class AccessControl:
                 found = caller
         return found
 
-    def _caller(self, key: ApiKey) -> Caller:
+    def _caller(self, key: ApiKey, tenant: str = "") -> Caller:
         rate = None if key.requests_per_minute is None else RateLimit(key.requests_per_minute)
-        return Caller(key, ConcurrencyLimit(key.max_concurrent), rate, self._server)
+        return Caller(key, ConcurrencyLimit(key.max_concurrent), rate, self._server, tenant)
 
 
 def is_loopback(host: str) -> bool:

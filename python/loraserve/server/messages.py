@@ -64,6 +64,7 @@ def request_from_wire(message: pb.GenerateRequest) -> GenerateRequest:
         params=_sampling_from_wire(message.sampling),
         deadline_s=message.deadline_s if message.HasField("deadline_s") else None,
         truncate=message.truncate if message.HasField("truncate") else None,
+        cache_salt=message.cache_salt if message.HasField("cache_salt") else None,
     )
 
 
@@ -142,6 +143,7 @@ def request_to_wire(request: GenerateRequest) -> pb.GenerateRequest:
             sampling=_sampling_to_wire(request.params),
             deadline_s=request.deadline_s,
             truncate=request.truncate,
+            cache_salt=request.cache_salt,
         )
         _set_prompt(message, request)
         _set_adapter(message, request.adapter)

@@ -1,4 +1,4 @@
-//! The names of things: pages, slots, requests, adapters, and what an adapter *is*.
+//! The names of things: pages, slots, requests, adapters, what an adapter *is*, and whose KV it is.
 
 use std::sync::Arc;
 
@@ -40,6 +40,18 @@ impl AdapterKey {
     }
 }
 
-/// The adapters that shape a sequence's KV, with the bits of their weights; empty is the base model.
+/// Whose KV it is: sequences of different scopes never share blocks. Two fields, so that no salt can be chosen
+/// that makes one tenant's scope another's.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
-pub struct AdapterIdentity(pub Vec<(AdapterKey, u32)>);
+pub struct CacheScope {
+    pub tenant: Box<str>,
+    pub salt: Box<str>,
+}
+
+/// What equal tokens need besides to have equal KV that may be shared.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+pub struct PrefixIdentity {
+    pub scope: CacheScope,
+    /// With the bits of their weights; empty is the base model.
+    pub adapters: Vec<(AdapterKey, u32)>,
+}

@@ -20,7 +20,7 @@ pub mod slot_table;
 pub use adapter_cache::AdapterInfo;
 pub use batch::Batch;
 pub use error::{Error, ErrorKind};
-pub use ids::{AdapterId, AdapterIdentity, AdapterKey, PageId, RequestId, SlotId};
+pub use ids::{AdapterId, AdapterKey, CacheScope, PageId, PrefixIdentity, RequestId, SlotId};
 pub use policy::{EvictionPolicy, Lru};
 pub use request::{Failure, FinishReason, NewRequest, Output};
 pub use scheduler::{Load, Scheduler, SchedulerConfig, Stats, Step};

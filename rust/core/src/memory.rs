@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::adapter_cache::AdapterCache;
-use crate::ids::{AdapterId, AdapterIdentity, PageId, SlotId};
+use crate::ids::{AdapterId, PageId, PrefixIdentity, SlotId};
 use crate::page_pool::{Extent, Move, PagePool, PageState};
 use crate::policy::{EvictionPolicy, Idle, IdleKind};
 use crate::prefix_cache::{Parent, PrefixCache, Published};
@@ -74,7 +74,7 @@ impl Memory {
     /// Pages for all of `tokens`, cached ones first, if `headroom` pages stay available; and how many tokens were cached.
     pub fn take_table(
         &mut self,
-        identity: &Arc<AdapterIdentity>,
+        identity: &Arc<PrefixIdentity>,
         tokens: &[i32],
         headroom: usize,
     ) -> Option<(BlockTable, usize)> {
@@ -203,7 +203,7 @@ impl Memory {
         }
     }
 
-    fn take_cached(&mut self, identity: &Arc<AdapterIdentity>, tokens: &[i32]) -> BlockTable {
+    fn take_cached(&mut self, identity: &Arc<PrefixIdentity>, tokens: &[i32]) -> BlockTable {
         let found = if self.prefix_caching {
             self.prefix.find(identity, tokens)
         } else {

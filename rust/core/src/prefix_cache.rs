@@ -1,20 +1,20 @@
-//! `PrefixCache`: full KV blocks found again by what computed them: adapter identity, then tokens.
+//! `PrefixCache`: full KV blocks found again by whose they are and what computed them: adapters, then tokens.
 //!
 //! A block is found by a 64-bit hash and believed only after its parent and its tokens compare equal, so a
-//! collision costs a miss, never wrong KV. A parent is named by a number that is never reused. Whoever refers to
+//! collision costs a miss, never wrong KV. The hash is keyed at random: a caller who could make its blocks
+//! collide with a guess at another's would learn from the miss whether the other's is there. A parent is named by a number that is never reused. Whoever refers to
 //! a block refers to its parents too, and releases children first: an idle block's descendants are idle and older.
 
-use std::collections::hash_map::DefaultHasher;
 use std::collections::{BTreeMap, HashMap};
-use std::hash::{Hash, Hasher};
+use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 
-use crate::ids::{AdapterIdentity, PageId};
+use crate::ids::{PageId, PrefixIdentity};
 
 /// What comes before a block.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Parent {
-    Root(Arc<AdapterIdentity>),
+    Root(Arc<PrefixIdentity>),
     Block(BlockRef),
 }
 
@@ -44,12 +44,10 @@ struct Block {
     idle_since: Option<u64>,
 }
 
-type BlockHash = fn(&Parent, &[i32]) -> u64;
-
 #[derive(Debug)]
-pub struct PrefixCache {
+pub struct PrefixCache<S = RandomState> {
     block_size: usize,
-    hash: BlockHash,
+    hasher: S,
     by_hash: HashMap<u64, PageId>,
     /// Indexed by page.
     blocks: Vec<Option<Block>>,
@@ -60,19 +58,16 @@ pub struct PrefixCache {
 
 impl PrefixCache {
     pub fn new(num_pages: usize, block_size: usize) -> Self {
-        Self::with_hash(num_pages, block_size, |parent, tokens| {
-            let mut hasher = DefaultHasher::new();
-            parent.hash(&mut hasher);
-            tokens.hash(&mut hasher);
-            hasher.finish()
-        })
+        Self::with_hasher(num_pages, block_size, RandomState::new())
     }
+}
 
-    fn with_hash(num_pages: usize, block_size: usize, hash: BlockHash) -> Self {
+impl<S: BuildHasher> PrefixCache<S> {
+    fn with_hasher(num_pages: usize, block_size: usize, hasher: S) -> Self {
         let blocks = std::iter::repeat_with(|| None).take(num_pages).collect();
         Self {
             block_size,
-            hash,
+            hasher,
             by_hash: HashMap::new(),
             blocks,
             idle: BTreeMap::new(),
@@ -89,7 +84,7 @@ impl PrefixCache {
     }
 
     /// The cached blocks `tokens` start with. The last token is left out: its logits are needed.
-    pub fn find(&self, identity: &Arc<AdapterIdentity>, tokens: &[i32]) -> Vec<BlockRef> {
+    pub fn find(&self, identity: &Arc<PrefixIdentity>, tokens: &[i32]) -> Vec<BlockRef> {
         let reusable = &tokens[..tokens.len().saturating_sub(1)];
         let mut parent = Parent::Root(identity.clone());
         let mut found = Vec::new();
@@ -217,7 +212,7 @@ impl PrefixCache {
 
     /// `None` if the hash is unknown, `Err` if it belongs to another block.
     fn lookup(&self, parent: &Parent, tokens: &[i32]) -> Option<Result<BlockRef, ()>> {
-        let &page = self.by_hash.get(&(self.hash)(parent, tokens))?;
+        let &page = self.by_hash.get(&self.hasher.hash_one((parent, tokens)))?;
         let block = self.blocks[page.index()]
             .as_ref()
             .expect("invariant: a found block is cached");
@@ -234,7 +229,7 @@ impl PrefixCache {
 
     fn insert(&mut self, parent: &Parent, tokens: &[i32], page: PageId) -> BlockRef {
         let block = Block {
-            hash: (self.hash)(parent, tokens),
+            hash: self.hasher.hash_one((parent, tokens)),
             serial: self.next_serial,
             parent: parent.clone(),
             tokens: tokens.into(),
@@ -265,19 +260,42 @@ impl PrefixCache {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ids::AdapterKey;
+    use crate::ids::{AdapterKey, CacheScope};
+    use std::hash::{BuildHasherDefault, Hasher};
 
-    fn identity(content_hash: &str, weight: f32) -> Arc<AdapterIdentity> {
-        Arc::new(AdapterIdentity(vec![(
-            AdapterKey::new(content_hash),
-            weight.to_bits(),
-        )]))
+    /// Every block has the same hash.
+    #[derive(Default)]
+    struct Colliding;
+
+    impl Hasher for Colliding {
+        fn write(&mut self, _: &[u8]) {}
+
+        fn finish(&self) -> u64 {
+            7
+        }
+    }
+
+    fn identity(content_hash: &str, weight: f32) -> Arc<PrefixIdentity> {
+        Arc::new(PrefixIdentity {
+            adapters: vec![(AdapterKey::new(content_hash), weight.to_bits())],
+            ..PrefixIdentity::default()
+        })
+    }
+
+    fn scoped(tenant: &str, salt: &str) -> Arc<PrefixIdentity> {
+        Arc::new(PrefixIdentity {
+            scope: CacheScope {
+                tenant: tenant.into(),
+                salt: salt.into(),
+            },
+            ..PrefixIdentity::default()
+        })
     }
 
     /// Publishes `tokens` in blocks of 2 into pages from `first_page` on.
-    fn publish(
-        cache: &mut PrefixCache,
-        identity: &Arc<AdapterIdentity>,
+    fn publish<S: BuildHasher>(
+        cache: &mut PrefixCache<S>,
+        identity: &Arc<PrefixIdentity>,
         tokens: &[i32],
         first_page: u32,
     ) {
@@ -319,8 +337,31 @@ mod tests {
     }
 
     #[test]
+    fn prefix_of_another_tenant_or_salt_is_not_found() {
+        let scopes = [("", ""), ("a", ""), ("", "a"), ("ab", "c"), ("a", "bc")];
+        let mut cache = PrefixCache::new(8, 2);
+        for (page, (tenant, salt)) in scopes.into_iter().enumerate() {
+            let own = scoped(tenant, salt);
+            assert!(cache.find(&own, &[1, 2, 3]).is_empty());
+            publish(&mut cache, &own, &[1, 2], page as u32);
+            assert_eq!(pages(&cache.find(&own, &[1, 2, 3])), [page as u32]);
+        }
+    }
+
+    #[test]
+    fn blocks_are_hashed_with_a_key_of_their_own_cache() {
+        let root = Parent::Root(Arc::default());
+        let hash = |cache: PrefixCache| cache.hasher.hash_one((&root, &[1, 2]));
+        assert_ne!(
+            hash(PrefixCache::new(8, 2)),
+            hash(PrefixCache::new(8, 2)),
+            "nobody can compute what collides"
+        );
+    }
+
+    #[test]
     fn colliding_hashes_miss_instead_of_returning_wrong_blocks() {
-        let mut cache = PrefixCache::with_hash(8, 2, |_, _| 7);
+        let mut cache = PrefixCache::with_hasher(8, 2, BuildHasherDefault::<Colliding>::default());
         let base = Arc::default();
         publish(&mut cache, &base, &[1, 2], 0);
         assert!(cache.find(&base, &[8, 9, 1]).is_empty());

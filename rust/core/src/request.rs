@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::error::Error;
-use crate::ids::{AdapterId, AdapterIdentity, RequestId};
+use crate::ids::{AdapterId, CacheScope, PrefixIdentity, RequestId};
 
 /// A request as the caller words it.
 #[derive(Debug, Clone, Default)]
@@ -14,6 +14,7 @@ pub struct NewRequest {
     pub max_tokens: usize,
     pub min_tokens: usize,
     pub stop_token_ids: Vec<i32>,
+    pub scope: CacheScope,
 }
 
 impl NewRequest {
@@ -72,7 +73,7 @@ pub struct Request {
     pub id: RequestId,
     /// Ordered by id, weights not zero; the w-th goes into wave w.
     pub adapters: Vec<(AdapterId, f32)>,
-    pub identity: Arc<AdapterIdentity>,
+    pub identity: Arc<PrefixIdentity>,
     pub max_tokens: usize,
     pub min_tokens: usize,
     pub stop_token_ids: Vec<i32>,

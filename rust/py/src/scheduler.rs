@@ -1,8 +1,8 @@
 //! The scheduler for Python: `Scheduler`, its `Step` and the step's `Batch` of numpy arrays.
 
 use loraserve_core::{
-    self as core, AdapterId, AdapterInfo, Error, Failure, FinishReason, NewRequest, Output,
-    RequestId, SchedulerConfig,
+    self as core, AdapterId, AdapterInfo, CacheScope, Error, Failure, FinishReason, NewRequest,
+    Output, RequestId, SchedulerConfig,
 };
 use numpy::{Element, IntoPyArray, PyArray1, PyArrayMethods, PyReadonlyArray1};
 use pyo3::prelude::*;
@@ -138,6 +138,7 @@ impl Scheduler {
         pinned.map_err(raise(py))
     }
 
+    #[pyo3(signature = (prompt, adapters, max_tokens, min_tokens, stop_token_ids, cache_scope=(String::new(), String::new())))]
     fn submit(
         &mut self,
         py: Python<'_>,
@@ -146,6 +147,7 @@ impl Scheduler {
         max_tokens: i64,
         min_tokens: i64,
         stop_token_ids: Vec<i32>,
+        cache_scope: (String, String),
     ) -> PyResult<u64> {
         let request = NewRequest {
             prompt: token_ids(py, prompt)?,
@@ -153,6 +155,10 @@ impl Scheduler {
             max_tokens: count(py, "max_tokens", max_tokens)?,
             min_tokens: count(py, "min_tokens", min_tokens)?,
             stop_token_ids,
+            scope: CacheScope {
+                tenant: cache_scope.0.into(),
+                salt: cache_scope.1.into(),
+            },
         };
         Ok(self.inner.submit(request).map_err(raise(py))?.0)
     }

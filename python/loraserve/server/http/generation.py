@@ -146,7 +146,8 @@ async def generation(call: Call, requests: Sequence[GenerateRequest]) -> AsyncIt
         async with call.caller.admit():
             watcher: asyncio.Task[None] | None = None
             try:
-                for prepared in await call.state.limits.prepare(call.state.engine, requests):
+                signed = [call.caller.sign(request) for request in requests]
+                for prepared in await call.state.limits.prepare(call.state.engine, signed):
                     streams.append(await call.state.engine.submit(prepared))
                 running.validation_s = time.perf_counter() - call.started
                 watcher = asyncio.create_task(_abandon_when_gone(call.receive, running))

@@ -169,6 +169,10 @@ class GenerationBody(AdapterSelectors):
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
     truncate_prompt_tokens: int | None = Field(default=None, ge=1, description="Keep the last tokens only.")
+    cache_salt: str | None = Field(
+        default=None,
+        description="1 to 256 characters: only requests of the same salt (and key) share cached prompts.",
+    )
 
 
 class CompletionBody(GenerationBody):

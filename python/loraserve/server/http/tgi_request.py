@@ -50,6 +50,7 @@ def generate_request(
         deadline_s=call.deadline_s,
         truncate=given.truncate,
         uses_model_defaults=False,  # TGI is greedy unless asked, whatever the model says
+        cache_salt=given.cache_salt,
     )
 
 

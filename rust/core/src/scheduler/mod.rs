@@ -318,6 +318,19 @@ impl Scheduler {
         }
         self.memory.adapters.check_uses(&uses);
         self.check_kept();
+        self.check_sharing();
+    }
+
+    /// A page that two sequences read holds what both would compute, and is kept from every other scope.
+    fn check_sharing(&self) {
+        let mut readers = std::collections::HashMap::new();
+        for running in &self.running {
+            let identity = &running.sequence.request.identity;
+            for &page in &running.table.pages {
+                let first = readers.entry(page).or_insert(identity);
+                assert_eq!(*first, identity, "who share {page:?} have one identity");
+            }
+        }
     }
 
     /// Orders the rows so that segments are contiguous, and builds the batch.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::Scheduler;
 use crate::error::Error;
-use crate::ids::{AdapterId, AdapterIdentity, AdapterKey, RequestId};
+use crate::ids::{AdapterId, AdapterKey, CacheScope, PrefixIdentity, RequestId};
 use crate::request::{NewRequest, Request};
 use crate::sequence::{Sequence, Waiting};
 
@@ -53,7 +53,7 @@ impl Scheduler {
             num_cached: None,
             request: Request {
                 id,
-                identity: self.identity(&adapters),
+                identity: self.identity(new.scope, &adapters),
                 adapters,
                 max_tokens: new.max_tokens,
                 min_tokens: new.min_tokens,
@@ -88,14 +88,17 @@ impl Scheduler {
         Ok(adapters)
     }
 
-    fn identity(&self, adapters: &[(AdapterId, f32)]) -> Arc<AdapterIdentity> {
+    fn identity(&self, scope: CacheScope, adapters: &[(AdapterId, f32)]) -> Arc<PrefixIdentity> {
         let keyed = adapters.iter().map(|&(adapter, weight)| {
             (
                 self.memory.adapters.entry(adapter).key.clone(),
                 weight.to_bits(),
             )
         });
-        Arc::new(AdapterIdentity(keyed.collect()))
+        Arc::new(PrefixIdentity {
+            scope,
+            adapters: keyed.collect(),
+        })
     }
 
     /// Refuses what could not run alone in a pool with only the pinned adapters.

@@ -1,4 +1,5 @@
 use super::*;
+use crate::ids::CacheScope;
 use crate::request::{FinishReason, NewRequest};
 
 fn scheduler(change: impl FnOnce(&mut SchedulerConfig)) -> Scheduler {
@@ -103,6 +104,36 @@ fn second_request_reuses_the_prefix_but_recomputes_its_last_token() {
         .map(|output| output.num_cached_tokens)
         .collect();
     assert_eq!(cached, [0, 4]);
+}
+
+#[test]
+fn a_prompt_cached_in_one_scope_is_computed_again_in_another() {
+    let scope = |tenant: &str, salt: &str| CacheScope {
+        tenant: tenant.into(),
+        salt: salt.into(),
+    };
+    let mut s = scheduler(|_| ());
+    for name in ["a", "also-a"] {
+        s.register_adapter(name, "same content", 100).unwrap();
+    }
+    let mut cached = Vec::new();
+    for (adapter, scope) in [
+        ("a", scope("one", "")),
+        ("also-a", scope("two", "")),
+        ("a", scope("", "one")),
+        ("a", scope("one", "salt")),
+        ("also-a", scope("one", "")),
+        ("a", scope("two", "")),
+    ] {
+        s.submit(NewRequest {
+            scope,
+            ..request(&[1; 9], &[(adapter, 1.0)], 1)
+        })
+        .unwrap();
+        drain(&mut s);
+        cached.push(s.drain_outputs()[0].num_cached_tokens);
+    }
+    assert_eq!(cached, [0, 0, 0, 0, 8, 8]);
 }
 
 #[test]

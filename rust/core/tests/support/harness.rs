@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use loraserve_core::{
-    AdapterId, Error, Failure, FinishReason, NewRequest, Output, RequestId, Scheduler,
+    AdapterId, CacheScope, Error, Failure, FinishReason, NewRequest, Output, RequestId, Scheduler,
     SchedulerConfig, Step,
 };
 
@@ -167,6 +167,10 @@ impl Harness {
             max_tokens: self.rng.range(1, 12),
             min_tokens: self.rng.range(0, 1),
             stop_token_ids: if self.rng.one_in(3) { vec![3] } else { vec![] },
+            scope: CacheScope {
+                tenant: ["", "t"][self.rng.range(0, 1)].into(),
+                salt: ["", "", "t"][self.rng.range(0, 2)].into(),
+            },
         };
         match self.scheduler.submit(new.clone()) {
             Ok(request) => self.expect(request, new),
