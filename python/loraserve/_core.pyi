@@ -174,13 +174,15 @@ class Scheduler:
         min_tokens: int,
         stop_token_ids: list[int],
         cache_scope: tuple[str, str] = ...,
+        needs_adapter: bool = False,
     ) -> int:
         """Queue a request and return its id; it gets exactly one output with a finish reason.
 
         `cache_scope` is (tenant, salt); no KV is shared between scopes, ("", "") is the default.
 
         `max_tokens` is clamped to the context. Raises InvalidRequestError, AdapterNotFoundError,
-        AdapterUnavailableError (being unloaded), CapacityError (could not run alone in an empty pool).
+        AdapterUnavailableError (being unloaded), CapacityError (could not run alone in an empty pool),
+        PermissionDeniedError (`needs_adapter`, and the weights leave none).
         """
     def abort(self, request_id: int) -> bool:
         """End a request now; False if it has ended. Legal between `schedule` and `commit`."""

@@ -163,6 +163,7 @@ class Engine:
         arrived_at: float | None = None,
         deadline_s: float | None = None,
         cache_scope: CacheScope = SHARED_CACHE,
+        needs_adapter: bool = False,
         matcher: GrammarMatcher | None = None,
     ) -> int:
         """Queue one sequence and return its request id.
@@ -175,11 +176,13 @@ class Engine:
             arrived_at: when the request came, on `time.monotonic`; None is now.
             deadline_s: seconds from arrival after which it ends with DeadlineError.
             cache_scope: whose cached prompts it finds and adds to.
+            needs_adapter: refuse it if the weights leave only the base model.
             matcher: of the grammar it follows, for this sequence alone.
 
         Raises:
-            InvalidRequestError, AdapterNotFoundError, AdapterUnavailableError, CapacityError,
-            OverloadedError, DeadlineError, EngineStoppedError: the request was refused; nothing was queued.
+            InvalidRequestError, PermissionDeniedError, AdapterNotFoundError, AdapterUnavailableError,
+            CapacityError, OverloadedError, DeadlineError, EngineStoppedError: the request was refused;
+                nothing was queued.
         """
         self._check_token_ids(prompt)
         self._check_token_ids(params.stop_token_ids)
@@ -199,6 +202,7 @@ class Engine:
                 params.min_tokens,
                 stop_token_ids,
                 cache_scope,
+                needs_adapter,
             )
             sampling = SamplingState(
                 params=params,

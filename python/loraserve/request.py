@@ -102,6 +102,7 @@ class GenerateRequest:
             not given.
         cache_salt: up to 256 characters; only requests of the same salt share cached prompts.
         tenant: whose prompt it is; a server says so, and no cached prompt is shared between tenants.
+        may_use_base_model: whether the base model may answer where the weights leave no adapter to run.
     """
 
     prompt: str | Sequence[int] | None = None
@@ -114,6 +115,7 @@ class GenerateRequest:
     uses_model_defaults: bool = True
     cache_salt: str | None = None
     tenant: str = ""
+    may_use_base_model: bool = True
 
 
 @dataclass(frozen=True)

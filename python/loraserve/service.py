@@ -33,6 +33,7 @@ MAX_DEADLINE_S = 24 * 3600.0
 MAX_TRUNCATED_CONTEXTS = 8  # prompts of more contexts than this are refused, even if to be truncated
 MAX_CACHE_SALT_CHARS = 256
 MAX_ADAPTER_WEIGHT = 1000.0  # beyond, sums of deltas lose all meaning in bfloat16
+MIN_ADAPTER_WEIGHT = 0.001  # below, a delta is lost in the rounding of what it is added to
 
 Owner = TypeVar("Owner")
 
@@ -47,6 +48,7 @@ class PreparedRequest:
     arrived_at: float
     deadline_s: float | None
     cache_scope: CacheScope = SHARED_CACHE
+    needs_adapter: bool = False
     matcher: GrammarMatcher | None = None
 
 
@@ -99,7 +101,15 @@ def prepare(
         defaults |= adapter.manifest.request_defaults
     params = request.params.with_defaults(defaults) if defaults else request.params
     cache_scope = (request.tenant, request.cache_salt or "")
-    return PreparedRequest(token_ids, adapters, params, arrived_at, request.deadline_s, cache_scope)
+    return PreparedRequest(
+        token_ids,
+        adapters,
+        params,
+        arrived_at,
+        request.deadline_s,
+        cache_scope,
+        needs_adapter=not request.may_use_base_model,
+    )
 
 
 def resolve_adapters(spec: AdapterSpec) -> list[tuple[str, float]]:
@@ -121,6 +131,11 @@ def resolve_adapters(spec: AdapterSpec) -> list[tuple[str, float]]:
             raise InvalidRequestError(
                 f"weight of adapter {name!r} is {weight!r}, it must be a number "
                 f"from -{MAX_ADAPTER_WEIGHT:g} to {MAX_ADAPTER_WEIGHT:g}"
+            )
+        if 0.0 < abs(weight) < MIN_ADAPTER_WEIGHT:
+            raise InvalidRequestError(
+                f"weight of adapter {name!r} is {weight!r}, too small to change anything: "
+                f"give 0, or at least {MIN_ADAPTER_WEIGHT:g}"
             )
     return [(name, float(weight)) for name, weight in spec.items()]
 
@@ -220,6 +235,7 @@ class Service(Generic[Owner]):
                     arrived_at=prepared.arrived_at,
                     deadline_s=prepared.deadline_s,
                     cache_scope=prepared.cache_scope,
+                    needs_adapter=prepared.needs_adapter,
                     matcher=prepared.matcher and prepared.matcher.copy(),
                 )
                 request_ids.append(request_id)

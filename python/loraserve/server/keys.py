@@ -93,7 +93,7 @@ class Caller:
 
     def sign(self, request: GenerateRequest) -> GenerateRequest:
         """The request with what the engine must know of who asks."""
-        return replace(request, tenant=self._tenant)
+        return replace(request, tenant=self._tenant, may_use_base_model=self.may_use(None))
 
     def require_admin(self) -> None:
         """Raises PermissionDeniedError unless this caller administers the server."""

@@ -23,6 +23,10 @@ pub enum Error {
     BadWeight { name: String, weight: f32 },
     #[error("adapter '{name}' is named twice in one request, give it one weight")]
     AdapterNamedTwice { name: String },
+    #[error(
+        "the weights leave no adapter to run, so the base model would answer, which the caller may not use; give an adapter a weight"
+    )]
+    OnlyBaseModelLeft,
     #[error("adapter name '{name}' is not allowed, use letters, digits and _ - . : only")]
     BadAdapterName { name: String },
     #[error(
@@ -113,6 +117,7 @@ pub enum ErrorKind {
     AdapterNotFound,
     AdapterUnavailable,
     Capacity,
+    PermissionDenied,
 }
 
 impl ErrorKind {
@@ -123,6 +128,7 @@ impl ErrorKind {
             Self::AdapterNotFound => "AdapterNotFoundError",
             Self::AdapterUnavailable => "AdapterUnavailableError",
             Self::Capacity => "CapacityError",
+            Self::PermissionDenied => "PermissionDeniedError",
         }
     }
 }
@@ -131,6 +137,7 @@ impl Error {
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::AdapterNotFound { .. } => ErrorKind::AdapterNotFound,
+            Self::OnlyBaseModelLeft => ErrorKind::PermissionDenied,
             Self::AdapterUnloading { .. } => ErrorKind::AdapterUnavailable,
             Self::AdapterTooLarge { .. }
             | Self::RequestTooLarge { .. }

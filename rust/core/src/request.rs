@@ -15,6 +15,8 @@ pub struct NewRequest {
     pub min_tokens: usize,
     pub stop_token_ids: Vec<i32>,
     pub scope: CacheScope,
+    /// Refuse it if its weights leave only the base model.
+    pub needs_adapter: bool,
 }
 
 impl NewRequest {

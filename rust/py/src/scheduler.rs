@@ -138,7 +138,7 @@ impl Scheduler {
         pinned.map_err(raise(py))
     }
 
-    #[pyo3(signature = (prompt, adapters, max_tokens, min_tokens, stop_token_ids, cache_scope=(String::new(), String::new())))]
+    #[pyo3(signature = (prompt, adapters, max_tokens, min_tokens, stop_token_ids, cache_scope=(String::new(), String::new()), needs_adapter=false))]
     fn submit(
         &mut self,
         py: Python<'_>,
@@ -148,6 +148,7 @@ impl Scheduler {
         min_tokens: i64,
         stop_token_ids: Vec<i32>,
         cache_scope: (String, String),
+        needs_adapter: bool,
     ) -> PyResult<u64> {
         let request = NewRequest {
             prompt: token_ids(py, prompt)?,
@@ -159,6 +160,7 @@ impl Scheduler {
                 tenant: cache_scope.0.into(),
                 salt: cache_scope.1.into(),
             },
+            needs_adapter,
         };
         Ok(self.inner.submit(request).map_err(raise(py))?.0)
     }

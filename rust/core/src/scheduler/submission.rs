@@ -8,6 +8,33 @@ use crate::ids::{AdapterId, AdapterKey, CacheScope, PrefixIdentity, RequestId};
 use crate::request::{NewRequest, Request};
 use crate::sequence::{Sequence, Waiting};
 
+/// The weights of one content, under all its names.
+#[derive(Debug, Clone, Copy, Default)]
+struct WeightSum {
+    sum: f64,
+    /// Of the weights without their signs.
+    magnitude: f64,
+}
+
+impl WeightSum {
+    /// Of f32 weights that cancel, as 0.1 + 0.2 - 0.3, no more than this part is left, of rounding.
+    const ROUNDING: f64 = 1e-6;
+
+    fn add(&mut self, weight: f32) {
+        self.sum += f64::from(weight);
+        self.magnitude += f64::from(weight.abs());
+    }
+
+    /// Zero if the weights cancel.
+    fn weight(self) -> f32 {
+        if self.sum.abs() <= self.magnitude * Self::ROUNDING {
+            0.0
+        } else {
+            self.sum as f32
+        }
+    }
+}
+
 impl Scheduler {
     /// Makes an adapter known under a name; the same name with the same content is the same adapter.
     pub fn register_adapter(
@@ -41,6 +68,9 @@ impl Scheduler {
     pub fn submit(&mut self, mut new: NewRequest) -> Result<RequestId, Error> {
         new.validate(self.config.max_model_len)?;
         let adapters = self.resolve_adapters(&new.adapters)?;
+        if new.needs_adapter && adapters.is_empty() {
+            return Err(Error::OnlyBaseModelLeft);
+        }
         self.check_capacity(new.prompt.len() + new.max_tokens, &adapters)?;
         let id = RequestId(self.next_request);
         self.next_request += 1;
@@ -67,23 +97,27 @@ impl Scheduler {
         Ok(id)
     }
 
-    /// Checked names as ids: one weight per adapter, zero weights dropped, ordered by id.
+    /// Checked names as what will run: one weight per content, ordered by id, without what adds up to zero.
     fn resolve_adapters(&self, named: &[(String, f32)]) -> Result<Vec<(AdapterId, f32)>, Error> {
-        let mut adapters: Vec<(AdapterId, f32)> = Vec::with_capacity(named.len());
+        let mut sums: Vec<(AdapterId, WeightSum)> = Vec::with_capacity(named.len());
         for (name, weight) in named {
             let adapter = self.memory.adapters.resolve(name)?;
-            match adapters.iter_mut().find(|(other, _)| *other == adapter) {
-                Some((_, sum)) => *sum += weight,
-                None => adapters.push((adapter, *weight)),
-            }
-            if adapters.iter().any(|(_, sum)| !sum.is_finite()) {
+            let index = sums.iter().position(|&(other, _)| other == adapter);
+            let index = index.unwrap_or_else(|| {
+                sums.push((adapter, WeightSum::default()));
+                sums.len() - 1
+            });
+            let sum = &mut sums[index].1;
+            sum.add(*weight);
+            if !sum.weight().is_finite() {
                 return Err(Error::BadWeight {
                     name: name.clone(),
                     weight: *weight,
                 });
             }
         }
-        adapters.retain(|&(_, weight)| weight != 0.0);
+        let weighted = sums.iter().map(|&(adapter, sum)| (adapter, sum.weight()));
+        let mut adapters: Vec<_> = weighted.filter(|&(_, weight)| weight != 0.0).collect();
         adapters.sort_by_key(|&(adapter, _)| adapter);
         Ok(adapters)
     }

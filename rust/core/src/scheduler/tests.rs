@@ -107,6 +107,48 @@ fn second_request_reuses_the_prefix_but_recomputes_its_last_token() {
 }
 
 #[test]
+fn weights_that_leave_only_the_base_model_are_refused_to_who_may_not_use_it() {
+    let mut s = scheduler(|_| ());
+    for (name, content) in [
+        ("a", "one"),
+        ("also-a", "one"),
+        ("again-a", "one"),
+        ("b", "two"),
+    ] {
+        s.register_adapter(name, content, 100).unwrap();
+    }
+    let cases: [(&[(&str, f32)], bool); 11] = [
+        (&[], true),
+        (&[("a", 0.0)], true),
+        (&[("a", -0.0), ("b", 0.0)], true),
+        (&[("a", 1.0), ("also-a", -1.0)], true),
+        (&[("a", 0.1), ("also-a", 0.2), ("again-a", -0.3)], true),
+        (
+            &[("a", 1000.1), ("also-a", -1000.0), ("again-a", -0.1)],
+            true,
+        ),
+        (&[("a", 1.0)], false),
+        (&[("a", 1.0), ("b", -1.0)], false),
+        (&[("a", 1.0), ("also-a", -1.0), ("b", 0.5)], false),
+        (&[("a", 1.0), ("also-a", -0.999)], false),
+        (&[("a", 0.001)], false),
+    ];
+    for (adapters, only_base_left) in cases {
+        let submit = |s: &mut Scheduler, needs_adapter| {
+            let submitted = s.submit(NewRequest {
+                needs_adapter,
+                ..request(&[1; 9], adapters, 1)
+            });
+            submitted.map(|_| drain(s))
+        };
+        let refused = Err(Error::OnlyBaseModelLeft);
+        let expected = if only_base_left { refused } else { Ok(()) };
+        assert_eq!(submit(&mut s, true), expected, "{adapters:?}");
+        assert_eq!(submit(&mut s, false), Ok(()));
+    }
+}
+
+#[test]
 fn a_prompt_cached_in_one_scope_is_computed_again_in_another() {
     let scope = |tenant: &str, salt: &str| CacheScope {
         tenant: tenant.into(),

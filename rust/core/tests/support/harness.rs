@@ -171,9 +171,13 @@ impl Harness {
                 tenant: ["", "t"][self.rng.range(0, 1)].into(),
                 salt: ["", "", "t"][self.rng.range(0, 2)].into(),
             },
+            needs_adapter: self.rng.one_in(4),
         };
         match self.scheduler.submit(new.clone()) {
             Ok(request) => self.expect(request, new),
+            Err(Error::OnlyBaseModelLeft) => {
+                assert!(new.needs_adapter && self.weights(&new).is_empty());
+            }
             Err(
                 Error::PromptTooLong { .. }
                 | Error::RequestTooLarge { .. }
@@ -192,13 +196,16 @@ impl Harness {
         let mut adapters = BTreeMap::new();
         for _ in 0..[0, 1, 1, 1, 2, 3][self.rng.range(0, 5)] {
             let name = names[self.rng.range(0, names.len() - 1)].clone();
-            adapters.insert(name, [1.0, 0.5, 0.25, 0.0][self.rng.range(0, 3)]);
+            adapters.insert(
+                name,
+                [1.0, 0.5, 0.25, 0.0, -0.25, -1.0][self.rng.range(0, 5)],
+            );
         }
         adapters.into_iter().collect()
     }
 
-    /// Sums weights per content, in order of adapter id, without zeros.
-    fn expect(&mut self, request: RequestId, new: NewRequest) {
+    /// Sums per content, in order of adapter id, without zeros.
+    fn weights(&self, new: &NewRequest) -> BTreeMap<u32, f32> {
         let mut weights = BTreeMap::<u32, f32>::new();
         for (name, weight) in &new.adapters {
             let listed = self.scheduler.adapters();
@@ -206,6 +213,12 @@ impl Harness {
             *weights.entry(info.id.0).or_default() += weight;
         }
         weights.retain(|_, weight| *weight != 0.0);
+        weights
+    }
+
+    fn expect(&mut self, request: RequestId, new: NewRequest) {
+        let weights = self.weights(&new);
+        assert!(!new.needs_adapter || !weights.is_empty());
         let hashes: Vec<_> = weights.keys().map(|id| self.hash_of[id].clone()).collect();
         let adapters: Vec<_> = weights
             .values()
