@@ -184,7 +184,13 @@ WRONG_FILES = [
     ("model: m\nadapters: {a: {path: x, revision: y}}", "neither a revision"),
     ("model: m\nadapters: {a: {repo: x, source: S3}}", "adapters.a.source"),
     ("model: m\nadapters: {a: {repo: x, rank: 3}}", "adapters.a.rank is no setting"),
-    ("model: m\nserved_model_name: a\nadapters: {a: /x}", "'a' is an adapter's name too"),
+    ("model: m\nserved_model_name: a\nadapters: {a: /x}", "'a' is the base model's already"),
+    ("model: m\nadapters: {m: /x}", "'m' is the base model's already"),
+    ("model: m\nadapters: {'m:x': /x}", "'m:x' means adapter 'x' of base model 'm' already"),
+    ("model: org/m\nadapters: {org-m: /x}", "'org-m' is the base model's already"),
+    ("model: m\nserved_model_name: [a, a]", "the base model is named 'a' twice"),
+    ("model: m\nserved_model_name: [a, '']", "a name of the base model is empty"),
+    ("model: m\nserved_model_name: [a, 'a:x']", "'a:x' means adapter 'x' of base model 'a' already"),
     ("model: m\ntls_key: k", "give both tls_certificate and tls_key"),
     ("model: m\ntls_client_ca: k", "tls_client_ca needs"),
     ("model: m\nkeys: [{secret: s}]", "keys.0.name is missing"),
@@ -358,6 +364,14 @@ def test_cached_prompts_of_each_key_without_keys_are_an_error() -> None:
     settings = load_settings({"model": "m", "prefix_cache_scope": "key"}, {}).settings
     with pytest.raises(ConfigError, match="prefix_cache_scope is key, but no keys are configured"):
         prefix_cache_scope(settings, api_keys(settings))
+
+
+def test_the_engine_is_told_what_the_base_model_is_called() -> None:
+    from loraserve.server.assembly import engine_config  # noqa: PLC0415 (imports grpc)
+
+    for names, expected in (("", ("m",)), ("one, two", ("one", "two"))):
+        settings = load_settings({"model": "m", "served_model_name": names}, {}).settings
+        assert engine_config(settings).base_names == expected
 
 
 def test_settings_of_the_engine_are_those_of_its_config() -> None:

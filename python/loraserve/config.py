@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 
 from loraserve.adapters.manifest import AdapterManifest
+from loraserve.adapters.registry import check_base_names
 from loraserve.adapters.startup import ON_ADAPTER_ERROR, AdapterFailure
 from loraserve.errors import InvalidRequestError
 from loraserve.value_checks import check_bool, check_choice, check_int
@@ -38,6 +39,7 @@ class EngineConfig:
     Args:
         model: a Hugging Face directory, a Hub id, a `.gguf` file, or "smollm2" (the embedded default).
         adapters: name → PEFT directory, registered at start.
+        base_names: what requests call the base model; no adapter can be called so, nor NAME:ADAPTER.
         manifests: name → what is said of an adapter here, over its own `loraserve.json`.
         dtype: storage of weights, KV cache and adapters: "bfloat16", "float16" (GPU only) or "float32" (CPU
             only); also vLLM's names "half", "float" and "auto", which is bfloat16 here.
@@ -64,6 +66,7 @@ class EngineConfig:
 
     model: str
     adapters: Mapping[str, str] = field(default_factory=dict)
+    base_names: tuple[str, ...] = ()
     manifests: Mapping[str, AdapterManifest] = field(default_factory=dict)
     dtype: str = "bfloat16"
     device: str = "auto"
@@ -99,6 +102,9 @@ class EngineConfig:
             if value is not None or name not in _OPTIONAL_COUNTS:
                 check_int(name, value, 1, high)
         check_bool("prefix_caching", self.prefix_caching)
+        if not isinstance(self.base_names, tuple) or not all(isinstance(one, str) for one in self.base_names):
+            raise InvalidRequestError(f"base_names is {self.base_names!r:.100}, give a tuple of names")
+        check_base_names(self.base_names)
         check_choice("on_adapter_error", self.on_adapter_error, ON_ADAPTER_ERROR)
         if not isinstance(self.failed_adapters, tuple):
             raise InvalidRequestError(f"failed_adapters is {self.failed_adapters!r:.100}, give a tuple")

@@ -245,7 +245,7 @@ class Engine:
             InvalidRequestError: the name is not allowed, or taken by other content.
             AdapterFormatError, AdapterUnavailableError, CapacityError: the adapter can't be served.
         """
-        check_adapter_name(name)
+        check_adapter_name(name, self.config.base_names)
         path = os.path.abspath(path)  # it is read again at every load, wherever the process is then
         receipt = self._loader.check(path)
         manifest = (manifest or AdapterManifest()).merged_over(read_manifest(path))

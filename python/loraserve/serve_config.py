@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 
-from loraserve.adapters.registry import check_adapter_name
+from loraserve.adapters.registry import check_adapter_name, check_base_names
 from loraserve.adapters.source import AdapterSource, parse_source
 from loraserve.adapters.startup import OnAdapterError
 from loraserve.config import MAX_COUNTS, EngineConfig
@@ -492,17 +492,15 @@ class ServeSettings(_Model):
 
     @model_validator(mode="after")
     def _check_together(self) -> ServeSettings:
+        check_base_names(self.served_names)
         for name in self.adapters:
-            check_adapter_name(name)
+            check_adapter_name(name, self.served_names)
         if self.http_port is None and self.grpc_port is None:
             raise ValueError("http_port and grpc_port are both off, serve at least one API")
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("give both tls_certificate and tls_key, or neither")
         if self.tls_client_ca is not None and self.tls_certificate is None:
             raise ValueError("tls_client_ca needs tls_certificate and tls_key")
-        for name in self.served_model_name:
-            if name in self.adapters:
-                raise ValueError(f"served_model_name {name!r} is an adapter's name too, choose another")
         return self
 
     @property

@@ -1,9 +1,9 @@
-"""Adapter names: what each was registered from, and its receipt."""
+"""Adapter names: which may be given, what each was registered from, and its receipt."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from loraserve._core import Receipt
@@ -13,6 +13,13 @@ from loraserve.errors import AdapterNotFoundError, InvalidRequestError
 
 MAX_NAME_CHARS = 256
 NAME_PATTERN = re.compile(r"[a-zA-Z0-9_\-.:]+")
+RESERVED_NAMES = {
+    "__base_model__": "it is LoRAX' name of the base model",
+    "_sum": "metrics call sums of adapters so",
+    "_other": "metrics call adapters without a label of their own so",
+    ".": "no URL can name it",
+    "..": "no URL can name it",
+}
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,17 @@ class AdapterRegistry:
         return len(self._by_name)
 
 
-def check_adapter_name(name: str) -> None:
+def registered_name(name: str) -> str:
+    """Names have no "/": an adapter of the Hub, `owner/name`, is registered as `owner-name`."""
+    return name.replace("/", "-")
+
+
+def check_adapter_name(name: str, base_names: Sequence[str] = ()) -> None:
+    """Whether requests could ask for an adapter of this name, where the base model is called `base_names`.
+
+    Raises:
+        InvalidRequestError: it is too long, has other characters than names have, or means something else.
+    """
     if len(name) > MAX_NAME_CHARS:
         raise InvalidRequestError(
             f"adapter name {name!r:.40}… has {len(name)} characters, limit is {MAX_NAME_CHARS}"
@@ -81,3 +98,38 @@ def check_adapter_name(name: str) -> None:
         raise InvalidRequestError(
             f"adapter name {name!r} is not allowed, use letters, digits, '_', '-', '.' and ':'"
         )
+    if name in RESERVED_NAMES:
+        raise InvalidRequestError(
+            f"adapter name {name!r} is not allowed: {RESERVED_NAMES[name]}, choose another"
+        )
+    for base in base_names:
+        for written in (base, registered_name(base)):
+            if name == written:
+                raise InvalidRequestError(
+                    f"adapter name {name!r} is the base model's already, choose another "
+                    "or give the base model another with --served-model-name"
+                )
+            if name.startswith(f"{written}:"):
+                raise InvalidRequestError(
+                    f"adapter name {name!r} means adapter {name[len(written) + 1 :]!r} of base model "
+                    f"{written!r} already, choose another"
+                )
+
+
+def check_base_names(names: Sequence[str]) -> None:
+    """Whether every name of the base model means it, and nothing else.
+
+    Raises:
+        InvalidRequestError: one is empty, given twice, or an adapter of another.
+    """
+    for index, name in enumerate(names):
+        if not name:
+            raise InvalidRequestError("a name of the base model is empty, give it at least one character")
+        if name in names[:index]:
+            raise InvalidRequestError(f"the base model is named {name!r} twice, name it once")
+        for other in names:
+            if name.startswith(f"{other}:"):
+                raise InvalidRequestError(
+                    f"base model name {name!r} means adapter {name[len(other) + 1 :]!r} of base model "
+                    f"{other!r} already, choose another"
+                )

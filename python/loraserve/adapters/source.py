@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from loraserve.adapters.registry import check_adapter_name
+from loraserve.adapters.registry import check_adapter_name, registered_name
 from loraserve.errors import InvalidRequestError
 
 # TGI's LORA_ADAPTERS: id, name=path, id@revision, name=path@revision; at most one "=" and one "@".
@@ -62,7 +62,7 @@ def parse_lora_adapters(text: str) -> dict[str, AdapterSource]:
                 f"lora adapter {entry!r} is not id, name=path, id@revision or name=path@revision"
             )
         id_, path, revision = match.groups()
-        name = id_.strip() if path else id_.strip().replace("/", "-")
+        name = id_.strip() if path else registered_name(id_.strip())
         check_adapter_name(name)
         if name in sources:
             raise InvalidRequestError(f"lora adapters name {name!r} twice")

@@ -36,6 +36,7 @@ def engine_config(settings: ServeSettings, *, with_downloads: bool = True) -> En
     """
     config = EngineConfig(
         model=settings.model,
+        base_names=settings.served_names,
         dtype=settings.dtype,
         device=settings.device,
         memory=settings.memory,

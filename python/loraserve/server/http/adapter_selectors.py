@@ -7,10 +7,11 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
+from loraserve.adapters.registry import registered_name
 from loraserve.errors import AdapterNotFoundError, InvalidRequestError
 from loraserve.request import AdapterSpec
 from loraserve.server.http.foreign_fields import SELECTORS_ELSEWHERE
-from loraserve.server.http.model_names import adapter_in_model, registered_name
+from loraserve.server.http.model_names import adapter_in_model
 from loraserve.server.http.request_body import Elsewhere, Neutral, NoEffect, RequestBody
 from loraserve.server.http.state import HttpState
 from loraserve.server.keys import Caller

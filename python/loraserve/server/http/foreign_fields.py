@@ -69,7 +69,6 @@ OPENAI_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "routed_experts_prompt_start": (0,),
     "return_cached_tokens_details": (False,),
     "return_meta_info": (False,),
-    "cache_salt": (),
     "extra_key": (),
     "session_params": (),
     "kv_transfer_params": (),

@@ -18,9 +18,7 @@ from loraserve.server.outcomes import Outcome
 
 BASE_LABEL = ""
 SUM_LABEL = "_sum"  # of requests for a weighted sum of adapters
-OTHER_LABEL = (
-    "_other"  # of adapters beyond the limit; names of adapters may start with "_" too, and then share it
-)
+OTHER_LABEL = "_other"  # of adapters beyond the limit; no adapter has either name
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from loraserve.adapters.registry import registered_name
 from loraserve.server.http.state import HttpState
 from loraserve.server.keys import Caller
 
@@ -25,11 +26,6 @@ def adapter_in_model(state: HttpState, model: str | None) -> str | None:
 def is_placeholder(state: HttpState, model: str) -> bool:
     """Whether `model` stands for whatever model there is; an adapter that has such a name is meant by it."""
     return model in PLACEHOLDER_MODELS and all(one.name != model for one in state.engine.adapters())
-
-
-def registered_name(name: str) -> str:
-    """Names have no "/": an adapter of the Hub, `owner/name`, is registered as `owner-name`."""
-    return name.replace("/", "-")
 
 
 def models_for(state: HttpState, caller: Caller) -> Iterator[dict[str, Any]]:
