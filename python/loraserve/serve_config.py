@@ -434,10 +434,11 @@ class ServeSettings(_Model):
     adapter_root: Texts = option(
         (), "keys", "directory under which adapters may be loaded at run time; repeat for more", "DIRECTORY"
     )
-    hub_repo: Texts = option(
-        ("*",),
+    hub_repo: Texts | None = option(
+        None,
         "keys",
-        "pattern of Hub repositories that may be loaded at run time; repeat for more",
+        "pattern of Hub repositories that may be loaded at run time; repeat for more "
+        "(default: none where keys are configured, else all)",
         "PATTERN",
     )
     prefix_cache_scope: PrefixCacheScope | None = option(

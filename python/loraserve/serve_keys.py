@@ -1,4 +1,4 @@
-"""All API keys of a server's settings: of its flags, variables and files."""
+"""All API keys of a server's settings, and what is closed, unless opened, where there are any."""
 
 from __future__ import annotations
 
@@ -41,6 +41,13 @@ def prefix_cache_scope(settings: ServeSettings, keys: Sequence[ApiKey]) -> Prefi
             "configure keys, or leave it out"
         )
     return settings.prefix_cache_scope or ("key" if keys else "shared")
+
+
+def hub_repos(settings: ServeSettings, *, has_keys: bool) -> tuple[str, ...]:
+    """Patterns of what may be fetched at run time; with keys, none unless the settings say so."""
+    if settings.hub_repo is not None:
+        return settings.hub_repo
+    return () if has_keys else ("*",)
 
 
 def read_keys_file(path: Path) -> tuple[KeySettings, ...]:

@@ -151,7 +151,7 @@ class ControlServer:
         self._access = AccessControl(
             keys, has_open_metrics=has_open_metrics, prefix_cache_scope=prefix_cache_scope
         )
-        self._sources = AdapterSources(roots)
+        self._sources = AdapterSources(roots, hub_repos=("*",))
         self.metrics = Metrics(on_finished=[log_request])
         self._ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="test-control")

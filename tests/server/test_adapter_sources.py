@@ -108,7 +108,7 @@ def test_a_name_that_is_nowhere_says_where_it_was_looked_for(
 
     monkeypatch.setattr(adapter_sources, "download_adapter", download)
     local = f"no directory 'a-two' lies under an adapter root \\({folder / 'root'}\\); "
-    sources = AdapterSources([folder / "root"])
+    sources = AdapterSources([folder / "root"], hub_repos=("*",))
     with pytest.raises(AdapterFormatError, match=f"^{local}adapter 'a-two' is not on the Hub"):
         asyncio.run(sources.resolve(sources.find("a-two")))
     sources = AdapterSources([folder / "root"], hub_repos=())

@@ -12,7 +12,7 @@ from loraserve.adapters.startup import StartingAdapters
 from loraserve.cli.options import Subparsers, add_command
 from loraserve.config_layers import load_settings
 from loraserve.serve_config import OFF, ServeSettings
-from loraserve.serve_keys import api_keys, prefix_cache_scope
+from loraserve.serve_keys import api_keys, hub_repos, prefix_cache_scope
 
 if TYPE_CHECKING:
     from loraserve.config import EngineConfig
@@ -76,6 +76,7 @@ def _check_parts(settings: ServeSettings) -> dict[str, str]:
     has_own_cache = prefix_cache_scope(settings, keys) == "key"
     rows = {
         "keys": ", ".join(named) or "none: everybody may use everything, this machine administers",
+        "hub": ", ".join(hub_repos(settings, has_keys=bool(keys))) or "none: nothing is fetched at run time",
         "cache": "prompts of a key serve that key only" if has_own_cache else "prompts are shared by all",
     }
     return rows | _check_adapters(settings, assembly.engine_config(settings, with_downloads=False))

@@ -18,10 +18,10 @@ class AdapterSources:
 
     Args:
         roots: directories under which adapters may lie; with none, no path may be loaded.
-        hub_repos: patterns of Hub repositories that may be fetched.
+        hub_repos: patterns of Hub repositories that may be fetched; with none, nothing is.
     """
 
-    def __init__(self, roots: Sequence[str | Path] = (), hub_repos: Sequence[str] = ("*",)) -> None:
+    def __init__(self, roots: Sequence[str | Path] = (), hub_repos: Sequence[str] = ()) -> None:
         self._roots = tuple(Path(root).expanduser().resolve() for root in roots)
         self._hub_repos = tuple(hub_repos)
 

@@ -12,7 +12,7 @@ from loraserve.adapters.startup import AdapterFailure, StartingAdapters
 from loraserve.config import EngineConfig
 from loraserve.loader.hub import download_adapter, download_model
 from loraserve.serve_config import AdapterSettings, ServeSettings
-from loraserve.serve_keys import api_keys, prefix_cache_scope
+from loraserve.serve_keys import api_keys, hub_repos, prefix_cache_scope
 from loraserve.server.adapter_sources import AdapterSources
 from loraserve.server.grpc import GrpcServer
 from loraserve.server.grpc_access import AccessInterceptor
@@ -79,8 +79,8 @@ def access_control(settings: ServeSettings) -> AccessControl:
     )
 
 
-def adapter_sources(settings: ServeSettings) -> AdapterSources:
-    return AdapterSources(settings.adapter_root, settings.hub_repo)
+def adapter_sources(settings: ServeSettings, access: AccessControl) -> AdapterSources:
+    return AdapterSources(settings.adapter_root, hub_repos(settings, has_keys=access.has_keys))
 
 
 def request_limits(settings: ServeSettings) -> RequestLimits:
@@ -135,7 +135,7 @@ def grpc_server(
         settings.host,
         settings.grpc_port,
         access=checks,
-        sources=adapter_sources(settings),
+        sources=adapter_sources(settings, access),
         metrics=metrics,
         credentials=credentials,
         limits=request_limits(settings),
@@ -169,7 +169,7 @@ def http_server(
         access=access,
         metrics=metrics,
         limits=limits,
-        sources=adapter_sources(settings),
+        sources=adapter_sources(settings, access),
         cors_origins=settings.cors_origin,
         adapters_at_start=tuple(settings.adapters),
         adapter_failures=tuple(failures),

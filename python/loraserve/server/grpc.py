@@ -18,6 +18,7 @@ from loraserve.adapters.source import AdapterSource
 from loraserve.errors import EngineStoppedError, LoraserveError
 from loraserve.request import Delta
 from loraserve.server.adapter_sources import AdapterSources
+from loraserve.server.disclosure import shown_error
 from loraserve.server.errors import ListenError, status_message
 from loraserve.server.grpc_access import (
     GRPC_ROUTE,
@@ -92,6 +93,8 @@ class LoraServeServicer:
                     async for delta in stream:
                         call.add(delta)
                         await context.write(delta_to_wire(delta))
+                except LoraserveError as error:
+                    raise error if caller is None else shown_error(error, caller) from None
                 finally:
                     # A cancelled call ends here too. Of a finished request, nothing is left to abort.
                     stream.abort()

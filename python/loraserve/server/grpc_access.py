@@ -17,6 +17,7 @@ import grpc
 
 from loraserve.errors import LoraserveError, OverloadedError
 from loraserve.request import AdapterSpec
+from loraserve.server.disclosure import shown_adapter_message, shown_info_message
 from loraserve.server.errors import error_metadata, status_code, status_message
 from loraserve.server.http.metrics import Metrics
 from loraserve.server.keys import PROXY_HEADERS, AccessControl, Caller
@@ -108,14 +109,14 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         response = await handler(message, context)
         if response is None:
             return None
-        visible = [adapter for adapter in response.adapters if caller.may_use(adapter.name)]
-        if not caller.is_admin:
-            for adapter in visible:
-                adapter.ClearField("path")
-        return pb.ListAdaptersResponse(adapters=visible)
+        usable = [adapter for adapter in response.adapters if caller.may_use(adapter.name)]
+        return pb.ListAdaptersResponse(
+            adapters=[shown_adapter_message(adapter, caller) for adapter in usable]
+        )
 
-    async def _ask(self, handler: Handler, message: Any, context: Context, _caller: Caller) -> Any:
-        return await handler(message, context)
+    async def _info(self, handler: Handler, message: Any, context: Context, caller: Caller) -> Any:
+        response = await handler(message, context)
+        return None if response is None else shown_info_message(response, caller)
 
     async def _administer(self, handler: Handler, message: Any, context: Context, caller: Caller) -> Any:
         try:
@@ -128,7 +129,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 _RULES: dict[str, Rule] = {
     "Generate": AccessInterceptor._generate,
     "ListAdapters": AccessInterceptor._list,
-    "GetServerInfo": AccessInterceptor._ask,
+    "GetServerInfo": AccessInterceptor._info,
 }
 
 

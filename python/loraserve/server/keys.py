@@ -59,9 +59,12 @@ class Caller:
         rate: RateLimit | None,
         server: ConcurrencyLimit,
         tenant: str,
+        *,
+        sees_load: bool,
     ) -> None:
         self._key = key
         self._tenant = tenant
+        self.sees_load = sees_load  # what the server and all its callers do
         self._concurrency = concurrency
         self._rate = rate
         self._server = server
@@ -73,6 +76,11 @@ class Caller:
     @property
     def is_admin(self) -> bool:
         return self._key.is_admin
+
+    @property
+    def sees_paths(self) -> bool:
+        """Where files of the server lie."""
+        return self.is_admin
 
     def may_use(self, adapter: str | None) -> bool:
         """Whether this caller may use an adapter, or the base model (None)."""
@@ -160,7 +168,8 @@ class AccessControl:
         self._server = ConcurrencyLimit(max_concurrent_requests)
         is_shared = prefix_cache_scope == "shared"
         self._callers = [
-            (_digest(key.secret), self._caller(key, "" if is_shared else key.name)) for key in keys
+            (_digest(key.secret), self._caller(key, "" if is_shared else key.name, has_keys=True))
+            for key in keys
         ]
         self._anybody = self._caller(ApiKey(name="anybody", secret=""))
         self._local = self._caller(ApiKey(name="loopback", secret="", is_admin=True))
@@ -204,9 +213,12 @@ class AccessControl:
                 found = caller
         return found
 
-    def _caller(self, key: ApiKey, tenant: str = "") -> Caller:
+    def _caller(self, key: ApiKey, tenant: str = "", *, has_keys: bool = False) -> Caller:
         rate = None if key.requests_per_minute is None else RateLimit(key.requests_per_minute)
-        return Caller(key, ConcurrencyLimit(key.max_concurrent), rate, self._server, tenant)
+        sees_load = key.is_admin or not has_keys
+        return Caller(
+            key, ConcurrencyLimit(key.max_concurrent), rate, self._server, tenant, sees_load=sees_load
+        )
 
 
 def is_loopback(host: str) -> bool:

@@ -298,7 +298,8 @@ def test_info_has_tgis_fields_and_the_engines(client: httpx.Client) -> None:
         "version": "1.0",
     }
     assert {name: info[name] for name in tgi} == tgi
-    assert (info["page_nbytes"], info["device"]) == (65536, "cpu")
+    assert info["device"] == "cpu"
+    assert client.get("/info", headers=ROOT).json()["page_nbytes"] == 65536
 
 
 @pytest.mark.parametrize(
@@ -320,15 +321,17 @@ def test_metrics_are_for_the_admin_unless_opened(
     assert ("loraserve_pool_pages" in answer.text) == (status == 200)
 
 
-def test_the_dashboard_sees_traffic_of_what_the_caller_may_use(
+def test_the_dashboard_shows_load_and_traffic_to_the_admin_alone(
     keyed: ControlServer, client: httpx.Client
 ) -> None:
     for name, model in (("sql", "sql"), ("law", "law")):
         body = {"model": model, "prompt": f"answer {name}"}
         assert client.post("/v1/completions", json=body, headers=ROOT).status_code == 200
     stats = client.get("/dashboard/stats", headers=SALES).json()
-    assert set(stats["adapters"]) == {"sql"}
-    assert (stats["running"], stats["waiting"], stats["is_admin"]) == (7, 6, False)
+    assert (stats.pop("is_admin"), stats.pop("adapters")) == (False, {})
+    assert set(stats.values()) == {None}
+    stats = client.get("/dashboard/stats", headers=ROOT).json()
+    assert set(stats["adapters"]) == {"sql", "law"}
+    assert (stats["running"], stats["waiting"], stats["is_admin"]) == (7, 6, True)
     assert stats["pages"] == {"kv": 5, "cached": 4, "adapters": 3, "free": 2}
     assert len(stats["adapters"]["sql"]["latency_series_s"]) == 60
-    assert set(client.get("/dashboard/stats", headers=ROOT).json()["adapters"]) == {"sql", "law"}

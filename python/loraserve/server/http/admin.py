@@ -203,20 +203,22 @@ def _find(state: HttpState, name: str, caller: Caller) -> AdapterBody:
 
 def _adapter_body(adapter: AdapterInfo, caller: Caller) -> AdapterBody:
     receipt = adapter.receipt
+    load: dict[str, Any] = {
+        "state": adapter.state,
+        "pinned": adapter.is_pinned,
+        "num_running": adapter.num_running,
+        "num_waiting": adapter.num_waiting,
+        "requests": adapter.usage.num_requests,
+        "tokens": adapter.usage.num_completion_tokens,
+        "loads": adapter.num_loads,
+        "evictions": adapter.num_evictions,
+        "last_load_s": adapter.last_load_s,
+    }
     return AdapterBody(
         name=adapter.name,
-        path=adapter.path if caller.is_admin else None,
-        state=adapter.state,
+        path=adapter.path if caller.sees_paths else None,
         rank=receipt.rank,
         nbytes=receipt.nbytes,
-        pinned=adapter.is_pinned,
-        num_running=adapter.num_running,
-        num_waiting=adapter.num_waiting,
-        requests=adapter.usage.num_requests,
-        tokens=adapter.usage.num_completion_tokens,
-        loads=adapter.num_loads,
-        evictions=adapter.num_evictions,
-        last_load_s=adapter.last_load_s,
         description=adapter.description,
         receipt=ReceiptBody(
             tensors=receipt.tensors,
@@ -227,6 +229,7 @@ def _adapter_body(adapter: AdapterInfo, caller: Caller) -> AdapterBody:
             nbytes=receipt.nbytes,
             hash=receipt.hash,
             base_check=receipt.base_check,
-            base_model=receipt.base_model,
+            base_model=receipt.base_model if caller.sees_paths else None,
         ),
+        **(load if caller.sees_load else dict.fromkeys(load)),
     )

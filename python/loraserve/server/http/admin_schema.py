@@ -73,20 +73,24 @@ class ReceiptBody(BaseModel):
 
 
 class AdapterBody(BaseModel):
-    """One adapter; `path` is shown to administrators only, counts are since it was registered."""
+    """One adapter; counts are since it was registered.
+
+    Administrators alone see `path` and `receipt.base_model`. Where there are keys they alone see what others
+    do with it too: `state`, `pinned` and all counts are null for other keys.
+    """
 
     name: str
     path: str | None
-    state: str = Field(description="registered, loading, resident or failed.")
+    state: str | None = Field(description="registered, loading, resident or failed.")
     rank: int
     nbytes: int
-    pinned: bool
-    num_running: int
-    num_waiting: int
-    requests: int
-    tokens: int
-    loads: int
-    evictions: int
+    pinned: bool | None
+    num_running: int | None
+    num_waiting: int | None
+    requests: int | None
+    tokens: int | None
+    loads: int | None
+    evictions: int | None
     last_load_s: float | None
     description: str | None
     receipt: ReceiptBody

@@ -13,7 +13,9 @@ from fastapi import Depends, Header, Request
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
+from loraserve.errors import LoraserveError
 from loraserve.request import AdapterSpec, Delta, GenerateRequest, RequestTiming, Usage
+from loraserve.server.disclosure import shown_error
 from loraserve.server.http.auth import current_caller
 from loraserve.server.http.state import HttpState, http_state
 from loraserve.server.keys import Caller
@@ -69,7 +71,11 @@ class Generation:
     """The running answers of one call; iterate `deltas()` once."""
 
     def __init__(
-        self, streams: Sequence[RequestStream], metrics: RequestMetrics, validation_s: float
+        self,
+        streams: Sequence[RequestStream],
+        metrics: RequestMetrics,
+        validation_s: float,
+        caller: Caller,
     ) -> None:
         self.streams = streams
         self.validation_s = validation_s
@@ -77,6 +83,7 @@ class Generation:
         self.error: Exception | None = None  # one that was answered inside a stream
         self.answered = Answered()
         self._metrics = metrics
+        self._caller = caller
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -92,20 +99,23 @@ class Generation:
         return self.answered.timing
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
-        """(index of the prompt, delta) as they come.
+        """(index of the prompt, delta) as they come, errors as the caller may see them.
 
         Raises:
             ClientDisconnect: the client left; everything is aborted already.
             LoraserveError: an answer failed, or the server is being stopped.
         """
-        if len(self.streams) == 1:
-            async for delta in self.streams[0]:
-                self._note(delta)
-                yield 0, delta
-        else:
-            async for prompt, delta in _merged(self.streams):
-                self._note(delta)
-                yield prompt, delta
+        try:
+            if len(self.streams) == 1:
+                async for delta in self.streams[0]:
+                    self._note(delta)
+                    yield 0, delta
+            else:
+                async for prompt, delta in _merged(self.streams):
+                    self._note(delta)
+                    yield prompt, delta
+        except LoraserveError as error:
+            raise shown_error(error, self._caller) from None
         if self.is_abandoned:
             raise ClientDisconnect
 
@@ -140,7 +150,7 @@ async def generation(call: Call, requests: Sequence[GenerateRequest]) -> AsyncIt
         traceparent=call.traceparent,
     )
     streams: list[RequestStream] = []
-    running = Generation(streams, metrics, 0.0)
+    running = Generation(streams, metrics, 0.0, call.caller)
     try:
         call.caller.check_use(adapter)
         async with call.caller.admit():

@@ -29,17 +29,18 @@ def is_placeholder(state: HttpState, model: str) -> bool:
 
 
 def models_for(state: HttpState, caller: Caller) -> Iterator[dict[str, Any]]:
-    """Entries of /v1/models: the base model's names and the adapters this caller may use."""
+    """Entries of /v1/models: the base model's names and the adapters the caller may use; `root` is a path."""
     base = state.served_names[0]
     if caller.may_use(None):
-        root = state.engine.info().model
+        root = state.engine.info().model if caller.sees_paths else None
         yield from (_model(state, name, root=root, parent=None) for name in state.served_names)
     for adapter in state.engine.adapters():
         if caller.may_use(adapter.name):
-            yield _model(state, adapter.name, root=adapter.path, parent=base)
+            root = adapter.path if caller.sees_paths else None
+            yield _model(state, adapter.name, root=root, parent=base)
 
 
-def _model(state: HttpState, name: str, *, root: str, parent: str | None) -> dict[str, Any]:
+def _model(state: HttpState, name: str, *, root: str | None, parent: str | None) -> dict[str, Any]:
     return {
         "id": name,
         "object": "model",

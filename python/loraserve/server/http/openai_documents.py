@@ -29,7 +29,7 @@ class Model(_Document):
     object: Literal["model"]
     created: int
     owned_by: str
-    root: str
+    root: str | None
     parent: str | None
     max_model_len: int
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
+from loraserve.server.disclosure import shown_info
 from loraserve.server.http.auth import current_caller
 from loraserve.server.http.exposition import CONTENT_TYPE, pool_pages, render
-from loraserve.server.http.metrics import OTHER_LABEL, SUM_LABEL, Traffic
+from loraserve.server.http.metrics import Traffic
 from loraserve.server.http.state import HttpState, http_state
 from loraserve.server.keys import Caller
 
-SHARED_LABELS = (SUM_LABEL, OTHER_LABEL)
+LOAD_FIELDS = ("running", "waiting", "pages", "page_nbytes", "tokens_per_s", "requests_per_s")
 
 State = Annotated[HttpState, Depends(http_state)]
 AnyCaller = Annotated[Caller, Depends(current_caller)]
@@ -45,8 +45,8 @@ async def ready(state: State) -> Response:
 
 
 @router.get("/info")
-async def info(state: State, _caller: AnyCaller) -> dict[str, Any]:
-    """What is served: TGI's fields, then the engine's own."""
+async def info(state: State, caller: AnyCaller) -> dict[str, Any]:
+    """What is served: TGI's fields, then the engine's own; its load and its paths for administrators."""
     engine, limits = state.engine.info(), state.limits
     max_input = engine.max_model_len - 1
     return {
@@ -66,7 +66,7 @@ async def info(state: State, _caller: AnyCaller) -> dict[str, Any]:
         "sha": None,
         "docker_label": None,
         "served_model_names": list(state.served_names),
-        **asdict(engine),
+        **shown_info(engine, caller),
     }
 
 
@@ -82,7 +82,9 @@ async def metrics(request: Request, state: State) -> Response:
 
 @router.get("/dashboard/stats", include_in_schema=False)
 async def dashboard_stats(state: State, caller: AnyCaller) -> dict[str, Any]:
-    """Load and traffic of the last seconds; adapters that the caller may use."""
+    """Load and traffic of the last seconds, where the caller may see what others do."""
+    if not caller.sees_load:
+        return dict.fromkeys(LOAD_FIELDS) | {"is_admin": False, "adapters": {}}
     stats, recent = state.engine.stats(), state.metrics.recent
     state.metrics.keep_only(stats.adapters)
     return {
@@ -93,11 +95,7 @@ async def dashboard_stats(state: State, caller: AnyCaller) -> dict[str, Any]:
         "tokens_per_s": recent.tokens_per_s(),
         "requests_per_s": recent.requests_per_s(),
         "is_admin": caller.is_admin,
-        "adapters": {
-            name: _traffic(traffic)
-            for name, traffic in state.metrics.traffic.items()
-            if name in SHARED_LABELS or caller.may_use(name or None)
-        },
+        "adapters": {name: _traffic(traffic) for name, traffic in state.metrics.traffic.items()},
     }
 
 

@@ -33,8 +33,8 @@ export class AdapterRow {
     this.adapter = adapter;
     setText(this.about, adapter.description || adapter.path || "");
     this.about.title = adapter.path ?? "";
-    setText(this.state, STATE_TEXT[adapter.state] ?? adapter.state);
-    this.state.dataset.state = adapter.state;
+    setText(this.state, STATE_TEXT[adapter.state] ?? adapter.state ?? "");
+    this.state.dataset.state = adapter.state ?? "";
     setText(this.rank, format.count(adapter.rank));
     setText(this.nbytes, format.bytes(adapter.nbytes));
     setText(this.requests, format.compact(adapter.requests));

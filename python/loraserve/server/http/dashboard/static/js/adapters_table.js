@@ -40,7 +40,7 @@ export class AdaptersTable {
 
   #show() {
     const sought = byId("adapters-find").value.trim().toLowerCase();
-    const found = this.adapters.filter((adapter) => [adapter.name, adapter.state, adapter.description ?? ""].some((text) => text.toLowerCase().includes(sought)));
+    const found = this.adapters.filter((adapter) => [adapter.name, adapter.state ?? "", adapter.description ?? ""].some((text) => text.toLowerCase().includes(sought)));
     const shown = found.sort((one, other) => this.#compare(one, other)).slice(0, this.numShown);
     this.#place(shown.map((adapter) => this.#row(adapter)));
     const empty = byId("adapters-empty");

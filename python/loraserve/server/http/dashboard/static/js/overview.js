@@ -17,7 +17,10 @@ export class Overview {
     ]);
   }
 
+  /** A key that may not see what others do is shown no figures: the server tells it none. */
   update(stats) {
+    for (const node of document.querySelectorAll("#overview .figures, #overview .panels")) node.hidden = stats.pages === null;
+    if (stats.pages === null) return;
     const now = Date.now() / 1000;
     const { kv, cached, adapters, free } = stats.pages;
     setText(byId("figure-running"), format.count(stats.running));
