@@ -21,6 +21,7 @@ from loraserve.did_you_mean import did_you_mean
 from loraserve.serve_config import ConfigError, ServeSettings
 
 SOURCES = ("HF",)
+TENSORRT_KEYS = frozenset({"plugin_configuration"})  # of the block that are like names it has here
 BASETEN_KEYS = frozenset({"model_name"})  # of config.yaml beside trt_llm that are like names of settings
 
 
@@ -30,7 +31,7 @@ class _Block(BaseModel):
     def unread(self, prefix: str) -> list[str]:
         """Fields of this block and of those in it that are not read. Raises ConfigError: one is a slip."""
         found = [f"{prefix}.{name}" for name in self.model_extra or {}]
-        for name in self.model_extra or {}:
+        for name in (self.model_extra or {}).keys() - TENSORRT_KEYS:
             _check_no_slip(name, f"{prefix}.{name}", type(self).model_fields)
         for name in type(self).model_fields:
             value = getattr(self, name)

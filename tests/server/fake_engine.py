@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 from loraserve import errors
 from loraserve.adapters.startup import AdapterFailure
@@ -68,6 +70,17 @@ class FakeEngine:
             raise error_named(request.prompt.split()[1])
         self.streams.append(FakeStream(request))
         return self.streams[-1]
+
+    def info(self) -> Any:
+        return SimpleNamespace(
+            device="cpu",
+            dtype="float32",
+            num_pages=16,
+            page_nbytes=2**20,
+            max_model_len=512,
+            max_lora_rank=64,
+            num_adapters=1,
+        )
 
     async def shutdown(self, deadline_s: float = 0.0) -> None:
         pass

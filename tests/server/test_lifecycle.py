@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import httpx
@@ -21,7 +22,7 @@ from loraserve.config_layers import load_settings
 from loraserve.errors import EngineStoppedError, PermissionDeniedError
 from loraserve.request import Completion
 from loraserve.sampling_params import SamplingParams
-from loraserve.server.lifecycle import serve
+from loraserve.server.lifecycle import serve, start_facts
 
 from tests.peft_writer import SMOLLM2_135M, write_adapter
 from tests.server.certificates import Authority
@@ -230,6 +231,34 @@ def _is_refused_soon(client: Client) -> bool:
             return "shutting down" in str(error)
         time.sleep(0.01)
     return False
+
+
+@pytest.mark.parametrize(
+    ("values", "access"),
+    [
+        ({}, "no keys: whoever reaches 127.0.0.1 may use everything, this machine administers"),
+        (
+            {"host": "0.0.0.0"},
+            "no keys: whoever reaches 0.0.0.0 may use everything, this machine administers",
+        ),
+        ({"api_key": "hush"}, "every request needs one of the configured keys"),
+        ({"keys": [{"name": "a", "secret": "hush"}]}, "every request needs one of the configured keys"),
+    ],
+)
+def test_a_start_says_what_is_served_and_who_may_come_in(values: dict[str, Any], access: str) -> None:
+    given = {"model": "m", "adapters": {"a": "/a", "b": "/b"}, "max_num_seqs": 8, **values}
+    lines = start_facts(load_settings(given, {}).settings, FakeEngine().info())
+    assert [line.split(None, 1) for line in lines] == [
+        ["device", "cpu, float32"],
+        ["pool", "16 MiB for KV cache and adapters"],
+        [
+            "limits",
+            "512 tokens of context, 8 sequences and 2048 tokens a step, adapters up to rank 64",
+        ],
+        ["adapters", "1 of 2 configured"],
+        ["access", access],
+    ]
+    assert "hush" not in "".join(lines)
 
 
 def test_a_server_whose_engine_fails_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

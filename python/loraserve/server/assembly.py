@@ -190,7 +190,7 @@ async def warm_up(engine: AsyncEngine, settings: ServeSettings) -> tuple[Adapter
         for name, adapter in settings.adapters.items()
         if (adapter.warm or adapter.pin) and name not in failed
     }
-    results = await asyncio.gather(*map(engine.warm_adapter, wanted), return_exceptions=True)
+    results = await asyncio.gather(*(engine.warm_adapter(name) for name in wanted), return_exceptions=True)
     for (name, adapter), result in zip(wanted.items(), results, strict=True):
         with starting.trying(name, str(adapter.adapter_source())):
             if isinstance(result, BaseException):

@@ -23,6 +23,7 @@ from loraserve.server.logs import log_event
 
 if TYPE_CHECKING:
     from loraserve.async_engine import AsyncEngine
+    from loraserve.info import EngineInfo
     from loraserve.server.http.server import HttpServer
     from loraserve.server.http.tracing import Tracing
 
@@ -74,7 +75,7 @@ async def serve(loaded: LoadedSettings) -> None:
     servers = await _assemble(settings)
     stop = _stop_event()
     await servers.start()
-    print(_ready_line(settings, servers), flush=True)
+    print(_ready_line(settings, servers), *start_facts(settings, servers.engine.info()), sep="\n", flush=True)
     failure = await _failure_before(servers.engine, stop)
     if failure is not None:
         await servers.stop(0.0)
@@ -144,6 +145,24 @@ def _ready_line(settings: ServeSettings, servers: Servers) -> str:
         parts.append(f"http {scheme}://{servers.http.address}")
     names = ", ".join(sorted(settings.adapters)) or "none"
     return f"loraserve ready: {', '.join(parts)}, model {settings.model}, adapters {names}"
+
+
+def start_facts(settings: ServeSettings, info: EngineInfo) -> list[str]:
+    """Lines that say what is served with what, and who may come in."""
+    keys = len(settings.keys) + (settings.api_key is not None) + (settings.admin_key is not None)
+    if keys or settings.keys_file is not None:
+        access = "every request needs one of the configured keys"
+    else:
+        access = f"no keys: whoever reaches {settings.host} may use everything, this machine administers"
+    pool = info.num_pages * info.page_nbytes / 2**20
+    return [
+        f"  device    {info.device}, {info.dtype}",
+        f"  pool      {pool:,.0f} MiB for KV cache and adapters",
+        f"  limits    {info.max_model_len} tokens of context, {settings.max_num_seqs} sequences and "
+        f"{settings.max_batched_tokens} tokens a step, adapters up to rank {info.max_lora_rank}",
+        f"  adapters  {info.num_adapters} of {len(settings.adapters)} configured",
+        f"  access    {access}",
+    ]
 
 
 def _exit_on_signals() -> None:
