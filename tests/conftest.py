@@ -54,3 +54,12 @@ def tiny_adapters(
     from tests.e2e.tiny import make_tiny_adapters  # noqa: PLC0415  slow to import
 
     return make_tiny_adapters(tiny_model[1], tmp_path_factory.mktemp("tiny-adapters"))
+
+
+@pytest.fixture(scope="session")
+def tiny_expected(
+    tiny_model: tuple[Path, torch.nn.Module], tiny_adapters: dict[str, str]
+) -> dict[str, list[int]]:
+    from tests.e2e.tiny import peft_answers  # noqa: PLC0415  slow to import
+
+    return peft_answers(tiny_model[1], tiny_adapters)

@@ -144,11 +144,13 @@ class Scheduler:
         prefix_caching: bool = True,
         max_num_slots: int | None = None,
     ) -> Scheduler: ...
-    def register_adapter(self, name: str, content_hash: str, nbytes: int) -> int:
+    def register_adapter(self, name: str, content_hash: str, nbytes: int, *, replace: bool = False) -> int:
         """Make an adapter known and return its id; the same name with the same hash again is a no-op.
 
-        Adapters are identified by hash: several names may share one id. Raises InvalidRequestError for a bad
-        or taken name, CapacityError if the pool could never hold it.
+        Adapters are identified by hash: several names may share one id. With `replace` a name of other
+        content passes over at once, pin and all, and accepted requests finish with what they had. Raises
+        InvalidRequestError for a bad or taken name, CapacityError if the pool could never hold it or its pin
+        has no room; then nothing has changed.
         """
     def unregister_adapter(self, name: str) -> None:
         """Refuse new requests; accepted ones finish, then the memory is freed. Raises AdapterNotFoundError.

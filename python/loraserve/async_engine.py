@@ -105,9 +105,17 @@ class AsyncEngine:
     def tokenizer(self) -> Tokenizer:
         return self._engine.runner.model.tokenizer
 
-    async def load_adapter(self, name: str, path: str, manifest: AdapterManifest | None = None) -> Receipt:
-        """Check and register an adapter off the loop; see `Engine.load_adapter`."""
-        return await asyncio.to_thread(self._engine.load_adapter, name, path, manifest)
+    async def load_adapter(
+        self, name: str, path: str, manifest: AdapterManifest | None = None, *, replace: bool = False
+    ) -> Receipt:
+        """Check and register an adapter off the loop, or replace one; see `Engine.load_adapter`.
+
+        Replacements of one name last in the order of the calls.
+        """
+        turn = self._engine.take_turn()
+        return await asyncio.to_thread(
+            self._engine.load_adapter, name, path, manifest, replace=replace, turn=turn
+        )
 
     async def unload_adapter(self, name: str) -> None:
         self._engine.unload_adapter(name)

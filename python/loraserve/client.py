@@ -125,9 +125,13 @@ class Client:
             answers[delta.index].append(delta)
         return answers
 
-    def load_adapter(self, name: str, path: str) -> pb.Receipt:
-        """Register the PEFT directory `path`, on the server's disk, under `name`."""
-        request = pb.LoadAdapterRequest(name=name, path=path)
+    def load_adapter(self, name: str, path: str, *, replace: bool = False) -> pb.Receipt:
+        """Register the PEFT directory `path`, on the server's disk, under `name`.
+
+        With `replace` a name of other content passes over at once: requests accepted before finish on the
+        old weights, and on an error the old adapter goes on serving.
+        """
+        request = pb.LoadAdapterRequest(name=name, path=path, replace=replace)
         response: pb.LoadAdapterResponse = self._call(self._stub.LoadAdapter, request)
         return response.receipt
 
@@ -260,9 +264,9 @@ class AsyncClient:
             answers[delta.index].append(delta)
         return answers
 
-    async def load_adapter(self, name: str, path: str) -> pb.Receipt:
+    async def load_adapter(self, name: str, path: str, *, replace: bool = False) -> pb.Receipt:
         """As `Client.load_adapter`."""
-        request = pb.LoadAdapterRequest(name=name, path=path)
+        request = pb.LoadAdapterRequest(name=name, path=path, replace=replace)
         response: pb.LoadAdapterResponse = await self._call(self._stub.LoadAdapter, request)
         return response.receipt
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import secrets
@@ -118,6 +119,7 @@ class Engine:
         self._registry = AdapterRegistry()
         self._loads = LoadBook()
         self._usage = UsageBook()
+        self._turns = itertools.count()
         self._loader = ExtentLoader(
             self.runner.backend,
             self.runner.base_shape,
@@ -232,7 +234,13 @@ class Engine:
         self._wake.set()
 
     def load_adapter(
-        self, name: str, path: str | os.PathLike[str], manifest: AdapterManifest | None = None
+        self,
+        name: str,
+        path: str | os.PathLike[str],
+        manifest: AdapterManifest | None = None,
+        *,
+        replace: bool = False,
+        turn: int | None = None,
     ) -> _core.Receipt:
         """Read, check and register an adapter; its bytes enter the pool on first use.
 
@@ -240,11 +248,16 @@ class Engine:
             name: what requests call it.
             path: a PEFT directory.
             manifest: goes over the directory's own `loraserve.json`.
+            replace: a name of other content passes over at once, with its pin and its usage; requests
+                accepted before finish on the weights they were accepted with. Where this raises, all stays as
+                it was.
+            turn: of `take_turn`; of two replacements of a name the later turn lasts. None takes one now.
 
         Raises:
-            InvalidRequestError: the name is not allowed, or taken by other content.
+            InvalidRequestError: the name is not allowed, or taken by other content and `replace` is not set.
             AdapterFormatError, AdapterUnavailableError, CapacityError: the adapter can't be served.
         """
+        turn = self.take_turn() if turn is None else turn
         check_adapter_name(name, self.config.base_names)
         path = os.path.abspath(path)  # it is read again at every load, wherever the process is then
         receipt = self._loader.check(path)
@@ -252,9 +265,21 @@ class Engine:
         chat_template = self._checked_chat_template(name, manifest)
         with self._lock:
             self._check_accepting()
-            adapter_id = self._scheduler.register_adapter(name, receipt.hash, receipt.nbytes)
-            self._registry.add(RegisteredAdapter(name, path, receipt, adapter_id, manifest, chat_template))
+            old = self._registry.get(name)
+            if replace and old is not None and old.turn > turn:
+                return receipt  # asked for earlier, and replaced already
+            adapter_id = self._scheduler.register_adapter(name, receipt.hash, receipt.nbytes, replace=replace)
+            self._registry.add(
+                RegisteredAdapter(name, path, receipt, adapter_id, manifest, chat_template, turn)
+            )
+            if old is not None and old.adapter_id != adapter_id:
+                self._forget_replaced(old.adapter_id, name)
+        self._wake.set()  # a pinned one is loaded soon
         return receipt
+
+    def take_turn(self) -> int:
+        """The place of a `load_adapter` to come, in the order of these calls."""
+        return next(self._turns)
 
     def unload_adapter(self, name: str) -> None:
         """Refuse new requests for `name`; queued and running ones finish, then its memory is free.
@@ -266,9 +291,7 @@ class Engine:
             self._scheduler.unregister_adapter(name)
             self._registry.remove(name)
             self._usage.forget(name)
-            adapter_ids = set(self._scheduler.adapter_ids())
-            self._registry.forget_sources_except(adapter_ids)
-            self._loads.forget_except(adapter_ids, self._registry.adapter_ids())
+            self._forget_unused()
 
     def warm_adapter(self, name: str) -> Future[float]:
         """Load an adapter into the pool ahead of requests; done, in seconds, once it is there.
@@ -555,6 +578,21 @@ class Engine:
                     "usage": self._usage.of(adapter.name).snapshot(),
                 },
             )
+
+    def _forget_replaced(self, adapter_id: int, name: str) -> None:
+        """Who waits for the old content of `name` to be loaded waits for the new."""
+        if self._loads.is_awaited(adapter_id) and adapter_id not in self._registry.adapter_ids():
+            try:
+                is_resident = self._scheduler.warm_adapter(name)
+                self._loads.pass_on(adapter_id, self._registered(name).adapter_id, is_resident)
+            except LoraserveError as error:
+                self._loads.answer(adapter_id, error)
+        self._forget_unused()
+
+    def _forget_unused(self) -> None:
+        adapter_ids = set(self._scheduler.adapter_ids())
+        self._registry.forget_sources_except(adapter_ids)
+        self._loads.forget_except(adapter_ids, self._registry.adapter_ids())
 
     def _registered(self, name: str) -> RegisteredAdapter:
         adapter = self._registry.get(name)

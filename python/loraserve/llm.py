@@ -124,10 +124,15 @@ class LLM:
         return self._run(requests, progress)
 
     def load_adapter(
-        self, name: str, path: str | os.PathLike[str], manifest: AdapterManifest | None = None
+        self,
+        name: str,
+        path: str | os.PathLike[str],
+        manifest: AdapterManifest | None = None,
+        *,
+        replace: bool = False,
     ) -> Receipt:
-        """Check and register an adapter; see `Engine.load_adapter` for the errors."""
-        return self._engine.load_adapter(name, path, manifest)
+        """Check and register an adapter, or replace the one of this name; see `Engine.load_adapter`."""
+        return self._engine.load_adapter(name, path, manifest, replace=replace)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter; AdapterNotFoundError if there is none of this name."""

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 from loraserve import LLM
 
 from tests.e2e.oracle import HETEROGENEOUS, PeftOracle, make_adapter
-from tests.e2e.tiny import peft_answers
 
 
 @pytest.fixture(scope="session")
@@ -37,10 +35,3 @@ def peft_oracle(peft_base: torch.nn.Module, adapter_paths: dict[str, str]) -> Pe
 def llm_float32(smollm2_path: str, adapter_paths: dict[str, str]) -> Iterator[LLM]:
     with LLM(smollm2_path, adapters=adapter_paths, dtype="float32", memory="2GiB") as llm:
         yield llm
-
-
-@pytest.fixture(scope="session")
-def tiny_expected(
-    tiny_model: tuple[Path, torch.nn.Module], tiny_adapters: dict[str, str]
-) -> dict[str, list[int]]:
-    return peft_answers(tiny_model[1], tiny_adapters)

@@ -98,10 +98,10 @@ class ControlEngine(FakeEngine):
             for name, stats in self.stats().adapters.items()
         ]
 
-    async def load_adapter(self, name: str, path: str, manifest: Any = None) -> Any:
+    async def load_adapter(self, name: str, path: str, manifest: Any = None, *, replace: bool = False) -> Any:
         if path.endswith("bad"):
             raise AdapterFormatError(f"{path} is malformed")
-        if self.paths.get(name, path) != path:
+        if self.paths.get(name, path) != path and not replace:
             raise InvalidRequestError(f"adapter {name!r} is registered with other content")
         self.paths[name] = path
         self.manifests[name] = manifest

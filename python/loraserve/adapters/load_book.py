@@ -54,20 +54,31 @@ class LoadBook:
             counts.load_s += counts.last_load_s
         else:
             counts.num_failures += 1
-        self._answer(adapter_id, error)
+        self.answer(adapter_id, error)
+
+    def is_awaited(self, adapter_id: int) -> bool:
+        return adapter_id in self._waiters
+
+    def pass_on(self, adapter_id: int, successor_id: int, is_resident: bool) -> None:
+        """Who waits for one waits for the other; done at once if that `is_resident`."""
+        if adapter_id in self._waiters:
+            self._waiters.setdefault(successor_id, []).extend(self._waiters.pop(adapter_id))
+            if is_resident:
+                self.answer(successor_id, None)
 
     def forget_except(self, adapter_ids: Collection[int], named_ids: Collection[int]) -> None:
         """Drop what is known of other adapters, and refuse those who wait for one without a name."""
         self._counts = {id_: counts for id_, counts in self._counts.items() if id_ in adapter_ids}
         for adapter_id in self._waiters.keys() - set(named_ids):
-            self._answer(adapter_id, AdapterNotFoundError("the adapter was unloaded before it was loaded"))
+            self.answer(adapter_id, AdapterNotFoundError("the adapter was unloaded before it was loaded"))
 
     def fail_all(self, error: LoraserveError) -> None:
         """Refuse everyone who waits."""
         for adapter_id in list(self._waiters):
-            self._answer(adapter_id, error)
+            self.answer(adapter_id, error)
 
-    def _answer(self, adapter_id: int, error: LoraserveError | None) -> None:
+    def answer(self, adapter_id: int, error: LoraserveError | None) -> None:
+        """It has been loaded, or can't be."""
         for waiter in self._waiters.pop(adapter_id, ()):
             if error is None:
                 waiter.future.set_result(time.monotonic() - waiter.asked_at)

@@ -26,7 +26,8 @@ RESERVED_NAMES = {
 class RegisteredAdapter:
     """One name; several names may share one adapter id, which stands for the content.
 
-    `chat_template` is the manifest's, None where the model's own applies.
+    `chat_template` is the manifest's, None where the model's own applies; `turn` is when it was asked for,
+    among all loads.
     """
 
     name: str
@@ -35,6 +36,7 @@ class RegisteredAdapter:
     adapter_id: int
     manifest: AdapterManifest
     chat_template: ChatTemplate | None
+    turn: int
 
 
 class AdapterRegistry:

@@ -105,7 +105,7 @@ class LoraServeServicer:
         async with self._errors_answered(context, message):
             with logged_load(message.name, message.path, caller_name()):
                 path = await self._allowed_path(message.path)
-                receipt = await self._engine.load_adapter(message.name, path)
+                receipt = await self._engine.load_adapter(message.name, path, replace=message.replace)
             return pb.LoadAdapterResponse(receipt=receipt_to_wire(receipt))
         return None
 

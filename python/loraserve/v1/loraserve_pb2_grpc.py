@@ -83,7 +83,8 @@ class LoraServeServicer:
 
     def LoadAdapter(self, request, context):
         """Checks an adapter on the server's disk and registers it under a name. Its weights enter the
-        memory pool with the first request that uses it. The same name and content again is no error.
+        memory pool with the first request that uses it. The same name and content again is no error; a name
+        of other content is one, unless it is to be replaced.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

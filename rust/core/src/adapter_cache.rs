@@ -57,6 +57,11 @@ impl Entry {
     pub fn is_kept(&self) -> bool {
         self.num_keeps > 0
     }
+
+    /// Whether it is kept under one name only.
+    pub fn is_kept_once(&self) -> bool {
+        self.num_keeps == 1
+    }
 }
 
 #[derive(Debug)]
@@ -106,20 +111,45 @@ impl AdapterCache {
                 .unloading
                 .retain(|other| other != name);
         }
-        let adapter = match self.by_key.get(&key) {
-            Some(&adapter) => adapter,
-            None => self.insert(key, nbytes, num_pages),
-        };
-        self.entry_mut(adapter).names.push(name.to_owned());
-        self.names.insert(
-            name.to_owned(),
-            Name {
-                adapter,
-                is_unloading: false,
-                is_kept: false,
-            },
-        );
+        let adapter = self.find_or_insert(key, nbytes, num_pages);
+        self.bind(name, adapter, false);
         Ok(adapter)
+    }
+
+    /// Binds a name whatever it was bound to, and keeps its pin; accepted requests keep the old adapter.
+    ///
+    /// Returns the slot to free if that leaves the old adapter unused.
+    pub fn replace(
+        &mut self,
+        name: &str,
+        key: AdapterKey,
+        nbytes: usize,
+        num_pages: usize,
+    ) -> Result<(AdapterId, Option<SlotId>), Error> {
+        let Some((old, is_kept)) = self.bound(name) else {
+            return Ok((self.register(name, key, nbytes, num_pages)?, None));
+        };
+        if self.entry(old).key == key {
+            return Ok((old, None));
+        }
+        let adapter = self.find_or_insert(key, nbytes, num_pages);
+        self.entry_mut(old).names.retain(|other| other != name);
+        self.bind(name, adapter, is_kept);
+        if is_kept {
+            self.change_keeps(old, false);
+            self.change_keeps(adapter, true);
+        }
+        Ok((adapter, self.forget_if_unused(old)))
+    }
+
+    /// What a name that takes requests stands for, and whether it is kept in memory under it.
+    pub fn bound(&self, name: &str) -> Option<(AdapterId, bool)> {
+        let bound = self.names.get(name).filter(|bound| !bound.is_unloading)?;
+        Some((bound.adapter, bound.is_kept))
+    }
+
+    pub fn find(&self, key: &AdapterKey) -> Option<AdapterId> {
+        self.by_key.get(key).copied()
     }
 
     /// Unbinds a name; returns the slot to free if that leaves the adapter unused.
@@ -353,7 +383,22 @@ impl AdapterCache {
         );
     }
 
-    fn insert(&mut self, key: AdapterKey, nbytes: usize, num_pages: usize) -> AdapterId {
+    fn bind(&mut self, name: &str, adapter: AdapterId, is_kept: bool) {
+        self.entry_mut(adapter).names.push(name.to_owned());
+        self.names.insert(
+            name.to_owned(),
+            Name {
+                adapter,
+                is_unloading: false,
+                is_kept,
+            },
+        );
+    }
+
+    fn find_or_insert(&mut self, key: AdapterKey, nbytes: usize, num_pages: usize) -> AdapterId {
+        if let Some(adapter) = self.find(&key) {
+            return adapter;
+        }
         let adapter = AdapterId(self.next_id);
         self.next_id += 1;
         let entry = Entry {

@@ -10,7 +10,7 @@ const NUM_OPERATIONS: usize = 1000;
 #[test]
 fn random_operations_keep_every_invariant_and_every_request_ends_once() {
     let (mut num_operations, mut num_finished) = (0, 0);
-    let mut totals = [0; 6];
+    let mut totals = [0; 8];
     for seed in 0..NUM_SEEDS {
         let mut harness = Harness::new(seed);
         for _ in 0..NUM_OPERATIONS {
@@ -25,6 +25,8 @@ fn random_operations_keep_every_invariant_and_every_request_ends_once() {
             stats.num_prefix_hit_tokens,
             harness.num_moves,
             harness.num_pins,
+            harness.num_replacements,
+            harness.num_pins_passed_on,
         ];
         totals
             .iter_mut()

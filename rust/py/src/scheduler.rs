@@ -114,14 +114,20 @@ impl Scheduler {
         Ok(Self { inner })
     }
 
+    #[pyo3(signature = (name, content_hash, nbytes, *, replace=false))]
     fn register_adapter(
         &mut self,
         py: Python<'_>,
         name: &str,
         content_hash: &str,
         nbytes: usize,
+        replace: bool,
     ) -> PyResult<u32> {
-        let registered = self.inner.register_adapter(name, content_hash, nbytes);
+        let registered = if replace {
+            self.inner.replace_adapter(name, content_hash, nbytes)
+        } else {
+            self.inner.register_adapter(name, content_hash, nbytes)
+        };
         Ok(registered.map_err(raise(py))?.0)
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -30,6 +31,7 @@ class HttpThread:
         limits: HttpLimits | None = None,
         max_concurrent_requests: int | None = None,
         adapters_at_start: tuple[str, ...] = (),
+        adapter_roots: Sequence[Path] = (),
     ) -> None:
         self._make_engine = make_engine
         self._served_names = served_names
@@ -37,6 +39,7 @@ class HttpThread:
         self._limits = limits or HttpLimits()
         self._adapters_at_start = adapters_at_start
         self.metrics = Metrics()
+        self._adapter_roots = adapter_roots
         self._ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="test-http")
         self.engine: Any = None
@@ -57,8 +60,8 @@ class HttpThread:
                 access=self._access,
                 metrics=self.metrics,
                 limits=self._limits,
-                sources=AdapterSources(roots=(), hub_repos=()),
                 adapters_at_start=self._adapters_at_start,
+                sources=AdapterSources(roots=self._adapter_roots, hub_repos=()),
             )
             http = HttpServer(state, "127.0.0.1", 0)
             grpc = GrpcServer(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -113,10 +112,7 @@ async def _load(
     path = await _fetch(sources, request, on_progress)
     on_progress(LoadProgress("checking"))
     was_registered = any(adapter.name == request.name for adapter in engine.adapters())
-    if was_registered and request.replaces:
-        await _replace(engine, request, path)
-    else:
-        await engine.load_adapter(request.name, str(path), request.manifest)
+    await engine.load_adapter(request.name, str(path), request.manifest, replace=request.replaces)
     if not (request.is_pinned or request.is_warm):
         return
     on_progress(LoadProgress("warming"))
@@ -139,14 +135,3 @@ async def _fetch(sources: AdapterSources, request: LoadRequest, on_progress: OnL
     if request.source.kind == "hub":
         on_progress(LoadProgress("downloading"))
     return await sources.resolve(request.source, request.token, on_bytes)
-
-
-async def _replace(engine: AsyncEngine, request: LoadRequest, path: Path) -> None:
-    """Checks the new content under a name of its own first: if it is refused, the old one stays."""
-    trial = f"{request.name}:{secrets.token_hex(4)}"
-    await engine.load_adapter(trial, str(path), request.manifest)
-    try:
-        await engine.unload_adapter(request.name)
-        await engine.load_adapter(request.name, str(path), request.manifest)
-    finally:
-        await engine.unload_adapter(trial)

@@ -106,3 +106,50 @@ fn shield_lasts_one_round_and_pins_last_until_released() {
     cache.evict(SlotId(0));
     assert_eq!(cache.entry(a).state, AdapterState::Registered);
 }
+
+#[test]
+fn replaced_adapter_stays_for_its_users_and_its_pin_goes_over() {
+    let mut cache = AdapterCache::default();
+    let old = register(&mut cache, "a", "h1").unwrap();
+    cache.set_kept("a", true).unwrap();
+    cache.add_user(old);
+    cache.begin_load(old, SlotId(0));
+    cache.finish_load(old, 1).unwrap();
+    let (new, slot) = cache.replace("a", AdapterKey::new("h2"), 100, 3).unwrap();
+    assert_eq!((cache.resolve("a"), slot), (Ok(new), None));
+    assert_ne!(old, new);
+    let kept = Kept {
+        num_adapters: 1,
+        num_pages: 3,
+    };
+    assert_eq!(cache.kept(), kept);
+    assert_eq!(cache.list().len(), 1);
+    cache.check_invariants();
+    assert_eq!(cache.remove_user(old), Some(SlotId(0)));
+    assert!(cache.get(old).is_none());
+    cache.check_invariants();
+}
+
+#[test]
+fn replacing_frees_what_nobody_uses_and_leaves_what_others_name() {
+    let mut cache = AdapterCache::default();
+    let old = register(&mut cache, "a", "h1").unwrap();
+    cache.begin_load(old, SlotId(0));
+    cache.finish_load(old, 1).unwrap();
+    let mut replace = |name, content_hash| {
+        let replaced = cache.replace(name, AdapterKey::new(content_hash), 100, 1);
+        cache.check_invariants();
+        replaced.unwrap()
+    };
+    assert_eq!(replace("a", "h1"), (old, None));
+    let (new, slot) = replace("a", "h2");
+    assert_eq!(slot, Some(SlotId(0)));
+    let (unknown, _) = replace("b", "h2");
+    assert_eq!(unknown, new);
+    let (other, slot) = replace("a", "h3");
+    assert_eq!(slot, None);
+    assert_eq!(
+        (cache.resolve("a"), cache.resolve("b")),
+        (Ok(other), Ok(new))
+    );
+}

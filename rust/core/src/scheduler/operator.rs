@@ -6,7 +6,7 @@
 use super::{Plan, Scheduler};
 use crate::adapter_cache::{AdapterState, Kept};
 use crate::error::Error;
-use crate::ids::AdapterId;
+use crate::ids::{AdapterId, AdapterKey};
 use crate::sequence::Sequence;
 
 /// Part of the pool, and of the slots, that may be pinned.
@@ -21,6 +21,14 @@ pub(super) struct Demand {
     pub num_slots: usize,
 }
 
+/// A pin that would come and one that would go with it.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct PinChange {
+    /// `None` also stands for an adapter that nobody knows yet.
+    pub pins: Option<AdapterId>,
+    pub unpins: Option<AdapterId>,
+}
+
 impl Scheduler {
     /// Has the adapter loaded as soon as no request is short of memory; true if it is resident already.
     pub fn warm_adapter(&mut self, name: &str) -> Result<bool, Error> {
@@ -30,7 +38,7 @@ impl Scheduler {
             return Ok(true);
         }
         let kept = self.memory.adapters.kept();
-        if !self.fits(self.demand(1, &[adapter], None), kept) {
+        if !self.fits(self.demand(1, &[adapter], PinChange::default()), kept) {
             return Err(Error::NoRoomBesidePinned {
                 name: name.to_owned(),
                 needed_pages: entry.num_pages,
@@ -44,8 +52,13 @@ impl Scheduler {
     /// Keeps the adapter from being evicted, and has it loaded; or lets it go again.
     pub fn pin_adapter(&mut self, name: &str, is_pinned: bool) -> Result<(), Error> {
         let adapter = self.memory.adapters.resolve(name)?;
-        if is_pinned && !self.memory.adapters.entry(adapter).is_kept() {
-            self.check_pin(name, adapter)?;
+        let entry = self.memory.adapters.entry(adapter);
+        if is_pinned && !entry.is_kept() {
+            let change = PinChange {
+                pins: Some(adapter),
+                unpins: None,
+            };
+            self.check_pin(name, entry.num_pages, change)?;
         }
         self.memory.adapters.set_kept(name, is_pinned)?;
         if is_pinned {
@@ -77,13 +90,14 @@ impl Scheduler {
         &self,
         num_tokens: usize,
         adapters: &[AdapterId],
-        also_kept: Option<AdapterId>,
+        change: PinChange,
     ) -> Demand {
         let entries = adapters
             .iter()
-            .filter(|&&adapter| Some(adapter) != also_kept)
-            .map(|&adapter| self.memory.adapters.entry(adapter))
-            .filter(|entry| !entry.is_kept());
+            .filter(|&&adapter| Some(adapter) != change.pins)
+            .map(|&adapter| (adapter, self.memory.adapters.entry(adapter)))
+            .filter(|(adapter, entry)| !entry.is_kept() || Some(*adapter) == change.unpins)
+            .map(|(_, entry)| entry);
         Demand {
             kv_pages: num_tokens.div_ceil(self.config.block_size),
             adapter_pages: entries.clone().map(|entry| entry.num_pages).sum(),
@@ -102,18 +116,18 @@ impl Scheduler {
         let kept = self.memory.adapters.kept();
         for sequence in self.sequences() {
             assert!(
-                self.fits(self.demand_of(sequence, None), kept),
+                self.fits(self.demand_of(sequence, PinChange::default()), kept),
                 "a request fits beside what is kept"
             );
         }
         assert!(
-            self.wanted_demands(None)
+            self.wanted_demands(PinChange::default())
                 .all(|demand| self.fits(demand, kept)),
             "a wanted adapter fits beside what is kept"
         );
     }
 
-    fn want(&mut self, adapter: AdapterId) {
+    pub(super) fn want(&mut self, adapter: AdapterId) {
         let is_missing = matches!(
             self.memory.adapters.entry(adapter).state,
             AdapterState::Registered | AdapterState::Failed
@@ -123,10 +137,35 @@ impl Scheduler {
         }
     }
 
-    /// The limits of pinning, and nobody pushed out.
-    fn check_pin(&self, name: &str, adapter: AdapterId) -> Result<(), Error> {
-        let needed_pages = self.memory.adapters.entry(adapter).num_pages;
-        let kept = self.memory.adapters.kept();
+    /// Whether the pin of a name may go over to the content that is to replace what it stands for.
+    pub(super) fn check_pin_passes_on(
+        &self,
+        name: &str,
+        key: &AdapterKey,
+        num_pages: usize,
+    ) -> Result<(), Error> {
+        let adapters = &self.memory.adapters;
+        let Some((old, true)) = adapters.bound(name) else {
+            return Ok(());
+        };
+        let new = adapters.find(key);
+        if new.is_some_and(|new| adapters.entry(new).is_kept()) {
+            return Ok(());
+        }
+        let change = PinChange {
+            pins: new,
+            unpins: adapters.entry(old).is_kept_once().then_some(old),
+        };
+        self.check_pin(name, num_pages, change)
+    }
+
+    /// The limits of pinning `needed_pages` more, and nobody pushed out.
+    fn check_pin(&self, name: &str, needed_pages: usize, change: PinChange) -> Result<(), Error> {
+        let mut kept = self.memory.adapters.kept();
+        if let Some(unpinned) = change.unpins {
+            kept.num_adapters -= 1;
+            kept.num_pages -= self.memory.adapters.entry(unpinned).num_pages;
+        }
         let limit_pages = self.config.num_pages / PINNED_SHARE;
         if kept.num_pages + needed_pages > limit_pages {
             return Err(Error::PinTooLarge {
@@ -148,7 +187,7 @@ impl Scheduler {
             num_pages: kept.num_pages + needed_pages,
         };
         for sequence in self.sequences() {
-            let demand = self.demand_of(sequence, Some(adapter));
+            let demand = self.demand_of(sequence, change);
             if !self.fits(demand, kept) {
                 return Err(Error::PinInTheWay {
                     name: name.to_owned(),
@@ -158,7 +197,7 @@ impl Scheduler {
                 });
             }
         }
-        let mut wanted = self.wanted_demands(Some(adapter));
+        let mut wanted = self.wanted_demands(change);
         match wanted.find(|&demand| !self.fits(demand, kept)) {
             None => Ok(()),
             Some(demand) => Err(Error::NoRoomBesidePinned {
@@ -174,22 +213,18 @@ impl Scheduler {
         waiting.chain(self.running.iter().map(|r| &r.sequence))
     }
 
-    fn demand_of(&self, sequence: &Sequence, also_kept: Option<AdapterId>) -> Demand {
+    fn demand_of(&self, sequence: &Sequence, change: PinChange) -> Demand {
         let request = &sequence.request;
         let adapters: Vec<_> = request.adapters.iter().map(|&(id, _)| id).collect();
-        self.demand(
-            sequence.prompt_len + request.max_tokens,
-            &adapters,
-            also_kept,
-        )
+        self.demand(sequence.prompt_len + request.max_tokens, &adapters, change)
     }
 
     /// Of each wanted adapter that is still known, with a page for the KV cache.
-    fn wanted_demands(&self, also_kept: Option<AdapterId>) -> impl Iterator<Item = Demand> {
+    fn wanted_demands(&self, change: PinChange) -> impl Iterator<Item = Demand> {
         let known = self
             .wanted
             .iter()
             .filter(|&&adapter| self.memory.adapters.get(adapter).is_some());
-        known.map(move |&adapter| self.demand(1, &[adapter], also_kept))
+        known.map(move |&adapter| self.demand(1, &[adapter], change))
     }
 }

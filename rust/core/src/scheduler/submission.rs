@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::Scheduler;
+use super::operator::PinChange;
 use crate::error::Error;
 use crate::ids::{AdapterId, AdapterKey, CacheScope, PrefixIdentity, RequestId};
 use crate::request::{NewRequest, Request};
@@ -43,19 +44,46 @@ impl Scheduler {
         content_hash: &str,
         nbytes: usize,
     ) -> Result<AdapterId, Error> {
-        let num_pages = nbytes.div_ceil(self.config.page_nbytes).max(1);
-        if num_pages >= self.config.num_pages {
-            return Err(Error::AdapterTooLarge {
-                name: name.to_owned(),
-                needed: nbytes,
-                needed_pages: num_pages,
-                available: self.config.pool_nbytes(),
-                available_pages: self.config.num_pages,
-            });
-        }
+        let num_pages = self.adapter_pages(name, nbytes)?;
         self.memory
             .adapters
             .register(name, AdapterKey::new(content_hash), nbytes, num_pages)
+    }
+
+    /// As `register_adapter`, and takes the name from other content, at once and with its pin.
+    ///
+    /// Requests accepted by now finish with what they were accepted with. On an error nothing has changed.
+    pub fn replace_adapter(
+        &mut self,
+        name: &str,
+        content_hash: &str,
+        nbytes: usize,
+    ) -> Result<AdapterId, Error> {
+        let num_pages = self.adapter_pages(name, nbytes)?;
+        let key = AdapterKey::new(content_hash);
+        self.check_pin_passes_on(name, &key, num_pages)?;
+        let replaced = self.memory.adapters.replace(name, key, nbytes, num_pages);
+        let (adapter, slot) = replaced?;
+        self.memory.free_slot(slot);
+        if self.memory.adapters.entry(adapter).is_kept() {
+            self.want(adapter);
+        }
+        Ok(adapter)
+    }
+
+    /// Pages of an adapter that leaves at least one to the KV cache.
+    fn adapter_pages(&self, name: &str, nbytes: usize) -> Result<usize, Error> {
+        let num_pages = nbytes.div_ceil(self.config.page_nbytes).max(1);
+        if num_pages < self.config.num_pages {
+            return Ok(num_pages);
+        }
+        Err(Error::AdapterTooLarge {
+            name: name.to_owned(),
+            needed: nbytes,
+            needed_pages: num_pages,
+            available: self.config.pool_nbytes(),
+            available_pages: self.config.num_pages,
+        })
     }
 
     /// Accepted requests finish, new ones are refused, memory is freed once no one uses the adapter.
@@ -170,7 +198,7 @@ impl Scheduler {
     ) -> Result<(), Error> {
         let ids: Vec<_> = adapters.iter().map(|&(adapter, _)| adapter).collect();
         let kept = self.memory.adapters.kept();
-        let demand = self.demand(num_tokens, &ids, None);
+        let demand = self.demand(num_tokens, &ids, PinChange::default());
         if self.fits(demand, kept) {
             return Ok(());
         }

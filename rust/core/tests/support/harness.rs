@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use loraserve_core::{
-    AdapterId, CacheScope, Error, Failure, FinishReason, NewRequest, Output, RequestId, Scheduler,
-    SchedulerConfig, Step,
+    AdapterId, AdapterInfo, CacheScope, Error, Failure, FinishReason, NewRequest, Output,
+    RequestId, Scheduler, SchedulerConfig, Step,
 };
 
 use super::Rng;
@@ -43,6 +43,8 @@ pub struct Harness {
     pub num_finished: usize,
     pub num_moves: u64,
     pub num_pins: u64,
+    pub num_replacements: u64,
+    pub num_pins_passed_on: u64,
 }
 
 impl Harness {
@@ -82,6 +84,8 @@ impl Harness {
             num_finished: 0,
             num_moves: 0,
             num_pins: 0,
+            num_replacements: 0,
+            num_pins_passed_on: 0,
         }
     }
 
@@ -90,7 +94,8 @@ impl Harness {
         match self.rng.range(0, 19) {
             0..=4 => self.submit(),
             5 => self.abort(),
-            6 => self.register(),
+            6 if self.rng.one_in(2) => self.register(),
+            6 => self.replace(),
             7 => match self.rng.range(0, 3) {
                 0 | 1 => self.unregister(),
                 2 => self.warm(),
@@ -270,6 +275,47 @@ impl Harness {
             Err(Error::AdapterTooLarge { .. }) => {}
             Err(error) => panic!("{error}"),
         }
+    }
+
+    /// The name means one or the other content before and after, never nothing, and its pin stays.
+    fn replace(&mut self) {
+        let any = format!("n{}", self.rng.range(0, 7));
+        let listed = self.scheduler.adapters().into_iter();
+        let kept: Vec<_> = listed.filter(|info| info.is_kept).collect();
+        let pinned = self.rng.pick(&kept).map(|info| info.name.clone());
+        let name = pinned.filter(|_| self.rng.one_in(2)).unwrap_or(any);
+        let content = self.rng.range(0, 9);
+        let (hash, nbytes) = (format!("h{content}"), content * self.config.num_pages + 1);
+        let before = self.listed(&name);
+        match self.scheduler.replace_adapter(&name, &hash, nbytes) {
+            Ok(adapter) => {
+                assert_eq!(*self.hash_of.entry(adapter.0).or_insert(hash.clone()), hash);
+                let after = self.listed(&name).expect("a replaced name is known");
+                assert_eq!((after.id, &*after.content_hash.0), (adapter, &*hash));
+                let was_kept = before.is_some_and(|info| info.is_kept);
+                assert_eq!(after.is_kept, was_kept, "a pin stays");
+                let old = self.names.insert(name, hash.clone());
+                self.num_replacements += u64::from(old.is_some_and(|old| old != hash));
+                self.num_pins_passed_on += u64::from(was_kept);
+            }
+            Err(
+                Error::AdapterTooLarge { .. }
+                | Error::PinTooLarge { .. }
+                | Error::TooManyPinned { .. }
+                | Error::PinInTheWay { .. }
+                | Error::NoRoomBesidePinned { .. },
+            ) => assert_eq!(
+                self.listed(&name),
+                before,
+                "what is refused changes nothing"
+            ),
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    fn listed(&self, name: &str) -> Option<AdapterInfo> {
+        let listed = self.scheduler.adapters();
+        listed.into_iter().find(|info| info.name == name)
     }
 
     fn unregister(&mut self) {
