@@ -194,3 +194,39 @@ def test_uniform_numbers_are_uniform_and_repeatable() -> None:
     assert values.mean() == pytest.approx(0.5, abs=0.02)
     assert len(set(values.tolist())) == len(values)
     assert uniform(-5, 3) == uniform(-5, 3)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.0},
+        {"temperature": 0.0, "logprobs": 1},
+        {"temperature": 1.0},
+        {"top_p": 0.5, "top_k": 4},
+    ],
+)
+@pytest.mark.parametrize("bad", [[math.nan], [math.inf], [math.nan, -math.inf], [-math.inf] * VOCAB])
+def test_a_row_that_is_not_finite_is_told_and_others_are_chosen(
+    settings: dict[str, object], bad: list[float]
+) -> None:
+    logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(5))
+    states = [state(seed=seed, **settings) for seed in range(3)]
+    expected = sample(logits.clone(), states)
+    assert expected.is_finite.tolist() == [True] * 3
+    logits[1, : len(bad)] = torch.tensor(bad)
+    sampled = sample(logits, states)
+    assert sampled.is_finite.tolist() == [True, False, True]
+    assert sampled.token_ids[[0, 2]].tolist() == expected.token_ids[[0, 2]].tolist()
+
+
+def test_a_row_with_tokens_that_cannot_come_is_finite() -> None:
+    logits = torch.zeros(1, 8)
+    logits[0, 1:5] = -math.inf
+    for settings in ({"temperature": 0.0}, {"temperature": 1.0}):
+        assert sample(logits.clone(), [state(**settings)]).is_finite.tolist() == [True]
+
+
+def test_the_lowest_temperature_takes_the_likeliest() -> None:
+    logits = torch.tensor([[30.0, 31.0, -20.0, 31.0 - 1e-3]])
+    for temperature in (1e-6, 1e-30, 1e-300):
+        assert sample(logits.clone(), [state(temperature=temperature)]).token_ids.tolist() == [1]

@@ -8,6 +8,13 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from loraserve.errors import ModelError
 
+# GPT-2's alphabet: printable characters of Latin-1 stand for themselves, the other bytes for what follows it.
+_PRINTABLE: Final = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS: Final = [byte for byte in range(256) if byte not in _PRINTABLE]
+BYTE_OF_CHAR: Final[Mapping[str, int]] = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(256 + index): byte for index, byte in enumerate(_OTHERS)
+}
+
 CONTROL: Final = 3
 USER_DEFINED: Final = 4
 

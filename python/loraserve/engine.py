@@ -31,6 +31,7 @@ from loraserve.errors import (
     EngineStoppedError,
     InvalidRequestError,
     LoraserveError,
+    NotFiniteError,
 )
 from loraserve.grammar_compiler import GrammarCompiler, GrammarMatcher
 from loraserve.info import AdapterInfo, AdapterStats, EngineInfo, EngineStats
@@ -74,6 +75,7 @@ class _Sequence:
     deadline_s: float | None
     num_prompt_tokens: int
     usage: list[UsageCounter]
+    adapter_names: tuple[str, ...]
 
 
 class Engine:
@@ -217,7 +219,8 @@ class Engine:
             usage = self._usage.counters(name for name, _ in adapters)
             for counter in usage:
                 counter.num_requests += 1
-            self._sequences[request_id] = _Sequence(sampling, clock, deadline_s, len(prompt), usage)
+            names = tuple(name for name, _ in adapters)
+            self._sequences[request_id] = _Sequence(sampling, clock, deadline_s, len(prompt), usage, names)
             if deadline_s is not None:
                 self._deadlines.add(arrived_at + deadline_s, request_id)
         self._wake.set()
@@ -444,15 +447,23 @@ class Engine:
         sequences = [self._sequences[request_id] for request_id in request_ids]
         states = [sequence.sampling for sequence in sequences]
         sampled = sample(logits, states, self.runner.ops.argmax)
-        for sequence, token_id in zip(sequences, sampled.token_ids.tolist(), strict=True):
+        is_finite = sampled.is_finite.tolist()
+        for sequence, token_id, is_usable in zip(
+            sequences, sampled.token_ids.tolist(), is_finite, strict=True
+        ):
+            if not is_usable:
+                continue
             sequence.sampling.append(token_id)
             sequence.clock.note_token()
             for counter in sequence.usage:
                 counter.num_completion_tokens += 1
         with self._lock:
+            for request_id, sequence, is_usable in zip(request_ids, sequences, is_finite, strict=True):
+                if not is_usable:  # ended before the commit, which then takes no token for it
+                    self._end(request_id, self._not_finite_error(sequence))
             self._scheduler.commit(step, sampled.token_ids)
-            for request_id, sequence in zip(request_ids, sequences, strict=True):
-                if sequence.sampling.matcher is not None:
+            for request_id, sequence, is_usable in zip(request_ids, sequences, is_finite, strict=True):
+                if sequence.sampling.matcher is not None and is_usable:
                     self._end_with_grammar(request_id, sequence.sampling.matcher)
         return {id_: lp for id_, lp in zip(request_ids, sampled.logprobs, strict=True) if lp is not None}
 
@@ -468,6 +479,18 @@ class Engine:
                 deadline_s = self._sequences[request_id].deadline_s
                 assert deadline_s is not None
                 self._end(request_id, _deadline_error(deadline_s))
+
+    def _not_finite_error(self, sequence: _Sequence) -> NotFiniteError:
+        dtype = self.config.dtype
+        remedy = "use other weights" if dtype == "float32" else "use other weights, or dtype float32"
+        adapters = ", ".join(repr(name) for name in sequence.adapter_names)
+        where = f"with adapter {adapters}" if adapters else "of the base model"
+        error = NotFiniteError(
+            f"the logits {where} are not finite at token {sequence.sampling.num_output_tokens} of the "
+            f"answer: weights or their products overflow {dtype}; {remedy}"
+        )
+        logger.warning("a request failed: %s", error)
+        return error
 
     def _end_with_grammar(self, request_id: int, matcher: GrammarMatcher) -> None:
         error = matcher.error

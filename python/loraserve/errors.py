@@ -60,6 +60,10 @@ class DeadlineError(LoraserveError):
     """The request was not finished by its deadline; its memory is free again."""
 
 
+class NotFiniteError(LoraserveError):
+    """The model's output for this request is no finite number: weights or their products overflow."""
+
+
 class UnauthenticatedError(LoraserveError):
     """The caller gave no key, or one that is not known."""
 

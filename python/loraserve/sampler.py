@@ -64,10 +64,14 @@ class SamplingState:
 
 @dataclass(frozen=True)
 class Sampled:
-    """token_ids: int32 [L]; logprobs: one per row, None where not asked for."""
+    """token_ids: int32 [L]; logprobs: one per row, None where not asked for; is_finite: bool [L].
+
+    Where a row's logits have a NaN or an infinite maximum `is_finite` is False, and nothing was chosen.
+    """
 
     token_ids: npt.NDArray[np.int32]
     logprobs: list[TokenLogprob | None]
+    is_finite: npt.NDArray[np.bool_]
 
 
 def sample(
@@ -83,7 +87,10 @@ def sample(
         argmax: the likeliest token of each row, as `Ops.argmax`.
     """
     if all(state.is_plain for state in states):
-        return Sampled(np.array(argmax(logits), dtype=np.int32), [None] * len(states))
+        token_ids = np.array(argmax(logits), dtype=np.int32)
+        # NaN wins every argmax and infinity all others: one look per row tells.
+        likeliest = logits.gather(1, _on_device(token_ids[:, np.newaxis].astype(np.int64), logits))
+        return Sampled(token_ids, [None] * len(states), _are_finite(likeliest[:, 0]))
     return _sample_mixed(logits, states, argmax)
 
 
@@ -91,16 +98,18 @@ def sample(
 def _sample_mixed(
     logits: torch.Tensor, states: Sequence[SamplingState], argmax: Callable[[torch.Tensor], Sequence[int]]
 ) -> Sampled:
+    is_finite = _are_finite(logits.amax(dim=-1))
+    finite = [(row, state) for row, state in enumerate(states) if is_finite[row]]
     raw_logprobs = {
         row: torch.log_softmax(logits[row], dim=-1)
-        for row, state in enumerate(states)
+        for row, state in finite
         if state.params.logprobs is not None
     }
-    for row, state in enumerate(states):
+    for row, state in finite:
         if not state.is_plain:
             _change_logits(logits[row], state)
-    token_ids = np.empty(len(states), dtype=np.int32)
-    random_rows = [row for row, state in enumerate(states) if not state.params.is_greedy]
+    token_ids = np.zeros(len(states), dtype=np.int32)
+    random_rows = [row for row, state in finite if not state.params.is_greedy]
     if len(random_rows) < len(states):
         token_ids[:] = argmax(logits)
     for row in random_rows:
@@ -111,7 +120,11 @@ def _sample_mixed(
         else None
         for row, state in enumerate(states)
     ]
-    return Sampled(token_ids, logprobs)
+    return Sampled(token_ids, logprobs, is_finite)
+
+
+def _are_finite(values: torch.Tensor) -> npt.NDArray[np.bool_]:
+    return torch.isfinite(values).cpu().numpy()
 
 
 def _change_logits(logits: torch.Tensor, state: SamplingState) -> None:
@@ -149,7 +162,8 @@ def _on_device(values: npt.NDArray[Any], logits: torch.Tensor) -> torch.Tensor:
 def _sample_row(logits: torch.Tensor, state: SamplingState) -> int:
     """Inverse-CDF draw after temperature, top-k, top-p, min-p and typical-p, in this order."""
     params = state.params
-    probs = torch.softmax(logits / params.temperature, dim=-1)
+    # Less the maximum first: however low the temperature, the quotients don't overflow.
+    probs = torch.softmax((logits - logits.max()) / params.temperature, dim=-1)
     threshold = uniform(state.seed, state.num_output_tokens)
     if params.top_k == 0 and params.top_p == 1.0 and params.min_p == 0.0:
         return _draw(_typical(probs, params.typical_p), threshold)

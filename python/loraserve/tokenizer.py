@@ -1,5 +1,6 @@
 """Tokenizer: text to token ids and back for one model, with its stop tokens and chat template."""
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -8,13 +9,14 @@ from typing import Any
 
 import tokenizers
 
-from loraserve.byte_level_bpe import build_byte_level_bpe, find_pre_tokenizer
+from loraserve.byte_level_bpe import BYTE_OF_CHAR, build_byte_level_bpe, find_pre_tokenizer
 from loraserve.chat_template import ChatTemplate, Message
 from loraserve.errors import InvalidRequestError, ModelError
 from loraserve.json_file import read_optional_json
 from loraserve.models.config import token_ids
 from loraserve.tokenizer_config import TokenizerConfig
 
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # a byte, where SentencePiece has no token for a character
 # Names of special tokens as templates see them, and as GGUF spells them.
 GGUF_TOKENS: Mapping[str, str] = {
     "bos_token": "bos",
@@ -118,6 +120,17 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of the ids; bytes that are not UTF-8 become U+FFFD."""
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token, which may be part of a character only."""
+        text = self.decode([token_id], skip_special_tokens=False)
+        token = self._backend.id_to_token(token_id) or ""
+        values = [BYTE_OF_CHAR.get(char) for char in token]
+        if "\ufffd" not in text or (None in values and not BYTE_TOKEN.fullmatch(token)):
+            return text.encode()
+        if BYTE_TOKEN.fullmatch(token):
+            return bytes.fromhex(token[3:5])
+        return bytes(value for value in values if value is not None)
 
     def apply_chat_template(
         self,

@@ -41,6 +41,7 @@ CODES = [
     ("DeviceError", grpc.StatusCode.INTERNAL),
     ("OverloadedError", grpc.StatusCode.RESOURCE_EXHAUSTED),
     ("DeadlineError", grpc.StatusCode.DEADLINE_EXCEEDED),
+    ("NotFiniteError", grpc.StatusCode.INTERNAL),
     ("UnauthenticatedError", grpc.StatusCode.UNAUTHENTICATED),
     ("PermissionDeniedError", grpc.StatusCode.PERMISSION_DENIED),
 ]

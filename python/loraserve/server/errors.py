@@ -15,6 +15,7 @@ from loraserve.errors import (
     InvalidRequestError,
     LoraserveError,
     ModelError,
+    NotFiniteError,
     OverloadedError,
     OverloadReason,
     PermissionDeniedError,
@@ -40,6 +41,7 @@ STATUS_CODES: dict[type[LoraserveError], grpc.StatusCode] = {
     PermissionDeniedError: grpc.StatusCode.PERMISSION_DENIED,
     EngineStoppedError: grpc.StatusCode.UNAVAILABLE,
     DeviceError: grpc.StatusCode.INTERNAL,
+    NotFiniteError: grpc.StatusCode.INTERNAL,
 }
 
 _CLASSES_BY_NAME = {cls.__name__: cls for cls in STATUS_CODES}

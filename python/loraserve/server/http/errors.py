@@ -26,6 +26,7 @@ from loraserve.errors import (
     InvalidRequestError,
     LoraserveError,
     ModelError,
+    NotFiniteError,
     OverloadedError,
     PermissionDeniedError,
     UnauthenticatedError,
@@ -82,6 +83,7 @@ KINDS: dict[type[LoraserveError], ErrorKind] = {
     ModelError: ErrorKind(400, _INVALID, tgi_status=422),
     EngineStoppedError: ErrorKind(503, "server_error", "engine_stopped", tgi_type="incomplete_generation"),
     DeviceError: INTERNAL,
+    NotFiniteError: ErrorKind(500, "server_error", "not_finite", tgi_type="generation"),
 }
 
 

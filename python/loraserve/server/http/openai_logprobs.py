@@ -41,6 +41,10 @@ def _entry(token_id: int, logprob: float, texts: TokenTexts) -> dict[str, Any]:
 
 
 def _by_text(one: TokenLogprob, texts: TokenTexts) -> dict[str, float]:
-    """The likeliest tokens and the chosen one; of tokens with the same text, the likeliest."""
-    found = {texts.text(token_id): value for token_id, value in reversed(one.top)}
-    return {texts.text(one.token_id): one.logprob} | found
+    """The chosen token and the likeliest ones; of tokens with the same text, later ones as "token_id:…"."""
+    found: dict[str, float] = {}
+    others = [(token_id, value) for token_id, value in one.top if token_id != one.token_id]
+    for token_id, value in [(one.token_id, one.logprob), *others]:
+        text = texts.text(token_id)
+        found[f"token_id:{token_id}" if text in found else text] = value
+    return found

@@ -21,10 +21,10 @@ class TokenTexts:
             self._texts[token_id] = text
         return text
 
-    def utf8(self, token_id: int) -> list[int] | None:
-        """The token's bytes; None where the token alone is no text."""
+    def utf8(self, token_id: int) -> list[int]:
+        """The token's bytes, which may be part of a character only."""
         text = self.text(token_id)
-        return None if REPLACEMENT in text else list(text.encode())
+        return list(self._tokenizer.token_bytes(token_id) if REPLACEMENT in text else text.encode())
 
     def is_special(self, token_id: int) -> bool:
         return token_id in self._tokenizer.special_ids
