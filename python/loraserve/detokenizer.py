@@ -5,63 +5,58 @@ from collections.abc import Sequence
 from loraserve.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"
-# A character is at most 4 bytes: at most 4 tokens hold it, and at most 3 bytes of one are pending.
-MAX_CHAR_TOKENS = 4
-MAX_PENDING_CHARS = 3
-# Tokens kept to read on from while bytes that are not UTF-8 keep coming.
-GARBAGE_WINDOW = 8
+# Tokens that are decoded again before new ones: as many as may hold the bytes of an unfinished character, and
+# one more, which takes what a decoder does to the first token of a text.
+NUM_CONTEXT = 4
 
 
 class IncrementalDetokenizer:
-    """Text of one sequence, in pieces: joined, the pieces equal decoding all ids at once.
+    """Text of one answer, in pieces: joined, what decoding prompt and answer adds to the prompt's text.
 
-        window:  [ tokens whose text is out | tokens pending ]
-                                            ^ _num_read
+        window:  [ end of the prompt, then of the answer, whose text is out | tokens pending ]
 
-    Decoding goes on from the last point where a character ended, never from the beginning, so the
-    cost is linear. Byte-level vocabularies are exact for any ids; a byte-fallback decoder judges a
-    run of bytes as a whole, so bytes that never form UTF-8 may show as fewer replacement characters.
+    Decoding begins a few tokens back, never at the beginning, so the cost is linear. Text is held back as
+    long as a coming token may change it: an unfinished character of a byte-level vocabulary, and a run of
+    byte tokens of a byte-fallback one, which is decoded as a whole where it ends.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._window: list[int] = []
-        self._num_read = 0
-        self._num_emitted = 0  # characters of the window's text
+        self._window = _context(tokenizer, prompt_token_ids)
+        self._shown = tokenizer.decode(self._window)  # what of the window's text is out
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Text that is complete with these tokens and was not before."""
-        special = self._tokenizer.special_ids
-        return "".join(self._push_one(token) for token in token_ids if token not in special)
+        return "".join(self._push_one(token) for token in token_ids if self._tokenizer.is_text(token))
 
     def flush(self) -> str:
-        """What is left when no more tokens come: an unfinished character, as U+FFFD."""
-        return self._tokenizer.decode(self._window)[self._num_emitted :]
+        """What is left if no more tokens come: an unfinished character, as U+FFFD."""
+        return self._added(self._tokenizer.decode(self._window))
 
     def _push_one(self, token: int) -> str:
         self._window.append(token)
-        text = self._tokenizer.decode(self._window)
-        if text.endswith(REPLACEMENT):
-            pending = len(self._window) - self._num_read
-            return "" if pending <= MAX_CHAR_TOKENS else self._pass_garbage(text)
-        delta = text[self._num_emitted :]
-        self._forget(self._num_read)
-        self._num_read = len(self._window)
-        return delta
+        if token in self._tokenizer.byte_ids:
+            return ""
+        text = self._tokenizer.decode(self._window).removesuffix(REPLACEMENT)
+        added = ""
+        if not self._shown.startswith(text):  # it does while the prompt's own end is unfinished
+            added, self._shown = self._added(text), text
+        if self._shown == text and len(self._window) >= 2 * NUM_CONTEXT:
+            self._shorten()
+        return added
 
-    def _pass_garbage(self, text: str) -> str:
-        """Too many tokens for one character: let go what can't change any more."""
-        text = _decided(text)
-        delta = text[self._num_emitted :]
-        self._num_emitted = max(self._num_emitted, len(text))
-        if len(self._window) >= 2 * GARBAGE_WINDOW:
-            self._forget(len(self._window) - GARBAGE_WINDOW)
-            self._num_read = 0
-        return delta
+    def _added(self, text: str) -> str:
+        """What `text` has beyond what is out, or if a prompt's unfinished end changed, from there on."""
+        if text.startswith(self._shown):
+            return text[len(self._shown) :]
+        pairs = zip(self._shown, text, strict=False)
+        return text[next(at for at, (old, new) in enumerate([*pairs, ("", None)]) if old != new) :]
 
-    def _forget(self, num_tokens: int) -> None:
-        del self._window[:num_tokens]
-        self._num_emitted = len(_decided(self._tokenizer.decode(self._window)))
+    def _shorten(self) -> None:
+        kept = self._window[-NUM_CONTEXT:]
+        text = self._tokenizer.decode(kept)
+        if text:  # else what a decoder strips from the beginning of a text would be taken from the next token
+            self._window, self._shown = kept, text.removesuffix(REPLACEMENT)
 
 
 class StopStrings:
@@ -110,7 +105,14 @@ class StopStrings:
         return 0
 
 
-def _decided(text: str) -> str:
-    """Text without the replacement characters at its end that may still turn into one character."""
-    kept = text.rstrip(REPLACEMENT)
-    return text[: max(len(kept), len(text) - MAX_PENDING_CHARS)]
+def _context(tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> list[int]:
+    """The end of a prompt that its answer is decoded with: a run of byte tokens is whole in it."""
+    context: list[int] = []
+    num_others = 0
+    for token in reversed(prompt_token_ids):
+        if tokenizer.is_text(token):
+            context.append(token)
+            num_others += token not in tokenizer.byte_ids
+            if num_others >= NUM_CONTEXT and tokenizer.decode(context[-NUM_CONTEXT:]):
+                break
+    return context[::-1]

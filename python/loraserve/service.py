@@ -149,7 +149,7 @@ class ActiveSequence:
         self._prompt_tokens = len(prepared.prompt_token_ids)
         self._completion_tokens = 0
         self._end_ids = {*tokenizer.eos_token_ids, *prepared.params.stop_token_ids}
-        self._detokenizer = IncrementalDetokenizer(tokenizer)
+        self._detokenizer = IncrementalDetokenizer(tokenizer, prepared.prompt_token_ids)
         self._stop_strings = StopStrings(prepared.params.stop_strings)
         self.is_finished = False
 

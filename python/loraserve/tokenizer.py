@@ -121,6 +121,16 @@ class Tokenizer:
         """Text of the ids; bytes that are not UTF-8 become U+FFFD."""
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
+    def decode_token(self, token_id: int) -> str:
+        """Text that the token adds in the middle of a text; of a special one, its name."""
+        if not self.is_text(token_id):
+            return self.decode([token_id], skip_special_tokens=False)
+        return self.decode([token_id, token_id]).removeprefix(self.decode([token_id]))
+
+    def is_text(self, token_id: int) -> bool:
+        """Whether the token is part of a text: it is known, and no special one."""
+        return token_id not in self.special_ids and self._backend.id_to_token(token_id) is not None
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token, which may be part of a character only."""
         text = self.decode([token_id], skip_special_tokens=False)
@@ -169,6 +179,15 @@ class Tokenizer:
     def max_token_len(self) -> int:
         """Characters of text the longest token stands for, at most."""
         return max(map(len, self._backend.get_vocab()))
+
+    @cached_property
+    def byte_ids(self) -> frozenset[int]:
+        """Tokens that stand for one byte, `<0xNN>`; the decoder looks at a run of them as a whole."""
+        decoder = self._backend.decoder
+        if decoder is None or b'"ByteFallback"' not in decoder.__getstate__():
+            return frozenset()
+        vocab = self._backend.get_vocab()
+        return frozenset(vocab[name] for byte in range(256) if (name := f"<0x{byte:02X}>") in vocab)
 
     def _id_of(self, token: str | None) -> int | None:
         return None if token is None else self._backend.token_to_id(token)

@@ -7,7 +7,6 @@ from typing import Any, Literal, TypeAlias
 
 import orjson
 
-from loraserve.detokenizer import IncrementalDetokenizer
 from loraserve.request import Completion, Delta, FinishReason, GenerateRequest, TokenLogprob
 from loraserve.sampling_params import SamplingParams
 from loraserve.server.http.generation import Generation
@@ -59,7 +58,7 @@ class WholeGenerate:
             "generated_tokens": len(answer.token_ids),
             "seed": _seed(self._request.params, index),
             "prefill": self._prefill(prompt_ids),
-            "tokens": self._tokens(answer),
+            "tokens": self._tokens(answer, prompt_ids),
         }
         if self._given.top_n_tokens:
             details["top_tokens"] = [
@@ -72,18 +71,17 @@ class WholeGenerate:
         if not self._given.decoder_input_details:
             return []
         texts = self._state.token_texts
-        return [{"id": id_, "text": texts.text(id_), "logprob": None} for id_ in prompt_ids]
+        pairs = zip(prompt_ids, texts.texts(prompt_ids), strict=True)
+        return [{"id": id_, "text": text, "logprob": None} for id_, text in pairs]
 
-    def _tokens(self, answer: Completion) -> list[dict[str, Any]]:
+    def _tokens(self, answer: Completion, prompt_ids: Sequence[int]) -> list[dict[str, Any]]:
         """Each token with the text that it completes; joined, these are the text."""
-        texts = self._state.token_texts
-        detokenizer = IncrementalDetokenizer(self._state.engine.tokenizer)
-        tokens = []
-        for one in answer.logprobs or []:
-            is_special = texts.is_special(one.token_id)
-            text = texts.text(one.token_id) if is_special else detokenizer.push([one.token_id])
-            tokens.append(_token(one, text, is_special, self._given, texts))
-        return tokens
+        texts, logprobs = self._state.token_texts, answer.logprobs or []
+        completed = texts.texts([one.token_id for one in logprobs], prompt_ids)
+        return [
+            _token(one, text, texts.is_special(one.token_id), self._given, texts)
+            for one, text in zip(logprobs, completed, strict=True)
+        ]
 
 
 class GenerateEvents:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from loraserve.detokenizer import REPLACEMENT
+from collections.abc import Sequence
+
+from loraserve.detokenizer import REPLACEMENT, IncrementalDetokenizer
 from loraserve.tokenizer import Tokenizer
 
 
@@ -17,9 +19,15 @@ class TokenTexts:
         """The token alone; U+FFFD stands for bytes that are no whole character."""
         text = self._texts.get(token_id)
         if text is None:
-            text = self._tokenizer.decode([token_id], skip_special_tokens=False)
+            text = self._tokenizer.decode_token(token_id)
             self._texts[token_id] = text
         return text
+
+    def texts(self, token_ids: Sequence[int], prompt_token_ids: Sequence[int] = ()) -> list[str]:
+        """Of tokens one after another, what each completes, and of special ones the names."""
+        detokenizer = IncrementalDetokenizer(self._tokenizer, prompt_token_ids)
+        texts = [self.text(id_) if self.is_special(id_) else detokenizer.push([id_]) for id_ in token_ids]
+        return [*texts[:-1], texts[-1] + detokenizer.flush()] if texts else []
 
     def utf8(self, token_id: int) -> list[int]:
         """The token's bytes, which may be part of a character only."""
