@@ -102,6 +102,7 @@ def test_every_setting_can_be_a_variable() -> None:
         "grpc_port": "0",
         "prefix_caching": "false",
         "open_metrics": "yes",
+        "trust_request_chat_template": "no",
         "threads": "3",
         "memory": "1GiB",
         "drain_seconds": "1.5",
