@@ -1,5 +1,6 @@
 """The Rust core, as Python sees it: indices and bytes go in, plain values and numpy arrays come out."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, TypedDict, final
 
@@ -30,6 +31,8 @@ __all__ = [
     "cuda_facts",
     "default_isa",
     "load_adapter",
+    "recognise_file",
+    "weight_digest",
 ]
 
 __version__: str
@@ -253,7 +256,7 @@ class Receipt:
 
     @property
     def tensors(self) -> int:
-        """Tensors applied; every tensor in the file is."""
+        """Tensors applied; every tensor in the file is, but for `base_copies`."""
     @property
     def modules(self) -> list[str]:
         """Names of the adapted modules (`q_proj`), in the order they run."""
@@ -278,6 +281,14 @@ class Receipt:
     @property
     def base_model(self) -> str | None:
         """`base_model_name_or_path` as recorded; not compared."""
+    @property
+    def base_copies(self) -> list[str]:
+        """Modules of the base whose own weights the file repeats bit by bit; nothing is kept of those."""
+    @property
+    def not_used(self) -> list[str]:
+        """What lies beside the weights, differs from the base model's and is not used, in words."""
+    def with_not_used(self, not_used: list[str]) -> Receipt:
+        """The same receipt, naming what is not used."""
 
 @final
 class LoadPace:
@@ -288,13 +299,25 @@ class LoadPace:
         """Zero, the default, is full speed. Raises ValueError if negative."""
 
 def check_adapter(
-    path: str, shape: BaseShape, dtype: str, max_lora_rank: int, pace: LoadPace | None = None
+    path: str,
+    shape: BaseShape,
+    dtype: str,
+    max_lora_rank: int,
+    pace: LoadPace | None = None,
+    base_weights: Callable[[str], tuple[tuple[int, int], str]] | None = None,
 ) -> Receipt:
     """Read and check all of a PEFT directory, without the GIL.
 
-    `dtype`: storage dtype, "float32", "bfloat16" or "float16"; `pace` None is full speed. Raises
-    AdapterFormatError.
+    `dtype`: storage dtype, "float32", "bfloat16" or "float16"; `pace` None is full speed. `base_weights`
+    gives (rows, columns) and `weight_digest` of the base's "embed_tokens" or "lm_head" in that dtype; it is
+    asked where the file has copies of them, which are refused without it. Raises AdapterFormatError.
     """
+
+def recognise_file(path: str, is_json: bool = False) -> str | None:
+    """What a file is in place of binary weights, or of JSON: words that follow "it is", with the remedy."""
+
+def weight_digest(ptr: int, nbytes: int) -> str:
+    """BLAKE3 of `nbytes` readable bytes at `ptr`, in hex, without the GIL."""
 
 def load_adapter(
     path: str,

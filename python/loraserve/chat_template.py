@@ -39,7 +39,7 @@ class ChatTemplate:
     """Renders as `apply_chat_template` of transformers does: the same variables, functions and filters."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        self._source = source
+        self.source = source
         self._special_tokens = dict(special_tokens)
         self._template: Template | None = None
 
@@ -99,19 +99,19 @@ class ChatTemplate:
     def _variables(self) -> frozenset[str]:
         """Names the template reads and does not set itself."""
         try:
-            return frozenset(meta.find_undeclared_variables(_environment().parse(self._source)))
+            return frozenset(meta.find_undeclared_variables(_environment().parse(self.source)))
         except TemplateError as error:
             raise InvalidRequestError(f"the chat template is malformed: {error}") from error
 
     def _compiled(self) -> Template:
         if self._template is None:
-            self._template = _environment().from_string(self._source)
+            self._template = _environment().from_string(self.source)
         return self._template
 
     def _marked(self, turns: list[dict[str, Any]]) -> str:
         """Marks the end of the last message, in place; what it said. Raises InvalidRequestError."""
         content = turns[-1].get("content") if turns else None
-        if "content" not in self._source:
+        if "content" not in self.source:
             raise InvalidRequestError(
                 "continue_final_message is set, but the chat template does not show the final message"
             )

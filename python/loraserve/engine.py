@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
 from loraserve import _core, errors
+from loraserve.adapters.check import AdapterCheck
 from loraserve.adapters.extent_loader import ExtentLoader
 from loraserve.adapters.load_book import LoadBook
 from loraserve.adapters.manifest import AdapterManifest, read_manifest
@@ -124,9 +125,13 @@ class Engine:
         self._turns = itertools.count()
         self._loader = ExtentLoader(
             self.runner.backend,
-            self.runner.base_shape,
-            config.dtype,
-            config.max_lora_rank,
+            AdapterCheck(
+                self.runner.base_shape,
+                config.dtype,
+                config.max_lora_rank,
+                self.runner.model.path,
+                self.runner.model.tokenizer,
+            ),
             self._wake.set,
         )
         self._uses_every_core = self.runner.backend.computes_on_cpu and (

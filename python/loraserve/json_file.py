@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from loraserve import _core
 from loraserve.errors import ModelError
 
 
@@ -13,7 +14,10 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
+        foreign = _core.recognise_file(str(path), is_json=True)
+        if foreign is not None:
+            raise ModelError(f"{path} is {foreign}") from None
         raise ModelError(f"{path} can't be read: {error}") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path} holds a {type(value).__name__}, expected a JSON object")

@@ -9,11 +9,13 @@ from typing import Any
 
 import tokenizers
 
+from loraserve import _core
 from loraserve.byte_level_bpe import BYTE_OF_CHAR, build_byte_level_bpe, find_pre_tokenizer
 from loraserve.chat_template import ChatTemplate, Message
 from loraserve.errors import InvalidRequestError, ModelError
 from loraserve.json_file import read_optional_json
 from loraserve.models.config import token_ids
+from loraserve.not_a_model import without_tokenizer
 from loraserve.tokenizer_config import TokenizerConfig
 
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # a byte, where SentencePiece has no token for a character
@@ -46,8 +48,8 @@ class Tokenizer:
         backend.no_truncation()
         self._backend = backend
         self.vocab_size: int = backend.get_vocab_size()
-        self.bos_token_id = self._id_of(special_tokens.get("bos_token"))
-        eos = self._id_of(special_tokens.get("eos_token"))
+        self.bos_token_id = self.id_of(special_tokens.get("bos_token"))
+        eos = self.id_of(special_tokens.get("eos_token"))
         self.eos_token_ids = tuple(eos_token_ids) or token_ids(eos)
         self.special_ids = frozenset(
             index for index, token in backend.get_added_tokens_decoder().items() if token.special
@@ -62,10 +64,13 @@ class Tokenizer:
         """Read tokenizer.json and what stands beside it. Raises ModelError."""
         file = path / "tokenizer.json"
         if not file.is_file():
-            raise ModelError(f"{file} is missing")
+            raise ModelError(f"{file} is missing: {without_tokenizer(path)}")
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # tokenizers raises bare Exception
+            foreign = _core.recognise_file(str(file), is_json=True)
+            if foreign is not None:
+                raise ModelError(f"{file} is {foreign}") from None
             raise ModelError(f"{file} can't be read: {error}") from error
         config = TokenizerConfig.from_directory(path, backend.padding)
         config.add_tokens_to(backend)
@@ -189,5 +194,10 @@ class Tokenizer:
         vocab = self._backend.get_vocab()
         return frozenset(vocab[name] for byte in range(256) if (name := f"<0x{byte:02X}>") in vocab)
 
-    def _id_of(self, token: str | None) -> int | None:
+    def id_of(self, token: str | None) -> int | None:
+        """The id of one token's text, None if there is none."""
         return None if token is None else self._backend.token_to_id(token)
+
+    def vocabulary(self) -> dict[str, int]:
+        """Ids by text, added tokens among them."""
+        return self._backend.get_vocab(with_added_tokens=True)

@@ -52,7 +52,7 @@ def write_index(weight_map: object) -> Callable[[Path], None]:
         (lambda d: (d / "model.safetensors").unlink(), "has neither model.safetensors nor"),
         (pickle_only, "holds pickled .bin weights, convert them to safetensors first"),
         (truncate, "model.safetensors is truncated or malformed"),
-        (lambda d: (d / "model.safetensors").write_bytes(b""), "model.safetensors is truncated or malformed"),
+        (lambda d: (d / "model.safetensors").write_bytes(b""), "model.safetensors is empty"),
         (write_index({}), "has no weight_map"),
         (write_index({UP: "gone.safetensors"}), "gone.safetensors is missing"),
         (write_index({UP: "../model.safetensors"}), f"places tensor {UP} in '../model.safetensors'"),

@@ -34,6 +34,8 @@ RECEIPT = SimpleNamespace(
     hash="ab" * 32,
     base_check="fits",
     base_model=None,
+    base_copies=[],
+    not_used=[],
 )
 
 

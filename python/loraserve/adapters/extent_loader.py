@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import weakref
@@ -11,6 +12,7 @@ from functools import partial
 from typing import TypeAlias
 
 from loraserve import _core
+from loraserve.adapters.check import AdapterCheck
 from loraserve.adapters.registry import RegisteredAdapter
 from loraserve.backends import Backend, Extent
 from loraserve.errors import AdapterUnavailableError, LoraserveError
@@ -22,6 +24,8 @@ NUM_LOADER_THREADS = 2
 # by then the batch waits for adapters more than for cores.
 REST_S = 0.008
 MAX_OPEN_LOADS_AT_REST = 4
+
+Stamp: TypeAlias = "tuple[int, int] | None"
 
 
 @dataclass(frozen=True)
@@ -43,17 +47,15 @@ class ExtentLoader:
     def __init__(
         self,
         backend: Backend,
-        shape: _core.BaseShape,
-        dtype: str,
-        max_lora_rank: int,
+        check: AdapterCheck,
         on_done: Callable[[], None],
     ) -> None:
         self._backend: Backend | None = backend
-        self._shape = shape
-        self._dtype = dtype
-        self._max_lora_rank = max_lora_rank
+        self._check = check
         self._on_done = on_done
         self._pace = _core.LoadPace()
+        # Of files with copies of the base's weights, which a load does not read: when they were compared.
+        self._compared: dict[str, Stamp] = {}
         self._num_open = 0  # loads started whose results were not taken; the engine's thread counts
         self._jobs: _Jobs = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
@@ -63,7 +65,11 @@ class ExtentLoader:
 
     def check(self, path: str) -> _core.Receipt:
         """Read and check the adapter at `path` against the base model, without loading it."""
-        return _core.check_adapter(path, self._shape, self._dtype, self._max_lora_rank, self._pace)
+        stamp = _stamp(path)
+        receipt = self._check.check(path, self._pace)
+        if receipt.base_copies:
+            self._compared[path] = stamp
+        return receipt
 
     def set_contended(self, is_contended: bool) -> None:
         """Say whether the model computes now on the cores that adapters are read with."""
@@ -118,12 +124,15 @@ class ExtentLoader:
         return self._load(sources[-1], extent)
 
     def _load(self, source: RegisteredAdapter, extent: Extent) -> _core.AdapterLayout:
+        if source.path in self._compared and self._compared[source.path] != _stamp(source.path):
+            self._check.check_weights(source.path, self._pace)
+
         def load(address: int) -> _core.AdapterLayout:
             return _core.load_adapter(
                 source.path,
-                self._shape,
-                self._dtype,
-                self._max_lora_rank,
+                self._check.shape,
+                self._check.dtype,
+                self._check.max_lora_rank,
                 source.receipt.hash,
                 address,
                 extent.nbytes,
@@ -146,6 +155,15 @@ def _work(jobs: _Jobs) -> None:
 def _end_threads(jobs: _Jobs) -> None:
     for _ in range(NUM_LOADER_THREADS):
         jobs.put(None)
+
+
+def _stamp(path: str) -> Stamp:
+    """When an adapter's weights were last changed, and their size; None if they are not there."""
+    try:
+        stat = os.stat(os.path.join(path, "adapter_model.safetensors"))
+    except OSError:
+        return None
+    return stat.st_mtime_ns, stat.st_size
 
 
 def rest_s(num_open: int) -> float:

@@ -45,13 +45,14 @@ def run_check(args: argparse.Namespace) -> int:
 
 
 def _check(config: EngineConfig, path: str) -> Receipt:
-    """Reads the model's config and the adapter; no weights of the model are loaded."""
-    from loraserve import _core  # noqa: PLC0415 (a compiled module)
-    from loraserve.loader.resolve import open_checkpoint  # noqa: PLC0415 (imports torch)
+    """Reads the model's config, its tokenizer and the adapter; of the model's weights only what the adapter
+    has copies of.
+    """
+    from loraserve.adapters.check import open_check  # noqa: PLC0415 (imports torch)
+    from loraserve.loader.resolve import open_checkpoint  # noqa: PLC0415
 
     with open_checkpoint(config.model) as checkpoint:
-        shape = _core.BaseShape(*checkpoint.config.base_shape())
-    return _core.check_adapter(path, shape, config.dtype, config.max_lora_rank)
+        return open_check(checkpoint, config.dtype, config.max_lora_rank).check(path)
 
 
 def _describe(receipt: Receipt) -> str:
@@ -65,7 +66,10 @@ def _describe(receipt: Receipt) -> str:
         "trained on": receipt.base_model or "not named in its config",
         "base check": receipt.base_check,
     }
-    return "\n".join(f"{name:<11}{value}" for name, value in rows.items())
+    if receipt.base_copies:
+        rows["copies"] = f"{', '.join(receipt.base_copies)}, bit-equal to the model's own and left out"
+    lines = [f"{name:<11}{value}" for name, value in rows.items()]
+    return "\n".join([*lines, *(f"{'not used':<11}{what}" for what in receipt.not_used)])
 
 
 def ranges(numbers: list[int]) -> str:

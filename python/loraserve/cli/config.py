@@ -92,16 +92,18 @@ def _check_adapters(settings: ServeSettings, config: EngineConfig) -> dict[str, 
         StartingAdapters(config.failed_adapters).check("fail")
         return rows
 
-    from loraserve import _core  # noqa: PLC0415 (a compiled module)
+    from loraserve.adapters.check import open_check  # noqa: PLC0415 (imports torch)
     from loraserve.loader.resolve import open_checkpoint  # noqa: PLC0415 (imports torch)
 
     with open_checkpoint(config.model) as checkpoint:
-        shape = _core.BaseShape(*checkpoint.config.base_shape())
+        adapter_check = open_check(checkpoint, config.dtype, config.max_lora_rank)
     starting = StartingAdapters(config.failed_adapters)
 
     def check(name: str, path: str) -> None:
-        receipt = _core.check_adapter(path, shape, config.dtype, config.max_lora_rank)
+        receipt = adapter_check.check(path)
         rows[f"adapter {name}"] = f"{path}: rank {receipt.rank}, {receipt.nbytes / 2**20:.2f} MiB"
+        if receipt.not_used:
+            rows[f"adapter {name}"] += f"; not used: {'; '.join(receipt.not_used)}"
 
     starting.register(config.adapters.items(), check)
     starting.check("fail")

@@ -68,7 +68,10 @@ class Checkpoint(ABC):
         self._used.add(name)
         where = f"{self._file_of(name)}: tensor {name}"
         if tensor.dtype not in FLOAT_DTYPES:
-            raise ModelError(f"{where} has dtype {tensor.dtype}, expected float32, bfloat16 or float16")
+            raise ModelError(
+                f"{where} has dtype {tensor.dtype}, expected float32, bfloat16 or float16: "
+                "quantised weights are read from .gguf files only"
+            )
         if shape is not None and tuple(tensor.shape) != shape:
             raise ModelError(f"{where} has shape {list(tensor.shape)}, expected {list(shape)}")
         return tensor

@@ -76,6 +76,8 @@ def hf_config(
     path: Path, metadata: Mapping[str, Any], tensors: Container[str], *, has_rope_factors: bool
 ) -> dict[str, Any]:
     """What config.json would say. Raises ModelError naming a key that the decoder can't follow."""
+    if metadata.get("general.type") == "adapter":
+        raise ModelError(f"{path} is a GGUF adapter, not a model: give the .gguf file of its base model")
     arch = metadata.get("general.architecture")
     if arch not in ARCHITECTURES:
         raise ModelError(

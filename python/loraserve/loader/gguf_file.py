@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loraserve import _core
 from loraserve.errors import ModelError
 from loraserve.loader.checkpoint import Checkpoint
 from loraserve.loader.generation_config import gguf_sampling_defaults
 from loraserve.loader.gguf_config import hf_config
-from loraserve.loader.gguf_header import GgufHeader, parse_header
+from loraserve.loader.gguf_header import MAGIC, GgufHeader, parse_header
 from loraserve.tokenizer import Tokenizer
 
 TOP_MODULES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -126,6 +127,8 @@ def _map(path: Path) -> mmap.mmap:
         with path.open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
+        if path.is_file() and path.stat().st_size == 0:
+            raise ModelError(f"{path} is {_core.recognise_file(str(path))}") from None
         raise ModelError(f"{path} can't be read: {error}") from error
 
 
@@ -133,4 +136,5 @@ def _parse(path: Path, data: mmap.mmap) -> GgufHeader:
     try:
         return parse_header(data)
     except ValueError as error:
-        raise ModelError(f"{path}: {error}") from error
+        foreign = None if bytes(data[:4]) == MAGIC else _core.recognise_file(str(path))
+        raise ModelError(f"{path}: {error}" if foreign is None else f"{path} is {foreign}") from error

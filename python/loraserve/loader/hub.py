@@ -24,8 +24,20 @@ ALLOW_PATTERNS = [
 ]
 IGNORE_PATTERNS = ["*/*.safetensors"]
 
-# A pickle can run code when it is read, so none is ever fetched.
-ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", "loraserve.json"]
+# A pickle can run code when it is read, so none is ever fetched. What lies beside the weights is compared
+# with the model's.
+ADAPTER_FILES = [
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "loraserve.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "tokenizer.json",
+]
 
 OnProgress: TypeAlias = Callable[[int, "int | None"], None]
 """Called with (bytes so far, bytes in all as far as known), from any thread."""

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from loraserve import _core
 from loraserve.errors import ModelError
 from loraserve.loader.checkpoint import Checkpoint
 from loraserve.loader.default import DEFAULT_MODEL, default_model_path
@@ -16,7 +17,7 @@ def resolve_model(path_or_id: str | Path) -> Path:
         return default_model_path()
     path = Path(path_or_id).expanduser()
     if path.is_file() and path.suffix != ".gguf":
-        raise ModelError(f"{path} is a file, expected a model directory or a .gguf file")
+        raise ModelError(f"{path} is a file, expected a model directory or a .gguf file{_file_advice(path)}")
     if path.exists():
         return path
     if isinstance(path_or_id, Path) or _looks_like_path(path_or_id):
@@ -28,6 +29,13 @@ def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
     """Open a model's files and check its config; weights are read later. Raises ModelError."""
     path = resolve_model(path_or_id)
     return GgufFile(path) if path.is_file() else SafetensorsDir(path)
+
+
+def _file_advice(path: Path) -> str:
+    if path.suffix in (".safetensors", ".json", ".bin"):
+        return ": give the directory that holds it"
+    foreign = _core.recognise_file(str(path))
+    return "" if foreign is None else f"; it is {foreign}"
 
 
 def _looks_like_path(text: str) -> bool:

@@ -8,10 +8,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from loraserve import _core
 from loraserve.errors import ModelError
 from loraserve.json_file import read_json, read_optional_json
 from loraserve.loader.checkpoint import Checkpoint
 from loraserve.loader.generation_config import read_sampling_defaults
+from loraserve.not_a_model import without_config, without_weights
 from loraserve.tokenizer import Tokenizer
 
 SINGLE_FILE = "model.safetensors"
@@ -63,6 +65,9 @@ class SafetensorsDir(Checkpoint):
         try:
             return self._stack.enter_context(safe_open(file, framework="pt"))
         except (SafetensorError, OSError) as error:
+            foreign = _core.recognise_file(str(file))
+            if foreign is not None:
+                raise ModelError(f"{file} is {foreign}") from None
             raise ModelError(f"{file} is truncated or malformed: {error}") from error
 
     def _check_index(self) -> None:
@@ -73,6 +78,8 @@ class SafetensorsDir(Checkpoint):
 
 def read_config(path: Path) -> dict[str, Any]:
     """config.json, with the stop tokens of generation_config.json if it names any. Raises ModelError."""
+    if not (path / "config.json").exists():
+        raise ModelError(f"{path / 'config.json'} is missing: {without_config(path)}")
     config = read_json(path / "config.json")
     if (path / ADAPTER_CONFIG).exists():
         raise ModelError(
@@ -91,9 +98,7 @@ def shard_files(path: Path) -> list[Path]:
         return sorted(set(_index(path).values()))
     if (path / SINGLE_FILE).exists():
         return [path / SINGLE_FILE]
-    if any(path.glob("pytorch_model*.bin")):
-        raise ModelError(f"{path} holds pickled .bin weights, convert them to safetensors first")
-    raise ModelError(f"{path} has neither {SINGLE_FILE} nor {INDEX_FILE}")
+    raise ModelError(f"{path} has neither {SINGLE_FILE} nor {INDEX_FILE}: {without_weights(path)}")
 
 
 def _index(path: Path) -> dict[str, Path]:

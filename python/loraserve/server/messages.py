@@ -283,6 +283,8 @@ def receipt_to_wire(receipt: Receipt) -> pb.Receipt:
         hash=receipt.hash,
         base_check=receipt.base_check,
         base_model=receipt.base_model or "",
+        base_copies=receipt.base_copies,
+        not_used=receipt.not_used,
     )
 
 

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use crate::base_copy::{BaseCopy, BaseWeights, take_copies};
 use crate::bind::{Binding, bind};
 use crate::config::Config;
 use crate::content::ContentHash;
@@ -25,17 +26,19 @@ pub struct Limits {
 
 /// Reads and checks all of an adapter and says what it is.
 pub fn check(directory: &Path, shape: &BaseShape, limits: Limits) -> Result<Receipt> {
-    check_paced(directory, shape, limits, &Pace::default())
+    check_paced(directory, shape, limits, None, &Pace::default())
 }
 
-/// `check`, at a pace.
+/// `check`, at a pace; copies of the base's weights are compared with `base`, and refused without it.
 pub fn check_paced(
     directory: &Path,
     shape: &BaseShape,
     limits: Limits,
+    base: Option<&dyn BaseWeights>,
     pace: &Pace,
 ) -> Result<Receipt> {
     let mut adapter = Adapter::open(directory, shape, limits)?;
+    adapter.check_copies(base, pace)?;
     let hash = adapter.read_modules(pace, |_, _, _| {})?;
     Ok(adapter.receipt(shape, hash))
 }
@@ -83,6 +86,7 @@ struct Adapter {
     file: WeightsFile,
     /// In order of (layer, path).
     bindings: Vec<Binding>,
+    copies: Vec<BaseCopy>,
 }
 
 impl Adapter {
@@ -90,20 +94,29 @@ impl Adapter {
         let (path, text) = read_config(directory)?;
         let config = Config::parse(&path, &text)?;
         let file = WeightsFile::open(directory)?;
-        let tensors = file.tensors();
+        let mut tensors = file.tensors();
+        let copies = take_copies(&mut tensors, &config)?;
         if tensors.is_empty() {
             return Err(Error::NoTensors {
                 path: file.path().into(),
             });
         }
-        let bindings = bind(tensors, &config, shape, limits.max_lora_rank)?;
+        let bindings = bind(tensors, &config, shape, limits.max_lora_rank);
+        let bindings = bindings.map_err(|error| error.trained_on(config.base_model.as_deref()))?;
         Ok(Self {
             directory: directory.into(),
             dtype: limits.dtype,
             base_model: config.base_model,
             file,
             bindings,
+            copies,
         })
+    }
+
+    fn check_copies(&mut self, base: Option<&dyn BaseWeights>, pace: &Pace) -> Result<()> {
+        let mut bursts = Bursts::new(pace);
+        let mut checks = self.copies.iter();
+        checks.try_for_each(|copy| copy.check(&mut self.file, self.dtype, base, &mut bursts))
     }
 
     fn load(
@@ -169,9 +182,11 @@ impl Adapter {
             base_check: base_check(self.bindings.len(), layers.len(), shape.num_layers),
             layers: layers.into_iter().collect(),
             ranks: ranks.into_iter().collect(),
+            base_copies: self.copies.iter().map(|copy| copy.module.into()).collect(),
             nbytes: layout_of(&self.bindings, shape, self.dtype).nbytes,
             hash,
             base_model: self.base_model,
+            not_used: Vec::new(),
         }
     }
 }

@@ -8,7 +8,7 @@ use safetensors::tensor::TensorInfo;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::shape::{BaseShape, ModuleShape};
-use crate::tensor_name::{Half, TensorName, module_key};
+use crate::tensor_name::{Half, TensorName, module_key, refuse_unsupported};
 
 /// A tensor of the file: its name and where it lies.
 #[derive(Clone, Debug)]
@@ -37,6 +37,7 @@ pub(crate) fn bind(
     shape: &BaseShape,
     max_lora_rank: usize,
 ) -> Result<Vec<Binding>> {
+    refuse_unsupported(&tensors.keys())?;
     let mut halves: BTreeMap<(usize, String), Halves> = BTreeMap::new();
     for (name, info) in tensors {
         let parsed = TensorName::parse(&name, shape)?;
@@ -103,6 +104,9 @@ fn pair(halves: Halves) -> Result<(Source, Source)> {
     }
 }
 
+const EMPTY: &str = ": DeepSpeed ZeRO-3 saved it before gathering its parts, save it with \
+                     stage3_gather_16bit_weights_on_model_save";
+
 /// Checks dtypes and shapes of both halves and returns their rank.
 fn check_shapes(key: &str, a: &Source, b: &Source, module: &ModuleShape) -> Result<usize> {
     let [a_rank, in_features] = matrix_shape(a)?;
@@ -135,6 +139,7 @@ fn matrix_shape(source: &Source) -> Result<[usize; 2]> {
     matrix.map_err(|_| Error::Dimensions {
         tensor: tensor(),
         shape: shape.clone(),
+        remedy: if shape[..] == [0] { EMPTY } else { "" },
     })
 }
 

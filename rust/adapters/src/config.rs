@@ -4,6 +4,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
+use crate::base_copy;
 use crate::error::{Error, Result};
 use crate::fields::Fields;
 use crate::pattern::PatternMap;
@@ -20,6 +21,8 @@ const PLAIN_INITIALISATIONS: &[&str] = &["eva", "gaussian", "mica", "orthogonal"
 pub(crate) struct Config {
     pub(crate) base_model: Option<String>,
     pub(crate) targets: Targets,
+    /// `modules_to_save`: names of modules, or ends of their paths.
+    pub(crate) saved_modules: Vec<String>,
     rank: usize,
     rank_pattern: PatternMap<usize>,
     alpha: f64,
@@ -49,6 +52,7 @@ impl Config {
         Ok(Self {
             base_model: fields.string("base_model_name_or_path").map(String::from),
             targets: Targets::new(fields)?,
+            saved_modules: saved_modules(fields)?,
             rank: fields.rank("r", DEFAULT_RANK)?,
             rank_pattern: PatternMap::new("rank_pattern", rank_pattern)?,
             alpha: fields.number("lora_alpha", DEFAULT_ALPHA)?,
@@ -82,6 +86,11 @@ fn check_type(fields: &Fields) -> Result<()> {
     match fields.string("peft_type") {
         Some("LORA") => {}
         Some(_) => return Err(fields.unsupported("peft_type")),
+        None if fields.has("lora_parameters") => {
+            let reason = "is missing and 'lora_parameters' is there: an MLX adapter, which is not read; \
+                          convert it to PEFT's form";
+            return Err(Error::field("peft_type", reason));
+        }
         None => return Err(Error::field("peft_type", "is missing, expected \"LORA\"")),
     }
     match fields.value("bias") {
@@ -89,6 +98,16 @@ fn check_type(fields: &Fields) -> Result<()> {
         Some(Value::String(bias)) if bias == "none" => Ok(()),
         Some(_) => Err(fields.unsupported("bias")),
     }
+}
+
+/// Embeddings may be listed, the weights say whether they were trained; other modules may not.
+fn saved_modules(fields: &Fields) -> Result<Vec<String>> {
+    let field = "modules_to_save";
+    let listed = fields.strings(field)?;
+    if !listed.iter().all(|path| base_copy::is_copied(path)) {
+        return Err(fields.unsupported(field));
+    }
+    Ok(listed.into_iter().map(String::from).collect())
 }
 
 /// PEFT rewrites `init_lora_weights` when it converts such an adapter back to the plain base.

@@ -18,32 +18,67 @@ pub enum ErrorKind {
 pub enum Error {
     #[error("{} does not exist", path.display())]
     Missing { path: PathBuf },
-    #[error("{} is not a {expected}", path.display())]
-    WrongFileType {
-        path: PathBuf,
-        expected: &'static str,
-    },
-    #[error("{} can't be read: {source}", path.display())]
-    Unreadable { path: PathBuf, source: io::Error },
+    #[error("{} does not exist: {instead}", path.display())]
+    Absent { path: PathBuf, instead: String },
+    #[error("{} is not a directory: {reason}", path.display())]
+    NotADirectory { path: PathBuf, reason: String },
+    #[error("{} is not a file", path.display())]
+    NotAFile { path: PathBuf },
+    #[error("{} is {what}", path.display())]
+    Foreign { path: PathBuf, what: String },
     #[error(
-        "{}: pickle files are not loaded; convert to safetensors (adapter_model.safetensors)",
+        "not supported yet: {} beside the adapter ({what}): train without it, or merge the adapter into its \
+         base and serve that",
         path.display()
     )]
-    Pickle { path: PathBuf },
+    OtherWeights { path: PathBuf, what: &'static str },
+    #[error("{} can't be read: {source}", path.display())]
+    Unreadable { path: PathBuf, source: io::Error },
     #[error("{} is not a valid adapter config: {reason}", path.display())]
     ConfigSyntax { path: PathBuf, reason: String },
     #[error("adapter_config.json: field '{field}' {reason}")]
     Field { field: String, reason: String },
-    #[error("not supported yet: field '{field}' is {value} in adapter_config.json")]
-    UnsupportedField { field: String, value: String },
+    #[error("not supported yet: field '{field}' is {value} in adapter_config.json{remedy}")]
+    UnsupportedField {
+        field: String,
+        value: String,
+        /// Empty, or begins with ": ".
+        remedy: String,
+    },
     #[error("{} is not a valid safetensors file: {reason}", path.display())]
     Weights { path: PathBuf, reason: String },
-    #[error("{} has no tensors: the adapter would do nothing", path.display())]
+    #[error(
+        "{} has no tensors: the adapter would do nothing (DeepSpeed ZeRO-3 saves such files unless \
+         stage3_gather_16bit_weights_on_model_save is set)",
+        path.display()
+    )]
     NoTensors { path: PathBuf },
     #[error("not supported yet: tensor {tensor} ({feature})")]
     UnsupportedTensor {
         tensor: String,
         feature: &'static str,
+    },
+    #[error(
+        "tensor {tensor} is no copy of the base's own {module}: {difference}. Trained embeddings are not \
+         supported yet; if it was not trained, save the adapter with save_embedding_layers=False"
+    )]
+    CopyDiffers {
+        tensor: String,
+        module: &'static str,
+        difference: String,
+    },
+    #[error("the base model's {module} can't be compared with tensor {tensor}: {reason}")]
+    CopyUnchecked {
+        tensor: String,
+        module: &'static str,
+        reason: String,
+    },
+    #[error(
+        "{source}; the adapter was trained on {trained_on:?} (base_model_name_or_path), is that the base model here?"
+    )]
+    OtherBase {
+        source: Box<Error>,
+        trained_on: String,
     },
     #[error("tensor {tensor} fits no module of the base model: {reason}")]
     Unbound { tensor: String, reason: String },
@@ -54,10 +89,17 @@ pub enum Error {
         tensor: String,
         missing: &'static str,
     },
-    #[error("tensor {tensor} has dtype {dtype}; supported are F32, F16 and BF16")]
+    #[error(
+        "tensor {tensor} has dtype {dtype}; supported are F32, F16 and BF16: save the adapter in one of them"
+    )]
     Dtype { tensor: String, dtype: String },
-    #[error("tensor {tensor} has shape {shape:?}, expected two dimensions")]
-    Dimensions { tensor: String, shape: Vec<usize> },
+    #[error("tensor {tensor} has shape {shape:?}, expected two dimensions{remedy}")]
+    Dimensions {
+        tensor: String,
+        shape: Vec<usize>,
+        /// Empty, or begins with ": ".
+        remedy: &'static str,
+    },
     #[error("{module}: adapter wants {side} {adapter}, base has {base}")]
     Features {
         module: String,
@@ -125,8 +167,25 @@ impl Error {
     /// The same error for an adapter that was registered earlier: missing files are gone files.
     pub(crate) fn since_registered(self) -> Self {
         match self {
-            Self::Missing { path } | Self::Unreadable { path, .. } => Self::Gone { path },
+            Self::Missing { path } | Self::Absent { path, .. } | Self::Unreadable { path, .. } => {
+                Self::Gone { path }
+            }
             other => other,
+        }
+    }
+
+    /// The same error with the base that the adapter names, where the two may not belong together.
+    pub(crate) fn trained_on(self, base_model: Option<&str>) -> Self {
+        let is_mismatch = matches!(
+            self,
+            Self::Features { .. } | Self::Unbound { .. } | Self::TargetWithoutTensors { .. }
+        );
+        match base_model {
+            Some(trained_on) if is_mismatch => Self::OtherBase {
+                source: Box::new(self),
+                trained_on: trained_on.into(),
+            },
+            _ => self,
         }
     }
 

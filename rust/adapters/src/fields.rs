@@ -27,6 +27,51 @@ const HARMLESS: &[&str] = &[
     "unsloth_fixed",
 ];
 
+/// What to do about fields that are refused.
+const REMEDIES: &[(&str, &str)] = &[
+    (
+        "alora_invocation_tokens",
+        "an activated LoRA, use one that is always on",
+    ),
+    (
+        "bias",
+        "train with bias=\"none\", or merge the adapter into its base and serve that",
+    ),
+    (
+        "lora_bias",
+        "train without it, or merge the adapter into its base and serve that",
+    ),
+    (
+        "layer_replication",
+        "merge the adapter into its base and serve that",
+    ),
+    (
+        "modules_to_save",
+        "only embed_tokens and lm_head may be listed, and only as untrained copies of the base's: train \
+         without it, or merge the adapter into its base and serve that",
+    ),
+    (
+        "trainable_token_indices",
+        "train without added tokens, or merge the adapter into its base and serve that",
+    ),
+    ("target_parameters", "name linear layers in target_modules"),
+    (
+        "use_dora",
+        "train without DoRA, or merge the adapter into its base and serve that",
+    ),
+];
+
+/// PEFT's types that are learned prompts: nothing a weight could take up.
+const PROMPT_TYPES: &[&str] = &[
+    "ADAPTION_PROMPT",
+    "CARTRIDGE",
+    "CPT",
+    "MULTITASK_PROMPT_TUNING",
+    "P_TUNING",
+    "PREFIX_TUNING",
+    "PROMPT_TUNING",
+];
+
 /// Fields this crate interprets.
 const READ: &[&str] = &[
     "alpha_pattern",
@@ -36,6 +81,7 @@ const READ: &[&str] = &[
     "layers_pattern",
     "layers_to_transform",
     "lora_alpha",
+    "modules_to_save",
     "peft_type",
     "r",
     "rank_pattern",
@@ -67,7 +113,28 @@ impl Fields {
         Error::UnsupportedField {
             field: field.into(),
             value: quote(self.0.get(field)),
+            remedy: self.remedy(field),
         }
+    }
+
+    fn remedy(&self, field: &str) -> String {
+        if field == "peft_type" {
+            let is_prompt = self
+                .string(field)
+                .is_some_and(|kind| PROMPT_TYPES.contains(&kind));
+            let why = if is_prompt {
+                "it is a learned prompt, which no weight can take up"
+            } else {
+                "merge it into its base and serve that"
+            };
+            return format!(": {why}, or train a LORA adapter");
+        }
+        let found = REMEDIES.iter().find(|(name, _)| *name == field);
+        found.map_or_else(String::new, |(_, remedy)| format!(": {remedy}"))
+    }
+
+    pub(crate) fn has(&self, field: &str) -> bool {
+        self.0.contains_key(field)
     }
 
     /// The value, unless it is absent, null or empty.

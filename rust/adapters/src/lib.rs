@@ -6,11 +6,13 @@
 #![forbid(unsafe_code)]
 
 mod adapter;
+mod base_copy;
 mod bind;
 mod config;
 mod content;
 mod error;
 mod fields;
+mod foreign;
 mod layout;
 mod matrix;
 mod pace;
@@ -23,7 +25,9 @@ mod target;
 mod tensor_name;
 
 pub use adapter::{Limits, check, check_paced, load, load_paced};
+pub use base_copy::{BaseWeights, StoredWeight, digest};
 pub use error::{Error, ErrorKind, Result};
+pub use foreign::{Expected, recognise, recognise_file};
 pub use layout::{
     AdapterLayout, BLOCK_ALIGN, GroupLayout, ModuleLayout, NUM_GROUPS, OVERREAD, PANEL_WIDTH,
     Panels, RANK_MULTIPLE, StorageDtype,

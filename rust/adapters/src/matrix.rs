@@ -96,6 +96,43 @@ impl<'a> Matrix<'a> {
     }
 }
 
+/// Values of `dtype` in `bytes`, as `Matrix::write` stores them, in place of what `stored` held.
+pub(crate) fn store(dtype: Dtype, bytes: &[u8], storage: StorageDtype, stored: &mut Vec<u8>) {
+    use StorageDtype::{BFloat16, Float16, Float32};
+    stored.clear();
+    let wide = |value: f32| -> [u8; 4] { value.to_le_bytes() };
+    match (dtype, storage) {
+        (Dtype::F32, Float32) | (Dtype::F16, Float16) | (Dtype::BF16, BFloat16) => {
+            stored.extend_from_slice(bytes);
+        }
+        (Dtype::F32, BFloat16) => convert(bytes, f32::from_le_bytes, round, stored),
+        (Dtype::F32, Float16) => convert(bytes, f32::from_le_bytes, halve, stored),
+        (Dtype::F16, Float32) => convert(bytes, widen_f16, wide, stored),
+        (Dtype::F16, BFloat16) => convert(bytes, widen_f16, round, stored),
+        (Dtype::BF16, Float32) => convert(bytes, widen_bf16, wide, stored),
+        (Dtype::BF16, Float16) => convert(bytes, widen_bf16, halve, stored),
+        (other, _) => unreachable!("a stored tensor is never {other}"),
+    }
+}
+
+fn convert<const FROM: usize, const TO: usize>(
+    bytes: &[u8],
+    widen: impl Fn([u8; FROM]) -> f32,
+    narrow: impl Fn(f32) -> [u8; TO],
+    stored: &mut Vec<u8>,
+) {
+    let values = bytes.as_chunks::<FROM>().0;
+    stored.extend(values.iter().flat_map(|value| narrow(widen(*value))));
+}
+
+fn widen_f16(bytes: [u8; 2]) -> f32 {
+    f16::from_le_bytes(bytes).to_f32()
+}
+
+fn widen_bf16(bytes: [u8; 2]) -> f32 {
+    bf16::from_le_bytes(bytes).to_f32()
+}
+
 /// To nearest, ties to even; the value is finite and stays so.
 fn round(value: f32) -> [u8; 2] {
     let bits = value.to_bits();

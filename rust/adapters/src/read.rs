@@ -8,10 +8,16 @@ use std::path::{Path, PathBuf};
 use safetensors::tensor::{Metadata, TensorInfo};
 
 use crate::error::{Error, Result};
+use crate::foreign::{self, Expected, recognise, recognise_file};
 
 pub(crate) const CONFIG_FILE: &str = "adapter_config.json";
 pub(crate) const WEIGHTS_FILE: &str = "adapter_model.safetensors";
-const PICKLE_FILES: &[&str] = &["adapter_model.bin", "adapter_model.pt", "adapter_model.pth"];
+/// Weights other than the two files' that change what an adapter computes, and whose they are.
+const OTHER_WEIGHTS: &[(&str, &str)] = &[
+    ("new_embeddings.safetensors", "embeddings of added tokens"),
+    ("new_embeddings.bin", "embeddings of added tokens"),
+    ("non_lora_trainables.bin", "weights trained in full"),
+];
 
 /// Longest accepted config in bytes; real ones are a few kilobytes.
 const MAX_CONFIG_NBYTES: u64 = 1 << 20;
@@ -24,19 +30,39 @@ const LENGTH_NBYTES: u64 = 8;
 pub(crate) fn read_config(directory: &Path) -> Result<(PathBuf, String)> {
     let metadata = fs::metadata(directory).map_err(|error| io_error(directory, error))?;
     if !metadata.is_dir() {
-        return Err(Error::WrongFileType {
+        return Err(Error::NotADirectory {
             path: directory.into(),
-            expected: "directory",
+            reason: foreign::file_as_directory(directory),
         });
     }
+    refuse_other_weights(directory)?;
     let path = directory.join(CONFIG_FILE);
-    let nbytes = file_nbytes(&path)?;
+    let nbytes =
+        file_nbytes(&path).map_err(|error| say_what_is_there(directory, CONFIG_FILE, error))?;
     if nbytes > MAX_CONFIG_NBYTES {
         let reason = format!("it has {nbytes} bytes, limit is {MAX_CONFIG_NBYTES}");
         return Err(Error::ConfigSyntax { path, reason });
     }
-    let text = fs::read_to_string(&path).map_err(|error| io_error(&path, error))?;
-    Ok((path, text))
+    let text = fs::read_to_string(&path);
+    let text = text.map_err(|error| match recognise_file(&path, Expected::Json) {
+        Some(what) if error.kind() == ErrorKind::InvalidData => foreign(&path, what),
+        _ => io_error(&path, error),
+    })?;
+    match recognise(text.as_bytes(), Expected::Json) {
+        Some(what) => Err(foreign(&path, what)),
+        None => Ok((path, text)),
+    }
+}
+
+/// Weights beside the adapter's own would be left out without a word.
+fn refuse_other_weights(directory: &Path) -> Result<()> {
+    for (name, what) in OTHER_WEIGHTS {
+        let path = directory.join(name);
+        if path.exists() {
+            return Err(Error::OtherWeights { path, what });
+        }
+    }
+    Ok(())
 }
 
 /// An open `adapter_model.safetensors` whose header agrees with its length.
@@ -51,10 +77,16 @@ pub(crate) struct WeightsFile {
 impl WeightsFile {
     pub(crate) fn open(directory: &Path) -> Result<Self> {
         let path = directory.join(WEIGHTS_FILE);
-        let nbytes = file_nbytes(&path).map_err(|error| pickle_instead(directory, error))?;
+        let nbytes = file_nbytes(&path)
+            .map_err(|error| say_what_is_there(directory, WEIGHTS_FILE, error))?;
         let mut file = File::open(&path).map_err(|error| io_error(&path, error))?;
-        let header_nbytes = read_header_length(&path, &mut file, nbytes)?;
-        let header = read_header(&path, &mut file, header_nbytes)?;
+        let opened = read_header_length(&path, &mut file, nbytes).and_then(|header_nbytes| {
+            let header = read_header(&path, &mut file, header_nbytes)?;
+            Ok((header_nbytes, header))
+        });
+        let (header_nbytes, header) = opened.map_err(|error| {
+            recognise_file(&path, Expected::Binary).map_or(error, |what| foreign(&path, what))
+        })?;
         let data_start = LENGTH_NBYTES + header_nbytes;
         let expected = data_start.checked_add(header.data_len() as u64);
         if expected != Some(nbytes) {
@@ -142,20 +174,26 @@ fn read_header(path: &Path, file: &mut File, nbytes: u64) -> Result<Metadata> {
 fn file_nbytes(path: &Path) -> Result<u64> {
     let metadata = fs::metadata(path).map_err(|error| io_error(path, error))?;
     if !metadata.is_file() {
-        return Err(Error::WrongFileType {
-            path: path.into(),
-            expected: "file",
-        });
+        return Err(Error::NotAFile { path: path.into() });
     }
     Ok(metadata.len())
 }
 
-/// Missing weights beside a pickle are refused as a pickle.
-fn pickle_instead(directory: &Path, error: Error) -> Error {
-    let mut pickles = PICKLE_FILES.iter().map(|name| directory.join(name));
-    match (&error, pickles.find(|path| path.exists())) {
-        (Error::Missing { .. }, Some(path)) => Error::Pickle { path },
-        _ => error,
+/// A missing file, with what lies there instead.
+fn say_what_is_there(directory: &Path, name: &str, error: Error) -> Error {
+    match error {
+        Error::Missing { path } => Error::Absent {
+            path,
+            instead: foreign::instead_of(name, directory),
+        },
+        other => other,
+    }
+}
+
+fn foreign(path: &Path, what: String) -> Error {
+    Error::Foreign {
+        path: path.into(),
+        what,
     }
 }
 

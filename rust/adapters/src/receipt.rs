@@ -3,7 +3,7 @@
 /// Facts about an adapter that fits the base model.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Receipt {
-    /// Tensors applied; every tensor in the file is.
+    /// Tensors applied; every tensor in the file is, but for `base_copies`.
     pub tensors: usize,
     /// Last part of each adapted module's path, in the order they run in a layer.
     pub modules: Vec<String>,
@@ -11,6 +11,8 @@ pub struct Receipt {
     pub layers: Vec<usize>,
     /// Distinct true (unpadded) ranks, ascending.
     pub ranks: Vec<usize>,
+    /// Modules of the base whose own weights the file repeats bit by bit; nothing is kept of those.
+    pub base_copies: Vec<String>,
     /// Packed length in bytes.
     pub nbytes: usize,
     /// BLAKE3 of the content, in hex.
@@ -19,6 +21,9 @@ pub struct Receipt {
     pub base_check: String,
     /// `base_model_name_or_path` as recorded; not compared.
     pub base_model: Option<String>,
+    /// What lies beside the weights, differs from the base model's and is not used, in words; for the
+    /// caller to fill, who knows the base's tokenizer.
+    pub not_used: Vec<String>,
 }
 
 impl Receipt {

@@ -31,13 +31,78 @@ const SUFFIXES: &[(&str, Half)] = &[
 
 /// Parts of names that only tensors of unsupported features have, most telling first.
 const UNSUPPORTED: &[(&str, &str)] = &[
-    ("lora_magnitude_vector", "DoRA magnitude, use_dora"),
-    ("lora_embedding_", "adapted embedding"),
-    ("modules_to_save", "a whole module, modules_to_save"),
-    ("token_adapter", "trained tokens, trainable_token_indices"),
-    ("lora_B.bias", "lora_bias"),
-    ("lora_B.default.bias", "lora_bias"),
-    (".base_layer.bias", "trained bias, bias"),
+    (
+        "lora_magnitude_vector",
+        "DoRA magnitude, use_dora: train without DoRA",
+    ),
+    (
+        "token_adapter",
+        "trained tokens, trainable_token_indices: train without added tokens",
+    ),
+    (
+        "lora_embedding_",
+        "LoRA on an embedding: train without embed_tokens in target_modules",
+    ),
+    (
+        "lm_head.lora_",
+        "LoRA on lm_head: train without lm_head in target_modules",
+    ),
+    (
+        "unembed_tokens.lora_",
+        "LoRA on lm_head: train without lm_head in target_modules",
+    ),
+    (
+        "modules_to_save",
+        "a whole module, modules_to_save: train without it",
+    ),
+    ("lora_B.bias", "lora_bias: train without it"),
+    ("lora_B.default.bias", "lora_bias: train without it"),
+    (
+        ".base_layer.bias",
+        "trained bias, bias: train with bias=\"none\"",
+    ),
+    (
+        ".base_layer.weight",
+        "a weight of the base model itself: save only the adapter, with PeftModel.save_pretrained",
+    ),
+];
+
+/// Parts of names that other tools write, and what to do.
+const MISNAMED: &[(&str, &str)] = &[
+    (
+        "_orig_mod.",
+        "it was saved from a model under torch.compile: take '_orig_mod.' out of the names",
+    ),
+    (
+        "base_model.model.base_model.model.",
+        "it was trained over another adapter: merge that one into the base first",
+    ),
+    (
+        "_fsdp_wrapped_module.",
+        "it was saved from an FSDP wrapper: take '_fsdp_wrapped_module.' out of the names",
+    ),
+    (
+        ".lora_down.",
+        "kohya's or diffusers' names: convert it to PEFT's",
+    ),
+    (
+        ".lora_up.",
+        "kohya's or diffusers' names: convert it to PEFT's",
+    ),
+    (
+        ".lora_a",
+        "MLX's or torchtune's names: convert it to PEFT's",
+    ),
+    (
+        ".lora_b",
+        "MLX's or torchtune's names: convert it to PEFT's",
+    ),
+    (
+        "language_model.",
+        "it was trained on a model for images or audio, whose language model is inside",
+    ),
+    ("vision", "it was trained on a model for images"),
+    ("visual", "it was trained on a model for images"),
 ];
 
 /// The module path PEFT's patterns are matched against.
@@ -45,21 +110,30 @@ pub(crate) fn module_key(layer: usize, path: &str) -> String {
     format!("model.layers.{layer}.{path}")
 }
 
-impl TensorName {
-    /// Binds a tensor's name to a module of the base, or refuses it.
-    pub(crate) fn parse(tensor: &str, shape: &BaseShape) -> Result<Self> {
-        if let Some((_, feature)) = UNSUPPORTED.iter().find(|(part, _)| tensor.contains(part)) {
+/// Refuses a file for the most telling of its unsupported tensors.
+pub(crate) fn refuse_unsupported<'a>(
+    tensors: &(impl Iterator<Item = &'a String> + Clone),
+) -> Result<()> {
+    for (part, feature) in UNSUPPORTED {
+        if let Some(tensor) = tensors.clone().find(|tensor| tensor.contains(part)) {
             return Err(Error::UnsupportedTensor {
-                tensor: tensor.into(),
+                tensor: tensor.clone(),
                 feature,
             });
         }
+    }
+    Ok(())
+}
+
+impl TensorName {
+    /// Binds a tensor's name to a module of the base, or refuses it.
+    pub(crate) fn parse(tensor: &str, shape: &BaseShape) -> Result<Self> {
         let (module, half) = split_half(tensor)?;
         let unbound = |reason: String| Error::Unbound {
             tensor: tensor.into(),
             reason,
         };
-        let (layer, path) = split_layer(module).ok_or_else(|| unbound(EXPECTED.into()))?;
+        let (layer, path) = split_layer(module).ok_or_else(|| unbound(expected_name(tensor)))?;
         if layer >= shape.num_layers {
             return Err(unbound(format!(
                 "layer {layer}, base has {} layers",
@@ -87,8 +161,9 @@ fn split_half(tensor: &str) -> Result<(&str, Half)> {
 
 /// Without `lora_` in its name a tensor replaces one of the base model's own.
 fn refuse_unpaired_name(tensor: &str) -> Error {
-    if !tensor.contains("lora_") {
-        let feature = "a weight of the base model itself, modules_to_save or bias";
+    if !tensor.to_ascii_lowercase().contains("lora") {
+        let feature = "a weight of the base model itself, trained in full or as modules_to_save or bias: \
+                       train without it, or serve the whole fine-tuned model as the base";
         return Error::UnsupportedTensor {
             tensor: tensor.into(),
             feature,
@@ -96,8 +171,28 @@ fn refuse_unpaired_name(tensor: &str) -> Error {
     }
     Error::Unbound {
         tensor: tensor.into(),
-        reason: EXPECTED.into(),
+        reason: expected_name(tensor),
     }
+}
+
+/// What is wrong with a name, and what names look like.
+fn expected_name(tensor: &str) -> String {
+    let misnamed = MISNAMED.iter().find(|(part, _)| tensor.contains(part));
+    match (misnamed, adapter_name(tensor)) {
+        (Some((_, what)), _) => format!("{what}; {EXPECTED}"),
+        (None, Some(name)) => format!(
+            "it was saved under the adapter name {name:?}: take '.{name}' out of the names; {EXPECTED}"
+        ),
+        (None, None) => EXPECTED.into(),
+    }
+}
+
+/// `x` of `….lora_A.x.weight`.
+fn adapter_name(tensor: &str) -> Option<&str> {
+    let rest = [".lora_A.", ".lora_B."]
+        .iter()
+        .find_map(|half| tensor.split_once(half));
+    rest?.1.strip_suffix(".weight")
 }
 
 /// `base_model.model.model.layers.3.self_attn.q_proj` → (3, `self_attn.q_proj`).

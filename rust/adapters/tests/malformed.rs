@@ -122,7 +122,7 @@ fn empty_weights_file_is_refused() {
     let peft = Peft::new();
     peft.write();
     fs::write(peft.weights_path(), []).unwrap();
-    assert_error(peft.check_written(), "it has 0 bytes, a header needs 8");
+    assert_error(peft.check_written(), "is empty: get the file itself again");
 }
 
 #[test]
@@ -154,7 +154,30 @@ fn file_without_tensors_is_refused() {
 
 #[test]
 fn other_peft_types_are_refused() {
-    assert_field_refused("peft_type", json!("LOHA"), "field 'peft_type' is \"LOHA\"");
+    for (kind, remedy) in [
+        (
+            "LOHA",
+            "merge it into its base and serve that, or train a LORA adapter",
+        ),
+        ("LOKR", "merge it into its base"),
+        ("IA3", "merge it into its base"),
+        ("OFT", "merge it into its base"),
+        ("VERA", "merge it into its base"),
+        ("ADALORA", "merge it into its base"),
+        (
+            "PROMPT_TUNING",
+            "it is a learned prompt, which no weight can take up, or train a LORA adapter",
+        ),
+        ("PREFIX_TUNING", "it is a learned prompt"),
+        ("P_TUNING", "it is a learned prompt"),
+    ] {
+        let fragment = format!("field 'peft_type' is \"{kind}\" in adapter_config.json: {remedy}");
+        assert_field_refused("peft_type", json!(kind), &fragment);
+    }
+    assert_refused(
+        |peft| peft.config = json!({"fine_tune_type": "lora", "lora_parameters": {"rank": 8}}),
+        "an MLX adapter, which is not read; convert it to PEFT's form",
+    );
     assert_field_refused("peft_type", Value::Null, "field 'peft_type' is missing");
 }
 
@@ -166,7 +189,7 @@ fn config_fields_that_change_the_result_are_refused_by_name() {
         ("bias", json!("all")),
         ("lora_bias", json!(true)),
         ("fan_in_fan_out", json!(true)),
-        ("modules_to_save", json!(["lm_head"])),
+        ("modules_to_save", json!(["lm_head", "score"])),
         ("layer_replication", json!([[0, 1]])),
         ("trainable_token_indices", json!([1, 2])),
         ("alora_invocation_tokens", json!([7])),
@@ -293,12 +316,27 @@ fn tensors_of_unsupported_features_are_refused_by_name() {
         (format!("{layer}.lora_magnitude_vector"), "DoRA"),
         (format!("{layer}.lora_B.bias"), "lora_bias"),
         (format!("{layer}.base_layer.bias"), "trained bias"),
+        (
+            format!("{layer}.base_layer.weight"),
+            "save only the adapter, with PeftModel.save_pretrained",
+        ),
         (format!("{layer}.bias"), "modules_to_save or bias"),
         (
             "base_model.model.model.embed_tokens.lora_embedding_A".into(),
-            "adapted embedding",
+            "LoRA on an embedding",
         ),
-        ("base_model.model.lm_head.weight".into(), "modules_to_save"),
+        (
+            "base_model.model.lm_head.lora_A.weight".into(),
+            "LoRA on lm_head: train without lm_head in target_modules",
+        ),
+        (
+            "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta".into(),
+            "trainable_token_indices",
+        ),
+        (
+            "base_model.model.model.norm.weight".into(),
+            "modules_to_save",
+        ),
         (
             "base_model.model.lm_head.modules_to_save.weight".into(),
             "modules_to_save",
@@ -323,7 +361,6 @@ fn tensors_of_modules_the_base_lacks_are_refused_by_name() {
             "base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight",
             "base has 2 layers",
         ),
-        ("base_model.model.lm_head.lora_A.weight", "names look like"),
         (
             "model.layers.0.self_attn.q_proj.lora_A.weight",
             "names look like",
@@ -338,7 +375,27 @@ fn tensors_of_modules_the_base_lacks_are_refused_by_name() {
         ),
         (
             "base_model.model.model.layers.0.self_attn.q_proj.lora_A.other.weight",
-            "names look like",
+            "under the adapter name \"other\": take '.other' out of the names",
+        ),
+        (
+            "base_model.model._orig_mod.model.layers.0.self_attn.q_proj.lora_A.weight",
+            "torch.compile: take '_orig_mod.' out of the names",
+        ),
+        (
+            "base_model.model.base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+            "trained over another adapter: merge that one",
+        ),
+        (
+            "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight",
+            "a model for images or audio",
+        ),
+        (
+            "model.layers.0.self_attn.q_proj.lora_a",
+            "MLX's or torchtune's names",
+        ),
+        (
+            "lora_unet_0_q_proj.lora_down.weight",
+            "kohya's or diffusers' names",
         ),
         (
             "base_model.model.model.layers.0.self_attn.q_proj.lora_C.weight",
@@ -393,10 +450,40 @@ fn shapes_of_another_base_are_refused() {
 }
 
 #[test]
+fn an_adapter_of_another_base_is_refused_with_the_base_it_names() {
+    let named = "the adapter was trained on \"some/base\" (base_model_name_or_path)";
+    let misfits: &[fn(&mut Peft)] = &[
+        |peft| peft.set(Q_A, Tensor::f32(&[4, 4096], |_| 1.0)),
+        |peft| {
+            peft.rename(
+                Q_A,
+                "base_model.model.model.layers.31.self_attn.q_proj.lora_A.weight",
+            );
+        },
+        |peft| {
+            peft.drop(Q_A);
+            peft.drop(Q_B);
+        },
+    ];
+    for misfit in misfits {
+        assert_refused(misfit, named);
+    }
+    let mut peft = Peft::new();
+    peft.config["base_model_name_or_path"] = Value::Null;
+    peft.set(Q_A, Tensor::f32(&[4, 4096], |_| 1.0));
+    let message = peft.check().unwrap_err().to_string();
+    assert!(!message.contains("trained on"), "{message}");
+}
+
+#[test]
 fn tensors_that_are_not_matrices_are_refused() {
     assert_refused(
         |peft| peft.set(Q_A, Tensor::f32(&[4, 16, 1], |_| 1.0)),
         "q_proj.lora_A.weight has shape [4, 16, 1], expected two dimensions",
+    );
+    assert_refused(
+        |peft| peft.set(Q_A, Tensor::f32(&[0], |_| 1.0)),
+        "expected two dimensions: DeepSpeed ZeRO-3 saved it",
     );
 }
 

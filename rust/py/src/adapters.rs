@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use loraserve_adapters::{
-    self as adapters, Error, ErrorKind, GroupLayout, Limits, ModuleLayout, ModuleShape, NUM_GROUPS,
-    StorageDtype,
+    self as adapters, BaseWeights, Error, ErrorKind, Expected, GroupLayout, Limits, ModuleLayout,
+    ModuleShape, NUM_GROUPS, StorageDtype, StoredWeight,
 };
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -143,6 +143,21 @@ fn group_tuple((layer, group, layout): (usize, usize, &GroupLayout)) -> GroupTup
     )
 }
 
+/// A Python function: the shape and digest of a module's weight as it is stored.
+struct BaseFunction(Py<PyAny>);
+
+impl BaseWeights for BaseFunction {
+    fn stored(&self, module: &str) -> Result<StoredWeight, String> {
+        let stored = Python::attach(|py| {
+            self.0
+                .call1(py, (module,))?
+                .extract::<([usize; 2], String)>(py)
+        });
+        let (shape, digest) = stored.map_err(|error| error.to_string())?;
+        Ok(StoredWeight { shape, digest })
+    }
+}
+
 /// What a checked adapter turned out to be.
 #[pyclass(frozen, module = "loraserve._core")]
 pub struct Receipt {
@@ -196,6 +211,25 @@ impl Receipt {
         self.inner.base_model.as_deref()
     }
 
+    #[getter]
+    fn base_copies(&self) -> Vec<String> {
+        self.inner.base_copies.clone()
+    }
+
+    #[getter]
+    fn not_used(&self) -> Vec<String> {
+        self.inner.not_used.clone()
+    }
+
+    /// The same receipt, naming what is not used.
+    fn with_not_used(&self, not_used: Vec<String>) -> Self {
+        let inner = adapters::Receipt {
+            not_used,
+            ..self.inner.clone()
+        };
+        Self { inner }
+    }
+
     fn __repr__(&self) -> String {
         let receipt = &self.inner;
         format!(
@@ -244,7 +278,7 @@ impl LoadPace {
 
 /// Reads and checks all of an adapter; raises `AdapterFormatError`.
 #[pyfunction]
-#[pyo3(signature = (path, shape, dtype, max_lora_rank, pace=None))]
+#[pyo3(signature = (path, shape, dtype, max_lora_rank, pace=None, base_weights=None))]
 fn check_adapter(
     py: Python<'_>,
     path: &str,
@@ -252,10 +286,14 @@ fn check_adapter(
     dtype: &str,
     max_lora_rank: usize,
     pace: Option<&LoadPace>,
+    base_weights: Option<Py<PyAny>>,
 ) -> PyResult<Receipt> {
     let limits = limits(dtype, max_lora_rank)?;
     let pace = LoadPace::of(pace);
-    let checked = py.detach(|| adapters::check_paced(Path::new(path), &shape.inner, limits, &pace));
+    let base = base_weights.map(BaseFunction);
+    let base = base.as_ref().map(|base| base as &dyn BaseWeights);
+    let path = Path::new(path);
+    let checked = py.detach(|| adapters::check_paced(path, &shape.inner, limits, base, &pace));
     let inner = checked.map_err(|error| raise(py, &error))?;
     Ok(Receipt { inner })
 }
@@ -300,6 +338,34 @@ fn load_adapter(
     Ok(AdapterLayout { inner })
 }
 
+/// What the file at `path` is in place of what was expected, in words that follow "it is".
+#[pyfunction]
+#[pyo3(signature = (path, is_json=false))]
+fn recognise_file(path: &str, is_json: bool) -> Option<String> {
+    let expected = if is_json {
+        Expected::Json
+    } else {
+        Expected::Binary
+    };
+    adapters::recognise_file(Path::new(path), expected)
+}
+
+/// The digest that `base_weights` gives: of `nbytes` readable bytes at `ptr`, which stay as they are.
+#[pyfunction]
+fn weight_digest(py: Python<'_>, ptr: usize, nbytes: usize) -> PyResult<String> {
+    if ptr == 0 || isize::try_from(nbytes).is_err() {
+        return Err(PyValueError::new_err(format!(
+            "no weight of {nbytes} bytes at {ptr:#x}"
+        )));
+    }
+    Ok(py.detach(|| {
+        // SAFETY: the caller guarantees nbytes readable bytes at ptr that nobody writes until this call
+        // returns; null and oversized lengths are refused above.
+        let bytes = unsafe { std::slice::from_raw_parts(ptr as *const u8, nbytes) };
+        adapters::digest(bytes)
+    }))
+}
+
 fn limits(dtype: &str, max_lora_rank: usize) -> PyResult<Limits> {
     let Some(dtype) = StorageDtype::parse(dtype) else {
         let message = format!("dtype is '{dtype}', expected 'float32', 'bfloat16' or 'float16'");
@@ -326,5 +392,7 @@ pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<Receipt>()?;
     m.add_class::<LoadPace>()?;
     m.add_function(wrap_pyfunction!(check_adapter, m)?)?;
+    m.add_function(wrap_pyfunction!(recognise_file, m)?)?;
+    m.add_function(wrap_pyfunction!(weight_digest, m)?)?;
     m.add_function(wrap_pyfunction!(load_adapter, m)?)
 }

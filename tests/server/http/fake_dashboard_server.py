@@ -189,6 +189,8 @@ def adapter(name: str, *, rank: int, state: str = "resident") -> dict[str, Any]:
             "ranks": [rank],
             "base_check": "shapes",
             "base_model": BASE,
+            "base_copies": [],
+            "not_used": [],
         },
     }
 

@@ -230,6 +230,8 @@ def _adapter_body(adapter: AdapterInfo, caller: Caller) -> AdapterBody:
             hash=receipt.hash,
             base_check=receipt.base_check,
             base_model=receipt.base_model if caller.sees_paths else None,
+            base_copies=receipt.base_copies,
+            not_used=receipt.not_used if caller.sees_paths else [],
         ),
         **(load if caller.sees_load else dict.fromkeys(load)),
     )

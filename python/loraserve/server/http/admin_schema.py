@@ -70,6 +70,12 @@ class ReceiptBody(BaseModel):
     hash: str
     base_check: str
     base_model: str | None
+    base_copies: list[str] = Field(
+        description="Modules whose weights repeat the base model's and are left out."
+    )
+    not_used: list[str] = Field(
+        description="What lies beside the weights, differs from the base model's and is not used."
+    )
 
 
 class AdapterBody(BaseModel):
