@@ -283,6 +283,8 @@ class Engine:
             if old is not None and old.adapter_id != adapter_id:
                 self._forget_replaced(old.adapter_id, name)
         self._wake.set()  # a pinned one is loaded soon
+        for what in receipt.not_used:
+            logger.warning("beside adapter %s, not used: %s", name, what)
         return receipt
 
     def take_turn(self) -> int:

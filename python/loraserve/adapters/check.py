@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from loraserve import _core
+from loraserve.adapters.beside import BesideCheck
 from loraserve.loader.base_weights import BaseWeights
 from loraserve.loader.checkpoint import Checkpoint
 from loraserve.tokenizer import Tokenizer
@@ -34,11 +35,13 @@ class AdapterCheck:
         self.dtype = dtype
         self.max_lora_rank = max_lora_rank
         self._base_weights = BaseWeights(model, dtype)
+        self._beside = BesideCheck(model, tokenizer)
 
     def check_weights(self, path: str, pace: _core.LoadPace | None = None) -> _core.Receipt:
         """Read and check what is applied. Raises AdapterFormatError."""
         return _core.check_adapter(path, self.shape, self.dtype, self.max_lora_rank, pace, self._base_weights)
 
     def check(self, path: str, pace: _core.LoadPace | None = None) -> _core.Receipt:
-        """`check_weights`. Raises AdapterFormatError."""
-        return self.check_weights(path, pace)
+        """`check_weights`, and what lies beside the weights and is not used. Raises AdapterFormatError."""
+        receipt = self.check_weights(path, pace)
+        return receipt.with_not_used(self._beside.find_unused(path))
