@@ -17,12 +17,7 @@ def without_config(path: Path) -> str:
 def without_weights(path: Path) -> str:
     """Why there are no model.safetensors and no index of shards."""
     return (
-        _pickled(path)
-        or _shards(path)
-        or _gguf(path)
-        or _original(path)
-        or _archive(path)
-        or _quoted(path)
+        _pickled(path) or _shards(path) or _gguf(path) or _original(path) or _archive(path) or _quoted(path)
     )
 
 

@@ -114,7 +114,11 @@ DIRECTORIES: list[tuple[str, Change, str]] = [
         become_adapter,
         "this is a LoRA adapter, not a model: serve its base model, which it names as",
     ),
-    ("adapter with config", add_adapter, "holds adapter_config.json beside config.json, which transformers would apply"),
+    (
+        "adapter with config",
+        add_adapter,
+        "holds adapter_config.json beside config.json, which transformers would apply",
+    ),
     (
         "checkpoints below",
         into("checkpoint-500", "checkpoint-1000"),
