@@ -109,7 +109,6 @@ def test_every_setting_can_be_a_variable() -> None:
         "dtype": "float32",
         "device": "cpu",
         "on_adapter_error": "skip",
-        "trust_request_chat_template": "no",
         "log_level": "debug",
         "log_format": "json",
         "host": "::1",
