@@ -31,6 +31,8 @@ WRONG_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"on_adapter_error": "ignore"}, "on_adapter_error is 'ignore', it must be one of fail, skip"),
     ({"on_adapter_error": None}, "on_adapter_error is None, it must be one of fail, skip"),
     ({"failed_adapters": ["a"]}, "failed_adapters is ['a'], give a tuple"),
+    ({"base_names": "base"}, "base_names is 'base', give a tuple"),
+    ({"base_names": (None,)}, "base_names is (None,), give a tuple"),
     ({"memory": 1.5}, "memory is 1.5"),
     ({"memory": True}, "memory is True"),
     ({"memory": "lots"}, "memory is 'lots'"),

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from loraserve._core import Receipt
 from loraserve.adapters.manifest import AdapterManifest
-from loraserve.chat_template import ChatTemplate
 from loraserve.errors import AdapterNotFoundError, InvalidRequestError
+
+if TYPE_CHECKING:
+    from loraserve.chat_template import ChatTemplate
 
 MAX_NAME_CHARS = 256
 NAME_PATTERN = re.compile(r"[a-zA-Z0-9_\-.:]+")
