@@ -175,7 +175,7 @@ class Scheduler:
         self,
         prompt: list[int] | NDArray[np.int32],
         adapters: list[tuple[str, float]],
-        max_tokens: int,
+        max_tokens: int | None,
         min_tokens: int,
         stop_token_ids: list[int],
         cache_scope: tuple[str, str] = ...,
@@ -185,8 +185,9 @@ class Scheduler:
 
         `cache_scope` is (tenant, salt); no KV is shared between scopes, ("", "") is the default.
 
-        `max_tokens` is clamped to the context. Raises InvalidRequestError, AdapterNotFoundError,
-        AdapterUnavailableError (being unloaded), CapacityError (could not run alone in an empty pool),
+        `max_tokens` is clamped to the context; None is as many as fit it and the pool. Raises
+        InvalidRequestError, AdapterNotFoundError, AdapterUnavailableError (being unloaded),
+        CapacityError (could not run alone in an empty pool),
         PermissionDeniedError (`needs_adapter`, and the weights leave none).
         """
     def abort(self, request_id: int) -> bool:

@@ -17,6 +17,7 @@ DTYPE_ALIASES = {"auto": "bfloat16", "half": "float16", "float": "float32"}
 DEVICES = ("auto", "cpu", "cuda")
 
 MAX_MEMORY = 2**62
+AUTO = "auto"
 
 # Most that a setting may be; what an engine can do with a machine is checked against the machine.
 MAX_COUNTS = {
@@ -44,13 +45,15 @@ class EngineConfig:
         dtype: storage of weights, KV cache and adapters: "bfloat16", "float16" (GPU only) or "float32" (CPU
             only); also vLLM's names "half", "float" and "auto", which is bfloat16 here.
         device: "cpu", "cuda" (one NVIDIA GPU), or "auto", which takes a GPU if torch sees one.
-        memory: bytes of the one pool that KV cache and adapters share, or text such as "2GiB".
+        memory: bytes of the one pool that KV cache and adapters share, or text such as "2GiB"; "auto" takes
+            three quarters of what is free beside the weights, and no more than `max_num_seqs` can use.
         max_lora_rank: adapters of a higher rank are refused.
         max_num_seqs: most sequences in one step.
         max_batched_tokens: most tokens in one step; longer prompts are prefilled in chunks.
         max_waiting: most sequences that wait for their turn; beyond, requests are refused as OverloadedError;
             None sets no limit.
-        max_model_len: context limit in tokens; None takes the model's own.
+        max_model_len: context limit in tokens; None takes the model's own, or what the pool holds if that is
+            less.
         generation_config: where defaults of sampling come from, for what neither a request nor its adapter's
             manifest gives: "auto" is the model's own generation_config.json, "none" (vLLM's "vllm") is
             nowhere, else a directory with such a file.
@@ -70,7 +73,7 @@ class EngineConfig:
     manifests: Mapping[str, AdapterManifest] = field(default_factory=dict)
     dtype: str = "bfloat16"
     device: str = "auto"
-    memory: int | str = "2GiB"
+    memory: int | str = AUTO
     max_lora_rank: int = 64
     max_num_seqs: int = 256
     max_batched_tokens: int = 2048
@@ -114,12 +117,18 @@ class EngineConfig:
         parse_memory(self.memory)
 
     @property
-    def memory_nbytes(self) -> int:
+    def memory_nbytes(self) -> int | None:
+        """Bytes of the pool; None where the device's memory decides."""
         return parse_memory(self.memory)
 
 
-def parse_memory(memory: int | str) -> int:
-    """Bytes of `memory`: an integer, or text such as "512MiB", "2GiB", "1.5 GB"; "2G" is 2 GB."""
+def parse_memory(memory: int | str) -> int | None:
+    """Bytes of `memory`: an integer, or text such as "512MiB", "2GiB", "1.5 GB"; "2G" is 2 GB.
+
+    None for "auto".
+    """
+    if memory == AUTO:
+        return None
     if not isinstance(memory, int | str) or isinstance(memory, bool):
         raise InvalidRequestError(f"memory is {memory!r}, give bytes as an integer, or text such as 2GiB")
     if isinstance(memory, int):
@@ -128,7 +137,7 @@ def parse_memory(memory: int | str) -> int:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?b?)\s*", memory.lower())
         unit = match and _UNITS.get(match[2] if match[2] in _UNITS else match[2] + "b")
         if match is None or unit is None:
-            raise InvalidRequestError(f"memory is {memory!r}, write it as 512MiB or 2GiB")
+            raise InvalidRequestError(f"memory is {memory!r}, write it as 512MiB, 2GiB or auto")
         nbytes = int(Decimal(match[1]) * unit)
     if nbytes <= 0:
         raise InvalidRequestError(f"memory is {memory!r}, it must be more than 0 bytes")

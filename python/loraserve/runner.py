@@ -7,13 +7,12 @@ import torch
 from loraserve import _core
 from loraserve.backends import Backend, Extent, open_backend
 from loraserve.config import EngineConfig
-from loraserve.errors import CapacityError
 from loraserve.loader import LoadedModel, load_model
+from loraserve.memory_plan import plan_memory
 from loraserve.models.config import ModelConfig
 from loraserve.ops.base import KvGeometry, Ops
 
 BLOCK_SIZE = 16  # tokens per page
-MIN_PAGES = 2
 
 
 class ModelRunner:
@@ -30,10 +29,11 @@ class ModelRunner:
         self.backend = open_backend(config) if backend is None else backend
         self.device = self.backend.name
         self.model: LoadedModel = load_model(
-            config.model, self._dtype, self._build_ops, config.max_model_len, config.generation_config
+            config.model, self._dtype, self._build_ops, config.generation_config
         )
 
-    def _build_ops(self, model_config: ModelConfig) -> Ops:
+    def _build_ops(self, model_config: ModelConfig) -> tuple[Ops, int]:
+        """What the model computes with, and the context that its memory lets a request have."""
         geometry = KvGeometry(
             num_layers=model_config.num_layers,
             num_heads=model_config.num_heads,
@@ -41,15 +41,11 @@ class ModelRunner:
             head_dim=model_config.head_dim,
             block_size=BLOCK_SIZE,
         )
+        plan = plan_memory(self._config, model_config, geometry, self.backend.memory())
         self.page_nbytes = geometry.page_nbytes(self._dtype)
-        self.num_pages = self._config.memory_nbytes // self.page_nbytes
-        if self.num_pages < MIN_PAGES:
-            raise CapacityError(
-                f"memory is {self._config.memory_nbytes} bytes, this model needs at least "
-                f"{MIN_PAGES * self.page_nbytes}: raise it"
-            )
+        self.num_pages = plan.num_pages
         self.ops: Ops = self.backend.build_ops(model_config, geometry, self.num_pages)
-        return self.ops
+        return self.ops, plan.max_model_len
 
     @property
     def pool(self) -> torch.Tensor:

@@ -12,6 +12,7 @@ from loraserve.grammar import Grammar
 from loraserve.value_checks import check_bool, check_float, check_int
 
 MAX_N = 128
+MAX_TOKENS = 2**31 - 1
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_LOGIT_BIASES = 1024
@@ -27,7 +28,8 @@ class SamplingParams:
     replace only the others. `dataclasses.replace` keeps what was given as given, and adds what it changes.
 
     Args:
-        max_tokens: most tokens to generate, at least 1; also bounded by the model's context.
+        max_tokens: most tokens to generate, at least 1; also bounded by the context. None is as many as fit
+            the context and the memory.
         temperature: 0 (or below 1e-5) is greedy; otherwise logits are divided by it.
         top_p: smallest set of tokens whose probability reaches this, in (0, 1].
         top_k: the k most likely tokens; 0 keeps all.
@@ -54,7 +56,7 @@ class SamplingParams:
     """
 
     _given: InitVar[frozenset[str]] = frozenset()  # first: see __new__
-    max_tokens: int = 16
+    max_tokens: int | None = 16
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -85,8 +87,10 @@ class SamplingParams:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         object.__setattr__(self, "stop", _as_tuple("stop", stop))
         object.__setattr__(self, "stop_token_ids", _as_tuple("stop_token_ids", self.stop_token_ids))
-        check_int("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        check_int("min_tokens", self.min_tokens, 0, self.max_tokens)
+        if self.max_tokens is not None:
+            check_int("max_tokens", self.max_tokens, 1, MAX_TOKENS)
+        max_tokens = MAX_TOKENS if self.max_tokens is None else self.max_tokens
+        check_int("min_tokens", self.min_tokens, 0, max_tokens)
         check_int("top_k", self.top_k, 0, 2**31 - 1)
         check_int("n", self.n, 1, MAX_N)
         check_float("temperature", self.temperature, 0.0, 100.0)

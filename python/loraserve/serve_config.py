@@ -252,7 +252,7 @@ class ServeSettings(_Model):
     memory: Memory = option(
         EngineConfig.memory,
         "engine",
-        "memory that KV cache and adapters share, as 512MiB or 4GiB",
+        "memory that KV cache and adapters share, as 512MiB or 4GiB; auto takes most of what is free",
         "SIZE",
         flags=("--kv-cache-memory-bytes",),
     )
@@ -284,7 +284,7 @@ class ServeSettings(_Model):
     max_model_len: Count | None = option(
         None,
         "engine",
-        "most tokens of prompt and answer together (default: the model's limit)",
+        "most tokens of prompt and answer together (default: the model's limit, if memory holds it)",
         "TOKENS",
         flags=("--max-total-tokens",),
         env=("MAX_TOTAL_TOKENS",),

@@ -65,7 +65,7 @@ def test_adapters_check_refuses_what_does_not_fit(
 
 
 def test_generate_streams_into_a_pipe_and_survives_its_end() -> None:
-    command = [sys.executable, "-m", "loraserve", "generate", "smollm2", "-p", "One", "--memory", "128MiB"]
+    command = [sys.executable, "-m", "loraserve", "generate", "smollm2", "-p", "One", "--memory", "256MiB"]
     command += ["--max-tokens", "400", "--ignore-eos", "--temperature", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None

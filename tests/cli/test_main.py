@@ -70,7 +70,7 @@ def test_wrong_usage_exits_with_2(
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["serve", "m", "--memory", "lots"], "memory is 'lots', write it as 512MiB or 2GiB"),
+        (["serve", "m", "--memory", "lots"], "memory is 'lots', write it as 512MiB, 2GiB or auto"),
         (["serve", "m", "--memory", "0"], "memory is '0', it must be more than 0 bytes"),
         (
             ["serve", "m", "--max-lora-rank", "0"],

@@ -111,6 +111,7 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"memory": "lots"}, "memory is 'lots'"),
     ({"memory": 0}, "more than 0"),
     ({"memory": 2.5}, "memory is 2.5"),
+    ({"memory": "automatic"}, "memory is 'automatic'"),
     ({"memory": None}, "memory is None"),
     ({"memory": "9" * 400}, "at most"),
     ({"max_lora_rank": 0}, "max_lora_rank is 0"),
@@ -247,7 +248,7 @@ def test_a_pool_too_small_says_how_much_is_needed(smollm2_path: str, adapter_pat
     with pytest.raises(CapacityError, match="can't give that much"):
         LLM(smollm2_path, dtype="float32", memory="999999GiB")
     with LLM(smollm2_path, dtype="float32", memory="8MiB") as llm:
-        with pytest.raises(CapacityError, match="needs"):
+        with pytest.raises(InvalidRequestError, match="prompt has 300 tokens, limit is 175"):
             llm.generate([[1] * 300], SamplingParams(max_tokens=100))
         with pytest.raises(CapacityError, match="needs"):
             llm.load_adapter("big", adapter_paths["r64-attention"])

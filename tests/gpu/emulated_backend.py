@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from loraserve.backends.cuda import CudaBackend
 from loraserve.config import EngineConfig
+from loraserve.machine_memory import DeviceMemory, host_memory
 from loraserve.models.config import ModelConfig
 from loraserve.ops.base import KvGeometry, Ops
 
@@ -23,6 +24,9 @@ class EmulatedDevice:
         self.device = torch.device("cpu")
         self.num_captures = self.num_replays = 0
         self._stream = driver.create_stream()
+
+    def memory(self) -> DeviceMemory:
+        return host_memory()
 
     def stream(self) -> int:
         return self._stream

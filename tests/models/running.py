@@ -23,13 +23,13 @@ class Running:
         self._backend = BACKENDS[backend]
         self.loaded: LoadedModel = load_model(path, torch.float32, self._build_ops)
 
-    def _build_ops(self, config: ModelConfig) -> Ops:
+    def _build_ops(self, config: ModelConfig) -> tuple[Ops, int]:
         geometry = KvGeometry(
             config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim, BLOCK_SIZE
         )
         pool = torch.zeros(NUM_PAGES * geometry.page_nbytes(torch.float32), dtype=torch.uint8)
         self.ops: Ops = self._backend(geometry, torch.float32, pool)
-        return self.ops
+        return self.ops, config.context_limit
 
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int], num_cached: int = 0, all_logits: bool = True) -> torch.Tensor:

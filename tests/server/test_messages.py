@@ -39,6 +39,7 @@ REQUESTS = [
         deadline_s=2.5,
         truncate=10,
     ),
+    GenerateRequest(prompt="x", params=SamplingParams(max_tokens=None)),
     GenerateRequest(prompt="x", params=SamplingParams(grammar=Grammar("json"))),
     GenerateRequest(prompt="x", params=SamplingParams(grammar=Grammar("json_schema", {"type": "string"}))),
     GenerateRequest(prompt="x", params=SamplingParams(grammar=Grammar("regex", "[a-z]+"))),
@@ -98,7 +99,7 @@ def test_the_proto_has_every_sampling_parameter() -> None:
     [
         (pb.GenerateRequest(), "the request has no prompt"),
         (pb.GenerateRequest(text="x", adapter="a", adapters={"b": 1.0}), "both adapter and adapters are set"),
-        (pb.GenerateRequest(text="x", sampling=pb.SamplingParams(max_tokens=0)), "max_tokens is 0"),
+        (pb.GenerateRequest(text="x", sampling=pb.SamplingParams(top_p=0)), "top_p is 0"),
         (
             pb.GenerateRequest(text="x", sampling=pb.SamplingParams(grammar=pb.Grammar())),
             "grammar has no form",

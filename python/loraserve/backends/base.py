@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import torch
 
     from loraserve import _core
+    from loraserve.machine_memory import DeviceMemory
     from loraserve.models.config import ModelConfig
     from loraserve.models.decoder import Decoder
     from loraserve.ops.base import KvGeometry, Ops, StepBatch
@@ -29,6 +30,10 @@ class Backend(Protocol):
 
     name: str
     computes_on_cpu: bool  # whether loader threads take cores from the model
+
+    def memory(self) -> DeviceMemory:
+        """What there is to share out, before anything is allocated."""
+        ...
 
     def build_ops(self, model: ModelConfig, geometry: KvGeometry, num_pages: int) -> Ops:
         """Allocate the pool and what computes over it. Raises CapacityError, DeviceError, ModelError."""

@@ -10,6 +10,7 @@ import torch
 from loraserve import _core
 from loraserve.backends.base import Extent
 from loraserve.errors import CapacityError
+from loraserve.machine_memory import DeviceMemory, host_memory
 from loraserve.ops.cpu_ops import BLOCK_SIZE, CpuOps
 from loraserve.ops.cpu_program import CpuProgram
 
@@ -31,6 +32,9 @@ class CpuBackend:
         self._dtype = dtype
         self._program: CpuProgram | None = None
         self._ahead: _core.MemoryAhead | None = None
+
+    def memory(self) -> DeviceMemory:
+        return host_memory()
 
     def build_ops(self, model: ModelConfig, geometry: KvGeometry, num_pages: int) -> Ops:
         self._page_nbytes = geometry.page_nbytes(self._dtype)

@@ -17,6 +17,7 @@ from loraserve.ops.cuda_ops import CudaLimits, CudaOps, CudaStep
 
 if TYPE_CHECKING:
     from loraserve.config import EngineConfig
+    from loraserve.machine_memory import DeviceMemory
     from loraserve.models.config import ModelConfig
     from loraserve.models.decoder import Decoder
     from loraserve.ops.base import KvGeometry, Ops, StepBatch
@@ -41,6 +42,9 @@ class CudaBackend:
         self._dtype = dtype
         self._device = TorchCudaDevice() if device is None else device
         self._graphs: DecodeGraphs | None = None
+
+    def memory(self) -> DeviceMemory:
+        return self._device.memory()
 
     def build_ops(self, model: ModelConfig, geometry: KvGeometry, num_pages: int) -> Ops:
         nbytes = num_pages * geometry.page_nbytes(self._dtype)

@@ -50,7 +50,8 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--memory",
         default=EngineConfig.memory,
         metavar="SIZE",
-        help="memory that KV cache and adapters share, as 512MiB or 4GiB (default %(default)s)",
+        help="memory that KV cache and adapters share, as 512MiB or 4GiB; auto takes most of what is free "
+        "(default %(default)s)",
     )
     add_max_lora_rank_option(group)
     group.add_argument(

@@ -46,21 +46,23 @@ class LoadedModel:
 def load_model(
     path_or_id: str | Path,
     dtype: torch.dtype,
-    ops_factory: Callable[[ModelConfig], Ops],
-    max_model_len: int | None = None,
+    place: Callable[[ModelConfig], tuple[Ops, int]],
     generation_config: str = "auto",
 ) -> LoadedModel:
-    """Open, check, read and pack a model; `ops_factory` is called once the config is checked.
+    """Open, check, read and pack a model.
 
-    `generation_config` is `EngineConfig`'s.
-    Raises ModelError.
+    Args:
+        place: called once the config is checked; gives the ops to pack with, and the context in tokens.
+        generation_config: `EngineConfig`'s.
+
+    Raises ModelError, and what `place` raises.
     """
     with open_checkpoint(path_or_id) as checkpoint:
         config = checkpoint.config
-        max_model_len = config.resolve_max_model_len(max_model_len)
         tokenizer = checkpoint.load_tokenizer()
         defaults = _sampling_defaults(checkpoint, generation_config)
-        decoder = build_decoder(config, checkpoint, ops_factory(config), dtype, max_model_len)
+        ops, max_model_len = place(config)
+        decoder = build_decoder(config, checkpoint, ops, dtype, max_model_len)
         checkpoint.check_all_used()
         return LoadedModel(checkpoint.path, config, decoder, tokenizer, max_model_len, defaults)
 

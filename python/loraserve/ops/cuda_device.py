@@ -7,6 +7,8 @@ from typing import Protocol
 
 import torch
 
+from loraserve.machine_memory import DeviceMemory
+
 _INT32 = "<i4"
 
 
@@ -16,6 +18,10 @@ class CudaDevice(Protocol):
     @property
     def device(self) -> torch.device:
         """Where torch's tensors of this backend live."""
+        ...
+
+    def memory(self) -> DeviceMemory:
+        """What there is of it, and what is free."""
         ...
 
     def stream(self) -> int:
@@ -45,6 +51,10 @@ class TorchCudaDevice:
     @property
     def device(self) -> torch.device:
         return self._device
+
+    def memory(self) -> DeviceMemory:
+        free, total = torch.cuda.mem_get_info(self._device)
+        return DeviceMemory(total, free, "the GPU")
 
     def stream(self) -> int:
         return torch.cuda.current_stream(self._device).cuda_stream

@@ -36,6 +36,7 @@ _FINISH_REASONS: dict[FinishReason, pb.FinishReason] = {
     "abort": pb.FINISH_REASON_ABORT,
 }
 _FINISH_REASON_NAMES = {value: name for name, value in _FINISH_REASONS.items()}
+AS_MANY_AS_FIT = 0  # max_tokens on the wire, None in SamplingParams
 _OPTIONAL_TURN_FIELDS = ("name", "tool_call_id", "reasoning_content")
 _TURN_FIELDS = ("role", "content", *_OPTIONAL_TURN_FIELDS)
 _REPEATED_SAMPLING_FIELDS = {"stop", "stop_token_ids"}
@@ -113,6 +114,8 @@ def _sampling_from_wire(message: pb.SamplingParams) -> SamplingParams:
     given: dict[str, Any] = {field.name: value for field, value in message.ListFields()}
     for name in _REPEATED_SAMPLING_FIELDS & given.keys():
         given[name] = tuple(given[name])
+    if given.get("max_tokens") == AS_MANY_AS_FIT:
+        given["max_tokens"] = None
     if message.logit_bias:
         given["logit_bias"] = dict(message.logit_bias)
     if message.HasField("grammar"):
@@ -197,6 +200,8 @@ def _sampling_to_wire(params: SamplingParams) -> pb.SamplingParams:
         if name in params.given or getattr(params, name) != getattr(defaults, name)
     }
     values = {name: value for name, value in values.items() if value is not None}
+    if params.max_tokens is None:
+        values["max_tokens"] = AS_MANY_AS_FIT
     if params.grammar is not None:
         values["grammar"] = _grammar_to_wire(params.grammar)
     return pb.SamplingParams(**values)

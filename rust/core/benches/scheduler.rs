@@ -109,7 +109,7 @@ impl Server {
         let request = NewRequest {
             prompt: prompt.collect(),
             adapters: vec![(format!("adapter-{adapter}"), 1.0)],
-            max_tokens,
+            max_tokens: Some(max_tokens),
             ..NewRequest::default()
         };
         let request = self.scheduler.submit(request).expect("the request fits");

@@ -11,7 +11,8 @@ pub struct NewRequest {
     pub prompt: Vec<i32>,
     /// Names and weights; the deltas are summed.
     pub adapters: Vec<(String, f32)>,
-    pub max_tokens: usize,
+    /// Most tokens to generate; none is as many as fit.
+    pub max_tokens: Option<usize>,
     pub min_tokens: usize,
     pub stop_token_ids: Vec<i32>,
     pub scope: CacheScope,
@@ -36,17 +37,18 @@ impl NewRequest {
                 token: self.prompt[index],
             });
         }
-        if self.max_tokens == 0 {
+        if self.max_tokens == Some(0) {
             return Err(Error::ZeroMaxTokens);
         }
-        if self.min_tokens > self.max_tokens {
-            let (min_tokens, max_tokens) = (self.min_tokens, self.max_tokens);
+        let (min_tokens, room) = (self.min_tokens, max_model_len - tokens);
+        let max_tokens = self.max_tokens.unwrap_or(room);
+        if min_tokens > max_tokens {
             return Err(Error::MinTokensTooLarge {
                 min_tokens,
                 max_tokens,
             });
         }
-        self.max_tokens = self.max_tokens.min(max_model_len - tokens);
+        self.max_tokens = self.max_tokens.map(|max_tokens| max_tokens.min(room));
         self.check_weights()
     }
 
@@ -114,7 +116,7 @@ mod tests {
     fn request(prompt_len: usize) -> NewRequest {
         NewRequest {
             prompt: vec![1; prompt_len],
-            max_tokens: 4,
+            max_tokens: Some(4),
             ..NewRequest::default()
         }
     }
@@ -138,7 +140,7 @@ mod tests {
             ),
             (
                 NewRequest {
-                    max_tokens: 0,
+                    max_tokens: Some(0),
                     ..request(1)
                 },
                 "max_tokens is 0, it must be at least 1",
@@ -149,6 +151,14 @@ mod tests {
                     ..request(1)
                 },
                 "min_tokens is 9, limit is max_tokens = 4",
+            ),
+            (
+                NewRequest {
+                    max_tokens: None,
+                    min_tokens: 8191,
+                    ..request(2)
+                },
+                "min_tokens is 8191, limit is max_tokens = 8190",
             ),
             (
                 NewRequest {
@@ -173,10 +183,10 @@ mod tests {
     #[test]
     fn max_tokens_is_clamped_to_the_context() {
         let mut request = NewRequest {
-            max_tokens: usize::MAX,
+            max_tokens: Some(usize::MAX),
             ..request(30)
         };
         request.validate(32).unwrap();
-        assert_eq!(request.max_tokens, 2);
+        assert_eq!(request.max_tokens, Some(2));
     }
 }

@@ -150,7 +150,7 @@ impl Scheduler {
         py: Python<'_>,
         prompt: &Bound<'_, PyAny>,
         adapters: Vec<(String, f32)>,
-        max_tokens: i64,
+        max_tokens: Option<i64>,
         min_tokens: i64,
         stop_token_ids: Vec<i32>,
         cache_scope: (String, String),
@@ -159,7 +159,9 @@ impl Scheduler {
         let request = NewRequest {
             prompt: token_ids(py, prompt)?,
             adapters,
-            max_tokens: count(py, "max_tokens", max_tokens)?,
+            max_tokens: max_tokens
+                .map(|limit| count(py, "max_tokens", limit))
+                .transpose()?,
             min_tokens: count(py, "min_tokens", min_tokens)?,
             stop_token_ids,
             scope: CacheScope {

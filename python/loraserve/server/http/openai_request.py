@@ -71,12 +71,10 @@ def chat_request(call: Call, body: ChatCompletionBody) -> GenerateRequest:
         given["logprobs"] = body.top_logprobs or 0
     if "max_tokens" in given:
         params = SamplingParams(**given)
-    else:  # an answer may fill the context, unless the adapter's manifest says otherwise
-        params = SamplingParams(**given | {"min_tokens": 0}).with_defaults(
-            {"max_tokens": call.state.max_model_len}
-        )
+    else:  # an answer may be as long as fits, unless the adapter's manifest says otherwise
+        params = SamplingParams(**given | {"min_tokens": 0}).with_defaults({"max_tokens": None})
         if "min_tokens" in given:
-            params = SamplingParams(**given, max_tokens=call.state.max_model_len)
+            params = SamplingParams(**given, max_tokens=None)
     adapter = adapter_of(call.state, call.caller, body.model, body)
     messages = [_message(message) for message in body.messages]
     return _request(call, body, adapter, params, messages=messages, chat=_chat_options(body))

@@ -99,7 +99,7 @@ impl Scheduler {
         if new.needs_adapter && adapters.is_empty() {
             return Err(Error::OnlyBaseModelLeft);
         }
-        self.check_capacity(new.prompt.len() + new.max_tokens, &adapters)?;
+        let max_tokens = self.max_tokens(&new, &adapters)?;
         let id = RequestId(self.next_request);
         self.next_request += 1;
         for &(adapter, _) in &adapters {
@@ -113,7 +113,7 @@ impl Scheduler {
                 id,
                 identity: self.identity(new.scope, &adapters),
                 adapters,
-                max_tokens: new.max_tokens,
+                max_tokens,
                 min_tokens: new.min_tokens,
                 stop_token_ids: new.stop_token_ids,
             },
@@ -161,6 +161,21 @@ impl Scheduler {
             scope,
             adapters: keyed.collect(),
         })
+    }
+
+    /// How many tokens the answer may have: as many as asked for, or else as fit.
+    fn max_tokens(&self, new: &NewRequest, adapters: &[(AdapterId, f32)]) -> Result<usize, Error> {
+        let prompt = new.prompt.len();
+        if let Some(max_tokens) = new.max_tokens {
+            self.check_capacity(prompt + max_tokens, adapters)?;
+            return Ok(max_tokens);
+        }
+        self.check_capacity(prompt + new.min_tokens.max(1), adapters)?;
+        let ids: Vec<_> = adapters.iter().map(|&(adapter, _)| adapter).collect();
+        let taken = self.memory.adapters.kept().num_pages
+            + self.demand(0, &ids, PinChange::default()).adapter_pages;
+        let num_tokens = (self.config.num_pages - taken) * self.config.block_size;
+        Ok(num_tokens.min(self.config.max_model_len) - prompt)
     }
 
     /// Refuses what could not run alone in a pool with only the pinned adapters.

@@ -23,7 +23,7 @@ fn request(prompt: &[i32], adapters: &[(&str, f32)], max_tokens: usize) -> NewRe
             .iter()
             .map(|&(name, weight)| (name.to_owned(), weight))
             .collect(),
-        max_tokens,
+        max_tokens: Some(max_tokens),
         ..NewRequest::default()
     }
 }
@@ -57,6 +57,13 @@ fn drain(scheduler: &mut Scheduler) {
         step(scheduler);
     }
     panic!("the queue drains: {:?}", scheduler.stats());
+}
+
+/// Tokens of all answers until the queue is empty.
+fn num_generated(scheduler: &mut Scheduler) -> usize {
+    drain(scheduler);
+    let outputs = scheduler.drain_outputs().into_iter();
+    outputs.filter(|output| output.token.is_some()).count()
 }
 
 fn finishes(scheduler: &mut Scheduler) -> Vec<(u64, FinishReason)> {
@@ -242,6 +249,34 @@ fn request_that_could_never_fit_is_refused_with_what_it_needs() {
     let too_large = s.register_adapter("b", "h2", 1600).unwrap_err();
     assert_eq!(too_large.kind(), crate::ErrorKind::Capacity);
     assert!(s.submit(request(&[1; 10], &[("a", 1.0)], 14)).is_ok());
+}
+
+#[test]
+fn request_without_a_limit_gets_what_fits_beside_its_and_the_pinned_adapters() {
+    let unlimited = |prompt: &[i32], adapters: &[(&str, f32)]| NewRequest {
+        max_tokens: None,
+        ..request(prompt, adapters, 1)
+    };
+    // 16 pages of 4 tokens; the context is longer than the pool
+    let mut s = scheduler(|config| config.max_model_len = 100);
+    s.register_adapter("own", "h1", 300).unwrap();
+    s.register_adapter("pinned", "h2", 500).unwrap();
+    for (adapters, expected) in [(&[][..], 64 - 5), (&[("own", 1.0)][..], 64 - 5 - 3 * 4)] {
+        s.submit(unlimited(&[1; 5], adapters)).unwrap();
+        assert_eq!(num_generated(&mut s), expected);
+    }
+    s.pin_adapter("pinned", true).unwrap();
+    drain(&mut s);
+    for (name, expected) in [("own", 64 - 5 - 8 * 4), ("pinned", 64 - 5 - 5 * 4)] {
+        s.submit(unlimited(&[1; 5], &[(name, 1.0)])).unwrap();
+        assert_eq!(num_generated(&mut s), expected);
+    }
+    let too_long = s.submit(unlimited(&[1; 32], &[("own", 1.0)]));
+    assert!(too_long.is_err_and(|error| error.to_string().starts_with("request needs 9 pages")));
+    // a context shorter than the pool
+    let mut s = scheduler(|config| config.max_model_len = 32);
+    s.submit(unlimited(&[1; 5], &[])).unwrap();
+    assert_eq!(num_generated(&mut s), 32 - 5);
 }
 
 #[test]

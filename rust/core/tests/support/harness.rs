@@ -169,7 +169,7 @@ impl Harness {
         let new = NewRequest {
             prompt: prompt.collect(),
             adapters: self.some_adapters(),
-            max_tokens: self.rng.range(1, 12),
+            max_tokens: Some(self.rng.range(1, 12)),
             min_tokens: self.rng.range(0, 1),
             stop_token_ids: if self.rng.one_in(3) { vec![3] } else { vec![] },
             scope: CacheScope {
@@ -241,6 +241,7 @@ impl Harness {
             num_generated: 0,
             max_tokens: new
                 .max_tokens
+                .expect("every request here has a limit")
                 .min(self.config.max_model_len - new.prompt.len()),
             min_tokens: new.min_tokens,
             stop_token_ids: new.stop_token_ids,
