@@ -10,7 +10,7 @@ from loraserve.baseten_config import from_baseten
 from loraserve.serve_config import ConfigError
 from loraserve.yaml_file import read_yaml
 
-PATH_KEYS = ("keys_file", "tls_certificate", "tls_key", "tls_client_ca")
+PATH_KEYS = ("keys_file", "state_dir", "tls_certificate", "tls_key", "tls_client_ca")
 
 
 def read_config_file(path: Path) -> tuple[dict[str, Any], list[str]]:

@@ -64,6 +64,10 @@ class NotFiniteError(LoraserveError):
     """The model's output for this request is no finite number: weights or their products overflow."""
 
 
+class StateError(LoraserveError):
+    """The directory that keeps adapters for the next start can't be used."""
+
+
 class UnauthenticatedError(LoraserveError):
     """The caller gave no key, or one that is not known."""
 

@@ -239,6 +239,13 @@ class ServeSettings(_Model):
         "model",
         "what adapters that can't be served do to the start: fail names them all, skip serves the others",
     )
+    state_dir: Path | None = option(
+        None,
+        "model",
+        "keep adapters that are loaded, replaced, unloaded or pinned at run time here for the next start; "
+        "those that a flag, variable or file names are always loaded as that says",
+        "DIRECTORY",
+    )
 
     device: Literal["auto", "cpu", "cuda"] = option(
         EngineConfig.device, "engine", "where to compute; auto takes an NVIDIA GPU if torch sees one"

@@ -49,6 +49,12 @@ def test_every_field_is_read() -> None:
     }
 
 
+def test_a_manifest_written_as_json_is_read_as_it_was() -> None:
+    for values in (WHOLE, {}, {"json_schema": {}}, {"stop": []}):
+        manifest = AdapterManifest.from_fields(values, "here")
+        assert AdapterManifest.from_fields(json.loads(json.dumps(manifest.to_fields())), "there") == manifest
+
+
 @pytest.mark.parametrize(("values", "message"), REFUSED, ids=range(len(REFUSED)))
 def test_a_wrong_manifest_is_refused_with_its_place(values: Any, message: str) -> None:
     with pytest.raises(AdapterFormatError, match=f"^here.*{message}"):

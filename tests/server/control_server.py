@@ -12,6 +12,7 @@ from loraserve.adapters.startup import AdapterFailure
 from loraserve.errors import AdapterFormatError, AdapterNotFoundError, CapacityError, InvalidRequestError
 from loraserve.info import AdapterInfo, AdapterStats, AdapterUsage, EngineInfo, EngineStats
 from loraserve.server.adapter_sources import AdapterSources
+from loraserve.server.adapter_state import AdapterState
 from loraserve.server.grpc import GrpcServer
 from loraserve.server.grpc_access import AccessInterceptor
 from loraserve.server.http.metrics import Metrics
@@ -144,12 +145,14 @@ class ControlServer:
         cors_origins: tuple[str, ...] = (),
         adapter_failures: tuple[AdapterFailure, ...] = (),
         prefix_cache_scope: PrefixCacheScope = "key",
+        kept: AdapterState | None = None,
     ) -> None:
         self._make_engine = make_engine
         self._tls = tls
         self._request_timeout_s = request_timeout_s
         self._cors_origins = cors_origins
         self._adapter_failures = adapter_failures
+        self._kept = kept
         self._access = AccessControl(
             keys, has_open_metrics=has_open_metrics, prefix_cache_scope=prefix_cache_scope
         )
@@ -173,6 +176,7 @@ class ControlServer:
                 sources=self._sources,
                 cors_origins=self._cors_origins,
                 adapter_failures=self._adapter_failures,
+                kept=self._kept,
             )
             tls = self._tls
             http = HttpServer(state, "127.0.0.1", 0, tls=None if tls is None else tls.http_context())
@@ -186,6 +190,7 @@ class ControlServer:
                 sources=self._sources,
                 metrics=self.metrics,
                 credentials=None if tls is None else tls.grpc_credentials(),
+                kept=self._kept,
             )
             await http.start()
             await grpc.start()

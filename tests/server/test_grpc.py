@@ -42,6 +42,7 @@ CODES = [
     ("OverloadedError", grpc.StatusCode.RESOURCE_EXHAUSTED),
     ("DeadlineError", grpc.StatusCode.DEADLINE_EXCEEDED),
     ("NotFiniteError", grpc.StatusCode.INTERNAL),
+    ("StateError", grpc.StatusCode.INTERNAL),
     ("UnauthenticatedError", grpc.StatusCode.UNAUTHENTICATED),
     ("PermissionDeniedError", grpc.StatusCode.PERMISSION_DENIED),
 ]

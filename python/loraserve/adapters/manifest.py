@@ -97,6 +97,18 @@ class AdapterManifest:
         absent = {f.name: getattr(other, f.name) for f in fields(self) if getattr(self, f.name) is None}
         return replace(self, **absent, sampling={**other.sampling, **self.sampling})
 
+    def to_fields(self) -> dict[str, Any]:
+        """What `from_fields` reads as this manifest, in JSON's types."""
+        values: dict[str, Any] = {
+            "description": self.description,
+            "system_prompt": self.system_prompt,
+            "chat_template": self.chat_template,
+            "stop": None if self.stop is None else list(self.stop),
+            "sampling": _with_json_types(self.sampling) or None,
+            "json_schema": None if self.grammar is None else self.grammar.value,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
     @property
     def request_defaults(self) -> dict[str, Any]:
         """What `SamplingParams.with_defaults` takes."""
@@ -172,6 +184,17 @@ def _with_integer_keys(value: Any) -> Any:
         return {int(key): one for key, one in value.items()}
     except ValueError as error:
         raise InvalidRequestError(f"a key is not a token id: {error}") from None
+
+
+def _with_json_types(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of mappings as `_with_integer_keys` reads them, and lists."""
+    values: dict[str, Any] = {}
+    for name, value in sampling.items():
+        if isinstance(value, Mapping):
+            values[name] = {str(key): one for key, one in value.items()}
+        else:
+            values[name] = list(value) if isinstance(value, tuple) else value
+    return values
 
 
 def _schema(value: Any) -> dict[str, Any]:

@@ -49,13 +49,17 @@ class AdapterSources:
             PermissionDeniedError: the source is not one of those allowed.
             AdapterFormatError: there is no adapter.
         """
+        return await asyncio.to_thread(self.fetch, source, token, on_progress)
+
+    def fetch(
+        self, source: AdapterSource, token: str | None = None, on_progress: OnProgress | None = None
+    ) -> Path:
+        """As `resolve`, on the calling thread."""
         if source.kind == "local":
-            return await asyncio.to_thread(self.check_path, source.location)
+            return self.check_path(source.location)
         try:
             self._check_repo(source.location)
-            return await asyncio.to_thread(
-                download_adapter, source.location, source.revision, token, on_progress
-            )
+            return download_adapter(source.location, source.revision, token, on_progress)
         except (PermissionDeniedError, AdapterFormatError) as error:
             if source.sought is None:
                 raise

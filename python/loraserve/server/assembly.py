@@ -14,6 +14,7 @@ from loraserve.loader.hub import download_adapter, download_model
 from loraserve.serve_config import AdapterSettings, ServeSettings
 from loraserve.serve_keys import api_keys, hub_repos, prefix_cache_scope
 from loraserve.server.adapter_sources import AdapterSources
+from loraserve.server.adapter_state import AdapterState
 from loraserve.server.grpc import GrpcServer
 from loraserve.server.grpc_access import AccessInterceptor
 from loraserve.server.http.metrics import Metrics
@@ -29,8 +30,23 @@ if TYPE_CHECKING:
     from loraserve.server.http.server import HttpServer
 
 
-def engine_config(settings: ServeSettings, *, with_downloads: bool = True) -> EngineConfig:
+def adapter_state(settings: ServeSettings) -> AdapterState | None:
+    """None where there is no directory for it. Raises StateError: it can't be used."""
+    if settings.state_dir is None:
+        return None
+    return AdapterState(settings.state_dir, settings.adapters)
+
+
+def engine_config(
+    settings: ServeSettings,
+    *,
+    with_downloads: bool = True,
+    kept: AdapterState | None = None,
+    sources: AdapterSources | None = None,
+) -> EngineConfig:
     """The engine's part; what is on the Hub is fetched, unless `with_downloads` is false and it is left out.
+
+    What is kept of run time is served too, if it comes from where `sources` allow.
 
     Raises LoraserveError: a value is out of range, or the Hub does not have something.
     """
@@ -56,11 +72,12 @@ def engine_config(settings: ServeSettings, *, with_downloads: bool = True) -> En
     adapters: dict[str, str] = {}
     manifests: dict[str, AdapterManifest] = {}
     starting = StartingAdapters()
-    for name, adapter in settings.adapters.items():
+    restored = {} if kept is None else kept.restored()
+    for name, adapter in {**settings.adapters, **restored}.items():
         with starting.trying(name, str(adapter.adapter_source())):
             manifest = _manifest(name, adapter)
             if adapter.repo is None or with_downloads:
-                adapters[name] = _adapter_path(adapter)
+                adapters[name] = _adapter_path(adapter, sources if name in restored else None)
                 if manifest is not None:
                     manifests[name] = manifest
     return replace(
@@ -124,6 +141,7 @@ def grpc_server(
     access: AccessControl,
     metrics: Metrics,
     tls: TlsConfig | None,
+    kept: AdapterState | None = None,
 ) -> GrpcServer | None:
     """None where it is off. Raises ListenError: the port can't be had."""
     if settings.grpc_port is None:
@@ -140,6 +158,7 @@ def grpc_server(
         credentials=credentials,
         limits=request_limits(settings),
         max_message_nbytes=settings.max_body_size,
+        kept=kept,
     )
 
 
@@ -150,6 +169,7 @@ def http_server(
     metrics: Metrics,
     tls: TlsConfig | None,
     failures: Sequence[AdapterFailure] = (),
+    kept: AdapterState | None = None,
 ) -> HttpServer | None:
     """None where it is off. Raises ListenError: the port can't be had."""
     if settings.http_port is None:
@@ -173,13 +193,16 @@ def http_server(
         cors_origins=settings.cors_origin,
         adapters_at_start=tuple(settings.adapters),
         adapter_failures=tuple(failures),
+        kept=kept,
     )
     context = None if tls is None else tls.http_context()
     return HttpServer(state, settings.host, settings.http_port, tls=context)
 
 
-async def warm_up(engine: AsyncEngine, settings: ServeSettings) -> tuple[AdapterFailure, ...]:
-    """Loads and pins the adapters that the settings say; all failures of the start.
+async def warm_up(
+    engine: AsyncEngine, settings: ServeSettings, kept: AdapterState | None = None
+) -> tuple[AdapterFailure, ...]:
+    """Loads and pins the adapters that the settings and what is kept say; all failures of the start.
 
     Raises LoraserveError: an adapter can't be loaded, and that is to fail the start.
     """
@@ -187,7 +210,7 @@ async def warm_up(engine: AsyncEngine, settings: ServeSettings) -> tuple[Adapter
     failed = {failure.name for failure in starting.failures}
     wanted = {
         name: adapter
-        for name, adapter in settings.adapters.items()
+        for name, adapter in {**settings.adapters, **({} if kept is None else kept.restored())}.items()
         if (adapter.warm or adapter.pin) and name not in failed
     }
     results = await asyncio.gather(*(engine.warm_adapter(name) for name in wanted), return_exceptions=True)
@@ -201,8 +224,10 @@ async def warm_up(engine: AsyncEngine, settings: ServeSettings) -> tuple[Adapter
     return tuple(starting.failures)
 
 
-def _adapter_path(adapter: AdapterSettings) -> str:
+def _adapter_path(adapter: AdapterSettings, sources: AdapterSources | None) -> str:
     source = adapter.adapter_source()
+    if sources is not None:
+        return str(sources.fetch(source))
     if source.kind == "local":
         return str(Path(source.location).expanduser())
     return str(download_adapter(source.location, source.revision))

@@ -19,6 +19,7 @@ from loraserve.errors import (
     OverloadedError,
     OverloadReason,
     PermissionDeniedError,
+    StateError,
     UnauthenticatedError,
 )
 from loraserve.printable import printable
@@ -42,6 +43,7 @@ STATUS_CODES: dict[type[LoraserveError], grpc.StatusCode] = {
     EngineStoppedError: grpc.StatusCode.UNAVAILABLE,
     DeviceError: grpc.StatusCode.INTERNAL,
     NotFiniteError: grpc.StatusCode.INTERNAL,
+    StateError: grpc.StatusCode.INTERNAL,
 }
 
 _CLASSES_BY_NAME = {cls.__name__: cls for cls in STATUS_CODES}

@@ -28,7 +28,13 @@ from loraserve.server.grpc_access import (
     current_caller,
     metadata_value,
 )
-from loraserve.server.http.adapter_loading import logged_load, pin_adapter, unload_adapter, warm_adapter
+from loraserve.server.http.adapter_loading import (
+    LoadRequest,
+    load_adapter,
+    pin_adapter,
+    unload_adapter,
+    warm_adapter,
+)
 from loraserve.server.http.metrics import Metrics, RequestMetrics
 from loraserve.server.logs import log_event
 from loraserve.server.messages import (
@@ -46,6 +52,7 @@ from loraserve.v1 import loraserve_pb2_grpc as pb_grpc
 
 if TYPE_CHECKING:
     from loraserve.async_engine import AsyncEngine
+    from loraserve.server.adapter_state import AdapterState
 
     Context: TypeAlias = grpc.aio.ServicerContext[object, object]
 
@@ -74,9 +81,11 @@ class LoraServeServicer:
         metrics: Metrics,
         sources: AdapterSources | None,
         limits: RequestLimits,
+        kept: AdapterState | None = None,
     ) -> None:
         self._engine = engine
         self._sources = sources
+        self._kept = kept
         self._limits = limits
         self._on_engine_stopped = on_engine_stopped
         self._metrics = metrics
@@ -103,9 +112,12 @@ class LoraServeServicer:
         self, message: pb.LoadAdapterRequest, context: Context
     ) -> pb.LoadAdapterResponse | None:
         async with self._errors_answered(context, message):
-            with logged_load(message.name, message.path, caller_name()):
-                path = await self._allowed_path(message.path)
-                receipt = await self._engine.load_adapter(message.name, path, replace=message.replace)
+            wanted = LoadRequest(
+                name=message.name, source=AdapterSource("local", message.path), replaces=message.replace
+            )
+            receipt = await load_adapter(
+                self._engine, self._sources, wanted, lambda _: None, by=caller_name(), kept=self._kept
+            )
             return pb.LoadAdapterResponse(receipt=receipt_to_wire(receipt))
         return None
 
@@ -113,7 +125,7 @@ class LoraServeServicer:
         self, message: pb.UnloadAdapterRequest, context: Context
     ) -> pb.UnloadAdapterResponse | None:
         async with self._errors_answered(context, message):
-            await unload_adapter(self._engine, message.name, by=caller_name())
+            await unload_adapter(self._engine, message.name, by=caller_name(), kept=self._kept)
             return pb.UnloadAdapterResponse()
         return None
 
@@ -129,7 +141,9 @@ class LoraServeServicer:
         self, message: pb.PinAdapterRequest, context: Context
     ) -> pb.PinAdapterResponse | None:
         async with self._errors_answered(context, message):
-            await pin_adapter(self._engine, message.name, message.is_pinned, by=caller_name())
+            await pin_adapter(
+                self._engine, message.name, message.is_pinned, by=caller_name(), kept=self._kept
+            )
             return pb.PinAdapterResponse()
         return None
 
@@ -146,11 +160,6 @@ class LoraServeServicer:
         async with self._errors_answered(context, message):
             return info_to_wire(self._engine.info())
         return None
-
-    async def _allowed_path(self, path: str) -> str:
-        if self._sources is None:
-            return path
-        return str(await self._sources.resolve(AdapterSource("local", path)))
 
     @asynccontextmanager
     async def _errors_answered(self, context: Context, message: Message) -> AsyncIterator[None]:
@@ -185,6 +194,7 @@ class GrpcServer:
         credentials: grpc.ServerCredentials | None = None,
         limits: RequestLimits | None = None,
         max_message_nbytes: int = MAX_MESSAGE_NBYTES,
+        kept: AdapterState | None = None,
     ) -> None:
         """Binds the port; 0 takes a free one. Raises ListenError if the port can't be had.
 
@@ -198,6 +208,7 @@ class GrpcServer:
             credentials: TLS; None serves plain text.
             limits: what one request may ask; None takes the defaults.
             max_message_nbytes: of a request's message; a larger one is refused with RESOURCE_EXHAUSTED.
+            kept: where changes of adapters are kept for the next start; None forgets them.
         """
         self._engine = engine
         self._credentials = credentials
@@ -207,7 +218,7 @@ class GrpcServer:
         self._server = grpc.aio.server(interceptors=interceptors, options=options)
         stop_serving = self._health.enter_graceful_shutdown
         servicer = LoraServeServicer(
-            engine, stop_serving, metrics or Metrics(), sources, limits or RequestLimits()
+            engine, stop_serving, metrics or Metrics(), sources, limits or RequestLimits(), kept
         )
         pb_grpc.add_LoraServeServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

@@ -24,6 +24,7 @@ from loraserve.server.logs import log_event
 if TYPE_CHECKING:
     from loraserve.async_engine import AsyncEngine
     from loraserve.info import EngineInfo
+    from loraserve.server.adapter_state import AdapterState
     from loraserve.server.http.server import HttpServer
     from loraserve.server.http.tracing import Tracing
 
@@ -40,6 +41,7 @@ class Servers:
     grpc: GrpcServer | None
     http: HttpServer | None
     traces: Tracing | None
+    kept: AdapterState | None
 
     async def start(self) -> None:
         if self.grpc is not None:
@@ -56,6 +58,8 @@ class Servers:
             await self.http.stop(FLUSH_SECONDS)
         if self.traces is not None:
             await asyncio.to_thread(self.traces.shutdown)
+        if self.kept is not None:
+            await asyncio.to_thread(self.kept.close)
 
 
 async def serve(loaded: LoadedSettings) -> None:
@@ -75,7 +79,10 @@ async def serve(loaded: LoadedSettings) -> None:
     servers = await _assemble(settings)
     stop = _stop_event()
     await servers.start()
-    print(_ready_line(settings, servers), *start_facts(settings, servers.engine.info()), sep="\n", flush=True)
+    facts = start_facts(
+        settings, servers.engine.info(), 0 if servers.kept is None else len(servers.kept.restored())
+    )
+    print(_ready_line(settings, servers), *facts, sep="\n", flush=True)
     failure = await _failure_before(servers.engine, stop)
     if failure is not None:
         await servers.stop(0.0)
@@ -95,19 +102,32 @@ def _check_ports(settings: ServeSettings) -> None:
 
 async def _assemble(settings: ServeSettings) -> Servers:
     """Checks what is cheap to check, then loads the model, then takes the ports."""
+    kept = assembly.adapter_state(settings)
+    try:
+        return await _assemble_with(settings, kept)
+    except BaseException:
+        if kept is not None:
+            kept.close()
+        raise
+
+
+async def _assemble_with(settings: ServeSettings, kept: AdapterState | None) -> Servers:
     access = assembly.access_control(settings)
     tls = assembly.tls_config(settings)
     if tls is not None:
         tls.http_context()
     traces = assembly.tracing(settings)
     metrics = assembly.metrics(settings, traces)
-    config = await asyncio.to_thread(assembly.engine_config, settings)
+    if kept is not None:
+        _log_kept(kept)
+    sources = assembly.adapter_sources(settings, access)
+    config = await asyncio.to_thread(assembly.engine_config, settings, kept=kept, sources=sources)
 
     from loraserve.async_engine import AsyncEngine  # noqa: PLC0415 (imports torch: seconds)
 
     engine = AsyncEngine(config)
     try:
-        failures = await assembly.warm_up(engine, settings)
+        failures = await assembly.warm_up(engine, settings, kept)
         for failure in failures:
             log_event(
                 logger,
@@ -118,12 +138,22 @@ async def _assemble(settings: ServeSettings) -> Servers:
                 error=type(failure.error).__name__,
                 reason=str(failure.error),
             )
-        grpc = assembly.grpc_server(settings, engine, access, metrics, tls)
-        http = assembly.http_server(settings, engine, access, metrics, tls, failures)
+        grpc = assembly.grpc_server(settings, engine, access, metrics, tls, kept)
+        http = assembly.http_server(settings, engine, access, metrics, tls, failures, kept)
     except BaseException:
         await engine.shutdown(0.0)
         raise
-    return Servers(engine, grpc, http, traces)
+    return Servers(engine, grpc, http, traces, kept)
+
+
+def _log_kept(kept: AdapterState) -> None:
+    restored = kept.restored()
+    log_event(logger, "adapters kept", file=str(kept.path), adapters=", ".join(restored) or None)
+    hidden = [name for name in kept.adapters if name not in restored]
+    if hidden:
+        reason = "the configuration names them, and what that says is loaded"
+        names = ", ".join(hidden)
+        log_event(logger, "kept adapters not used", level=logging.WARNING, adapters=names, reason=reason)
 
 
 async def _failure_before(engine: AsyncEngine, stop: asyncio.Event) -> str | None:
@@ -143,11 +173,12 @@ def _ready_line(settings: ServeSettings, servers: Servers) -> str:
     if servers.http is not None:
         scheme = "http" if settings.tls_certificate is None else "https"
         parts.append(f"http {scheme}://{servers.http.address}")
-    names = ", ".join(sorted(settings.adapters)) or "none"
+    restored = {} if servers.kept is None else servers.kept.restored()
+    names = ", ".join(sorted({*settings.adapters, *restored})) or "none"
     return f"loraserve ready: {', '.join(parts)}, model {settings.model}, adapters {names}"
 
 
-def start_facts(settings: ServeSettings, info: EngineInfo) -> list[str]:
+def start_facts(settings: ServeSettings, info: EngineInfo, num_kept: int = 0) -> list[str]:
     """Lines that say what is served with what, and who may come in."""
     keys = len(settings.keys) + (settings.api_key is not None) + (settings.admin_key is not None)
     if keys or settings.keys_file is not None:
@@ -160,7 +191,8 @@ def start_facts(settings: ServeSettings, info: EngineInfo) -> list[str]:
         f"  pool      {pool:,.0f} MiB for KV cache and adapters",
         f"  limits    {info.max_model_len} tokens of context, {settings.max_num_seqs} sequences and "
         f"{settings.max_batched_tokens} tokens a step, adapters up to rank {info.max_lora_rank}",
-        f"  adapters  {info.num_adapters} of {len(settings.adapters)} configured",
+        f"  adapters  {info.num_adapters} of {len(settings.adapters)} configured"
+        + (f" and {num_kept} kept from run time" if num_kept else ""),
         f"  access    {access}",
     ]
 

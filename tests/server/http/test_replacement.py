@@ -36,11 +36,9 @@ def server(tiny_model: tuple[Path, torch.nn.Module], tiny_adapters: dict[str, st
 
 
 def over_http(server: HttpThread) -> Callable[[str], None]:
-    http = httpx.Client(base_url=server.url, timeout=60)
-
     def replace(path: str) -> None:
         body = {"lora_name": "x", "lora_path": path, "load_inplace": True}
-        answer = http.post("/v1/load_lora_adapter", json=body)
+        answer = httpx.post(f"{server.url}/v1/load_lora_adapter", json=body, timeout=60)
         assert answer.status_code == 200, answer.text
 
     return replace

@@ -103,7 +103,7 @@ async def load(body: LoadBody, request: Request, state: State, caller: Admin) ->
             media_type=EVENT_STREAM,
             headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
         )
-    await load_adapter(state.engine, _sources(state), wanted, lambda _: None, by=caller.name)
+    await load_adapter(state.engine, _sources(state), wanted, lambda _: None, by=caller.name, kept=state.kept)
     return _json(_find(state, body.name, caller), 201)
 
 
@@ -116,13 +116,13 @@ async def show(name: str, state: State, caller: AnyCaller) -> AdapterBody:
 @router.delete("/adapters/{name}", status_code=204)
 async def unload(name: str, state: State, caller: Admin) -> None:
     """Refuse new requests for the adapter; running ones finish, then its memory is free."""
-    await unload_adapter(state.engine, name, by=caller.name)
+    await unload_adapter(state.engine, name, by=caller.name, kept=state.kept)
 
 
 @router.put("/adapters/{name}/pin")
 async def pin(name: str, body: PinBody, state: State, caller: Admin) -> AdapterBody:
     """Keep the adapter in the memory pool, or no longer."""
-    await pin_adapter(state.engine, name, body.pinned, by=caller.name)
+    await pin_adapter(state.engine, name, body.pinned, by=caller.name, kept=state.kept)
     return _find(state, name, caller)
 
 
@@ -137,22 +137,24 @@ async def vllm_load(body: VllmLoadBody, state: State, caller: Admin) -> Response
     """vLLM's way to load an adapter."""
     source = _sources(state).find(body.lora_path)
     wanted = LoadRequest(name=body.lora_name, source=source, replaces=body.load_inplace)
-    await load_adapter(state.engine, _sources(state), wanted, lambda _: None, by=caller.name)
+    await load_adapter(state.engine, _sources(state), wanted, lambda _: None, by=caller.name, kept=state.kept)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
 @router.post("/v1/unload_lora_adapter", responses=VLLM_SUCCESS)
 async def vllm_unload(body: VllmUnloadBody, state: State, caller: Admin) -> Response:
     """vLLM's way to unload an adapter."""
-    await unload_adapter(state.engine, body.lora_name, by=caller.name)
+    await unload_adapter(state.engine, body.lora_name, by=caller.name, kept=state.kept)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
 async def _load_events(state: HttpState, wanted: LoadRequest, caller: Caller) -> AsyncIterator[bytes]:
-    """Server-sent events of a load; a client that leaves cancels what is not yet done."""
+    """Server-sent events of a load; a client that leaves ends the download, what has come further goes on."""
     progress: asyncio.Queue[LoadProgress | None] = asyncio.Queue()
     loading = asyncio.create_task(
-        load_adapter(state.engine, _sources(state), wanted, progress.put_nowait, by=caller.name)
+        load_adapter(
+            state.engine, _sources(state), wanted, progress.put_nowait, by=caller.name, kept=state.kept
+        )
     )
     loading.add_done_callback(lambda _: progress.put_nowait(None))
     try:

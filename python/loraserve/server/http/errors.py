@@ -29,6 +29,7 @@ from loraserve.errors import (
     NotFiniteError,
     OverloadedError,
     PermissionDeniedError,
+    StateError,
     UnauthenticatedError,
 )
 from loraserve.printable import printable
@@ -84,6 +85,7 @@ KINDS: dict[type[LoraserveError], ErrorKind] = {
     EngineStoppedError: ErrorKind(503, "server_error", "engine_stopped", tgi_type="incomplete_generation"),
     DeviceError: INTERNAL,
     NotFiniteError: ErrorKind(500, "server_error", "not_finite", tgi_type="generation"),
+    StateError: ErrorKind(500, "server_error", "state_not_written", tgi_type="generation"),
 }
 
 

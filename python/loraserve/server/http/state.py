@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from loraserve.adapters.startup import AdapterFailure
     from loraserve.async_engine import AsyncEngine
     from loraserve.server.adapter_sources import AdapterSources
+    from loraserve.server.adapter_state import AdapterState
     from loraserve.server.http.metrics import Metrics
     from loraserve.server.keys import AccessControl
 
@@ -51,7 +52,8 @@ class HttpState:
         metrics: told of every request.
         limits: see `HttpLimits`.
         sources: where adapters may be loaded from.
-        adapter_failures: adapters of the configuration that the server started without.
+        adapter_failures: adapters that the server started without.
+        kept: where changes of adapters are kept for the next start; None forgets them.
         cors_origins: whose web pages a browser lets call this server; "*" is everybody's.
         adapters_at_start: names of the adapters that were given at start, in order.
     """
@@ -65,6 +67,7 @@ class HttpState:
     cors_origins: tuple[str, ...] = ()
     adapters_at_start: tuple[str, ...] = ()
     adapter_failures: tuple[AdapterFailure, ...] = ()
+    kept: AdapterState | None = None
     started_at: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -74,11 +77,15 @@ class HttpState:
         self.token_texts = TokenTexts(self.engine.tokenizer)
 
     def missing_adapters(self) -> list[AdapterFailure]:
-        """Of the failures at start, those whose name is still not served."""
+        """Of the failures at start, those whose name is still not served and has not been unloaded."""
         if not self.adapter_failures:
             return []
         served = {adapter.name for adapter in self.engine.adapters()}
-        return [failure for failure in self.adapter_failures if failure.name not in served]
+        missing = [failure for failure in self.adapter_failures if failure.name not in served]
+        if self.kept is None:
+            return missing
+        wanted = self.kept.configured | self.kept.adapters.keys()
+        return [failure for failure in missing if failure.name in wanted]
 
 
 async def http_state(request: Request) -> HttpState:
