@@ -9,6 +9,8 @@ from loraserve import _core
 from loraserve.cli import main
 from loraserve.cli.adapters import ranges
 
+FREE_PORTS = ["--grpc-port", "0", "--http-port", "0"]  # the usual ones may be taken here
+
 COMMANDS = [["serve"], ["generate"], ["adapters"], ["adapters", "check"], ["config"], ["config", "check"]]
 
 
@@ -70,8 +72,11 @@ def test_wrong_usage_exits_with_2(
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["serve", "m", "--memory", "lots"], "memory is 'lots', write it as 512MiB, 2GiB or auto"),
-        (["serve", "m", "--memory", "0"], "memory is '0', it must be more than 0 bytes"),
+        (
+            ["serve", "m", "--memory", "lots", *FREE_PORTS],
+            "memory is 'lots', write it as 512MiB, 2GiB or auto",
+        ),
+        (["serve", "m", "--memory", "0", *FREE_PORTS], "memory is '0', it must be more than 0 bytes"),
         (
             ["serve", "m", "--max-lora-rank", "0"],
             "--max-lora-rank: input should be greater than or equal to 1",
