@@ -284,7 +284,8 @@ async def main():
 asyncio.run(main()); gc.collect()""",
 }
 
-# Prints how many threads and MiB eight engines of 64 MiB leave behind.
+# Prints whether eight engines of 64 MiB leave threads behind, or a quarter of their memory: the tokenizers of
+# engines that are closed and kept take some 75 MiB.
 LEFT = """
 SETTINGS["memory"] = "64MiB"
 kept = []
@@ -302,10 +303,10 @@ deadline = time.monotonic() + 20
 while time.monotonic() < deadline:
     if "gc." in {drop!r}: gc.collect()
     left = [now - then for now, then in zip(state(), before)]
-    if left[0] <= 0 and left[1] < 64: break
+    if left[0] <= 0 and left[1] < 128: break
     time.sleep(0.05)
-print(left[0] <= 0, left[1] < 64, file=sys.stdout if left[0] <= 0 and left[1] < 64 else sys.stderr)
-print(left, file=sys.stderr) if left[0] > 0 or left[1] >= 64 else None
+print(left[0] <= 0, left[1] < 128, file=sys.stdout if left[0] <= 0 and left[1] < 128 else sys.stderr)
+print(left, file=sys.stderr) if left[0] > 0 or left[1] >= 128 else None
 """
 
 

@@ -38,6 +38,7 @@ class StartingAdapters:
             yield
         except LoraserveError as error:
             self.failures.append(AdapterFailure(name, source, error))
+            _forget_frames(error)
 
     def register(self, adapters: Iterable[tuple[str, str]], register: Callable[[str, str], object]) -> None:
         """Calls `register` for each (name, path)."""
@@ -49,6 +50,13 @@ class StartingAdapters:
         """Raises what failed where `on_adapter_error` is "fail"; see `start_error`."""
         if self.failures and on_adapter_error == "fail":
             raise start_error(self.failures)
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Frames hold what they were called with, an engine for instance, for as long as the error is kept."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def start_error(failures: Sequence[AdapterFailure]) -> LoraserveError:
