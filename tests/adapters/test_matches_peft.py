@@ -120,7 +120,11 @@ def test_patterns_that_peft_reorders_on_saving_are_refused(tmp_path: Path) -> No
     [
         ({"use_dora": True}, "not supported yet: field 'use_dora'"),
         ({"bias": "lora_only"}, "not supported yet: field 'bias'"),
-        ({"modules_to_save": ["lm_head"]}, "not supported yet: field 'modules_to_save'"),
+        (
+            {"modules_to_save": ["lm_head"]},
+            "base_model.model.lm_head.weight: the base's weights are not at hand",
+        ),
+        ({"modules_to_save": ["norm"]}, "not supported yet: field 'modules_to_save'"),
         ({"trainable_token_indices": [1, 2]}, "not supported yet: field 'trainable_token_indices'"),
         ({"layer_replication": [(0, 12), (0, 1)]}, "not supported yet: field 'layer_replication'"),
         (
