@@ -18,6 +18,7 @@ from loraserve.server.http.dashboard.router import router
 KEY = "test-key"
 BASE = "tiny-llama"
 TOKEN_S = 0.01
+ENDLESS_TOKEN_S = 0.05  # a busy machine's browser still has time for the rest of the page
 POLL_S = 0.01
 
 
@@ -90,7 +91,7 @@ class FakeDashboardServer:
         words = [body["model"], "says:", *prompt.split()]
         num_tokens = 10_000 if prompt == "endless" else len(words)
         for index in range(num_tokens):
-            await asyncio.sleep(TOKEN_S)
+            await asyncio.sleep(ENDLESS_TOKEN_S if prompt == "endless" else TOKEN_S)
             text = words[index % len(words)] + " "
             delta = {"delta": {"content": text}} if is_chat else {"text": text}
             yield _event({"choices": [{"index": 0, **delta, "finish_reason": None}]})

@@ -173,13 +173,15 @@ async def _on_disconnect(_request: Request, _error: Exception) -> Response:
 
 def _problem_text(problem: Mapping[str, Any]) -> str:
     if problem["type"] == "json_invalid":
-        return f"the body is not JSON: {problem['ctx']['error']}"
+        return f"the body is not JSON: {problem['ctx']['error']} (at byte {problem['loc'][-1]})"
     where = _location(problem)
     return f"{where}: {problem['msg']}" if where else f"the body: {problem['msg']}"
 
 
 def _location(problem: Mapping[str, Any]) -> str:
-    """Where in the body, as `messages.0.role`."""
+    """Where in the body, as `messages.0.role`; a place in what is no JSON is none."""
+    if problem["type"] == "json_invalid":
+        return ""
     parts = [str(part) for part in problem["loc"][1:]]
     return ".".join(part for part in parts if "[" not in part and part != "constrained-str")
 

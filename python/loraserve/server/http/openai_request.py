@@ -8,7 +8,7 @@ from typing import Any
 from loraserve.errors import InvalidRequestError
 from loraserve.grammar import Grammar
 from loraserve.request import AdapterSpec, ChatOptions, GenerateRequest
-from loraserve.sampling_params import SamplingParams
+from loraserve.sampling_params import MAX_LOGPROBS, SamplingParams
 from loraserve.server.http.adapter_selectors import adapter_of
 from loraserve.server.http.generation import Call
 from loraserve.server.http.openai_schema import (
@@ -19,6 +19,7 @@ from loraserve.server.http.openai_schema import (
     ResponseFormat,
     StructuredOutputs,
 )
+from loraserve.value_checks import check_int
 
 _SAME_NAME = (
     "temperature",
@@ -68,6 +69,7 @@ def chat_request(call: Call, body: ChatCompletionBody) -> GenerateRequest:
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequestError(f"top_logprobs is {body.top_logprobs}, set logprobs to true to use it")
     if body.logprobs:
+        check_int("top_logprobs", body.top_logprobs or 0, 0, MAX_LOGPROBS)
         given["logprobs"] = body.top_logprobs or 0
     if "max_tokens" in given:
         params = SamplingParams(**given)
