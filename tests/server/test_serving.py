@@ -181,7 +181,6 @@ INVALID: list[tuple[dict[str, Any], type[LoraserveError], str]] = [
 ]
 
 INVALID_SAMPLING = [
-    (pb.SamplingParams(max_tokens=0), "max_tokens is 0"),
     (pb.SamplingParams(temperature=math.nan), "temperature is nan"),
     (pb.SamplingParams(temperature=-1.0), "temperature is -1.0"),
     (pb.SamplingParams(top_p=0.0), "top_p is 0"),
