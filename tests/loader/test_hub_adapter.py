@@ -6,6 +6,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+from loraserve.adapters.beside import BESIDE_FILES, VOCABULARY_FILES
 
 from tests.loader.test_resolve import FakeHub, run_with_hub
 
@@ -55,6 +56,13 @@ def test_only_the_adapters_files_are_fetched_and_their_bytes_counted(hub: FakeHu
     assert files == wanted
     assert hub.fetched == set(wanted)
     assert seen[0][0] == 5004
+
+
+def test_what_is_compared_with_the_model_is_fetched_too(hub: FakeHub, tmp_path: Path) -> None:
+    beside = [*BESIDE_FILES, *VOCABULARY_FILES]
+    hub.files |= {name: b"{}" for name in beside}
+    files, _ = json.loads(download(hub, tmp_path / "cache"))
+    assert set(beside) <= set(files)
 
 
 def test_a_repository_of_pickles_is_refused(hub: FakeHub, tmp_path: Path) -> None:

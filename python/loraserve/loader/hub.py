@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from loraserve.adapters.beside import BESIDE_FILES, VOCABULARY_FILES
 from loraserve.errors import AdapterFormatError, LoraserveError, ModelError
 
 ALLOW_PATTERNS = [
@@ -30,13 +31,8 @@ ADAPTER_FILES = [
     "adapter_config.json",
     "adapter_model.safetensors",
     "loraserve.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "tokenizer.json",
+    *BESIDE_FILES,
+    *VOCABULARY_FILES,
 ]
 
 OnProgress: TypeAlias = Callable[[int, "int | None"], None]
