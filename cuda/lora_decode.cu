@@ -207,7 +207,10 @@ constexpr unsigned MAX_LOOKS = 1U << 24;
 __device__ __noinline__ void look_until_ready(const ItemState* state) {
     for (unsigned looks = 0; looks < MAX_LOOKS; ++looks) {
         unsigned is_ready;
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(is_ready) : "l"(&state->is_ready) : "memory");
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+                     : "=r"(is_ready)
+                     : "l"(&state->is_ready)
+                     : "memory");
         if (is_ready != 0) {
             return;
         }
