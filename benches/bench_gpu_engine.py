@@ -23,12 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import loraserve.engine
-import loraserve.runner
+import loraserve.engine.engine
+import loraserve.engine.model_runner
 import torch
 from llama_8b import LLAMA_3_8B, loader_of, write_adapters
 from loraserve.config import EngineConfig
-from loraserve.engine import Engine, EngineOutput
+from loraserve.engine.engine import Engine
+from loraserve.engine.sequence import EngineOutput
 from loraserve.sampling_params import SamplingParams
 
 RANK = 16
@@ -118,7 +119,7 @@ class Bench:
         paths = write_adapters(directory, max(plan.mixes) + plan.num_loads, RANK, plan.raw_config)
         self._names = list(paths)
         wrote = time.perf_counter()
-        loraserve.runner.load_model = loader_of(plan.raw_config)
+        loraserve.engine.model_runner.load_model = loader_of(plan.raw_config)
         config = EngineConfig(
             model="random weights",
             device="cuda",
@@ -129,7 +130,7 @@ class Bench:
         self.engine = Engine(config, self._on_outputs, backend=backend)
         opened = time.perf_counter()
         for name, path in paths.items():
-            self.engine.load_adapter(name, path)
+            self.engine.adapters.load(name, path)
         checked = time.perf_counter()
         say(
             f"Adapters written in {wrote - started:.1f} s; engine opened in {opened - wrote:.1f} s, "
@@ -222,7 +223,7 @@ class Bench:
         spent: dict[str, float] = {}
         with (
             timed(self.engine.runner, "execute", spent),
-            timed(loraserve.engine, "sample", spent),
+            timed(loraserve.engine.engine, "sample", spent),
             timed(self.engine, "_deliver", spent),
         ):
             requests, _ = self.run(num_rows, num_adapters, GREEDY, self._plan.decode_tokens)
@@ -296,7 +297,7 @@ def emulated_backend(plan: Plan) -> Any:
     driver, reason = open_driver()
     if driver is None or not driver.is_emulated:
         raise SystemExit(f"bench_gpu_engine: no emulator to rehearse on: {reason}")
-    config = EngineConfig(model="", memory=plan.memory, max_num_seqs=max(plan.rows))
+    config = EngineConfig(model="random weights", memory=plan.memory, max_num_seqs=max(plan.rows))
     return EmulatedBackend(config, driver)
 
 

@@ -32,12 +32,12 @@ import uvloop
 from adapter_files import write_adapters
 from loraserve.async_engine import AsyncEngine, RequestStream
 from loraserve.config import EngineConfig
-from loraserve.engine import EngineOutput
+from loraserve.engine.sequence import EngineOutput
 from loraserve.request import GenerateRequest
-from loraserve.server.http.metrics import Metrics
+from loraserve.server.access.keys import AccessControl
 from loraserve.server.http.server import HttpServer
 from loraserve.server.http.state import HttpState
-from loraserve.server.keys import AccessControl
+from loraserve.server.observe.metrics import Metrics
 from metrics import percentiles
 from streams import greedy
 from tqdm import tqdm

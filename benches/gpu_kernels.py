@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from loraserve import _core
-from loraserve.ops.base import DOWN, GATE_UP, NUM_GROUPS, QKV, KvGeometry, O
+from loraserve.models.ops import DOWN, GATE_UP, NUM_GROUPS, QKV, KvGeometry, O
 
 BLOCK_SIZE = 16
 ITEM_NBYTES = 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +12,9 @@ from typing import Any
 import torch
 from loraserve.loader import LoadedModel
 from loraserve.models.config import ModelConfig
+from loraserve.models.ops import Ops
 from loraserve.models.weights import build_decoder
-from loraserve.ops.base import Ops
-from loraserve.tokenizer import Tokenizer
+from loraserve.text.tokenizer import Tokenizer
 from safetensors.torch import save_file
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders, models, pre_tokenizers
@@ -47,6 +48,9 @@ class RandomWeights:
     def __post_init__(self) -> None:
         self.generator = torch.Generator(self.device).manual_seed(0)
 
+    def has(self, _name: str) -> bool:
+        return True
+
     def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         if len(shape) == 1:
             return torch.ones(shape, dtype=self.dtype, device=self.device)
@@ -58,12 +62,14 @@ def loader_of(raw_config: dict[str, Any]) -> Any:
     """What stands in for `loraserve.loader.load_model`: nothing is read from disk."""
 
     def load(
-        path: str, dtype: torch.dtype, ops_factory: Any, max_model_len: int | None = None
+        path: str,
+        dtype: torch.dtype,
+        place: Callable[[ModelConfig], tuple[Ops, int]],
+        generation_config: str,
     ) -> LoadedModel:
         config = ModelConfig.from_hf(raw_config)
-        ops: Ops = ops_factory(config)
+        ops, length = place(config)
         weights = RandomWeights(ops.device, dtype)
-        length = config.resolve_max_model_len(max_model_len)
         decoder = build_decoder(config, weights, ops, dtype, length)
         return LoadedModel(Path(path), config, decoder, byte_tokenizer(config.vocab_size), length)
 

@@ -7,11 +7,11 @@ if TYPE_CHECKING:
     from loraserve._core import __version__ as __version__
     from loraserve.async_engine import AsyncEngine as AsyncEngine
     from loraserve.config import EngineConfig as EngineConfig
-    from loraserve.grammar import Grammar as Grammar
     from loraserve.llm import LLM as LLM
     from loraserve.request import ChatOptions as ChatOptions
     from loraserve.request import GenerateRequest as GenerateRequest
     from loraserve.request import RequestOutput as RequestOutput
+    from loraserve.sampling.grammar import Grammar as Grammar
     from loraserve.sampling_params import SamplingParams as SamplingParams
 
 _MODULES = {
@@ -20,7 +20,7 @@ _MODULES = {
     "ChatOptions": "loraserve.request",
     "EngineConfig": "loraserve.config",
     "GenerateRequest": "loraserve.request",
-    "Grammar": "loraserve.grammar",
+    "Grammar": "loraserve.sampling.grammar",
     "LLM": "loraserve.llm",
     "RequestOutput": "loraserve.request",
     "SamplingParams": "loraserve.sampling_params",

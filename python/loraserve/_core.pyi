@@ -7,7 +7,7 @@ from typing import Literal, TypedDict, final
 import numpy as np
 from numpy.typing import NDArray
 
-from loraserve.ops.base import Linear, StepBatch, StepHandle
+from loraserve.models.ops import Linear, StepBatch, StepHandle
 
 __all__ = [
     "Activation",
@@ -366,7 +366,7 @@ class CpuKernels:
     """Every CPU op of one model over one page pool; ops run without the GIL on one thread pool.
 
     `*_ptr` are addresses of contiguous tensors in the storage dtype (`cos_sin`, `bias` and logits are
-    float32) that live until the call returns; `loraserve.ops.cpu_ops` checks them. `isa` None takes
+    float32) that live until the call returns; `loraserve.backends.cpu.ops` checks them. `isa` None takes
     `LORASERVE_CPU_ISA`, else the best; `num_threads` None means every core. Raises LoraserveError for an
     unknown or unsupported instruction set, ValueError for shapes and indices that don't fit, TypeError
     for another backend's step or weight.

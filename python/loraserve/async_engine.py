@@ -12,11 +12,12 @@ from loraserve._core import Receipt
 from loraserve.adapters.manifest import AdapterManifest
 from loraserve.adapters.startup import AdapterFailure
 from loraserve.config import EngineConfig
-from loraserve.engine import Engine, EngineOutput
-from loraserve.info import AdapterInfo, EngineInfo, EngineStats
+from loraserve.engine.engine import Engine
+from loraserve.engine.frontend import Frontend, PreparedRequest
+from loraserve.engine.sequence import EngineOutput
+from loraserve.engine.stats import AdapterInfo, EngineInfo, EngineStats
 from loraserve.request import Delta, GenerateRequest
-from loraserve.service import PreparedRequest, Service
-from loraserve.tokenizer import Tokenizer
+from loraserve.text.tokenizer import Tokenizer
 
 P = ParamSpec("P")
 
@@ -65,7 +66,7 @@ class AsyncEngine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._failed = asyncio.Event()
         self._engine = Engine(config, _weak(self._on_outputs), _weak(self._on_failure))
-        self._service: Service[RequestStream] = Service(self._engine)
+        self._frontend: Frontend[RequestStream] = Frontend(self._engine)
 
     async def prepare(self, request: GenerateRequest) -> PreparedRequest:
         """Tokenise and resolve a request off the loop, to be submitted; nothing is queued.
@@ -73,7 +74,7 @@ class AsyncEngine:
         Raises:
             InvalidRequestError: it was refused.
         """
-        return await asyncio.to_thread(self._service.prepare, request)
+        return await asyncio.to_thread(self._frontend.prepare, request)
 
     async def submit(self, request: GenerateRequest | PreparedRequest) -> RequestStream:
         """Queue a request and return its stream; tokenising runs off the loop.
@@ -86,11 +87,11 @@ class AsyncEngine:
         prepared = request if isinstance(request, PreparedRequest) else await self.prepare(request)
         stream = RequestStream(self, prepared.params.n)
         stream.prompt_token_ids = prepared.prompt_token_ids
-        stream.request_ids = self._service.submit(prepared, stream)
+        stream.request_ids = self._frontend.submit(prepared, stream)
         return stream
 
     def abort(self, stream: RequestStream) -> None:
-        self._service.abort(stream.request_ids)
+        self._frontend.abort(stream.request_ids)
 
     @property
     def refusal(self) -> str | None:
@@ -108,36 +109,36 @@ class AsyncEngine:
     async def load_adapter(
         self, name: str, path: str, manifest: AdapterManifest | None = None, *, replace: bool = False
     ) -> Receipt:
-        """Check and register an adapter off the loop, or replace one; see `Engine.load_adapter`.
+        """Check and register an adapter off the loop, or replace one; see `EngineAdapters.load`.
 
         Replacements of one name last in the order of the calls.
         """
-        turn = self._engine.take_turn()
+        turn = self._engine.adapters.take_turn()
         return await asyncio.to_thread(
-            self._engine.load_adapter, name, path, manifest, replace=replace, turn=turn
+            self._engine.adapters.load, name, path, manifest, replace=replace, turn=turn
         )
 
     async def unload_adapter(self, name: str) -> None:
-        self._engine.unload_adapter(name)
+        self._engine.adapters.unload(name)
 
     async def warm_adapter(self, name: str) -> float:
-        """Load an adapter ahead of requests; the seconds until it was there. See `Engine.warm_adapter`.
+        """Load an adapter ahead of requests; the seconds until it was there. See `EngineAdapters.warm`.
 
         Who gives up waiting leaves the load to finish.
         """
-        return await asyncio.wrap_future(self._engine.warm_adapter(name))
+        return await asyncio.wrap_future(self._engine.adapters.warm(name))
 
     async def pin_adapter(self, name: str, is_pinned: bool = True) -> None:
-        """Keep an adapter in the pool, or let it go again; see `Engine.pin_adapter`."""
-        self._engine.pin_adapter(name, is_pinned)
+        """Keep an adapter in the pool, or let it go again; see `EngineAdapters.pin`."""
+        self._engine.adapters.pin(name, is_pinned)
 
     @property
     def adapter_failures(self) -> tuple[AdapterFailure, ...]:
         """Adapters of the configuration that the engine started without."""
-        return self._engine.adapter_failures
+        return self._engine.adapters.failures
 
     def adapters(self) -> list[AdapterInfo]:
-        return self._engine.adapters()
+        return self._engine.adapters.infos()
 
     def stats(self) -> EngineStats:
         return self._engine.stats()
@@ -169,7 +170,7 @@ class AsyncEngine:
             self._loop.call_soon_threadsafe(function, *args)
 
     def _route(self, outputs: Sequence[EngineOutput]) -> None:
-        self._service.route(outputs, RequestStream.put, RequestStream.put)
+        self._frontend.route(outputs, RequestStream.put, RequestStream.put)
 
 
 def _weak(method: Callable[P, None]) -> Callable[P, None]:

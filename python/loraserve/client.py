@@ -14,10 +14,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from loraserve.errors import EngineStoppedError, LoraserveError
 from loraserve.request import AdapterSpec, ChatOptions, Completion, Delta, GenerateRequest
 from loraserve.sampling_params import SamplingParams
-from loraserve.server.errors import typed_error
-from loraserve.server.messages import delta_from_wire, request_to_wire
 from loraserve.v1 import loraserve_pb2 as pb
 from loraserve.v1 import loraserve_pb2_grpc as pb_grpc
+from loraserve.wire.errors import typed_error
+from loraserve.wire.messages import delta_from_wire, request_to_wire
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 READY_POLL_S = 0.1

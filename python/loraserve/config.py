@@ -10,7 +10,7 @@ from loraserve.adapters.manifest import AdapterManifest
 from loraserve.adapters.registry import check_base_names
 from loraserve.adapters.startup import ON_ADAPTER_ERROR, AdapterFailure
 from loraserve.errors import InvalidRequestError
-from loraserve.value_checks import check_bool, check_choice, check_int
+from loraserve.validation.values import check_bool, check_choice, check_int
 
 DTYPES = ("bfloat16", "float16", "float32")
 DTYPE_ALIASES = {"auto": "bfloat16", "half": "float16", "float": "float32"}

@@ -15,12 +15,13 @@ from tqdm.auto import tqdm
 from loraserve._core import Receipt
 from loraserve.adapters.manifest import AdapterManifest
 from loraserve.config import EngineConfig
-from loraserve.engine import Engine, EngineOutput
+from loraserve.engine.engine import Engine
+from loraserve.engine.frontend import Frontend, PreparedRequest
+from loraserve.engine.sequence import EngineOutput
+from loraserve.engine.stats import AdapterInfo, EngineInfo, EngineStats
 from loraserve.errors import InvalidRequestError
-from loraserve.info import AdapterInfo, EngineInfo, EngineStats
 from loraserve.request import AdapterSpec, ChatOptions, Completion, Delta, GenerateRequest, RequestOutput
 from loraserve.sampling_params import SamplingParams
-from loraserve.service import PreparedRequest, Service
 
 PROGRESS_DELAY_S = 1.0  # batches that end sooner show no progress bar
 
@@ -46,7 +47,7 @@ class LLM:
         settings.setdefault("max_waiting", None)  # a batch is as long as its caller made it
         config = EngineConfig(model=model, adapters={} if adapters is None else adapters, **settings)
         self._engine = Engine(config, self._events.put)
-        self._service: Service[_Pending] = Service(self._engine)
+        self._frontend: Frontend[_Pending] = Frontend(self._engine)
 
     def generate(
         self,
@@ -131,23 +132,23 @@ class LLM:
         *,
         replace: bool = False,
     ) -> Receipt:
-        """Check and register an adapter, or replace the one of this name; see `Engine.load_adapter`."""
-        return self._engine.load_adapter(name, path, manifest, replace=replace)
+        """Check and register an adapter, or replace the one of this name; see `EngineAdapters.load`."""
+        return self._engine.adapters.load(name, path, manifest, replace=replace)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter; AdapterNotFoundError if there is none of this name."""
-        self._engine.unload_adapter(name)
+        self._engine.adapters.unload(name)
 
     def warm_adapter(self, name: str) -> float:
-        """Load an adapter into memory now; the seconds it took. See `Engine.warm_adapter` for the errors."""
-        return self._engine.warm_adapter(name).result()
+        """Load an adapter into memory now; the seconds it took. See `EngineAdapters.warm` for the errors."""
+        return self._engine.adapters.warm(name).result()
 
     def pin_adapter(self, name: str, is_pinned: bool = True) -> None:
-        """Keep an adapter in memory, or let it go again; see `Engine.pin_adapter` for the errors."""
-        self._engine.pin_adapter(name, is_pinned)
+        """Keep an adapter in memory, or let it go again; see `EngineAdapters.pin` for the errors."""
+        self._engine.adapters.pin(name, is_pinned)
 
     def adapters(self) -> list[AdapterInfo]:
-        return self._engine.adapters()
+        return self._engine.adapters.infos()
 
     def stats(self) -> EngineStats:
         return self._engine.stats()
@@ -169,15 +170,15 @@ class LLM:
 
     def _run(self, requests: Sequence[GenerateRequest], progress: bool | None) -> list[RequestOutput]:
         self._engine.check_process()
-        pending = [_Pending(request, self._service.prepare(request)) for request in requests]
+        pending = [_Pending(request, self._frontend.prepare(request)) for request in requests]
         request_ids: list[int] = []
         with self._call:
             try:
                 for item in pending:
-                    request_ids += self._service.submit(item.prepared, item)
+                    request_ids += self._frontend.submit(item.prepared, item)
                 self._wait(pending, progress)
             except BaseException:
-                self._service.abort(request_ids)
+                self._frontend.abort(request_ids)
                 raise
         return [item.output() for item in pending]
 
@@ -188,7 +189,7 @@ class LLM:
         with tqdm(total=collector.num_open, unit="answer", disable=disable, delay=delay) as bar:
             while collector.num_open > 0:
                 num_open = collector.num_open
-                self._service.route(self._events.get(), collector.on_delta, collector.on_error)
+                self._frontend.route(self._events.get(), collector.on_delta, collector.on_error)
                 if collector.error is not None:
                     raise collector.error
                 bar.update(num_open - collector.num_open)

@@ -8,8 +8,8 @@ from itertools import takewhile
 from typing import Any
 
 from loraserve.errors import InvalidRequestError
-from loraserve.grammar import Grammar
-from loraserve.value_checks import check_bool, check_float, check_int
+from loraserve.sampling.grammar import Grammar
+from loraserve.validation.values import check_bool, check_float, check_int
 
 MAX_N = 128
 MAX_TOKENS = 2**31 - 1

@@ -11,11 +11,11 @@ import pytest
 import tokenizers
 from loraserve import LLM
 from loraserve.adapters.beside import BESIDE_FILES, BesideCheck
+from loraserve.adapters.hub import ADAPTER_FILES
 from loraserve.cli.main import main
-from loraserve.loader.hub import ADAPTER_FILES
-from loraserve.server.http.admin_schema import ReceiptBody
-from loraserve.server.messages import receipt_to_wire
-from loraserve.tokenizer import Tokenizer
+from loraserve.server.http.admin.schema import ReceiptBody
+from loraserve.text.tokenizer import Tokenizer
+from loraserve.wire.messages import receipt_to_wire
 from transformers import PreTrainedTokenizerFast
 
 from tests.models.tiny import make_model, save_model
@@ -197,7 +197,7 @@ def test_everything_that_shows_an_adapter_names_what_is_not_used(
     assert main(["adapters", "check", str(other_adapter), "--model", str(model)]) == 0
     assert f"not used   {WORDS}\n" in capsys.readouterr().out
     with (
-        caplog.at_level(logging.WARNING, "loraserve.engine"),
+        caplog.at_level(logging.WARNING, "loraserve.engine.engine"),
         LLM(str(model), dtype="float32", memory="16MiB", num_threads=1) as llm,
     ):
         receipt = llm.load_adapter("tuned", other_adapter)

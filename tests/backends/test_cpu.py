@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 from loraserve.backends import Extent
-from loraserve.backends.cpu import CpuBackend
+from loraserve.backends.cpu.backend import CpuBackend
 from loraserve.config import EngineConfig
 
 

@@ -5,8 +5,8 @@ import argparse
 import pytest
 from loraserve.cli.main import build_parser, main
 from loraserve.cli.serve_options import GivenFlags, add_serve_options, given_flags
-from loraserve.foreign_settings import FOREIGN_SETTINGS
-from loraserve.serve_config import ServeSettings
+from loraserve.settings.foreign import FOREIGN_SETTINGS
+from loraserve.settings.schema import ServeSettings
 
 SETTINGS = [name for name, field in ServeSettings.model_fields.items() if field.json_schema_extra is not None]
 ONLY_IN_FILES = {"keys"}

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from loraserve import AsyncEngine, EngineConfig, GenerateRequest, SamplingParams
-from loraserve.adapters.extent_loader import ExtentLoader
 from loraserve.async_engine import RequestStream
-from loraserve.detokenizer import IncrementalDetokenizer
+from loraserve.engine.extent_loader import ExtentLoader
 from loraserve.errors import AdapterUnavailableError, EngineStoppedError
+from loraserve.text.detokenizer import IncrementalDetokenizer
 
 from tests.e2e.tiny import NUM_TOKENS, PROMPT
 
@@ -184,7 +184,7 @@ def test_an_error_in_one_answers_text_ends_that_request_alone(
     async def scenario(engine: AsyncEngine) -> None:
         other, failing = await engine.submit(request()), await engine.submit(request("a1"))
         owners = [
-            sequence._detokenizer for sequence, owner in engine._service._active.values() if owner is failing
+            sequence._detokenizer for sequence, owner in engine._frontend._active.values() if owner is failing
         ]
 
         def fail_once(self: IncrementalDetokenizer, token_ids: Any) -> str:
@@ -224,7 +224,7 @@ def test_an_engine_that_fails_tells_everyone(
     async def scenario(engine: AsyncEngine) -> None:
         stream = await engine.submit(request())
         await anext(stream)
-        monkeypatch.setattr("loraserve.engine.sample", fail)
+        monkeypatch.setattr("loraserve.engine.engine.sample", fail)
         with pytest.raises(EngineStoppedError, match="broken"):
             await tokens_of(stream)
         assert "broken" in await engine.wait_failed()

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from loraserve import _core
 from loraserve.config import EngineConfig
-from loraserve.runner import BLOCK_SIZE, ModelRunner
+from loraserve.engine.model_runner import BLOCK_SIZE, ModelRunner
 from transformers import AutoModelForCausalLM
 
 from tests.e2e.oracle import HETEROGENEOUS, PeftOracle

@@ -108,7 +108,7 @@ PROGRAMS = [
         "for name in ADAPTERS: daemon(load, name)\ntime.sleep(0.02)",
     ),
     Program("daemon threads that make engines", "for _ in range(2): daemon(make)\ntime.sleep(0.05)"),
-    Program("a load under way", "llm = make()\nfor name in ADAPTERS: llm._engine.warm_adapter(name)"),
+    Program("a load under way", "llm = make()\nfor name in ADAPTERS: llm._engine.adapters.warm(name)"),
     Program("a generation under way", "llm = make(); daemon(work, llm); time.sleep(0.05); sys.exit(3)", 3),
     Program(
         "a thread that goes on after the main thread",

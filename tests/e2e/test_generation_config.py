@@ -10,9 +10,9 @@ import pytest
 import torch
 from loraserve import LLM, SamplingParams
 from loraserve.adapters.manifest import AdapterManifest
+from loraserve.engine.frontend import prepare
 from loraserve.errors import InvalidRequestError, ModelError
 from loraserve.request import GenerateRequest
-from loraserve.service import prepare
 
 PROMPT = [11, 220, 3405, 17, 92]
 DEFAULTS = {"do_sample": True, "temperature": 0.01, "top_p": 0.1, "max_new_tokens": 5}

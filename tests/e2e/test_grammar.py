@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from loraserve import LLM, Grammar, SamplingParams, grammar_compiler
+from loraserve import LLM, Grammar, SamplingParams
 from loraserve.errors import InvalidRequestError
+from loraserve.sampling import grammar_compiler
 
-from tests.test_grammar import FORMS
+from tests.sampling.test_grammar import FORMS
 
 PROMPT = "The answer is"
 NUM_SEEDS = 6

@@ -11,9 +11,8 @@ import pytest
 import torch
 from loraserve import AsyncEngine, EngineConfig, GenerateRequest, SamplingParams
 from loraserve.async_engine import RequestStream
-from loraserve.deadlines import Deadlines
+from loraserve.engine.queue import Deadlines, WaitingLimit
 from loraserve.errors import DeadlineError, InvalidRequestError, OverloadedError
-from loraserve.waiting_limit import WaitingLimit
 
 LONG = SamplingParams(max_tokens=200, ignore_eos=True, seed=1)
 SHORT = SamplingParams(max_tokens=2, ignore_eos=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from loraserve import LLM, SamplingParams
-from loraserve.adapters.extent_loader import ExtentLoader
-from loraserve.runner import ModelRunner
+from loraserve.engine.extent_loader import ExtentLoader
+from loraserve.engine.model_runner import ModelRunner
 
 from tests.e2e.tiny import PROMPT
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import pytest
 import torch
 from loraserve import LLM, AsyncEngine, EngineConfig, GenerateRequest, SamplingParams
-from loraserve.adapters.extent_loader import ExtentLoader
+from loraserve.engine.extent_loader import ExtentLoader
 from loraserve.errors import (
     AdapterFormatError,
     AdapterNotFoundError,

@@ -11,10 +11,10 @@ import pytest
 import torch
 from loraserve import LLM, SamplingParams
 from loraserve.adapters.startup import AdapterFailure
-from loraserve.config_layers import load_settings
 from loraserve.errors import AdapterFormatError, LoraserveError
 from loraserve.server import assembly
-from loraserve.server.keys import ApiKey
+from loraserve.settings.entries import ApiKey
+from loraserve.settings.load import load_settings
 
 from tests.server.control_server import ControlEngine, ControlServer
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from loraserve import _core
-from loraserve.ops.base import KvGeometry
+from loraserve.models.ops import KvGeometry
 
 from tests.gpu.driver import Driver
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from loraserve.backends.cuda import CudaBackend
+from loraserve.backends.cuda.backend import CudaBackend
+from loraserve.backends.machine_memory import DeviceMemory, host_memory
 from loraserve.config import EngineConfig
-from loraserve.machine_memory import DeviceMemory, host_memory
 from loraserve.models.config import ModelConfig
-from loraserve.ops.base import KvGeometry, Ops
+from loraserve.models.ops import KvGeometry, Ops
 
 from tests.gpu.driver import Driver
 

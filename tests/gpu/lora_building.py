@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from loraserve import _core
-from loraserve.ops.base import KvGeometry
-from loraserve.ops.torch_ops import TorchOps
+from loraserve.models.ops import KvGeometry
 
 from tests.batches import HandBatch, one_sequence
 from tests.gpu.device import Gpu
 from tests.ops.building import OVERREAD, token_batch, with_waves
+from tests.ops.torch_ops import TorchOps
 from tests.panels import pack_panels
 
 GEOMETRY = KvGeometry(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=64)

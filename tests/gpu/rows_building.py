@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from loraserve import _core
-from loraserve.ops.base import KvGeometry
-from loraserve.ops.torch_ops import TorchOps, TorchStep
+from loraserve.models.ops import KvGeometry
 
 from tests.batches import HandBatch
 from tests.gpu.device import Gpu
+from tests.ops.torch_ops import TorchOps, TorchStep
 
 MAX_POSITION = 2048
 DTYPES = (torch.bfloat16, torch.float16)

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import loraserve.runner
+import loraserve.engine.model_runner
 from loraserve import LLM, SamplingParams
-from loraserve.backends.cuda import CudaBackend
+from loraserve.backends.cuda.backend import CudaBackend
 from loraserve.config import EngineConfig
 from loraserve.request import TokenLogprob
 
@@ -20,7 +20,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     driver, reason = open_driver()
     assert driver is not None, reason
     backends: list[CudaBackend] = []
-    open_real = loraserve.runner.open_backend
+    open_real = loraserve.engine.model_runner.open_backend
 
     def open_backend(config: EngineConfig) -> CudaBackend:
         assert driver is not None
@@ -29,7 +29,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         backends.append(opened)
         return opened
 
-    loraserve.runner.open_backend = open_backend
+    loraserve.engine.model_runner.open_backend = open_backend
     return answer(job, "cuda") | {"captures": _captures(backends)}
 
 

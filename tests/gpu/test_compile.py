@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from loraserve.ops.base import KvGeometry
+from loraserve.models.ops import KvGeometry
 
 from tests.gpu.device import Gpu
 

@@ -31,8 +31,8 @@ else:
 """
 CPU_PATH = """
 import torch
-from loraserve.ops.base import KvGeometry
-from loraserve.ops.cpu_ops import CpuOps
+from loraserve.models.ops import KvGeometry
+from loraserve.backends.cpu.ops import CpuOps
 from tests.ops.building import aligned_pool, token_batch
 
 def mapped():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from loraserve import _core
-from loraserve.ops.base import KvGeometry
+from loraserve.models.ops import KvGeometry
 
 from tests.batches import HandBatch
 from tests.gpu.device import Gpu

@@ -9,7 +9,7 @@ from threading import Thread
 import pytest
 import torch
 from loraserve import _core
-from loraserve.ops.base import KvGeometry
+from loraserve.models.ops import KvGeometry
 
 from tests.gpu.device import Gpu
 

@@ -13,7 +13,7 @@ from tests.loader.test_resolve import FakeHub, run_with_hub
 DOWNLOAD = """
 import json
 from loraserve.errors import AdapterFormatError
-from loraserve.loader.hub import download_adapter
+from loraserve.adapters.hub import download_adapter
 seen = []
 try:
     path = download_adapter({id!r}, {revision!r}, "hf_token", lambda done, total: seen.append((done, total)))

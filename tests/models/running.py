@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from loraserve.backends.cpu.ops import CpuOps
 from loraserve.loader import LoadedModel, load_model
 from loraserve.models.config import ModelConfig
-from loraserve.ops.base import KvGeometry, Ops
-from loraserve.ops.cpu_ops import CpuOps
-from loraserve.ops.torch_ops import TorchOps
+from loraserve.models.ops import KvGeometry, Ops
 
 from tests.batches import BLOCK_SIZE, one_sequence
+from tests.ops.torch_ops import TorchOps
 
 NUM_PAGES = 16
 BACKENDS = {"torch": TorchOps, "cpu": CpuOps}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from loraserve import _core
-from loraserve.ops.cpu_ops import CpuOps
+from loraserve.backends.cpu.ops import CpuOps
 
 from tests.batches import one_sequence
 from tests.models.running import Running

@@ -7,12 +7,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from loraserve import _core
+from loraserve.backends.cpu.ops import CpuOps
 from loraserve.errors import LoraserveError
-from loraserve.ops.base import KvGeometry
-from loraserve.ops.cpu_ops import CpuOps
-from loraserve.ops.torch_ops import TorchOps
+from loraserve.models.ops import KvGeometry
 
 from tests.batches import HandBatch
+from tests.ops.torch_ops import TorchOps
 from tests.panels import pack_panels
 
 BLOCK_SIZE = 16

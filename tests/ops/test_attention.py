@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from loraserve.ops.base import KvGeometry
+from loraserve.models.ops import KvGeometry
 
 from tests.ops.building import Backends, assert_close, attention_batch, batch_of_tables, make_backends
 

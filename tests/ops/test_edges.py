@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from loraserve import _core
-from loraserve.ops.base import KvGeometry
-from loraserve.ops.cpu_ops import CpuOps
+from loraserve.backends.cpu.ops import CpuOps
+from loraserve.models.ops import KvGeometry
 
 from tests.batches import HandBatch, one_sequence
 from tests.ops.building import aligned_pool

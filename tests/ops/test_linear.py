@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from loraserve.errors import ModelError
-from loraserve.ops.base import KvGeometry
+from loraserve.models.ops import KvGeometry
 
 from tests.ops.building import assert_close, make_backends, token_batch
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from loraserve import _core
-from loraserve.ops.base import KvGeometry, Linear
+from loraserve.models.ops import KvGeometry, Linear
 
 from tests.ops.building import (
     Backends,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from loraserve.ops.base import KvGeometry
+from loraserve.models.ops import KvGeometry
 
 from tests.ops.building import assert_close, make_backends
 

@@ -9,17 +9,17 @@ import time
 
 import pytest
 import torch
+from loraserve.backends.cpu.ops import CpuOps
 from loraserve.errors import LoraserveError, ModelError
-from loraserve.ops.base import KvGeometry
-from loraserve.ops.cpu_ops import CpuOps
+from loraserve.models.ops import KvGeometry
 
 from tests.ops.building import ISAS, aligned_pool, make_backends, token_batch
 
 GEOMETRY = KvGeometry(1, 1, 1, 16)
 CHOOSE = """
 import torch
-from loraserve.ops.base import KvGeometry
-from loraserve.ops.cpu_ops import CpuOps
+from loraserve.models.ops import KvGeometry
+from loraserve.backends.cpu.ops import CpuOps
 print(CpuOps(KvGeometry(1, 1, 1, 16), torch.float32, torch.zeros(65536, dtype=torch.uint8)).isa)
 """
 

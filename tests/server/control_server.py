@@ -9,18 +9,19 @@ from types import SimpleNamespace, TracebackType
 from typing import Any
 
 from loraserve.adapters.startup import AdapterFailure
+from loraserve.engine.stats import AdapterInfo, AdapterStats, AdapterUsage, EngineInfo, EngineStats
 from loraserve.errors import AdapterFormatError, AdapterNotFoundError, CapacityError, InvalidRequestError
-from loraserve.info import AdapterInfo, AdapterStats, AdapterUsage, EngineInfo, EngineStats
-from loraserve.server.adapter_sources import AdapterSources
-from loraserve.server.adapter_state import AdapterState
-from loraserve.server.grpc import GrpcServer
-from loraserve.server.grpc_access import AccessInterceptor
-from loraserve.server.http.metrics import Metrics
-from loraserve.server.http.request_log import log_request
+from loraserve.server.access.keys import AccessControl
+from loraserve.server.access.tls import TlsConfig
+from loraserve.server.adapters.sources import AdapterSources
+from loraserve.server.adapters.state import AdapterState
+from loraserve.server.grpc.access import AccessInterceptor
+from loraserve.server.grpc.service import GrpcServer
 from loraserve.server.http.server import HttpServer
 from loraserve.server.http.state import HttpState
-from loraserve.server.keys import AccessControl, ApiKey, PrefixCacheScope
-from loraserve.server.tls import TlsConfig
+from loraserve.server.observe.metrics import Metrics
+from loraserve.server.observe.request_log import log_request
+from loraserve.settings.entries import ApiKey, PrefixCacheScope
 
 from tests.server.http.fake_engine import FakeEngine
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from loraserve.server.grpc import GrpcServer
+from loraserve.server.grpc.service import GrpcServer
 
 START_TIMEOUT_S = 120.0
 

@@ -12,7 +12,7 @@ from loraserve.client import Client
 from loraserve.errors import InvalidRequestError, LoraserveError
 from loraserve.request import ChatOptions
 from loraserve.sampling_params import SamplingParams
-from loraserve.server.grpc import GrpcServer
+from loraserve.server.grpc.service import GrpcServer
 from loraserve.server.http.state import HttpLimits
 from loraserve.v1 import loraserve_pb2 as pb
 from loraserve.v1 import loraserve_pb2_grpc as pb_grpc

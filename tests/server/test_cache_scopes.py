@@ -14,7 +14,7 @@ from loraserve import LLM, AsyncEngine, EngineConfig, SamplingParams
 from loraserve.client import Client
 from loraserve.errors import InvalidRequestError
 from loraserve.request import AdapterSpec
-from loraserve.server.keys import ApiKey, PrefixCacheScope
+from loraserve.settings.entries import ApiKey, PrefixCacheScope
 
 from tests.server.control_server import ControlServer
 

@@ -14,8 +14,8 @@ import pytest
 from loraserve.client import Client
 from loraserve.errors import AdapterNotFoundError, LoraserveError
 from loraserve.request import GenerateRequest
-from loraserve.server.keys import ApiKey
-from loraserve.server.logs import TEXT_FORMAT, JsonFormatter, TextFormatter
+from loraserve.server.observe.logs import TEXT_FORMAT, JsonFormatter, TextFormatter
+from loraserve.settings.entries import ApiKey
 from loraserve.v1 import loraserve_pb2 as pb
 from loraserve.v1 import loraserve_pb2_grpc as pb_grpc
 

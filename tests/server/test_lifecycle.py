@@ -18,11 +18,11 @@ import httpx
 import pytest
 from loraserve import EngineConfig
 from loraserve.client import Client
-from loraserve.config_layers import load_settings
 from loraserve.errors import EngineStoppedError, PermissionDeniedError
 from loraserve.request import Completion
 from loraserve.sampling_params import SamplingParams
 from loraserve.server.lifecycle import serve, start_facts
+from loraserve.settings.load import load_settings
 
 from tests.peft_writer import SMOLLM2_135M, write_adapter
 from tests.server.certificates import Authority

@@ -20,8 +20,8 @@ from loraserve.errors import (
     InvalidRequestError,
     LoraserveError,
 )
-from loraserve.grammar import Grammar
 from loraserve.request import AdapterSpec, Completion
+from loraserve.sampling.grammar import Grammar
 from loraserve.sampling_params import SamplingParams
 from loraserve.v1 import loraserve_pb2 as pb
 from loraserve.v1 import loraserve_pb2_grpc as pb_grpc

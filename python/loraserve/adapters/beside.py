@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from loraserve.errors import ModelError
-from loraserve.json_file import read_json
-from loraserve.models.config import token_ids
-from loraserve.tokenizer import Tokenizer
-from loraserve.tokenizer_config import TokenizerConfig
+from loraserve.text.tokenizer import Tokenizer
+from loraserve.text.tokenizer_config import TokenizerConfig
+from loraserve.validation.json_file import read_json
+from loraserve.validation.values import token_ids
 
 CONFIG_FILES: Final = (
     "chat_template.jinja",

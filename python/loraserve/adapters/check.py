@@ -8,7 +8,7 @@ from loraserve import _core
 from loraserve.adapters.beside import BesideCheck
 from loraserve.loader.base_weights import BaseWeights
 from loraserve.loader.checkpoint import Checkpoint
-from loraserve.tokenizer import Tokenizer
+from loraserve.text.tokenizer import Tokenizer
 
 
 def open_check(checkpoint: Checkpoint, dtype: str, max_lora_rank: int) -> AdapterCheck:

@@ -21,10 +21,10 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from loraserve.did_you_mean import did_you_mean
 from loraserve.errors import AdapterFormatError, InvalidRequestError
-from loraserve.grammar import Grammar
+from loraserve.sampling.grammar import Grammar
 from loraserve.sampling_params import SamplingParams
+from loraserve.validation.did_you_mean import did_you_mean
 
 FILE_NAME = "loraserve.json"
 MAX_FILE_NBYTES = 2**20

@@ -12,7 +12,7 @@ from loraserve.adapters.manifest import AdapterManifest
 from loraserve.errors import AdapterNotFoundError, InvalidRequestError
 
 if TYPE_CHECKING:
-    from loraserve.chat_template import ChatTemplate
+    from loraserve.text.chat_template import ChatTemplate
 
 MAX_NAME_CHARS = 256
 NAME_PATTERN = re.compile(r"[a-zA-Z0-9_\-.:]+")

@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     import torch
 
     from loraserve import _core
-    from loraserve.machine_memory import DeviceMemory
+    from loraserve.backends.machine_memory import DeviceMemory
     from loraserve.models.config import ModelConfig
     from loraserve.models.decoder import Decoder
-    from loraserve.ops.base import KvGeometry, Ops, StepBatch
+    from loraserve.models.ops import KvGeometry, Ops, StepBatch
 
 
 @dataclass(frozen=True)

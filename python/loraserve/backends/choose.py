@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from loraserve.backends.cpu import CpuBackend
+from loraserve.backends.cpu.backend import CpuBackend
 from loraserve.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -41,6 +41,6 @@ def open_backend(config: EngineConfig) -> Backend:
     dtype: torch.dtype = getattr(torch, config.dtype)
     if choose_device(config.device) == "cpu":
         return CpuBackend(config, dtype)
-    from loraserve.backends.cuda import CudaBackend  # noqa: PLC0415 (needs a GPU)
+    from loraserve.backends.cuda.backend import CudaBackend  # noqa: PLC0415 (needs a GPU)
 
     return CudaBackend(config, dtype)

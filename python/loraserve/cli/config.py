@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from loraserve.adapters.source import parse_source
 from loraserve.adapters.startup import StartingAdapters
 from loraserve.cli.options import Subparsers, add_command
-from loraserve.config_layers import load_settings
-from loraserve.serve_config import OFF, ServeSettings
-from loraserve.serve_keys import api_keys, hub_repos, prefix_cache_scope
+from loraserve.settings.fields import OFF
+from loraserve.settings.keys import api_keys, hub_repos, prefix_cache_scope
+from loraserve.settings.load import load_settings
+from loraserve.settings.schema import ServeSettings
 
 if TYPE_CHECKING:
     from loraserve.config import EngineConfig

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any
 
 from loraserve.errors import LoraserveError
-from loraserve.printable import printable
+from loraserve.validation.printable import printable
 
 COMMANDS = ("serve", "generate", "adapters", "config", "doctor")  # modules of this package
 

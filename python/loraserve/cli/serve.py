@@ -12,7 +12,7 @@ from typing import Any
 
 from loraserve.cli.options import Subparsers, add_command
 from loraserve.cli.serve_options import add_serve_options, given_flags
-from loraserve.config_layers import load_settings
+from loraserve.settings.load import load_settings
 
 EXAMPLES = """\
   loraserve serve smollm2 --adapter sql=adapters/sql --adapter pirate=adapters/pirate
@@ -41,7 +41,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     loaded = load_settings(flags.values, os.environ, config, flags.notes)
 
     from loraserve.server.lifecycle import serve  # noqa: PLC0415 (imports grpc)
-    from loraserve.server.logs import configure_logs  # noqa: PLC0415
+    from loraserve.server.observe.logs import configure_logs  # noqa: PLC0415
 
     configure_logs(loaded.settings.log_level, loaded.settings.log_format)
     run_loop(serve(loaded))

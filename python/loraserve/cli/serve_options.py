@@ -12,9 +12,11 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from loraserve.adapters.source import parse_lora_adapters
-from loraserve.config_environment import CONFIG_VARIABLE, variable_names
 from loraserve.errors import InvalidRequestError
-from loraserve.foreign_settings import (
+from loraserve.settings.environment import CONFIG_VARIABLE, variable_names
+from loraserve.settings.errors import ConfigError
+from loraserve.settings.fields import OFF
+from loraserve.settings.foreign import (
     FALSE,
     FOREIGN_SETTINGS,
     TGI_AND_LORAX,
@@ -23,7 +25,7 @@ from loraserve.foreign_settings import (
     ForeignSetting,
     adapter_values,
 )
-from loraserve.serve_config import OFF, ConfigError, ServeSettings
+from loraserve.settings.schema import ServeSettings
 
 GROUPS = {
     "model": "model and adapters",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loraserve.errors import ModelError
 from loraserve.models.config import ModelConfig
-from loraserve.tokenizer import Tokenizer
+from loraserve.text.tokenizer import Tokenizer
 
 # Tables older files carry; the decoder computes its own.
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq", "rope_freqs.weight")

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from loraserve.errors import InvalidRequestError, ModelError
-from loraserve.json_file import read_json
 from loraserve.sampling_params import SamplingParams
+from loraserve.validation.json_file import read_json
 
 FILE_NAME: Final = "generation_config.json"
 

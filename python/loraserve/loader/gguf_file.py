@@ -16,7 +16,7 @@ from loraserve.loader.checkpoint import Checkpoint
 from loraserve.loader.generation_config import gguf_sampling_defaults
 from loraserve.loader.gguf_config import hf_config
 from loraserve.loader.gguf_header import MAGIC, GgufHeader, parse_header
-from loraserve.tokenizer import Tokenizer
+from loraserve.text.tokenizer import Tokenizer
 
 TOP_MODULES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LAYER_MODULES = {

@@ -1,4 +1,4 @@
-"""Fetches models and adapters from the Hugging Face Hub (or HF_ENDPOINT) into its local cache."""
+"""Fetches models from the Hugging Face Hub (or HF_ENDPOINT) into its local cache."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from loraserve.adapters.beside import BESIDE_FILES, VOCABULARY_FILES
-from loraserve.errors import AdapterFormatError, LoraserveError, ModelError
+from loraserve.errors import LoraserveError, ModelError
 
 ALLOW_PATTERNS = [
     "config.json",
@@ -25,16 +24,6 @@ ALLOW_PATTERNS = [
 ]
 IGNORE_PATTERNS = ["*/*.safetensors"]
 
-# A pickle can run code when it is read, so none is ever fetched. What lies beside the weights is compared
-# with the model's.
-ADAPTER_FILES = [
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "loraserve.json",
-    *BESIDE_FILES,
-    *VOCABULARY_FILES,
-]
-
 OnProgress: TypeAlias = Callable[[int, "int | None"], None]
 """Called with (bytes so far, bytes in all as far as known), from any thread."""
 
@@ -46,7 +35,7 @@ def download_model(repo_id: str, revision: str | None = None) -> Path:
     """
     from huggingface_hub import snapshot_download  # noqa: PLC0415  half a second, only paid for ids
 
-    with _hub_errors("model", repo_id, ModelError):
+    with hub_errors("model", repo_id, ModelError):
         return Path(
             snapshot_download(
                 repo_id, revision=revision, allow_patterns=ALLOW_PATTERNS, ignore_patterns=IGNORE_PATTERNS
@@ -54,36 +43,8 @@ def download_model(repo_id: str, revision: str | None = None) -> Path:
         )
 
 
-def download_adapter(
-    repo_id: str,
-    revision: str | None = None,
-    token: str | None = None,
-    on_progress: OnProgress | None = None,
-) -> Path:
-    """Directory of an adapter's snapshot, downloaded unless cached; of its weights only safetensors.
-
-    Raises AdapterFormatError: the repository can't be had, or is no PEFT adapter in safetensors.
-    """
-    from huggingface_hub import snapshot_download  # noqa: PLC0415  half a second, only paid for ids
-
-    with _hub_errors("adapter", repo_id, AdapterFormatError):
-        path = Path(
-            snapshot_download(
-                repo_id,
-                revision=revision,
-                token=token,
-                allow_patterns=ADAPTER_FILES,
-                tqdm_class=None if on_progress is None else _byte_counter(on_progress),
-            )
-        )
-    for name in ADAPTER_FILES[:2]:
-        if not (path / name).is_file():
-            raise AdapterFormatError(f"Hub repository {repo_id!r} has no {name}, adapters need it")
-    return path
-
-
 @contextmanager
-def _hub_errors(kind: str, repo_id: str, error_class: type[LoraserveError]) -> Iterator[None]:
+def hub_errors(kind: str, repo_id: str, error_class: type[LoraserveError]) -> Iterator[None]:
     """Turns the Hub client's errors into one typed error that names the remedy."""
     from huggingface_hub.errors import (  # noqa: PLC0415
         GatedRepoError,
@@ -115,7 +76,7 @@ def _hub_errors(kind: str, repo_id: str, error_class: type[LoraserveError]) -> I
         raise error_class(f"{what} can't be downloaded from the Hub: {error}") from error
 
 
-def _byte_counter(on_progress: OnProgress) -> Any:
+def byte_counter(on_progress: OnProgress) -> Any:
     """A progress bar class that draws nothing and reports the bytes of the bar that is furthest."""
     from tqdm import tqdm  # noqa: PLC0415
 

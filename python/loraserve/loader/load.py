@@ -14,9 +14,9 @@ from loraserve.loader.generation_config import FILE_NAME, read_sampling_defaults
 from loraserve.loader.resolve import open_checkpoint
 from loraserve.models.config import ModelConfig
 from loraserve.models.decoder import Decoder
+from loraserve.models.ops import Ops
 from loraserve.models.weights import build_decoder
-from loraserve.ops.base import Ops
-from loraserve.tokenizer import Tokenizer
+from loraserve.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from loraserve import _core
 from loraserve.errors import ModelError
-from loraserve.json_file import read_json, read_optional_json
 from loraserve.loader.checkpoint import Checkpoint
 from loraserve.loader.generation_config import read_sampling_defaults
-from loraserve.not_a_model import without_config, without_weights
-from loraserve.tokenizer import Tokenizer
+from loraserve.text.tokenizer import Tokenizer
+from loraserve.validation.json_file import read_json, read_optional_json
+from loraserve.validation.not_a_model import without_config, without_weights
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from loraserve.errors import ModelError
+from loraserve.models.ops import DOWN, GATE_UP, QKV, O
 from loraserve.models.registry import find_architecture
 from loraserve.models.rope import RopeConfig
-from loraserve.ops.base import DOWN, GATE_UP, QKV, O
+from loraserve.validation.values import token_ids
 
 # (path inside the layer, LoRA group, in_features, out_features, first column in the group's fused output)
 ModuleShape: TypeAlias = tuple[str, int, int, int, int]
@@ -126,15 +127,6 @@ class ModelConfig:
             ("mlp.up_proj", GATE_UP, hidden, inter, inter),
             ("mlp.down_proj", DOWN, inter, hidden, 0),
         ]
-
-
-def token_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
-    """One id, a list of ids or nothing, as configs write them, to a tuple. Raises ModelError."""
-    ids = () if value is None else (value,) if isinstance(value, int) else tuple(value)
-    for token_id in ids:
-        if isinstance(token_id, bool) or not isinstance(token_id, int):
-            raise ModelError(f"token ids are {value!r:.100}, they must be an integer or a list of integers")
-    return ids
 
 
 class _Fields:

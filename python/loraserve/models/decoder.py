@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from loraserve.models.config import ModelConfig, ModuleShape
-from loraserve.ops.base import (
+from loraserve.models.ops import (
     DOWN,
     GATE_UP,
     QKV,

@@ -8,8 +8,8 @@ from tqdm import tqdm
 
 from loraserve.models.config import ModelConfig
 from loraserve.models.decoder import Decoder, Layer
+from loraserve.models.ops import Linear, Ops
 from loraserve.models.rope import cos_sin_table
-from loraserve.ops.base import Linear, Ops
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"

@@ -8,21 +8,23 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loraserve.adapters.hub import download_adapter
 from loraserve.adapters.startup import AdapterFailure, StartingAdapters
 from loraserve.config import EngineConfig
-from loraserve.loader.hub import download_adapter, download_model
-from loraserve.serve_config import AdapterSettings, ServeSettings
-from loraserve.serve_keys import api_keys, hub_repos, prefix_cache_scope
-from loraserve.server.adapter_sources import AdapterSources
-from loraserve.server.adapter_state import AdapterState
-from loraserve.server.grpc import GrpcServer
-from loraserve.server.grpc_access import AccessInterceptor
-from loraserve.server.http.metrics import Metrics
-from loraserve.server.http.request_log import log_request
-from loraserve.server.http.tracing import Tracing, otlp_exporter
-from loraserve.server.keys import AccessControl
-from loraserve.server.request_limits import RequestLimits
-from loraserve.server.tls import TlsConfig
+from loraserve.loader.hub import download_model
+from loraserve.server.access.keys import AccessControl
+from loraserve.server.access.request_limits import RequestLimits
+from loraserve.server.access.tls import TlsConfig
+from loraserve.server.adapters.sources import AdapterSources
+from loraserve.server.adapters.state import AdapterState
+from loraserve.server.grpc.access import AccessInterceptor
+from loraserve.server.grpc.service import GrpcServer
+from loraserve.server.observe.metrics import Metrics
+from loraserve.server.observe.request_log import log_request
+from loraserve.server.observe.tracing import Tracing, otlp_exporter
+from loraserve.settings.entries import AdapterSettings
+from loraserve.settings.keys import api_keys, hub_repos, prefix_cache_scope
+from loraserve.settings.schema import ServeSettings
 
 if TYPE_CHECKING:
     from loraserve.adapters.manifest import AdapterManifest

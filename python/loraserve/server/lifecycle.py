@@ -14,19 +14,20 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from loraserve.config_layers import LoadedSettings
 from loraserve.errors import EngineStoppedError
-from loraserve.serve_config import ServeSettings
 from loraserve.server import assembly
-from loraserve.server.grpc import FLUSH_SECONDS, GrpcServer, check_can_listen
-from loraserve.server.logs import log_event
+from loraserve.server.grpc.service import FLUSH_SECONDS, GrpcServer
+from loraserve.server.listen import check_can_listen
+from loraserve.server.observe.logs import log_event
+from loraserve.settings.load import LoadedSettings
+from loraserve.settings.schema import ServeSettings
 
 if TYPE_CHECKING:
     from loraserve.async_engine import AsyncEngine
-    from loraserve.info import EngineInfo
-    from loraserve.server.adapter_state import AdapterState
+    from loraserve.engine.stats import EngineInfo
+    from loraserve.server.adapters.state import AdapterState
     from loraserve.server.http.server import HttpServer
-    from loraserve.server.http.tracing import Tracing
+    from loraserve.server.observe.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 //! The CPU backend for Python: addresses and shapes in, results written in place, the GIL released.
 //!
-//! Addresses come from tensors that `loraserve.ops.cpu_ops` has checked (dtype, shape, contiguity)
+//! Addresses come from tensors that `loraserve.backends.cpu.ops` has checked (dtype, shape, contiguity)
 //! and keeps alive during the call; everything else is checked here or below.
 
 use std::sync::Arc;

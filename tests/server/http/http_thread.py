@@ -9,12 +9,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from loraserve.server.adapter_sources import AdapterSources
-from loraserve.server.grpc import GrpcServer
-from loraserve.server.http.metrics import Metrics
+from loraserve.server.access.keys import AccessControl
+from loraserve.server.adapters.sources import AdapterSources
+from loraserve.server.grpc.service import GrpcServer
 from loraserve.server.http.server import HttpServer
 from loraserve.server.http.state import HttpLimits, HttpState
-from loraserve.server.keys import AccessControl, ApiKey
+from loraserve.server.observe.metrics import Metrics
+from loraserve.settings.entries import ApiKey
 
 START_TIMEOUT_S = 120.0
 

@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 import pytest
 from loraserve.errors import AdapterFormatError
-from loraserve.server import adapter_sources
-from loraserve.server.keys import ApiKey
+from loraserve.server.adapters import sources
+from loraserve.settings.entries import ApiKey
 
 from tests.server.control_server import ControlEngine, ControlServer
 
@@ -223,7 +223,7 @@ def test_a_download_tells_its_bytes(open_client: httpx.Client, monkeypatch: pyte
         on_progress(20, 20)
         return Path("/cache/x")
 
-    monkeypatch.setattr(adapter_sources, "download_adapter", download)
+    monkeypatch.setattr(sources, "download_adapter", download)
     body = {"name": "x", "source": "hf://org/x", "revision": "v1", "token": "hf_x"}
     found = events(open_client.post("/adapters", json=body, headers=SSE))
     steps = [

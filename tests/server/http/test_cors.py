@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from loraserve.server.keys import ApiKey
+from loraserve.settings.entries import ApiKey
 
 from tests.server.control_server import ControlEngine, ControlServer
 

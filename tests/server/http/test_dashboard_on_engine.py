@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 from loraserve import AsyncEngine, EngineConfig
-from loraserve.server.adapter_sources import AdapterSources
+from loraserve.server.access.keys import AccessControl
+from loraserve.server.adapters.sources import AdapterSources
 from loraserve.server.http.app import create_app
-from loraserve.server.http.metrics import Metrics
 from loraserve.server.http.state import HttpState
-from loraserve.server.keys import AccessControl
+from loraserve.server.observe.metrics import Metrics
 
 from tests.server.http.conftest import CHAT, NUM_TOKENS, Expected
 from tests.server.http.dashboard_visit import Visit, chromium

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from fastapi.routing import APIRoute
 from loraserve.request import ChatOptions, GenerateRequest
-from loraserve.server.http import admin, openai, tgi
+from loraserve.server.http.admin.routes import router as admin
 from loraserve.server.http.foreign_fields import (
     CHAT_NEUTRAL,
     COMPLETION_NEUTRAL,
@@ -18,9 +18,11 @@ from loraserve.server.http.foreign_fields import (
     OPENAI_NO_EFFECT,
     TGI_NEUTRAL,
 )
+from loraserve.server.http.openai.routes import router as openai
 from loraserve.server.http.request_body import RequestBody
 from loraserve.server.http.state import HttpLimits
-from loraserve.server.keys import ApiKey
+from loraserve.server.http.tgi.routes import router as tgi
+from loraserve.settings.entries import ApiKey
 from pydantic import BaseModel
 
 from tests.server.http.fake_engine import FakeEngine
@@ -257,7 +259,7 @@ def test_an_unknown_field_is_refused_by_name_on_every_level(
 
 def test_every_model_of_a_body_refuses_what_it_does_not_know_and_is_in_the_table() -> None:
     reached: set[type[BaseModel]] = set()
-    for router in (openai.router, tgi.router, admin.router):
+    for router in (openai, tgi, admin):
         for route in router.routes:
             if isinstance(route, APIRoute) and route.body_field is not None:
                 _reach(route.body_field.field_info.annotation, reached)

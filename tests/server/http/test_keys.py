@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from loraserve.server.keys import ApiKey
+from loraserve.settings.entries import ApiKey
 
 from tests.server.http.fake_engine import FakeEngine
 from tests.server.http.http_thread import HttpThread

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 from loraserve.request import TokenLogprob
-from loraserve.server.http.openai_logprobs import chat_logprobs, completion_logprobs
+from loraserve.server.http.openai.logprobs import chat_logprobs, completion_logprobs
 from loraserve.server.http.token_texts import TokenTexts
-from loraserve.tokenizer import Tokenizer
+from loraserve.text.tokenizer import Tokenizer
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 

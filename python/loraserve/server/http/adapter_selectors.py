@@ -10,11 +10,11 @@ from pydantic import Field, model_validator
 from loraserve.adapters.registry import registered_name
 from loraserve.errors import AdapterNotFoundError, InvalidRequestError
 from loraserve.request import AdapterSpec
+from loraserve.server.access.keys import Caller
 from loraserve.server.http.foreign_fields import SELECTORS_ELSEWHERE
 from loraserve.server.http.model_names import adapter_in_model
 from loraserve.server.http.request_body import Elsewhere, Neutral, NoEffect, RequestBody
 from loraserve.server.http.state import HttpState
-from loraserve.server.keys import Caller
 
 LORAX_BASE_MODEL = "__base_model__"
 

@@ -6,12 +6,15 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from loraserve._core import __version__
-from loraserve.server.http import admin, errors, openai, tgi
-from loraserve.server.http.dashboard import router as dashboard
-from loraserve.server.http.edge import Edge
-from loraserve.server.http.openai_documents import OpenAIError, Responses
+from loraserve.server.http import errors
+from loraserve.server.http.admin.routes import router as admin
+from loraserve.server.http.dashboard.router import router as dashboard
+from loraserve.server.http.middleware import Edge
+from loraserve.server.http.openai.openapi import OpenAIError, Responses
+from loraserve.server.http.openai.routes import router as openai
 from loraserve.server.http.state import HttpState
-from loraserve.server.http.tgi_documents import TgiError
+from loraserve.server.http.tgi.openapi import TgiError
+from loraserve.server.http.tgi.routes import router as tgi
 
 ADMIN_ERRORS: Responses = {
     status: {"model": OpenAIError | TgiError} for status in (400, 401, 403, 404, 409, 413, 415, 422, 429, 503)
@@ -29,10 +32,10 @@ def create_app(state: HttpState) -> FastAPI:
         title="loraserve", version=__version__, description=DESCRIPTION, docs_url=None, redoc_url=None
     )
     app.state.http = state
-    app.include_router(openai.router)
-    app.include_router(tgi.router)
-    app.include_router(admin.router, responses=ADMIN_ERRORS)
-    app.include_router(dashboard.router)
+    app.include_router(openai)
+    app.include_router(tgi)
+    app.include_router(admin, responses=ADMIN_ERRORS)
+    app.include_router(dashboard)
     errors.install(app)
     app.add_middleware(Edge)
     if state.cors_origins:

@@ -8,8 +8,8 @@ from fastapi import Depends, Request
 from fastapi.security import HTTPBearer
 from fastapi.security.http import HTTPAuthorizationCredentials
 
+from loraserve.server.access.keys import Caller
 from loraserve.server.http.state import HttpState, http_state
-from loraserve.server.keys import Caller
 
 _bearer = HTTPBearer(auto_error=False, description="An API key, where the server was given any.")
 

@@ -32,7 +32,7 @@ from loraserve.errors import (
     StateError,
     UnauthenticatedError,
 )
-from loraserve.printable import printable
+from loraserve.validation.printable import printable
 
 MAX_SHOWN_PROBLEMS = 3
 OWN_PROBLEMS = (

@@ -15,15 +15,15 @@ from starlette.types import Receive
 
 from loraserve.errors import LoraserveError
 from loraserve.request import AdapterSpec, Delta, GenerateRequest, RequestTiming, Usage
-from loraserve.server.disclosure import shown_error
+from loraserve.server.access.disclosure import shown_error
+from loraserve.server.access.keys import Caller
 from loraserve.server.http.auth import current_caller
 from loraserve.server.http.state import HttpState, http_state
-from loraserve.server.keys import Caller
-from loraserve.server.outcomes import Answered, Outcome, outcome_of
+from loraserve.server.observe.outcomes import Answered, Outcome, outcome_of
 
 if TYPE_CHECKING:
     from loraserve.async_engine import RequestStream
-    from loraserve.server.http.metrics import RequestMetrics
+    from loraserve.server.observe.metrics import RequestMetrics
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from loraserve.adapters.registry import registered_name
+from loraserve.server.access.keys import Caller
 from loraserve.server.http.state import HttpState
-from loraserve.server.keys import Caller
 
 # What clients of servers with one model send: text_generation's chat, huggingface_hub's InferenceClient.
 PLACEHOLDER_MODELS = ("tgi", "dummy")

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeAlias
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from loraserve.did_you_mean import did_you_mean
+from loraserve.validation.did_you_mean import did_you_mean
 
 NoEffect: TypeAlias = frozenset[str]
 Neutral: TypeAlias = dict[str, tuple[Any, ...]]

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import socket
 import ssl
 from collections.abc import Iterator
 
 import uvicorn
 
-from loraserve.server.errors import ListenError
-from loraserve.server.grpc import MAX_PORT, socket_address
 from loraserve.server.http.app import create_app
 from loraserve.server.http.protocol import bounded_protocol
 from loraserve.server.http.state import HttpState
+from loraserve.server.listen import bound_socket, socket_address
 
 BACKLOG = 2048
 START_POLL_S = 0.005
@@ -26,7 +23,7 @@ class HttpServer:
 
     def __init__(self, state: HttpState, host: str, port: int, *, tls: ssl.SSLContext | None = None) -> None:
         """Binds the port; 0 takes a free one. Raises ListenError if the port can't be had."""
-        self._socket = _bound_socket(host, port)
+        self._socket = bound_socket(host, port, "--http-port", BACKLOG)
         self.address = socket_address(host, self._socket.getsockname()[1])
         config = uvicorn.Config(
             create_app(state),
@@ -69,26 +66,3 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
-
-
-def _bound_socket(host: str, port: int) -> socket.socket:
-    if not 0 <= port <= MAX_PORT:
-        raise ListenError(f"port {port} is out of range, choose 0 to {MAX_PORT} with --http-port")
-    where = socket_address(host, port)
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind)
-    except OSError as error:
-        raise ListenError(f"can't listen on {where}: {error.strerror}; see --host and --http-port") from error
-    try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-        bound.listen(BACKLOG)
-    except OSError as error:
-        bound.close()
-        if error.errno == errno.EADDRINUSE:
-            text = f"port {port} on {host} is in use, choose another with --http-port (0 takes a free one)"
-        else:
-            text = f"can't listen on {where}: {error.strerror}; see --host and --http-port"
-        raise ListenError(text) from error
-    return bound

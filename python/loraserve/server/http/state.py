@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 
 from fastapi import Request
 
+from loraserve.server.access.request_limits import RequestLimits
 from loraserve.server.http.token_texts import TokenTexts
-from loraserve.server.request_limits import RequestLimits
 
 if TYPE_CHECKING:
     from loraserve.adapters.startup import AdapterFailure
     from loraserve.async_engine import AsyncEngine
-    from loraserve.server.adapter_sources import AdapterSources
-    from loraserve.server.adapter_state import AdapterState
-    from loraserve.server.http.metrics import Metrics
-    from loraserve.server.keys import AccessControl
+    from loraserve.server.access.keys import AccessControl
+    from loraserve.server.adapters.sources import AdapterSources
+    from loraserve.server.adapters.state import AdapterState
+    from loraserve.server.observe.metrics import Metrics
 
 
 @dataclass(frozen=True, kw_only=True)

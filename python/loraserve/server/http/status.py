@@ -7,12 +7,12 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
-from loraserve.server.disclosure import shown_info
+from loraserve.server.access.disclosure import shown_info
+from loraserve.server.access.keys import Caller
 from loraserve.server.http.auth import current_caller
-from loraserve.server.http.exposition import CONTENT_TYPE, pool_pages, render
-from loraserve.server.http.metrics import Traffic
 from loraserve.server.http.state import HttpState, http_state
-from loraserve.server.keys import Caller
+from loraserve.server.observe.metrics import Traffic
+from loraserve.server.observe.prometheus import CONTENT_TYPE, pool_pages, render
 
 LOAD_FIELDS = ("running", "waiting", "pages", "page_nbytes", "tokens_per_s", "requests_per_s")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loraserve.detokenizer import REPLACEMENT, IncrementalDetokenizer
-from loraserve.tokenizer import Tokenizer
+from loraserve.text.detokenizer import REPLACEMENT, IncrementalDetokenizer
+from loraserve.text.tokenizer import Tokenizer
 
 
 class TokenTexts:

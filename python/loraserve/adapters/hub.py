@@ -1,0 +1,47 @@
+"""Fetches adapters from the Hugging Face Hub (or HF_ENDPOINT) into its local cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from loraserve.adapters.beside import BESIDE_FILES, VOCABULARY_FILES
+from loraserve.errors import AdapterFormatError
+from loraserve.loader.hub import OnProgress, byte_counter, hub_errors
+
+# A pickle can run code when it is read, so none is ever fetched. What lies beside the weights is compared
+# with the model's.
+ADAPTER_FILES = [
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "loraserve.json",
+    *BESIDE_FILES,
+    *VOCABULARY_FILES,
+]
+
+
+def download_adapter(
+    repo_id: str,
+    revision: str | None = None,
+    token: str | None = None,
+    on_progress: OnProgress | None = None,
+) -> Path:
+    """Directory of an adapter's snapshot, downloaded unless cached; of its weights only safetensors.
+
+    Raises AdapterFormatError: the repository can't be had, or is no PEFT adapter in safetensors.
+    """
+    from huggingface_hub import snapshot_download  # noqa: PLC0415  half a second, only paid for ids
+
+    with hub_errors("adapter", repo_id, AdapterFormatError):
+        path = Path(
+            snapshot_download(
+                repo_id,
+                revision=revision,
+                token=token,
+                allow_patterns=ADAPTER_FILES,
+                tqdm_class=None if on_progress is None else byte_counter(on_progress),
+            )
+        )
+    for name in ADAPTER_FILES[:2]:
+        if not (path / name).is_file():
+            raise AdapterFormatError(f"Hub repository {repo_id!r} has no {name}, adapters need it")
+    return path

@@ -1,0 +1,85 @@
+"""The CPU: the pool is main memory, adapters are packed straight into it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from loraserve import _core
+from loraserve.backends.base import Extent
+from loraserve.backends.cpu.ops import BLOCK_SIZE, CpuOps
+from loraserve.backends.cpu.program import CpuProgram
+from loraserve.backends.machine_memory import DeviceMemory, host_memory
+from loraserve.errors import CapacityError
+
+if TYPE_CHECKING:
+    from loraserve.config import EngineConfig
+    from loraserve.models.config import ModelConfig
+    from loraserve.models.decoder import Decoder
+    from loraserve.models.ops import KvGeometry, Ops, StepBatch
+
+
+class CpuBackend:
+    """Every core of this machine, or `config.num_threads` of them."""
+
+    name = "cpu"
+    computes_on_cpu = True
+
+    def __init__(self, config: EngineConfig, dtype: torch.dtype) -> None:
+        self._num_threads = config.num_threads
+        self._dtype = dtype
+        self._program: CpuProgram | None = None
+        self._ahead: _core.MemoryAhead | None = None
+
+    def memory(self) -> DeviceMemory:
+        return host_memory()
+
+    def build_ops(self, model: ModelConfig, geometry: KvGeometry, num_pages: int) -> Ops:
+        self._page_nbytes = geometry.page_nbytes(self._dtype)
+        self._pool = _allocate(num_pages * self._page_nbytes)
+        self._ops = CpuOps(geometry, self._dtype, self._pool, num_threads=self._num_threads)
+        return self._ops
+
+    def max_num_slots(self, num_pages: int) -> int:
+        return num_pages
+
+    @property
+    def pool(self) -> torch.Tensor:
+        return self._pool
+
+    def order_loads(self) -> None:
+        """Nothing is queued on a CPU: ops return when they are done."""
+
+    def fill(self, extent: Extent, load: Callable[[int], _core.AdapterLayout]) -> _core.AdapterLayout:
+        if self._ahead is not None:
+            self._ahead.use_above(extent.first_page * self._page_nbytes)
+        return load(self._pool.data_ptr() + extent.first_page * self._page_nbytes)
+
+    def start(self) -> None:
+        self._ahead = _core.MemoryAhead(self._pool, self._pool.data_ptr(), self._pool.numel())
+
+    def set_contended(self, is_contended: bool) -> None:
+        if self._ahead is not None:
+            self._ahead.set_contended(is_contended)
+
+    def shutdown(self) -> None:
+        if self._ahead is not None:
+            self._ahead.stop()
+
+    def logits(self, decoder: Decoder, batch: StepBatch) -> torch.Tensor:
+        if self._ahead is not None:
+            last_page = int(batch.slot_mapping.max()) // BLOCK_SIZE
+            self._ahead.use_below((last_page + 1) * self._page_nbytes)
+        if self._program is None:
+            self._program = self._ops.record(decoder)
+        return self._program.run(self._ops.begin_step(batch))
+
+
+def _allocate(nbytes: int) -> torch.Tensor:
+    """The pool: uint8, untouched memory that becomes real as pages are used."""
+    try:
+        return torch.empty(nbytes, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise CapacityError(f"memory is {nbytes} bytes, this machine can't give that much: {error}") from None

@@ -1,0 +1,123 @@
+"""A model's forward pass on the CPU as one call: recorded from the decoder once, run for every step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from loraserve import _core
+
+if TYPE_CHECKING:
+    from loraserve.models.decoder import Decoder
+    from loraserve.models.ops import Linear, StepHandle
+
+
+class CpuProgram:
+    """Computes what the ops it was recorded from would, without Python between them.
+
+    Args:
+        program: the recording.
+        vocab_size: columns of the logits.
+        constants: tensors whose addresses the program holds; kept alive here.
+    """
+
+    def __init__(self, program: _core.CpuProgram, vocab_size: int, constants: list[torch.Tensor]) -> None:
+        self._program = program
+        self._vocab_size = vocab_size
+        self._constants = constants
+        self._logits = torch.empty(0, vocab_size, dtype=torch.float32)
+
+    def run(self, step: StepHandle) -> torch.Tensor:
+        """Logits of the step's sampled rows: float32 [L, vocab], good until the next run."""
+        num_rows = step.num_logits
+        if len(self._logits) < num_rows:
+            # Kept from step to step, because fresh memory is cleared page by page; a quarter more, so that
+            # steps that grow don't each allocate.
+            self._logits = torch.empty(num_rows + num_rows // 4, self._vocab_size, dtype=torch.float32)
+        self._program.run(step, self._logits.data_ptr())
+        return self._logits[:num_rows]
+
+
+def record(
+    kernels: _core.CpuKernels, decoder: Decoder, dtype: torch.dtype, attention_features: int
+) -> CpuProgram:
+    """Record the decoder's forward pass over these kernels.
+
+    Args:
+        kernels: what packed the decoder's weights.
+        decoder: its norms in `dtype`.
+        dtype: storage dtype of activations.
+        attention_features: query heads times their dimension.
+
+    Raises:
+        ValueError: a weight doesn't fit the op that takes it.
+    """
+    recorder = _Recorder(dtype, attention_features)
+    hidden = decoder.forward(recorder, None)
+    program = recorder.recording.logits(kernels, hidden, decoder.lm_head)
+    return CpuProgram(program, decoder.lm_head.out_features, recorder.constants)
+
+
+class _Recorder:
+    """`ForwardOps` that note what to compute; there is no step yet."""
+
+    def __init__(self, dtype: torch.dtype, attention_features: int) -> None:
+        self.recording = _core.CpuRecording()
+        self.constants: list[torch.Tensor] = []
+        self._dtype = dtype
+        self._attention_features = attention_features
+
+    def embedding(self, _step: None, table: Linear) -> _core.Activation:
+        return self.recording.embedding(table)
+
+    def lora_linear(
+        self, _step: None, x: _core.Activation, linear: Linear, layer: int, group: int
+    ) -> _core.Activation:
+        return self.recording.lora_linear(x, linear, layer, group)
+
+    def rms_norm(self, x: _core.Activation, weight: torch.Tensor, eps: float) -> _core.Activation:
+        return self.recording.rms_norm(x, None, self._constant(weight, self._dtype), weight.numel(), eps)
+
+    def add_rms_norm(
+        self, x: _core.Activation, residual: _core.Activation, weight: torch.Tensor, eps: float
+    ) -> _core.Activation:
+        return self.recording.rms_norm(x, residual, self._constant(weight, self._dtype), weight.numel(), eps)
+
+    def rope_and_cache(
+        self,
+        _step: None,
+        qkv: _core.Activation,
+        layer: int,
+        cos_sin: torch.Tensor,
+        q_norm: torch.Tensor | None = None,
+        k_norm: torch.Tensor | None = None,
+        eps: float = 1e-6,
+    ) -> None:
+        num_positions, head_dim = cos_sin.shape
+        table = self._constant(cos_sin, torch.float32)
+        q_norm_ptr, k_norm_ptr = self._head_norm(q_norm, head_dim), self._head_norm(k_norm, head_dim)
+        self.recording.rope_and_cache(qkv, layer, table, num_positions, head_dim, q_norm_ptr, k_norm_ptr, eps)
+
+    def attention(self, _step: None, qkv: _core.Activation, layer: int) -> _core.Activation:
+        return self.recording.attention(qkv, layer, self._attention_features)
+
+    def silu_mul(self, gate_up: _core.Activation) -> _core.Activation:
+        return self.recording.silu_mul(gate_up)
+
+    def _head_norm(self, weight: torch.Tensor | None, head_dim: int) -> int | None:
+        if weight is None:
+            return None
+        if weight.numel() != head_dim:
+            raise ValueError(f"a head's norm has {weight.numel()} elements, the head {head_dim}")
+        return self._constant(weight, self._dtype)
+
+    def _constant(self, tensor: torch.Tensor, dtype: torch.dtype) -> int:
+        """The tensor's address, good as long as `constants`."""
+        if tensor.dtype != dtype or not tensor.is_contiguous() or not tensor.is_cpu:
+            raise ValueError(
+                f"a constant is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, expected contiguous "
+                f"{dtype} on cpu"
+            )
+        self.constants.append(tensor)
+        return tensor.data_ptr()

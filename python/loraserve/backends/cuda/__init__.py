@@ -1,0 +1,1 @@
+"""The CUDA backend: one NVIDIA GPU, decode steps as captured graphs."""

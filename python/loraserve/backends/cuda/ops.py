@@ -1,0 +1,274 @@
+"""The CUDA backend: torch owns memory and dense products, our kernels do the rest on torch's stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (torch's own convention)
+
+from loraserve import _core
+from loraserve.errors import ModelError
+from loraserve.models.ops import KvGeometry, Linear, StepBatch, StepHandle
+
+if TYPE_CHECKING:
+    from loraserve.backends.cuda.device import CudaDevice
+
+STORAGE_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+@dataclass(frozen=True)
+class DenseLinear:
+    """A weight [out, in] in the storage dtype, as cuBLAS takes it."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+
+@dataclass(frozen=True)
+class CudaLimits:
+    """What the kernels' buffers are sized for; a captured graph works in them whatever a step holds."""
+
+    max_num_slots: int
+    max_num_tokens: int
+    max_num_seqs: int
+    max_lora_rank: int
+    max_model_len: int
+
+
+@dataclass(frozen=True)
+class CudaStep:
+    """A step whose arrays lie at fixed places on the device."""
+
+    core: _core.CudaStep
+    token_ids: torch.Tensor
+    logits_indices: torch.Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return self.core.num_tokens
+
+    @property
+    def num_logits(self) -> int:
+        return self.core.num_logits
+
+
+class CudaOps:
+    """`Ops` over a pool of pages in device memory.
+
+    Args:
+        geometry: the model's KV cache; `block_size` is 16.
+        dtype: storage dtype of weights, activations, KV and adapters: bfloat16 or float16.
+        pool: uint8 on the device, a multiple of the page size; kept alive here.
+        groups: (in_features, out_features) of qkv, o, gate_up and down.
+        limits: sizes of the kernels' buffers.
+        device: where all this runs.
+
+    Inside a page, K and V blocks are both stored [16 tokens][D].
+
+    Raises:
+        DeviceError: the device can't run the kernels; the message says what to do.
+        CapacityError: the kernels' buffers don't fit beside the pool.
+    """
+
+    def __init__(
+        self,
+        geometry: KvGeometry,
+        dtype: torch.dtype,
+        pool: torch.Tensor,
+        *,
+        groups: Sequence[tuple[int, int]],
+        limits: CudaLimits,
+        device: CudaDevice,
+    ) -> None:
+        if dtype not in STORAGE_DTYPES:
+            raise ModelError(f"dtype is {dtype}, the CUDA backend stores bfloat16 or float16")
+        self._dtype = dtype
+        self._pool = pool
+        self._device = device
+        self._qkv_features = geometry.qkv_features
+        self._attention_features = geometry.num_heads * geometry.head_dim
+        self._kernels = _core.CudaKernels(
+            dtype=STORAGE_DTYPES[dtype],
+            num_layers=geometry.num_layers,
+            num_heads=geometry.num_heads,
+            num_kv_heads=geometry.num_kv_heads,
+            head_dim=geometry.head_dim,
+            pool_ptr=pool.data_ptr(),
+            pool_nbytes=pool.numel(),
+            groups=list(groups),
+            max_num_slots=limits.max_num_slots,
+            max_num_tokens=limits.max_num_tokens,
+            max_num_seqs=limits.max_num_seqs,
+            max_group_rank=3 * -(-limits.max_lora_rank // 8) * 8,
+            max_model_len=limits.max_model_len,
+            device=device.device.index or 0,
+        )
+        self._kernels.load_kernels()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._device.device
+
+    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> DenseLinear:
+        return DenseLinear(self._stored(weight), None if bias is None else self._stored(bias))
+
+    def _stored(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().to(device=self.device, dtype=self._dtype).contiguous()
+
+    def set_adapter(self, slot: int, first_page: int, layout: _core.AdapterLayout) -> None:
+        self._kernels.set_adapter(slot, first_page, layout, self._device.stream())
+
+    def move_extent(self, slot: int, src_page: int, dst_page: int, num_pages: int) -> None:
+        self._kernels.move_extent(slot, src_page, dst_page, num_pages, self._device.stream())
+
+    def order_uploads(self) -> None:
+        """Let uploads from now on wait for what is queued by now: it may still read their pages."""
+        self._kernels.order_uploads(self._device.stream())
+
+    def upload(self, data: torch.Tensor, first_page: int) -> None:
+        """Copy host bytes (uint8) to the pages from `first_page` on; returns when they are there.
+
+        For loader threads: it runs beside the steps, without the GIL.
+        """
+        self._kernels.upload(data.data_ptr(), data.numel(), first_page)
+
+    def begin_step(self, batch: StepBatch) -> CudaStep:
+        return self._step(self._kernels.begin_step(batch, self._device.stream()))
+
+    def begin_padded_step(self, batch: StepBatch, num_tokens: int) -> CudaStep:
+        """A step that only decodes, filled up to `num_tokens` rows that compute nothing anyone reads."""
+        return self._step(self._kernels.begin_step(batch, self._device.stream(), padded_tokens=num_tokens))
+
+    def _step(self, core: _core.CudaStep) -> CudaStep:
+        return CudaStep(
+            core,
+            token_ids=self._device.int32_view(core.token_ids_ptr, core.num_tokens),
+            logits_indices=self._device.int32_view(core.logits_indices_ptr, core.num_logits),
+        )
+
+    def embedding(self, step: StepHandle, table: Linear) -> torch.Tensor:
+        return F.embedding(_own_step(step).token_ids, _own_linear(table).weight)
+
+    def lora_linear(
+        self, step: StepHandle, x: torch.Tensor, linear: Linear, layer: int, group: int
+    ) -> torch.Tensor:
+        own, core = _own_linear(linear), _own_step(step).core
+        self._check("x", x, step.num_tokens, linear.in_features)
+        out = F.linear(x, own.weight, own.bias)
+        if core.has_adapters:
+            self._kernels.lora(core, x.data_ptr(), out.data_ptr(), layer, group, self._device.stream())
+        return out
+
+    def logits(self, step: StepHandle, hidden: torch.Tensor, lm_head: Linear) -> torch.Tensor:
+        rows = hidden.index_select(0, _own_step(step).logits_indices)
+        return self._device.matmul_float32(rows, _own_linear(lm_head).weight)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return self._norm(x, None, weight, eps)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        self._check("residual", residual, *x.shape)
+        return self._norm(x, residual, weight, eps)
+
+    def _norm(
+        self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        num_rows, num_features = x.shape
+        self._check("x", x, num_rows, num_features)
+        self._check("weight", weight, num_features)
+        out = torch.empty_like(x)
+        self._kernels.rms_norm(
+            x.data_ptr(),
+            None if residual is None else residual.data_ptr(),
+            weight.data_ptr(),
+            out.data_ptr(),
+            num_rows,
+            num_features,
+            eps,
+            self._device.stream(),
+        )
+        return out
+
+    def rope_and_cache(
+        self,
+        step: StepHandle,
+        qkv: torch.Tensor,
+        layer: int,
+        cos_sin: torch.Tensor,
+        q_norm: torch.Tensor | None = None,
+        k_norm: torch.Tensor | None = None,
+        eps: float = 1e-6,
+    ) -> None:
+        self._check("qkv", qkv, step.num_tokens, self._qkv_features)
+        self._kernels.rope_and_cache(
+            _own_step(step).core,
+            qkv.data_ptr(),
+            layer,
+            cos_sin.data_ptr(),
+            cos_sin.shape[0],
+            None if q_norm is None else q_norm.data_ptr(),
+            None if k_norm is None else k_norm.data_ptr(),
+            eps,
+            self._device.stream(),
+        )
+
+    def attention(self, step: StepHandle, qkv: torch.Tensor, layer: int) -> torch.Tensor:
+        self._check("qkv", qkv, step.num_tokens, self._qkv_features)
+        out = torch.empty(qkv.shape[0], self._attention_features, dtype=self._dtype, device=self.device)
+        core, stream = _own_step(step).core, self._device.stream()
+        self._kernels.attention(core, qkv.data_ptr(), layer, out.data_ptr(), stream)
+        return out
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        num_rows, width = gate_up.shape
+        if width % 2 != 0:
+            raise ValueError(f"gate_up has {width} columns, gate and up must be of one width")
+        self._check("gate_up", gate_up, num_rows, width)
+        out = torch.empty(num_rows, width // 2, dtype=self._dtype, device=self.device)
+        stream = self._device.stream()
+        self._kernels.silu_mul(gate_up.data_ptr(), out.data_ptr(), num_rows, width // 2, stream)
+        return out
+
+    def argmax(self, logits: torch.Tensor) -> list[int]:
+        token_ids: list[int] = logits.argmax(dim=-1).tolist()
+        return token_ids
+
+    def _check(self, name: str, tensor: torch.Tensor, *shape: int) -> None:
+        """Refuses what the kernels would read past or misread; they only get an address."""
+        if (
+            tensor.dtype != self._dtype
+            or tensor.shape != shape
+            or not tensor.is_contiguous()
+            or tensor.device != self.device
+        ):
+            raise ValueError(
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, expected contiguous "
+                f"{self._dtype} {shape} on {self.device}"
+            )
+
+
+def _own_linear(linear: Linear) -> DenseLinear:
+    assert isinstance(linear, DenseLinear)
+    return linear
+
+
+def _own_step(step: StepHandle) -> CudaStep:
+    assert isinstance(step, CudaStep)
+    return step

@@ -1,0 +1,86 @@
+"""`AdapterLoads`: loads into the pool: under way, done, and who waits for them to be done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from loraserve.errors import AdapterNotFoundError, LoraserveError
+
+
+@dataclass
+class LoadCounts:
+    """Of one adapter, since it was registered; times in seconds."""
+
+    num_failures: int = 0
+    load_s: float = 0.0
+    last_load_s: float | None = None
+
+
+@dataclass(frozen=True)
+class _Waiter:
+    asked_at: float
+    future: Future[float]
+
+
+class AdapterLoads:
+    """By adapter id; for the engine, under its lock."""
+
+    def __init__(self) -> None:
+        self._counts: dict[int, LoadCounts] = {}
+        self._started_at: dict[int, float] = {}
+        self._waiters: dict[int, list[_Waiter]] = {}
+
+    def counts(self, adapter_id: int) -> LoadCounts:
+        return self._counts.get(adapter_id, LoadCounts())
+
+    def wait_for(self, adapter_id: int) -> Future[float]:
+        """Done with the adapter's next load: the seconds from now until then, or the load's error."""
+        future: Future[float] = Future()
+        future.set_running_or_notify_cancel()  # who waits may give up, the load goes on
+        self._waiters.setdefault(adapter_id, []).append(_Waiter(time.monotonic(), future))
+        return future
+
+    def start(self, adapter_id: int) -> None:
+        self._started_at[adapter_id] = time.monotonic()
+
+    def finish(self, adapter_id: int, error: LoraserveError | None) -> None:
+        counts = self._counts.setdefault(adapter_id, LoadCounts())
+        started_at = self._started_at.pop(adapter_id)
+        if error is None:
+            counts.last_load_s = time.monotonic() - started_at
+            counts.load_s += counts.last_load_s
+        else:
+            counts.num_failures += 1
+        self.answer(adapter_id, error)
+
+    def is_awaited(self, adapter_id: int) -> bool:
+        return adapter_id in self._waiters
+
+    def pass_on(self, adapter_id: int, successor_id: int, is_resident: bool) -> None:
+        """Who waits for one waits for the other; done at once if that `is_resident`."""
+        if adapter_id in self._waiters:
+            self._waiters.setdefault(successor_id, []).extend(self._waiters.pop(adapter_id))
+            if is_resident:
+                self.answer(successor_id, None)
+
+    def forget_except(self, adapter_ids: Collection[int], named_ids: Collection[int]) -> None:
+        """Drop what is known of other adapters, and refuse those who wait for one without a name."""
+        self._counts = {id_: counts for id_, counts in self._counts.items() if id_ in adapter_ids}
+        for adapter_id in self._waiters.keys() - set(named_ids):
+            self.answer(adapter_id, AdapterNotFoundError("the adapter was unloaded before it was loaded"))
+
+    def fail_all(self, error: LoraserveError) -> None:
+        """Refuse everyone who waits."""
+        for adapter_id in list(self._waiters):
+            self.answer(adapter_id, error)
+
+    def answer(self, adapter_id: int, error: LoraserveError | None) -> None:
+        """It has been loaded, or can't be."""
+        for waiter in self._waiters.pop(adapter_id, ()):
+            if error is None:
+                waiter.future.set_result(time.monotonic() - waiter.asked_at)
+            else:
+                waiter.future.set_exception(error)

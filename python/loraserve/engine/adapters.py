@@ -1,0 +1,297 @@
+"""`EngineAdapters`: an engine's adapters by name: loaded, replaced, pinned, counted, read into the pool."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from typing import Any
+
+from loraserve import _core
+from loraserve.adapters.check import AdapterCheck
+from loraserve.adapters.manifest import AdapterManifest, read_manifest
+from loraserve.adapters.registry import AdapterRegistry, RegisteredAdapter, check_adapter_name
+from loraserve.adapters.startup import AdapterFailure, StartingAdapters
+from loraserve.config import EngineConfig
+from loraserve.engine.adapter_loads import AdapterLoads
+from loraserve.engine.extent_loader import ExtentLoader
+from loraserve.engine.lock import EngineLock
+from loraserve.engine.model_runner import ModelRunner
+from loraserve.engine.queue import Intake
+from loraserve.engine.stats import AdapterInfo, AdapterStats, UsageBook
+from loraserve.errors import AdapterFormatError, EngineStoppedError, InvalidRequestError, LoraserveError
+from loraserve.sampling.grammar_compiler import GrammarCompiler
+from loraserve.text.chat_template import ChatTemplate
+
+logger = logging.getLogger(__name__)
+
+
+class EngineAdapters:
+    """The names an engine serves and the content behind them; every method may be called from any thread.
+
+    Args:
+        config: the engine's.
+        runner: the model, and the memory that adapters are read into.
+        scheduler: decides which adapter is in the pool.
+        grammars: compiles those of manifests.
+        lock: guards the scheduler and everything here.
+        intake: whether the engine takes anything new.
+        wake: set when there is something to do for the engine's thread.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        runner: ModelRunner,
+        scheduler: _core.Scheduler,
+        grammars: GrammarCompiler,
+        lock: EngineLock,
+        intake: Intake,
+        wake: threading.Event,
+    ) -> None:
+        self.usage = UsageBook()
+        self.failures: tuple[AdapterFailure, ...] = ()
+        self._config = config
+        self._runner = runner
+        self._scheduler = scheduler
+        self._grammars = grammars
+        self._lock = lock
+        self._intake = intake
+        self._wake = wake
+        self._registry = AdapterRegistry()
+        self._loads = AdapterLoads()
+        self._turns = itertools.count()
+        self._check = AdapterCheck(
+            runner.base_shape,
+            config.dtype,
+            config.max_lora_rank,
+            runner.model.path,
+            runner.model.tokenizer,
+        )
+        self.loader = ExtentLoader(runner.backend, self._check, wake.set)
+
+    def load_configured(self) -> None:
+        """Register the configuration's adapters; `failures` are those the engine starts without.
+
+        Raises:
+            LoraserveError: some can't be served, and the configuration says that the start then fails.
+        """
+        starting = StartingAdapters(self._config.failed_adapters)
+        starting.register(
+            self._config.adapters.items(),
+            lambda name, path: self.load(name, path, self._config.manifests.get(name)),
+        )
+        starting.check(self._config.on_adapter_error)
+        self.failures = tuple(starting.failures)
+
+    def load(
+        self,
+        name: str,
+        path: str | os.PathLike[str],
+        manifest: AdapterManifest | None = None,
+        *,
+        replace: bool = False,
+        turn: int | None = None,
+    ) -> _core.Receipt:
+        """Read, check and register an adapter; its bytes enter the pool on first use.
+
+        Args:
+            name: what requests call it.
+            path: a PEFT directory.
+            manifest: goes over the directory's own `loraserve.json`.
+            replace: a name of other content passes over at once, with its pin and its usage; requests
+                accepted before finish on the weights they were accepted with. Where this raises, all stays as
+                it was.
+            turn: of `take_turn`; of two replacements of a name the later turn lasts. None takes one now.
+
+        Raises:
+            InvalidRequestError: the name is not allowed, or taken by other content and `replace` is not set.
+            AdapterFormatError, AdapterUnavailableError, CapacityError: the adapter can't be served.
+        """
+        turn = self.take_turn() if turn is None else turn
+        check_adapter_name(name, self._config.base_names)
+        path = os.path.abspath(path)  # it is read again at every load, wherever the process is then
+        receipt = self.loader.check(path)
+        manifest = (manifest or AdapterManifest()).merged_over(read_manifest(path))
+        chat_template = self._checked_chat_template(name, manifest)
+        with self._lock:
+            self._intake.check()
+            old = self._registry.get(name)
+            if replace and old is not None and old.turn > turn:
+                return receipt  # asked for earlier, and replaced already
+            adapter_id = self._scheduler.register_adapter(name, receipt.hash, receipt.nbytes, replace=replace)
+            self._registry.add(
+                RegisteredAdapter(name, path, receipt, adapter_id, manifest, chat_template, turn)
+            )
+            if old is not None and old.adapter_id != adapter_id:
+                self._forget_replaced(old.adapter_id, name)
+        self._wake.set()  # a pinned one is loaded soon
+        for what in receipt.not_used:
+            logger.warning("beside adapter %s, not used: %s", name, what)
+        return receipt
+
+    def take_turn(self) -> int:
+        """The place of a `load` to come, in the order of these calls."""
+        return next(self._turns)
+
+    def unload(self, name: str) -> None:
+        """Refuse new requests for `name`; queued and running ones finish, then its memory is free.
+
+        Raises:
+            AdapterNotFoundError: no adapter has this name.
+        """
+        with self._lock:
+            self._scheduler.unregister_adapter(name)
+            self._registry.remove(name)
+            self.usage.forget(name)
+            self._forget_unused()
+
+    def warm(self, name: str) -> Future[float]:
+        """Load an adapter into the pool ahead of requests; done, in seconds, once it is there.
+
+        The load starts as soon as no request is short of memory for it.
+
+        Raises:
+            AdapterNotFoundError, AdapterUnavailableError, CapacityError, EngineStoppedError: it can't be
+                loaded; the future raises them as well.
+        """
+        with self._lock:
+            self._intake.check()
+            if self._scheduler.warm_adapter(name):
+                done: Future[float] = Future()
+                done.set_result(0.0)
+                return done
+            future = self._loads.wait_for(self._registered(name).adapter_id)
+        self._wake.set()
+        return future
+
+    def pin(self, name: str, is_pinned: bool = True) -> None:
+        """Keep an adapter in the pool from now on, or let it be evicted again; a pinned one is loaded soon.
+
+        Raises:
+            AdapterNotFoundError, AdapterUnavailableError, EngineStoppedError: it can't be used.
+            CapacityError: pinned adapters would take over half of the pool, or an accepted request would
+                not fit beside them.
+        """
+        with self._lock:
+            self._intake.check()
+            self._scheduler.pin_adapter(name, is_pinned)
+        self._wake.set()
+
+    def find(self, name: str) -> RegisteredAdapter | None:
+        with self._lock:
+            return self._registry.get(name)
+
+    def infos(self) -> list[AdapterInfo]:
+        """All registered adapters, in order of registration."""
+        with self._lock:
+            return [
+                AdapterInfo(
+                    name=adapter.name,
+                    path=adapter.path,
+                    description=adapter.manifest.description,
+                    receipt=adapter.receipt,
+                    **values,
+                )
+                for adapter, values in self._stats()
+            ]
+
+    def stats(self) -> dict[str, AdapterStats]:
+        """By name, in order of registration; for the engine, under its lock."""
+        return {adapter.name: AdapterStats(**values) for adapter, values in self._stats()}
+
+    def start_load(self, adapter_id: int, slot: int, first_page: int, num_pages: int) -> None:
+        """Begin to read an adapter into its extent, as the scheduler says."""
+        with self._lock:
+            sources = self._registry.sources(adapter_id)
+            self._loads.start(adapter_id)
+        self.loader.start(adapter_id, sources, self._runner.extent(slot, first_page, num_pages))
+
+    def finish_loads(self) -> None:
+        """Tell the scheduler, and who waits, of loads that are done."""
+        for result in self.loader.take_results():
+            if isinstance(result.outcome, LoraserveError):
+                with self._lock:
+                    names = ", ".join(self._registry.names(result.adapter_id))
+                    logger.warning("adapter %s was not read into the pool: %s", names, result.outcome)
+                    self._scheduler.adapter_load_failed(
+                        result.adapter_id, type(result.outcome).__name__, str(result.outcome)
+                    )
+                    self._loads.finish(result.adapter_id, result.outcome)
+            else:
+                self._runner.bind(result.extent, result.outcome)
+                with self._lock:
+                    self._scheduler.adapter_loaded(result.adapter_id)
+                    self._loads.finish(result.adapter_id, None)
+
+    def refuse_waiters(self, message: str) -> None:
+        """The engine has stopped: nobody's adapter will be loaded any more."""
+        with self._lock:
+            self._loads.fail_all(EngineStoppedError(message))
+
+    def __len__(self) -> int:
+        return len(self._registry)
+
+    def _stats(self) -> Iterator[tuple[RegisteredAdapter, dict[str, Any]]]:
+        """The fields of `AdapterStats` for every name, in order of registration."""
+        entries = {entry["name"]: entry for entry in self._scheduler.adapters()}
+        for adapter in self._registry:
+            entry, loads = entries[adapter.name], self._loads.counts(adapter.adapter_id)
+            yield (
+                adapter,
+                {
+                    "state": entry["state"],
+                    "num_running": entry["num_running"],
+                    "num_waiting": entry["num_waiting"],
+                    "is_pinned": entry["is_pinned"],
+                    "nbytes": entry["nbytes"],
+                    "num_loads": entry["num_loads"],
+                    "num_load_failures": loads.num_failures,
+                    "num_evictions": entry["num_evictions"],
+                    "load_s": loads.load_s,
+                    "last_load_s": loads.last_load_s,
+                    "usage": self.usage.of(adapter.name).snapshot(),
+                },
+            )
+
+    def _forget_replaced(self, adapter_id: int, name: str) -> None:
+        """Who waits for the old content of `name` to be loaded waits for the new."""
+        if self._loads.is_awaited(adapter_id) and adapter_id not in self._registry.adapter_ids():
+            try:
+                is_resident = self._scheduler.warm_adapter(name)
+                self._loads.pass_on(adapter_id, self._registered(name).adapter_id, is_resident)
+            except LoraserveError as error:
+                self._loads.answer(adapter_id, error)
+        self._forget_unused()
+
+    def _forget_unused(self) -> None:
+        adapter_ids = set(self._scheduler.adapter_ids())
+        self._registry.forget_sources_except(adapter_ids)
+        self._loads.forget_except(adapter_ids, self._registry.adapter_ids())
+
+    def _registered(self, name: str) -> RegisteredAdapter:
+        adapter = self._registry.get(name)
+        assert adapter is not None, "invariant: the scheduler and the registry know the same names"
+        return adapter
+
+    def _checked_chat_template(self, name: str, manifest: AdapterManifest) -> ChatTemplate | None:
+        """The manifest's template; what a manifest asks for is tried out here, not on a request."""
+        tokenizer = self._runner.model.tokenizer
+        source = manifest.chat_template
+        own = None if source is None else tokenizer.build_chat_template(source)
+        try:
+            self._runner.check_token_ids(manifest.sampling.get("stop_token_ids", ()))
+            self._runner.check_token_ids(manifest.sampling.get("logit_bias", ()))
+            if own is not None:
+                own.check()
+            if manifest.system_prompt is not None:
+                messages = manifest.with_system_prompt([{"role": "user", "content": "hello"}])
+                tokenizer.apply_chat_template(messages, template=own)
+            if manifest.grammar is not None:
+                self._grammars.compile(manifest.grammar)
+        except InvalidRequestError as error:
+            raise AdapterFormatError(f"manifest of adapter {name!r}: {error}") from error
+        return own

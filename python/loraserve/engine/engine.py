@@ -1,0 +1,372 @@
+"""The engine: schedule, run, sample, commit, in a loop on one thread."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Literal, cast
+
+from loraserve import _core, errors
+from loraserve.backends import Backend
+from loraserve.config import EngineConfig
+from loraserve.engine.adapters import EngineAdapters
+from loraserve.engine.lock import EngineLock
+from loraserve.engine.model_runner import BLOCK_SIZE, ModelRunner
+from loraserve.engine.queue import Deadlines, Intake, WaitingLimit
+from loraserve.engine.sequence import EngineOutput, RequestClock, SequenceState
+from loraserve.engine.stats import EngineInfo, EngineStats
+from loraserve.engine.thread import EngineThread
+from loraserve.errors import DeadlineError, EngineStoppedError, LoraserveError
+from loraserve.request import SHARED_CACHE, CacheScope, FinishReason, TokenLogprob
+from loraserve.sampling.grammar_compiler import GrammarCompiler, GrammarMatcher
+from loraserve.sampling.sampler import SamplingState, sample
+from loraserve.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+CoreEvent = tuple[
+    int, int | None, Literal["stop", "length", "abort", "error"] | None, tuple[str, str] | None, int
+]
+
+
+class Engine:
+    """Runs sequences on one model; every method may be called from any thread.
+
+    One that nobody holds any more goes away with its threads and its memory. In a forked child every
+    method raises EngineStoppedError.
+
+    Args:
+        config: what to load and how much memory it may use.
+        on_outputs: called on the engine's thread with all events of a step, in order.
+        on_failure: called on the engine's thread if it ends by an error, after everyone was told.
+        backend: the device; the one `config.device` means unless given.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        on_outputs: Callable[[list[EngineOutput]], None],
+        on_failure: Callable[[], None] = lambda: None,
+        *,
+        backend: Backend | None = None,
+    ) -> None:
+        self.config = config
+        self._on_outputs = on_outputs
+        self._on_failure = on_failure
+        self._lock = EngineLock()  # guards the scheduler, the adapters and the sequences
+        self._thread = EngineThread(self)
+        self._wake = self._thread.wake
+        with self._thread.building():
+            self._build(backend)
+
+    def _build(self, backend: Backend | None) -> None:
+        config = self.config
+        self.runner = ModelRunner(config, backend)
+        self._idle = threading.Condition(cast(threading.Lock, self._lock))
+        self._intake = Intake()
+        self._is_stopping = False
+        self._sequences: dict[int, SequenceState] = {}
+        self._endings: dict[int, FinishReason | LoraserveError] = {}  # why the engine ended them itself
+        self._deadlines = Deadlines()
+        self._waiting_limit = WaitingLimit(config.max_waiting)
+        self._uses_every_core = self.runner.backend.computes_on_cpu and (
+            config.num_threads is None or config.num_threads >= (os.cpu_count() or 1)
+        )
+        self.max_model_len = self.runner.model.max_model_len
+        self.grammars = GrammarCompiler(self.runner.model.tokenizer, self.runner.vocab_size)
+        self._scheduler = _core.Scheduler(
+            num_pages=self.runner.num_pages,
+            page_nbytes=self.runner.page_nbytes,
+            block_size=BLOCK_SIZE,
+            max_num_seqs=config.max_num_seqs,
+            max_batched_tokens=config.max_batched_tokens,
+            max_model_len=self.max_model_len,
+            prefix_caching=config.prefix_caching,
+            max_num_slots=self.runner.max_num_slots,
+        )
+        self.adapters = EngineAdapters(
+            config, self.runner, self._scheduler, self.grammars, self._lock, self._intake, self._wake
+        )
+        self.adapters.load_configured()
+        self.runner.backend.start()
+        self._thread.start(on_end=self.adapters.loader.shutdown)
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        adapters: Sequence[tuple[str, float]],
+        params: SamplingParams,
+        seed: int | None,
+        *,
+        arrived_at: float | None = None,
+        deadline_s: float | None = None,
+        cache_scope: CacheScope = SHARED_CACHE,
+        needs_adapter: bool = False,
+        matcher: GrammarMatcher | None = None,
+    ) -> int:
+        """Queue one sequence and return its request id.
+
+        Args:
+            prompt: token ids.
+            adapters: (name, weight) pairs.
+            params: how to sample.
+            seed: of this sequence; None draws one.
+            arrived_at: when the request came, on `time.monotonic`; None is now.
+            deadline_s: seconds from arrival after which it ends with DeadlineError.
+            cache_scope: whose cached prompts it finds and adds to.
+            needs_adapter: refuse it if the weights leave only the base model.
+            matcher: of the grammar it follows, for this sequence alone.
+
+        Raises:
+            InvalidRequestError, PermissionDeniedError, AdapterNotFoundError, AdapterUnavailableError,
+            CapacityError, OverloadedError, DeadlineError, EngineStoppedError: the request was refused;
+                nothing was queued.
+        """
+        for token_ids in (prompt, params.stop_token_ids, params.logit_bias):
+            self.runner.check_token_ids(token_ids)
+        arrived_at = time.monotonic() if arrived_at is None else arrived_at
+        if deadline_s is not None and time.monotonic() >= arrived_at + deadline_s:
+            raise _deadline_error(deadline_s)
+        eos = () if params.ignore_eos else self.runner.eos_token_ids
+        stop_token_ids = [*eos, *params.stop_token_ids]
+        with self._lock:
+            self._intake.check()
+            self._waiting_limit.check(self._scheduler)
+            request_id = self._scheduler.submit(
+                list(prompt),
+                list(adapters),
+                params.max_tokens,
+                params.min_tokens,
+                stop_token_ids,
+                cache_scope,
+                needs_adapter,
+            )
+            sampling = SamplingState(
+                params=params,
+                seed=secrets.randbits(64) if seed is None else seed,
+                prompt_token_ids=prompt,
+                banned_until_min_tokens=stop_token_ids,
+                matcher=matcher,
+            )
+            clock = RequestClock(arrived_at, self._scheduler.has_its_adapters(request_id))
+            names = tuple(name for name, _ in adapters)
+            usage = self.adapters.usage.counters(names)
+            for counter in usage:
+                counter.num_requests += 1
+            self._sequences[request_id] = SequenceState(
+                sampling, clock, deadline_s, len(prompt), usage, names
+            )
+            if deadline_s is not None:
+                self._deadlines.add(arrived_at + deadline_s, request_id)
+        self._wake.set()
+        return request_id
+
+    def check_process(self) -> None:
+        """Raises EngineStoppedError in a forked child, where nothing may be waited for."""
+        self._lock.check_process()
+
+    def abort(self, request_id: int) -> None:
+        """End a sequence now; its last event says "abort". Unknown or finished ids are left alone."""
+        with self._lock:
+            self._scheduler.abort(request_id)
+        self._wake.set()
+
+    def stats(self) -> EngineStats:
+        """Load and counters now; takes microseconds, and some more per adapter."""
+        with self._lock:
+            core = self._scheduler.stats()
+            return EngineStats(
+                num_running=core["num_running"],
+                num_waiting=core["num_waiting"],
+                num_waiting_for_adapters=self._scheduler.num_waiting_for_adapters(),
+                page_nbytes=self.runner.page_nbytes,
+                num_pages=core["num_pages"],
+                num_free_pages=core["free_pages"],
+                num_kv_pages=core["kv_pages"],
+                num_cached_pages=core["cached_pages"],
+                num_adapter_pages=core["adapter_pages"],
+                num_pinned_pages=core["pinned_pages"],
+                num_adapters=len(self.adapters),
+                num_resident_adapters=core["num_resident_adapters"],
+                num_adapter_loads=core["num_loads"],
+                num_adapter_evictions=core["num_evictions"],
+                num_preemptions=core["num_preemptions"],
+                num_prefix_hit_tokens=core["num_prefix_hit_tokens"],
+                base=self.adapters.usage.base.snapshot(),
+                adapters=self.adapters.stats(),
+            )
+
+    def info(self) -> EngineInfo:
+        with self._lock:
+            stats = self._scheduler.stats()
+            return EngineInfo.build(
+                self.config, self.max_model_len, self.runner, stats, num_adapters=len(self.adapters)
+            )
+
+    @property
+    def refusal(self) -> str | None:
+        """Why no new requests are taken; None while they are."""
+        return self._intake.refusal
+
+    def shutdown(self, deadline_s: float) -> None:
+        """Refuse new requests, let running ones finish for `deadline_s` seconds, abort the rest, stop.
+
+        Frees the weights and the pool. In a forked child there is nothing to stop.
+        """
+        if self._lock.is_foreign:
+            return
+        with self._lock:
+            refusal = self._intake.refusal or "the engine is shutting down and takes no new requests"
+            self._intake.refusal = refusal
+            self._idle.wait_for(lambda: not (self._sequences and self._thread.is_alive), timeout=deadline_s)
+            for request_id in self._sequences:
+                self._scheduler.abort(request_id)
+            self._is_stopping = True
+        self._wake.set()
+        self._thread.join()
+        self.runner.release()
+        self.adapters.refuse_waiters(refusal)
+
+    @property
+    def is_stopped(self) -> bool:
+        """The thread has nothing more to do."""
+        return self._is_stopping and not self._sequences
+
+    def begin_exit(self) -> None:
+        """The interpreter exits: requests still open stay unanswered, and later ones are refused."""
+        self._lock.begin_exit(self._thread.ident)
+        self._intake.refusal = "the interpreter exits, the engine takes no new requests"
+
+    def step(self) -> bool:
+        """Schedule, run, sample, commit, deliver, once; False if there was nothing to do."""
+        try:
+            return self._step()
+        except BaseException as error:
+            logger.exception("the engine failed")
+            self._fail(f"the engine failed: {error}")
+            return True
+
+    def idle_s(self) -> float | None:
+        """Seconds until a deadline; None if there is none."""
+        return self._deadlines.next_in_s()
+
+    def _step(self) -> bool:
+        self.adapters.finish_loads()
+        with self._lock:
+            self._end_expired()
+            step = self._scheduler.schedule()
+            for request_id in step.admitted:
+                self._sequences[request_id].admit()
+        for move in step.moves:
+            self.runner.move(*move)
+        if step.loads:
+            self.runner.backend.order_loads()
+        for load in step.loads:
+            self.adapters.start_load(*load)
+        is_contended = self._uses_every_core and step.batch is not None
+        self.adapters.loader.set_contended(is_contended)
+        self.runner.backend.set_contended(is_contended)
+        logprobs = self._execute(step) if step.batch is not None else {}
+        num_delivered = self._deliver(logprobs)
+        return step.batch is not None or num_delivered > 0
+
+    def _execute(self, step: _core.Step) -> dict[int, TokenLogprob]:
+        batch = step.batch
+        assert batch is not None
+        logits = self.runner.execute(batch)
+        request_ids = batch.sample_request_ids.tolist()
+        sequences = [self._sequences[request_id] for request_id in request_ids]
+        states = [sequence.sampling for sequence in sequences]
+        sampled = sample(logits, states, self.runner.ops.argmax)
+        is_finite = sampled.is_finite.tolist()
+        for sequence, token_id, is_usable in zip(
+            sequences, sampled.token_ids.tolist(), is_finite, strict=True
+        ):
+            if is_usable:
+                sequence.append(token_id)
+        with self._lock:
+            for request_id, sequence, is_usable in zip(request_ids, sequences, is_finite, strict=True):
+                if not is_usable:  # ended before the commit, which then takes no token for it
+                    self._end_not_finite(request_id, sequence)
+            self._scheduler.commit(step, sampled.token_ids)
+            for request_id, sequence, is_usable in zip(request_ids, sequences, is_finite, strict=True):
+                ending = sequence.grammar_ending() if is_usable else None
+                if ending is not None:
+                    self._end(request_id, ending)
+        return {id_: lp for id_, lp in zip(request_ids, sampled.logprobs, strict=True) if lp is not None}
+
+    def _end_expired(self) -> None:
+        self._deadlines.forget_ended(self._sequences)
+        for request_id in self._deadlines.take_expired():
+            if request_id in self._sequences:
+                deadline_s = self._sequences[request_id].deadline_s
+                assert deadline_s is not None
+                self._end(request_id, _deadline_error(deadline_s))
+
+    def _end_not_finite(self, request_id: int, sequence: SequenceState) -> None:
+        error = sequence.not_finite_error(self.config.dtype)
+        logger.warning("a request failed: %s", error)
+        self._end(request_id, error)
+
+    def _end(self, request_id: int, ending: FinishReason | LoraserveError) -> None:
+        """End a sequence now, for a reason of the engine's own; its last event says which."""
+        if self._scheduler.abort(request_id):
+            self._endings[request_id] = ending
+
+    def _deliver(self, logprobs: dict[int, TokenLogprob]) -> int:
+        with self._lock:
+            events = self._scheduler.drain_outputs()
+            outputs = [self._output(event, logprobs) for event in events]
+            ended = [output for output in outputs if output.is_last]
+            for output in ended:
+                self._sequences.pop(output.request_id).end(output.num_cached_tokens)
+            self._waiting_limit.add_ends(len(ended))
+            if not self._sequences:
+                self._idle.notify_all()
+        if outputs:
+            self._on_outputs(outputs)
+        return len(outputs)
+
+    def _output(self, event: CoreEvent, logprobs: dict[int, TokenLogprob]) -> EngineOutput:
+        request_id, token_id, finish, failure, num_cached_tokens = event
+        error: LoraserveError | None = None
+        finish_reason: FinishReason | None = None
+        if failure is not None:
+            error = getattr(errors, failure[0])(failure[1])
+        elif finish == "abort":
+            ending = self._endings.pop(request_id, "abort")
+            if isinstance(ending, LoraserveError):
+                error = ending
+            else:
+                finish_reason = ending
+        elif finish != "error":
+            finish_reason = finish
+        logprob = None if token_id is None else logprobs.get(request_id)
+        clock = self._sequences[request_id].clock
+        return EngineOutput(request_id, token_id, logprob, finish_reason, error, num_cached_tokens, clock)
+
+    def _fail(self, message: str) -> None:
+        with self._lock:
+            self._intake.refusal = message
+            self._is_stopping = True
+            sequences = self._sequences
+            self._sequences = {}
+            self._idle.notify_all()
+        self.adapters.refuse_waiters(message)
+        error = EngineStoppedError(message)
+        outputs = [
+            EngineOutput(request_id, None, None, None, error, 0, sequence.clock)
+            for request_id, sequence in sequences.items()
+        ]
+        self._on_outputs(outputs)
+        self._on_failure()
+
+
+def _deadline_error(deadline_s: float) -> DeadlineError:
+    return DeadlineError(
+        f"the request was not finished in {deadline_s:g} s, give it more time or fewer tokens"
+    )

@@ -1,0 +1,354 @@
+"""Requests to token ids, token ids to text: what every frontend shares."""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from numbers import Real
+from types import MappingProxyType
+from typing import Any, Generic, TypeVar
+
+from loraserve.adapters.registry import RegisteredAdapter
+from loraserve.engine.engine import Engine
+from loraserve.engine.sequence import EngineOutput
+from loraserve.errors import InvalidRequestError
+from loraserve.request import (
+    SHARED_CACHE,
+    AdapterSpec,
+    CacheScope,
+    ChatOptions,
+    Delta,
+    FinishReason,
+    GenerateRequest,
+    Usage,
+)
+from loraserve.sampling.grammar_compiler import GrammarMatcher
+from loraserve.sampling_params import SamplingParams
+from loraserve.text.detokenizer import IncrementalDetokenizer, StopStrings
+from loraserve.text.tokenizer import Tokenizer
+
+MAX_ADAPTERS_PER_REQUEST = 16
+MAX_DEADLINE_S = 24 * 3600.0
+MAX_TRUNCATED_CONTEXTS = 8  # prompts of more contexts than this are refused, even if to be truncated
+MAX_CACHE_SALT_CHARS = 256
+MAX_ADAPTER_WEIGHT = 1000.0  # beyond, sums of deltas lose all meaning in bfloat16
+MIN_ADAPTER_WEIGHT = 0.001  # below, a delta is lost in the rounding of what it is added to
+
+Owner = TypeVar("Owner")
+
+
+@dataclass(frozen=True)
+class PreparedRequest:
+    """A request the engine understands: token ids, (adapter, weight) pairs, checked parameters."""
+
+    prompt_token_ids: list[int]
+    adapters: list[tuple[str, float]]
+    params: SamplingParams
+    arrived_at: float
+    deadline_s: float | None
+    cache_scope: CacheScope = SHARED_CACHE
+    needs_adapter: bool = False
+    matcher: GrammarMatcher | None = None
+
+
+def prepare(
+    request: GenerateRequest,
+    tokenizer: Tokenizer,
+    max_model_len: int,
+    find_adapter: Callable[[str], RegisteredAdapter | None] = lambda _: None,
+    sampling_defaults: Mapping[str, Any] = MappingProxyType({}),
+) -> PreparedRequest:
+    """Tokenise and resolve a request, which arrives now.
+
+    The manifest of its one adapter fills the gaps of its parameters, then the model's `sampling_defaults`.
+
+    Raises:
+        InvalidRequestError: not exactly one of prompt and messages, an empty prompt, a bad adapter spec.
+    """
+    arrived_at = time.monotonic()
+    _check_deadline(request.deadline_s)
+    _check_cache_salt(request.cache_salt)
+    if (request.prompt is None) == (request.messages is None):
+        raise InvalidRequestError("give exactly one of prompt and messages")
+    if request.messages is None and request.chat != ChatOptions():
+        raise InvalidRequestError("chat options are given with a prompt, they need messages")
+    max_num_tokens = _max_prompt_tokens(request.truncate, max_model_len)
+    adapters = resolve_adapters(request.adapter)
+    adapter = find_adapter(adapters[0][0]) if len(adapters) == 1 else None
+    if request.messages is not None:
+        if not request.messages:
+            raise InvalidRequestError("messages is empty, give at least one message")
+        text = _render_chat(request.messages, request.chat, tokenizer, adapter)
+        _check_text(text, tokenizer, max_num_tokens)
+        token_ids = tokenizer.encode(text, add_special_tokens=False)
+    elif isinstance(request.prompt, str):
+        _check_text(request.prompt, tokenizer, max_num_tokens)
+        token_ids = tokenizer.encode(request.prompt)
+    else:
+        token_ids = _integers(request.prompt)
+    if request.truncate is not None:
+        token_ids = token_ids[-request.truncate :]
+    if not token_ids:
+        raise InvalidRequestError("the prompt is empty, give at least one token")
+    if len(token_ids) >= max_model_len:
+        raise InvalidRequestError(
+            f"prompt has {len(token_ids)} tokens, limit is {max_model_len - 1}: "
+            "the context length less one token to generate"
+        )
+    defaults = dict(sampling_defaults) if request.uses_model_defaults else {}
+    if adapter is not None:
+        defaults |= adapter.manifest.request_defaults
+    params = request.params.with_defaults(defaults) if defaults else request.params
+    cache_scope = (request.tenant, request.cache_salt or "")
+    return PreparedRequest(
+        token_ids,
+        adapters,
+        params,
+        arrived_at,
+        request.deadline_s,
+        cache_scope,
+        needs_adapter=not request.may_use_base_model,
+    )
+
+
+def resolve_adapters(spec: AdapterSpec) -> list[tuple[str, float]]:
+    """(name, weight) pairs of an adapter spec; the base model is no pair."""
+    if spec is None:
+        return []
+    if isinstance(spec, str):
+        return [(spec, 1.0)]
+    if not isinstance(spec, Mapping):
+        raise InvalidRequestError(f"adapter is {spec!r}, give None, a name, or a mapping of names to weights")
+    if not 0 < len(spec) <= MAX_ADAPTERS_PER_REQUEST:
+        raise InvalidRequestError(
+            f"adapter names {len(spec)} adapters, give from 1 to {MAX_ADAPTERS_PER_REQUEST}"
+        )
+    for name, weight in spec.items():
+        if not isinstance(name, str):
+            raise InvalidRequestError(f"adapter name is {name!r}, it must be a string")
+        if not isinstance(weight, Real) or not abs(weight) <= MAX_ADAPTER_WEIGHT:
+            raise InvalidRequestError(
+                f"weight of adapter {name!r} is {weight!r}, it must be a number "
+                f"from -{MAX_ADAPTER_WEIGHT:g} to {MAX_ADAPTER_WEIGHT:g}"
+            )
+        if 0.0 < abs(weight) < MIN_ADAPTER_WEIGHT:
+            raise InvalidRequestError(
+                f"weight of adapter {name!r} is {weight!r}, too small to change anything: "
+                f"give 0, or at least {MIN_ADAPTER_WEIGHT:g}"
+            )
+    return [(name, float(weight)) for name, weight in spec.items()]
+
+
+class ActiveSequence:
+    """One of the n answers to a request: turns its engine outputs into deltas of text."""
+
+    def __init__(self, request_id: int, index: int, prepared: PreparedRequest, tokenizer: Tokenizer) -> None:
+        self.request_id = request_id
+        self._index = index
+        self._prompt_tokens = len(prepared.prompt_token_ids)
+        self._completion_tokens = 0
+        self._end_ids = {*tokenizer.eos_token_ids, *prepared.params.stop_token_ids}
+        self._detokenizer = IncrementalDetokenizer(tokenizer, prepared.prompt_token_ids)
+        self._stop_strings = StopStrings(prepared.params.stop_strings)
+        self.is_finished = False
+
+    def push(self, output: EngineOutput) -> Delta | None:
+        """The delta that `output` adds, None where nothing can be shown yet.
+
+        Raises:
+            LoraserveError: the sequence failed; this is its end.
+        """
+        if output.error is not None:
+            self.is_finished = True
+            raise output.error
+        token_ids = [] if output.token_id is None else [output.token_id]
+        self._completion_tokens += len(token_ids)
+        finish = output.finish_reason
+        text = self._text(token_ids, finish)
+        if self._stop_strings.is_matched:
+            finish = "stop"
+        self.is_finished = finish is not None
+        return self._delta(text, token_ids, finish, output)
+
+    def _text(self, token_ids: list[int], finish: FinishReason | None) -> str:
+        """New text, without the end token and without what may yet become a stop string."""
+        is_end_token = finish == "stop" and bool(token_ids) and token_ids[-1] in self._end_ids
+        text = self._detokenizer.push([] if is_end_token else token_ids)
+        if finish is not None:
+            text += self._detokenizer.flush()
+        text = self._stop_strings.push(text)
+        if finish is not None and not self._stop_strings.is_matched:
+            text += self._stop_strings.flush()
+        return text
+
+    def _delta(
+        self,
+        text: str,
+        token_ids: list[int],
+        finish: FinishReason | None,
+        output: EngineOutput,
+    ) -> Delta | None:
+        if not (text or token_ids or finish):
+            return None
+        logprobs = None if output.logprob is None else [output.logprob]
+        if finish is None:
+            return Delta(self._index, text, token_ids, logprobs, None, None)
+        usage = Usage(self._prompt_tokens, self._completion_tokens, output.num_cached_tokens)
+        return Delta(self._index, text, token_ids, logprobs, finish, usage, output.clock.timing())
+
+
+class Frontend(Generic[Owner]):
+    """Submits requests to an engine and hands every delta to the owner of its request."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._tokenizer = engine.runner.model.tokenizer
+        self._active: dict[int, tuple[ActiveSequence, Owner]] = {}
+
+    def prepare(self, request: GenerateRequest) -> PreparedRequest:
+        """Tokenise and resolve a request and compile its grammar; slow, call it off the loop."""
+        prepared = prepare(
+            request,
+            self._tokenizer,
+            self._engine.max_model_len,
+            self._engine.adapters.find,
+            self._engine.runner.model.sampling_defaults,
+        )
+        grammar = prepared.params.grammar
+        if grammar is None:
+            return prepared
+        return replace(prepared, matcher=self._engine.grammars.compile(grammar, prepared.cache_scope))
+
+    def submit(self, prepared: PreparedRequest, owner: Owner) -> list[int]:
+        """Queue all n sequences of a request, or none; their request ids."""
+        request_ids: list[int] = []
+        params = prepared.params
+        try:
+            for index in range(params.n):
+                seed = None if params.seed is None else params.seed + index
+                request_id = self._engine.submit(
+                    prepared.prompt_token_ids,
+                    prepared.adapters,
+                    params,
+                    seed,
+                    arrived_at=prepared.arrived_at,
+                    deadline_s=prepared.deadline_s,
+                    cache_scope=prepared.cache_scope,
+                    needs_adapter=prepared.needs_adapter,
+                    matcher=prepared.matcher and prepared.matcher.copy(),
+                )
+                request_ids.append(request_id)
+                sequence = ActiveSequence(request_id, index, prepared, self._tokenizer)
+                self._active[request_id] = (sequence, owner)
+        except BaseException:
+            self.abort(request_ids)
+            raise
+        return request_ids
+
+    def abort(self, request_ids: Iterable[int]) -> None:
+        """End sequences now, without further deltas."""
+        for request_id in request_ids:
+            if self._active.pop(request_id, None) is not None:
+                self._engine.abort(request_id)
+
+    def route(
+        self,
+        outputs: Sequence[EngineOutput],
+        on_delta: Callable[[Owner, Delta], None],
+        on_error: Callable[[Owner, Exception], None],
+    ) -> None:
+        """Turn engine outputs into deltas; a sequence ended by a stop string is aborted in the engine."""
+        for output in outputs:
+            sequence, owner = self._active.get(output.request_id, (None, None))
+            if sequence is None or owner is None:
+                continue  # aborted: nobody waits for it
+            try:
+                delta = sequence.push(output)
+            except Exception as error:
+                del self._active[output.request_id]
+                if not output.is_last:
+                    self._engine.abort(output.request_id)
+                on_error(owner, error)
+                continue
+            if sequence.is_finished:
+                del self._active[output.request_id]
+                if not output.is_last:
+                    self._engine.abort(output.request_id)
+            if delta is not None:
+                on_delta(owner, delta)
+
+
+def _check_deadline(deadline_s: Any) -> None:
+    if deadline_s is None:
+        return
+    if not isinstance(deadline_s, Real) or not 0.0 < float(deadline_s) <= MAX_DEADLINE_S:
+        raise InvalidRequestError(
+            f"deadline_s is {deadline_s!r}, it must be a number of seconds in (0, {MAX_DEADLINE_S:g}]"
+        )
+
+
+def _check_cache_salt(salt: Any) -> None:
+    if salt is None:
+        return
+    if not isinstance(salt, str):
+        raise InvalidRequestError(f"cache_salt is {salt!r:.100}, it must be text")
+    if not 0 < len(salt) <= MAX_CACHE_SALT_CHARS:
+        raise InvalidRequestError(
+            f"cache_salt has {len(salt)} characters, it must have from 1 to {MAX_CACHE_SALT_CHARS}; "
+            "leave it out for none"
+        )
+    if any("\ud800" <= char <= "\udfff" for char in salt):
+        raise InvalidRequestError("cache_salt is not valid Unicode")
+
+
+def _max_prompt_tokens(truncate: Any, max_model_len: int) -> int:
+    """A prompt that is sure to have as many tokens is refused untokenised."""
+    if truncate is None:
+        return max_model_len
+    if isinstance(truncate, bool) or not isinstance(truncate, int) or truncate < 1:
+        raise InvalidRequestError(f"truncate is {truncate!r}, it must be at least 1 token")
+    return MAX_TRUNCATED_CONTEXTS * max_model_len
+
+
+def _render_chat(
+    messages: Sequence[Mapping[str, Any]],
+    options: ChatOptions,
+    tokenizer: Tokenizer,
+    adapter: RegisteredAdapter | None,
+) -> str:
+    template = None
+    if adapter is not None:
+        messages, template = adapter.manifest.with_system_prompt(messages), adapter.chat_template
+    if options.chat_template is not None:
+        template = tokenizer.build_chat_template(options.chat_template)
+        template.check()
+    return tokenizer.apply_chat_template(
+        messages,
+        options.begins_answer,
+        template=template,
+        continue_final_message=options.continue_final_message,
+        kwargs=options.template_kwargs,
+    )
+
+
+def _check_text(text: str, tokenizer: Tokenizer, max_num_tokens: int) -> None:
+    """Refuse what can't be encoded, and at once what is far too long to be worth encoding."""
+    min_tokens = len(text) // tokenizer.max_token_len
+    if min_tokens >= max_num_tokens:
+        raise InvalidRequestError(
+            f"prompt has at least {min_tokens} tokens, limit is {max_num_tokens - 1}: "
+            "the context length less one token to generate"
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(f"the prompt is not valid Unicode: {error.reason}") from None
+
+
+def _integers(token_ids: Any) -> list[int]:
+    try:
+        return [operator.index(token_id) for token_id in token_ids]
+    except TypeError as error:
+        raise InvalidRequestError(f"a prompt is a string or integers: {error}") from None

@@ -1,0 +1,98 @@
+"""The model on its memory: weights, the pool, and the one call that turns a batch into logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from loraserve import _core
+from loraserve.backends import Backend, Extent, open_backend
+from loraserve.config import EngineConfig
+from loraserve.engine.memory_plan import plan_memory
+from loraserve.errors import InvalidRequestError
+from loraserve.loader import LoadedModel, load_model
+from loraserve.models.config import ModelConfig
+from loraserve.models.ops import KvGeometry, Ops
+
+BLOCK_SIZE = 16  # tokens per page
+
+
+class ModelRunner:
+    """Owns the loaded model and the page pool; runs one batch at a time.
+
+    Args:
+        config: the engine's.
+        backend: the device; the one `config.device` means unless given.
+    """
+
+    def __init__(self, config: EngineConfig, backend: Backend | None = None) -> None:
+        self._config = config
+        self._dtype: torch.dtype = getattr(torch, config.dtype)
+        self.backend = open_backend(config) if backend is None else backend
+        self.device = self.backend.name
+        self.model: LoadedModel = load_model(
+            config.model, self._dtype, self._build_ops, config.generation_config
+        )
+        self.vocab_size = self.model.config.vocab_size
+        eos = self.model.tokenizer.eos_token_ids
+        self.eos_token_ids = [token_id for token_id in eos if token_id < self.vocab_size]
+
+    def _build_ops(self, model_config: ModelConfig) -> tuple[Ops, int]:
+        """What the model computes with, and the context that its memory lets a request have."""
+        geometry = KvGeometry(
+            num_layers=model_config.num_layers,
+            num_heads=model_config.num_heads,
+            num_kv_heads=model_config.num_kv_heads,
+            head_dim=model_config.head_dim,
+            block_size=BLOCK_SIZE,
+        )
+        plan = plan_memory(self._config, model_config, geometry, self.backend.memory())
+        self.page_nbytes = geometry.page_nbytes(self._dtype)
+        self.num_pages = plan.num_pages
+        self.ops: Ops = self.backend.build_ops(model_config, geometry, self.num_pages)
+        return self.ops, plan.max_model_len
+
+    def check_token_ids(self, token_ids: Iterable[int]) -> None:
+        """Raises InvalidRequestError: one is not in the vocabulary."""
+        vocab_size = self.vocab_size
+        for token_id in token_ids:
+            if not 0 <= token_id < vocab_size:
+                raise InvalidRequestError(
+                    f"token id {token_id} is out of range, the vocabulary has {vocab_size} tokens"
+                )
+
+    @property
+    def pool(self) -> torch.Tensor:
+        return self.backend.pool
+
+    @property
+    def max_num_slots(self) -> int:
+        return self.backend.max_num_slots(self.num_pages)
+
+    @property
+    def base_shape(self) -> _core.BaseShape:
+        return self.model.base_shape
+
+    def extent(self, slot: int, first_page: int, num_pages: int) -> Extent:
+        return Extent(slot, first_page, num_pages * self.page_nbytes)
+
+    def bind(self, extent: Extent, layout: _core.AdapterLayout) -> None:
+        """Make the adapter in `extent` the one that `extent.slot` means."""
+        self.ops.set_adapter(extent.slot, extent.first_page, layout)
+
+    def move(self, slot: int, src_page: int, dst_page: int, num_pages: int) -> None:
+        self.ops.move_extent(slot, src_page, dst_page, num_pages)
+
+    def release(self) -> None:
+        """Give up weights and pool; nothing may be run later. Safe to call twice."""
+        backend: Backend | None = vars(self).pop("backend", None)
+        if backend is not None:
+            backend.shutdown()
+        vars(self).pop("ops", None)
+        self.model.release()
+
+    @torch.inference_mode()
+    def execute(self, batch: _core.Batch) -> torch.Tensor:
+        """Logits of the rows the batch samples: float32 [L, vocab]."""
+        return self.backend.logits(self.model.decoder, batch)

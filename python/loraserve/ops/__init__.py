@@ -1,1 +1,0 @@
-"""The ops models are written in: a protocol, a torch reference and a Rust CPU backend."""

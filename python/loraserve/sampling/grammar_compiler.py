@@ -1,0 +1,184 @@
+"""`GrammarCompiler` and `GrammarMatcher`: which tokens may come next, by llguidance.
+
+llguidance's own limits bound the time of a compilation (0.1 s for the largest schema taken) and of a mask
+(some milliseconds for the most ambiguous grammar; ten microseconds for most). All rows of a batch wait for a
+mask, so a grammar that is slow at token after token is given up.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from loraserve.errors import InvalidRequestError
+from loraserve.request import SHARED_CACHE, CacheScope
+from loraserve.sampling.grammar import Grammar
+
+if TYPE_CHECKING:
+    import llguidance
+
+    from loraserve.text.tokenizer import Tokenizer
+
+CACHE_SIZE = 64  # compiled grammars kept
+MAX_STEP_ITEMS = 10_000  # parser items of one token
+MAX_MEAN_STEP_S = 0.002  # CPU time of a token, on average
+FREE_S = 0.05  # CPU time that is not counted: states are built as they are met
+MAX_ERROR_CHARS = 300
+WHITESPACE = r"[ \t\n\r]{0,20}"  # between JSON tokens; unbounded, a model may write nothing else for ever
+ANY_OBJECT = '{"type": "object"}'
+
+
+class GrammarMatcher:
+    """One answer's place in its grammar."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, end_token_ids: npt.NDArray[np.int64]) -> None:
+        self._matcher = matcher
+        self._end_token_ids = end_token_ids
+        self._num_tokens = 0
+        self._spent_s = 0.0
+
+    def allowed(self, vocab_size: int, *, without_end: bool = False) -> npt.NDArray[np.bool_] | None:
+        """Which tokens may come next; None once the grammar has become too complex to follow.
+
+        Args:
+            vocab_size: length of the result.
+            without_end: leave out the model's end tokens, if there are others.
+        """
+        started = time.thread_time()
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        self._spent_s += time.thread_time() - started
+        if self.error is not None:
+            return None
+        allowed = np.zeros(vocab_size, dtype=np.bool_)
+        unpacked = np.unpackbits(bits, bitorder="little", count=min(8 * bits.size, vocab_size))
+        allowed[: unpacked.size] = unpacked
+        if without_end:
+            is_end_allowed = allowed[self._end_token_ids]
+            allowed[self._end_token_ids] = False
+            if not allowed.any():
+                allowed[self._end_token_ids] = is_end_allowed
+        return allowed
+
+    def consume(self, token_id: int) -> None:
+        started = time.thread_time()
+        self._matcher.consume_token(token_id)
+        self._spent_s += time.thread_time() - started
+        self._num_tokens += 1
+
+    @property
+    def is_ended(self) -> bool:
+        """Nothing more can come."""
+        return self.error is None and self._matcher.is_stopped()
+
+    @property
+    def error(self) -> InvalidRequestError | None:
+        """Why the grammar can't be followed any further."""
+        if self._matcher.is_error():
+            reason = _first_line(self._matcher.get_error())
+        elif self._spent_s > FREE_S + self._num_tokens * MAX_MEAN_STEP_S:
+            milliseconds = 1000 * self._spent_s / max(self._num_tokens, 1)
+            reason = f"{milliseconds:.1f} ms a token, the limit is {1000 * MAX_MEAN_STEP_S:g} ms"
+        else:
+            return None
+        return InvalidRequestError(f"the grammar became too complex while it was followed: {reason}")
+
+    def copy(self) -> GrammarMatcher:
+        return GrammarMatcher(self._matcher.deep_copy(), self._end_token_ids)
+
+
+class GrammarCompiler:
+    """Compiles grammars for one model, keeps the last ones; may be called from several threads."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._lock = threading.Lock()
+        self._vocabulary: llguidance.LLTokenizer | None = None
+        self._compiled: OrderedDict[tuple[CacheScope, Grammar], GrammarMatcher] = OrderedDict()
+
+    def compile(self, grammar: Grammar, scope: CacheScope = SHARED_CACHE) -> GrammarMatcher:
+        """A matcher at the start of the grammar; what was kept for another scope is compiled again.
+
+        Raises:
+            InvalidRequestError: it is malformed, not supported, too complex, or matches nothing but "".
+        """
+        key = scope, grammar  # a compilation can be timed, so it must not tell what others asked for
+        with self._lock:
+            vocabulary = self._built_vocabulary()
+            known = self._compiled.get(key)
+            if known is not None:
+                self._compiled.move_to_end(key)
+                return known.copy()
+        matcher = self._compile(grammar, vocabulary)
+        with self._lock:
+            self._compiled[key] = matcher
+            while len(self._compiled) > CACHE_SIZE:
+                self._compiled.popitem(last=False)
+            return matcher.copy()
+
+    def _built_vocabulary(self) -> llguidance.LLTokenizer:
+        """Made at the first grammar: it takes a fifth of a second."""
+        import llguidance  # noqa: PLC0415 (engines run without it until a grammar is asked for)
+
+        if self._vocabulary is None:
+            self._vocabulary = llguidance.LLTokenizer(
+                self._tokenizer.to_json(),
+                n_vocab=max(self._vocab_size, self._tokenizer.vocab_size),
+                eos_token=list(self._tokenizer.eos_token_ids) or None,
+            )
+        return self._vocabulary
+
+    def _compile(self, grammar: Grammar, vocabulary: llguidance.LLTokenizer) -> GrammarMatcher:
+        import llguidance  # noqa: PLC0415 (as above)
+
+        try:
+            matcher = llguidance.LLMatcher(
+                vocabulary,
+                _source(grammar),
+                log_level=0,
+                limits=llguidance.LLParserLimits(step_max_items=MAX_STEP_ITEMS, verbose_errors=False),
+            )
+        except ValueError as error:
+            raise _refusal(grammar, str(error)) from None
+        end_token_ids = np.array(
+            [token_id for token_id in vocabulary.eos_tokens if token_id < self._vocab_size], dtype=np.int64
+        )
+        compiled = GrammarMatcher(matcher, end_token_ids)
+        allowed = None if matcher.is_error() else compiled.allowed(self._vocab_size)
+        if allowed is None:
+            raise _refusal(grammar, matcher.get_error() or str(compiled.error))
+        allowed[end_token_ids] = False
+        if not allowed.any():
+            raise _refusal(grammar, "nothing but the empty text matches it")
+        return compiled
+
+
+def _source(grammar: Grammar) -> str:
+    """The grammar in llguidance's own notation."""
+    import llguidance  # noqa: PLC0415 (as above)
+
+    if isinstance(grammar.value, tuple):
+        choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in grammar.value)
+        return llguidance.LLMatcher.grammar_from_lark(f"start: {choices}")
+    if grammar.kind == "regex":
+        return llguidance.LLMatcher.grammar_from_regex(grammar.value)
+    if grammar.kind == "lark":
+        return llguidance.LLMatcher.grammar_from_lark(grammar.value)
+    return llguidance.LLMatcher.grammar_from_json_schema(
+        grammar.value or ANY_OBJECT, overrides={"whitespace_pattern": WHITESPACE}
+    )
+
+
+def _refusal(grammar: Grammar, reason: str) -> InvalidRequestError:
+    return InvalidRequestError(f"the {grammar.kind} grammar can't be used: {_first_line(reason)}")
+
+
+def _first_line(text: str) -> str:
+    line = " ".join(text.partition("<state>")[0].split())
+    return line if len(line) <= MAX_ERROR_CHARS else line[: MAX_ERROR_CHARS - 1] + "…"

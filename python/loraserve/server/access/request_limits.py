@@ -1,0 +1,86 @@
+"""`RequestLimits`: what the launcher allows one request, over HTTP and gRPC alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loraserve.errors import InvalidRequestError
+from loraserve.request import GenerateRequest
+
+if TYPE_CHECKING:
+    from loraserve.async_engine import AsyncEngine
+    from loraserve.engine.frontend import PreparedRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestLimits:
+    """
+    Args:
+        request_timeout_s: deadline of every generation; None leaves it to the request.
+        max_best_of: most sequences that TGI's `best_of` and OpenAI's `best_of` may compare.
+        max_stop_sequences: stop strings of one request.
+        max_top_n_tokens: alternatives per token.
+        max_client_batch_size: prompts of one request.
+        max_input_tokens: of a prompt; None is the context length less one.
+        trust_request_chat_template: whether a request may bring a chat template of its own.
+    """
+
+    request_timeout_s: float | None = None
+    max_best_of: int = 8
+    max_stop_sequences: int = 16
+    max_top_n_tokens: int = 20
+    max_client_batch_size: int = 128
+    max_input_tokens: int | None = None
+    trust_request_chat_template: bool = False
+
+    def check(self, request: GenerateRequest) -> None:
+        """Raises InvalidRequestError: the request asks for more."""
+        num_strings = len(request.params.stop_strings)
+        if num_strings > self.max_stop_sequences:
+            raise InvalidRequestError(
+                f"stop has {num_strings} strings, limit is {self.max_stop_sequences}: send fewer"
+            )
+        self.check_alternatives("logprobs", request.params.logprobs or 0)
+        if request.chat.chat_template is not None and not self.trust_request_chat_template:
+            raise InvalidRequestError(
+                "chat_template is given, but this server takes no templates from requests: leave it out, "
+                "put one into the adapter's loraserve.json, or start the server with "
+                "--trust-request-chat-template"
+            )
+
+    def check_num_prompts(self, num_prompts: int) -> None:
+        limit = self.max_client_batch_size
+        if num_prompts > limit:
+            raise InvalidRequestError(
+                f"the request has {num_prompts} prompts, limit is {limit}: send several"
+            )
+
+    def check_best_of(self, best_of: int) -> None:
+        if not 1 <= best_of <= self.max_best_of:
+            raise InvalidRequestError(f"best_of is {best_of}, it must be from 1 to {self.max_best_of}")
+
+    def check_alternatives(self, name: str, num_tokens: int) -> None:
+        """`name` is what the caller calls them."""
+        if not 0 <= num_tokens <= self.max_top_n_tokens:
+            raise InvalidRequestError(f"{name} is {num_tokens}, it must be from 0 to {self.max_top_n_tokens}")
+
+    async def prepare(
+        self, engine: AsyncEngine, requests: Sequence[GenerateRequest]
+    ) -> list[PreparedRequest]:
+        """All `requests`, ready to be submitted: none is queued before every limit is checked.
+
+        Raises:
+            InvalidRequestError, AdapterNotFoundError: a request was refused.
+        """
+        for request in requests:
+            self.check(request)
+        prepared = [await engine.prepare(request) for request in requests]
+        for one in prepared:
+            num_tokens, limit = len(one.prompt_token_ids), self.max_input_tokens
+            if limit is not None and num_tokens > limit:
+                raise InvalidRequestError(
+                    f"prompt has {num_tokens} tokens, limit is {limit}: send a shorter one"
+                )
+        return prepared

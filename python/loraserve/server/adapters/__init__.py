@@ -1,0 +1,1 @@
+"""Adapters at run time: where they may come from, loading them, keeping that for the next start."""

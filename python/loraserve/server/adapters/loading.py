@@ -1,0 +1,212 @@
+"""Loads an adapter at run time, step by step, telling how far it is; what changes is kept for the next start.
+
+download (Hub only) → check → pin or warm, where asked for; what fails leaves nothing registered
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from loraserve.adapters.source import AdapterSource
+from loraserve.errors import AdapterNotFoundError, LoraserveError, StateError
+from loraserve.server.observe.logs import log_event
+from loraserve.settings.entries import AdapterSettings
+
+if TYPE_CHECKING:
+    from loraserve._core import Receipt
+    from loraserve.adapters.manifest import AdapterManifest
+    from loraserve.async_engine import AsyncEngine
+    from loraserve.server.adapters.sources import AdapterSources
+    from loraserve.server.adapters.state import AdapterState
+
+
+@dataclass(frozen=True)
+class LoadProgress:
+    """Bytes are of the download; None where they are not known."""
+
+    stage: Literal["downloading", "checking", "warming"]
+    done_bytes: int | None = None
+    total_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadRequest:
+    name: str
+    source: AdapterSource
+    token: str | None = None
+    is_pinned: bool = False
+    is_warm: bool = False
+    replaces: bool = False
+    manifest: AdapterManifest | None = None
+
+
+logger = logging.getLogger(__name__)
+
+OnLoadProgress: TypeAlias = Callable[[LoadProgress], None]
+
+
+async def load_adapter(
+    engine: AsyncEngine,
+    sources: AdapterSources | None,
+    request: LoadRequest,
+    on_progress: OnLoadProgress,
+    *,
+    by: str | None,
+    kept: AdapterState | None = None,
+) -> Receipt:
+    """Registers the adapter; `on_progress` is called on the loop, `by` names the key that asks.
+
+    A caller who is cancelled ends the download; what has come further goes on, so that what is served is
+    what is kept. With no `sources`, paths are taken as they are.
+
+    Raises:
+        PermissionDeniedError: the source is not allowed.
+        InvalidRequestError, AdapterFormatError, AdapterUnavailableError, CapacityError: it can't be served.
+        StateError: it is served, but not by the next start.
+    """
+    fetched = asyncio.Event()
+    loading = asyncio.create_task(_load_and_keep(engine, sources, request, on_progress, by, kept, fetched))
+    loading.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody may be left to ask
+    try:
+        return await asyncio.shield(loading)
+    except asyncio.CancelledError:
+        if not fetched.is_set():
+            loading.cancel()
+        raise
+
+
+async def unload_adapter(
+    engine: AsyncEngine, name: str, *, by: str | None, kept: AdapterState | None = None
+) -> None:
+    """One that could not be loaded at start is unloaded as well: the next start does not try it.
+
+    Raises:
+        AdapterNotFoundError: no adapter has this name.
+        StateError: it is unloaded, but the next start loads it again.
+    """
+    try:
+        await engine.unload_adapter(name)
+    except AdapterNotFoundError:
+        if kept is None or name not in kept.restored():
+            raise
+    log_event(logger, "adapter unloaded", adapter=name, by=by)
+    if kept is not None:
+        await kept.forget(name)
+
+
+async def pin_adapter(
+    engine: AsyncEngine, name: str, is_pinned: bool, *, by: str | None, kept: AdapterState | None = None
+) -> None:
+    """Raises what `warm_adapter` does where it can't be pinned, StateError where the next start doesn't."""
+    await engine.pin_adapter(name, is_pinned)
+    log_event(logger, "adapter pinned" if is_pinned else "adapter unpinned", adapter=name, by=by)
+    if kept is not None:
+        await kept.set_pinned(name, is_pinned)
+
+
+async def warm_adapter(engine: AsyncEngine, name: str, *, by: str | None) -> float:
+    """The seconds it took. Raises AdapterNotFoundError, AdapterUnavailableError, CapacityError."""
+    seconds = await engine.warm_adapter(name)
+    log_event(logger, "adapter warm", adapter=name, seconds=round(seconds, 3), by=by)
+    return seconds
+
+
+@contextmanager
+def logged_load(name: str, source: str, by: str | None) -> Iterator[None]:
+    """Logs how a load ends, whoever else is told."""
+    log_event(logger, "adapter loading", adapter=name, source=source, by=by)
+    failed = "adapter not loaded"
+    try:
+        yield
+    except LoraserveError as error:
+        kind, reason = type(error).__name__, str(error)
+        level = logging.WARNING
+        log_event(logger, failed, level=level, adapter=name, by=by, error=kind, reason=reason)
+        raise
+    except asyncio.CancelledError:
+        log_event(logger, failed, adapter=name, by=by, reason="the client left")
+        raise
+    except Exception:
+        log_event(logger, failed, level=logging.ERROR, exc_info=True, adapter=name, by=by)
+        raise
+    log_event(logger, "adapter loaded", adapter=name, source=source, by=by)
+
+
+async def _load_and_keep(
+    engine: AsyncEngine,
+    sources: AdapterSources | None,
+    request: LoadRequest,
+    on_progress: OnLoadProgress,
+    by: str | None,
+    kept: AdapterState | None,
+    fetched: asyncio.Event,
+) -> Receipt:
+    with logged_load(request.name, str(request.source), by):
+        if kept is not None:
+            kept.check_room(request.name)
+        path = await _fetch(sources, request, on_progress)
+        fetched.set()
+        try:
+            receipt = await _register(engine, request, path, on_progress)
+        except Exception:
+            with suppress(StateError):  # it is logged, and what failed first is told
+                await _keep(engine, request, path, kept)
+            raise
+    await _keep(engine, request, path, kept)
+    return receipt
+
+
+async def _register(
+    engine: AsyncEngine, request: LoadRequest, path: str, on_progress: OnLoadProgress
+) -> Receipt:
+    on_progress(LoadProgress("checking"))
+    was_registered = any(adapter.name == request.name for adapter in engine.adapters())
+    receipt = await engine.load_adapter(request.name, path, request.manifest, replace=request.replaces)
+    if not (request.is_pinned or request.is_warm):
+        return receipt
+    on_progress(LoadProgress("warming"))
+    try:
+        await engine.warm_adapter(request.name)
+        if request.is_pinned:
+            await engine.pin_adapter(request.name, True)
+    except Exception:
+        if not was_registered:
+            await engine.unload_adapter(request.name)
+        raise
+    return receipt
+
+
+async def _keep(engine: AsyncEngine, request: LoadRequest, path: str, kept: AdapterState | None) -> None:
+    """Keeps the adapter as it is served now; who has replaced or unloaded it meanwhile keeps that."""
+    if kept is None:
+        return
+    for adapter in engine.adapters():
+        if adapter.name == request.name and adapter.path == os.path.abspath(path):
+            is_hub = request.source.kind == "hub"
+            settings = AdapterSettings(
+                path=None if is_hub else adapter.path,
+                repo=request.source.location if is_hub else None,
+                revision=request.source.revision,
+                pin=adapter.is_pinned,
+                manifest=None if request.manifest is None else request.manifest.to_fields(),
+            )
+            await kept.keep(request.name, settings)
+
+
+async def _fetch(sources: AdapterSources | None, request: LoadRequest, on_progress: OnLoadProgress) -> str:
+    if sources is None:
+        return request.source.location
+    loop = asyncio.get_running_loop()
+
+    def on_bytes(done: int, total: int | None) -> None:
+        loop.call_soon_threadsafe(on_progress, LoadProgress("downloading", done, total))
+
+    if request.source.kind == "hub":
+        on_progress(LoadProgress("downloading"))
+    return str(await sources.resolve(request.source, request.token, on_bytes))

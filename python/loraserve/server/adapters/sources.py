@@ -1,0 +1,109 @@
+"""Which adapter sources a running server reads: directories under its roots, and allowed Hub repositories."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from loraserve.adapters.hub import ADAPTER_FILES, download_adapter
+from loraserve.adapters.source import AdapterSource, parse_source
+from loraserve.errors import AdapterFormatError, InvalidRequestError, PermissionDeniedError
+from loraserve.loader.hub import OnProgress
+
+
+class AdapterSources:
+    """Resolves what administrators ask to load at run time; what the operator configured is not limited.
+
+    Args:
+        roots: directories under which adapters may lie; with none, no path may be loaded.
+        hub_repos: patterns of Hub repositories that may be fetched; with none, nothing is.
+    """
+
+    def __init__(self, roots: Sequence[str | Path] = (), hub_repos: Sequence[str] = ()) -> None:
+        self._roots = tuple(Path(root).expanduser().resolve() for root in roots)
+        self._hub_repos = tuple(hub_repos)
+
+    def find(self, text: str, revision: str | None = None) -> AdapterSource:
+        """What a request means by a source.
+
+        "hf://owner/name" is on the Hub; "/path", "./path" and "~/path" are directories. A name, or
+        owner/name, is a directory where one of that name lies under a root, else a repository of the Hub.
+
+        Raises InvalidRequestError: a directory has a revision.
+        """
+        if revision is None and self._below_roots(text) is not None:
+            return AdapterSource("local", text)
+        source = parse_source(text, revision)
+        if source.kind == "local" or source.location != text:
+            return source
+        return replace(source, sought=f"no directory {text!r} lies under {self._described_roots()}")
+
+    async def resolve(
+        self, source: AdapterSource, token: str | None = None, on_progress: OnProgress | None = None
+    ) -> Path:
+        """The adapter's directory, fetched if it is on the Hub; disk and network are used off the loop.
+
+        Raises:
+            PermissionDeniedError: the source is not one of those allowed.
+            AdapterFormatError: there is no adapter.
+        """
+        return await asyncio.to_thread(self.fetch, source, token, on_progress)
+
+    def fetch(
+        self, source: AdapterSource, token: str | None = None, on_progress: OnProgress | None = None
+    ) -> Path:
+        """As `resolve`, on the calling thread."""
+        if source.kind == "local":
+            return self.check_path(source.location)
+        try:
+            self._check_repo(source.location)
+            return download_adapter(source.location, source.revision, token, on_progress)
+        except (PermissionDeniedError, AdapterFormatError) as error:
+            if source.sought is None:
+                raise
+            raise type(error)(f"{source.sought}; {error}") from error
+
+    def check_path(self, path: str) -> Path:
+        """The directory with all symbolic links resolved, its files and itself within the roots."""
+        if "\0" in path:
+            raise InvalidRequestError("adapter path contains a zero byte")
+        try:
+            directory = (self._below_roots(path) or Path(path).expanduser()).resolve()
+            files = [(directory / name).resolve() for name in ADAPTER_FILES]
+        except (OSError, RuntimeError) as error:
+            raise AdapterFormatError(f"adapter path {path!r} can't be followed: {error}") from None
+        for resolved in (directory, *files):
+            if not any(resolved.is_relative_to(root) for root in self._roots):
+                raise PermissionDeniedError(
+                    f"adapter path {path!r} is not under {self._described_roots()}, "
+                    "start the server with --adapter-root DIRECTORY"
+                )
+        return directory
+
+    def _below_roots(self, path: str) -> Path | None:
+        """The directory that a relative path means from one of the roots."""
+        if "\0" in path or not Path(path).parts or path.startswith("~"):
+            return None
+        places = [root / path for root in self._roots if not Path(path).is_absolute()]
+        return next((place for place in places if _is_directory(place)), None)
+
+    def _described_roots(self) -> str:
+        if not self._roots:
+            return "an adapter root: there is none"
+        return f"an adapter root ({', '.join(map(str, self._roots))})"
+
+    def _check_repo(self, repo_id: str) -> None:
+        if not any(fnmatchcase(repo_id, pattern) for pattern in self._hub_repos):
+            raise PermissionDeniedError(
+                f"Hub repository {repo_id!r} is not allowed, start the server with --hub-repo PATTERN"
+            )
+
+
+def _is_directory(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name too long
+        return False

@@ -1,0 +1,251 @@
+"""`AdapterState`: adapters added at run time, kept in one file of `--state-dir` for the next start.
+
+What the configuration names is never in it: that is loaded as configured at every start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import logging
+import os
+import stat
+import threading
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from loraserve.errors import CapacityError, StateError
+from loraserve.server.observe.logs import log_event
+from loraserve.settings.entries import AdapterSettings
+from loraserve.settings.errors import problems
+
+FILE_NAME = "adapters.json"
+LOCK_NAME = "lock"
+FORMAT = "loraserve adapters"
+VERSION = 1
+MAX_ADAPTERS = 2**16
+MAX_FILE_NBYTES = 64 * 2**20
+
+logger = logging.getLogger(__name__)
+
+
+class _Content(BaseModel):
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    format: str
+    version: int
+    adapters: dict[str, AdapterSettings]
+
+
+class AdapterState:
+    """The adapters that were added at run time; this process's alone until `close`.
+
+    Changes are made on the event loop, in order, and written on threads: the newest that is asked for lasts.
+
+    Args:
+        directory: made where it is not there.
+        configured: names that the configuration gives; changes to them are not kept.
+
+    Raises:
+        StateError: the directory can't be written, another server has it, or its file is not ours to read.
+    """
+
+    def __init__(self, directory: Path, configured: Collection[str] = ()) -> None:
+        self._directory = directory.expanduser().absolute()
+        self.path = self._directory / FILE_NAME
+        self.configured = frozenset(configured)
+        self._write_lock = threading.Lock()
+        self._turn = self._written_turn = 0
+        self._lock_file = _locked(self._directory)
+        try:
+            self._adapters = _read(self.path)
+            _check_writable(self._directory)
+        except BaseException:
+            os.close(self._lock_file)
+            raise
+
+    @property
+    def adapters(self) -> Mapping[str, AdapterSettings]:
+        """All that is kept, those that could not be loaded at this start as well."""
+        return MappingProxyType(self._adapters)
+
+    def restored(self) -> dict[str, AdapterSettings]:
+        """What a start loads beside what is configured."""
+        return {name: kept for name, kept in self._adapters.items() if name not in self.configured}
+
+    def check_room(self, name: str) -> None:
+        """Raises CapacityError: there are too many to keep one more."""
+        if name not in self._adapters and len(self._adapters) >= MAX_ADAPTERS:
+            raise CapacityError(
+                f"{self.path} keeps {len(self._adapters)} adapters, the limit is {MAX_ADAPTERS}, unload some"
+            )
+
+    async def keep(self, name: str, adapter: AdapterSettings) -> None:
+        """Raises StateError: the file can't be written; the next change or `close` tries again."""
+        if self._is_kept_elsewhere(name) or (self._adapters.get(name) == adapter and not self._is_behind):
+            return
+        self._adapters[name] = adapter
+        await self._save(name)
+
+    async def set_pinned(self, name: str, is_pinned: bool) -> None:
+        """Raises as `keep` does; a name that is not kept is left alone."""
+        kept = self._adapters.get(name)
+        if kept is not None:
+            await self.keep(name, kept.model_copy(update={"pin": is_pinned}))
+
+    async def forget(self, name: str) -> None:
+        """Raises as `keep` does; a name that is not kept is left alone."""
+        if not self._is_kept_elsewhere(name) and self._adapters.pop(name, None) is not None:
+            await self._save(name)
+
+    def close(self) -> None:
+        """Writes what could not be written before, and lets others have the directory."""
+        try:
+            if self._is_behind:
+                self._write(self._turn, dict(self._adapters))
+        except StateError as error:
+            log_event(logger, "adapters not kept", level=logging.ERROR, reason=str(error))
+        finally:
+            os.close(self._lock_file)
+
+    @property
+    def _is_behind(self) -> bool:
+        return self._written_turn < self._turn
+
+    def _is_kept_elsewhere(self, name: str) -> bool:
+        if name in self.configured:
+            reason = "the configuration names it, and the next start loads what that says"
+            log_event(logger, "change not kept", level=logging.WARNING, adapter=name, reason=reason)
+        return name in self.configured
+
+    async def _save(self, name: str) -> None:
+        self._turn += 1
+        try:
+            await asyncio.to_thread(self._write, self._turn, dict(self._adapters))
+        except StateError as error:
+            reason = str(error)
+            log_event(logger, "adapter not kept", level=logging.ERROR, adapter=name, reason=reason)
+            raise StateError(f"adapter {name!r} is changed, but not for the next start: {reason}") from error
+
+    def _write(self, turn: int, adapters: dict[str, AdapterSettings]) -> None:
+        """Replaces the file in one step; what is older than what it holds already is left out."""
+        with self._write_lock:
+            if turn <= self._written_turn:
+                return
+            data = _encoded(adapters)
+            if len(data) > MAX_FILE_NBYTES:
+                raise StateError(
+                    f"{self.path} would have {len(data)} bytes, the limit is {MAX_FILE_NBYTES}: unload "
+                    "adapters with large manifests"
+                )
+            try:
+                _replace(self.path, data)
+            except OSError as error:
+                raise StateError(
+                    f"{self.path} can't be written: {error.strerror}; mend that, the next change writes all"
+                ) from error
+            self._written_turn = turn
+
+
+def _locked(directory: Path) -> int:
+    """The open lock file; whoever has it is the only server of this directory."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock_file = os.open(directory / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise _not_usable(directory, error) from error
+    try:
+        fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock_file)
+        if not isinstance(error, BlockingIOError):
+            raise _not_usable(directory, error) from error
+        raise StateError(
+            f"state directory {directory} is another server's, give each its own with --state-dir"
+        ) from None
+    return lock_file
+
+
+def _check_writable(directory: Path) -> None:
+    probe = _temporary(directory / FILE_NAME)
+    try:
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise _not_usable(directory, error) from error
+
+
+def _not_usable(directory: Path, error: OSError) -> StateError:
+    return StateError(
+        f"state directory {directory} can't be used: {error.strerror}, "
+        "choose one that can be written with --state-dir"
+    )
+
+
+def _read(path: Path) -> dict[str, AdapterSettings]:
+    """What the file holds, nothing if it is not there. Raises StateError."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise _damaged(path, "is not a file")
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_NBYTES + 1)
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise _damaged(path, f"can't be read: {error.strerror}") from error
+    if len(data) > MAX_FILE_NBYTES:
+        raise _damaged(path, f"has more than {MAX_FILE_NBYTES} bytes, the limit")
+    try:
+        value: Any = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"is damaged, it is not JSON: {error}") from None
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise _damaged(path, f"is not loraserve's, its format is not {FORMAT!r}")
+    if value.get("version") != VERSION:
+        version = repr(value.get("version"))[:40]
+        raise _damaged(path, f"has version {version}, this loraserve reads version {VERSION}")
+    try:
+        adapters = _Content.model_validate(value).adapters
+    except ValidationError as error:
+        raise _damaged(path, f"is damaged: {problems(error)}") from None
+    if len(adapters) > MAX_ADAPTERS:
+        raise _damaged(path, f"keeps {len(adapters)} adapters, the limit is {MAX_ADAPTERS}")
+    return adapters
+
+
+def _damaged(path: Path, what: str) -> StateError:
+    return StateError(
+        f"{path} {what}; mend it, move it away to start without the adapters it keeps, "
+        "or choose another directory with --state-dir"
+    )
+
+
+def _encoded(adapters: Mapping[str, AdapterSettings]) -> bytes:
+    kept = {name: adapter.model_dump(exclude_defaults=True) for name, adapter in adapters.items()}
+    return json.dumps({"format": FORMAT, "version": VERSION, "adapters": kept}, indent=1).encode()
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """After a crash the file is the old one or the new one."""
+    temporary = _temporary(path)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with open(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(descriptor)
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _temporary(path: Path) -> Path:
+    """The lock lets only one process write it."""
+    return path.with_name(f"{path.name}.new")

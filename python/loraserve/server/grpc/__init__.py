@@ -1,0 +1,1 @@
+"""The gRPC front end: the LoraServe service."""

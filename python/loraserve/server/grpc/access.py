@@ -1,0 +1,171 @@
+"""Keys on gRPC: the same checks as on HTTP, before a call reaches the service.
+
+Metadata carries `authorization: Bearer KEY`. Health and reflection need no key. Of the service, what `_RULES`
+does not name needs an administrator, so that a new method is never open by accident.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, TypeAlias
+from urllib.parse import unquote
+
+import grpc
+
+from loraserve.errors import LoraserveError, OverloadedError
+from loraserve.request import AdapterSpec
+from loraserve.server.access.disclosure import shown_adapter_message, shown_info_message
+from loraserve.server.access.keys import PROXY_HEADERS, AccessControl, Caller
+from loraserve.server.observe.metrics import Metrics
+from loraserve.v1 import loraserve_pb2 as pb
+from loraserve.wire.errors import error_metadata, status_code, status_message
+
+if TYPE_CHECKING:
+    Context: TypeAlias = grpc.aio.ServicerContext[object, object]
+
+SERVICE_PREFIX = f"/{pb.DESCRIPTOR.services_by_name['LoraServe'].full_name}/"
+GRPC_ROUTE = "grpc"
+
+_CALLER: ContextVar[Caller | None] = ContextVar("caller", default=None)  # of the call this task answers
+
+Handler: TypeAlias = Callable[[Any, Any], Awaitable[Any]]
+Rule: TypeAlias = "Callable[[AccessInterceptor, Handler, Any, Context, Caller], Awaitable[Any]]"
+
+
+class AccessInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Authenticates every call of the LoraServe service and checks what it asks for.
+
+    Args:
+        access: who may do what.
+        metrics: told of refused requests.
+        request_timeout_s: deadline of every request that has no shorter one; None leaves it to the request.
+    """
+
+    def __init__(
+        self,
+        access: AccessControl,
+        metrics: Metrics,
+        *,
+        request_timeout_s: float | None = None,
+    ) -> None:
+        self._access = access
+        self._metrics = metrics
+        self._request_timeout_s = request_timeout_s
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or not method.startswith(SERVICE_PREFIX):
+            return handler
+        rule = _RULES.get(method.removeprefix(SERVICE_PREFIX), AccessInterceptor._administer)
+        if handler.response_streaming:
+            checked = self._checked(handler.unary_stream, rule)
+            return grpc.unary_stream_rpc_method_handler(
+                checked, handler.request_deserializer, handler.response_serializer
+            )
+        return grpc.unary_unary_rpc_method_handler(
+            self._checked(handler.unary_unary, rule),
+            handler.request_deserializer,
+            handler.response_serializer,
+        )
+
+    def _checked(self, handler: Handler, rule: Rule) -> Handler:
+        async def handle(message: Any, context: Context) -> Any:
+            try:
+                caller = self._access.authenticate(
+                    metadata_value(context, "authorization"), client_host=_client_host(context)
+                )
+            except LoraserveError as error:
+                await abort_with(context, error)
+            _CALLER.set(caller)
+            return await rule(self, handler, message, context, caller)
+
+        return handle
+
+    async def _generate(self, handler: Handler, message: Any, context: Context, caller: Caller) -> None:
+        adapter: AdapterSpec = message.adapter or dict(message.adapters) or None
+        async with AsyncExitStack() as admission:
+            try:
+                caller.check_use(adapter)
+                await admission.enter_async_context(caller.admit())
+            except LoraserveError as error:
+                is_busy = isinstance(error, OverloadedError)
+                record = self._metrics.request_started(GRPC_ROUTE, adapter, key=caller.name)
+                record.finished("overloaded" if is_busy else "refused")
+                await abort_with(context, error)
+            if self._request_timeout_s is not None:
+                given = message.deadline_s if message.HasField("deadline_s") else math.inf
+                message.deadline_s = min(given, self._request_timeout_s)
+            await handler(message, context)
+
+    async def _list(self, handler: Handler, message: Any, context: Context, caller: Caller) -> Any:
+        response = await handler(message, context)
+        if response is None:
+            return None
+        usable = [adapter for adapter in response.adapters if caller.may_use(adapter.name)]
+        return pb.ListAdaptersResponse(
+            adapters=[shown_adapter_message(adapter, caller) for adapter in usable]
+        )
+
+    async def _info(self, handler: Handler, message: Any, context: Context, caller: Caller) -> Any:
+        response = await handler(message, context)
+        return None if response is None else shown_info_message(response, caller)
+
+    async def _administer(self, handler: Handler, message: Any, context: Context, caller: Caller) -> Any:
+        try:
+            caller.require_admin()
+        except LoraserveError as error:
+            await abort_with(context, error)
+        return await handler(message, context)
+
+
+_RULES: dict[str, Rule] = {
+    "Generate": AccessInterceptor._generate,
+    "ListAdapters": AccessInterceptor._list,
+    "GetServerInfo": AccessInterceptor._info,
+}
+
+
+async def abort_with(context: Context, error: LoraserveError) -> None:
+    """Ends the call with the error's status and text, and the rest of it in the trailing metadata."""
+    await context.abort(status_code(error), status_message(error), error_metadata(error))
+
+
+def current_caller() -> Caller | None:
+    """Whose call this task answers; None on a server that checks none."""
+    return _CALLER.get()
+
+
+def caller_name() -> str | None:
+    """The name of the caller's key; None on a server that checks none."""
+    caller = current_caller()
+    return None if caller is None else caller.name
+
+
+def host_of_peer(peer: str) -> str:
+    """The IP address of "ipv4:1.2.3.4:5" or "ipv6:[::1]:5", the bracket written as %5B; else ""."""
+    kind, _, address = peer.partition(":")
+    if kind not in ("ipv4", "ipv6"):
+        return ""
+    return unquote(address).rpartition(":")[0].strip("[]")
+
+
+def _client_host(context: Context) -> str:
+    """The caller's address; "" behind a proxy, which is not the caller."""
+    if any(metadata_value(context, name) is not None for name in PROXY_HEADERS):
+        return ""
+    return host_of_peer(context.peer())
+
+
+def metadata_value(context: Context, name: str) -> str | None:
+    for key, value in context.invocation_metadata() or ():
+        if key == name:
+            return value if isinstance(value, str) else value.decode("ascii", "replace")
+    return None

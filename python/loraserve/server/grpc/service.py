@@ -1,0 +1,289 @@
+"""The gRPC front end: the LoraServe service with health and reflection, on one listening port."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING, TypeAlias
+
+import grpc
+from google.protobuf.message import Message
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from loraserve.adapters.source import AdapterSource
+from loraserve.errors import EngineStoppedError, LoraserveError
+from loraserve.request import Delta
+from loraserve.server.access.disclosure import shown_error
+from loraserve.server.access.request_limits import RequestLimits
+from loraserve.server.adapters.loading import (
+    LoadRequest,
+    load_adapter,
+    pin_adapter,
+    unload_adapter,
+    warm_adapter,
+)
+from loraserve.server.adapters.sources import AdapterSources
+from loraserve.server.grpc.access import (
+    GRPC_ROUTE,
+    AccessInterceptor,
+    abort_with,
+    caller_name,
+    current_caller,
+    metadata_value,
+)
+from loraserve.server.listen import ListenError, check_can_listen, socket_address
+from loraserve.server.observe.logs import log_event
+from loraserve.server.observe.metrics import Metrics, RequestMetrics
+from loraserve.server.observe.outcomes import Answered, outcome_of
+from loraserve.v1 import loraserve_pb2 as pb
+from loraserve.v1 import loraserve_pb2_grpc as pb_grpc
+from loraserve.wire.errors import status_message
+from loraserve.wire.messages import (
+    adapters_to_wire,
+    check_known,
+    delta_to_wire,
+    info_to_wire,
+    receipt_to_wire,
+    request_from_wire,
+)
+
+if TYPE_CHECKING:
+    from loraserve.async_engine import AsyncEngine
+    from loraserve.server.adapters.state import AdapterState
+
+    Context: TypeAlias = grpc.aio.ServicerContext[object, object]
+
+logger = logging.getLogger(__name__)
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["LoraServe"].full_name
+MAX_MESSAGE_NBYTES = 16 * 2**20  # a prompt of some million tokens
+FLUSH_SECONDS = 2.0  # for last messages on their way to clients after the engine has stopped
+
+SERVER_OPTIONS = (
+    ("grpc.so_reuseport", 0),  # a second server on the same port must fail, not share its calls
+    ("grpc.max_send_message_length", 16 * 2**20),
+    ("grpc.keepalive_time_ms", 30_000),  # finds clients that vanished without closing the connection
+    ("grpc.keepalive_timeout_ms", 10_000),
+)
+
+
+class LoraServeServicer:
+    """Answers the LoraServe service from one engine; reports when that turns out to have stopped."""
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        on_engine_stopped: Callable[[], Awaitable[None]],
+        metrics: Metrics,
+        sources: AdapterSources | None,
+        limits: RequestLimits,
+        kept: AdapterState | None = None,
+    ) -> None:
+        self._engine = engine
+        self._sources = sources
+        self._kept = kept
+        self._limits = limits
+        self._on_engine_stopped = on_engine_stopped
+        self._metrics = metrics
+
+    async def Generate(self, message: pb.GenerateRequest, context: Context) -> None:  # noqa: N802
+        async with self._errors_answered(context, message):
+            with _recorded(self._metrics, message, metadata_value(context, "traceparent")) as call:
+                request, caller = request_from_wire(message), current_caller()
+                signed = request if caller is None else caller.sign(request)
+                (prepared,) = await self._limits.prepare(self._engine, [signed])
+                stream = await self._engine.submit(prepared)
+                call.submitted(len(stream.prompt_token_ids))
+                try:
+                    async for delta in stream:
+                        call.add(delta)
+                        await context.write(delta_to_wire(delta))
+                except LoraserveError as error:
+                    raise error if caller is None else shown_error(error, caller) from None
+                finally:
+                    # A cancelled call ends here too. Of a finished request, nothing is left to abort.
+                    stream.abort()
+
+    async def LoadAdapter(  # noqa: N802
+        self, message: pb.LoadAdapterRequest, context: Context
+    ) -> pb.LoadAdapterResponse | None:
+        async with self._errors_answered(context, message):
+            wanted = LoadRequest(
+                name=message.name, source=AdapterSource("local", message.path), replaces=message.replace
+            )
+            receipt = await load_adapter(
+                self._engine, self._sources, wanted, lambda _: None, by=caller_name(), kept=self._kept
+            )
+            return pb.LoadAdapterResponse(receipt=receipt_to_wire(receipt))
+        return None
+
+    async def UnloadAdapter(  # noqa: N802
+        self, message: pb.UnloadAdapterRequest, context: Context
+    ) -> pb.UnloadAdapterResponse | None:
+        async with self._errors_answered(context, message):
+            await unload_adapter(self._engine, message.name, by=caller_name(), kept=self._kept)
+            return pb.UnloadAdapterResponse()
+        return None
+
+    async def WarmAdapter(  # noqa: N802
+        self, message: pb.WarmAdapterRequest, context: Context
+    ) -> pb.WarmAdapterResponse | None:
+        async with self._errors_answered(context, message):
+            load_s = await warm_adapter(self._engine, message.name, by=caller_name())
+            return pb.WarmAdapterResponse(load_s=load_s)
+        return None
+
+    async def PinAdapter(  # noqa: N802
+        self, message: pb.PinAdapterRequest, context: Context
+    ) -> pb.PinAdapterResponse | None:
+        async with self._errors_answered(context, message):
+            await pin_adapter(
+                self._engine, message.name, message.is_pinned, by=caller_name(), kept=self._kept
+            )
+            return pb.PinAdapterResponse()
+        return None
+
+    async def ListAdapters(  # noqa: N802
+        self, message: pb.ListAdaptersRequest, context: Context
+    ) -> pb.ListAdaptersResponse | None:
+        async with self._errors_answered(context, message):
+            return adapters_to_wire(self._engine.adapters())
+        return None
+
+    async def GetServerInfo(  # noqa: N802
+        self, message: pb.GetServerInfoRequest, context: Context
+    ) -> pb.GetServerInfoResponse | None:
+        async with self._errors_answered(context, message):
+            return info_to_wire(self._engine.info())
+        return None
+
+    @asynccontextmanager
+    async def _errors_answered(self, context: Context, message: Message) -> AsyncIterator[None]:
+        """Turns an error of the body into the call's status; a cancelled call passes through."""
+        try:
+            check_known(message)
+            yield
+        except LoraserveError as error:
+            if isinstance(error, EngineStoppedError):
+                await self._on_engine_stopped()
+            name, text = type(error).__name__, status_message(error)
+            log_event(logger, "call refused", error=name, reason=text, key=caller_name())
+            await abort_with(context, error)
+        except Exception as error:
+            logger.exception("call failed")
+            text = f"internal error ({type(error).__name__}), the server's log has the details"
+            await context.abort(grpc.StatusCode.INTERNAL, text)
+
+
+class GrpcServer:
+    """A listening server over a ready engine; `start` it, then `stop` it once."""
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        host: str,
+        port: int,
+        *,
+        access: AccessInterceptor | None = None,
+        sources: AdapterSources | None = None,
+        metrics: Metrics | None = None,
+        credentials: grpc.ServerCredentials | None = None,
+        limits: RequestLimits | None = None,
+        max_message_nbytes: int = MAX_MESSAGE_NBYTES,
+        kept: AdapterState | None = None,
+    ) -> None:
+        """Binds the port; 0 takes a free one. Raises ListenError if the port can't be had.
+
+        Args:
+            engine: what answers; `stop` shuts it down.
+            host: address to listen on.
+            port: TCP port.
+            access: checks every call; None lets everybody do everything.
+            sources: where adapters may be loaded from; None lets them come from everywhere.
+            metrics: told of every request.
+            credentials: TLS; None serves plain text.
+            limits: what one request may ask; None takes the defaults.
+            max_message_nbytes: of a request's message; a larger one is refused with RESOURCE_EXHAUSTED.
+            kept: where changes of adapters are kept for the next start; None forgets them.
+        """
+        self._engine = engine
+        self._credentials = credentials
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        interceptors = () if access is None else (access,)
+        options = (*SERVER_OPTIONS, ("grpc.max_receive_message_length", max_message_nbytes))
+        self._server = grpc.aio.server(interceptors=interceptors, options=options)
+        stop_serving = self._health.enter_graceful_shutdown
+        servicer = LoraServeServicer(
+            engine, stop_serving, metrics or Metrics(), sources, limits or RequestLimits(), kept
+        )
+        pb_grpc.add_LoraServeServicer_to_server(servicer, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        services = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(services, self._server)
+        self.address = self._bind(host, port)
+
+    def _bind(self, host: str, port: int) -> str:
+        check_can_listen(host, port, "--grpc-port")  # its errors say more than those of gRPC
+        try:
+            if self._credentials is None:
+                bound = self._server.add_insecure_port(socket_address(host, port))
+            else:
+                bound = self._server.add_secure_port(socket_address(host, port), self._credentials)
+        except RuntimeError as error:
+            raise ListenError(f"can't listen on {socket_address(host, port)}: {error}") from error
+        return socket_address(host, bound)
+
+    async def start(self) -> None:
+        """Takes calls from here on; health answers SERVING."""
+        await self._health.set(SERVICE_NAME, health_pb2.HealthCheckResponse.SERVING)
+        await self._server.start()
+
+    async def stop(self, drain_s: float) -> None:
+        """Refuses new requests, lets running ones finish within `drain_s`, stops the engine, closes."""
+        await self._health.enter_graceful_shutdown()
+        await self._engine.shutdown(drain_s)
+        await self._server.stop(FLUSH_SECONDS)
+
+
+@contextmanager
+def _recorded(metrics: Metrics, message: pb.GenerateRequest, traceparent: str | None) -> Iterator[_Call]:
+    """Tells the metrics of a call and of how it ended."""
+    adapter = message.adapter or dict(message.adapters) or None
+    call = _Call(metrics.request_started(GRPC_ROUTE, adapter, key=caller_name(), traceparent=traceparent))
+    failure: BaseException | None = None
+    try:
+        yield call
+    except BaseException as error:
+        failure = error
+        raise
+    finally:
+        call.finished(failure)
+
+
+class _Call:
+    """One Generate call: what it has answered so far, and what the metrics are told of it."""
+
+    def __init__(self, record: RequestMetrics) -> None:
+        self._record = record
+        self._answered = Answered()
+        self._num_prompt_tokens = 0
+        self._cut: EngineStoppedError | None = None
+
+    def submitted(self, num_prompt_tokens: int) -> None:
+        self._num_prompt_tokens = num_prompt_tokens
+
+    def add(self, delta: Delta) -> None:
+        """An answer that is cut because the server stops is sent as such, and is no success."""
+        if delta.token_ids:
+            self._record.token(len(delta.token_ids))
+        try:
+            self._answered.add(delta)
+        except EngineStoppedError as error:
+            self._cut = error
+
+    def finished(self, error: BaseException | None) -> None:
+        outcome = outcome_of(error or self._cut, has_tokens=self._answered.has_tokens)
+        usage = self._answered.usage([self._num_prompt_tokens])
+        self._record.finished(outcome, usage, self._answered.timing)

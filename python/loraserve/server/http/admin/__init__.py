@@ -1,0 +1,1 @@
+"""Administration of adapters over HTTP."""

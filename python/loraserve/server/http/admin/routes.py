@@ -1,0 +1,239 @@
+"""Adapters at run time: list, load with progress, unload, pin, warm; also under vLLM's names."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import orjson
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import PlainTextResponse, Response, StreamingResponse
+
+from loraserve.engine.stats import AdapterInfo
+from loraserve.errors import AdapterNotFoundError
+from loraserve.server.access.keys import Caller
+from loraserve.server.adapters.loading import (
+    LoadProgress,
+    LoadRequest,
+    load_adapter,
+    pin_adapter,
+    unload_adapter,
+    warm_adapter,
+)
+from loraserve.server.adapters.sources import AdapterSources
+from loraserve.server.http import status
+from loraserve.server.http.admin.caller import admin_caller
+from loraserve.server.http.admin.schema import (
+    AdapterBody,
+    AdaptersBody,
+    FailedAdapterBody,
+    LoadBody,
+    PinBody,
+    ReceiptBody,
+    VllmLoadBody,
+    VllmUnloadBody,
+    WarmBody,
+)
+from loraserve.server.http.auth import current_caller
+from loraserve.server.http.errors import MAX_MESSAGE_CHARS, Family, error_body
+from loraserve.server.http.json_route import JsonRoute
+from loraserve.server.http.state import HttpState, http_state
+from loraserve.validation.printable import printable
+
+if TYPE_CHECKING:
+    from loraserve.adapters.manifest import AdapterManifest
+
+EVENT_STREAM = "text/event-stream"
+HEARTBEAT_S = 10.0  # a comment so often keeps proxies from cutting a long load
+
+VLLM_SUCCESS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/plain": {}}, "description": "Done."},
+}
+
+State = Annotated[HttpState, Depends(http_state)]
+AnyCaller = Annotated[Caller, Depends(current_caller)]
+Admin = Annotated[Caller, Depends(admin_caller)]
+
+router = APIRouter(route_class=JsonRoute, tags=["administration"])
+router.include_router(status.router)
+
+
+@router.get("/adapters")
+async def list_adapters(state: State, caller: AnyCaller) -> AdaptersBody:
+    """All adapters the caller may use, by name, and those of them that the server started without."""
+    adapters = sorted(state.engine.adapters(), key=lambda adapter: adapter.name)
+    return AdaptersBody(
+        adapters=[_adapter_body(adapter, caller) for adapter in adapters if caller.may_use(adapter.name)],
+        failed=[
+            FailedAdapterBody(
+                name=failure.name,
+                source=failure.source if caller.is_admin else None,
+                error=printable(str(failure.error), MAX_MESSAGE_CHARS) if caller.is_admin else None,
+            )
+            for failure in state.missing_adapters()
+            if caller.may_use(failure.name)
+        ],
+    )
+
+
+@router.post(
+    "/adapters",
+    status_code=201,
+    responses={201: {"model": AdapterBody, "content": {EVENT_STREAM: {}}, "description": "Loaded."}},
+)
+async def load(body: LoadBody, request: Request, state: State, caller: Admin) -> Response:
+    """Load an adapter; with `Accept: text/event-stream` the answer tells the progress.
+
+    Events are `progress` {stage, done_bytes, total_bytes}, at the end `loaded` with the adapter, or `error`.
+    """
+    source = _sources(state).find(body.source, body.revision)
+    wanted = LoadRequest(
+        name=body.name,
+        source=source,
+        token=body.token,
+        is_pinned=body.pin,
+        is_warm=body.warm,
+        manifest=_manifest(body),
+    )
+    if EVENT_STREAM in request.headers.get("accept", ""):
+        return StreamingResponse(
+            _load_events(state, wanted, caller),
+            media_type=EVENT_STREAM,
+            headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+        )
+    await load_adapter(state.engine, _sources(state), wanted, lambda _: None, by=caller.name, kept=state.kept)
+    return _json(_find(state, body.name, caller), 201)
+
+
+@router.get("/adapters/{name}")
+async def show(name: str, state: State, caller: AnyCaller) -> AdapterBody:
+    caller.check_use(name)
+    return _find(state, name, caller)
+
+
+@router.delete("/adapters/{name}", status_code=204)
+async def unload(name: str, state: State, caller: Admin) -> None:
+    """Refuse new requests for the adapter; running ones finish, then its memory is free."""
+    await unload_adapter(state.engine, name, by=caller.name, kept=state.kept)
+
+
+@router.put("/adapters/{name}/pin")
+async def pin(name: str, body: PinBody, state: State, caller: Admin) -> AdapterBody:
+    """Keep the adapter in the memory pool, or no longer."""
+    await pin_adapter(state.engine, name, body.pinned, by=caller.name, kept=state.kept)
+    return _find(state, name, caller)
+
+
+@router.post("/adapters/{name}/warm")
+async def warm(name: str, state: State, caller: Admin) -> WarmBody:
+    """Load the adapter into the memory pool now, ahead of its first request."""
+    return WarmBody(seconds=await warm_adapter(state.engine, name, by=caller.name))
+
+
+@router.post("/v1/load_lora_adapter", responses=VLLM_SUCCESS)
+async def vllm_load(body: VllmLoadBody, state: State, caller: Admin) -> Response:
+    """vLLM's way to load an adapter."""
+    source = _sources(state).find(body.lora_path)
+    wanted = LoadRequest(name=body.lora_name, source=source, replaces=body.load_inplace)
+    await load_adapter(state.engine, _sources(state), wanted, lambda _: None, by=caller.name, kept=state.kept)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+
+@router.post("/v1/unload_lora_adapter", responses=VLLM_SUCCESS)
+async def vllm_unload(body: VllmUnloadBody, state: State, caller: Admin) -> Response:
+    """vLLM's way to unload an adapter."""
+    await unload_adapter(state.engine, body.lora_name, by=caller.name, kept=state.kept)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+async def _load_events(state: HttpState, wanted: LoadRequest, caller: Caller) -> AsyncIterator[bytes]:
+    """Server-sent events of a load; a client that leaves ends the download, what has come further goes on."""
+    progress: asyncio.Queue[LoadProgress | None] = asyncio.Queue()
+    loading = asyncio.create_task(
+        load_adapter(
+            state.engine, _sources(state), wanted, progress.put_nowait, by=caller.name, kept=state.kept
+        )
+    )
+    loading.add_done_callback(lambda _: progress.put_nowait(None))
+    try:
+        while True:
+            try:
+                step = await asyncio.wait_for(progress.get(), HEARTBEAT_S)
+            except TimeoutError:
+                yield b": loading\n\n"
+                continue
+            if step is None:
+                break
+            yield _event("progress", asdict(step))
+        await loading
+        yield _event("loaded", _find(state, wanted.name, caller).model_dump())
+    except Exception as error:
+        yield _event("error", error_body(error, Family.PLAIN))
+    finally:
+        loading.cancel()
+
+
+def _event(name: str, data: Any) -> bytes:
+    return b"event: " + name.encode() + b"\ndata: " + orjson.dumps(data) + b"\n\n"
+
+
+def _manifest(body: LoadBody) -> AdapterManifest | None:
+    """Raises AdapterFormatError: a field is unknown, or not what it must be."""
+    if body.manifest is None:
+        return None
+    from loraserve.adapters.manifest import AdapterManifest  # noqa: PLC0415 (imports jinja2)
+
+    return AdapterManifest.from_fields(body.manifest, f"manifest of adapter {body.name!r}")
+
+
+def _json(body: AdapterBody, status_code: int) -> Response:
+    return Response(orjson.dumps(body.model_dump()), status_code, media_type="application/json")
+
+
+def _sources(state: HttpState) -> AdapterSources:
+    return state.sources or AdapterSources()
+
+
+def _find(state: HttpState, name: str, caller: Caller) -> AdapterBody:
+    for adapter in state.engine.adapters():
+        if adapter.name == name:
+            return _adapter_body(adapter, caller)
+    raise AdapterNotFoundError(f"adapter {name!r} is not registered")
+
+
+def _adapter_body(adapter: AdapterInfo, caller: Caller) -> AdapterBody:
+    receipt = adapter.receipt
+    load: dict[str, Any] = {
+        "state": adapter.state,
+        "pinned": adapter.is_pinned,
+        "num_running": adapter.num_running,
+        "num_waiting": adapter.num_waiting,
+        "requests": adapter.usage.num_requests,
+        "tokens": adapter.usage.num_completion_tokens,
+        "loads": adapter.num_loads,
+        "evictions": adapter.num_evictions,
+        "last_load_s": adapter.last_load_s,
+    }
+    return AdapterBody(
+        name=adapter.name,
+        path=adapter.path if caller.sees_paths else None,
+        rank=receipt.rank,
+        nbytes=receipt.nbytes,
+        description=adapter.description,
+        receipt=ReceiptBody(
+            tensors=receipt.tensors,
+            modules=receipt.modules,
+            layers=receipt.layers,
+            rank=receipt.rank,
+            ranks=receipt.ranks,
+            nbytes=receipt.nbytes,
+            hash=receipt.hash,
+            base_check=receipt.base_check,
+            base_model=receipt.base_model if caller.sees_paths else None,
+            base_copies=receipt.base_copies,
+            not_used=receipt.not_used if caller.sees_paths else [],
+        ),
+        **(load if caller.sees_load else dict.fromkeys(load)),
+    )

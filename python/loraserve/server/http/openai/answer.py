@@ -1,0 +1,206 @@
+"""Completions and chat completions as OpenAI words them, whole and as a stream of chunks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from loraserve._core import __version__
+from loraserve.request import Completion, Delta, TokenLogprob, Usage
+from loraserve.server.http.answer import DONE
+from loraserve.server.http.generation import Generation
+from loraserve.server.http.openai.logprobs import chat_logprobs, completion_logprobs
+from loraserve.server.http.token_texts import TokenTexts
+
+SYSTEM_FINGERPRINT = f"loraserve-{__version__}"  # text_generation's client wants a string
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerHead:
+    """What every chunk and every body repeats, and what the client asked to see."""
+
+    id: str
+    model: str
+    num_answers: int
+    wants_logprobs: bool
+    wants_usage: bool
+    texts: TokenTexts
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def fields(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": SYSTEM_FINGERPRINT,
+        }
+
+
+class WholeChat:
+    """`chat.completion`."""
+
+    def __init__(self, head: AnswerHead) -> None:
+        self._head = head
+
+    def body(self, generation: Generation, answers: Sequence[Sequence[Completion]]) -> dict[str, Any]:
+        choices = [self._choice(index, answer) for index, answer in enumerate(answers[0])]
+        return {
+            **self._head.fields("chat.completion"),
+            "choices": choices,
+            "usage": usage_body(generation.usage),
+        }
+
+    def _choice(self, index: int, answer: Completion) -> dict[str, Any]:
+        logprobs = (
+            chat_logprobs(answer.logprobs or [], self._head.texts) if self._head.wants_logprobs else None
+        )
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": answer.text, "refusal": None},
+            "logprobs": logprobs,
+            "finish_reason": answer.finish_reason,
+        }
+
+
+class WholeCompletion:
+    """`text_completion`; of the answers to a prompt, the likeliest `num_answers` are sent."""
+
+    def __init__(self, head: AnswerHead, echoes: Sequence[str]) -> None:
+        self._head = head
+        self._echoes = echoes
+
+    def body(self, generation: Generation, answers: Sequence[Sequence[Completion]]) -> dict[str, Any]:
+        chosen = [
+            (echo, answer)
+            for echo, of_prompt in zip(self._echoes, answers, strict=True)
+            for answer in likeliest(of_prompt, self._head.num_answers)
+        ]
+        return {
+            **self._head.fields("text_completion"),
+            "choices": [self._choice(index, echo, answer) for index, (echo, answer) in enumerate(chosen)],
+            "usage": usage_body(generation.usage),
+        }
+
+    def _choice(self, index: int, echo: str, answer: Completion) -> dict[str, Any]:
+        logprobs = None
+        if self._head.wants_logprobs:
+            logprobs = completion_logprobs(answer.logprobs or [], self._head.texts, len(echo))
+        return {
+            "index": index,
+            "text": echo + answer.text,
+            "logprobs": logprobs,
+            "finish_reason": answer.finish_reason,
+        }
+
+
+class ChunkWriter:
+    """What both streams share: chunks are put together from bytes, only texts are encoded."""
+
+    kind = ""
+
+    def __init__(self, head: AnswerHead) -> None:
+        self._head = head
+        start = orjson.dumps(head.fields(self.kind))[:-1]
+        self._start = b"data: " + start + b',"choices":[{"index":'
+        self._end = b',"usage":null}\n\n' if head.wants_usage else b"}\n\n"
+
+    def last(self, generation: Generation) -> bytes:
+        if not self._head.wants_usage:
+            return DONE
+        fields = {**self._head.fields(self.kind), "choices": [], "usage": usage_body(generation.usage)}
+        return b"data: " + orjson.dumps(fields) + b"\n\n" + DONE
+
+    def error(self, body: Mapping[str, Any]) -> bytes:
+        return b"data: " + orjson.dumps(body) + b"\n\n" + DONE
+
+    def _chunk(self, index: int, content: bytes, logprobs: bytes, finish: str | None) -> bytes:
+        reason = b"null" if finish is None else b'"' + finish.encode() + b'"'
+        return b'%b%d,%b,%b"finish_reason":%b}]%b' % (
+            self._start,
+            index,
+            content,
+            logprobs,
+            reason,
+            self._end,
+        )
+
+
+class ChatChunks(ChunkWriter):
+    """`chat.completion.chunk`."""
+
+    kind = "chat.completion.chunk"
+
+    def first(self, generation: Generation) -> bytes:
+        role = b'"delta":{"role":"assistant","content":""}'
+        return b"".join(self._chunk(index, role, b"", None) for index in range(self._head.num_answers))
+
+    def delta(self, prompt: int, delta: Delta) -> bytes:
+        logprobs = b""
+        if self._head.wants_logprobs and delta.logprobs:
+            logprobs = b'"logprobs":' + orjson.dumps(chat_logprobs(delta.logprobs, self._head.texts)) + b","
+        if not (delta.text or logprobs or delta.finish_reason):
+            return b""
+        content = b'"delta":{"content":' + orjson.dumps(delta.text) + b"}" if delta.text else b'"delta":{}'
+        return self._chunk(delta.index, content, logprobs, delta.finish_reason)
+
+
+class CompletionChunks(ChunkWriter):
+    """`text_completion` chunks; answer i of prompt p is choice p * n + i."""
+
+    kind = "text_completion"
+
+    def __init__(self, head: AnswerHead, echoes: Sequence[str]) -> None:
+        super().__init__(head)
+        self._echoes = echoes
+        self._offsets = [len(echo) for echo in echoes for _ in range(head.num_answers)]
+
+    def first(self, generation: Generation) -> bytes:
+        n = self._head.num_answers
+        texts = [echo for echo in self._echoes for _ in range(n)]
+        return b"".join(
+            self._chunk(index, b'"text":' + orjson.dumps(text), b'"logprobs":null,', None)
+            for index, text in enumerate(texts)
+            if text
+        )
+
+    def delta(self, prompt: int, delta: Delta) -> bytes:
+        index = prompt * self._head.num_answers + delta.index
+        logprobs = b'"logprobs":null,'
+        if self._head.wants_logprobs and delta.logprobs:
+            logprobs = b'"logprobs":' + orjson.dumps(self._logprobs(index, delta.logprobs)) + b","
+        elif not (delta.text or delta.finish_reason):
+            return b""
+        return self._chunk(index, b'"text":' + orjson.dumps(delta.text), logprobs, delta.finish_reason)
+
+    def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+        fields = completion_logprobs(logprobs, self._head.texts, self._offsets[index])
+        self._offsets[index] += sum(map(len, fields["tokens"]))
+        return fields
+
+
+def likeliest(answers: Sequence[Completion], count: int) -> list[Completion]:
+    """The `count` answers of the highest mean log-probability, best first; all in order if no more."""
+    if len(answers) <= count:
+        return list(answers)
+    return sorted(answers, key=mean_logprob, reverse=True)[:count]
+
+
+def mean_logprob(answer: Completion) -> float:
+    logprobs = answer.logprobs or []
+    return sum(one.logprob for one in logprobs) / max(1, len(logprobs))
+
+
+def usage_body(usage: Usage | None) -> dict[str, Any] | None:
+    if usage is None:
+        return None
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }

@@ -1,0 +1,108 @@
+"""OpenAI's routes: models, completions, chat completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends
+from fastapi.responses import Response
+
+from loraserve.errors import AdapterNotFoundError, InvalidRequestError
+from loraserve.request import AdapterSpec, GenerateRequest
+from loraserve.server.access.keys import Caller
+from loraserve.server.http.answer import StreamResponse, WholeResponse
+from loraserve.server.http.auth import current_caller
+from loraserve.server.http.errors import Family
+from loraserve.server.http.generation import Call, current_call
+from loraserve.server.http.json_route import JsonRoute
+from loraserve.server.http.model_names import is_placeholder, models_for
+from loraserve.server.http.openai.answer import (
+    AnswerHead,
+    ChatChunks,
+    CompletionChunks,
+    WholeChat,
+    WholeCompletion,
+)
+from loraserve.server.http.openai.openapi import GENERATION_RESPONSES, MODEL_RESPONSES, MODELS_RESPONSES
+from loraserve.server.http.openai.request import chat_request, completion_requests
+from loraserve.server.http.openai.schema import ChatCompletionBody, CompletionBody, GenerationBody
+from loraserve.server.http.state import HttpState, http_state
+
+router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=JsonRoute)
+
+
+@router.get("/models", responses=MODELS_RESPONSES)
+async def list_models(
+    state: Annotated[HttpState, Depends(http_state)], caller: Annotated[Caller, Depends(current_caller)]
+) -> dict[str, Any]:
+    """The base model's names and every adapter the caller may use."""
+    return {"object": "list", "data": list(models_for(state, caller))}
+
+
+@router.get("/models/{model:path}", responses=MODEL_RESPONSES)
+async def get_model(
+    model: str,
+    state: Annotated[HttpState, Depends(http_state)],
+    caller: Annotated[Caller, Depends(current_caller)],
+) -> dict[str, Any]:
+    """One entry of the list."""
+    for entry in models_for(state, caller):
+        if entry["id"] == model:
+            return entry
+    raise AdapterNotFoundError(f"model {model[:200]!r} does not exist, GET /v1/models lists those that do")
+
+
+@router.post("/completions", responses=GENERATION_RESPONSES)
+async def completions(body: CompletionBody, call: Annotated[Call, Depends(current_call)]) -> Response:
+    """Continues one prompt or many, each `n` times."""
+    requests = completion_requests(call, body)
+    adapter = requests[0].adapter
+    echoes = [_echo(call, request) if body.echo else "" for request in requests]
+    head = _head(call, body, "cmpl", adapter, wants_logprobs=body.logprobs is not None)
+    if body.stream:
+        return StreamResponse(call, requests, CompletionChunks(head, echoes), Family.OPENAI)
+    return WholeResponse(call, requests, WholeCompletion(head, echoes))
+
+
+@router.post("/chat/completions", responses=GENERATION_RESPONSES)
+async def chat_completions(
+    body: ChatCompletionBody, call: Annotated[Call, Depends(current_call)]
+) -> Response:
+    """Answers a conversation `n` times."""
+    requests = [chat_request(call, body)]
+    head = _head(call, body, "chatcmpl", requests[0].adapter, wants_logprobs=bool(body.logprobs))
+    if body.stream:
+        return StreamResponse(call, requests, ChatChunks(head), Family.OPENAI)
+    return WholeResponse(call, requests, WholeChat(head))
+
+
+def _head(
+    call: Call, body: GenerationBody, prefix: str, adapter: AdapterSpec, *, wants_logprobs: bool
+) -> AnswerHead:
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequestError("stream_options is given without stream, set stream to true")
+    return AnswerHead(
+        id=f"{prefix}-{call.request_id}",
+        model=_answering_model(call.state, body.model, adapter),
+        num_answers=1 if body.n is None else body.n,
+        wants_logprobs=wants_logprobs,
+        wants_usage=body.stream_options is not None and body.stream_options.include_usage,
+        texts=call.state.token_texts,
+    )
+
+
+def _answering_model(state: HttpState, model: str | None, adapter: AdapterSpec) -> str:
+    """As the client named it, unless another field chose an adapter or it named no model in particular."""
+    if model is not None and model not in state.served_names and not is_placeholder(state, model):
+        return model
+    if isinstance(adapter, str):
+        return adapter
+    return model if model in state.served_names else state.served_names[0]
+
+
+def _echo(call: Call, request: GenerateRequest) -> str:
+    prompt: str | Sequence[int] | None = request.prompt
+    if isinstance(prompt, str):
+        return prompt
+    return call.state.engine.tokenizer.decode(prompt or [], skip_special_tokens=False)

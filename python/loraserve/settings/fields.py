@@ -1,0 +1,104 @@
+"""The types of settings, and `option`, which declares one: its default, its help, and its further names."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+OFF = "off"
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.\-]*://[^\s/?#@,]+")
+MAX_PORT = 2**16 - 1
+MAX_COUNT = 2**31 - 1
+MAX_SECONDS = 366 * 24 * 3600.0
+
+
+def option(
+    default: Any,
+    group: str,
+    text: str,
+    metavar: str = "",
+    *,
+    flags: Sequence[str] = (),
+    env: Sequence[str] = (),
+    most: int | None = None,
+) -> Any:
+    """A field with its line in `--help`; `flags` and `env` are further names, `most` is the limit."""
+    extra: dict[str, Any] = {"group": group, "metavar": metavar, "flags": list(flags), "env": list(env)}
+    return Field(default=default, description=text, json_schema_extra=extra, le=most)
+
+
+def _split(value: Any) -> Any:
+    """Variables and flags write several values with commas between them."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _listed(value: Any) -> Any:
+    """vLLM's flag takes a list in JSON."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not any(str(text).lstrip().startswith("[") for text in texts):
+        return value
+    return [origin for text in texts for origin in json.loads(text)]
+
+
+def _checked_origins(origins: tuple[str, ...]) -> tuple[str, ...]:
+    """What a browser sends as Origin: scheme, host and port, nothing behind."""
+    for origin in origins:
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
+            raise ValueError(
+                f"{origin!r:.100} is no origin, write it as https://app.example or http://host:3000"
+            )
+    return origins
+
+
+def _none_if_off(value: Any) -> Any:
+    return None if value == OFF or value is False else value
+
+
+def _number(value: Any) -> Any:
+    """YAML reads `yes` and `on` as true, which Python takes for 1."""
+    if isinstance(value, bool):
+        raise ValueError(f"give a number, not {'yes' if value else 'no'}")
+    return value
+
+
+def _integer(value: Any) -> Any:
+    if isinstance(value, float):
+        raise ValueError(f"give an integer, not {value!r}")
+    return _number(value)
+
+
+def _bounded(value: int) -> int:
+    """Of an integer whose setting has no smaller limit of its own."""
+    if value > MAX_COUNT:
+        raise ValueError(f"input should be less than or equal to {MAX_COUNT}, got {value}")
+    return value
+
+
+def _yes_or_no(value: Any) -> Any:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise ValueError(f"give yes or no, not {value!r}")
+    return value
+
+
+Texts: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(_split)]
+Origins: TypeAlias = Annotated[
+    tuple[str, ...], BeforeValidator(_split), BeforeValidator(_listed), AfterValidator(_checked_origins)
+]
+Port: TypeAlias = Annotated[int, Field(ge=0, le=MAX_PORT), BeforeValidator(_integer)]
+OptionalPort: TypeAlias = Annotated[Port | None, BeforeValidator(_none_if_off)]
+Count: TypeAlias = Annotated[int, Field(ge=1), BeforeValidator(_integer), AfterValidator(_bounded)]
+Memory: TypeAlias = Annotated[str | int, BeforeValidator(_integer)]
+YesNo: TypeAlias = Annotated[bool, BeforeValidator(_yes_or_no)]
+Seconds: TypeAlias = Annotated[float, Field(ge=0, le=MAX_SECONDS), BeforeValidator(_number)]
+PositiveSeconds: TypeAlias = Annotated[float, Field(gt=0, le=MAX_SECONDS), BeforeValidator(_number)]
+PerMinute: TypeAlias = Annotated[float, Field(gt=0, le=MAX_COUNT), BeforeValidator(_number)]
+
+
+class SettingsModel(BaseModel):
+    """Settings that belong together; an unknown name is an error, and no value is shown in one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)

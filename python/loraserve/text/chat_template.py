@@ -1,0 +1,251 @@
+"""ChatTemplate: a model's own Jinja template, rendered in a sandbox with what transformers shows it."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, NoReturn
+
+from jinja2 import Environment, Template, TemplateError, meta, nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+from loraserve.errors import InvalidRequestError
+from loraserve.validation.did_you_mean import did_you_mean
+
+Message = Mapping[str, Any]
+
+# Names under which a message carries its reasoning; templates read the first, some of them the second.
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+
+# A subclass may have methods of its own; these give the value alone. A bool is an int, so it comes first.
+_SCALARS: tuple[tuple[type, Callable[[Any], Any]], ...] = (
+    (bool, bool),
+    (int, int.__int__),
+    (float, float.__float__),
+    (str, str.__str__),
+)
+
+
+# ASCII letters, so that no filter escapes it; the space shows whether the template trims the message.
+_MARK = "the-final-message-ends-here-q7Zf4K "
+
+
+class ChatTemplate:
+    """Renders as `apply_chat_template` of transformers does: the same variables, functions and filters."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        self.source = source
+        self._special_tokens = dict(special_tokens)
+        self._template: Template | None = None
+
+    def check(self) -> None:
+        """Raises InvalidRequestError if it is no template."""
+        try:
+            self._compiled()
+        except TemplateError as error:
+            raise InvalidRequestError(f"the chat template is malformed: {error}") from error
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        *,
+        continue_final_message: bool = False,
+        kwargs: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
+        """The conversation as the model's prompt text.
+
+        Args:
+            messages: oldest first; a field that is null is as good as absent.
+            add_generation_prompt: a variable; templates begin the assistant's next message where it is true.
+            continue_final_message: end the text with the last message, before what the template adds to it.
+            kwargs: further variables.
+
+        Raises:
+            InvalidRequestError: the template refuses the messages, does not show the final one, or reads no
+                variable of a name in `kwargs` but one much like it.
+        """
+        self._check_kwargs(kwargs)
+        turns = [_with_reasoning(_plain_message(message)) for message in messages]
+        final = self._marked(turns) if continue_final_message else None
+        variables = {
+            "tools": None,
+            "documents": None,
+            **self._special_tokens,
+            **_plain(kwargs),
+            "messages": turns,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            text = self._compiled().render(variables)
+        except Exception as error:  # a template may raise anything
+            raise InvalidRequestError(f"chat template refused the messages: {error}") from error
+        return text if final is None else _cut_at_mark(text, final)
+
+    def _check_kwargs(self, kwargs: Mapping[str, Any]) -> None:
+        """A name the template never reads can't change the text, but one that is nearly read is a slip."""
+        for name in kwargs.keys() - self._variables if kwargs else ():
+            if hint := did_you_mean(name, self._variables):
+                raise InvalidRequestError(
+                    f"chat_template_kwargs has {name[:100]!r}, which the chat template does not read{hint}"
+                )
+
+    @cached_property
+    def _variables(self) -> frozenset[str]:
+        """Names the template reads and does not set itself."""
+        try:
+            return frozenset(meta.find_undeclared_variables(_environment().parse(self.source)))
+        except TemplateError as error:
+            raise InvalidRequestError(f"the chat template is malformed: {error}") from error
+
+    def _compiled(self) -> Template:
+        if self._template is None:
+            self._template = _environment().from_string(self.source)
+        return self._template
+
+    def _marked(self, turns: list[dict[str, Any]]) -> str:
+        """Marks the end of the last message, in place; what it said. Raises InvalidRequestError."""
+        content = turns[-1].get("content") if turns else None
+        if "content" not in self.source:
+            raise InvalidRequestError(
+                "continue_final_message is set, but the chat template does not show the final message"
+            )
+        if isinstance(content, str):
+            turns[-1]["content"] = content + _MARK
+            return content
+        for part in reversed(content if isinstance(content, list | tuple) else ()):
+            if isinstance(part, dict) and isinstance(part.get("text"), str):
+                text: str = part["text"]
+                part["text"] = text + _MARK
+                return text
+        raise InvalidRequestError(
+            "continue_final_message is set, but the final message has no text to continue"
+        )
+
+
+class _GenerationTag(Extension):
+    """`{% generation %}` marks the assistant's words for training; its body is a scope of its own."""
+
+    tags = {"generation"}  # noqa: RUF012  jinja2 declares it so
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+
+    def _body(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+class _Dict:
+    """`dict` without the attributes of the type, which lead out of the sandbox."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+class _Namespace(Namespace):
+    """`namespace` that takes no underscored names, which lead out of the sandbox."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        self, *values = args  # so that `namespace(self=…)` works, as in Jinja's own
+        attributes = dict(*values, **kwargs)
+        for name in attributes:
+            _refuse_underscored(name)
+        Namespace.__init__(self, attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _refuse_underscored(name)
+        super().__setitem__(name, value)
+
+
+def _refuse_underscored(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"namespace attribute {name!r} begins with an underscore, rename it")
+
+
+def _environment() -> Environment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    environment.globals["dict"] = _Dict()
+    environment.globals["namespace"] = _Namespace
+    return environment
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Unlike Jinja's own filter it does not escape HTML."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
+
+
+def _plain_message(message: Any) -> dict[str, Any]:
+    plain = _plain(message)
+    if not isinstance(plain, dict):
+        raise InvalidRequestError(
+            f"a message is {message!r:.100}, it must be a mapping with role and content"
+        )
+    return {name: value for name, value in plain.items() if value is not None}
+
+
+def _plain(value: Any) -> Any:
+    """A copy in JSON's own types: what else a caller passes in must not be reachable from a template."""
+    if callable(
+        getattr(value, "model_dump", None)
+    ):  # pydantic's, such as the messages OpenAI's client returns
+        value = value.model_dump()
+    if value is None:
+        return None
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        items = [_plain(item) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    for kind, plain in _SCALARS:
+        if isinstance(value, kind):
+            return plain(value)
+    return f"<{type(value).__name__}>"
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """Reasoning under any of its names is seen under those that templates read."""
+    reasoning = next((message[name] for name in REASONING_FIELDS if message.get(name) is not None), None)
+    if reasoning is None:
+        return message
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+def _cut_at_mark(text: str, final: str) -> str:
+    """As transformers cuts: where the template trims the message, the text ends without its spaces too."""
+    end = text.rfind(_MARK.strip())
+    if end < 0 or final.strip() not in text:
+        raise InvalidRequestError(
+            "continue_final_message is set, but the chat template does not show the final message as it is"
+        )
+    return text[:end] if text.startswith(_MARK, end) else text[:end].rstrip()

@@ -1,0 +1,118 @@
+"""Token ids to text as they arrive: whole characters only, and nothing past a stop string."""
+
+from collections.abc import Sequence
+
+from loraserve.text.tokenizer import Tokenizer
+
+REPLACEMENT = "\ufffd"
+# Tokens that are decoded again before new ones: as many as may hold the bytes of an unfinished character, and
+# one more, which takes what a decoder does to the first token of a text.
+NUM_CONTEXT = 4
+
+
+class IncrementalDetokenizer:
+    """Text of one answer, in pieces: joined, what decoding prompt and answer adds to the prompt's text.
+
+        window:  [ end of the prompt, then of the answer, whose text is out | tokens pending ]
+
+    Decoding begins a few tokens back, never at the beginning, so the cost is linear. Text is held back as
+    long as a coming token may change it: an unfinished character of a byte-level vocabulary, and a run of
+    byte tokens of a byte-fallback one, which is decoded as a whole where it ends.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._window = _context(tokenizer, prompt_token_ids)
+        self._shown = tokenizer.decode(self._window)  # what of the window's text is out
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """Text that is complete with these tokens and was not before."""
+        return "".join(self._push_one(token) for token in token_ids if self._tokenizer.is_text(token))
+
+    def flush(self) -> str:
+        """What is left if no more tokens come: an unfinished character, as U+FFFD."""
+        return self._added(self._tokenizer.decode(self._window))
+
+    def _push_one(self, token: int) -> str:
+        self._window.append(token)
+        if token in self._tokenizer.byte_ids:
+            return ""
+        text = self._tokenizer.decode(self._window).removesuffix(REPLACEMENT)
+        added = ""
+        if not self._shown.startswith(text):  # it does while the prompt's own end is unfinished
+            added, self._shown = self._added(text), text
+        if self._shown == text and len(self._window) >= 2 * NUM_CONTEXT:
+            self._shorten()
+        return added
+
+    def _added(self, text: str) -> str:
+        """What `text` has beyond what is out, or if a prompt's unfinished end changed, from there on."""
+        if text.startswith(self._shown):
+            return text[len(self._shown) :]
+        pairs = zip(self._shown, text, strict=False)
+        return text[next(at for at, (old, new) in enumerate([*pairs, ("", None)]) if old != new) :]
+
+    def _shorten(self) -> None:
+        kept = self._window[-NUM_CONTEXT:]
+        text = self._tokenizer.decode(kept)
+        if text:  # else what a decoder strips from the beginning of a text would be taken from the next token
+            self._window, self._shown = kept, text.removesuffix(REPLACEMENT)
+
+
+class StopStrings:
+    """Passes text through up to the first stop string to be completed, which is cut off.
+
+    Text that may be the beginning of a stop string is held back until it is decided.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stop for stop in stops if stop)
+        self._held = ""
+        self.is_matched = False
+
+    def push(self, text: str) -> str:
+        """Text now safe to show; sets `is_matched` when a stop string is complete."""
+        if self.is_matched:
+            return ""
+        if not self._stops:
+            return text
+        buffer = self._held + text
+        start = self._first_stop(buffer)
+        if start is not None:
+            self.is_matched, self._held = True, ""
+            return buffer[:start]
+        safe = len(buffer) - self._num_undecided(buffer)
+        self._held = buffer[safe:]
+        return buffer[:safe]
+
+    def flush(self) -> str:
+        """What was held back, when no more text comes."""
+        held, self._held = self._held, ""
+        return held
+
+    def _first_stop(self, buffer: str) -> int | None:
+        """Where the match that ends first begins; of those ending together, the longest."""
+        found = [(at + len(stop), at) for stop in self._stops if (at := buffer.find(stop)) >= 0]
+        return min(found)[1] if found else None
+
+    def _num_undecided(self, buffer: str) -> int:
+        """Length of the longest end of the buffer that begins a stop string."""
+        longest = min(len(buffer), max((len(stop) for stop in self._stops), default=1) - 1)
+        for length in range(longest, 0, -1):
+            end = buffer[-length:]
+            if any(stop.startswith(end) for stop in self._stops):
+                return length
+        return 0
+
+
+def _context(tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> list[int]:
+    """The end of a prompt that its answer is decoded with: a run of byte tokens is whole in it."""
+    context: list[int] = []
+    num_others = 0
+    for token in reversed(prompt_token_ids):
+        if tokenizer.is_text(token):
+            context.append(token)
+            num_others += token not in tokenizer.byte_ids
+            if num_others >= NUM_CONTEXT and tokenizer.decode(context[-NUM_CONTEXT:]):
+                break
+    return context[::-1]

@@ -1,0 +1,203 @@
+"""Tokenizer: text to token ids and back for one model, with its stop tokens and chat template."""
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import tokenizers
+
+from loraserve import _core
+from loraserve.errors import InvalidRequestError, ModelError
+from loraserve.text.byte_level_bpe import BYTE_OF_CHAR, build_byte_level_bpe, find_pre_tokenizer
+from loraserve.text.chat_template import ChatTemplate, Message
+from loraserve.text.tokenizer_config import TokenizerConfig
+from loraserve.validation.json_file import read_optional_json
+from loraserve.validation.not_a_model import without_tokenizer
+from loraserve.validation.values import token_ids
+
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # a byte, where SentencePiece has no token for a character
+# Names of special tokens as templates see them, and as GGUF spells them.
+GGUF_TOKENS: Mapping[str, str] = {
+    "bos_token": "bos",
+    "eos_token": "eos",
+    "unk_token": "unknown",
+    "sep_token": "seperator",
+    "pad_token": "padding",
+    "cls_token": "cls",
+    "mask_token": "mask",
+}
+
+
+class Tokenizer:
+    """Wraps a `tokenizers` tokenizer; safe to use from several threads."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        special_tokens: Mapping[str, str],
+        eos_token_ids: Sequence[int] = (),
+        add_bos: bool | None = None,
+        chat_template: str | None = None,
+    ) -> None:
+        """`add_bos` None leaves it to the backend's post-processor; no `eos_token_ids` means eos_token's."""
+        backend.no_padding()
+        backend.no_truncation()
+        self._backend = backend
+        self.vocab_size: int = backend.get_vocab_size()
+        self.bos_token_id = self.id_of(special_tokens.get("bos_token"))
+        eos = self.id_of(special_tokens.get("eos_token"))
+        self.eos_token_ids = tuple(eos_token_ids) or token_ids(eos)
+        self.special_ids = frozenset(
+            index for index, token in backend.get_added_tokens_decoder().items() if token.special
+        )
+        self._adds_bos_itself = backend.encode("").ids[:1] == [self.bos_token_id]
+        self._add_bos = self._adds_bos_itself if add_bos is None else add_bos
+        self.special_tokens = dict(special_tokens)
+        self.chat_template = self.build_chat_template(chat_template) if chat_template else None
+
+    @classmethod
+    def from_directory(cls, path: Path) -> "Tokenizer":
+        """Read tokenizer.json and what stands beside it. Raises ModelError."""
+        file = path / "tokenizer.json"
+        if not file.is_file():
+            raise ModelError(f"{file} is missing: {without_tokenizer(path)}")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # tokenizers raises bare Exception
+            foreign = _core.recognise_file(str(file), is_json=True)
+            if foreign is not None:
+                raise ModelError(f"{file} is {foreign}") from None
+            raise ModelError(f"{file} can't be read: {error}") from error
+        config = TokenizerConfig.from_directory(path, backend.padding)
+        config.add_tokens_to(backend)
+        model = read_optional_json(path / "config.json")
+        generation = read_optional_json(path / "generation_config.json")
+        eos = generation.get("eos_token_id", model.get("eos_token_id"))
+        return cls(
+            backend,
+            special_tokens=config.special_tokens,
+            eos_token_ids=token_ids(eos),
+            chat_template=config.chat_template,
+        )
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any], eos_token_ids: Sequence[int]) -> "Tokenizer":
+        """Build from a GGUF file's metadata. Raises ModelError."""
+        add_bos = metadata.get("tokenizer.ggml.add_bos_token", find_pre_tokenizer(metadata).adds_bos)
+        tokens = metadata.get("tokenizer.ggml.tokens", [])
+        for key in ("add_eos_token", "add_sep_token"):
+            if metadata.get(f"tokenizer.ggml.{key}"):
+                raise ModelError(f"tokenizer.ggml.{key} is true, only false is supported")
+        ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in GGUF_TOKENS.items()}
+        return cls(
+            build_byte_level_bpe(metadata),
+            special_tokens={name: tokens[index] for name, index in ids.items() if index is not None},
+            eos_token_ids=eos_token_ids,
+            add_bos=bool(add_bos),
+            chat_template=metadata.get("tokenizer.chat_template"),
+        )
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of the text; special tokens (such as bos) are added as the model wants them."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        if not add_special_tokens or self._add_bos == self._adds_bos_itself:
+            return ids
+        if not self._add_bos:
+            return ids[1:]
+        return ids if self.bos_token_id is None else [self.bos_token_id, *ids]
+
+    def encode_with_offsets(self, text: str, add_special_tokens: bool = True) -> list[tuple[int, int, int]]:
+        """(token id, start, stop) of `encode`, in characters of the text; added tokens stand for none."""
+        encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        spans = [
+            (index, start, stop) for index, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)
+        ]
+        if not add_special_tokens or self._add_bos == self._adds_bos_itself:
+            return spans
+        if not self._add_bos:
+            return spans[1:]
+        return spans if self.bos_token_id is None else [(self.bos_token_id, 0, 0), *spans]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of the ids; bytes that are not UTF-8 become U+FFFD."""
+        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def decode_token(self, token_id: int) -> str:
+        """Text that the token adds in the middle of a text; of a special one, its name."""
+        if not self.is_text(token_id):
+            return self.decode([token_id], skip_special_tokens=False)
+        return self.decode([token_id, token_id]).removeprefix(self.decode([token_id]))
+
+    def is_text(self, token_id: int) -> bool:
+        """Whether the token is part of a text: it is known, and no special one."""
+        return token_id not in self.special_ids and self._backend.id_to_token(token_id) is not None
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token, which may be part of a character only."""
+        text = self.decode([token_id], skip_special_tokens=False)
+        token = self._backend.id_to_token(token_id) or ""
+        values = [BYTE_OF_CHAR.get(char) for char in token]
+        if "\ufffd" not in text or (None in values and not BYTE_TOKEN.fullmatch(token)):
+            return text.encode()
+        if BYTE_TOKEN.fullmatch(token):
+            return bytes.fromhex(token[3:5])
+        return bytes(value for value in values if value is not None)
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        *,
+        template: ChatTemplate | None = None,
+        continue_final_message: bool = False,
+        kwargs: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
+        """Prompt text of a conversation, by `template` or else the model's own; see `ChatTemplate.render`.
+
+        Raises InvalidRequestError if there is none, or it refuses the messages.
+        """
+        template = template or self.chat_template
+        if template is None:
+            raise InvalidRequestError("the model has no chat template, send a prompt instead of messages")
+        return template.render(
+            messages, add_generation_prompt, continue_final_message=continue_final_message, kwargs=kwargs
+        )
+
+    def build_chat_template(self, source: str) -> ChatTemplate:
+        """Another template for this model's tokens."""
+        return ChatTemplate(source, self.special_tokens)
+
+    def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+        """Token ids of a conversation; the template writes its own special tokens."""
+        text = self.apply_chat_template(messages, add_generation_prompt)
+        return self.encode(text, add_special_tokens=False)
+
+    def to_json(self) -> str:
+        """The tokenizer as the text of a tokenizer.json."""
+        return self._backend.to_str()
+
+    @cached_property
+    def max_token_len(self) -> int:
+        """Characters of text the longest token stands for, at most."""
+        return max(map(len, self._backend.get_vocab()))
+
+    @cached_property
+    def byte_ids(self) -> frozenset[int]:
+        """Tokens that stand for one byte, `<0xNN>`; the decoder looks at a run of them as a whole."""
+        decoder = self._backend.decoder
+        if decoder is None or b'"ByteFallback"' not in decoder.__getstate__():
+            return frozenset()
+        vocab = self._backend.get_vocab()
+        return frozenset(vocab[name] for byte in range(256) if (name := f"<0x{byte:02X}>") in vocab)
+
+    def id_of(self, token: str | None) -> int | None:
+        """The id of one token's text, None if there is none."""
+        return None if token is None else self._backend.token_to_id(token)
+
+    def vocabulary(self) -> dict[str, int]:
+        """Ids by text, added tokens among them."""
+        return self._backend.get_vocab(with_added_tokens=True)

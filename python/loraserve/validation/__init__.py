@@ -1,0 +1,1 @@
+"""What comes from outside: checked, recognised, and made fit to be shown."""

@@ -1,0 +1,147 @@
+"""plan_memory: the default pool, the context it lets a request have, and what is refused before an abort."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from loraserve.backends.machine_memory import DeviceMemory
+from loraserve.config import EngineConfig
+from loraserve.engine.memory_plan import MemoryPlan, plan_memory, weights_nbytes
+from loraserve.errors import CapacityError
+from loraserve.models.config import ModelConfig
+from loraserve.models.ops import KvGeometry
+
+GIB = 2**30
+LLAMA_3_8B: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+}
+QWEN3_06B: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": True,
+}
+TINY: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 199,
+    "max_position_embeddings": 256,
+}
+
+
+def page_nbytes(model: ModelConfig, dtype: str = "bfloat16") -> int:
+    return geometry(model).page_nbytes(getattr(torch, dtype))
+
+
+def geometry(model: ModelConfig) -> KvGeometry:
+    return KvGeometry(model.num_layers, model.num_heads, model.num_kv_heads, model.head_dim, 16)
+
+
+def plan(shape: dict[str, Any], total: float, free: float, **settings: Any) -> MemoryPlan:
+    """On a machine with so many GiB."""
+    model = ModelConfig.from_hf(shape)
+    memory = DeviceMemory(int(total * GIB), int(free * GIB), "this machine")
+    return plan_memory(EngineConfig(model="m", **settings), model, geometry(model), memory)
+
+
+@pytest.mark.parametrize(
+    ("shape", "parameters"), [(LLAMA_3_8B, 8_030_261_248), (QWEN3_06B, 596_049_920)], ids=["8B", "0.6B"]
+)
+def test_weights_are_counted(shape: dict[str, Any], parameters: int) -> None:
+    """Beside what the model cards say, norms are missing."""
+    assert weights_nbytes(ModelConfig.from_hf(shape), 2) == pytest.approx(2 * parameters, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "total", "free"),
+    [(LLAMA_3_8B, 24, 22), (LLAMA_3_8B, 64, 60), (QWEN3_06B, 4, 3), (QWEN3_06B, 16, 12)],
+)
+def test_the_default_pool_leaves_room_for_the_weights_and_some_more(
+    shape: dict[str, Any], total: float, free: float
+) -> None:
+    model = ModelConfig.from_hf(shape)
+    found = plan(shape, total, free)
+    pool = found.num_pages * page_nbytes(model)
+    left = free * GIB - weights_nbytes(model, 2)
+    assert 0.3 * left < pool < 0.8 * left
+    assert found.max_model_len == min(model.context_limit, found.num_pages * 16)
+
+
+def test_the_default_pool_is_no_larger_than_its_requests_can_use() -> None:
+    pool = plan(TINY, 512, 500).num_pages * page_nbytes(ModelConfig.from_hf(TINY))
+    assert pool == 2 * GIB
+    pool = plan(LLAMA_3_8B, 4096, 4000, max_num_seqs=1).num_pages * page_nbytes(
+        ModelConfig.from_hf(LLAMA_3_8B)
+    )
+    assert pool == 2 * 131072 * page_nbytes(ModelConfig.from_hf(LLAMA_3_8B)) // 16
+
+
+def test_the_context_is_what_one_request_can_have(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "loraserve.engine.memory_plan")
+    found = plan(LLAMA_3_8B, 64, 60, memory="2GiB")
+    assert found.max_model_len == found.num_pages * 16 == 16384
+    assert "context is cut from the model's 131072 tokens to the 16384 that the pool holds" in caplog.text
+    assert "all would take 16.0 GiB" in caplog.text
+    assert "weights 15.0 GiB, pool 2.0 GiB (16384 tokens of KV cache) of 60.0 GiB free" in caplog.text
+    assert plan(LLAMA_3_8B, 64, 60, memory="16GiB").max_model_len == 131072
+    assert plan(LLAMA_3_8B, 64, 60, memory="2GiB", max_model_len=8192).max_model_len == 8192
+
+
+REFUSED: list[tuple[dict[str, Any], float, float, dict[str, Any], str]] = [
+    (
+        LLAMA_3_8B,
+        16,
+        15,
+        {},
+        "model m takes 15.0 GiB of weights in bfloat16 and .* this machine has 15.0 GiB",
+    ),
+    (LLAMA_3_8B, 32, 20, {"dtype": "float32"}, "takes 29.9 GiB of weights in float32"),
+    (LLAMA_3_8B, 16, 15, {"memory": "1MiB"}, "free some, raise the limit or take a smaller model"),
+    (
+        QWEN3_06B,
+        16,
+        12,
+        {"memory": "500GiB"},
+        r"memory is \d+ bytes \(500.0 GiB\), this machine can't give that",
+    ),
+    (QWEN3_06B, 16, 12, {"memory": "15GiB"}, "have room for 14.9 GiB"),
+    (QWEN3_06B, 16, 12, {"memory": "2MiB"}, "memory is 2097152 bytes, this model needs at least 3670016"),
+    (
+        QWEN3_06B,
+        16,
+        12,
+        {"memory": "1GiB", "max_model_len": 16384},
+        r"max_model_len is 16384, the pool holds 9360 tokens: raise memory to 1879048192 bytes \(1.8 GiB\)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("shape", "total", "free", "settings", "message"), REFUSED)
+def test_what_cannot_be_had_is_refused_with_the_remedy(
+    shape: dict[str, Any], total: float, free: float, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CapacityError, match=message):
+        plan(shape, total, free, **settings)
+
+
+def test_more_than_is_free_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    plan(QWEN3_06B, 16, 4, memory="8GiB")
+    assert "memory is 8.0 GiB, only" in caplog.text
