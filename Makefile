@@ -10,6 +10,8 @@ STAMPS := $(VENV)/.stamps
 SOURCES := $(shell find rust proto -name '*.rs' -o -name 'Cargo.toml') Cargo.toml Cargo.lock pyproject.toml
 MODEL ?= smollm2
 DEMO_ADAPTERS := sql json pirate
+# Versions of the development environment; `make test LOCK=` takes the newest that pyproject.toml allows.
+LOCK ?= requirements-dev.lock
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -17,24 +19,41 @@ help: ## list the targets
 demo: $(STAMPS)/demo ## set up, serve the embedded model with three adapters, send a mixed batch, show the answers
 	$(BIN)/python scripts/demo.py
 
+dev: $(STAMPS)/dev ## set up .venv with what development needs
+
 test: $(STAMPS)/dev ## set up, run every test (cargo, pytest)
 	cargo test --workspace --exclude loraserve-py
 	$(BIN)/python -m pytest
 
-lint: $(STAMPS)/dev ## formatting, lints, types, stubs
+lint: lint-rust lint-python lint-cuda ## formatting, lints, types, stubs; .pre-commit-config.yaml runs its parts
+
+lint-rust: $(STAMPS)/dev
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
+
+lint-python: $(STAMPS)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest loraserve._core
 	$(BIN)/python scripts/generate_stubs.py --check
+
+lint-cuda: $(STAMPS)/dev
 	@files=$$(git ls-files 'cuda/*.cu' 'cuda/*.cuh'); test -z "$$files" || $(BIN)/clang-format --dry-run -Werror $$files
 
 format: $(STAMPS)/dev ## rewrite files the way lint wants them
 	cargo fmt --all
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# torch comes in builds that one chooses (CPU, CUDA), each with requirements of its own.
+CHOSEN_WITH_TORCH := torch|triton|nvidia-.*|cuda-.*|sympy|mpmath|networkx|setuptools
+lock: ## pin the newest versions that pyproject.toml allows in requirements-dev.lock; needs uv
+	{ echo '# Versions of the development environment, for every Python and platform; `make lock` writes this file.'; \
+	  uv pip compile --quiet --universal --python-version 3.10 --extra dev --no-annotate --no-header \
+	      --no-emit-index-url --no-emit-find-links pyproject.toml | grep --invert-match --extended-regexp '^($(CHOSEN_WITH_TORCH))=='; \
+	} >requirements-dev.lock.new
+	mv requirements-dev.lock.new requirements-dev.lock
 
 check-sass: ## compile the CUDA kernels for every GPU they support and check the machine code; needs nvcc and nvdisasm
 	$(PYTHON) scripts/check_sass.py
@@ -69,8 +88,8 @@ $(STAMPS)/demo: $(SOURCES) | $(STAMPS)
 	$(BIN)/pip install --quiet --editable .
 	@touch $@
 
-$(STAMPS)/dev: $(STAMPS)/demo
-	$(BIN)/pip install --quiet --editable '.[dev]'
+$(STAMPS)/dev: $(STAMPS)/demo $(LOCK)
+	$(BIN)/pip install --quiet $(if $(LOCK),--constraint $(LOCK)) --editable '.[dev]'
 	@# TGI's and LoRAX' clients pin an old huggingface_hub that they don't need.
 	$(BIN)/pip install --quiet --no-deps 'text-generation==0.7.0' 'lorax-client==0.6.3'
 	@touch $@
@@ -85,4 +104,4 @@ $(STAMPS):
 	$(PYTHON) -m venv $(VENV)
 	@mkdir -p $@
 
-.PHONY: help demo test lint format check-sass gpu-kit bench serve clean
+.PHONY: help demo dev test lint lint-rust lint-python lint-cuda format lock check-sass gpu-kit bench serve clean
