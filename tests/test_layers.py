@@ -1,4 +1,4 @@
-"""Arrows point one way: every module of the package imports only from layers below its own, or from its own."""
+"""Arrows point one way: a module of the package imports from layers below its own, or from its own."""
 
 import ast
 from pathlib import Path

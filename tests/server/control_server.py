@@ -12,10 +12,10 @@ from loraserve.adapters.startup import AdapterFailure
 from loraserve.engine.stats import AdapterInfo, AdapterStats, AdapterUsage, EngineInfo, EngineStats
 from loraserve.errors import AdapterFormatError, AdapterNotFoundError, CapacityError, InvalidRequestError
 from loraserve.server.access.keys import AccessControl
+from loraserve.server.access.request_limits import RequestLimits
 from loraserve.server.access.tls import TlsConfig
 from loraserve.server.adapters.sources import AdapterSources
 from loraserve.server.adapters.state import AdapterState
-from loraserve.server.grpc.access import AccessInterceptor
 from loraserve.server.grpc.service import GrpcServer
 from loraserve.server.http.server import HttpServer
 from loraserve.server.http.state import HttpState
@@ -185,9 +185,8 @@ class ControlServer:
                 self.engine,
                 "127.0.0.1",
                 0,
-                access=AccessInterceptor(
-                    self._access, self.metrics, request_timeout_s=self._request_timeout_s
-                ),
+                access=self._access,
+                limits=RequestLimits(request_timeout_s=self._request_timeout_s),
                 sources=self._sources,
                 metrics=self.metrics,
                 credentials=None if tls is None else tls.grpc_credentials(),

@@ -17,7 +17,6 @@ from loraserve.server.access.request_limits import RequestLimits
 from loraserve.server.access.tls import TlsConfig
 from loraserve.server.adapters.sources import AdapterSources
 from loraserve.server.adapters.state import AdapterState
-from loraserve.server.grpc.access import AccessInterceptor
 from loraserve.server.grpc.service import GrpcServer
 from loraserve.server.observe.metrics import Metrics
 from loraserve.server.observe.request_log import log_request
@@ -148,13 +147,12 @@ def grpc_server(
     """None where it is off. Raises ListenError: the port can't be had."""
     if settings.grpc_port is None:
         return None
-    checks = AccessInterceptor(access, metrics, request_timeout_s=settings.request_timeout_seconds)
     credentials = None if tls is None else tls.grpc_credentials()
     return GrpcServer(
         engine,
         settings.host,
         settings.grpc_port,
-        access=checks,
+        access=access,
         sources=adapter_sources(settings, access),
         metrics=metrics,
         credentials=credentials,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from loraserve.errors import InvalidRequestError
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class RequestLimits:
     """
     Args:
-        request_timeout_s: deadline of every generation; None leaves it to the request.
+        request_timeout_s: deadline of every request that has no shorter one; None leaves it to the request.
         max_best_of: most sequences that TGI's `best_of` and OpenAI's `best_of` may compare.
         max_stop_sequences: stop strings of one request.
         max_top_n_tokens: alternatives per token.
@@ -76,7 +76,7 @@ class RequestLimits:
         """
         for request in requests:
             self.check(request)
-        prepared = [await engine.prepare(request) for request in requests]
+        prepared = [await engine.prepare(self._within_timeout(request)) for request in requests]
         for one in prepared:
             num_tokens, limit = len(one.prompt_token_ids), self.max_input_tokens
             if limit is not None and num_tokens > limit:
@@ -84,3 +84,7 @@ class RequestLimits:
                     f"prompt has {num_tokens} tokens, limit is {limit}: send a shorter one"
                 )
         return prepared
+
+    def _within_timeout(self, request: GenerateRequest) -> GenerateRequest:
+        given = [s for s in (request.deadline_s, self.request_timeout_s) if s is not None]
+        return replace(request, deadline_s=min(given, default=None))

@@ -6,20 +6,16 @@ does not name needs an administrator, so that a new method is never open by acci
 
 from __future__ import annotations
 
-import math
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import unquote
 
 import grpc
 
-from loraserve.errors import LoraserveError, OverloadedError
-from loraserve.request import AdapterSpec
+from loraserve.errors import LoraserveError
 from loraserve.server.access.disclosure import shown_adapter_message, shown_info_message
 from loraserve.server.access.keys import PROXY_HEADERS, AccessControl, Caller
-from loraserve.server.observe.metrics import Metrics
 from loraserve.v1 import loraserve_pb2 as pb
 from loraserve.wire.errors import error_metadata, status_code, status_message
 
@@ -27,9 +23,8 @@ if TYPE_CHECKING:
     Context: TypeAlias = grpc.aio.ServicerContext[object, object]
 
 SERVICE_PREFIX = f"/{pb.DESCRIPTOR.services_by_name['LoraServe'].full_name}/"
-GRPC_ROUTE = "grpc"
 
-_CALLER: ContextVar[Caller | None] = ContextVar("caller", default=None)  # of the call this task answers
+_CALLER: ContextVar[Caller] = ContextVar("caller")  # of the call this task answers
 
 Handler: TypeAlias = Callable[[Any, Any], Awaitable[Any]]
 Rule: TypeAlias = "Callable[[AccessInterceptor, Handler, Any, Context, Caller], Awaitable[Any]]"
@@ -40,20 +35,10 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
     Args:
         access: who may do what.
-        metrics: told of refused requests.
-        request_timeout_s: deadline of every request that has no shorter one; None leaves it to the request.
     """
 
-    def __init__(
-        self,
-        access: AccessControl,
-        metrics: Metrics,
-        *,
-        request_timeout_s: float | None = None,
-    ) -> None:
+    def __init__(self, access: AccessControl) -> None:
         self._access = access
-        self._metrics = metrics
-        self._request_timeout_s = request_timeout_s
 
     async def intercept_service(
         self,
@@ -89,21 +74,8 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
         return handle
 
-    async def _generate(self, handler: Handler, message: Any, context: Context, caller: Caller) -> None:
-        adapter: AdapterSpec = message.adapter or dict(message.adapters) or None
-        async with AsyncExitStack() as admission:
-            try:
-                caller.check_use(adapter)
-                await admission.enter_async_context(caller.admit())
-            except LoraserveError as error:
-                is_busy = isinstance(error, OverloadedError)
-                record = self._metrics.request_started(GRPC_ROUTE, adapter, key=caller.name)
-                record.finished("overloaded" if is_busy else "refused")
-                await abort_with(context, error)
-            if self._request_timeout_s is not None:
-                given = message.deadline_s if message.HasField("deadline_s") else math.inf
-                message.deadline_s = min(given, self._request_timeout_s)
-            await handler(message, context)
+    async def _generate(self, handler: Handler, message: Any, context: Context, _: Caller) -> None:
+        await handler(message, context)  # what is asked for is checked where every request is run
 
     async def _list(self, handler: Handler, message: Any, context: Context, caller: Caller) -> Any:
         response = await handler(message, context)
@@ -138,15 +110,9 @@ async def abort_with(context: Context, error: LoraserveError) -> None:
     await context.abort(status_code(error), status_message(error), error_metadata(error))
 
 
-def current_caller() -> Caller | None:
-    """Whose call this task answers; None on a server that checks none."""
+def current_caller() -> Caller:
+    """Whose call this task answers."""
     return _CALLER.get()
-
-
-def caller_name() -> str | None:
-    """The name of the caller's key; None on a server that checks none."""
-    caller = current_caller()
-    return None if caller is None else caller.name
 
 
 def host_of_peer(peer: str) -> str:

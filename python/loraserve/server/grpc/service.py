@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, TypeAlias
 
 import grpc
@@ -14,8 +14,7 @@ from grpc_reflection.v1alpha import reflection
 
 from loraserve.adapters.source import AdapterSource
 from loraserve.errors import EngineStoppedError, LoraserveError
-from loraserve.request import Delta
-from loraserve.server.access.disclosure import shown_error
+from loraserve.server.access.keys import AccessControl
 from loraserve.server.access.request_limits import RequestLimits
 from loraserve.server.adapters.loading import (
     LoadRequest,
@@ -26,17 +25,15 @@ from loraserve.server.adapters.loading import (
 )
 from loraserve.server.adapters.sources import AdapterSources
 from loraserve.server.grpc.access import (
-    GRPC_ROUTE,
     AccessInterceptor,
     abort_with,
-    caller_name,
     current_caller,
     metadata_value,
 )
 from loraserve.server.listen import ListenError, check_can_listen, socket_address
 from loraserve.server.observe.logs import log_event
-from loraserve.server.observe.metrics import Metrics, RequestMetrics
-from loraserve.server.observe.outcomes import Answered, outcome_of
+from loraserve.server.observe.metrics import Metrics
+from loraserve.server.request_run import CallOrigin, RequestRunner
 from loraserve.v1 import loraserve_pb2 as pb
 from loraserve.v1 import loraserve_pb2_grpc as pb_grpc
 from loraserve.wire.errors import status_message
@@ -57,6 +54,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+GRPC_ROUTE = "grpc"  # what metrics call Generate
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["LoraServe"].full_name
 MAX_MESSAGE_NBYTES = 16 * 2**20  # a prompt of some million tokens
 FLUSH_SECONDS = 2.0  # for last messages on their way to clients after the engine has stopped
@@ -75,36 +73,33 @@ class LoraServeServicer:
     def __init__(
         self,
         engine: AsyncEngine,
+        runner: RequestRunner,
         on_engine_stopped: Callable[[], Awaitable[None]],
-        metrics: Metrics,
         sources: AdapterSources | None,
-        limits: RequestLimits,
         kept: AdapterState | None = None,
     ) -> None:
         self._engine = engine
         self._sources = sources
         self._kept = kept
-        self._limits = limits
+        self._runner = runner
         self._on_engine_stopped = on_engine_stopped
-        self._metrics = metrics
 
     async def Generate(self, message: pb.GenerateRequest, context: Context) -> None:  # noqa: N802
         async with self._errors_answered(context, message):
-            with _recorded(self._metrics, message, metadata_value(context, "traceparent")) as call:
-                request, caller = request_from_wire(message), current_caller()
-                signed = request if caller is None else caller.sign(request)
-                (prepared,) = await self._limits.prepare(self._engine, [signed])
-                stream = await self._engine.submit(prepared)
-                call.submitted(len(stream.prompt_token_ids))
-                try:
-                    async for delta in stream:
-                        call.add(delta)
-                        await context.write(delta_to_wire(delta))
-                except LoraserveError as error:
-                    raise error if caller is None else shown_error(error, caller) from None
-                finally:
-                    # A cancelled call ends here too. Of a finished request, nothing is left to abort.
-                    stream.abort()
+            origin = CallOrigin(
+                caller=current_caller(),
+                route=GRPC_ROUTE,
+                traceparent=metadata_value(context, "traceparent"),
+            )
+            try:
+                request = request_from_wire(message)
+            except LoraserveError:
+                self._runner.refused(message.adapter or dict(message.adapters) or None, origin)
+                raise
+            # A cancelled call leaves the blocks as well.
+            async with self._runner.run([request], origin) as run, aclosing(run.deltas()) as deltas:  # type: ignore[type-var]
+                async for _, delta in deltas:
+                    await context.write(delta_to_wire(delta))
 
     async def LoadAdapter(  # noqa: N802
         self, message: pb.LoadAdapterRequest, context: Context
@@ -114,7 +109,7 @@ class LoraServeServicer:
                 name=message.name, source=AdapterSource("local", message.path), replaces=message.replace
             )
             receipt = await load_adapter(
-                self._engine, self._sources, wanted, lambda _: None, by=caller_name(), kept=self._kept
+                self._engine, self._sources, wanted, lambda _: None, by=current_caller().name, kept=self._kept
             )
             return pb.LoadAdapterResponse(receipt=receipt_to_wire(receipt))
         return None
@@ -123,7 +118,7 @@ class LoraServeServicer:
         self, message: pb.UnloadAdapterRequest, context: Context
     ) -> pb.UnloadAdapterResponse | None:
         async with self._errors_answered(context, message):
-            await unload_adapter(self._engine, message.name, by=caller_name(), kept=self._kept)
+            await unload_adapter(self._engine, message.name, by=current_caller().name, kept=self._kept)
             return pb.UnloadAdapterResponse()
         return None
 
@@ -131,7 +126,7 @@ class LoraServeServicer:
         self, message: pb.WarmAdapterRequest, context: Context
     ) -> pb.WarmAdapterResponse | None:
         async with self._errors_answered(context, message):
-            load_s = await warm_adapter(self._engine, message.name, by=caller_name())
+            load_s = await warm_adapter(self._engine, message.name, by=current_caller().name)
             return pb.WarmAdapterResponse(load_s=load_s)
         return None
 
@@ -140,7 +135,7 @@ class LoraServeServicer:
     ) -> pb.PinAdapterResponse | None:
         async with self._errors_answered(context, message):
             await pin_adapter(
-                self._engine, message.name, message.is_pinned, by=caller_name(), kept=self._kept
+                self._engine, message.name, message.is_pinned, by=current_caller().name, kept=self._kept
             )
             return pb.PinAdapterResponse()
         return None
@@ -169,7 +164,7 @@ class LoraServeServicer:
             if isinstance(error, EngineStoppedError):
                 await self._on_engine_stopped()
             name, text = type(error).__name__, status_message(error)
-            log_event(logger, "call refused", error=name, reason=text, key=caller_name())
+            log_event(logger, "call refused", error=name, reason=text, key=current_caller().name)
             await abort_with(context, error)
         except Exception as error:
             logger.exception("call failed")
@@ -186,7 +181,7 @@ class GrpcServer:
         host: str,
         port: int,
         *,
-        access: AccessInterceptor | None = None,
+        access: AccessControl | None = None,
         sources: AdapterSources | None = None,
         metrics: Metrics | None = None,
         credentials: grpc.ServerCredentials | None = None,
@@ -200,7 +195,7 @@ class GrpcServer:
             engine: what answers; `stop` shuts it down.
             host: address to listen on.
             port: TCP port.
-            access: checks every call; None lets everybody do everything.
+            access: who may do what; None knows no keys.
             sources: where adapters may be loaded from; None lets them come from everywhere.
             metrics: told of every request.
             credentials: TLS; None serves plain text.
@@ -211,13 +206,12 @@ class GrpcServer:
         self._engine = engine
         self._credentials = credentials
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
-        interceptors = () if access is None else (access,)
+        interceptors = (AccessInterceptor(access or AccessControl.open()),)
         options = (*SERVER_OPTIONS, ("grpc.max_receive_message_length", max_message_nbytes))
         self._server = grpc.aio.server(interceptors=interceptors, options=options)
         stop_serving = self._health.enter_graceful_shutdown
-        servicer = LoraServeServicer(
-            engine, stop_serving, metrics or Metrics(), sources, limits or RequestLimits(), kept
-        )
+        runner = RequestRunner(engine, metrics or Metrics(), limits or RequestLimits())
+        servicer = LoraServeServicer(engine, runner, stop_serving, sources, kept)
         pb_grpc.add_LoraServeServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         services = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -245,45 +239,3 @@ class GrpcServer:
         await self._health.enter_graceful_shutdown()
         await self._engine.shutdown(drain_s)
         await self._server.stop(FLUSH_SECONDS)
-
-
-@contextmanager
-def _recorded(metrics: Metrics, message: pb.GenerateRequest, traceparent: str | None) -> Iterator[_Call]:
-    """Tells the metrics of a call and of how it ended."""
-    adapter = message.adapter or dict(message.adapters) or None
-    call = _Call(metrics.request_started(GRPC_ROUTE, adapter, key=caller_name(), traceparent=traceparent))
-    failure: BaseException | None = None
-    try:
-        yield call
-    except BaseException as error:
-        failure = error
-        raise
-    finally:
-        call.finished(failure)
-
-
-class _Call:
-    """One Generate call: what it has answered so far, and what the metrics are told of it."""
-
-    def __init__(self, record: RequestMetrics) -> None:
-        self._record = record
-        self._answered = Answered()
-        self._num_prompt_tokens = 0
-        self._cut: EngineStoppedError | None = None
-
-    def submitted(self, num_prompt_tokens: int) -> None:
-        self._num_prompt_tokens = num_prompt_tokens
-
-    def add(self, delta: Delta) -> None:
-        """An answer that is cut because the server stops is sent as such, and is no success."""
-        if delta.token_ids:
-            self._record.token(len(delta.token_ids))
-        try:
-            self._answered.add(delta)
-        except EngineStoppedError as error:
-            self._cut = error
-
-    def finished(self, error: BaseException | None) -> None:
-        outcome = outcome_of(error or self._cut, has_tokens=self._answered.has_tokens)
-        usage = self._answered.usage([self._num_prompt_tokens])
-        self._record.finished(outcome, usage, self._answered.timing)

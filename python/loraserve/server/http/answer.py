@@ -16,7 +16,8 @@ from loraserve.errors import LoraserveError
 from loraserve.request import Completion, Delta, GenerateRequest
 from loraserve.server.http.answer_headers import Headers, early_headers, late_headers
 from loraserve.server.http.errors import Family, error_body
-from loraserve.server.http.generation import Call, Generation, generation
+from loraserve.server.http.generation import Call, deltas_for_client, generation
+from loraserve.server.request_run import RequestRun
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ DONE = b"data: [DONE]\n\n"
 class WholeWriter(Protocol):
     """Makes the body of a whole answer."""
 
-    def body(self, generation: Generation, answers: Sequence[Sequence[Completion]]) -> Any:
+    def body(self, run: RequestRun, answers: Sequence[Sequence[Completion]]) -> Any:
         """`answers[prompt][index]` in order."""
         ...
 
@@ -39,11 +40,11 @@ class WholeWriter(Protocol):
 class StreamWriter(Protocol):
     """Makes the events of a streamed answer; every method returns whole events, or nothing."""
 
-    def first(self, generation: Generation) -> bytes: ...
+    def first(self, run: RequestRun) -> bytes: ...
 
     def delta(self, prompt: int, delta: Delta) -> bytes: ...
 
-    def last(self, generation: Generation) -> bytes: ...
+    def last(self, run: RequestRun) -> bytes: ...
 
     def error(self, body: Mapping[str, Any]) -> bytes: ...
 
@@ -58,17 +59,17 @@ class WholeResponse(Response):
         self._writer = writer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with generation(self._call, self._requests) as running:
+        async with generation(self._call, self._requests) as run:
             answers = [[Completion() for _ in range(request.params.n)] for request in self._requests]
-            async with aclosing(running.deltas()) as deltas:  # type: ignore[type-var]
+            async with aclosing(deltas_for_client(run)) as deltas:  # type: ignore[type-var]
                 async for prompt, delta in deltas:
                     answers[prompt][delta.index].append(delta)
-            body = orjson.dumps(self._writer.body(running, answers))
+            body = orjson.dumps(self._writer.body(run, answers))
             headers = [
                 (b"content-type", b"application/json"),
                 (b"content-length", b"%d" % len(body)),
-                *early_headers(self._call, running, self._requests),
-                *late_headers(self._call, running),
+                *early_headers(self._call, run, self._requests),
+                *late_headers(self._call, run),
             ]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             await send({"type": "http.response.body", "body": body})
@@ -88,25 +89,25 @@ class StreamResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with (
-            generation(self._call, self._requests) as running,
-            aclosing(running.deltas()) as deltas,  # type: ignore[type-var]
+            generation(self._call, self._requests) as run,
+            aclosing(deltas_for_client(run)) as deltas,  # type: ignore[type-var]
         ):
             prompt, delta = await anext(deltas)
-            headers = SSE_HEADERS + early_headers(self._call, running, self._requests)
+            headers = SSE_HEADERS + early_headers(self._call, run, self._requests)
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             send = scope["state"]["send"]
             try:
-                await send(_event(self._writer.first(running) + self._writer.delta(prompt, delta)))
+                await send(_event(self._writer.first(run) + self._writer.delta(prompt, delta)))
                 async for prompt, delta in deltas:
                     if chunk := self._writer.delta(prompt, delta):
                         await send(_event(chunk))
-                await send({"type": "http.response.body", "body": self._writer.last(running)})
+                await send({"type": "http.response.body", "body": self._writer.last(run)})
             except ClientDisconnect:
-                pass
+                run.abandon()
             except Exception as error:
                 if not isinstance(error, LoraserveError):
-                    logger.exception("request %s failed", self._call.request_id)
-                running.error = error
+                    logger.exception("request %s failed", self._call.origin.request_id)
+                run.error = error
                 chunk = self._writer.error(error_body(error, self._family))
                 await send({"type": "http.response.body", "body": chunk})
 

@@ -10,19 +10,20 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 from loraserve.request import AdapterSpec, GenerateRequest
-from loraserve.server.http.generation import Call, Generation
+from loraserve.server.http.generation import Call
+from loraserve.server.request_run import RequestRun
 
 Headers: TypeAlias = list[tuple[bytes, bytes]]
 
 
-def early_headers(call: Call, running: Generation, requests: Sequence[GenerateRequest]) -> Headers:
+def early_headers(call: Call, run: RequestRun, requests: Sequence[GenerateRequest]) -> Headers:
     characters = sum(len(request.prompt) for request in requests if isinstance(request.prompt, str))
     headers = {
         "x-model-id": _visible(call.state.served_names[0]),
         "x-compute-type": _visible(call.state.device),
         "x-compute-characters": str(characters),
-        "x-prompt-tokens": str(running.num_prompt_tokens),
-        "x-validation-time": _milliseconds(running.validation_s),
+        "x-prompt-tokens": str(run.num_prompt_tokens),
+        "x-validation-time": _milliseconds(_validation_s(call, run)),
     }
     adapter = requests[0].adapter
     if adapter is not None:
@@ -30,9 +31,9 @@ def early_headers(call: Call, running: Generation, requests: Sequence[GenerateRe
     return _encoded(headers)
 
 
-def late_headers(call: Call, running: Generation) -> Headers:
+def late_headers(call: Call, run: RequestRun) -> Headers:
     total_s = time.perf_counter() - call.started
-    usage, timing = running.usage, running.timing
+    usage, timing = run.usage, run.timing
     headers = {"x-total-time": _milliseconds(total_s), "x-compute-time": f"{total_s:.6f}"}
     if usage is not None:
         headers["x-generated-tokens"] = str(usage.completion_tokens)
@@ -47,6 +48,10 @@ def late_headers(call: Call, running: Generation) -> Headers:
         if timing.prefill_s is not None:
             headers["x-prefill-time"] = _milliseconds(timing.prefill_s)
     return _encoded(headers)
+
+
+def _validation_s(call: Call, run: RequestRun) -> float:
+    return 0.0 if run.submitted_at is None else run.submitted_at - call.started
 
 
 def adapter_text(adapter: AdapterSpec) -> str:

@@ -10,6 +10,7 @@ from fastapi import Request
 
 from loraserve.server.access.request_limits import RequestLimits
 from loraserve.server.http.token_texts import TokenTexts
+from loraserve.server.request_run import RequestRunner
 
 if TYPE_CHECKING:
     from loraserve.adapters.startup import AdapterFailure
@@ -75,6 +76,7 @@ class HttpState:
         self.max_model_len = info.max_model_len
         self.device = info.device
         self.token_texts = TokenTexts(self.engine.tokenizer)
+        self.runner = RequestRunner(self.engine, self.metrics, self.limits)
 
     def missing_adapters(self) -> list[AdapterFailure]:
         """Of the failures at start, those whose name is still not served and has not been unloaded."""

@@ -12,9 +12,9 @@ import orjson
 from loraserve._core import __version__
 from loraserve.request import Completion, Delta, TokenLogprob, Usage
 from loraserve.server.http.answer import DONE
-from loraserve.server.http.generation import Generation
 from loraserve.server.http.openai.logprobs import chat_logprobs, completion_logprobs
 from loraserve.server.http.token_texts import TokenTexts
+from loraserve.server.request_run import RequestRun
 
 SYSTEM_FINGERPRINT = f"loraserve-{__version__}"  # text_generation's client wants a string
 
@@ -47,12 +47,12 @@ class WholeChat:
     def __init__(self, head: AnswerHead) -> None:
         self._head = head
 
-    def body(self, generation: Generation, answers: Sequence[Sequence[Completion]]) -> dict[str, Any]:
+    def body(self, run: RequestRun, answers: Sequence[Sequence[Completion]]) -> dict[str, Any]:
         choices = [self._choice(index, answer) for index, answer in enumerate(answers[0])]
         return {
             **self._head.fields("chat.completion"),
             "choices": choices,
-            "usage": usage_body(generation.usage),
+            "usage": usage_body(run.usage),
         }
 
     def _choice(self, index: int, answer: Completion) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class WholeCompletion:
         self._head = head
         self._echoes = echoes
 
-    def body(self, generation: Generation, answers: Sequence[Sequence[Completion]]) -> dict[str, Any]:
+    def body(self, run: RequestRun, answers: Sequence[Sequence[Completion]]) -> dict[str, Any]:
         chosen = [
             (echo, answer)
             for echo, of_prompt in zip(self._echoes, answers, strict=True)
@@ -83,7 +83,7 @@ class WholeCompletion:
         return {
             **self._head.fields("text_completion"),
             "choices": [self._choice(index, echo, answer) for index, (echo, answer) in enumerate(chosen)],
-            "usage": usage_body(generation.usage),
+            "usage": usage_body(run.usage),
         }
 
     def _choice(self, index: int, echo: str, answer: Completion) -> dict[str, Any]:
@@ -109,10 +109,10 @@ class ChunkWriter:
         self._start = b"data: " + start + b',"choices":[{"index":'
         self._end = b',"usage":null}\n\n' if head.wants_usage else b"}\n\n"
 
-    def last(self, generation: Generation) -> bytes:
+    def last(self, run: RequestRun) -> bytes:
         if not self._head.wants_usage:
             return DONE
-        fields = {**self._head.fields(self.kind), "choices": [], "usage": usage_body(generation.usage)}
+        fields = {**self._head.fields(self.kind), "choices": [], "usage": usage_body(run.usage)}
         return b"data: " + orjson.dumps(fields) + b"\n\n" + DONE
 
     def error(self, body: Mapping[str, Any]) -> bytes:
@@ -135,7 +135,7 @@ class ChatChunks(ChunkWriter):
 
     kind = "chat.completion.chunk"
 
-    def first(self, generation: Generation) -> bytes:
+    def first(self, run: RequestRun) -> bytes:
         role = b'"delta":{"role":"assistant","content":""}'
         return b"".join(self._chunk(index, role, b"", None) for index in range(self._head.num_answers))
 
@@ -159,7 +159,7 @@ class CompletionChunks(ChunkWriter):
         self._echoes = echoes
         self._offsets = [len(echo) for echo in echoes for _ in range(head.num_answers)]
 
-    def first(self, generation: Generation) -> bytes:
+    def first(self, run: RequestRun) -> bytes:
         n = self._head.num_answers
         texts = [echo for echo in self._echoes for _ in range(n)]
         return b"".join(

@@ -83,7 +83,7 @@ def _head(
     if body.stream_options is not None and not body.stream:
         raise InvalidRequestError("stream_options is given without stream, set stream to true")
     return AnswerHead(
-        id=f"{prefix}-{call.request_id}",
+        id=f"{prefix}-{call.origin.request_id}",
         model=_answering_model(call.state, body.model, adapter),
         num_answers=1 if body.n is None else body.n,
         wants_logprobs=wants_logprobs,

@@ -9,11 +9,11 @@ import orjson
 
 from loraserve.request import Completion, Delta, FinishReason, GenerateRequest, TokenLogprob
 from loraserve.sampling_params import SamplingParams
-from loraserve.server.http.generation import Generation
 from loraserve.server.http.openai.answer import likeliest
 from loraserve.server.http.state import HttpState
 from loraserve.server.http.tgi.schema import Parameters
 from loraserve.server.http.token_texts import TokenTexts
+from loraserve.server.request_run import RequestRun
 
 TgiFinish: TypeAlias = Literal["length", "eos_token", "stop_sequence"]
 
@@ -29,13 +29,13 @@ class WholeGenerate:
         self._given = given
         self._is_array = is_array
 
-    def body(self, generation: Generation, answers: Sequence[Sequence[Completion]]) -> Any:
+    def body(self, run: RequestRun, answers: Sequence[Sequence[Completion]]) -> Any:
         best = likeliest(answers[0], 1)[0]
         place = next(index for index, answer in enumerate(answers[0]) if answer is best)
         others = [(index, answer) for index, answer in enumerate(answers[0]) if index != place]
         body: dict[str, Any] = {"generated_text": self._text(best)}
         if self._given.details:
-            prompt_ids = generation.streams[0].prompt_token_ids
+            prompt_ids = run.streams[0].prompt_token_ids
             body["details"] = self._details(best, place, prompt_ids)
             if others:
                 body["details"]["best_of_sequences"] = [
@@ -95,8 +95,8 @@ class GenerateEvents:
         self._parts: list[str] = [str(request.prompt)] if given.return_full_text else []
         self._index = 0
 
-    def first(self, generation: Generation) -> bytes:
-        self._num_prompt_tokens = generation.num_prompt_tokens
+    def first(self, run: RequestRun) -> bytes:
+        self._num_prompt_tokens = run.num_prompt_tokens
         return b""
 
     def delta(self, prompt: int, delta: Delta) -> bytes:
@@ -106,7 +106,7 @@ class GenerateEvents:
         end = self._end(delta)
         return b'data:{"index":%d,"token":%b,%b%b}\n\n' % (self._index, orjson.dumps(token), top, end)
 
-    def last(self, generation: Generation) -> bytes:
+    def last(self, run: RequestRun) -> bytes:
         return b""
 
     def error(self, body: Mapping[str, Any]) -> bytes:

@@ -1,0 +1,204 @@
+"""One call for answers, of HTTP and gRPC alike: admitted, submitted, its deltas, and always an outcome."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loraserve.errors import EngineStoppedError, LoraserveError
+from loraserve.request import AdapterSpec, Delta, GenerateRequest, RequestTiming, Usage
+from loraserve.server.access.disclosure import shown_error
+from loraserve.server.observe.outcomes import Outcome, outcome_of
+
+if TYPE_CHECKING:
+    from loraserve.async_engine import AsyncEngine, RequestStream
+    from loraserve.server.access.keys import Caller
+    from loraserve.server.access.request_limits import RequestLimits
+    from loraserve.server.observe.metrics import Metrics, RequestMetrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallOrigin:
+    """Who calls, through what.
+
+    Args:
+        caller: whose call it is.
+        route: one of few, never a client's path.
+        request_id: what logs call it.
+        traceparent: the client's span (W3C Trace Context).
+    """
+
+    caller: Caller
+    route: str
+    request_id: str | None = None
+    traceparent: str | None = None
+
+
+class RequestRun:
+    """The running answers of one call, of one prompt or several; iterate `deltas()` once."""
+
+    def __init__(self, caller: Caller, metrics: RequestMetrics) -> None:
+        self.streams: list[RequestStream] = []
+        self.submitted_at: float | None = None  # on time.perf_counter
+        self.timing: RequestTiming | None = None
+        self.error: Exception | None = None  # one that the caller was told inside an answer
+        self.is_abandoned = False
+        self.has_tokens = False
+        self._usages: list[Usage] = []
+        self._caller = caller
+        self._metrics = metrics
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(len(stream.prompt_token_ids) for stream in self.streams)
+
+    @property
+    def usage(self) -> Usage | None:
+        """Of all answers together; a prompt counts once however many answers it has."""
+        if not self._usages:
+            return None
+        total = self.num_prompt_tokens
+        of_each = [usage.cached_tokens for usage in self._usages]
+        cached = sum(of_each) if len(self.streams) > 1 else max(of_each)
+        completion = sum(usage.completion_tokens for usage in self._usages)
+        return Usage(total, completion, min(cached, total))
+
+    async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
+        """(index of the prompt, delta) as they come; an abandoned run just ends.
+
+        An answer that is cut because the server stops has a last delta that says "abort".
+
+        Raises:
+            LoraserveError: an answer failed; as much of it as the caller may see.
+        """
+        try:
+            if len(self.streams) == 1:
+                async for delta in self.streams[0]:
+                    self._note(delta)
+                    yield 0, delta
+            else:
+                async for prompt, delta in _merged(self.streams):
+                    self._note(delta)
+                    yield prompt, delta
+        except LoraserveError as error:
+            raise shown_error(error, self._caller) from None
+
+    def _note(self, delta: Delta) -> None:
+        if delta.token_ids:
+            self.has_tokens = True
+            self._metrics.token(len(delta.token_ids))
+        if delta.usage is not None:
+            self._usages.append(delta.usage)
+        self.timing = delta.timing or self.timing
+        if delta.finish_reason == "abort":
+            self.error = cut_error()
+
+    def abandon(self) -> None:
+        """End everything now: the client is gone."""
+        self.is_abandoned = True
+        self.abort()
+
+    def abort(self) -> None:
+        for stream in self.streams:
+            stream.abort()
+
+    def outcome(self, error: BaseException | None) -> Outcome:
+        """How the call ended, `error` being what left its block."""
+        if self.is_abandoned:
+            return "aborted"
+        return outcome_of(error or self.error, has_tokens=self.has_tokens)
+
+
+class RequestRunner:
+    """Runs requests on one engine.
+
+    Args:
+        engine: what answers.
+        metrics: told of every call, how it ended, and every token.
+        limits: what one request may ask.
+    """
+
+    def __init__(self, engine: AsyncEngine, metrics: Metrics, limits: RequestLimits) -> None:
+        self._engine = engine
+        self._metrics = metrics
+        self._limits = limits
+
+    @asynccontextmanager
+    async def run(self, requests: Sequence[GenerateRequest], origin: CallOrigin) -> AsyncIterator[RequestRun]:
+        """Submits `requests`, all or none; at the end of the block nothing of them runs any more.
+
+        Raises:
+            LoraserveError: the caller may not, the server is too busy, or a request was refused.
+        """
+        caller, adapter = origin.caller, requests[0].adapter
+        metrics = self._started(adapter, origin)
+        run = RequestRun(caller, metrics)
+        failure: BaseException | None = None
+        try:
+            caller.check_use(adapter)
+            async with caller.admit():
+                signed = [caller.sign(request) for request in requests]
+                try:
+                    for prepared in await self._limits.prepare(self._engine, signed):
+                        run.streams.append(await self._engine.submit(prepared))
+                    run.submitted_at = time.perf_counter()
+                    yield run
+                finally:
+                    run.abort()
+        except BaseException as error:
+            failure = error
+            raise
+        finally:
+            metrics.finished(run.outcome(failure), run.usage, run.timing)
+
+    def refused(self, adapter: AdapterSpec, origin: CallOrigin) -> None:
+        """A call was refused before it could be understood."""
+        self._started(adapter, origin).finished("refused")
+
+    def _started(self, adapter: AdapterSpec, origin: CallOrigin) -> RequestMetrics:
+        return self._metrics.request_started(
+            origin.route,
+            adapter,
+            request_id=origin.request_id,
+            key=origin.caller.name,
+            traceparent=origin.traceparent,
+        )
+
+
+def cut_error() -> EngineStoppedError:
+    """What an answer that is cut because the server stops is, where it can't be sent as it is."""
+    return EngineStoppedError("the server is shutting down, the answer is not complete; ask again")
+
+
+async def _merged(streams: Sequence[RequestStream]) -> AsyncIterator[tuple[int, Delta]]:
+    """Deltas of all streams as they come; the first error ends it."""
+    events: asyncio.Queue[tuple[int, Delta | Exception | None]] = asyncio.Queue()
+
+    async def pump(index: int, stream: RequestStream) -> None:
+        try:
+            async for delta in stream:
+                events.put_nowait((index, delta))
+            events.put_nowait((index, None))
+        except Exception as error:
+            events.put_nowait((index, error))
+
+    tasks = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]
+    try:
+        num_open = len(tasks)
+        while num_open:
+            index, event = await events.get()
+            if isinstance(event, Exception):
+                raise event
+            if event is None:
+                num_open -= 1
+            else:
+                yield index, event
+    finally:
+        for task in tasks:
+            task.cancel()
+        with suppress(asyncio.CancelledError):
+            await asyncio.gather(*tasks, return_exceptions=True)
