@@ -68,7 +68,7 @@ bench: $(STAMPS)/bench ## scheduler, kernels, latencies, streams; beside PEFT an
 	cargo bench --package loraserve-core --bench scheduler -- --quiet
 	LORASERVE_BENCH_JSON=$(CURDIR)/$(RESULTS)/kernels.jsonl cargo bench --package loraserve-kernels --bench kernels -- --quiet
 	$(BIN)/python benches/bench_latency.py --json $(RESULTS)/latency.json
-	$(BIN)/python benches/bench_serving.py house $(if $(BENCH_PEERS),--peers $(BENCH_PEERS)) --json $(RESULTS)/house.json --plot $(RESULTS)/house.png
+	$(BIN)/python benches/bench_serving.py offline $(if $(BENCH_PEERS),--peers $(BENCH_PEERS)) --json $(RESULTS)/offline.json --plot $(RESULTS)/offline.png
 	for workload in slora zipf punica vtc; do \
 		$(BIN)/python benches/bench_serving.py $$workload --json $(RESULTS)/$$workload.json --plot $(RESULTS)/$$workload.png; \
 	done

@@ -24,7 +24,7 @@ import decode_latency
 import limits as machine_limits
 import machine
 from adapter_files import write_adapters
-from engines import HouseFiles
+from engines import BenchFiles
 from loraserve.async_engine import AsyncEngine
 from loraserve.config import EngineConfig
 from streams import token_times
@@ -43,7 +43,7 @@ def main() -> None:
     )
     results: dict[str, Any] = {}
     if "start" in args.only:
-        model = HouseFiles(args.files.expanduser(), args.rank).model
+        model = BenchFiles(args.files.expanduser(), args.rank).model
         results["start"] = show("cold start from safetensors", cold_start.measure(model, args.repeats))
     asyncio.run(measure(args, limits, results))
     if args.json:

@@ -1,6 +1,6 @@
 """Serving workloads: a batch beside other engines, and the field's streams of requests through our engine.
 
-  house    32 requests at once, 128 tokens in, 64 out: loraserve, transformers + PEFT and peers in turns
+  offline    32 requests at once, 128 tokens in, 64 out: loraserve, transformers + PEFT and peers in turns
   slora    S-LoRA: Gamma arrivals, adapters by a power law (alpha 1 is uniform, smaller is more skewed)
   zipf     512 adapters by Zipf's law of exponent 1.2, arrivals in bursts
   punica   a batch of 32 kept full, its adapters distinct, uniform, skewed or identical
@@ -9,7 +9,7 @@
 Streams are open loop: requests arrive when they arrive, and latency counts from then. The defaults take about
 a minute each on two cores; the papers' settings are named in each command's --help. Examples:
 
-  python benches/bench_serving.py house --peers openvino vllm llamacpp --json house.json --plot house.png
+  python benches/bench_serving.py offline --peers openvino vllm llamacpp --json o.json --plot o.png
   python benches/bench_serving.py slora --rate 1 2 3 --cv 1 --plot slora.png
   python benches/bench_serving.py slora --help
 """
@@ -23,9 +23,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import house
 import machine
 import metrics
+import offline
 import plots
 import workloads
 from adapter_files import write_adapters
@@ -46,11 +46,11 @@ def main() -> None:
     args.run(args)
 
 
-def run_house(args: argparse.Namespace) -> None:
+def run_offline(args: argparse.Namespace) -> None:
     workload = Workload(args.requests, args.prompt_tokens, args.new_tokens)
     if args.peers and workload != Workload():
         raise SystemExit("error: peers run the default workload, leave out --requests and the lengths")
-    settings = house.HouseSettings(
+    settings = offline.OfflineSettings(
         workload=workload,
         distinct=args.distinct,
         rank=args.rank,
@@ -61,12 +61,12 @@ def run_house(args: argparse.Namespace) -> None:
         venvs=args.venvs.expanduser(),
         threads=args.threads,
     )
-    results = house.run(settings)
-    print(house.report(results))
+    results = offline.run(settings)
+    print(offline.report(results))
     write_json(args, results)
     if args.plot:
-        title = f"House workload, output tok/s; {machine.title()}"
-        plots.plot_house(results, title, args.plot)
+        title = f"Offline workload, output tok/s; {machine.title()}"
+        plots.plot_offline(results, title, args.plot)
 
 
 def run_streams(args: argparse.Namespace, streams: Streams, max_concurrent: int | None = None) -> None:
@@ -203,7 +203,7 @@ def parse_args() -> argparse.Namespace:
         sub.add_argument("--plot", type=Path, help="also draw a PNG (pip install 'loraserve[bench]')")
         return sub
 
-    add_house(command("house", run_house, "a batch at once, beside other engines"))
+    add_offline(command("offline", run_offline, "a batch at once, beside other engines"))
     slora = command("slora", run_slora, "S-LoRA's synthetic trace; the paper: --duration 300, cv 1 to 8")
     add_stream(slora, adapters=100, cv=1.0)
     slora.add_argument("--alpha", type=float, default=1.0, help="power law of the adapters; 1 is uniform")
@@ -215,11 +215,11 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def add_house(sub: argparse.ArgumentParser) -> None:
+def add_offline(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--distinct", type=int, nargs="+", default=[0, 1, 8, 32], help="adapters in the batch, at most 32"
     )
-    sub.add_argument("--repeats", type=int, default=house.MIN_REPEATS, help="measured turns of each engine")
+    sub.add_argument("--repeats", type=int, default=offline.MIN_REPEATS, help="measured turns of each engine")
     sub.add_argument("--peers", nargs="+", default=[], help="openvino, vllm, llamacpp: see benches/peers")
     sub.add_argument("--no-transformers", action="store_true", help="leave out transformers + PEFT")
     sub.add_argument("--requests", type=int, default=32, help="sent at once")

@@ -1,4 +1,4 @@
-"""What the house workload runs on: loraserve, transformers with PEFT, and peers in processes of their own."""
+"""What the offline workload runs on: loraserve, transformers with PEFT, and peers in their own processes."""
 
 import sys
 import time
@@ -22,7 +22,7 @@ WARM_UP_TOKENS = 4
 
 
 @dataclass(frozen=True)
-class HouseFiles:
+class BenchFiles:
     """The checkpoint and the adapters that all engines read, beside the peers' environments in `venvs`."""
 
     venvs: Path
@@ -87,7 +87,7 @@ class InProcess(ABC):
 class Loraserve(InProcess):
     name = "loraserve"
 
-    def __init__(self, files: HouseFiles, workload: Workload, distinct: int, dtype: str) -> None:
+    def __init__(self, files: BenchFiles, workload: Workload, distinct: int, dtype: str) -> None:
         super().__init__(workload, distinct)
         adapters = files.adapters(distinct)
         self.settings = {"dtype": dtype, "memory": "2GiB", "prefix_caching": False}
@@ -110,7 +110,7 @@ class Transformers(InProcess):
 
     name = "transformers + PEFT"
 
-    def __init__(self, files: HouseFiles, workload: Workload, distinct: int, dtype: str) -> None:
+    def __init__(self, files: BenchFiles, workload: Workload, distinct: int, dtype: str) -> None:
         super().__init__(workload, distinct)
         versions = {"transformers": transformers.__version__, "peft": peft.__version__}
         self.settings = {"dtype": dtype, **versions}
@@ -143,9 +143,9 @@ class Transformers(InProcess):
 
 
 class PeerEngine:
-    """A peer's driver; see peers/driver.py. It reads the default house workload from a file of its own."""
+    """A peer's driver; see peers/driver.py. It reads the default offline workload from a file of its own."""
 
-    def __init__(self, files: HouseFiles, peer: str, distinct: int, threads: int) -> None:
+    def __init__(self, files: BenchFiles, peer: str, distinct: int, threads: int) -> None:
         from environments import PEERS as known  # noqa: PLC0415, N811
         from environments import ensure_environment  # noqa: PLC0415
         from process import PeerProcess  # noqa: PLC0415

@@ -31,7 +31,7 @@ def plot_latencies(
     _save(figure, path)
 
 
-def plot_house(results: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
+def plot_offline(results: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
     """Median output tokens per second, a group of bars per popularity, a bar per engine."""
     figure, (axis,) = _figure(1, title)
     engines = list(dict.fromkeys(name for result in results for name in result["medians"]))

@@ -77,8 +77,8 @@ def machine() -> str:
     )
 
 
-def house() -> str:
-    results = load("house.json")["results"]
+def offline() -> str:
+    results = load("offline.json")["results"]
     engines = list(dict.fromkeys(name for result in results for name in result["medians"]))
     rows = []
     for result in results:
@@ -179,7 +179,7 @@ def scheduler() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "machine": machine,
-    "house": house,
+    "offline": offline,
     "latency": latency,
     "many": many,
     "streams": streams,

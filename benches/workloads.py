@@ -1,4 +1,4 @@
-"""The workloads: the house's batch, and the field's streams of requests, as plain values.
+"""The workloads: a batch given at once, and the field's streams of requests, as plain values.
 
 slora    S-LoRA (arXiv:2311.03285): Gamma arrivals, adapters by a power law, uniform lengths
 punica   Punica (arXiv:2310.18547): batches whose adapters are distinct, uniform, skewed or identical
@@ -30,7 +30,7 @@ VARIANTS: tuple[Variant, ...] = ("steady", "on-off", "ramp")
 
 @dataclass(frozen=True)
 class Workload:
-    """The house workload: `num_requests` at once, `prompt_tokens` random tokens in, `new_tokens` out."""
+    """The offline workload: `num_requests` at once, `prompt_tokens` random tokens in, `new_tokens` out."""
 
     num_requests: int = 32
     prompt_tokens: int = 128

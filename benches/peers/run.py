@@ -1,4 +1,4 @@
-"""Other serving engines on the house workload: 32 requests at once, 128 tokens in, 64 out, greedy, bfloat16.
+"""Other engines on the offline workload: 32 requests at once, 128 tokens in, 64 out, greedy, bfloat16.
 
 Each peer is installed on first use into an environment of its own, with the versions pinned in
 requirements/<peer>.txt, and gets the same weights, adapters (rank 16, all projections) and prompts.

@@ -124,7 +124,7 @@ def test_a_seed_fixes_the_stream_and_its_prompts() -> None:
     assert [len(text) for text in texts] == [request.prompt_tokens for request in once]
 
 
-def test_the_house_batch_takes_turns_on_its_adapters() -> None:
+def test_the_offline_batch_takes_turns_on_its_adapters() -> None:
     workload = workloads.Workload()
     assert [len(prompt) for prompt in workload.prompts()] == [128] * 32
     assert workload.adapters(0) == [None] * 32

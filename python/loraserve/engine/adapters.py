@@ -21,7 +21,7 @@ from loraserve.engine.extent_loader import ExtentLoader
 from loraserve.engine.lock import EngineLock
 from loraserve.engine.model_runner import ModelRunner
 from loraserve.engine.queue import Intake
-from loraserve.engine.stats import AdapterInfo, AdapterStats, UsageBook
+from loraserve.engine.stats import AdapterInfo, AdapterStats, UsageCounters
 from loraserve.errors import AdapterFormatError, EngineStoppedError, InvalidRequestError, LoraserveError
 from loraserve.sampling.grammar_compiler import GrammarCompiler
 from loraserve.text.chat_template import ChatTemplate
@@ -52,7 +52,7 @@ class EngineAdapters:
         intake: Intake,
         wake: threading.Event,
     ) -> None:
-        self.usage = UsageBook()
+        self.usage = UsageCounters()
         self.failures: tuple[AdapterFailure, ...] = ()
         self._config = config
         self._runner = runner

@@ -161,7 +161,7 @@ class UsageCounter:
         )
 
 
-class UsageBook:
+class UsageCounters:
     """Counters by adapter name."""
 
     def __init__(self) -> None:

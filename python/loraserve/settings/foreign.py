@@ -1,6 +1,6 @@
 """What the launchers of TGI, LoRAX and vLLM can be told beyond the settings of this server.
 
-A setting that only has another name there is listed with the setting itself (`serve_config.py`). Here is the
+A setting that only has another name there is listed with the setting itself (`schema.py`). Here is the
 rest: each stands for settings, says what is so anyway, has no effect and is noted, or is refused.
 """
 

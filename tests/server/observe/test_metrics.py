@@ -10,9 +10,9 @@ from loraserve.engine.stats import AdapterStats, AdapterUsage
 from loraserve.request import AdapterSpec, RequestTiming, Usage
 from loraserve.server.observe.adapter_series import AdapterSeries
 from loraserve.server.observe.histogram import Histogram
-from loraserve.server.observe.metrics import Metrics, Outcome, RequestSummary, adapter_text
+from loraserve.server.observe.metrics import Metrics, Outcome, RequestSummary, adapter_names
 from loraserve.server.observe.prometheus import render
-from loraserve.server.observe.recent_requests import WINDOW_S, Recent
+from loraserve.server.observe.sliding_window import WINDOW_S, SlidingWindow
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.server.control_server import ControlEngine
@@ -96,7 +96,7 @@ def test_what_was_served_is_what_prometheus_reads() -> None:
     ],
 )
 def test_an_adapter_spec_as_text(spec: AdapterSpec, text: str) -> None:
-    assert adapter_text(spec) == text
+    assert adapter_names(spec) == text
 
 
 def test_names_that_do_not_exist_never_become_labels() -> None:
@@ -191,7 +191,7 @@ def test_buckets_are_cumulative_and_hold_their_bound(values: list[float], counts
 
 def test_the_last_minute_is_kept_by_the_second() -> None:
     now = 1000.0
-    recent = Recent(lambda: now)
+    recent = SlidingWindow(lambda: now)
     recent.add_tokens(50)
     recent.add_request(2.0, 0.5)
     recent.add_request(4.0, None)

@@ -27,7 +27,7 @@ def early_headers(call: Call, run: RequestRun, requests: Sequence[GenerateReques
     }
     adapter = requests[0].adapter
     if adapter is not None:
-        headers |= {"x-adapter-id": _visible(adapter_text(adapter)), "x-adapter-source": "local"}
+        headers |= {"x-adapter-id": _visible(weighted_sum_text(adapter)), "x-adapter-source": "local"}
     return _encoded(headers)
 
 
@@ -54,7 +54,7 @@ def _validation_s(call: Call, run: RequestRun) -> float:
     return 0.0 if run.submitted_at is None else run.submitted_at - call.started
 
 
-def adapter_text(adapter: AdapterSpec) -> str:
+def weighted_sum_text(adapter: AdapterSpec) -> str:
     """One name, or a sum as `a*0.5+b*0.5`."""
     if adapter is None or isinstance(adapter, str):
         return adapter or ""

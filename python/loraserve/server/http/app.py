@@ -1,4 +1,4 @@
-"""The application: all routers, the error handlers, and the edge around them."""
+"""The application: all routers, the error handlers, and the middleware around them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from loraserve._core import __version__
 from loraserve.server.http import errors
 from loraserve.server.http.admin.routes import router as admin
 from loraserve.server.http.dashboard.router import router as dashboard
-from loraserve.server.http.middleware import Edge
+from loraserve.server.http.middleware import RequestIdMiddleware
 from loraserve.server.http.openai.openapi import OpenAIError, Responses
 from loraserve.server.http.openai.routes import router as openai
 from loraserve.server.http.state import HttpState
@@ -37,7 +37,7 @@ def create_app(state: HttpState) -> FastAPI:
     app.include_router(admin, responses=ADMIN_ERRORS)
     app.include_router(dashboard)
     errors.install(app)
-    app.add_middleware(Edge)
+    app.add_middleware(RequestIdMiddleware)
     if state.cors_origins:
         # No credentials: a key comes in a header of its own, and nothing here reads cookies.
         app.add_middleware(

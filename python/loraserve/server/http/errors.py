@@ -130,7 +130,7 @@ def error_response(error: Exception, family: Family) -> Response:
 
 
 def install(app: FastAPI) -> None:
-    """Registers the handlers; what none of them takes is a bug, answered by the edge."""
+    """Registers the handlers; what none of them takes is a bug, answered by the middleware."""
     app.add_exception_handler(LoraserveError, _on_loraserve_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(StarletteHTTPException, _on_http_exception)

@@ -16,7 +16,7 @@ REQUEST_ID = b"x-request-id"
 _ACCEPTED = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
-class Edge:
+class RequestIdMiddleware:
     """Takes the client's X-Request-Id or makes one.
 
     `scope["state"]` then has `request_id`, and `send` without any layer around it.

@@ -1,6 +1,6 @@
 """Counts what every frontend serves: told of each request and each token, about a microsecond each.
 
-Only the asyncio loop calls in here, so nothing locks. `exposition.py` writes the counts for Prometheus.
+Only the asyncio loop calls in here, so nothing locks. `prometheus.py` writes the counts for Prometheus.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from loraserve.request import AdapterSpec, RequestTiming, Usage
 from loraserve.server.observe.adapter_series import AdapterSeries
 from loraserve.server.observe.histogram import REQUEST_SECONDS, TOKEN_SECONDS, TOKENS, Histogram
 from loraserve.server.observe.outcomes import Outcome
-from loraserve.server.observe.recent_requests import Recent
+from loraserve.server.observe.sliding_window import SlidingWindow
 
 BASE_LABEL = ""
 SUM_LABEL = "_sum"  # of requests for a weighted sum of adapters
@@ -48,7 +48,7 @@ class Traffic:
     def __init__(self) -> None:
         self.num_requests = 0
         self.total_s = 0.0
-        self.recent = Recent()
+        self.recent = SlidingWindow()
 
 
 class Metrics:
@@ -75,7 +75,7 @@ class Metrics:
         self.prompt_tokens = Histogram(TOKENS)
         self.generated_tokens = Histogram(TOKENS)
         self.num_cached_tokens = 0
-        self.recent = Recent()
+        self.recent = SlidingWindow()
         self.traffic: dict[str, Traffic] = {}
         self.adapter_series = AdapterSeries(max_adapter_labels)
 
@@ -98,7 +98,7 @@ class Metrics:
             traceparent: the client's span, as its header of this name tells it (W3C Trace Context).
         """
         self.num_in_progress += 1
-        return RequestMetrics(self, route, adapter_text(adapter), request_id, key, traceparent)
+        return RequestMetrics(self, route, adapter_names(adapter), request_id, key, traceparent)
 
     def label(self, adapter: str) -> str:
         """The adapter's own label, or the shared one; an adapter that may not exist must not come here."""
@@ -170,7 +170,7 @@ class RequestMetrics:
         self._started_at = time.time()
         self._started = time.perf_counter()
         self._last_token: float | None = None
-        self._recent: Recent | None = None
+        self._recent: SlidingWindow | None = None
         self._ttft_s: float | None = None
         self._num_tokens = 0
         self._is_finished = False
@@ -214,7 +214,7 @@ class RequestMetrics:
         self._metrics.record(summary)
 
 
-def adapter_text(adapter: AdapterSpec) -> str:
+def adapter_names(adapter: AdapterSpec) -> str:
     """ "" for the base model, a name, or names with "+" between, which no name contains."""
     if adapter is None or isinstance(adapter, str):
         return adapter or BASE_LABEL

@@ -1,4 +1,4 @@
-"""The house workload: engines strictly alternate in one run, medians are compared."""
+"""The offline workload: engines strictly alternate in one run, medians are compared."""
 
 import statistics
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
-from engines import BenchEngine, HouseFiles, Loraserve, PeerEngine, Transformers
+from engines import BenchEngine, BenchFiles, Loraserve, PeerEngine, Transformers
 from tqdm import tqdm
 from workloads import Workload
 
@@ -17,7 +17,7 @@ OURS = Loraserve.name
 
 
 @dataclass(frozen=True)
-class HouseSettings:
+class OfflineSettings:
     workload: Workload
     distinct: Sequence[int]
     rank: int
@@ -29,9 +29,9 @@ class HouseSettings:
     threads: int
 
 
-def run(settings: HouseSettings) -> list[dict[str, Any]]:
+def run(settings: OfflineSettings) -> list[dict[str, Any]]:
     """One result per number of distinct adapters: each engine's rates, their medians, and ratios."""
-    files = HouseFiles(settings.venvs, settings.rank)
+    files = BenchFiles(settings.venvs, settings.rank)
     results = []
     for distinct in settings.distinct:
         with ExitStack() as stack:
@@ -40,7 +40,7 @@ def run(settings: HouseSettings) -> list[dict[str, Any]]:
     return with_ratios(results)
 
 
-def start(settings: HouseSettings, files: HouseFiles, distinct: int, stack: ExitStack) -> list[BenchEngine]:
+def start(settings: OfflineSettings, files: BenchFiles, distinct: int, stack: ExitStack) -> list[BenchEngine]:
     engines: list[BenchEngine] = []
 
     def add(engine: BenchEngine) -> None:

@@ -9,7 +9,7 @@ WINDOW_S = 60
 RATE_S = 10  # rates are means of so many whole seconds
 
 
-class Recent:
+class SlidingWindow:
     """Tokens, requests and latencies of the last minute.
 
     Slot `second % WINDOW_S` belongs to the second it is stamped with; an older stamp is an empty slot.
