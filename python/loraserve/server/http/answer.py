@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, Protocol
 
 import orjson
@@ -15,9 +16,9 @@ from starlette.types import Message, Receive, Scope, Send
 from loraserve.errors import LoraserveError
 from loraserve.request import Completion, Delta, GenerateRequest
 from loraserve.server.http.answer_headers import Headers, early_headers, late_headers
+from loraserve.server.http.call import Call
 from loraserve.server.http.errors import Family, error_body
-from loraserve.server.http.generation import Call, deltas_for_client, generation
-from loraserve.server.request_run import RequestRun
+from loraserve.server.request_run import RequestRun, cut_error
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +60,9 @@ class WholeResponse(Response):
         self._writer = writer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with generation(self._call, self._requests) as run:
+        async with _running(self._call, self._requests) as run:
             answers = [[Completion() for _ in range(request.params.n)] for request in self._requests]
-            async with aclosing(deltas_for_client(run)) as deltas:  # type: ignore[type-var]
+            async with aclosing(_deltas(run)) as deltas:  # type: ignore[type-var]
                 async for prompt, delta in deltas:
                     answers[prompt][delta.index].append(delta)
             body = orjson.dumps(self._writer.body(run, answers))
@@ -89,8 +90,8 @@ class StreamResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with (
-            generation(self._call, self._requests) as run,
-            aclosing(deltas_for_client(run)) as deltas,  # type: ignore[type-var]
+            _running(self._call, self._requests) as run,
+            aclosing(_deltas(run)) as deltas,  # type: ignore[type-var]
         ):
             prompt, delta = await anext(deltas)
             headers = SSE_HEADERS + early_headers(self._call, run, self._requests)
@@ -114,3 +115,43 @@ class StreamResponse(Response):
 
 def _event(chunk: bytes) -> Message:
     return {"type": "http.response.body", "body": chunk, "more_body": True}
+
+
+@asynccontextmanager
+async def _running(call: Call, requests: Sequence[GenerateRequest]) -> AsyncIterator[RequestRun]:
+    """As `RequestRunner.run`, abandoned when the client goes away.
+
+    Raises:
+        LoraserveError: the caller may not, the server is too busy, or a request was refused.
+    """
+    async with call.state.runner.run(requests, call.origin) as run:
+        watcher = asyncio.create_task(_abandon_when_gone(call.receive, run))
+        try:
+            yield run
+        except ClientDisconnect:
+            run.abandon()
+            raise
+        finally:
+            watcher.cancel()
+
+
+async def _deltas(run: RequestRun) -> AsyncIterator[tuple[int, Delta]]:
+    """(index of the prompt, delta) as they come.
+
+    Raises:
+        ClientDisconnect: the client left; everything is aborted already.
+        LoraserveError: an answer failed, or is cut because the server is being stopped.
+    """
+    async with aclosing(run.deltas()) as deltas:  # type: ignore[type-var]
+        async for prompt, delta in deltas:
+            if delta.finish_reason == "abort":
+                raise cut_error()
+            yield prompt, delta
+    if run.is_abandoned:
+        raise ClientDisconnect
+
+
+async def _abandon_when_gone(receive: Receive, run: RequestRun) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    run.abandon()

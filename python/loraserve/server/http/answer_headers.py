@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 from loraserve.request import AdapterSpec, GenerateRequest
-from loraserve.server.http.generation import Call
+from loraserve.server.http.call import Call
 from loraserve.server.request_run import RequestRun
 
 Headers: TypeAlias = list[tuple[bytes, bytes]]

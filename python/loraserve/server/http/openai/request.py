@@ -10,7 +10,7 @@ from loraserve.request import AdapterSpec, ChatOptions, GenerateRequest
 from loraserve.sampling.grammar import Grammar
 from loraserve.sampling_params import MAX_LOGPROBS, SamplingParams
 from loraserve.server.http.adapter_selectors import adapter_of
-from loraserve.server.http.generation import Call
+from loraserve.server.http.call import Call
 from loraserve.server.http.openai.schema import (
     ChatCompletionBody,
     CompletionBody,

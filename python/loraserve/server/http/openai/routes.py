@@ -13,8 +13,8 @@ from loraserve.request import AdapterSpec, GenerateRequest
 from loraserve.server.access.keys import Caller
 from loraserve.server.http.answer import StreamResponse, WholeResponse
 from loraserve.server.http.auth import current_caller
+from loraserve.server.http.call import Call, current_call
 from loraserve.server.http.errors import Family
-from loraserve.server.http.generation import Call, current_call
 from loraserve.server.http.json_route import JsonRoute
 from loraserve.server.http.model_names import is_placeholder, models_for
 from loraserve.server.http.openai.answer import (

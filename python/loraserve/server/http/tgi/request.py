@@ -10,7 +10,7 @@ from loraserve.request import GenerateRequest
 from loraserve.sampling.grammar import Grammar
 from loraserve.sampling_params import SamplingParams
 from loraserve.server.http.adapter_selectors import adapter_of
-from loraserve.server.http.generation import Call
+from loraserve.server.http.call import Call
 from loraserve.server.http.tgi.schema import AnyGenerateBody, GrammarField, Parameters
 
 DEFAULT_MAX_NEW_TOKENS = 100

@@ -12,8 +12,8 @@ from loraserve.errors import InvalidRequestError
 from loraserve.server.access.keys import Caller
 from loraserve.server.http.answer import StreamResponse, WholeResponse
 from loraserve.server.http.auth import current_caller
+from loraserve.server.http.call import Call, current_call
 from loraserve.server.http.errors import Family
-from loraserve.server.http.generation import Call, current_call
 from loraserve.server.http.json_route import JsonRoute
 from loraserve.server.http.openai.routes import chat_completions, completions
 from loraserve.server.http.openai.schema import ChatCompletionBody, CompletionBody

@@ -1,0 +1,54 @@
+"""`Call`: one HTTP request to a generating route, as its answer is made from it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Header, Request
+from starlette.types import Receive
+
+from loraserve.server.access.keys import Caller
+from loraserve.server.http.auth import current_caller
+from loraserve.server.http.state import HttpState, http_state
+from loraserve.server.request_run import CallOrigin
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One HTTP request to a generating route: who asks what server, where and when."""
+
+    state: HttpState
+    origin: CallOrigin
+    receive: Receive
+    started: float
+    deadline_s: float | None
+
+    @property
+    def caller(self) -> Caller:
+        return self.origin.caller
+
+
+async def current_call(
+    request: Request,
+    state: Annotated[HttpState, Depends(http_state)],
+    caller: Annotated[Caller, Depends(current_caller)],
+    x_request_timeout: Annotated[
+        float | None,
+        Header(gt=0, allow_inf_nan=False, description="Seconds in which the answer must be complete."),
+    ] = None,
+) -> Call:
+    origin = CallOrigin(
+        caller=caller,
+        route=request.scope["route"].path,
+        request_id=request.scope["state"]["request_id"],
+        traceparent=request.headers.get("traceparent"),
+    )
+    return Call(
+        state=state,
+        origin=origin,
+        receive=request.receive,
+        started=time.perf_counter(),
+        deadline_s=x_request_timeout,
+    )
