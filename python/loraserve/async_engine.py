@@ -47,6 +47,7 @@ class RequestStream(AsyncIterator[Delta]):
         return event
 
     def put(self, event: Delta | Exception) -> None:
+        """Hand over what comes next, of whichever of the answers; only on the engine's loop."""
         self._events.put_nowait(event)
 
     def abort(self) -> None:
@@ -91,6 +92,7 @@ class AsyncEngine:
         return stream
 
     def abort(self, stream: RequestStream) -> None:
+        """End the answers of a stream that are still open and free their pages."""
         self._frontend.abort(stream.request_ids)
 
     @property
@@ -100,10 +102,12 @@ class AsyncEngine:
 
     @property
     def has_failed(self) -> bool:
+        """Whether the engine has ended by an error of its own; `refusal` says which."""
         return self._failed.is_set()
 
     @property
     def tokenizer(self) -> Tokenizer:
+        """The one that prompts are tokenised with; safe to use from any thread."""
         return self._engine.runner.model.tokenizer
 
     async def load_adapter(
@@ -119,6 +123,11 @@ class AsyncEngine:
         )
 
     async def unload_adapter(self, name: str) -> None:
+        """Refuse new requests for an adapter; accepted ones finish.
+
+        Raises:
+            AdapterNotFoundError: no adapter has this name.
+        """
         self._engine.adapters.unload(name)
 
     async def warm_adapter(self, name: str) -> float:
@@ -138,12 +147,15 @@ class AsyncEngine:
         return self._engine.adapters.failures
 
     def adapters(self) -> list[AdapterInfo]:
+        """Every registered adapter, in order of registration."""
         return self._engine.adapters.infos()
 
     def stats(self) -> EngineStats:
+        """Load and counters of this moment."""
         return self._engine.stats()
 
     def info(self) -> EngineInfo:
+        """Settings, and the load of this moment."""
         return self._engine.info()
 
     async def shutdown(self, deadline_s: float = 30.0) -> None:

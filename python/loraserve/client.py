@@ -174,6 +174,7 @@ class Client:
             time.sleep(READY_POLL_S)
 
     def close(self) -> None:
+        """Close the connection; calls under way are cancelled."""
         self._channel.close()
 
     def __enter__(self) -> Client:
@@ -311,6 +312,7 @@ class AsyncClient:
             await asyncio.sleep(READY_POLL_S)
 
     async def close(self) -> None:
+        """As `Client.close`."""
         await self._channel.close(None)
 
     async def __aenter__(self) -> AsyncClient:

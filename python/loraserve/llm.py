@@ -148,12 +148,15 @@ class LLM:
         self._engine.adapters.pin(name, is_pinned)
 
     def adapters(self) -> list[AdapterInfo]:
+        """Every registered adapter, in order of registration."""
         return self._engine.adapters.infos()
 
     def stats(self) -> EngineStats:
+        """Load and counters of this moment."""
         return self._engine.stats()
 
     def info(self) -> EngineInfo:
+        """Settings, and the load of this moment."""
         return self._engine.info()
 
     def close(self) -> None:

@@ -178,6 +178,7 @@ class Completion:
     timing: RequestTiming | None = None
 
     def append(self, delta: Delta) -> None:
+        """Add what one step brought; deltas come in order, all of this answer."""
         self.text += delta.text
         self.token_ids += delta.token_ids
         if delta.logprobs is not None:
@@ -198,24 +199,30 @@ class RequestOutput:
 
     @property
     def text(self) -> str:
+        """Of the first answer, without the stop string that ended it."""
         return self.completions[0].text
 
     @property
     def token_ids(self) -> list[int]:
+        """Of the first answer, the token that ended it included."""
         return self.completions[0].token_ids
 
     @property
     def logprobs(self) -> list[TokenLogprob] | None:
+        """Of the first answer, one per token; None if none were asked for."""
         return self.completions[0].logprobs
 
     @property
     def finish_reason(self) -> FinishReason | None:
+        """Why the first answer ended."""
         return self.completions[0].finish_reason
 
     @property
     def usage(self) -> Usage | None:
+        """Token counts of the first answer."""
         return self.completions[0].usage
 
     @property
     def timing(self) -> RequestTiming | None:
+        """How long the first answer took."""
         return self.completions[0].timing

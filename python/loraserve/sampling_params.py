@@ -128,6 +128,7 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
+        """Whether every token is the likeliest one, and no seed matters."""
         return self.temperature < MIN_TEMPERATURE
 
     @property

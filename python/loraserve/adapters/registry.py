@@ -50,10 +50,12 @@ class AdapterRegistry:
         self._sources: dict[int, dict[str, RegisteredAdapter]] = {}
 
     def add(self, adapter: RegisteredAdapter) -> None:
+        """Bind its name to it, whatever had the name before; its path becomes a source of its content."""
         self._by_name[adapter.name] = adapter
         self._sources.setdefault(adapter.adapter_id, {})[adapter.path] = adapter
 
     def get(self, name: str) -> RegisteredAdapter | None:
+        """What has this name, None if nothing has; `remove` raises there."""
         return self._by_name.get(name)
 
     def adapter_ids(self) -> set[int]:
@@ -71,6 +73,7 @@ class AdapterRegistry:
         return self._by_name.pop(name)
 
     def forget_sources_except(self, adapter_ids: set[int]) -> None:
+        """Drop the sources of all other contents; `sources` may not be asked for them any more."""
         self._sources = {id_: source for id_, source in self._sources.items() if id_ in adapter_ids}
 
     def sources(self, adapter_id: int) -> list[RegisteredAdapter]:

@@ -25,6 +25,7 @@ Every tensor must fit a module of the model: the exit code is 0 only if all of t
 
 
 def add_parser(commands: Subparsers) -> None:
+    """Add `adapters`, whose only action is `check`."""
     summary = "look at adapters without serving them"
     parser = commands.add_parser("adapters", help=summary, description=f"{summary.capitalize()}.")
     actions = parser.add_subparsers(metavar="ACTION", required=True)
@@ -39,6 +40,12 @@ def add_parser(commands: Subparsers) -> None:
 
 
 def run_check(args: argparse.Namespace) -> int:
+    """Print the adapter's receipt.
+
+    Raises:
+        ModelError: the model's config, tokenizer or embeddings can't be read.
+        AdapterFormatError: some of the adapter would not take effect.
+    """
     config = EngineConfig(model=args.model, dtype=args.dtype, max_lora_rank=args.max_lora_rank)
     print(_describe(_check(config, args.path)))
     return 0

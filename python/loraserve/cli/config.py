@@ -29,6 +29,7 @@ is well.
 
 
 def add_parser(commands: Subparsers) -> None:
+    """Add `config`, whose only action is `check`."""
     summary = "look at settings files without serving"
     parser = commands.add_parser("config", help=summary, description=f"{summary.capitalize()}.")
     actions = parser.add_subparsers(metavar="ACTION", required=True)
@@ -38,6 +39,11 @@ def add_parser(commands: Subparsers) -> None:
 
 
 def run_check(args: argparse.Namespace) -> int:
+    """Print what the file and the environment mean together, a setting a line.
+
+    Raises:
+        LoraserveError: `serve` would refuse it; adapters and models on the Hub are not looked at.
+    """
     loaded = load_settings({}, os.environ, args.file)
     settings = loaded.settings
     rows = _describe(settings) | _check_parts(settings)

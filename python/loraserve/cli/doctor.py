@@ -24,6 +24,7 @@ GIB = 2**30
 
 
 def add_parser(commands: Subparsers) -> None:
+    """Add `doctor`, which takes no options."""
     parser = add_command(
         commands, "doctor", "show the CPU, GPU, driver and compiler found, and what will be used", EXAMPLES
     )
@@ -31,6 +32,7 @@ def add_parser(commands: Subparsers) -> None:
 
 
 def run(_: argparse.Namespace) -> int:
+    """Print the report; what is missing is told, not raised."""
     rows = report()
     width = max(map(len, rows))
     for name, value in rows.items():

@@ -31,6 +31,7 @@ EXAMPLES = """\
 
 
 def add_parser(commands: Subparsers) -> None:
+    """Add `generate` with the options of the engine, the request and the sampling."""
     parser = add_command(commands, "generate", "answer prompts without a server", EXAMPLES)
     add_engine_options(parser)
     group = parser.add_argument_group("request")
@@ -89,6 +90,13 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    """Print the answers in the order of the prompts, the first one token by token.
+
+    Exits with a usage error if `-a` names an adapter that `--adapter` does not.
+
+    Raises:
+        LoraserveError: the model or an adapter can't be loaded, or a request was refused.
+    """
     config = engine_config(args, parser)
     adapter = as_dict(args.use, "-a", parser)
     for name in adapter.keys() - config.adapters.keys():

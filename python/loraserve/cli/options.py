@@ -16,6 +16,10 @@ MODEL_HELP = 'Hugging Face directory, Hub id, .gguf file, or "smollm2" (needs lo
 
 
 def add_command(commands: Subparsers, name: str, summary: str, examples: str) -> argparse.ArgumentParser:
+    """A subcommand's parser; `main` finds it as `parser` among the parsed arguments.
+
+    `summary` begins in lower case, `examples` are whole lines of the help's end.
+    """
     parser = commands.add_parser(
         name,
         allow_abbrev=False,  # what is misspelt is not taken for another flag
@@ -29,6 +33,7 @@ def add_command(commands: Subparsers, name: str, summary: str, examples: str) ->
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """MODEL and the options that `engine_config` reads."""
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     group = parser.add_argument_group("engine")
     group.add_argument(
@@ -73,6 +78,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_dtype_option(parser: argparse._ActionsContainer) -> None:
+    """`--dtype`, with the names that other servers have for one."""
     parser.add_argument(
         "--dtype",
         choices=(*DTYPES, *DTYPE_ALIASES),
@@ -82,6 +88,7 @@ def add_dtype_option(parser: argparse._ActionsContainer) -> None:
 
 
 def add_max_lora_rank_option(parser: argparse._ActionsContainer) -> None:
+    """`--max-lora-rank`, as of `EngineConfig`."""
     parser.add_argument(
         "--max-lora-rank",
         type=int,
@@ -117,6 +124,7 @@ def as_dict(pairs: Sequence[tuple[str, T]], option: str, parser: argparse.Argume
 
 
 def name_and_path(text: str) -> tuple[str, str]:
+    """Both sides of "NAME=PATH", for argparse. Raises ArgumentTypeError: one of them is empty."""
     name, separator, path = text.partition("=")
     if not (name and separator and path):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH")

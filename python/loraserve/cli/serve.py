@@ -30,12 +30,21 @@ unload adapters: think twice before --host 0.0.0.0.
 
 
 def add_parser(commands: Subparsers) -> None:
+    """Add `serve`, with a flag for every setting."""
     parser = add_command(commands, "serve", "serve a model and its adapters over HTTP and gRPC", EXAMPLES)
     add_serve_options(parser)
     parser.set_defaults(run=functools.partial(run, parser))
 
 
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    """Serve until a stop signal.
+
+    Exits with a usage error if flags contradict one another.
+
+    Raises:
+        LoraserveError: a setting is wrong, a port can't be had, the model can't be loaded, or the
+            engine failed.
+    """
     config = None if args.config is None else Path(args.config)
     flags = given_flags(args, parser)
     loaded = load_settings(flags.values, os.environ, config, flags.notes)

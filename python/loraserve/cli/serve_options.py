@@ -47,6 +47,7 @@ FOREIGN_GROUPS = {
 
 
 def add_serve_options(parser: argparse.ArgumentParser) -> None:
+    """MODEL, and the flags of `ServeSettings` and of other launchers; `given_flags` reads what was given."""
     parser.add_argument("model", metavar="MODEL", nargs="?", help=_help("model"))
     groups = {name: parser.add_argument_group(title) for name, title in GROUPS.items()}
     groups["model"].add_argument(

@@ -91,10 +91,12 @@ class ModelConfig:
 
     @property
     def q_size(self) -> int:
+        """Columns of the queries of all heads."""
         return self.num_heads * self.head_dim
 
     @property
     def kv_size(self) -> int:
+        """Columns of the keys of all KV heads, or of their values."""
         return self.num_kv_heads * self.head_dim
 
     @property

@@ -39,58 +39,113 @@ class KvGeometry:
 
     @property
     def qkv_features(self) -> int:
+        """Columns of the fused projection: all queries, then all keys, then all values."""
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
 
 class StepBatch(Protocol):
-    """The arrays of a step, int32 unless said; `_core.Batch` is one."""
+    """A step of T tokens of S sequences, L of them sampled, W waves of G adapter segments together.
+
+    Arrays are int32 unless said otherwise; `_core.Batch` is one.
+    """
 
     @property
-    def token_ids(self) -> IntArray: ...  # [T]
+    def token_ids(self) -> IntArray:
+        """[T] what the embedding looks up."""
+        ...
+
     @property
-    def positions(self) -> IntArray: ...  # [T]
+    def positions(self) -> IntArray:
+        """[T] place of each token in its sequence."""
+        ...
+
     @property
-    def slot_mapping(self) -> IntArray: ...  # [T] page * block_size + offset
+    def slot_mapping(self) -> IntArray:
+        """[T] page * block_size + offset, where a token's KV is written."""
+        ...
+
     @property
-    def query_indptr(self) -> IntArray: ...  # [S + 1]
+    def query_indptr(self) -> IntArray:
+        """[S + 1] first token of each sequence."""
+        ...
+
     @property
-    def context_lens(self) -> IntArray: ...  # [S] KV length after this step
+    def context_lens(self) -> IntArray:
+        """[S] tokens in the KV cache after this step."""
+        ...
+
     @property
-    def block_table(self) -> IntArray: ...  # [B]
+    def block_table(self) -> IntArray:
+        """[B] pages of all sequences, in token order."""
+        ...
+
     @property
-    def block_table_indptr(self) -> IntArray: ...  # [S + 1]
+    def block_table_indptr(self) -> IntArray:
+        """[S + 1] first entry of each sequence in `block_table`."""
+        ...
+
     @property
-    def logits_indices(self) -> IntArray: ...  # [L] rows of T
+    def logits_indices(self) -> IntArray:
+        """[L] rows of T that are sampled, ascending."""
+        ...
+
     @property
-    def wave_indptr(self) -> IntArray: ...  # [W + 1]
+    def wave_indptr(self) -> IntArray:
+        """[W + 1] first segment of each wave."""
+        ...
+
     @property
-    def seg_start(self) -> IntArray: ...  # [G]
+    def seg_start(self) -> IntArray:
+        """[G] first token; segments are disjoint and ascending within a wave."""
+        ...
+
     @property
-    def seg_end(self) -> IntArray: ...  # [G]
+    def seg_end(self) -> IntArray:
+        """[G] one past the last token."""
+        ...
+
     @property
-    def seg_slot(self) -> IntArray: ...  # [G]
+    def seg_slot(self) -> IntArray:
+        """[G] slot of the segment's adapter."""
+        ...
+
     @property
-    def seg_weight(self) -> FloatArray: ...  # [G] float32
+    def seg_weight(self) -> FloatArray:
+        """float32 [G] the request's own weight, without the adapter's scale."""
+        ...
+
     @property
-    def num_prefill_tokens(self) -> int: ...  # of sequences that do not merely decode; they come last
+    def num_prefill_tokens(self) -> int:
+        """Tokens of sequences that do not merely decode; they come last."""
+        ...
 
 
 class Linear(Protocol):
     """A weight in the form its `Ops` computes with."""
 
     @property
-    def in_features(self) -> int: ...
+    def in_features(self) -> int:
+        """Columns of the weight; of an embedding table, the hidden size."""
+        ...
+
     @property
-    def out_features(self) -> int: ...
+    def out_features(self) -> int:
+        """Rows of the weight; of an embedding table, the vocabulary."""
+        ...
 
 
 class StepHandle(Protocol):
     """What a backend prepared for one step."""
 
     @property
-    def num_tokens(self) -> int: ...
+    def num_tokens(self) -> int:
+        """T, padding counted in."""
+        ...
+
     @property
-    def num_logits(self) -> int: ...
+    def num_logits(self) -> int:
+        """L, padding counted in."""
+        ...
 
 
 class ForwardOps(Protocol[StepT_contra, ValueT]):
@@ -146,9 +201,14 @@ class Ops(ForwardOps[StepHandle, "torch.Tensor"], Protocol):
     """The ops of one backend over one page pool."""
 
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> torch.dtype:
+        """What weights, activations, KV cache and adapters are stored in."""
+        ...
+
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Where the pool lies and activations are made."""
+        ...
 
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
         """Converts weight [out, in] (any float dtype) for `lora_linear`; the original may be freed."""

@@ -66,6 +66,7 @@ class GrammarMatcher:
         return allowed
 
     def consume(self, token_id: int) -> None:
+        """Go past a token; one that may not come next, or takes too long, shows in `error`."""
         started = time.thread_time()
         self._matcher.consume_token(token_id)
         self._spent_s += time.thread_time() - started
@@ -89,6 +90,7 @@ class GrammarMatcher:
         return InvalidRequestError(f"the grammar became too complex while it was followed: {reason}")
 
     def copy(self) -> GrammarMatcher:
+        """Another answer's place in the grammar, now the same as this one's; its time counts from 0."""
         return GrammarMatcher(self._matcher.deep_copy(), self._end_token_ids)
 
 

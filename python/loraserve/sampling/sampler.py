@@ -53,6 +53,7 @@ class SamplingState:
         self.is_plain = params.is_greedy and params.logprobs is None and not changes_logits
 
     def append(self, token_id: int) -> None:
+        """Take the token that was chosen into the counts and the grammar."""
         self.num_output_tokens += 1
         if self.seen is not None:
             self.seen.add(token_id)

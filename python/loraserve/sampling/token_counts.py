@@ -23,6 +23,7 @@ class TokenCounts:
         self._index = {token_id: index for index, token_id in enumerate(ids.tolist())}
 
     def add(self, token_id: int) -> None:
+        """Count one more occurrence; views taken before are of the past."""
         index = self._index.setdefault(token_id, self._num_ids)
         if index < self._num_ids:
             self._counts[index] += 1

@@ -98,6 +98,7 @@ def access_control(settings: ServeSettings) -> AccessControl:
 
 
 def adapter_sources(settings: ServeSettings, access: AccessControl) -> AdapterSources:
+    """What may be loaded at run time: no path without roots; with keys, of the Hub what settings name."""
     return AdapterSources(settings.adapter_root, hub_repos(settings, has_keys=access.has_keys))
 
 
@@ -115,6 +116,7 @@ def request_limits(settings: ServeSettings) -> RequestLimits:
 
 
 def tls_config(settings: ServeSettings) -> TlsConfig | None:
+    """None where the APIs speak plain text; the files are not opened yet."""
     if settings.tls_certificate is None or settings.tls_key is None:
         return None
     return TlsConfig(
@@ -132,6 +134,7 @@ def tracing(settings: ServeSettings) -> Tracing | None:
 
 
 def metrics(settings: ServeSettings, traces: Tracing | None) -> Metrics:
+    """Counts that also write the log of requests, and the traces if there are any."""
     observers = [log_request] if traces is None else [log_request, traces.record]
     return Metrics(settings.max_adapter_labels, observers)
 

@@ -45,6 +45,7 @@ class Servers:
     kept: AdapterState | None
 
     async def start(self) -> None:
+        """Takes calls from here on, gRPC first; the ports are bound already."""
         if self.grpc is not None:
             await self.grpc.start()
         if self.http is not None:

@@ -47,4 +47,5 @@ def bound_socket(host: str, port: int, flag: str, backlog: int = 1) -> socket.so
 
 
 def socket_address(host: str, port: int) -> str:
+    """host:port as URLs and gRPC write it, an IPv6 address in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

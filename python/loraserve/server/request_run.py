@@ -54,6 +54,7 @@ class RequestRun:
 
     @property
     def num_prompt_tokens(self) -> int:
+        """Of all prompts submitted; a prompt counts once however many answers it has."""
         return sum(len(stream.prompt_token_ids) for stream in self.streams)
 
     @property
@@ -103,6 +104,7 @@ class RequestRun:
         self.abort()
 
     def abort(self) -> None:
+        """End what still runs and free its pages; safe to call twice."""
         for stream in self.streams:
             stream.abort()
 

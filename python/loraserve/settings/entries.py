@@ -82,6 +82,7 @@ class AdapterSettings(SettingsModel):
         return self
 
     def adapter_source(self) -> AdapterSource:
+        """`path`, or `repo` at its `revision`."""
         if self.path is not None:
             return AdapterSource("local", self.path)
         assert self.repo is not None, "one of path and repo is given"

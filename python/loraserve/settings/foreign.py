@@ -50,10 +50,12 @@ class ForeignSetting:
 
     @property
     def flag(self) -> str:
+        """Its long flag."""
         return f"--{self.name.replace('_', '-')}"
 
     @property
     def variable(self) -> str:
+        """The variable that the other launcher reads, if `is_variable`."""
         return self.name.upper()
 
     def read(self, value: str, where: str) -> tuple[Mapping[str, Any], str | None]:

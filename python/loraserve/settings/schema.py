@@ -329,4 +329,5 @@ class ServeSettings(SettingsModel):
 
     @property
     def served_names(self) -> tuple[str, ...]:
+        """Names of the base model, at least one; the first is the one that answers carry."""
         return self.served_model_name or (self.model,)

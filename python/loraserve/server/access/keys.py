@@ -46,10 +46,12 @@ class Caller:
 
     @property
     def name(self) -> str:
+        """The key's name, for logs and errors; without keys "anybody" or "loopback"."""
         return self._key.name
 
     @property
     def is_admin(self) -> bool:
+        """Whether the caller may load, unload and pin adapters, and use every one."""
         return self._key.is_admin
 
     @property
@@ -156,10 +158,12 @@ class AccessControl:
 
     @property
     def has_keys(self) -> bool:
+        """Whether any are configured; calls then need one."""
         return bool(self._callers)
 
     @property
     def max_concurrent_requests(self) -> int | None:
+        """Requests of all callers together that may run at once; None has no limit."""
         return self._server.limit
 
     def authenticate(self, authorization: str | None, *, client_host: str) -> Caller:

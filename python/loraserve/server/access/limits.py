@@ -38,11 +38,14 @@ class ConcurrencyLimit:
 
     @property
     def is_full(self) -> bool:
+        """Whether one more request would be too many."""
         return self.limit is not None and self.num_running >= self.limit
 
     def enter(self) -> None:
+        """A request begins; ask `is_full` first, nothing is refused here."""
         self.num_running += 1
 
     def leave(self) -> None:
+        """A request that entered has ended."""
         assert self.num_running > 0, "every request leaves once"
         self.num_running -= 1

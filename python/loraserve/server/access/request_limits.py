@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class RequestLimits:
-    """
+    """The most that one request may ask for.
+
     Args:
         request_timeout_s: deadline of every request that has no shorter one; None leaves it to the request.
         max_best_of: most sequences that TGI's `best_of` and OpenAI's `best_of` may compare.
@@ -51,6 +52,7 @@ class RequestLimits:
             )
 
     def check_num_prompts(self, num_prompts: int) -> None:
+        """Raises InvalidRequestError: one call has more prompts than `max_client_batch_size`."""
         limit = self.max_client_batch_size
         if num_prompts > limit:
             raise InvalidRequestError(
@@ -58,6 +60,7 @@ class RequestLimits:
             )
 
     def check_best_of(self, best_of: int) -> None:
+        """Raises InvalidRequestError: it is not from 1 to `max_best_of`."""
         if not 1 <= best_of <= self.max_best_of:
             raise InvalidRequestError(f"best_of is {best_of}, it must be from 1 to {self.max_best_of}")
 

@@ -37,6 +37,18 @@ class LoadProgress:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadRequest:
+    """An adapter to load.
+
+    Args:
+        name: what requests will call it.
+        source: where it lies.
+        token: for the Hub, of this adapter alone.
+        is_pinned: keep it in the memory pool.
+        is_warm: load it into the pool now.
+        replaces: whether the name may have other content, which this takes the place of.
+        manifest: goes over the adapter's own `loraserve.json`.
+    """
+
     name: str
     source: AdapterSource
     token: str | None = None

@@ -45,6 +45,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
+        """Called by gRPC for each call; what it returns checks the caller before the method runs."""
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
         if handler is None or not method.startswith(SERVICE_PREFIX):
@@ -131,6 +132,7 @@ def _client_host(context: Context) -> str:
 
 
 def metadata_value(context: Context, name: str) -> str | None:
+    """The first value of this name that the client sent; None if there is none."""
     for key, value in context.invocation_metadata() or ():
         if key == name:
             return value if isinstance(value, str) else value.decode("ascii", "replace")

@@ -68,7 +68,10 @@ SERVER_OPTIONS = (
 
 
 class LoraServeServicer:
-    """Answers the LoraServe service from one engine; reports when that turns out to have stopped."""
+    """Answers the LoraServe service from one engine; reports when that turns out to have stopped.
+
+    A typed error ends the call with its status and text (`wire.errors`), any other with INTERNAL.
+    """
 
     def __init__(
         self,
@@ -85,6 +88,7 @@ class LoraServeServicer:
         self._on_engine_stopped = on_engine_stopped
 
     async def Generate(self, message: pb.GenerateRequest, context: Context) -> None:  # noqa: N802
+        """Write a message per delta; a cancelled call aborts its request."""
         async with self._errors_answered(context, message):
             origin = CallOrigin(
                 caller=current_caller(),
@@ -104,6 +108,7 @@ class LoraServeServicer:
     async def LoadAdapter(  # noqa: N802
         self, message: pb.LoadAdapterRequest, context: Context
     ) -> pb.LoadAdapterResponse | None:
+        """Register a directory of this machine, and answer with the receipt."""
         async with self._errors_answered(context, message):
             wanted = LoadRequest(
                 name=message.name, source=AdapterSource("local", message.path), replaces=message.replace
@@ -117,6 +122,7 @@ class LoraServeServicer:
     async def UnloadAdapter(  # noqa: N802
         self, message: pb.UnloadAdapterRequest, context: Context
     ) -> pb.UnloadAdapterResponse | None:
+        """Refuse new requests for an adapter; running ones finish."""
         async with self._errors_answered(context, message):
             await unload_adapter(self._engine, message.name, by=current_caller().name, kept=self._kept)
             return pb.UnloadAdapterResponse()
@@ -125,6 +131,7 @@ class LoraServeServicer:
     async def WarmAdapter(  # noqa: N802
         self, message: pb.WarmAdapterRequest, context: Context
     ) -> pb.WarmAdapterResponse | None:
+        """Load an adapter into the pool; the answer comes when it is there, with the seconds it took."""
         async with self._errors_answered(context, message):
             load_s = await warm_adapter(self._engine, message.name, by=current_caller().name)
             return pb.WarmAdapterResponse(load_s=load_s)
@@ -133,6 +140,7 @@ class LoraServeServicer:
     async def PinAdapter(  # noqa: N802
         self, message: pb.PinAdapterRequest, context: Context
     ) -> pb.PinAdapterResponse | None:
+        """Keep an adapter in the pool, or let it be evicted again."""
         async with self._errors_answered(context, message):
             await pin_adapter(
                 self._engine, message.name, message.is_pinned, by=current_caller().name, kept=self._kept
@@ -143,6 +151,7 @@ class LoraServeServicer:
     async def ListAdapters(  # noqa: N802
         self, message: pb.ListAdaptersRequest, context: Context
     ) -> pb.ListAdaptersResponse | None:
+        """All adapters, by name; `AccessInterceptor` leaves out what the caller may not see."""
         async with self._errors_answered(context, message):
             return adapters_to_wire(self._engine.adapters())
         return None
@@ -150,6 +159,7 @@ class LoraServeServicer:
     async def GetServerInfo(  # noqa: N802
         self, message: pb.GetServerInfoRequest, context: Context
     ) -> pb.GetServerInfoResponse | None:
+        """Settings and present load; `AccessInterceptor` leaves out what the caller may not see."""
         async with self._errors_answered(context, message):
             return info_to_wire(self._engine.info())
         return None

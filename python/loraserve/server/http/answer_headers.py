@@ -17,6 +17,7 @@ Headers: TypeAlias = list[tuple[bytes, bytes]]
 
 
 def early_headers(call: Call, run: RequestRun, requests: Sequence[GenerateRequest]) -> Headers:
+    """What is known before the first token: of streams these alone are sent."""
     characters = sum(len(request.prompt) for request in requests if isinstance(request.prompt, str))
     headers = {
         "x-model-id": _visible(call.state.served_names[0]),
@@ -32,6 +33,7 @@ def early_headers(call: Call, run: RequestRun, requests: Sequence[GenerateReques
 
 
 def late_headers(call: Call, run: RequestRun) -> Headers:
+    """What is known after the last token, for whole answers."""
     total_s = time.perf_counter() - call.started
     usage, timing = run.usage, run.timing
     headers = {"x-total-time": _milliseconds(total_s), "x-compute-time": f"{total_s:.6f}"}

@@ -27,6 +27,7 @@ One base model and many LoRA adapters, mixed in one batch. Choose an adapter by 
 
 
 def create_app(state: HttpState) -> FastAPI:
+    """All routes over one server's parts; CORS only where the state has origins."""
     # FastAPI's pages for the document would load scripts from elsewhere.
     app = FastAPI(
         title="loraserve", version=__version__, description=DESCRIPTION, docs_url=None, redoc_url=None

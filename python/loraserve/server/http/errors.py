@@ -90,12 +90,14 @@ KINDS: dict[type[LoraserveError], ErrorKind] = {
 
 
 def family_of(path: str) -> Family:
+    """By the path alone, so that routes that don't exist answer in some family's shape too."""
     if path.startswith("/v1/"):
         return Family.OPENAI
     return Family.TGI if path in TGI_PATHS else Family.PLAIN
 
 
 def kind_of(error: Exception) -> ErrorKind:
+    """That of the first class in `KINDS` that the error is of; `INTERNAL` for what is not loraserve's own."""
     for cls, kind in KINDS.items():
         if isinstance(error, cls):
             return kind
@@ -103,6 +105,7 @@ def kind_of(error: Exception) -> ErrorKind:
 
 
 def http_status(error: Exception, family: Family = Family.PLAIN) -> int:
+    """The status code; TGI's differs for some errors."""
     kind = kind_of(error)
     return kind.tgi_status or kind.status if family is Family.TGI else kind.status
 
@@ -122,10 +125,12 @@ def error_body(error: Exception, family: Family) -> dict[str, Any]:
 
 
 def openai_body(message: str, type_: str, code: str | None, param: str | None = None) -> dict[str, Any]:
+    """OpenAI's shape of an error; `param` is the field of the body that it is about."""
     return {"error": {"message": message, "type": type_, "param": param, "code": code}}
 
 
 def error_response(error: Exception, family: Family) -> Response:
+    """The whole answer to `error`, with the headers that say when to try again or how to log in."""
     return _response(http_status(error, family), error_body(error, family), _headers(error))
 
 

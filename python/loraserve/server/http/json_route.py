@@ -18,6 +18,11 @@ class JsonRequest(Request):
     """A request whose body is limited and parsed strictly: no NaN, no lone surrogates, bounded depth."""
 
     async def body(self) -> bytes:
+        """All bytes, read once.
+
+        Raises:
+            HTTPException: 413 for more than `max_body_nbytes`, 415 for another type than JSON in UTF-8.
+        """
         if not hasattr(self, "_body"):
             self._body = await self._read()
             if self._body:
@@ -25,6 +30,7 @@ class JsonRequest(Request):
         return self._body
 
     async def json(self) -> Any:
+        """The parsed body. Raises JSONDecodeError: it is not JSON; and as `body`."""
         return orjson.loads(await self.body())
 
     async def _read(self) -> bytes:
@@ -56,6 +62,7 @@ class JsonRoute(APIRoute):
     """A route that reads its body as `JsonRequest`."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Called by FastAPI once a route; the handler makes every request a `JsonRequest`."""
         handler = super().get_route_handler()
 
         async def handle(request: Request) -> Response:

@@ -34,15 +34,18 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     _is_in_headers = True
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """The first request's headers may take `header_timeout_s` from now."""
         super().connection_made(transport)
         self._arm(self.limits_.header_timeout_s, "headers")
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Ends all time limits; uvicorn tells the application."""
         self._disarm()
         self._disarm_write()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        """Counts headers as they come, answers 431 where they exceed `max_header_nbytes`."""
         if self._is_in_headers:
             self._header_nbytes += len(data)
             if self._timer is None:
@@ -53,29 +56,35 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._refuse(431, "Request Header Fields Too Large", f"the headers exceed {limit} bytes")
 
     def on_message_begin(self) -> None:
+        """A request's headers may take `header_timeout_s` from now."""
         self._is_in_headers = True
         self._arm(self.limits_.header_timeout_s, "headers")
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
+        """The body may take `body_timeout_s` from now."""
         self._is_in_headers, self._header_nbytes = False, 0
         self._arm(self.limits_.body_timeout_s, "body")
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
+        """The request is whole: the answer may take as long as it does."""
         self._disarm()
         super().on_message_complete()
         self._is_in_headers = True
 
     def send_400_response(self, msg: str) -> None:
+        """Called by uvicorn for bytes that are not HTTP; answers in the shape of other errors."""
         self._refuse(400, "Bad Request", "not an HTTP/1.1 request")
 
     def pause_writing(self) -> None:
+        """The client does not read: it is cut off after `write_timeout_s`."""
         super().pause_writing()
         self._disarm_write()
         self._write_timer = self.loop.call_later(self.limits_.write_timeout_s, self.transport.abort)
 
     def resume_writing(self) -> None:
+        """The client reads again."""
         self._disarm_write()
         super().resume_writing()
 

@@ -35,9 +35,11 @@ class TokenTexts:
         return list(self._tokenizer.token_bytes(token_id) if REPLACEMENT in text else text.encode())
 
     def is_special(self, token_id: int) -> bool:
+        """Whether decoding leaves the token out of an answer's text."""
         return token_id in self._tokenizer.special_ids
 
     def ends_sequence(self, token_id: int) -> bool:
+        """Whether it is one of the model's own end tokens."""
         return token_id in self._tokenizer.eos_token_ids
 
     @property

@@ -109,6 +109,7 @@ async def load(body: LoadBody, request: Request, state: State, caller: Admin) ->
 
 @router.get("/adapters/{name}")
 async def show(name: str, state: State, caller: AnyCaller) -> AdapterBody:
+    """One adapter and what loading it found: 403 where the key may not use it, 404 where there is none."""
     caller.check_use(name)
     return _find(state, name, caller)
 

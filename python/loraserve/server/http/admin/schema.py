@@ -37,6 +37,8 @@ class LoadBody(RequestBody):
 
 
 class PinBody(RequestBody):
+    """Whether the adapter is to stay in the memory pool."""
+
     pinned: bool
 
 
@@ -52,6 +54,8 @@ class VllmLoadBody(RequestBody):
 
 
 class VllmUnloadBody(RequestBody):
+    """vLLM's body; `lora_name` is what `name` is at DELETE /adapters/{name}."""
+
     no_effect: ClassVar[NoEffect] = frozenset({"lora_int_id"})
     elsewhere: ClassVar[Elsewhere] = {"name": "lora_name"}
 
@@ -111,9 +115,13 @@ class FailedAdapterBody(BaseModel):
 
 
 class AdaptersBody(BaseModel):
+    """Adapters by name, and those that the server started without."""
+
     adapters: list[AdapterBody]
     failed: list[FailedAdapterBody] = []
 
 
 class WarmBody(BaseModel):
+    """How long the load took; 0 if the adapter was in the memory pool already."""
+
     seconds: float

@@ -32,6 +32,7 @@ class AnswerHead:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def fields(self, kind: str) -> dict[str, Any]:
+        """The head of a body whose `object` is `kind`."""
         return {
             "id": self.id,
             "object": kind,
@@ -110,12 +111,14 @@ class ChunkWriter:
         self._end = b',"usage":null}\n\n' if head.wants_usage else b"}\n\n"
 
     def last(self, run: RequestRun) -> bytes:
+        """A chunk of the usage without choices, if it was asked for, and `[DONE]`."""
         if not self._head.wants_usage:
             return DONE
         fields = {**self._head.fields(self.kind), "choices": [], "usage": usage_body(run.usage)}
         return b"data: " + orjson.dumps(fields) + b"\n\n" + DONE
 
     def error(self, body: Mapping[str, Any]) -> bytes:
+        """The error as a chunk, and `[DONE]`."""
         return b"data: " + orjson.dumps(body) + b"\n\n" + DONE
 
     def _chunk(self, index: int, content: bytes, logprobs: bytes, finish: str | None) -> bytes:
@@ -191,11 +194,13 @@ def likeliest(answers: Sequence[Completion], count: int) -> list[Completion]:
 
 
 def mean_logprob(answer: Completion) -> float:
+    """Natural log, per token; 0 of an answer without tokens."""
     logprobs = answer.logprobs or []
     return sum(one.logprob for one in logprobs) / max(1, len(logprobs))
 
 
 def usage_body(usage: Usage | None) -> dict[str, Any] | None:
+    """OpenAI's shape of token counts; None stays None."""
     if usage is None:
         return None
     return {

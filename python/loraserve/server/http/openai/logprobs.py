@@ -10,6 +10,7 @@ from loraserve.server.http.token_texts import TokenTexts
 
 
 def chat_logprobs(logprobs: Sequence[TokenLogprob], texts: TokenTexts) -> dict[str, Any]:
+    """A token an entry, with its text, its bytes and the likeliest tokens in its place."""
     content = [
         _entry(one.token_id, one.logprob, texts)
         | {"top_logprobs": [_entry(token_id, value, texts) for token_id, value in one.top]}

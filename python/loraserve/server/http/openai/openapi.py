@@ -14,6 +14,8 @@ class _Document(BaseModel):
 
 
 class OpenAIErrorFields(_Document):
+    """What went wrong: `param` names a field of the request, `code` is for programs."""
+
     message: str
     type: str
     param: str | None
@@ -21,10 +23,14 @@ class OpenAIErrorFields(_Document):
 
 
 class OpenAIError(_Document):
+    """The body of every error under /v1."""
+
     error: OpenAIErrorFields
 
 
 class Model(_Document):
+    """The base model or an adapter. `parent` is the adapter's base, `root` is told to administrators only."""
+
     id: str
     object: Literal["model"]
     created: int
@@ -35,15 +41,21 @@ class Model(_Document):
 
 
 class ModelList(_Document):
+    """What the caller may use: names of the base model first, then adapters."""
+
     object: Literal["list"]
     data: list[Model]
 
 
 class PromptTokensDetails(_Document):
+    """Tokens of the prompt that came from the prefix cache."""
+
     cached_tokens: int
 
 
 class UsageFields(_Document):
+    """Token counts of all choices together; a prompt counts once."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int

@@ -83,6 +83,7 @@ def chat_request(call: Call, body: ChatCompletionBody) -> GenerateRequest:
 
 
 def prompts_of(body: CompletionBody) -> list[str | list[int]]:
+    """Texts or lists of token ids, one or many. Raises InvalidRequestError: there are none."""
     prompt: Any = body.prompt
     if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
         return [prompt]

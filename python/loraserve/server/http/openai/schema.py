@@ -26,6 +26,8 @@ TokenIds: TypeAlias = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]],
 
 
 class TextPart(RequestBody):
+    """A part of a message's content; a type "refusal" has `refusal`, others have `text`."""
+
     no_effect: ClassVar[NoEffect] = frozenset({"cache_control"})
 
     type: Literal["text", "input_text", "refusal"] = "text"
@@ -55,6 +57,7 @@ class TextPart(RequestBody):
 
     @property
     def words(self) -> str:
+        """What the part says, whichever field has it."""
         return self.text or self.refusal or ""
 
 
@@ -126,6 +129,8 @@ class StructuredOutputs(RequestBody):
 
 
 class StreamOptions(RequestBody):
+    """`include_usage` asks for a last chunk with the token counts."""
+
     no_effect: ClassVar[NoEffect] = frozenset({"include_obfuscation"})
     neutral: ClassVar[Neutral] = {"continuous_usage_stats": (False,)}
 

@@ -12,17 +12,23 @@ Finish: TypeAlias = Literal["length", "eos_token", "stop_sequence"]
 
 
 class TgiError(BaseModel):
+    """The body of every error outside /v1; `error_type` is for programs."""
+
     error: str
     error_type: str
 
 
 class PrefillToken(BaseModel):
+    """A token of the prompt; its log-probability is not computed."""
+
     id: int
     text: str
     logprob: float | None
 
 
 class TokenFields(BaseModel):
+    """A token with its natural-log probability; `special` ones are no part of the answer's text."""
+
     id: int
     text: str
     logprob: float
@@ -30,6 +36,8 @@ class TokenFields(BaseModel):
 
 
 class BestOfSequence(BaseModel):
+    """An answer that `best_of` made and that was not the likeliest."""
+
     generated_text: str
     finish_reason: Finish
     prompt_tokens: int
@@ -41,6 +49,8 @@ class BestOfSequence(BaseModel):
 
 
 class GenerateDetails(BaseModel):
+    """Of the answer sent, where `details` is true. `seed` is null for a greedy one."""
+
     finish_reason: Finish
     prompt_tokens: int
     generated_tokens: int
@@ -52,11 +62,15 @@ class GenerateDetails(BaseModel):
 
 
 class GenerateResponse(BaseModel):
+    """The likeliest answer, after the prompt where `return_full_text` is true."""
+
     generated_text: str
     details: GenerateDetails | None = None
 
 
 class TokenizedToken(BaseModel):
+    """A token and the characters, `start` to `stop`, that it stands for."""
+
     id: int
     text: str
     start: int
