@@ -1,4 +1,4 @@
-"""The ops a model is written in, and the values that cross them; implemented by `torch_ops` and `cpu_ops`."""
+"""The ops a model is written in, and the values that cross them; each backend implements them."""
 
 from __future__ import annotations
 

@@ -50,6 +50,7 @@ _CLASSES_BY_NAME = {cls.__name__: cls for cls in STATUS_CODES}
 
 
 def status_code(error: LoraserveError) -> grpc.StatusCode:
+    """That of the first class in `STATUS_CODES` that the error is of, else INTERNAL."""
     for cls, code in STATUS_CODES.items():
         if isinstance(error, cls):
             return code

@@ -219,6 +219,7 @@ def _grammar_to_wire(grammar: Grammar) -> pb.Grammar:
 
 
 def delta_to_wire(delta: Delta) -> pb.GenerateResponse:
+    """Fields that are None are left out."""
     message = pb.GenerateResponse(index=delta.index, text=delta.text, token_ids=delta.token_ids)
     message.logprobs.extend(_logprob_to_wire(logprob) for logprob in delta.logprobs or ())
     if delta.finish_reason is not None:
@@ -244,6 +245,7 @@ def _usage_to_wire(usage: Usage) -> pb.Usage:
 
 
 def delta_from_wire(message: pb.GenerateResponse) -> Delta:
+    """As the server's engine gave it; fields left out are None, and so are empty log-probabilities."""
     return Delta(
         index=message.index,
         text=message.text,
@@ -278,6 +280,7 @@ def _timing_from_wire(message: pb.Timing) -> RequestTiming:
 
 
 def receipt_to_wire(receipt: Receipt) -> pb.Receipt:
+    """Of a base model that the adapter's config does not name, ""."""
     return pb.Receipt(
         tensors=receipt.tensors,
         modules=receipt.modules,
@@ -294,6 +297,7 @@ def receipt_to_wire(receipt: Receipt) -> pb.Receipt:
 
 
 def adapters_to_wire(adapters: Iterable[AdapterInfo]) -> pb.ListAdaptersResponse:
+    """Sorted by name, with every path and count; who may see them is for the server to say."""
     by_name = sorted(adapters, key=lambda adapter: adapter.name)
     return pb.ListAdaptersResponse(adapters=[_adapter_to_wire(adapter) for adapter in by_name])
 
@@ -315,4 +319,5 @@ def _adapter_to_wire(adapter: AdapterInfo) -> pb.Adapter:
 
 
 def info_to_wire(info: EngineInfo) -> pb.GetServerInfoResponse:
+    """The message has the fields of `EngineInfo`, by name."""
     return pb.GetServerInfoResponse(**asdict(info))

@@ -27,6 +27,7 @@ class Call:
 
     @property
     def caller(self) -> Caller:
+        """Whose call it is."""
         return self.origin.caller
 
 
@@ -39,6 +40,7 @@ async def current_call(
         Header(gt=0, allow_inf_nan=False, description="Seconds in which the answer must be complete."),
     ] = None,
 ) -> Call:
+    """The call that a generating route answers, as a dependency. Raises UnauthenticatedError."""
     origin = CallOrigin(
         caller=caller,
         route=request.scope["route"].path,

@@ -25,6 +25,7 @@ class AdapterCounts:
 
     @classmethod
     def of(cls, stats: AdapterStats) -> AdapterCounts:
+        """What the engine has counted of one adapter since it was registered."""
         usage = stats.usage
         return cls(
             requests=usage.num_requests,

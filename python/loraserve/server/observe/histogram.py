@@ -21,11 +21,13 @@ class Histogram:
         self.total = 0.0
 
     def observe(self, value: float) -> None:
+        """Count one value, in the unit of the bounds; one equal to a bound lies in that bound's bucket."""
         self._counts[bisect_left(self._bounds, value)] += 1
         self.total += value
 
     @property
     def count(self) -> int:
+        """Values observed, in all buckets together."""
         return sum(self._counts)
 
     def buckets(self) -> list[tuple[str, float]]:

@@ -56,6 +56,7 @@ class TextFormatter(logging.Formatter):
     """A line for every record; a traceback follows behind a margin."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """Called by `logging`; cut at `MAX_MESSAGE_CHARS`, and `MAX_TRACEBACK_LINES` of a traceback."""
         record.message = printable(record.getMessage(), MAX_MESSAGE_CHARS)
         record.asctime = self.formatTime(record, self.datefmt)
         lines = [self.formatMessage(record)]
@@ -70,6 +71,7 @@ class JsonFormatter(logging.Formatter):
     """time (UTC), level, logger and message, then what the record was given as `extra`."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """Called by `logging`; message and fields are cut at `MAX_MESSAGE_CHARS` and `MAX_FIELD_CHARS`."""
         entry: dict[str, Any] = {
             "time": f"{time.strftime(TIME_FORMAT, time.gmtime(record.created))}.{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),

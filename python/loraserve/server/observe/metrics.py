@@ -120,6 +120,7 @@ class Metrics:
             del self.traffic[name]
 
     def record(self, summary: RequestSummary) -> None:
+        """Count a request that has ended, and tell the observers; once for each `request_started`."""
         self.num_in_progress -= 1
         self.requests[summary.route, summary.outcome] += 1
         if summary.outcome == "success":

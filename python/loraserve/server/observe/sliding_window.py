@@ -25,6 +25,7 @@ class SlidingWindow:
         self._num_ttft = [0] * WINDOW_S
 
     def add_tokens(self, count: int) -> None:
+        """Tokens of answers that came in this second."""
         self._tokens[self._slot()] += count
 
     def add_request(self, latency_s: float, ttft_s: float | None) -> None:
@@ -37,9 +38,11 @@ class SlidingWindow:
             self._num_ttft[slot] += 1
 
     def tokens_per_s(self) -> float:
+        """Mean over the last `RATE_S` whole seconds; silent ones count."""
         return sum(self._tokens[slot] for slot in self._last(RATE_S)) / RATE_S
 
     def requests_per_s(self) -> float:
+        """Requests that have succeeded; mean over the last `RATE_S` whole seconds."""
         return sum(self._requests[slot] for slot in self._last(RATE_S)) / RATE_S
 
     def latency_s(self) -> float | None:

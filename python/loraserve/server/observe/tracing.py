@@ -57,6 +57,7 @@ class Tracing:
         self._propagator = TraceContextTextMapPropagator()
 
     def record(self, summary: RequestSummary) -> None:
+        """Make the spans of a request that has ended; they are sent later, on the thread of its own."""
         from opentelemetry.trace import SpanKind, StatusCode, set_span_in_context  # noqa: PLC0415
 
         carrier = {} if summary.traceparent is None else {"traceparent": summary.traceparent}
