@@ -61,6 +61,9 @@ class AsyncEngine:
     """An engine whose results arrive on the running asyncio loop; call its methods from that loop only.
 
     Building one loads the model (blocking, seconds).
+
+    Raises:
+        ModelError, AdapterFormatError, InvalidRequestError, CapacityError, DeviceError: it can't be loaded.
     """
 
     def __init__(self, config: EngineConfig) -> None:

@@ -125,7 +125,7 @@ class EngineConfig:
 def parse_memory(memory: int | str) -> int | None:
     """Bytes of `memory`: an integer, or text such as "512MiB", "2GiB", "1.5 GB"; "2G" is 2 GB.
 
-    None for "auto".
+    None for "auto". Raises InvalidRequestError: it is no size, or not from 1 to `MAX_MEMORY` bytes.
     """
     if memory == AUTO:
         return None

@@ -38,7 +38,7 @@ class LLM:
         **settings: the other fields of `EngineConfig` (dtype, device, memory, max_lora_rank, …).
 
     Raises:
-        ModelError, AdapterFormatError, InvalidRequestError, CapacityError: it can't be loaded.
+        ModelError, AdapterFormatError, InvalidRequestError, CapacityError, DeviceError: it can't be loaded.
     """
 
     def __init__(self, model: str, adapters: Mapping[str, str] | None = None, **settings: Any) -> None:
@@ -68,8 +68,9 @@ class LLM:
             cache_salt: up to 256 characters; only calls with the same salt share cached prompts.
 
         Raises:
-            InvalidRequestError, AdapterNotFoundError, AdapterUnavailableError, CapacityError: some
-                request was refused or failed; the others of this call are aborted.
+            InvalidRequestError, AdapterNotFoundError, AdapterFormatError, AdapterUnavailableError,
+            CapacityError, NotFiniteError, EngineStoppedError: some request was refused or failed; the
+                others of this call are aborted.
         """
         prompt_list = _as_prompts(prompts)
         requests = [

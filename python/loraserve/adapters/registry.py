@@ -67,7 +67,7 @@ class AdapterRegistry:
         return [adapter.name for adapter in self if adapter.adapter_id == adapter_id]
 
     def remove(self, name: str) -> RegisteredAdapter:
-        """Forget the name; its source is kept for requests still queued."""
+        """Forget the name; its source is kept for requests still queued. Raises AdapterNotFoundError."""
         if name not in self._by_name:
             raise AdapterNotFoundError(f"adapter {name!r} is not registered")
         return self._by_name.pop(name)

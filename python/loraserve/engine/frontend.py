@@ -114,7 +114,11 @@ def prepare(
 
 
 def resolve_adapters(spec: AdapterSpec) -> list[tuple[str, float]]:
-    """(name, weight) pairs of an adapter spec; the base model is no pair."""
+    """(name, weight) pairs of an adapter spec; the base model is no pair.
+
+    Raises:
+        InvalidRequestError: it is of another type, has too many adapters, or a weight is out of range.
+    """
     if spec is None:
         return []
     if isinstance(spec, str):
@@ -208,7 +212,11 @@ class Frontend(Generic[Owner]):
         self._active: dict[int, tuple[ActiveSequence, Owner]] = {}
 
     def prepare(self, request: GenerateRequest) -> PreparedRequest:
-        """Tokenise and resolve a request and compile its grammar; slow, call it off the loop."""
+        """Tokenise and resolve a request and compile its grammar; slow, call it off the loop.
+
+        Raises:
+            InvalidRequestError: as of the function `prepare`, and where the grammar can't be used.
+        """
         prepared = prepare(
             request,
             self._tokenizer,
@@ -222,7 +230,10 @@ class Frontend(Generic[Owner]):
         return replace(prepared, matcher=self._engine.grammars.compile(grammar, prepared.cache_scope))
 
     def submit(self, prepared: PreparedRequest, owner: Owner) -> list[int]:
-        """Queue all n sequences of a request, or none; their request ids."""
+        """Queue all n sequences of a request, or none; their request ids. Raises what `Engine.submit` does.
+
+        Answer i is drawn with the request's seed + i.
+        """
         request_ids: list[int] = []
         params = prepared.params
         try:

@@ -21,7 +21,8 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class Checkpoint(ABC):
     """Tensors go by their Hugging Face names; `raw_config` is in the terms of config.json.
 
-    `rope_factors` divide the rotary frequencies; config.json has no word for them.
+    `rope_factors` divide the rotary frequencies; config.json has no word for them. Raises ModelError: the
+    files can't be read, or the decoder can't follow the config.
     """
 
     def __init__(self, path: Path, raw_config: dict[str, Any], rope_factors: Sequence[float] = ()) -> None:
@@ -58,6 +59,7 @@ class Checkpoint(ABC):
         """Read a tensor listed in `names()`. Raises ModelError."""
 
     def has(self, name: str) -> bool:
+        """Whether `names()` has it."""
         return name in self.names()
 
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:

@@ -68,12 +68,15 @@ class RopeConfig:
         return _positive(f"rope scaling {self.kind} has {key}", self.params.get(key))
 
     def number_or(self, key: str, default: float) -> float:
-        """Like `number`; transformers takes null and 0 for absent."""
+        """`number`, or `default` where it is absent; so are null and 0, for transformers. Raises ModelError."""
         return self.number(key) if self.params.get(key) else default
 
 
 def cos_sin_table(rope: RopeConfig, head_dim: int, num_positions: int) -> Tensor:
-    """Rotary table, float32 [num_positions, head_dim]: head_dim/2 cosines, then head_dim/2 sines."""
+    """Rotary table, float32 [num_positions, head_dim]: head_dim/2 cosines, then head_dim/2 sines.
+
+    Raises ModelError for what `RopeConfig.from_hf` refuses.
+    """
     positions = torch.arange(num_positions, dtype=torch.float32)
     angles = positions[:, None] * inverse_frequencies(rope, head_dim)[None, :]
     return torch.cat([angles.cos(), angles.sin()], dim=1) * attention_factor(rope)
@@ -98,7 +101,10 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
 
 
 def attention_factor(rope: RopeConfig) -> float:
-    """What the cosines and sines are multiplied by: 1 except for YaRN (https://arxiv.org/abs/2309.00071)."""
+    """What the cosines and sines are multiplied by: 1 except for YaRN (https://arxiv.org/abs/2309.00071).
+
+    Raises ModelError.
+    """
     if rope.kind != "yarn":
         return 1.0
     if rope.params.get("attention_factor") is not None:

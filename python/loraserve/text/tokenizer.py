@@ -168,11 +168,11 @@ class Tokenizer:
         )
 
     def build_chat_template(self, source: str) -> ChatTemplate:
-        """Another template for this model's tokens."""
+        """Another template for this model's tokens; `check` says whether it is one."""
         return ChatTemplate(source, self.special_tokens)
 
     def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of a conversation; the template writes its own special tokens."""
+        """Token ids of the text of `apply_chat_template`, with its errors; special tokens are the template's."""
         text = self.apply_chat_template(messages, add_generation_prompt)
         return self.encode(text, add_special_tokens=False)
 

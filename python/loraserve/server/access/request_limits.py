@@ -65,7 +65,7 @@ class RequestLimits:
             raise InvalidRequestError(f"best_of is {best_of}, it must be from 1 to {self.max_best_of}")
 
     def check_alternatives(self, name: str, num_tokens: int) -> None:
-        """`name` is what the caller calls them."""
+        """Raises InvalidRequestError: it is over `max_top_n_tokens`; `name` is what the caller calls it."""
         if not 0 <= num_tokens <= self.max_top_n_tokens:
             raise InvalidRequestError(f"{name} is {num_tokens}, it must be from 0 to {self.max_top_n_tokens}")
 
@@ -75,7 +75,7 @@ class RequestLimits:
         """All `requests`, ready to be submitted: none is queued before every limit is checked.
 
         Raises:
-            InvalidRequestError, AdapterNotFoundError: a request was refused.
+            InvalidRequestError: a request was refused.
         """
         for request in requests:
             self.check(request)

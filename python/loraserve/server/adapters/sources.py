@@ -67,7 +67,12 @@ class AdapterSources:
             raise type(error)(f"{source.sought}; {error}") from error
 
     def check_path(self, path: str) -> Path:
-        """The directory with all symbolic links resolved, its files and itself within the roots."""
+        """The directory with all symbolic links resolved, its files and itself within the roots.
+
+        Raises:
+            PermissionDeniedError: some of it lies elsewhere.
+            InvalidRequestError, AdapterFormatError: no such path can be followed.
+        """
         if "\0" in path:
             raise InvalidRequestError("adapter path contains a zero byte")
         try:
