@@ -68,7 +68,7 @@ class RopeConfig:
         return _positive(f"rope scaling {self.kind} has {key}", self.params.get(key))
 
     def number_or(self, key: str, default: float) -> float:
-        """`number`, or `default` where it is absent; so are null and 0, for transformers. Raises ModelError."""
+        """`number`, or `default` where it is absent, null or 0, as for transformers. Raises ModelError."""
         return self.number(key) if self.params.get(key) else default
 
 

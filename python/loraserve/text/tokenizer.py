@@ -172,7 +172,7 @@ class Tokenizer:
         return ChatTemplate(source, self.special_tokens)
 
     def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of the text of `apply_chat_template`, with its errors; special tokens are the template's."""
+        """Token ids of what `apply_chat_template` writes, special tokens included; its errors too."""
         text = self.apply_chat_template(messages, add_generation_prompt)
         return self.encode(text, add_special_tokens=False)
 
