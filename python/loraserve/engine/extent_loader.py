@@ -76,12 +76,14 @@ class ExtentLoader:
         self._pace.set_rest(rest_s(self._num_open) if is_contended else 0.0)
 
     def start(self, adapter_id: int, sources: Sequence[RegisteredAdapter], extent: Extent) -> None:
+        """Read an adapter into `extent` from the first source that has it; only on the engine's thread."""
         if not self._threads:
             self._start_threads()
         self._num_open += 1
         self._jobs.put(partial(self._run, adapter_id, sources, extent))
 
     def take_results(self) -> list[LoadResult]:
+        """Loads that are done, each told once; only on the engine's thread."""
         results = [self._results.get_nowait() for _ in range(self._results.qsize())]
         self._num_open -= len(results)
         return results

@@ -51,6 +51,7 @@ class EngineLock:
         return is_acquired
 
     def release(self) -> None:
+        """As of `threading.Lock`."""
         self._lock.release()
 
     def _must_wait(self) -> bool:

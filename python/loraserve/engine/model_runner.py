@@ -64,17 +64,21 @@ class ModelRunner:
 
     @property
     def pool(self) -> torch.Tensor:
+        """All pages: uint8, on the device."""
         return self.backend.pool
 
     @property
     def max_num_slots(self) -> int:
+        """Adapters that can be resident at once, however small they are."""
         return self.backend.max_num_slots(self.num_pages)
 
     @property
     def base_shape(self) -> _core.BaseShape:
+        """What adapters are checked against."""
         return self.model.base_shape
 
     def extent(self, slot: int, first_page: int, num_pages: int) -> Extent:
+        """Pages of the pool as the place, in bytes, that an adapter is read into."""
         return Extent(slot, first_page, num_pages * self.page_nbytes)
 
     def bind(self, extent: Extent, layout: _core.AdapterLayout) -> None:
@@ -82,6 +86,7 @@ class ModelRunner:
         self.ops.set_adapter(extent.slot, extent.first_page, layout)
 
     def move(self, slot: int, src_page: int, dst_page: int, num_pages: int) -> None:
+        """Move an adapter's pages inside the pool, which may overlap, and bind its slot to the new place."""
         self.ops.move_extent(slot, src_page, dst_page, num_pages)
 
     def release(self) -> None:

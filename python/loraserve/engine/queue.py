@@ -30,8 +30,13 @@ class Intake:
 class Queue(Protocol):
     """What is asked of the scheduler."""
 
-    def num_waiting(self) -> int: ...
-    def num_waiting_for_adapters(self) -> int: ...
+    def num_waiting(self) -> int:
+        """Accepted sequences that are not running."""
+        ...
+
+    def num_waiting_for_adapters(self) -> int:
+        """Those of them that an adapter is missing for."""
+        ...
 
 
 class WaitingLimit:
@@ -84,9 +89,11 @@ class Deadlines:
         self._heap: list[tuple[float, int]] = []
 
     def add(self, deadline: float, request_id: int) -> None:
+        """`deadline` is on `time.monotonic`; a sequence has one at most."""
         heapq.heappush(self._heap, (deadline, request_id))
 
     def take_expired(self) -> list[int]:
+        """Ids whose deadline is past, told once; some may be of sequences that ended before it."""
         now = time.monotonic()
         expired = []
         while self._heap and self._heap[0][0] <= now:

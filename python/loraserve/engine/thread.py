@@ -80,13 +80,16 @@ class EngineThread:
 
     @property
     def ident(self) -> int | None:
+        """As of `threading.Thread`; None before `start`."""
         return None if self._thread is None else self._thread.ident
 
     @property
     def is_alive(self) -> bool:
+        """Whether the engine is still stepped."""
         return self._thread is not None and self._thread.is_alive()
 
     def join(self) -> None:
+        """Wait for the end; returns at once before `start`, and on the thread itself."""
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
