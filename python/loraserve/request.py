@@ -120,7 +120,7 @@ class GenerateRequest:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Natural-log probability of a chosen token, and of the likeliest tokens, best first."""
+    """Natural-log probability of a chosen token; `top` has the likeliest ids with theirs, best first."""
 
     token_id: int
     logprob: float
@@ -155,7 +155,12 @@ class RequestTiming:
 
 @dataclass(frozen=True)
 class Delta:
-    """What one step added to one answer; usage and timing are set on the last delta of each answer."""
+    """What one step added to answer `index` of n.
+
+    `text` may come later than its tokens: an unfinished character waits, and so does what may yet become a
+    stop string. `logprobs` has one entry per token, None without any. The last delta of each answer, and no
+    other, has finish_reason, usage and timing.
+    """
 
     index: int
     text: str
@@ -168,7 +173,7 @@ class Delta:
 
 @dataclass
 class Completion:
-    """One whole answer."""
+    """One whole answer, or as much as has been appended; the fields are those of `Delta`."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)

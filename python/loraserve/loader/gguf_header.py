@@ -27,7 +27,11 @@ _LENGTH: Final = struct.Struct("<Q")
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One row of the tensor table; `shape` in torch order, `offset` in bytes from the file's start."""
+    """One row of the tensor table.
+
+    `shape` is in torch order, `ggml_type` GGML's number of the (quantised) dtype, `offset` in bytes from the
+    file's start.
+    """
 
     name: str
     shape: tuple[int, ...]

@@ -21,7 +21,11 @@ from loraserve.models.ops import (
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's weights: q, k, v fused into `qkv`, gate and up into `gate_up`."""
+    """One layer's weights: q, k, v fused into `qkv`, gate and up into `gate_up`.
+
+    Norms are in the storage dtype: attn_norm and mlp_norm [hidden], q_norm and k_norm [head_dim], None where
+    the architecture has none.
+    """
 
     attn_norm: Tensor
     qkv: Linear
@@ -34,7 +38,16 @@ class Layer:
 
 
 class Decoder:
-    """A causal language model; T tokens of a step in, hidden states or logits out."""
+    """A causal language model; T tokens of a step in, hidden states or logits out.
+
+    Args:
+        config: the model's.
+        embedding: the table [vocab, hidden].
+        layers: in the order they run.
+        final_norm: [hidden] in the storage dtype.
+        lm_head: [vocab, hidden]; the embedding itself where they are tied.
+        cos_sin: float32 [positions, head_dim], of `cos_sin_table`.
+    """
 
     def __init__(
         self,

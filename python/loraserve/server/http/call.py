@@ -17,7 +17,10 @@ from loraserve.server.request_run import CallOrigin
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """One HTTP request to a generating route: who asks what server, where and when."""
+    """One HTTP request to a generating route: who asks what server, where and when.
+
+    `started` is on `time.perf_counter`, `deadline_s` the seconds that the client gives the answer.
+    """
 
     state: HttpState
     origin: CallOrigin

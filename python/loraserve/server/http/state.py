@@ -57,6 +57,7 @@ class HttpState:
         kept: where changes of adapters are kept for the next start; None forgets them.
         cors_origins: whose web pages a browser lets call this server; "*" is everybody's.
         adapters_at_start: names of the adapters that were given at start, in order.
+        started_at: when, in Unix seconds.
     """
 
     engine: AsyncEngine

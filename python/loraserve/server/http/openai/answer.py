@@ -21,7 +21,7 @@ SYSTEM_FINGERPRINT = f"loraserve-{__version__}"  # text_generation's client want
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerHead:
-    """What every chunk and every body repeats, and what the client asked to see."""
+    """What every chunk and body repeats, and what the client asked to see; `created` is in Unix seconds."""
 
     id: str
     model: str
