@@ -8,6 +8,7 @@
 pub mod cpu;
 pub mod cuda;
 mod error;
+pub mod geometry;
 pub mod step_arrays;
 
 pub use error::KernelError;

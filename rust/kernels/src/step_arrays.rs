@@ -1,8 +1,8 @@
 //! The arrays of a step as a scheduler gives them, and their checks: kernels may trust what passed.
 
 use crate::KernelError;
-use crate::cpu::geometry::BLOCK_SIZE;
 use crate::error::{check_below, check_length};
+use crate::geometry::BLOCK_SIZE;
 
 /// The arrays of a batch: T tokens of S sequences, G segments in W waves, L sampled rows.
 #[derive(Clone, Debug, Default)]

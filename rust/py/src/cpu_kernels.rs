@@ -10,11 +10,13 @@ use loraserve_kernels::cpu::activation::silu_mul;
 use loraserve_kernels::cpu::argmax::argmax;
 use loraserve_kernels::cpu::context::CpuContext;
 use loraserve_kernels::cpu::element::{Bf16, Element};
-use loraserve_kernels::cpu::geometry::{KvGeometry, PageMemory};
+use loraserve_kernels::cpu::gemm::Epilogue;
 use loraserve_kernels::cpu::linear;
+use loraserve_kernels::cpu::memory::PageMemory;
 use loraserve_kernels::cpu::norm::rms_norm;
 use loraserve_kernels::cpu::rope::HeadTransform;
 use loraserve_kernels::cpu::simd::Isa;
+use loraserve_kernels::geometry::KvGeometry;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -247,7 +249,7 @@ impl CpuKernels {
                 let x = unsafe { tensor::<E>(x_ptr, num_tokens * linear.in_features()) };
                 // SAFETY: the file's contract.
                 let out = unsafe { tensor_mut::<E>(out_ptr, num_tokens * linear.out_features()) };
-                self.inner.lora_linear(step, x, linear, layer, group, out)
+                self.inner.lora_linear(step, x, linear, layer, group, Epilogue::Store, out)
             })
         })
     }

@@ -4,10 +4,10 @@
 //! alive until the stream is past the call; everything else is checked here or below.
 
 use loraserve_adapters::{NUM_GROUPS, StorageDtype};
-use loraserve_kernels::cpu::geometry::KvGeometry;
 use loraserve_kernels::cuda::context::CudaConfig;
 use loraserve_kernels::cuda::model::{GroupShape, Limits};
 use loraserve_kernels::cuda::{CudaContext, CudaError, HeadTransform, Stream};
+use loraserve_kernels::geometry::KvGeometry;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 

@@ -1,13 +1,13 @@
 //! Memory touched ahead of use, for Python.
 
-use loraserve_kernels::cpu::memory_ahead;
+use loraserve_kernels::cpu::memory::pretouch::PoolPretouch;
 use pyo3::prelude::*;
 
 /// A thread that touches a margin of the page pool before it is needed.
 #[pyclass(frozen, module = "loraserve._core")]
 pub struct MemoryAhead {
     // Dropped in this order: the thread ends before the pool can go.
-    inner: memory_ahead::MemoryAhead,
+    inner: PoolPretouch,
     _pool: Py<PyAny>,
 }
 
@@ -17,7 +17,7 @@ impl MemoryAhead {
     #[new]
     fn new(pool: Py<PyAny>, pool_ptr: usize, pool_nbytes: usize) -> Self {
         // SAFETY: the caller guarantees the bytes, and the tensor is kept until the thread has ended.
-        let inner = unsafe { memory_ahead::MemoryAhead::new(pool_ptr, pool_nbytes) };
+        let inner = unsafe { PoolPretouch::new(pool_ptr, pool_nbytes) };
         Self { inner, _pool: pool }
     }
 

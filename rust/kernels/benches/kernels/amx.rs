@@ -3,7 +3,7 @@
 use std::arch::asm;
 use std::time::Instant;
 
-use loraserve_kernels::cpu::pool::ThreadPool;
+use loraserve_kernels::cpu::threads::ThreadPool;
 
 const NUM_ROUNDS: u64 = 200_000;
 /// Accumulators, enough to hide a product's latency.

@@ -5,6 +5,7 @@
 use std::cell::OnceCell;
 
 use loraserve_kernels::cpu::element::Bf16;
+use loraserve_kernels::cpu::gemm::Epilogue;
 use loraserve_kernels::cpu::linear::PackedLinear;
 
 use crate::bench::{Bench, Work};
@@ -53,7 +54,10 @@ fn bench_projection<'a>(bench: &mut Bench, projection: Projection, model: &impl 
             setup,
             |(step, x, weights, out), call| {
                 let weight = &weights[call % count];
-                let result = model().context.lora_linear(step, x, weight, 0, 0, out);
+                let result =
+                    model()
+                        .context
+                        .lora_linear(step, x, weight, 0, 0, Epilogue::Store, out);
                 result.expect("shapes agree");
             },
         );
@@ -76,10 +80,15 @@ fn bench_layers<'a>(bench: &mut Bench, model: &impl Fn() -> &'a Model) {
             |(step, layers, buffers), _| {
                 layers.for_each(|layer, projection, weight| {
                     let (x, out) = buffers.of(rows, projection);
-                    let result =
-                        model()
-                            .context
-                            .lora_linear(step, x, weight, layer, projection.group, out);
+                    let result = model().context.lora_linear(
+                        step,
+                        x,
+                        weight,
+                        layer,
+                        projection.group,
+                        Epilogue::Store,
+                        out,
+                    );
                     result.expect("shapes agree");
                 });
             },

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use loraserve_kernels::cpu::context::CpuContext;
 use loraserve_kernels::cpu::element::Bf16;
+use loraserve_kernels::cpu::gemm::Epilogue;
 use loraserve_kernels::cpu::memory::AlignedBytes;
 #[cfg(target_arch = "x86_64")]
 use loraserve_kernels::cpu::simd::Isa;
@@ -153,7 +154,7 @@ fn product_rate(model: &Model, (rows, in_features, out_features): (usize, usize,
         let start = Instant::now();
         model
             .context
-            .lora_linear(&step, &x, &weight, 0, 0, &mut out)
+            .lora_linear(&step, &x, &weight, 0, 0, Epilogue::Store, &mut out)
             .expect("shapes agree");
         start.elapsed().as_secs_f64()
     };

@@ -2,7 +2,8 @@
 
 use std::cell::OnceCell;
 
-use loraserve_kernels::cpu::step::Step;
+use loraserve_kernels::cpu::gemm::Epilogue;
+use loraserve_kernels::cpu::step::CpuStep;
 
 use crate::adapters::{RANK, model_with_adapters};
 use crate::bench::{Bench, Work};
@@ -76,17 +77,25 @@ pub fn bench(bench: &mut Bench) {
 }
 
 impl Setting {
-    fn run(&self, step: &Step, buffers: &mut Buffers, layer: usize, projection: Projection) {
+    fn run(&self, step: &CpuStep, buffers: &mut Buffers, layer: usize, projection: Projection) {
         let (x, out) = buffers.of(step.num_tokens(), projection);
         let weight = self.layers.weight(layer, projection);
         let context = &self.model.context;
-        let result = context.lora_linear(step, x, weight, layer, projection.group, out);
+        let result = context.lora_linear(
+            step,
+            x,
+            weight,
+            layer,
+            projection.group,
+            Epilogue::Store,
+            out,
+        );
         result.expect("shapes agree");
     }
 }
 
 /// A step whose tokens are shared out evenly among the first `distinct` adapters.
-fn mixed(model: &Model, num_tokens: usize, distinct: usize) -> Step {
+fn mixed(model: &Model, num_tokens: usize, distinct: usize) -> CpuStep {
     let segments: Vec<_> = (0..distinct)
         .map(|slot| Segment {
             start: num_tokens * slot / distinct,

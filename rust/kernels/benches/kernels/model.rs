@@ -3,10 +3,10 @@
 use loraserve_adapters::{BaseShape, ModuleShape, StorageDtype};
 use loraserve_kernels::cpu::context::CpuContext;
 use loraserve_kernels::cpu::element::Bf16;
-use loraserve_kernels::cpu::geometry::{BLOCK_SIZE, KvGeometry, PageMemory};
 use loraserve_kernels::cpu::linear::PackedLinear;
-use loraserve_kernels::cpu::memory::AlignedBytes;
-use loraserve_kernels::cpu::step::{Step, StepArrays};
+use loraserve_kernels::cpu::memory::{AlignedBytes, PageMemory};
+use loraserve_kernels::cpu::step::{CpuStep, StepArrays};
+use loraserve_kernels::geometry::{BLOCK_SIZE, KvGeometry};
 
 pub const NUM_LAYERS: usize = 30;
 pub const HIDDEN: usize = 576;
@@ -135,7 +135,7 @@ impl Model {
     }
 
     /// A step of sequences, each (queries, context in tokens), in pages from 0 on; every last query is sampled.
-    pub fn step(&self, sequences: &[(usize, usize)], segments: &[Segment]) -> Step {
+    pub fn step(&self, sequences: &[(usize, usize)], segments: &[Segment]) -> CpuStep {
         let mut arrays = StepArrays {
             query_indptr: vec![0],
             block_table_indptr: vec![0],
@@ -174,7 +174,7 @@ impl Model {
     }
 
     /// `num_tokens` sequences of one token each, without adapters.
-    pub fn tokens(&self, num_tokens: usize) -> Step {
+    pub fn tokens(&self, num_tokens: usize) -> CpuStep {
         self.step(&vec![(1, 1); num_tokens], &[])
     }
 }

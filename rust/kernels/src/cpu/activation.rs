@@ -1,8 +1,8 @@
 //! y = silu(gate) · up, silu(g) = g / (1 + e⁻ᵍ).
 
 use super::element::{Element, load_first, store_first};
-use super::pool::{Shareable, ThreadPool};
 use super::simd::{Isa, Kernel, LANES, Simd, exp};
+use super::threads::{Shareable, ThreadPool};
 use crate::KernelError;
 use crate::error::check_length;
 

@@ -1,7 +1,7 @@
 //! The likeliest token of every row of logits.
 
-use super::pool::{Shareable, ThreadPool};
 use super::simd::{Isa, Kernel, Simd};
+use super::threads::{Shareable, ThreadPool};
 use crate::KernelError;
 use crate::error::check_length;
 

@@ -8,17 +8,17 @@ use loraserve_adapters::{
 
 use super::attention;
 use super::element::Element;
-use super::gemm::{gemm, gemm_gated};
-use super::geometry::{KvGeometry, PageMemory};
+use super::gemm::{Epilogue, gemm};
 use super::linear::{self, PackedLinear};
 use super::lora::{Lora, LoraScratch, Projection};
-use super::memory::{Arena, advise_huge_pages};
-use super::pool::ThreadPool;
+use super::memory::{Arena, PageMemory, advise_huge_pages};
 use super::rope::{HeadTransform, rope_and_cache};
 use super::simd::Isa;
-use super::step::{BoundAdapter, Owner, Step, StepArrays};
+use super::step::{BoundAdapter, CpuStep, Owner, StepArrays};
+use super::threads::ThreadPool;
 use crate::KernelError;
 use crate::error::{check_below, check_end, check_length, check_product};
+use crate::geometry::KvGeometry;
 
 /// The CPU backend of one model.
 pub struct CpuContext {
@@ -119,16 +119,16 @@ impl CpuContext {
         Ok(())
     }
 
-    pub fn begin_step(&self, arrays: StepArrays) -> Result<Step, KernelError> {
+    pub fn begin_step(&self, arrays: StepArrays) -> Result<CpuStep, KernelError> {
         let slots = lock(&self.slots);
         let (geometry, num_pages) = (&self.geometry, self.memory.num_pages());
-        Step::new(&self.owner, arrays, geometry, num_pages, &slots)
+        CpuStep::new(&self.owner, arrays, geometry, num_pages, &slots)
     }
 
     /// Rows of the step's tokens from the table: `out` [T, K].
     pub fn embedding<E: Element>(
         &self,
-        step: &Step,
+        step: &CpuStep,
         table: &PackedLinear,
         out: &mut [E],
     ) -> Result<(), KernelError> {
@@ -136,45 +136,16 @@ impl CpuContext {
         linear::embedding(&self.pool, table, step.token_ids(), out)
     }
 
-    /// out [T, N] = x·Wᵀ + bias + what the step's adapters add at (layer, group).
+    /// `epilogue` of y [T, N] = x·Wᵀ + bias + what the step's adapters add at (layer, group).
     pub fn lora_linear<E: Element>(
         &self,
-        step: &Step,
+        step: &CpuStep,
         x: &[E],
         linear: &PackedLinear,
         layer: usize,
         group: usize,
+        epilogue: Epilogue,
         out: &mut [E],
-    ) -> Result<(), KernelError> {
-        self.with_lora(step, x, linear, layer, group, |lora| {
-            gemm(&self.pool, self.isa, x, linear, lora, out)
-        })
-    }
-
-    /// out [T, N / 2] = silu(gate)·up of that, gate first; see `is_gateable`.
-    pub fn gated_lora_linear<E: Element>(
-        &self,
-        step: &Step,
-        x: &[E],
-        linear: &PackedLinear,
-        layer: usize,
-        group: usize,
-        out: &mut [E],
-    ) -> Result<(), KernelError> {
-        self.with_lora(step, x, linear, layer, group, |lora| {
-            gemm_gated(&self.pool, self.isa, x, linear, lora, out)
-        })
-    }
-
-    /// Plans what the step's adapters add at (layer, group) and lets `product` compute it.
-    fn with_lora<E: Element>(
-        &self,
-        step: &Step,
-        x: &[E],
-        linear: &PackedLinear,
-        layer: usize,
-        group: usize,
-        product: impl FnOnce(Option<&Lora<'_, E>>) -> Result<(), KernelError>,
     ) -> Result<(), KernelError> {
         step.check_owner(&self.owner)?;
         let projection = Projection {
@@ -186,13 +157,21 @@ impl CpuContext {
         let mut scratch = lock(&self.scratch);
         let num_threads = self.pool.num_threads();
         let lora = Lora::plan(num_threads, self.isa, step, projection, x, &mut scratch)?;
-        product(lora.as_ref())
+        gemm(
+            &self.pool,
+            self.isa,
+            x,
+            linear,
+            lora.as_ref(),
+            epilogue,
+            out,
+        )
     }
 
-    /// Logits of the sampled rows of `hidden` [T, K]: f32 [L, N]; `rows` is room for [L, K].
+    /// Logits of the sampled rows of `hidden` [T, K]: f32 [L, N]; `rows` [L, K] takes those rows.
     pub fn logits<E: Element>(
         &self,
-        step: &Step,
+        step: &CpuStep,
         hidden: &[E],
         lm_head: &PackedLinear,
         rows: &mut [E],
@@ -209,12 +188,20 @@ impl CpuContext {
             let start = index as usize * width;
             row.copy_from_slice(&hidden[start..start + width]);
         }
-        gemm(&self.pool, self.isa, rows, lm_head, None, out)
+        gemm(
+            &self.pool,
+            self.isa,
+            rows,
+            lm_head,
+            None,
+            Epilogue::Store,
+            out,
+        )
     }
 
     pub fn rope_and_cache<E: Element>(
         &self,
-        step: &Step,
+        step: &CpuStep,
         layer: usize,
         transform: HeadTransform<'_, E>,
         qkv: &mut [E],
@@ -235,7 +222,7 @@ impl CpuContext {
 
     pub fn attention<E: Element>(
         &self,
-        step: &Step,
+        step: &CpuStep,
         layer: usize,
         qkv: &[E],
         out: &mut [E],

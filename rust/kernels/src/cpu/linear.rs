@@ -9,8 +9,8 @@ use loraserve_adapters::StorageDtype;
 
 use super::element::{Bf16, Element};
 use super::memory::{Arena, ArenaBytes};
-use super::pool::{Shareable, ThreadPool};
 use super::simd::LANES;
+use super::threads::{Shareable, ThreadPool};
 use crate::KernelError;
 use crate::error::{check_length, check_product};
 

@@ -1,8 +1,8 @@
 //! y = x / √(mean(x²) + eps) · weight per row, optionally after residual += x.
 
 use super::element::{Element, load_first, store_first};
-use super::pool::{Shareable, ThreadPool};
 use super::simd::{Isa, Kernel, LANES, Simd};
+use super::threads::{Shareable, ThreadPool};
 use crate::KernelError;
 use crate::error::check_length;
 

@@ -3,13 +3,14 @@
 //! Halves of a head rotate together: (x₁, x₂) → (x₁·cos − x₂·sin, x₂·cos + x₁·sin).
 
 use super::element::{Element, load_first, store_first};
-use super::geometry::{BLOCK_SIZE, KvGeometry, PageMemory};
+use super::memory::PageMemory;
 use super::norm::norm_row;
-use super::pool::{Shareable, ThreadPool};
 use super::simd::{Isa, Kernel, LANES, Simd};
-use super::step::Step;
+use super::step::CpuStep;
+use super::threads::{Shareable, ThreadPool};
 use crate::KernelError;
 use crate::error::{check_below, check_length};
+use crate::geometry::{BLOCK_SIZE, KvGeometry};
 
 /// Tokens a task handles: a page's, because the tokens of a page share the cache lines of its K.
 const TOKENS_PER_TASK: usize = BLOCK_SIZE;
@@ -30,7 +31,7 @@ struct Rope<'a, E: Element> {
     layer: usize,
     geometry: &'a KvGeometry,
     memory: PageMemory,
-    step: &'a Step,
+    step: &'a CpuStep,
     transform: HeadTransform<'a, E>,
 }
 
@@ -40,7 +41,7 @@ pub fn rope_and_cache<E: Element>(
     isa: Isa,
     geometry: &KvGeometry,
     memory: PageMemory,
-    step: &Step,
+    step: &CpuStep,
     layer: usize,
     transform: HeadTransform<'_, E>,
     qkv: &mut [E],
@@ -68,7 +69,7 @@ pub fn rope_and_cache<E: Element>(
     };
     pool.run(num_tokens.div_ceil(TOKENS_PER_TASK), &|index| {
         let task = Task { job: &job, index };
-        // SAFETY: `isa` is supported; lengths were checked above and by `Step::new`; every token
+        // SAFETY: `isa` is supported; lengths were checked above and by `CpuStep::new`; every token
         // has its own row of qkv and its own slot in the pages, as no slot is repeated.
         unsafe { isa.dispatch(task) }
     });

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use loraserve_adapters::AdapterLayout;
 
-use super::geometry::KvGeometry;
 use crate::KernelError;
+use crate::geometry::KvGeometry;
 pub use crate::step_arrays::StepArrays;
 
 /// Query rows of an attention task: K and V pass once for all of them.
@@ -43,7 +43,7 @@ pub(super) struct AttentionTask {
 pub(super) struct Owner(Arc<()>);
 
 /// A checked step.
-pub struct Step {
+pub struct CpuStep {
     owner: Owner,
     pub(super) arrays: StepArrays,
     pub(super) segments: Vec<Segment>,
@@ -53,7 +53,7 @@ pub struct Step {
     pub(super) repeated_slot: Option<i32>,
 }
 
-impl Step {
+impl CpuStep {
     /// Checks every index against its limit and resolves the segments' adapters.
     pub(super) fn new(
         owner: &Owner,

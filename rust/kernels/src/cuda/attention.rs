@@ -13,7 +13,7 @@ use super::memory::DeviceAddress;
 use super::model::Model;
 use super::modules::Modules;
 use super::sources::Source;
-use super::step::Step;
+use super::step::CudaStep;
 
 // As in cuda/attention.cu and cuda/attention_plan.cuh.
 const THREADS: u32 = 128;
@@ -24,10 +24,6 @@ const MAX_SCRATCH_NBYTES: usize = 32 << 20;
 /// Splits that fill any GPU, whatever the model.
 const MAX_SPLITS: usize = 4096;
 const SCRATCH_ALIGN: usize = 256;
-
-pub(super) fn defines(model: &Model, _source: Source) -> Vec<String> {
-    vec![format!("-DHEAD_DIM={}", model.geometry.head_dim)]
-}
 
 /// Offsets into the scratch.
 struct Scratch {
@@ -64,7 +60,7 @@ pub(super) fn attention(
     model: &Model,
     modules: &Modules,
     scratch: DeviceAddress,
-    step: &Step,
+    step: &CudaStep,
     qkv: DeviceAddress,
     layer: usize,
     out: DeviceAddress,

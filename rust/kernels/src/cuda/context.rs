@@ -17,11 +17,11 @@ use super::model::{GroupShape, Limits, Model, Pool};
 use super::modules::Modules;
 use super::page_moves::move_parts;
 use super::staging::{StagingRing, write};
-use super::step::{Step, StepBuffers};
+use super::step::{CudaStep, StepBuffers};
 use super::upload::Uploader;
 use crate::KernelError;
-use crate::cpu::geometry::{BLOCK_SIZE, KvGeometry};
 use crate::error::{check_below, check_end};
+use crate::geometry::{BLOCK_SIZE, KvGeometry};
 use crate::step_arrays::StepArrays;
 
 /// Kernels read and write 16 bytes at a time.
@@ -192,14 +192,14 @@ impl CudaContext {
         unsafe { self.uploader.upload(pool.page(first_page), bytes) }
     }
 
-    /// Checks a batch and queues the copy of its arrays; `padded_tokens`: see `Step`.
+    /// Checks a batch and queues the copy of its arrays; `padded_tokens`: see `CudaStep`.
     pub fn begin_step(
         &self,
         arrays: &StepArrays,
         num_prefill_tokens: usize,
         padded_tokens: Option<usize>,
         stream: Stream,
-    ) -> Result<Step, CudaError> {
+    ) -> Result<CudaStep, CudaError> {
         arrays.check(self.model.pool.num_pages())?;
         let limit = arrays.token_ids.len() as i64 + 1;
         check_below("prefill tokens of a step", num_prefill_tokens as i64, limit)?;
@@ -217,7 +217,7 @@ impl CudaContext {
     /// `x` and `y` are tensors of the storage dtype, good until the kernels have run.
     pub unsafe fn lora(
         &self,
-        step: &Step,
+        step: &CudaStep,
         x: DeviceAddress,
         y: DeviceAddress,
         layer: usize,
@@ -285,7 +285,7 @@ impl CudaContext {
     /// have run, and no position of the step is `num_positions` or above.
     pub unsafe fn rope_and_cache(
         &self,
-        step: &Step,
+        step: &CudaStep,
         qkv: DeviceAddress,
         layer: usize,
         transform: HeadTransform,
@@ -304,7 +304,7 @@ impl CudaContext {
     /// `qkv` and `out` are tensors of the storage dtype, good until the kernels have run.
     pub unsafe fn attention(
         &self,
-        step: &Step,
+        step: &CudaStep,
         qkv: DeviceAddress,
         layer: usize,
         out: DeviceAddress,
@@ -319,7 +319,7 @@ impl CudaContext {
     /// What every op of a step checks; binds the device.
     fn check_op(
         &self,
-        step: &Step,
+        step: &CudaStep,
         layer: usize,
         tensors: &[(&str, DeviceAddress)],
     ) -> Result<(), CudaError> {

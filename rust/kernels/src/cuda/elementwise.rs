@@ -6,7 +6,7 @@ use super::memory::DeviceAddress;
 use super::model::{Model, check_multiple};
 use super::modules::Modules;
 use super::sources::Source;
-use super::step::Step;
+use super::step::CudaStep;
 use crate::error::check_below;
 
 /// What `rope_and_cache` does to heads.
@@ -29,13 +29,6 @@ const MAX_THREADS: usize = 1024;
 const NORM_ROUNDS: usize = 4;
 const SILU_THREADS: usize = 256;
 const ROPE_THREADS: usize = 128;
-
-pub(super) fn defines(model: &Model, source: Source) -> Vec<String> {
-    match source {
-        Source::Rope => vec![format!("-DHEAD_DIM={}", model.geometry.head_dim)],
-        _ => Vec::new(),
-    }
-}
 
 pub(super) fn rms_norm(
     modules: &Modules,
@@ -101,7 +94,7 @@ fn head_lanes(head_dim: usize) -> usize {
 pub(super) fn rope_and_cache(
     model: &Model,
     modules: &Modules,
-    step: &Step,
+    step: &CudaStep,
     qkv: DeviceAddress,
     layer: usize,
     transform: HeadTransform,

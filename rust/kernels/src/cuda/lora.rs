@@ -59,10 +59,6 @@ const _: () = assert!(size_of::<LoraArgs>() == 88);
 // SAFETY: `LoraArgs` of cuda/lora.cuh has these fields; they leave no padding.
 unsafe impl KernelParam for LoraArgs {}
 
-pub(super) fn defines(_model: &Model, _source: Source) -> Vec<String> {
-    Vec::new()
-}
-
 /// Bytes of the scratch; it starts as zeros.
 pub(super) fn scratch_nbytes(model: &Model) -> usize {
     Scratch::of(model).nbytes

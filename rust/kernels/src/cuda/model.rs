@@ -4,8 +4,8 @@ use loraserve_adapters::{NUM_GROUPS, StorageDtype};
 
 use super::memory::DeviceAddress;
 use crate::KernelError;
-use crate::cpu::geometry::KvGeometry;
 use crate::error::{check_below, check_end};
+use crate::geometry::KvGeometry;
 
 /// Alignment in bytes of the pool and of its pages.
 const PAGE_ALIGN: usize = 64;

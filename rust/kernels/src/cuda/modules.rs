@@ -17,7 +17,6 @@ use super::launch::Kernel;
 use super::model::Model;
 use super::nvrtc::{Nvrtc, Unit};
 use super::sources::{HEADERS, Source};
-use super::{attention, elementwise, lora};
 
 /// Shared memory a kernel has without asking, bytes.
 const DEFAULT_SHARED_NBYTES: usize = 48 << 10;
@@ -145,13 +144,9 @@ impl Modules {
             "-lineinfo".into(),
             storage.into(),
         ];
-        options.extend(match source {
-            Source::LoraDecode | Source::LoraPrefill => lora::defines(&self.model, source),
-            Source::Norm | Source::Activation | Source::Rope => {
-                elementwise::defines(&self.model, source)
-            }
-            Source::Attention => attention::defines(&self.model, source),
-        });
+        if source.takes_head_dim() {
+            options.push(format!("-DHEAD_DIM={}", self.model.geometry.head_dim));
+        }
         options
     }
 

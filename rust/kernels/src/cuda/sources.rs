@@ -33,6 +33,11 @@ impl Source {
         }
     }
 
+    /// Whether it is compiled for one head dimension.
+    pub fn takes_head_dim(self) -> bool {
+        matches!(self, Self::Rope | Self::Attention)
+    }
+
     pub fn text(self) -> &'static str {
         match self {
             Self::LoraDecode => include_str!("../../../../cuda/lora_decode.cu"),
@@ -46,7 +51,7 @@ impl Source {
 }
 
 /// (name in `#include`, text) of what sources may include.
-pub(super) const HEADERS: [(&str, &str); 4] = [
+pub(super) const HEADERS: [(&str, &str); 5] = [
     ("storage.cuh", include_str!("../../../../cuda/storage.cuh")),
     (
         "adapter_table.cuh",
@@ -55,6 +60,10 @@ pub(super) const HEADERS: [(&str, &str); 4] = [
     (
         "attention_plan.cuh",
         include_str!("../../../../cuda/attention_plan.cuh"),
+    ),
+    (
+        "attention_state.cuh",
+        include_str!("../../../../cuda/attention_state.cuh"),
     ),
     ("lora.cuh", include_str!("../../../../cuda/lora.cuh")),
 ];

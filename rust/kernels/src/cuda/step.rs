@@ -61,7 +61,7 @@ pub struct Wave {
 }
 
 /// A step whose arrays are on their way to the device, padding counted in.
-pub struct Step {
+pub struct CudaStep {
     pub num_tokens: usize,
     pub num_logits: usize,
     pub num_seqs: usize,
@@ -79,7 +79,7 @@ pub struct Step {
     ticket: Ticket,
 }
 
-impl Step {
+impl CudaStep {
     /// Refuses a step that is not the last one begun by these kernels.
     pub(super) fn check_current(&self, buffers: &StepBuffers) -> Result<(), KernelError> {
         let Ticket { begun, number } = &self.ticket;
@@ -131,7 +131,7 @@ impl StepBuffers {
         num_prefill_tokens: usize,
         padded_tokens: Option<usize>,
         stream: Stream,
-    ) -> Result<Step, CudaError> {
+    ) -> Result<CudaStep, CudaError> {
         let padded = padded_tokens
             .map(|padded| pad(arrays, num_prefill_tokens, padded))
             .transpose()?;
@@ -155,7 +155,7 @@ impl StepBuffers {
         let max_query_len = queries.map(|pair| pair[1] - pair[0]).max();
         let max_context_len = arrays.context_lens.iter().copied().max();
         let max_position = arrays.positions.iter().copied().max();
-        Ok(Step {
+        Ok(CudaStep {
             num_tokens,
             num_logits: arrays.logits_indices.len(),
             num_seqs: arrays.context_lens.len(),

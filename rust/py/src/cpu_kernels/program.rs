@@ -1,5 +1,6 @@
 //! Recording a model's forward pass, and running it: one call a step.
 
+use std::ptr::NonNull;
 use std::sync::Mutex;
 
 use loraserve_adapters::StorageDtype;
@@ -9,7 +10,7 @@ use loraserve_kernels::cpu::program::{self, Constant, Program, Recording};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
-use super::{CpuKernels, CpuStep, PackedLinear, detached, raise, tensor_mut};
+use super::{CpuKernels, CpuStep, PackedLinear, detached, raise};
 
 /// A tensor [T, width] that a recorded op makes; T is known when the program runs.
 #[pyclass(frozen, module = "loraserve._core")]
@@ -186,10 +187,12 @@ impl CpuProgram {
     fn run(&self, py: Python<'_>, step: &Bound<'_, CpuStep>, logits_ptr: usize) -> PyResult<()> {
         let (context, step) = (&self.kernels.get().inner, &step.get().inner);
         detached(py, || {
-            let len = step.num_logits() * self.inner.vocab_size();
+            // An empty tensor has no address.
+            let result = NonNull::new(logits_ptr as *mut f32).unwrap_or(NonNull::dangling());
             // SAFETY: the file's contract of `cpu_kernels`.
-            let logits = unsafe { tensor_mut::<f32>(logits_ptr, len) };
-            with_element!(context.dtype, E => self.inner.run::<E>(context, step, logits))
+            with_element!(context.dtype, E => unsafe {
+                self.inner.run::<E>(context, step, result.cast())
+            })
         })
     }
 }

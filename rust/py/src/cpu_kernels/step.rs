@@ -1,12 +1,12 @@
 //! A checked step, as Python holds it.
 
-use loraserve_kernels::cpu::step::Step;
+use loraserve_kernels::cpu::step;
 use pyo3::prelude::*;
 
 /// A checked step.
 #[pyclass(frozen, module = "loraserve._core")]
 pub struct CpuStep {
-    pub(super) inner: Step,
+    pub(super) inner: step::CpuStep,
 }
 
 #[pymethods]

@@ -1,12 +1,12 @@
 //! A step on the device, as Python holds it; its addresses stay the same from step to step.
 
-use loraserve_kernels::cuda::step::Step;
+use loraserve_kernels::cuda::step;
 use pyo3::prelude::*;
 
 /// A checked step whose arrays are on their way to the device.
 #[pyclass(frozen, module = "loraserve._core")]
 pub struct CudaStep {
-    pub(super) inner: Step,
+    pub(super) inner: step::CudaStep,
 }
 
 #[pymethods]

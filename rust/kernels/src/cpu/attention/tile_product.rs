@@ -20,12 +20,12 @@ pub(super) struct Product {
 }
 
 impl Product {
-    /// C = A · B; at each step a KiB from `ahead` on is fetched, unless it is null.
+    /// C = A · B; at each step a KiB from `prefetch` on is prefetched, unless it is null.
     ///
     /// # Safety
     /// The operands are as long as they say; the tiles were made by `of_rows`.
     #[inline(always)]
-    pub unsafe fn compute(&self, _tiles: &Tiles, ahead: *const u8) {
+    pub unsafe fn compute(&self, _tiles: &Tiles, prefetch: *const u8) {
         // SAFETY: the caller's contract.
         unsafe {
             asm!(
@@ -37,12 +37,12 @@ impl Product {
                 "tdpbf16ps tmm0, tmm4, tmm6",
                 "tileloadd tmm7, [{b1} + {line}]",
                 "tdpbf16ps tmm1, tmm4, tmm7",
-                "test {ahead}, {ahead}",
+                "test {prefetch}, {prefetch}",
                 "jz 3f",
                 ".irp i, 0,64,128,192,256,320,384,448,512,576,640,704,768,832,896,960",
-                "prefetcht1 [{ahead} + \\i]",
+                "prefetcht1 [{prefetch} + \\i]",
                 ".endr",
-                "add {ahead}, 1024",
+                "add {prefetch}, 1024",
                 "3:",
                 "add {a}, 64", "add {b0}, {b_step}", "add {b1}, {b_step}",
                 "dec {n}",
@@ -52,7 +52,7 @@ impl Product {
                 a = inout(reg) self.a => _, a_stride = in(reg) 2 * self.a_stride,
                 b0 = inout(reg) self.b[0] => _, b1 = inout(reg) self.b[1] => _,
                 b_step = in(reg) 2 * self.b_step, n = inout(reg) self.num_steps => _,
-                ahead = inout(reg) ahead => _,
+                prefetch = inout(reg) prefetch => _,
                 c = in(reg) self.c, c_stride = in(reg) 4 * self.c_stride,
                 line = in(reg) 64_usize,
                 out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,

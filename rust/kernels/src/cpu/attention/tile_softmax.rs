@@ -57,13 +57,13 @@ impl Block<'_> {
     /// # Safety
     /// The parts are as long as they say; `acc_len` is a multiple of 16.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512bf16")]
-    pub unsafe fn soften(&self, running: &mut RunningRows) {
+    pub unsafe fn softmax(&self, running: &mut RunningRows) {
         // SAFETY: rows below the number of rows, 16 lanes of the running state.
         unsafe {
             let shifts = self.raise_maxima(running);
             for (r, &num_visible) in self.num_visible.iter().enumerate() {
                 let scores = self.row(r, num_visible as usize);
-                let sum = self.soften_row(r, scores, shifts.0[r]);
+                let sum = self.softmax_row(r, scores, shifts.0[r]);
                 let running = running.sum[r].as_mut_ptr();
                 _mm512_store_ps(running, _mm512_add_ps(_mm512_load_ps(running), sum));
             }
@@ -133,7 +133,7 @@ impl Block<'_> {
     /// Weights of row `r`; returns their sum, lane by lane.
     #[inline]
     #[target_feature(enable = "avx512f,avx512dq,avx512bf16")]
-    unsafe fn soften_row(&self, r: usize, mut x: [__m512; VECTORS], shift: f32) -> __m512 {
+    unsafe fn softmax_row(&self, r: usize, mut x: [__m512; VECTORS], shift: f32) -> __m512 {
         let (scale, shift) = (_mm512_set1_ps(self.scale), _mm512_set1_ps(shift));
         for i in 0..VECTORS {
             x[i] = exp2(_mm512_fmsub_ps(x[i], scale, shift));

@@ -6,37 +6,29 @@
 //! ```text
 //! scores [16 rows][64 keys]  =  q [16][D] · K           a K block of a page is 16 columns of B
 //! weights                    =  bf16(2^(scores·scale − max))
-//! acc [16 rows][D]          +=  weights [16][64] · V    V of two pages is woven into B first
+//! acc [16 rows][D]          +=  weights [16][64] · V    V of two pages is interleaved into B first
 //! ```
 
 use std::ops::Range;
 
-use loraserve_adapters::StorageDtype;
-
-use super::ahead::{Ahead, fetch};
+use super::interleave::{interleave, interleave_first, store_in_order};
+use super::prefetch::{BlockPrefetch, prefetch_block};
 use super::tile_product::Product;
 use super::tile_softmax::{Block, RunningRows};
-use super::weave::{store_unwoven, weave, weave_first};
 use super::{QueryRows, Share};
 use crate::cpu::element::Element;
-use crate::cpu::geometry::{BLOCK_SIZE, KvGeometry};
-use crate::cpu::scratch::Scratch;
-use crate::cpu::simd::Isa;
+use crate::cpu::memory::Scratch;
 use crate::cpu::simd::amx::{TILE, TILE_K, Tiles};
 use crate::cpu::step::AttentionTask;
+use crate::geometry::{BLOCK_SIZE, KvGeometry};
 
 /// Keys between two rescalings of the running softmax. Pages lie a multiple of 4 KiB apart, so their K
-/// blocks compete for half of the first-level cache: more of them would not stay in it.
+/// blocks compete for half of L1: more of them would not stay in it.
 pub(super) const KEY_BLOCK: usize = 64;
 /// Tasks per thread, so that a slow thread takes fewer.
 const TASKS_PER_THREAD: usize = 4;
-/// Heads a task takes at most: its working memory stays in the second-level cache.
+/// Heads a task takes at most: its working memory stays in L2.
 const MAX_HEADS: usize = 4;
-
-/// Whether heads of `head_dim` are attended in tiles; whole ones only.
-pub(super) fn fit<E: Element>(isa: Isa, head_dim: usize) -> bool {
-    isa == Isa::Amx && E::DTYPE == StorageDtype::BFloat16 && head_dim.is_multiple_of(TILE_K)
-}
 
 /// K/V heads a task takes: where rows are few and tasks are many, several, because the heads of a
 /// page lie side by side in memory.
@@ -61,7 +53,7 @@ struct State {
     num_visible: *mut u32,
     /// bf16 [T][16][D]
     q: *mut u16,
-    /// [T][16][D], columns as `weave` leaves them.
+    /// [T][16][D], columns as `interleave` leaves them.
     acc: *mut f32,
     /// [T]
     running: *mut RunningRows,
@@ -88,7 +80,7 @@ struct Task<'a, 'b, E: Element> {
 /// Attention of the rows to the heads; meanwhile the first key block of `next` is fetched.
 ///
 /// # Safety
-/// `fit` returned true, and the rows' job was checked.
+/// `in_tiles` returned true, and the rows' job was checked.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
 pub(super) unsafe fn run<E: Element>(share: &Share<'_, E>, next: Option<&Share<'_, E>>) {
     let Share { rows, heads } = share;
@@ -180,7 +172,7 @@ impl<E: Element> Task<'_, '_, E> {
     /// One key block of one head; meanwhile the block that comes next is fetched.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
     unsafe fn attend(&self, tiles: &Tiles, head: usize, first_key: usize) {
-        let mut ahead = self.next_block(head, first_key);
+        let mut prefetch = self.next_block(head, first_key);
         // SAFETY: the block starts below `num_keys`; tiles lie in the state.
         unsafe {
             for tile in 0..self.tiles_per_head {
@@ -188,17 +180,17 @@ impl<E: Element> Task<'_, '_, E> {
                 let num_visible = *self.state.num_visible.add(rows.end - 1) as usize;
                 let num_keys = num_visible.saturating_sub(first_key).min(KEY_BLOCK);
                 let num_steps = num_keys.div_ceil(TILE_K);
-                self.score(tiles, head, tile, first_key, num_steps, &mut ahead);
+                self.score(tiles, head, tile, first_key, num_steps, &mut prefetch);
                 if tile == 0 {
-                    self.weave_values(head, first_key, &mut ahead);
+                    self.interleave_values(head, first_key, &mut prefetch);
                 }
                 if num_steps > 0 {
                     let index = head * self.tiles_per_head + tile;
-                    self.soften(index, rows, first_key);
-                    self.accumulate(tiles, index, first_key, num_steps, &mut ahead);
+                    self.softmax(index, rows, first_key);
+                    self.accumulate(tiles, index, first_key, num_steps, &mut prefetch);
                 }
             }
-            ahead.for_each(|block| fetch(block, self.head_dim));
+            prefetch.for_each(|block| prefetch_block(block, self.head_dim));
         }
     }
 
@@ -211,7 +203,7 @@ impl<E: Element> Task<'_, '_, E> {
         tile: usize,
         first_key: usize,
         num_steps: usize,
-        ahead: &mut Ahead<'_, '_, E>,
+        prefetch: &mut BlockPrefetch<'_, '_, E>,
     ) {
         let index = head * self.tiles_per_head + tile;
         let head = self.heads.start + head;
@@ -231,14 +223,19 @@ impl<E: Element> Task<'_, '_, E> {
                     c: self.state.scores.add(step * TILE_K),
                     c_stride: KEY_BLOCK,
                 };
-                product.compute(tiles, ahead.next().unwrap_or(std::ptr::null()));
+                product.compute(tiles, prefetch.next().unwrap_or(std::ptr::null()));
             }
         }
     }
 
     /// V of a block, as the tiles want it.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-    unsafe fn weave_values(&self, head: usize, first_key: usize, ahead: &mut Ahead<'_, '_, E>) {
+    unsafe fn interleave_values(
+        &self,
+        head: usize,
+        first_key: usize,
+        prefetch: &mut BlockPrefetch<'_, '_, E>,
+    ) {
         let pages = self.pages(first_key);
         for page in pages.clone() {
             let block = self
@@ -250,44 +247,44 @@ impl<E: Element> Task<'_, '_, E> {
             unsafe {
                 let values = self.values(page - pages.start);
                 if num_tokens == BLOCK_SIZE {
-                    let ahead = ahead.next().unwrap_or(block.cast());
-                    weave(block, self.head_dim, values, ahead);
+                    let prefetch = prefetch.next().unwrap_or(block.cast());
+                    interleave(block, self.head_dim, values, prefetch);
                 } else {
-                    weave_first(block, num_tokens, self.head_dim, values);
+                    interleave_first(block, num_tokens, self.head_dim, values);
                 }
             }
         }
         if pages.len() % 2 == 1 {
             let rest = self.values(pages.len());
             // SAFETY: the second half of the last step.
-            unsafe { weave_first(std::ptr::dangling(), 0, self.head_dim, rest) }
+            unsafe { interleave_first(std::ptr::dangling(), 0, self.head_dim, rest) }
         }
     }
 
     /// What is attended after a block of `head`: the next head's, the next keys or the next task's.
-    fn next_block(&self, head: usize, first_key: usize) -> Ahead<'_, '_, E> {
+    fn next_block(&self, head: usize, first_key: usize) -> BlockPrefetch<'_, '_, E> {
         if head + 1 < self.heads.len() {
             let head = self.heads.start + head + 1;
-            return Ahead::new(self.rows, head, self.pages(first_key));
+            return BlockPrefetch::new(self.rows, head, self.pages(first_key));
         }
         let next_key = first_key + KEY_BLOCK;
         if next_key < self.num_keys {
-            return Ahead::new(self.rows, self.heads.start, self.pages(next_key));
+            return BlockPrefetch::new(self.rows, self.heads.start, self.pages(next_key));
         }
         match self.next {
-            Some(next) => Ahead::of(next),
-            None => Ahead::new(self.rows, 0, 0..0),
+            Some(next) => BlockPrefetch::of(next),
+            None => BlockPrefetch::new(self.rows, 0, 0..0),
         }
     }
 
-    /// Where page `page` of a block is woven to: the upper or the lower half of a step's tiles.
+    /// Where page `page` of a block is interleaved to: the upper or the lower half of a step's tiles.
     fn values(&self, page: usize) -> *mut u16 {
         let place = page / 2 * TILE_K * self.head_dim + page % 2 * (TILE * TILE_K / 2);
         self.state.values.wrapping_add(place)
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-    unsafe fn soften(&self, index: usize, rows: Range<usize>, first_key: usize) {
+    unsafe fn softmax(&self, index: usize, rows: Range<usize>, first_key: usize) {
         // SAFETY: the rows' parts of the state.
         unsafe {
             let num_visible = self.state.num_visible.add(rows.start);
@@ -300,7 +297,7 @@ impl<E: Element> Task<'_, '_, E> {
                 // Before the first block there is nothing to rescale.
                 acc_len: if first_key == 0 { 0 } else { self.head_dim },
             };
-            block.soften(&mut *self.state.running.add(index));
+            block.softmax(&mut *self.state.running.add(index));
         }
     }
 
@@ -312,13 +309,13 @@ impl<E: Element> Task<'_, '_, E> {
         index: usize,
         first_key: usize,
         num_steps: usize,
-        ahead: &mut Ahead<'_, '_, E>,
+        prefetch: &mut BlockPrefetch<'_, '_, E>,
     ) {
         for column in (0..self.head_dim).step_by(2 * TILE) {
             // SAFETY: the columns of two tiles; a hint.
             unsafe {
-                if let Some(block) = ahead.next() {
-                    fetch(block, self.head_dim);
+                if let Some(block) = prefetch.next() {
+                    prefetch_block(block, self.head_dim);
                 }
                 let values = self.state.values.add(column * TILE_K);
                 let product = Product {
@@ -352,7 +349,7 @@ impl<E: Element> Task<'_, '_, E> {
                         let factor = 1.0 / running.sum(row % TILE);
                         let acc = self.state.acc.add(row * self.head_dim);
                         let out = run.out.add(r * self.head_dim).cast();
-                        store_unwoven(acc, factor, self.head_dim, out);
+                        store_in_order(acc, factor, self.head_dim, out);
                     }
                 }
             }

@@ -4,13 +4,13 @@
 //! time; a row's arithmetic depends on its own position only.
 
 use super::QueryRows;
+use super::rank_update::RankUpdate;
+use super::softmax::{online_softmax, scale_row};
 use crate::cpu::element::{Element, load_first, store_first};
-use crate::cpu::gemm::{Ahead, multiply_tile};
-use crate::cpu::geometry::BLOCK_SIZE;
-use crate::cpu::rank_update::RankUpdate;
-use crate::cpu::scratch::Scratch;
+use crate::cpu::memory::Scratch;
+use crate::cpu::panel_product::{PanelPrefetch, multiply_tile};
 use crate::cpu::simd::{Isa, Kernel, LANES, Simd};
-use crate::cpu::softmax::{scale_row, soften};
+use crate::geometry::BLOCK_SIZE;
 
 /// Keys between two rescalings of the running softmax.
 const KEY_BLOCK: usize = 128;
@@ -159,30 +159,30 @@ impl<E: Element> Task<'_, E> {
         values: [*const E; P],
     ) {
         // A V block is as long as a K block, and is needed next.
-        let mut ahead = Ahead {
+        let mut prefetch = PanelPrefetch {
             from: [std::ptr::null(); P],
             step: 64,
         };
         for p in 0..P {
-            ahead.from[p] = values[p].cast();
+            prefetch.from[p] = values[p].cast();
         }
         let mut row = 0;
         // SAFETY: tiles end at or before the last row.
         unsafe {
             if S::WIDE {
                 while row + 8 <= self.rows.num_rows {
-                    self.score_tile::<S, 8, P>(state, row, page, keys, ahead);
+                    self.score_tile::<S, 8, P>(state, row, page, keys, prefetch);
                     row += 8;
                 }
             }
             while row + 4 <= self.rows.num_rows {
-                self.score_tile::<S, 4, P>(state, row, page, keys, ahead);
+                self.score_tile::<S, 4, P>(state, row, page, keys, prefetch);
                 row += 4;
             }
             match self.rows.num_rows - row {
-                3 => self.score_tile::<S, 3, P>(state, row, page, keys, ahead),
-                2 => self.score_tile::<S, 2, P>(state, row, page, keys, ahead),
-                1 => self.score_tile::<S, 1, P>(state, row, page, keys, ahead),
+                3 => self.score_tile::<S, 3, P>(state, row, page, keys, prefetch),
+                2 => self.score_tile::<S, 2, P>(state, row, page, keys, prefetch),
+                1 => self.score_tile::<S, 1, P>(state, row, page, keys, prefetch),
                 _ => {}
             }
         }
@@ -195,13 +195,13 @@ impl<E: Element> Task<'_, E> {
         row: usize,
         page: usize,
         keys: [*const E; P],
-        ahead: Ahead<P>,
+        prefetch: PanelPrefetch<P>,
     ) {
         let head_dim = self.rows.job.geometry.head_dim;
         // SAFETY: R rows of q and of scores exist; a K block is a panel of `head_dim` packs.
         unsafe {
             let q = state.q.add(row * head_dim);
-            let acc = multiply_tile::<S, E, R, P>(q, head_dim, keys, ahead, head_dim);
+            let acc = multiply_tile::<S, E, R, P>(q, head_dim, keys, prefetch, head_dim);
             let scale = S::splat(1.0 / (head_dim as f32).sqrt());
             for r in 0..R {
                 for p in 0..P {
@@ -232,7 +232,7 @@ impl<E: Element> Task<'_, E> {
                 }
                 if visible > 0 {
                     let (max, sum) = (state.max.add(row), state.sum.add(row));
-                    let rescale = soften::<S>(scores, end, max, sum);
+                    let rescale = online_softmax::<S>(scores, end, max, sum);
                     if rescale.to_bits() != 1.0_f32.to_bits() {
                         scale_row::<S>(
                             state.acc.add(row * state.acc_stride),

@@ -8,7 +8,7 @@ use std::ops::Range;
 use super::{PREFETCH_NBYTES, Part};
 use crate::cpu::element::Element;
 use crate::cpu::lora::Lora;
-use crate::cpu::scratch::Scratch;
+use crate::cpu::memory::Scratch;
 use crate::cpu::simd::amx::{Product, TILE, TILE_K, Term, Tiles};
 use crate::cpu::simd::{Kernel, Simd};
 
@@ -69,7 +69,7 @@ impl<E: Element, O: Element> Part<'_, E, O> {
         }
     }
 
-    /// 17 to 32 rows, which stay in the first-level cache while the panels go by, two at a time;
+    /// 17 to 32 rows, which stay in L1 while the panels go by, two at a time;
     /// `fetches` the next two panels if no rows before did.
     #[inline(always)]
     unsafe fn many_rows<S: Simd>(&self, rows: Range<usize>, fetches: bool) {
@@ -151,7 +151,7 @@ impl<E: Element, O: Element> Part<'_, E, O> {
     /// Four panels for up to 16 rows.
     fn quad_term(&self, row: usize, panels: Range<usize>) -> Term {
         let mut term = self.term([row; 2], panels);
-        term.ahead = PREFETCH_NBYTES;
+        term.prefetch_distance = PREFETCH_NBYTES;
         term
     }
 
@@ -159,7 +159,7 @@ impl<E: Element, O: Element> Part<'_, E, O> {
     fn pair_term(&self, starts: [usize; 2], pair: Range<usize>, fetches: bool) -> Term {
         let pair_nbytes = 2 * self.job.weight.panel_len::<E>() * size_of::<E>();
         let mut term = self.term(starts, pair);
-        term.ahead = if fetches { pair_nbytes } else { 0 };
+        term.prefetch_distance = if fetches { pair_nbytes } else { 0 };
         term
     }
 

@@ -1,15 +1,9 @@
 //! A part of the GEMM in vectors of sixteen columns.
 
 use super::{PREFETCH_NBYTES, Part};
-use crate::cpu::element::{Element, splat_pack, splat_partial_pack};
+use crate::cpu::element::Element;
+use crate::cpu::panel_product::{PanelPrefetch, multiply_tile};
 use crate::cpu::simd::{Kernel, LANES, Simd};
-
-/// Memory that is wanted soon: `step` bytes per pack of K from each pointer on.
-#[derive(Clone, Copy)]
-pub(in crate::cpu) struct Ahead<const P: usize> {
-    pub from: [*const u8; P],
-    pub step: usize,
-}
 
 impl<E: Element, O: Element> Kernel for Part<'_, E, O> {
     #[inline(always)]
@@ -55,40 +49,40 @@ impl<E: Element, O: Element> Part<'_, E, O> {
         // SAFETY: every tile lies in `first..end`; prefetched addresses need not be valid.
         unsafe {
             let mut panels = [weight.panels::<E>(); P];
-            let mut ahead = Ahead {
+            let mut prefetch = PanelPrefetch {
                 from: [std::ptr::null(); P],
                 step: share * E::PACK * LANES / panel_len,
             };
             for p in 0..P {
                 panels[p] = panels[p].add((panel + p) * panel_len);
                 let next = panels[p].wrapping_add(if has_next { P * panel_len } else { 0 });
-                ahead.from[p] = next.cast();
+                prefetch.from[p] = next.cast();
             }
             if num_tiles == 1 {
-                ahead.step = 64;
+                prefetch.step = 64;
                 for p in 0..P {
-                    ahead.from[p] = panels[p].cast::<u8>().wrapping_add(PREFETCH_NBYTES);
+                    prefetch.from[p] = panels[p].cast::<u8>().wrapping_add(PREFETCH_NBYTES);
                 }
             }
             if S::WIDE {
                 while row + 8 <= end {
-                    self.tile::<S, 8, P>(row, panel, panels, ahead);
+                    self.tile::<S, 8, P>(row, panel, panels, prefetch);
                     row += 8;
                     for p in 0..P {
-                        ahead.from[p] = ahead.from[p].wrapping_add(share);
+                        prefetch.from[p] = prefetch.from[p].wrapping_add(share);
                     }
                 }
             }
             while row + 4 <= end {
-                self.tile::<S, 4, P>(row, panel, panels, ahead);
+                self.tile::<S, 4, P>(row, panel, panels, prefetch);
                 row += 4;
             }
             if row + 2 <= end {
-                self.tile::<S, 2, P>(row, panel, panels, ahead);
+                self.tile::<S, 2, P>(row, panel, panels, prefetch);
                 row += 2;
             }
             if row < end {
-                self.tile::<S, 1, P>(row, panel, panels, ahead);
+                self.tile::<S, 1, P>(row, panel, panels, prefetch);
             }
         }
     }
@@ -99,13 +93,13 @@ impl<E: Element, O: Element> Part<'_, E, O> {
         row: usize,
         panel: usize,
         panels: [*const E; P],
-        ahead: Ahead<P>,
+        prefetch: PanelPrefetch<P>,
     ) {
         let k = self.job.weight.in_features();
         // SAFETY: the tile's rows and panels exist; lengths were checked by `gemm`.
         unsafe {
             let x = self.job.x.as_ptr().add(row * k);
-            let mut acc = multiply_tile::<S, E, R, P>(x, k, panels, ahead, k);
+            let mut acc = multiply_tile::<S, E, R, P>(x, k, panels, prefetch, k);
             if let Some(lora) = self.job.lora {
                 lora.expand::<S, R, P>(row, panel, &mut acc);
             }
@@ -115,48 +109,5 @@ impl<E: Element, O: Element> Part<'_, E, O> {
                 }
             }
         }
-    }
-}
-
-/// R rows of x (`x_stride` elements apart) times P panels, over `k`.
-///
-/// # Safety
-/// As for `Simd`: R rows of `k` elements and P panels of ⌈k / PACK⌉ packs are readable.
-#[inline(always)]
-pub(in crate::cpu) unsafe fn multiply_tile<S: Simd, E: Element, const R: usize, const P: usize>(
-    x: *const E,
-    x_stride: usize,
-    panels: [*const E; P],
-    ahead: Ahead<P>,
-    k: usize,
-) -> [[S::V; P]; R] {
-    // SAFETY: packs below k / PACK are whole; the last one reads `k % PACK` elements of x.
-    unsafe {
-        let mut acc = [[S::zero(); P]; R];
-        let num_packs = k / E::PACK;
-        for pack in 0..num_packs {
-            let mut w = [S::zero(); P];
-            for p in 0..P {
-                S::prefetch(ahead.from[p].wrapping_add(pack * ahead.step));
-                w[p] = S::load(panels[p].add(pack * LANES * E::PACK).cast());
-            }
-            for r in 0..R {
-                let a = splat_pack::<S, E>(x.add(r * x_stride + pack * E::PACK));
-                for p in 0..P {
-                    acc[r][p] = E::dot::<S>(acc[r][p], a, w[p]);
-                }
-            }
-        }
-        let rest = k % E::PACK;
-        if rest != 0 {
-            for r in 0..R {
-                let a = splat_partial_pack::<S, E>(x.add(r * x_stride + num_packs * E::PACK), rest);
-                for p in 0..P {
-                    let w = panels[p].add(num_packs * LANES * E::PACK);
-                    acc[r][p] = E::dot::<S>(acc[r][p], a, S::load(w.cast()));
-                }
-            }
-        }
-        acc
     }
 }

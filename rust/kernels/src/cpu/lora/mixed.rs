@@ -3,8 +3,8 @@
 
 use std::ops::Range;
 
+use super::plan::{Expansion, Item};
 use super::{Element, Lora, RANK_BLOCK};
-use crate::cpu::lora_plan::{Expansion, Item};
 use crate::cpu::simd::amx::{Next, Row, TILE, Tiles};
 
 /// What one module of an item adds to up to 16 rows.

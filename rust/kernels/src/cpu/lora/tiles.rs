@@ -2,12 +2,12 @@
 
 use std::ops::Range;
 
+use super::plan::{Expansion, Item};
 use super::{Element, Lora, RANK_BLOCK, Shrink, Simd};
-use crate::cpu::lora_plan::{Expansion, Item};
-use crate::cpu::scratch::Scratch;
+use crate::cpu::memory::Scratch;
 use crate::cpu::simd::amx::{Next, Product, Row, TILE, TILE_K, Term, Tiles};
 
-/// How far ahead a shrink asks for A, all panels together.
+/// Distance at which a shrink prefetches A, all panels together.
 const PREFETCH_NBYTES: usize = 4096;
 
 impl<E: Element> Shrink<'_, E> {
@@ -120,7 +120,7 @@ impl<E: Element> Shrink<'_, E> {
         let panels = std::array::from_fn(|p| self.panel((panel + p).min(last)));
         let x_stride = k * size_of::<E>();
         let mut term = Term::new(x, x_stride, panels, self.panel_width(panel), k / TILE_K);
-        term.ahead = PREFETCH_NBYTES / self.num_wide(panel).clamp(1, 4);
+        term.prefetch_distance = PREFETCH_NBYTES / self.num_wide(panel).clamp(1, 4);
         term
     }
 }
@@ -149,7 +149,7 @@ impl<E: Element> Lora<'_, E> {
             for module in self.plan.expansions_of(item) {
                 if module.panels.start < panels.end && panels.start < module.panels.end {
                     let mut term = self.term::<P>(item, module, starts, num_rows, panels.clone());
-                    term.ahead = if fetches { P * module.panel_nbytes } else { 0 };
+                    term.prefetch_distance = if fetches { P * module.panel_nbytes } else { 0 };
                     terms.push(term);
                 }
             }

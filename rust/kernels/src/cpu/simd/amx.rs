@@ -15,6 +15,9 @@ use std::sync::OnceLock;
 
 mod row;
 
+use loraserve_adapters::StorageDtype;
+
+use super::Isa;
 pub use row::{Next, Row};
 
 /// Rows and columns of a tile of f32.
@@ -22,7 +25,7 @@ pub const TILE: usize = 16;
 /// Elements along K of one tile of bf16.
 pub const TILE_K: usize = 32;
 
-/// Room for a product: 32 rows of two panels, or 16 rows of four.
+/// The results of a product: 32 rows of two panels, or 16 rows of four.
 #[repr(align(64))]
 pub struct Product(pub [f32; 4 * TILE * TILE]);
 
@@ -45,8 +48,8 @@ pub struct Term {
     /// Bytes from pair to pair of K in a panel: 64, or 32 for a panel of 8 columns.
     panel_stride: usize,
     block_nbytes: usize,
-    /// How many bytes after the weights in use are fetched; 0 fetches nothing.
-    pub ahead: usize,
+    /// How many bytes after the weights in use are prefetched; 0 prefetches nothing.
+    pub prefetch_distance: usize,
     pub num_blocks: usize,
 }
 
@@ -65,7 +68,7 @@ impl Term {
             x_stride,
             panel_stride: 4 * panel_width,
             block_nbytes: 4 * panel_width * TILE,
-            ahead: 0,
+            prefetch_distance: 0,
             num_blocks,
         }
     }
@@ -76,7 +79,7 @@ const B0: usize = offset_of!(Term, panels);
 const A_STRIDE: usize = offset_of!(Term, x_stride);
 const B_STRIDE: usize = offset_of!(Term, panel_stride);
 const BLOCK: usize = offset_of!(Term, block_nbytes);
-const AHEAD: usize = offset_of!(Term, ahead);
+const DISTANCE: usize = offset_of!(Term, prefetch_distance);
 const NUM_BLOCKS: usize = offset_of!(Term, num_blocks);
 
 /// Operand of `ldtilecfg`.
@@ -149,8 +152,7 @@ impl Tiles {
     }
 
     /// Two row tiles times P ≤ 2 panels: rows of `x[0]` to `c[0]`, rows of `x[1]` to `c[1]`, the
-    /// panels' columns side by side, rows `c_stride` bytes apart. What is fetched ahead goes to the
-    /// second-level cache.
+    /// panels' columns side by side, rows `c_stride` bytes apart. What is prefetched goes to L2.
     ///
     /// # Safety
     /// Made by `full`; each term has 16 readable rows at each x that is not null, and P panels; 16
@@ -165,7 +167,7 @@ impl Tiles {
                 "mov {a0}, [{term} + {A0}]", "mov {a1}, [{term} + {A0} + 8]",
                 "mov {b0}, [{term} + {B0}]", "mov {b1}, [{term} + {B0} + 8]",
                 "mov {a_stride}, [{term} + {A_STRIDE}]", "mov {b_stride}, [{term} + {B_STRIDE}]",
-                "mov {ahead}, [{term} + {AHEAD}]", "mov {n}, [{term} + {NUM_BLOCKS}]",
+                "mov {distance}, [{term} + {DISTANCE}]", "mov {n}, [{term} + {NUM_BLOCKS}]",
                 "3:",
                 "tileloaddt1 tmm6, [{b0} + {b_stride}]",
                 ".if {P} > 1",
@@ -189,12 +191,12 @@ impl Tiles {
                 ".endif",
                 "add {a1}, 64",
                 "5:",
-                "test {ahead}, {ahead}",
+                "test {distance}, {distance}",
                 "jz 6f",
                 ".irp i, 0,64,128,192,256,320,384,448,512,576,640,704,768,832,896,960",
-                "prefetcht1 [{b0} + {ahead} + \\i]",
+                "prefetcht1 [{b0} + {distance} + \\i]",
                 ".if {P} > 1",
-                "prefetcht1 [{b1} + {ahead} + \\i]",
+                "prefetcht1 [{b1} + {distance} + \\i]",
                 ".endif",
                 ".endr",
                 "6:",
@@ -213,9 +215,9 @@ impl Tiles {
                 term = inout(reg) terms.as_ptr() => _, count = inout(reg) terms.len() => _,
                 c0 = in(reg) c[0], c1 = in(reg) c[1], c_stride = in(reg) c_stride,
                 a0 = out(reg) _, a1 = out(reg) _, b0 = out(reg) _, b1 = out(reg) _,
-                n = out(reg) _, a_stride = out(reg) _, b_stride = out(reg) _, ahead = out(reg) _,
+                n = out(reg) _, a_stride = out(reg) _, b_stride = out(reg) _, distance = out(reg) _,
                 A0 = const A0, B0 = const B0, A_STRIDE = const A_STRIDE, B_STRIDE = const B_STRIDE,
-                AHEAD = const AHEAD, NUM_BLOCKS = const NUM_BLOCKS, BLOCK = const BLOCK,
+                DISTANCE = const DISTANCE, NUM_BLOCKS = const NUM_BLOCKS, BLOCK = const BLOCK,
                 SIZE = const size_of::<Term>(), P = const P,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
@@ -241,20 +243,20 @@ impl Tiles {
                 "mov {b0}, [{term} + {B0}]", "mov {b1}, [{term} + {B0} + 8]",
                 "mov {b2}, [{term} + {B0} + 16]", "mov {b3}, [{term} + {B0} + 24]",
                 "mov {a_stride}, [{term} + {A_STRIDE}]", "mov {b_stride}, [{term} + {B_STRIDE}]",
-                "mov {ahead}, [{term} + {AHEAD}]", "mov {n}, [{term} + {NUM_BLOCKS}]",
+                "mov {distance}, [{term} + {DISTANCE}]", "mov {n}, [{term} + {NUM_BLOCKS}]",
                 "3:",
-                "test {ahead}, {ahead}",
+                "test {distance}, {distance}",
                 "jz 4f",
                 ".irp i, 0,64,128,192,256,320,384,448,512,576,640,704,768,832,896,960",
-                "prefetcht0 [{b0} + {ahead} + \\i]",
+                "prefetcht0 [{b0} + {distance} + \\i]",
                 ".if {P} > 1",
-                "prefetcht0 [{b1} + {ahead} + \\i]",
+                "prefetcht0 [{b1} + {distance} + \\i]",
                 ".endif",
                 ".if {P} > 2",
-                "prefetcht0 [{b2} + {ahead} + \\i]",
+                "prefetcht0 [{b2} + {distance} + \\i]",
                 ".endif",
                 ".if {P} > 3",
-                "prefetcht0 [{b3} + {ahead} + \\i]",
+                "prefetcht0 [{b3} + {distance} + \\i]",
                 ".endif",
                 ".endr",
                 "4:",
@@ -288,9 +290,9 @@ impl Tiles {
                 term = inout(reg) terms.as_ptr() => _, count = inout(reg) terms.len() => _,
                 c = in(reg) c, c_stride = in(reg) c_stride,
                 a = out(reg) _, b0 = out(reg) _, b1 = out(reg) _, b2 = out(reg) _, b3 = out(reg) _,
-                n = out(reg) _, a_stride = out(reg) _, b_stride = out(reg) _, ahead = out(reg) _,
+                n = out(reg) _, a_stride = out(reg) _, b_stride = out(reg) _, distance = out(reg) _,
                 A0 = const A0, B0 = const B0, A_STRIDE = const A_STRIDE, B_STRIDE = const B_STRIDE,
-                AHEAD = const AHEAD, NUM_BLOCKS = const NUM_BLOCKS, BLOCK = const BLOCK,
+                DISTANCE = const DISTANCE, NUM_BLOCKS = const NUM_BLOCKS, BLOCK = const BLOCK,
                 SIZE = const size_of::<Term>(), P = const P,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
@@ -363,6 +365,11 @@ impl Drop for Tiles {
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _);
         }
     }
+}
+
+/// Whether a product of `dtype` along `k` runs in tiles; whole ones only.
+pub fn in_tiles(isa: Isa, dtype: StorageDtype, k: usize) -> bool {
+    isa == Isa::Amx && dtype == StorageDtype::BFloat16 && k.is_multiple_of(TILE_K)
 }
 
 /// Whether CPU and kernel have tiles of bf16; the first call asks the kernel for them, for all

@@ -49,18 +49,18 @@ pub struct Row {
 }
 
 impl Row {
-    /// Widens `k` elements of bf16 at `x` into `room`.
+    /// Widens `k` elements of bf16 at `x` into `buffer`.
     ///
     /// # Safety
-    /// As many elements are readable at `x`, and writable at `room` as long as this lives; k is a
+    /// As many elements are readable at `x`, and writable at `buffer` as long as this lives; k is a
     /// multiple of 8.
-    pub unsafe fn widen(x: *const u16, k: usize, room: *mut f32) -> Self {
+    pub unsafe fn widen(x: *const u16, k: usize, buffer: *mut f32) -> Self {
         debug_assert!(k > 0 && k.is_multiple_of(8));
         for i in 0..k {
             // SAFETY: i < k.
-            unsafe { *room.add(i) = f32::from_bits(u32::from(*x.add(i)) << 16) };
+            unsafe { *buffer.add(i) = f32::from_bits(u32::from(*x.add(i)) << 16) };
         }
-        Self { values: room, k }
+        Self { values: buffer, k }
     }
 
     /// `c` [16 a panel] += x · B, block by block along K. A pair of K takes `LINE` bytes of a panel: 64,
@@ -188,8 +188,8 @@ mod tests {
                     Next::NOTHING,
                 );
             }
-            let mut room = vec![0.0; k];
-            Row::widen(x.as_ptr(), k, room.as_mut_ptr()).add::<64>(
+            let mut buffer = vec![0.0; k];
+            Row::widen(x.as_ptr(), k, buffer.as_mut_ptr()).add::<64>(
                 panels.as_ptr().cast(),
                 panel_nbytes,
                 num_panels,

@@ -1,8 +1,15 @@
 //! Long-lived buffers: cache-line aligned, on huge pages where the system offers them.
 
+mod pages;
+pub mod pretouch;
+mod scratch;
+
 use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
+
+pub use self::pages::PageMemory;
+pub(super) use self::scratch::Scratch;
 
 /// One cache line; also the alignment of every packed block.
 #[derive(Clone, Copy)]

@@ -9,20 +9,17 @@
 //! K and V of a head lie side by side, 4 KiB of bf16 where D is 64: as far as the hardware prefetches. A
 //! device's kernels order the blocks of a layer for themselves.
 
-use loraserve_adapters::StorageDtype;
+use loraserve_adapters::{PANEL_WIDTH, StorageDtype};
 
-use super::simd::LANES;
 use crate::KernelError;
-use crate::error::{check_below, check_end};
+use crate::error::check_below;
 
-/// Tokens of a page: one per lane, so that K blocks are GEMM panels.
-pub const BLOCK_SIZE: usize = LANES;
+/// Tokens of a page: one per column of a panel, so that K blocks are GEMM panels.
+pub const BLOCK_SIZE: usize = PANEL_WIDTH;
 /// Largest head the attention kernel takes.
 pub const MAX_HEAD_DIM: usize = 512;
 /// More layers or heads than any model has; below it no size of a page or a row can overflow.
 const MAX_COUNT: usize = 1 << 16;
-/// Alignment in bytes of the pool and of its pages: a cache line, the widest vector.
-const PAGE_ALIGN: usize = 64;
 
 /// Shape of a model's KV cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,58 +77,5 @@ impl KvGeometry {
     /// Elements from a page's start to the V block of `kv_head`.
     pub fn v_offset(&self, layer: usize, kv_head: usize) -> usize {
         self.k_offset(layer, kv_head) + self.block_len()
-    }
-}
-
-/// The page pool: memory owned by the caller, addressed by page.
-#[derive(Clone, Copy, Debug)]
-pub struct PageMemory {
-    base: usize,
-    nbytes: usize,
-    page_nbytes: usize,
-}
-
-impl PageMemory {
-    /// # Safety
-    /// `base..base + nbytes` stays writable, and is touched by nobody else while an op runs.
-    pub unsafe fn new(base: usize, nbytes: usize, page_nbytes: usize) -> Result<Self, KernelError> {
-        if base == 0 || page_nbytes == 0 {
-            let message =
-                format!("pool at {base:#x} with pages of {page_nbytes} bytes holds no pages");
-            return Err(KernelError::Invalid(message));
-        }
-        if !base.is_multiple_of(PAGE_ALIGN) || !page_nbytes.is_multiple_of(PAGE_ALIGN) {
-            let message = format!(
-                "pool at {base:#x} with pages of {page_nbytes} bytes is not 64-byte aligned"
-            );
-            return Err(KernelError::Invalid(message));
-        }
-        check_end("end of the pool", base, nbytes, isize::MAX as usize)?;
-        Ok(Self {
-            base,
-            nbytes,
-            page_nbytes,
-        })
-    }
-
-    pub fn num_pages(&self) -> usize {
-        self.nbytes / self.page_nbytes
-    }
-
-    pub fn page_nbytes(&self) -> usize {
-        self.page_nbytes
-    }
-
-    pub fn base(&self) -> usize {
-        self.base
-    }
-
-    pub fn nbytes(&self) -> usize {
-        self.nbytes
-    }
-
-    /// Address of a page below `num_pages`.
-    pub fn page<E>(&self, page: usize) -> *mut E {
-        (self.base + page * self.page_nbytes) as *mut E
     }
 }

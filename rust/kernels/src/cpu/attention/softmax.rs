@@ -1,6 +1,6 @@
 //! One block of an online softmax.
 
-use super::simd::{LANES, Simd, exp};
+use crate::cpu::simd::{LANES, Simd, exp};
 
 /// scores [len] → e^(score − max); updates the running max and sum, returns the rescaling of what
 /// was accumulated under the old max. `len` is a multiple of 16.
@@ -8,7 +8,7 @@ use super::simd::{LANES, Simd, exp};
 /// # Safety
 /// As for `Simd`: `len` scores, one max and one sum.
 #[inline(always)]
-pub(super) unsafe fn soften<S: Simd>(
+pub(super) unsafe fn online_softmax<S: Simd>(
     scores: *mut f32,
     len: usize,
     max: *mut f32,

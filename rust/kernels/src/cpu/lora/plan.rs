@@ -10,9 +10,9 @@ use std::ops::Range;
 
 use loraserve_adapters::{GroupLayout, PANEL_WIDTH, StorageDtype};
 
-use super::memory::AlignedBytes;
-use super::step::{Segment, Step};
 use crate::KernelError;
+use crate::cpu::memory::AlignedBytes;
+use crate::cpu::step::{CpuStep, Segment};
 use crate::error::check_length;
 
 /// Rows of s between two items: a tile of zeros.
@@ -34,7 +34,7 @@ pub struct Projection {
 }
 
 /// A segment whose adapter has this group; offsets in elements of s.
-pub(super) struct Item {
+pub(in crate::cpu) struct Item {
     /// Token rows of the batch.
     pub rows: Range<usize>,
     /// Address of the group's A, and its ranks.
@@ -113,7 +113,7 @@ impl LoraScratch {
     /// Lists the work of one projection; the shrink in about `tasks_wanted` tasks or more.
     pub(super) fn plan(
         &mut self,
-        step: &Step,
+        step: &CpuStep,
         projection: Projection,
         dtype: StorageDtype,
         tasks_wanted: usize,

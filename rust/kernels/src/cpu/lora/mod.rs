@@ -7,23 +7,26 @@
 //! A row's sums run in a fixed order, the dense product first, then its waves, whatever else is in
 //! the batch. Shrink tasks come first in the GEMM's job; the tasks after them wait for the last one.
 
+#[cfg(target_arch = "x86_64")]
+mod mixed;
+mod plan;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
+
 use std::hint::spin_loop;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+pub use self::plan::{LoraScratch, Projection};
+use self::plan::{RANK_BLOCK, ShrinkTask};
 use super::element::{Element, load_first, load_raw, splat_pack, splat_partial_pack, store_first};
-pub use super::lora_plan::{LoraScratch, Projection};
-use super::lora_plan::{RANK_BLOCK, ShrinkTask};
-use super::pool::Shareable;
+#[cfg(target_arch = "x86_64")]
+use super::simd::amx;
 use super::simd::{Isa, Kernel, LANES, Simd};
-use super::step::Step;
+use super::step::CpuStep;
+use super::threads::Shareable;
 use crate::KernelError;
 use crate::error::check_length;
-
-#[cfg(target_arch = "x86_64")]
-mod mixed;
-#[cfg(target_arch = "x86_64")]
-mod tiles;
 
 /// Shrink tasks per thread below which work is cut finer.
 const TASKS_PER_THREAD: usize = 2;
@@ -49,7 +52,7 @@ impl<'a, E: Element> Lora<'a, E> {
     pub fn plan(
         num_threads: usize,
         isa: Isa,
-        step: &Step,
+        step: &CpuStep,
         projection: Projection,
         x: &'a [E],
         scratch: &'a mut LoraScratch,
@@ -238,7 +241,7 @@ impl<E: Element> Kernel for Shrink<'_, E> {
         unsafe {
             self.lora.clear(self.task);
             #[cfg(target_arch = "x86_64")]
-            if super::gemm::in_tiles::<E>(self.lora.isa, self.lora.in_features) {
+            if amx::in_tiles(self.lora.isa, E::DTYPE, self.lora.in_features) {
                 return self.tiles::<S>();
             }
             self.vectors::<S>();

@@ -5,6 +5,8 @@
 //! begins with its own share of the tasks, the same from job to job, and then helps others with theirs.
 //! A forked child has none of the threads: it can only drop the pool.
 
+mod prefetch;
+
 use std::any::Any;
 use std::cell::UnsafeCell;
 use std::hint::spin_loop;
@@ -15,7 +17,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 use std::{mem, process};
 
-use super::ahead::{Ahead, Fetcher};
+use self::prefetch::{PrefetchRange, Prefetcher};
 
 /// How long an idle worker spins before it parks: longer than the gap between two ops of a step.
 const SPIN: Duration = Duration::from_micros(50);
@@ -44,7 +46,7 @@ struct Shared {
     job: UnsafeCell<Job>,
     /// Of every thread, the caller first.
     shares: Vec<Share>,
-    ahead: Ahead,
+    prefetch_range: PrefetchRange,
     parked: Vec<AtomicBool>,
     stopping: AtomicBool,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
@@ -60,7 +62,7 @@ unsafe impl Send for Shared {}
 pub struct ThreadPool {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
-    caller: Mutex<Fetcher>,
+    caller: Mutex<Prefetcher>,
     /// The process that has the workers.
     process: u32,
 }
@@ -77,7 +79,7 @@ impl ThreadPool {
                 phases: [0; 2],
             }),
             shares: (0..=num_workers).map(|_| Share::default()).collect(),
-            ahead: Ahead::default(),
+            prefetch_range: PrefetchRange::default(),
             parked: (0..num_workers).map(|_| AtomicBool::new(false)).collect(),
             stopping: AtomicBool::new(false),
             panic: Mutex::new(None),
@@ -88,7 +90,7 @@ impl ThreadPool {
         Self {
             shared,
             workers,
-            caller: Mutex::new(Fetcher::new(0, num_workers + 1)),
+            caller: Mutex::new(Prefetcher::new(0, num_workers + 1)),
             process: process::id(),
         }
     }
@@ -112,10 +114,10 @@ impl ThreadPool {
             (0..num_tasks).for_each(task);
             return;
         }
-        let mut fetcher = self.caller.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut prefetcher = self.caller.lock().unwrap_or_else(PoisonError::into_inner);
         self.open(phases, task);
         self.shared.work(0);
-        self.shared.close(&mut fetcher);
+        self.shared.close(&mut prefetcher);
         let panic = self.shared.lock_panic().take();
         if let Some(payload) = panic {
             resume_unwind(payload);
@@ -123,9 +125,9 @@ impl ThreadPool {
     }
 
     /// Says which `nbytes` a coming job reads, each thread its share of them in order. Threads that wait
-    /// fetch them into their caches; a hint, the address need not be valid.
-    pub fn fetch_ahead(&self, address: usize, nbytes: usize) {
-        self.shared.ahead.set(address, nbytes);
+    /// prefetch them into their L2; a hint, the address need not be valid.
+    pub fn prefetch(&self, address: usize, nbytes: usize) {
+        self.shared.prefetch_range.set(address, nbytes);
     }
 
     fn open(&self, phases: [usize; 2], task: &Task<'_>) {
@@ -197,14 +199,14 @@ impl Shared {
     }
 
     /// Lets nobody else in and waits for those inside.
-    fn close(&self, fetcher: &mut Fetcher) {
+    fn close(&self, prefetcher: &mut Prefetcher) {
         self.state.fetch_or(CLOSED, Ordering::AcqRel);
         let mut spins = 0_u32;
         while self.state.load(Ordering::Acquire) & ACTIVE_MASK != 0 {
             spins = spins.wrapping_add(1);
             if spins.is_multiple_of(1 << 14) {
                 thread::yield_now();
-            } else if !fetcher.fetch_some(&self.ahead) {
+            } else if !prefetcher.prefetch_some(&self.prefetch_range) {
                 spin_loop();
             }
         }
@@ -230,7 +232,7 @@ impl Shared {
     }
 
     /// Waits for a job newer than `seen`: spins, then parks. `None` when the pool stops.
-    fn wait_for_job(&self, index: usize, seen: u64, fetcher: &mut Fetcher) -> Option<u64> {
+    fn wait_for_job(&self, index: usize, seen: u64, prefetcher: &mut Prefetcher) -> Option<u64> {
         let mut start = Instant::now();
         loop {
             for _ in 0..SPINS_PER_CHECK {
@@ -238,7 +240,7 @@ impl Shared {
                 if Self::is_open(state, seen) {
                     return Some(state);
                 }
-                if !fetcher.fetch_some(&self.ahead) {
+                if !prefetcher.prefetch_some(&self.prefetch_range) {
                     spin_loop();
                 }
             }
@@ -267,8 +269,8 @@ fn spawn_worker(index: usize, shared: Arc<Shared>) -> JoinHandle<()> {
         .name(format!("loraserve-cpu-{}", index + 1))
         .spawn(move || {
             let mut seen = 0;
-            let mut fetcher = Fetcher::new(index + 1, shared.shares.len());
-            while let Some(state) = shared.wait_for_job(index, seen, &mut fetcher) {
+            let mut prefetcher = Prefetcher::new(index + 1, shared.shares.len());
+            while let Some(state) = shared.wait_for_job(index, seen, &mut prefetcher) {
                 if shared.try_join(state) {
                     seen = state >> 32;
                     shared.work(index + 1);

@@ -1,6 +1,6 @@
 //! V as an operand of the tiles: pairs of tokens side by side, and outputs back in order.
 //!
-//! Weaving 32 columns of two tokens with one shuffle each leaves columns 0–3, 8–11, 16–19, 24–27 in
+//! Interleaving 32 columns of two tokens with one shuffle each leaves columns 0–3, 8–11, 16–19, 24–27 in
 //! one tile and the other sixteen in the next; accumulators keep that order until they are stored.
 
 use std::arch::x86_64::{
@@ -10,9 +10,9 @@ use std::arch::x86_64::{
 };
 use std::mem::{MaybeUninit, transmute};
 
-use crate::cpu::geometry::{BLOCK_SIZE, MAX_HEAD_DIM};
 use crate::cpu::simd::LANES;
 use crate::cpu::simd::amx::TILE_K;
+use crate::geometry::{BLOCK_SIZE, MAX_HEAD_DIM};
 
 /// Elements of a tile.
 const TILE_LEN: usize = 512;
@@ -20,16 +20,16 @@ const TILE_LEN: usize = 512;
 const LINE: usize = 64;
 
 /// Writes a V block [16][D] to eight rows of each of the D/16 tiles at `tiles`; meanwhile the D·32
-/// bytes at `ahead`, a block's, are fetched.
+/// bytes at `prefetch`, a block's, are prefetched.
 ///
 /// # Safety
 /// A V block, and D/16 tiles from `tiles` on, less the rows before the first; D is a multiple of 32.
 #[target_feature(enable = "avx512f,avx512bw")]
-pub(super) unsafe fn weave(
+pub(super) unsafe fn interleave(
     block: *const u16,
     head_dim: usize,
     tiles: *mut u16,
-    mut ahead: *const u8,
+    mut prefetch: *const u8,
 ) {
     for column in (0..head_dim).step_by(TILE_K) {
         for pair in 0..BLOCK_SIZE / 2 {
@@ -44,20 +44,20 @@ pub(super) unsafe fn weave(
                     out.add(TILE_LEN),
                     _mm512_unpackhi_epi16(even_token, odd_token),
                 );
-                _mm_prefetch::<_MM_HINT_T1>(ahead.cast());
-                _mm_prefetch::<_MM_HINT_T1>(ahead.wrapping_add(LINE).cast());
+                _mm_prefetch::<_MM_HINT_T1>(prefetch.cast());
+                _mm_prefetch::<_MM_HINT_T1>(prefetch.wrapping_add(LINE).cast());
             }
-            ahead = ahead.wrapping_add(2 * LINE);
+            prefetch = prefetch.wrapping_add(2 * LINE);
         }
     }
 }
 
-/// Weaves the first `num_tokens` tokens of a block as `weave` does; zeros stand for the others.
+/// Interleaves the first `num_tokens` tokens of a block as `interleave` does; zeros stand for the others.
 ///
 /// # Safety
-/// As for `weave`, but that many tokens are enough.
+/// As for `interleave`, but that many tokens are enough.
 #[target_feature(enable = "avx512f,avx512bw")]
-pub(super) unsafe fn weave_first(
+pub(super) unsafe fn interleave_first(
     block: *const u16,
     num_tokens: usize,
     head_dim: usize,
@@ -70,7 +70,7 @@ pub(super) unsafe fn weave_first(
     unsafe {
         std::ptr::copy_nonoverlapping(block, whole, len);
         whole.add(len).write_bytes(0, BLOCK_SIZE * head_dim - len);
-        weave(whole, head_dim, tiles, whole.cast());
+        interleave(whole, head_dim, tiles, whole.cast());
     }
 }
 
@@ -79,7 +79,7 @@ pub(super) unsafe fn weave_first(
 /// # Safety
 /// D elements of each; D is a multiple of 32.
 #[target_feature(enable = "avx512f,avx512bf16")]
-pub(super) unsafe fn store_unwoven(acc: *const f32, factor: f32, head_dim: usize, out: *mut u16) {
+pub(super) unsafe fn store_in_order(acc: *const f32, factor: f32, head_dim: usize, out: *mut u16) {
     let factor = _mm512_set1_ps(factor);
     let order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
     for column in (0..head_dim).step_by(TILE_K) {

@@ -4,7 +4,11 @@
 //! blocks that start at fixed positions, whatever else is in the task, the batch or the chunk.
 
 #[cfg(target_arch = "x86_64")]
-mod ahead;
+mod interleave;
+#[cfg(target_arch = "x86_64")]
+mod prefetch;
+mod rank_update;
+mod softmax;
 #[cfg(target_arch = "x86_64")]
 mod tile_product;
 #[cfg(target_arch = "x86_64")]
@@ -12,19 +16,20 @@ mod tile_softmax;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
 mod vector;
-#[cfg(target_arch = "x86_64")]
-mod weave;
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::element::Element;
-use super::geometry::{KvGeometry, PageMemory};
-use super::pool::{Shareable, ThreadPool};
+use super::memory::PageMemory;
 use super::simd::Isa;
-use super::step::{AttentionTask, Step};
+#[cfg(target_arch = "x86_64")]
+use super::simd::amx;
+use super::step::{AttentionTask, CpuStep};
+use super::threads::{Shareable, ThreadPool};
 use crate::KernelError;
 use crate::error::{check_below, check_length};
+use crate::geometry::KvGeometry;
 
 struct Attention<'a, E: Element> {
     qkv: &'a [E],
@@ -32,7 +37,7 @@ struct Attention<'a, E: Element> {
     layer: usize,
     geometry: &'a KvGeometry,
     memory: PageMemory,
-    step: &'a Step,
+    step: &'a CpuStep,
 }
 
 /// Attention of the q part of `qkv` [T, (H + 2·KV)·D] into `out` [T, H·D].
@@ -41,7 +46,7 @@ pub fn attention<E: Element>(
     isa: Isa,
     geometry: &KvGeometry,
     memory: PageMemory,
-    step: &Step,
+    step: &CpuStep,
     layer: usize,
     qkv: &[E],
     out: &mut [E],
@@ -61,7 +66,7 @@ pub fn attention<E: Element>(
     };
     let tasks = &step.attention_tasks;
     #[cfg(target_arch = "x86_64")]
-    if tiles::fit::<E>(isa, geometry.head_dim) {
+    if amx::in_tiles(isa, E::DTYPE, geometry.head_dim) {
         let heads_per_task = tiles::heads_per_task(tasks, geometry, pool.num_threads());
         let tasks_per_rows = geometry.num_kv_heads.div_ceil(heads_per_task);
         let num_tasks = tasks.len() * tasks_per_rows;
@@ -82,7 +87,7 @@ pub fn attention<E: Element>(
             let mut claimed = claim();
             while let Some(share) = claimed {
                 claimed = claim();
-                // SAFETY: `fit` found tiles; else as below.
+                // SAFETY: `in_tiles` was asked; else as below.
                 unsafe { tiles::run(&share, claimed.as_ref()) }
             }
         });
@@ -90,7 +95,7 @@ pub fn attention<E: Element>(
     }
     pool.run(tasks.len() * geometry.num_kv_heads, &|index| {
         let rows = QueryRows::new(&job, tasks[index / geometry.num_kv_heads]);
-        // SAFETY: `isa` is supported; lengths were checked above and by `Step::new`; tasks own
+        // SAFETY: `isa` is supported; lengths were checked above and by `CpuStep::new`; tasks own
         // disjoint rows and heads of the output.
         unsafe { vector::run(isa, rows, index % geometry.num_kv_heads) }
     });

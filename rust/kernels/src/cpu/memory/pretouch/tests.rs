@@ -26,9 +26,9 @@ impl Mapping {
         Self { base }
     }
 
-    fn ahead(&self, touch: Touch) -> MemoryAhead {
-        // SAFETY: tests drop a `MemoryAhead` before its mapping.
-        unsafe { MemoryAhead::with(self.base, NBYTES, touch) }
+    fn pretouch(&self, touch: Touch) -> PoolPretouch {
+        // SAFETY: tests drop a `PoolPretouch` before its mapping.
+        unsafe { PoolPretouch::with(self.base, NBYTES, touch) }
     }
 
     /// Bytes that are real, from the start, from the end, and between.
@@ -47,7 +47,7 @@ impl Mapping {
     /// Waits until the margins stand beyond `low` and `high` used bytes and nothing else is real.
     fn wait_for(&self, low: usize, high: usize) {
         let stands =
-            |used: usize, real: usize| (used + MARGIN..=used + MARGIN + STEP).contains(&real);
+            |used: usize, real: usize| (used + MARGIN..=used + MARGIN + HUGE_PAGE).contains(&real);
         wait_until(|| {
             let (of_low, of_high, between) = self.resident();
             stands(low, of_low) && stands(high, of_high) && between == 0
@@ -78,28 +78,28 @@ fn wait_until(mut is_so: impl FnMut() -> bool) {
 #[test]
 fn margins_are_touched_and_follow_use_and_nothing_beyond_is() {
     let mapping = Mapping::new();
-    let ahead = mapping.ahead(touch);
+    let pretouch = mapping.pretouch(touch);
     mapping.wait_for(0, 0);
-    ahead.use_below(10 << 20);
+    pretouch.use_below(10 << 20);
     mapping.wait_for(10 << 20, 0);
-    ahead.use_above(NBYTES - (20 << 20));
+    pretouch.use_above(NBYTES - (20 << 20));
     mapping.wait_for(10 << 20, 20 << 20);
-    ahead.use_below(5 << 20);
-    ahead.use_above(NBYTES - (1 << 20));
+    pretouch.use_below(5 << 20);
+    pretouch.use_above(NBYTES - (1 << 20));
     mapping.wait_for(10 << 20, 20 << 20);
 }
 
 #[test]
 fn beside_a_running_model_half_a_margin_will_do() {
     let mapping = Mapping::new();
-    let ahead = mapping.ahead(touch);
+    let pretouch = mapping.pretouch(touch);
     mapping.wait_for(0, 0);
-    ahead.set_contended(true);
-    ahead.use_below(MARGIN);
+    pretouch.set_contended(true);
+    pretouch.use_below(MARGIN);
     wait_until(|| mapping.resident().0 >= MARGIN + MARGIN / 2);
     thread::sleep(Duration::from_millis(20));
-    assert!(mapping.resident().0 <= MARGIN + MARGIN / 2 + STEP);
-    ahead.set_contended(false);
+    assert!(mapping.resident().0 <= MARGIN + MARGIN / 2 + HUGE_PAGE);
+    pretouch.set_contended(false);
     mapping.wait_for(MARGIN, 0);
 }
 
@@ -119,12 +119,12 @@ fn touching_maps_memory_of_its_own_not_the_shared_zeros() {
 fn bytes_written_meanwhile_stay() {
     let mapping = Mapping::new();
     let bytes = || mapping.bytes().iter().step_by(61);
-    let ahead = mapping.ahead(touch);
+    let pretouch = mapping.pretouch(touch);
     for (index, byte) in bytes().enumerate() {
         byte.store(index as u8, Ordering::Relaxed);
     }
-    ahead.use_below(NBYTES);
-    drop(ahead);
+    pretouch.use_below(NBYTES);
+    drop(pretouch);
     let is_kept = |(index, byte): (usize, &AtomicU8)| byte.load(Ordering::Relaxed) == index as u8;
     assert!(bytes().enumerate().all(is_kept));
 }
@@ -138,38 +138,38 @@ fn a_stopped_thread_touches_nothing_more() {
         IS_RUNNING.store(false, Ordering::SeqCst);
     };
     let mapping = Mapping::new();
-    let ahead = mapping.ahead(slow);
+    let pretouch = mapping.pretouch(slow);
     wait_until(|| IS_RUNNING.load(Ordering::SeqCst));
-    ahead.stop();
+    pretouch.stop();
     assert!(!IS_RUNNING.load(Ordering::SeqCst));
-    assert!(ahead.thread.lock().unwrap().is_none());
-    ahead.stop();
+    assert!(pretouch.thread.lock().unwrap().is_none());
+    pretouch.stop();
 }
 
 #[test]
 fn the_smaller_margin_grows_first_and_a_small_pool_is_touched_once() {
-    let mut margins = Margins::new(100..4 * STEP + 100);
-    let steps: Vec<_> = std::iter::from_fn(|| margins.next_step(MARGIN)).collect();
+    let mut margins = Margins::new(100..4 * HUGE_PAGE + 100);
+    let steps: Vec<_> = std::iter::from_fn(|| margins.next_huge_page(MARGIN)).collect();
     let expected = [
-        4 * STEP..4 * STEP + 100,
-        100..STEP,
-        3 * STEP..4 * STEP,
-        STEP..2 * STEP,
-        2 * STEP..3 * STEP,
+        4 * HUGE_PAGE..4 * HUGE_PAGE + 100,
+        100..HUGE_PAGE,
+        3 * HUGE_PAGE..4 * HUGE_PAGE,
+        HUGE_PAGE..2 * HUGE_PAGE,
+        2 * HUGE_PAGE..3 * HUGE_PAGE,
     ];
     assert_eq!(steps, expected);
 }
 
 #[test]
 fn used_memory_is_not_touched_again() {
-    let mut margins = Margins::new(0..10 * STEP);
-    margins.use_below(3 * STEP + 1);
-    margins.use_above(8 * STEP);
-    let mut steps: Vec<_> = std::iter::from_fn(|| margins.next_step(MARGIN)).collect();
+    let mut margins = Margins::new(0..10 * HUGE_PAGE);
+    margins.use_below(3 * HUGE_PAGE + 1);
+    margins.use_above(8 * HUGE_PAGE);
+    let mut steps: Vec<_> = std::iter::from_fn(|| margins.next_huge_page(MARGIN)).collect();
     steps.sort_by_key(|range| range.start);
     let ends = (steps.first().unwrap().start, steps.last().unwrap().end);
-    assert_eq!(ends, (3 * STEP + 1, 8 * STEP));
-    margins.use_below(9 * STEP);
-    margins.use_above(STEP);
-    assert_eq!(margins.next_step(MARGIN), None);
+    assert_eq!(ends, (3 * HUGE_PAGE + 1, 8 * HUGE_PAGE));
+    margins.use_below(9 * HUGE_PAGE);
+    margins.use_above(HUGE_PAGE);
+    assert_eq!(margins.next_huge_page(MARGIN), None);
 }

@@ -1,8 +1,8 @@
-//! What a thread attends next, fetched while it computes.
+//! What a thread attends next, prefetched while it computes.
 //!
 //! Pages are scattered, so that the hardware can't foresee where a stream goes on. Blocks are asked for a
-//! whole key block before they are read, and into the second-level cache: fetches to the first level are
-//! bounded by the core's few line buffers.
+//! whole key block before they are read, and into L2: prefetches to L1 are bounded by the core's few line
+//! buffers.
 
 use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
 use std::ops::Range;
@@ -10,20 +10,20 @@ use std::ops::Range;
 use super::tiles::KEY_BLOCK;
 use super::{QueryRows, Share};
 use crate::cpu::element::Element;
-use crate::cpu::geometry::BLOCK_SIZE;
+use crate::geometry::BLOCK_SIZE;
 
 /// Bytes of a cache line.
 const LINE: usize = 64;
 
-/// K blocks, then V blocks, of one head in some pages of a sequence: what is still to be fetched.
-pub(super) struct Ahead<'a, 'b, E: Element> {
+/// K blocks, then V blocks, of one head in some pages of a sequence: what is still to be prefetched.
+pub(super) struct BlockPrefetch<'a, 'b, E: Element> {
     rows: &'a QueryRows<'b, E>,
     head: usize,
     k_pages: Range<usize>,
     v_pages: Range<usize>,
 }
 
-impl<'a, 'b, E: Element> Ahead<'a, 'b, E> {
+impl<'a, 'b, E: Element> BlockPrefetch<'a, 'b, E> {
     pub fn new(rows: &'a QueryRows<'b, E>, head: usize, pages: Range<usize>) -> Self {
         Self {
             rows,
@@ -41,7 +41,7 @@ impl<'a, 'b, E: Element> Ahead<'a, 'b, E> {
     }
 }
 
-impl<E: Element> Iterator for Ahead<'_, '_, E> {
+impl<E: Element> Iterator for BlockPrefetch<'_, '_, E> {
     type Item = *const u8;
 
     #[inline]
@@ -54,9 +54,9 @@ impl<E: Element> Iterator for Ahead<'_, '_, E> {
     }
 }
 
-/// Asks the second-level cache for a block of D·32 bytes.
+/// Prefetches to L2 a block of D·32 bytes.
 #[inline]
-pub(super) fn fetch(block: *const u8, head_dim: usize) {
+pub(super) fn prefetch_block(block: *const u8, head_dim: usize) {
     for line in (0..2 * BLOCK_SIZE * head_dim).step_by(LINE) {
         // SAFETY: a hint, whatever the address.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(block.wrapping_add(line).cast()) }

@@ -1,29 +1,29 @@
-//! Fetching into the caches what a coming job reads, by threads that have nothing to do.
+//! Prefetching what a coming job reads, by threads that have nothing to do.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// What a thread fetches at most: the second-level cache is wanted for adapters and activations too.
+/// What a thread prefetches at most: L2 is wanted for adapters and activations too.
 const LIMIT_NBYTES: usize = 1 << 18;
-/// Cache lines fetched between two looks for work.
+/// Cache lines prefetched between two looks for work.
 const LINES: usize = 4;
 const LINE_NBYTES: usize = 64;
 
 /// The memory that is wanted next.
 #[derive(Default)]
-pub(super) struct Ahead {
+pub(super) struct PrefetchRange {
     address: AtomicUsize,
     nbytes: AtomicUsize,
 }
 
-impl Ahead {
+impl PrefetchRange {
     pub fn set(&self, address: usize, nbytes: usize) {
         self.nbytes.store(nbytes, Ordering::Relaxed);
         self.address.store(address, Ordering::Relaxed);
     }
 }
 
-/// How far one thread has fetched its share.
-pub(super) struct Fetcher {
+/// How far one thread has prefetched its share.
+pub(super) struct Prefetcher {
     thread: usize,
     team: usize,
     /// What the share is of.
@@ -32,7 +32,7 @@ pub(super) struct Fetcher {
     end: usize,
 }
 
-impl Fetcher {
+impl Prefetcher {
     pub fn new(thread: usize, team: usize) -> Self {
         Self {
             thread,
@@ -43,11 +43,11 @@ impl Fetcher {
         }
     }
 
-    /// Fetches a few lines; false when nothing is left.
-    pub fn fetch_some(&mut self, ahead: &Ahead) -> bool {
-        let address = ahead.address.load(Ordering::Relaxed);
+    /// Prefetches a few lines; false when nothing is left.
+    pub fn prefetch_some(&mut self, range: &PrefetchRange) -> bool {
+        let address = range.address.load(Ordering::Relaxed);
         if address != self.address {
-            let nbytes = ahead.nbytes.load(Ordering::Relaxed);
+            let nbytes = range.nbytes.load(Ordering::Relaxed);
             let share = |thread: usize| address + nbytes * thread / self.team;
             self.address = address;
             self.next = share(self.thread);
@@ -57,15 +57,15 @@ impl Fetcher {
             return false;
         }
         for line in 0..LINES {
-            fetch(self.next + line * LINE_NBYTES);
+            prefetch(self.next + line * LINE_NBYTES);
         }
         self.next += LINES * LINE_NBYTES;
         true
     }
 }
 
-/// Asks for a line in the second-level cache.
-fn fetch(address: usize) {
+/// Prefetches a line to L2.
+fn prefetch(address: usize) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a hint; the address need not be valid.
     unsafe {

@@ -2,13 +2,13 @@
 //!
 //! Every element of acc is a chain of fused multiply-adds over j in order, however it is tiled.
 
-use super::element::{Element, load_first, store_first};
-use super::simd::{LANES, Simd};
+use crate::cpu::element::{Element, load_first, store_first};
+use crate::cpu::simd::{LANES, Simd};
 
 /// Rows of B a single row of s walks at a time, so that B streams through memory in order.
 const STREAMS: usize = 8;
 
-/// How far ahead, in elements, a single row asks for B.
+/// Distance, in elements, at which a single row prefetches B.
 const PREFETCH: usize = 256;
 
 /// One update; strides are in elements.

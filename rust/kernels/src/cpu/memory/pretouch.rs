@@ -1,4 +1,4 @@
-//! Memory ahead of use: a thread that touches a margin of the page pool before it is needed.
+//! Pretouch: a thread that touches a margin of the page pool before it is needed.
 //!
 //! ```text
 //! 0     kv_end                                   adapters_start     nbytes
@@ -17,11 +17,11 @@ use std::thread::{self, JoinHandle};
 use std::time::Instant;
 use std::{hint, mem, process};
 
+use super::HUGE_PAGE;
+
 /// Bytes kept touched beyond those in use, at each end of the pool; half as many beside a running model.
 pub const MARGIN: usize = 64 << 20;
-/// Bytes touched at a stretch: a huge page, which comes whole or not at all.
-pub const STEP: usize = 2 << 20;
-/// Beside a running model, the thread rests this many times as long as a step took it.
+/// Beside a running model, the thread rests this many times as long as a huge page took it.
 const RESTS: u32 = 16;
 /// The smallest page of any system.
 const SMALL_PAGE: usize = 4096;
@@ -30,7 +30,7 @@ const SMALL_PAGE: usize = 4096;
 type Touch = fn(Range<usize>);
 
 /// The thread, and what it is told; it ends with the value.
-pub struct MemoryAhead {
+pub struct PoolPretouch {
     shared: Arc<Shared>,
     thread: Mutex<Option<JoinHandle<()>>>,
     base: usize,
@@ -49,7 +49,7 @@ struct State {
     is_stopping: bool,
 }
 
-impl MemoryAhead {
+impl PoolPretouch {
     /// Begins with an empty pool at `base..base + nbytes`.
     ///
     /// # Safety
@@ -102,7 +102,7 @@ impl MemoryAhead {
             .update(|state| state.is_contended = is_contended);
     }
 
-    /// Ends the thread, after the step it is at.
+    /// Ends the thread, after the huge page it is at.
     pub fn stop(&self) {
         if self.is_in_forked_child() {
             return; // it has no thread, and locks may be held for ever
@@ -120,7 +120,7 @@ impl MemoryAhead {
     }
 }
 
-impl Drop for MemoryAhead {
+impl Drop for PoolPretouch {
     fn drop(&mut self) {
         if self.is_in_forked_child() {
             let thread = self.thread.get_mut();
@@ -148,7 +148,7 @@ impl Shared {
         let mut state = self.lock();
         while !state.is_stopping {
             let margin = MARGIN / if state.is_contended { 2 } else { 1 };
-            let Some(range) = state.margins.next_step(margin) else {
+            let Some(range) = state.margins.next_huge_page(margin) else {
                 let waited = self.changed.wait(state);
                 state = waited.unwrap_or_else(PoisonError::into_inner);
                 continue;
@@ -206,18 +206,18 @@ impl Margins {
     }
 
     /// Takes the next huge page, or the part of it that is untouched, where the margin is smaller.
-    fn next_step(&mut self, margin: usize) -> Option<Range<usize>> {
+    fn next_huge_page(&mut self, margin: usize) -> Option<Range<usize>> {
         if !self.are_short(margin) {
             return None;
         }
         let untouched = self.untouched.clone();
         let (above_kv, below_adapters) = self.nbytes();
         if above_kv < below_adapters {
-            let end = (untouched.start + 1).next_multiple_of(STEP);
+            let end = (untouched.start + 1).next_multiple_of(HUGE_PAGE);
             self.untouched.start = end.min(untouched.end);
             Some(untouched.start..self.untouched.start)
         } else {
-            let start = (untouched.end - 1) / STEP * STEP;
+            let start = (untouched.end - 1) / HUGE_PAGE * HUGE_PAGE;
             self.untouched.end = start.max(untouched.start);
             Some(self.untouched.end..untouched.end)
         }
@@ -230,7 +230,7 @@ impl Margins {
 /// huge page takes 5 ms, every allocation of the process that maps memory then waits as long.
 fn touch(range: Range<usize>) {
     for address in range.step_by(SMALL_PAGE) {
-        // SAFETY: the byte is mapped, see `MemoryAhead::new`. Others may write it at the same time,
+        // SAFETY: the byte is mapped, see `PoolPretouch::new`. Others may write it at the same time,
         // which an atomic exchange leaves alone.
         let byte = unsafe { AtomicU8::from_ptr(address as *mut u8) };
         // Zero for zero. Reading would map the shared page of zeros; a byte that is something else

@@ -1,0 +1,54 @@
+//! Rows times panels of sixteen columns: the product that the dense weights, adapters and keys share.
+
+use super::element::{Element, splat_pack, splat_partial_pack};
+use super::simd::{LANES, Simd};
+
+/// What a product prefetches: `step` bytes per pack of K from each pointer on.
+#[derive(Clone, Copy)]
+pub(super) struct PanelPrefetch<const P: usize> {
+    pub from: [*const u8; P],
+    pub step: usize,
+}
+
+/// R rows of x (`x_stride` elements apart) times P panels, over `k`.
+///
+/// # Safety
+/// As for `Simd`: R rows of `k` elements and P panels of ⌈k / PACK⌉ packs are readable.
+#[inline(always)]
+pub(super) unsafe fn multiply_tile<S: Simd, E: Element, const R: usize, const P: usize>(
+    x: *const E,
+    x_stride: usize,
+    panels: [*const E; P],
+    prefetch: PanelPrefetch<P>,
+    k: usize,
+) -> [[S::V; P]; R] {
+    // SAFETY: packs below k / PACK are whole; the last one reads `k % PACK` elements of x.
+    unsafe {
+        let mut acc = [[S::zero(); P]; R];
+        let num_packs = k / E::PACK;
+        for pack in 0..num_packs {
+            let mut w = [S::zero(); P];
+            for p in 0..P {
+                S::prefetch(prefetch.from[p].wrapping_add(pack * prefetch.step));
+                w[p] = S::load(panels[p].add(pack * LANES * E::PACK).cast());
+            }
+            for r in 0..R {
+                let a = splat_pack::<S, E>(x.add(r * x_stride + pack * E::PACK));
+                for p in 0..P {
+                    acc[r][p] = E::dot::<S>(acc[r][p], a, w[p]);
+                }
+            }
+        }
+        let rest = k % E::PACK;
+        if rest != 0 {
+            for r in 0..R {
+                let a = splat_partial_pack::<S, E>(x.add(r * x_stride + num_packs * E::PACK), rest);
+                for p in 0..P {
+                    let w = panels[p].add(num_packs * LANES * E::PACK);
+                    acc[r][p] = E::dot::<S>(acc[r][p], a, S::load(w.cast()));
+                }
+            }
+        }
+        acc
+    }
+}
