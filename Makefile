@@ -21,9 +21,16 @@ demo: $(STAMPS)/demo ## set up, serve the embedded model with three adapters, se
 
 dev: $(STAMPS)/dev ## set up .venv with what development needs
 
-test: $(STAMPS)/dev ## set up, run every test (cargo, pytest)
+# Processes that pytest runs in. Threads of theirs that wait for each other sleep, rather than take the others' cores.
+JOBS ?= 2
+test: $(STAMPS)/dev ## set up, run every test (cargo, pytest in two processes; JOBS=N for more)
 	cargo test --workspace --exclude loraserve-py
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m 'not alone' --numprocesses $(JOBS) --dist loadgroup
+	$(BIN)/python -m pytest -m alone $$(grep --recursive --files-with-matches mark.alone tests --include='test_*.py')
+
+soak: $(STAMPS)/dev ## more of what is drawn at random: requests by the API's document, programs and when they end
+	LORASERVE_SCHEMATHESIS_CASES=5000 LORASERVE_EXIT_RUNS=10 $(BIN)/python -m pytest \
+		tests/server/http/test_openapi.py tests/e2e/test_exit.py
 
 lint: lint-rust lint-python lint-cuda ## formatting, lints, types, stubs; .pre-commit-config.yaml runs its parts
 
@@ -104,4 +111,4 @@ $(STAMPS):
 	$(PYTHON) -m venv $(VENV)
 	@mkdir -p $@
 
-.PHONY: help demo dev test lint lint-rust lint-python lint-cuda format lock check-sass gpu-kit bench serve clean
+.PHONY: help demo dev test soak lint lint-rust lint-python lint-cuda format lock check-sass gpu-kit bench serve clean

@@ -162,6 +162,7 @@ def ticking() -> Iterator[list[float]]:
         thread.join()
 
 
+@pytest.mark.alone
 def test_checking_and_loading_run_without_the_gil(tmp_path: Path) -> None:
     path = write_adapter(tmp_path, SMOLLM2_135M, rank=64, modules=ALL)
     shape = BaseShape(*SMOLLM2_135M)

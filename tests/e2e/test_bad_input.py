@@ -278,9 +278,10 @@ def test_an_almost_zero_temperature_is_greedy(llm_float32: LLM) -> None:
     assert greedy == almost
 
 
-def test_the_longest_prompt_gets_one_token(llm_float32: LLM) -> None:
-    limit = llm_float32.info().max_model_len
-    output = llm_float32.generate([[7] * (limit - 1)], SamplingParams(max_tokens=10, ignore_eos=True))[0]
+def test_the_longest_prompt_gets_one_token(tiny_model: tuple[Path, torch.nn.Module]) -> None:
+    with LLM(str(tiny_model[0]), dtype="float32", memory="64MiB") as llm:
+        limit = llm.info().max_model_len
+        output = llm.generate([[7] * (limit - 1)], SamplingParams(max_tokens=10, ignore_eos=True))[0]
     assert (output.finish_reason, len(output.token_ids)) == ("length", 1)
 
 

@@ -91,6 +91,7 @@ def longest_gap_during(ops: CpuOps) -> float:
     return max(b - a for a, b in itertools.pairwise(inside)) / elapsed
 
 
+@pytest.mark.alone
 def test_other_python_threads_run_during_an_op() -> None:
     ops = make_backends(GEOMETRY, torch.float32, num_threads=1).cpu
     # One op takes a fourth of the time; a held GIL would leave gaps that long in every attempt.
@@ -102,6 +103,7 @@ def test_other_python_threads_run_during_an_op() -> None:
     pytest.fail(f"the other thread stood still for {gaps} of the time")
 
 
+@pytest.mark.alone
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core")
 def test_a_big_op_is_shared_by_both_threads() -> None:
     ops = make_backends(GEOMETRY, torch.float32, num_threads=2).cpu
