@@ -14,12 +14,7 @@ use crate::layout::StorageDtype;
 use crate::matrix::store;
 use crate::pace::Bursts;
 use crate::read::WeightsFile;
-
-/// Tensors by name, and the modules of the base they may be copies of.
-const COPIES: &[(&str, &str)] = &[
-    ("base_model.model.model.embed_tokens.weight", "embed_tokens"),
-    ("base_model.model.lm_head.weight", "lm_head"),
-];
+use crate::tensor_name::BASE_COPIES;
 
 /// Bytes of a copy read at a time: a burst.
 const PIECE_NBYTES: usize = 512 << 10;
@@ -44,12 +39,6 @@ pub fn digest(bytes: &[u8]) -> String {
     blake3::hash(bytes).to_hex().to_string()
 }
 
-/// Whether `path`, a name in `modules_to_save`, may be of a copy.
-pub(crate) fn is_copied(path: &str) -> bool {
-    let last = path.rsplit('.').next().unwrap_or(path);
-    COPIES.iter().any(|(_, module)| *module == last)
-}
-
 /// A tensor that may be a copy.
 pub(crate) struct BaseCopy {
     pub(crate) module: &'static str,
@@ -62,7 +51,7 @@ pub(crate) fn take_copies(
     config: &Config,
 ) -> Result<Vec<BaseCopy>> {
     let mut copies = Vec::new();
-    for (name, module) in COPIES {
+    for (name, module) in BASE_COPIES {
         if let Some((name, info)) = tensors.remove_entry(*name) {
             let source = Source { name, info };
             copies.push(BaseCopy { module, source });

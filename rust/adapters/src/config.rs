@@ -4,11 +4,11 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::base_copy;
 use crate::error::{Error, Result};
 use crate::fields::Fields;
 use crate::pattern::PatternMap;
 use crate::target::Targets;
+use crate::tensor_name::BASE_COPIES;
 
 /// PEFT's defaults for fields left out.
 const DEFAULT_RANK: usize = 8;
@@ -104,10 +104,16 @@ fn check_type(fields: &Fields) -> Result<()> {
 fn saved_modules(fields: &Fields) -> Result<Vec<String>> {
     let field = "modules_to_save";
     let listed = fields.strings(field)?;
-    if !listed.iter().all(|path| base_copy::is_copied(path)) {
+    if !listed.iter().all(|path| is_copied(path)) {
         return Err(fields.unsupported(field));
     }
     Ok(listed.into_iter().map(String::from).collect())
+}
+
+/// Whether `path`, a name in `modules_to_save`, may be of a copy.
+fn is_copied(path: &str) -> bool {
+    let last = path.rsplit('.').next().unwrap_or(path);
+    BASE_COPIES.iter().any(|(_, module)| *module == last)
 }
 
 /// PEFT rewrites `init_lora_weights` when it converts such an adapter back to the plain base.

@@ -5,7 +5,9 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::path::Path;
 
-use crate::read::{CONFIG_FILE, WEIGHTS_FILE};
+/// The two files of a PEFT directory.
+pub(crate) const CONFIG_FILE: &str = "adapter_config.json";
+pub(crate) const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 
 /// Bytes looked at: a tar archive names itself at byte 257.
 const HEAD_NBYTES: usize = 512;

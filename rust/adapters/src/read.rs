@@ -8,10 +8,8 @@ use std::path::{Path, PathBuf};
 use safetensors::tensor::{Metadata, TensorInfo};
 
 use crate::error::{Error, Result};
-use crate::foreign::{self, Expected, recognise, recognise_file};
+use crate::foreign::{self, CONFIG_FILE, Expected, WEIGHTS_FILE, recognise, recognise_file};
 
-pub(crate) const CONFIG_FILE: &str = "adapter_config.json";
-pub(crate) const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 /// Weights other than the two files' that change what an adapter computes, and whose they are.
 const OTHER_WEIGHTS: &[(&str, &str)] = &[
     ("new_embeddings.safetensors", "embeddings of added tokens"),

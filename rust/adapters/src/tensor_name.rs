@@ -29,6 +29,12 @@ const SUFFIXES: &[(&str, Half)] = &[
     (".lora_B.default.weight", Half::B),
 ];
 
+/// Tensors that are no adapter's, by name, and the modules of the base they may be copies of.
+pub(crate) const BASE_COPIES: &[(&str, &str)] = &[
+    ("base_model.model.model.embed_tokens.weight", "embed_tokens"),
+    ("base_model.model.lm_head.weight", "lm_head"),
+];
+
 /// Parts of names that only tensors of unsupported features have, most telling first.
 const UNSUPPORTED: &[(&str, &str)] = &[
     (

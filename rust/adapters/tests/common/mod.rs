@@ -170,6 +170,11 @@ pub fn assert_refused(break_it: impl FnOnce(&mut Peft), fragment: &str) {
     assert_error(peft.check(), fragment);
 }
 
+/// Asserts that setting one config field refuses the adapter with `fragment`.
+pub fn assert_field_refused(field: &str, value: Value, fragment: &str) {
+    assert_refused(|peft| peft.config[field] = value, fragment);
+}
+
 pub fn assert_error<T>(result: Result<T>, fragment: &str) {
     let message = result.err().expect("the adapter is refused").to_string();
     assert!(

@@ -1,0 +1,163 @@
+//! Each field of `adapter_config.json` that can't be served, and the words it is refused with.
+
+mod common;
+
+use common::{Peft, assert_field_refused, assert_refused};
+use serde_json::{Value, json};
+
+#[test]
+fn other_peft_types_are_refused() {
+    for (kind, remedy) in [
+        (
+            "LOHA",
+            "merge it into its base and serve that, or train a LORA adapter",
+        ),
+        ("LOKR", "merge it into its base"),
+        ("IA3", "merge it into its base"),
+        ("OFT", "merge it into its base"),
+        ("VERA", "merge it into its base"),
+        ("ADALORA", "merge it into its base"),
+        (
+            "PROMPT_TUNING",
+            "it is a learned prompt, which no weight can take up, or train a LORA adapter",
+        ),
+        ("PREFIX_TUNING", "it is a learned prompt"),
+        ("P_TUNING", "it is a learned prompt"),
+    ] {
+        let fragment = format!("field 'peft_type' is \"{kind}\" in adapter_config.json: {remedy}");
+        assert_field_refused("peft_type", json!(kind), &fragment);
+    }
+    assert_refused(
+        |peft| peft.config = json!({"fine_tune_type": "lora", "lora_parameters": {"rank": 8}}),
+        "an MLX adapter, which is not read; convert it to PEFT's form",
+    );
+    assert_field_refused("peft_type", Value::Null, "field 'peft_type' is missing");
+}
+
+#[test]
+fn config_fields_that_change_the_result_are_refused_by_name() {
+    for (field, value) in [
+        ("use_dora", json!(true)),
+        ("bias", json!("lora_only")),
+        ("bias", json!("all")),
+        ("lora_bias", json!(true)),
+        ("fan_in_fan_out", json!(true)),
+        ("modules_to_save", json!(["lm_head", "score"])),
+        ("layer_replication", json!([[0, 1]])),
+        ("trainable_token_indices", json!([1, 2])),
+        ("alora_invocation_tokens", json!([7])),
+        ("megatron_config", json!({"a": 1})),
+        ("target_parameters", json!(["experts.w1"])),
+        ("use_qalora", json!(true)),
+        ("use_bdlora", json!({"nblocks": 2})),
+        ("arrow_config", json!({"top_k": 3})),
+        ("kasa_config", json!({"beta": 0.1})),
+        ("a_field_of_the_future", json!(0.5)),
+    ] {
+        assert_field_refused(field, value, &format!("not supported yet: field '{field}'"));
+    }
+}
+
+#[test]
+fn unset_fields_that_would_change_the_result_are_accepted() {
+    for field in ["use_dora", "lora_bias", "a_field_of_the_future"] {
+        for value in [Value::Null, json!(false), json!([]), json!({}), json!("")] {
+            let mut peft = Peft::new();
+            peft.config[field] = value;
+            peft.check().unwrap();
+        }
+    }
+}
+
+#[test]
+fn fields_that_change_nothing_are_accepted() {
+    let mut peft = Peft::new();
+    peft.config["lora_dropout"] = json!(0.1);
+    peft.config["task_type"] = json!("CAUSAL_LM");
+    peft.config["eva_config"] = json!({"rho": 2.0});
+    peft.config["qalora_group_size"] = json!(16);
+    peft.config["megatron_core"] = json!("megatron.core");
+    peft.check().unwrap();
+}
+
+#[test]
+fn initialisations_that_alter_the_base_are_refused() {
+    for name in [
+        "pissa",
+        "pissa_niter_16",
+        "olora",
+        "corda",
+        "loftq",
+        "lora_ga",
+    ] {
+        let fragment = "save the adapter with path_initial_model_for_weight_conversion";
+        assert_field_refused("init_lora_weights", json!(name), fragment);
+    }
+}
+
+#[test]
+fn initialisations_that_keep_the_base_are_accepted() {
+    for value in [
+        json!(true),
+        json!(false),
+        json!("gaussian"),
+        json!("eva"),
+        json!("orthogonal"),
+    ] {
+        let mut peft = Peft::new();
+        peft.config["init_lora_weights"] = value;
+        peft.check().unwrap();
+    }
+}
+
+#[test]
+fn config_fields_of_the_wrong_type_are_refused_by_name() {
+    for (field, value) in [
+        ("r", json!("8")),
+        ("r", json!(0)),
+        ("r", json!(-4)),
+        ("r", json!(4.5)),
+        ("r", Value::Null),
+        ("lora_alpha", json!("16")),
+        ("use_rslora", json!("yes")),
+        ("rank_pattern", json!([4])),
+        ("rank_pattern", json!({"q_proj": 0})),
+        ("rank_pattern", json!({"q_proj": "4"})),
+        ("rank_pattern", json!({"q_proj(": 4})),
+        ("alpha_pattern", json!({"q_proj": [1]})),
+        ("target_modules", json!(7)),
+        ("target_modules", json!([7])),
+        ("target_modules", json!(".*(q_proj")),
+        ("exclude_modules", json!({"a": 1})),
+        ("layers_to_transform", json!("0")),
+        ("layers_to_transform", json!([0.5])),
+        ("layers_pattern", json!(["(", "layers"])),
+    ] {
+        assert_field_refused(
+            field,
+            value,
+            &format!("adapter_config.json: field '{field}'"),
+        );
+    }
+}
+
+#[test]
+fn layers_to_transform_beside_a_pattern_is_refused() {
+    assert_refused(
+        |peft| {
+            peft.config["target_modules"] = json!(".*_proj");
+            peft.config["layers_to_transform"] = json!([0]);
+        },
+        "field 'layers_to_transform' can't be used when 'target_modules' is a string",
+    );
+}
+
+#[test]
+fn alpha_of_zero_is_refused() {
+    assert_field_refused(
+        "lora_alpha",
+        json!(0),
+        "q_proj: scale 0 (from lora_alpha and rank)",
+    );
+    assert_field_refused("lora_alpha", json!(1e300), "must be finite");
+}
