@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -79,7 +80,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Arrays:
-    """A step's arrays, as `_core.Batch` names them."""
+    """A step's arrays, before they are a `_core.Batch`."""
 
     token_ids: npt.NDArray[np.int32]
     positions: npt.NDArray[np.int32]
@@ -89,12 +90,16 @@ class Arrays:
     block_table: npt.NDArray[np.int32]
     block_table_indptr: npt.NDArray[np.int32]
     logits_indices: npt.NDArray[np.int32]
-    num_prefill_tokens: int
     wave_indptr: npt.NDArray[np.int32]
     seg_start: npt.NDArray[np.int32]
     seg_end: npt.NDArray[np.int32]
     seg_slot: npt.NDArray[np.int32]
     seg_weight: npt.NDArray[np.float32]
+
+    def build(self) -> _core.Batch:
+        arrays: Any = vars(self)
+        num_queries = np.diff(self.query_indptr)
+        return _core.Batch(arrays, int(num_queries[num_queries > 1].sum()))
 
 
 def arrays_of(sequences: Sequence[tuple[int, int]], segments: Sequence[tuple[int, int, int]] = ()) -> Arrays:
@@ -117,7 +122,6 @@ def arrays_of(sequences: Sequence[tuple[int, int]], segments: Sequence[tuple[int
         block_table=int32(np.arange(starts[-1])),
         block_table_indptr=int32(starts),
         logits_indices=int32(query_indptr[1:] - 1),
-        num_prefill_tokens=sum(queries for queries, _ in sequences if queries > 1),
         wave_indptr=int32([0, len(segments)] if segments else [0]),
         seg_start=int32(columns[0]),
         seg_end=int32(columns[1]),
@@ -280,7 +284,7 @@ class Bench:
         self, arrays: Arrays, launch: Callable[[_core.CudaStep, int, int], None]
     ) -> Callable[[int], Run]:
         def begin(stream: int) -> Run:
-            step = self._kernels.begin_step(arrays, stream)
+            step = self._kernels.begin_step(arrays.build(), stream)
 
             def run(stream: int) -> None:
                 for layer in range(self._shapes.num_layers):

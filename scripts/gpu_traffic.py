@@ -16,7 +16,6 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
@@ -225,7 +224,7 @@ def run(case: Case) -> None:
     layout = adapter_layout(_core, projection)
     for slot in range(case.num_adapters):
         kernels.set_adapter(slot, slot * extent_pages, layout, 0)
-    step = kernels.begin_step(batch_of(case), 0)
+    step = kernels.begin_step(batch_of(_core, case), 0)
     x = aligned_zeros(2 * case.num_rows * projection.in_features)
     y = aligned_zeros(2 * case.num_rows * projection.out_features)
     kernels.lora(step, x.ctypes.data, y.ctypes.data, 0, projection.group, 0)
@@ -247,7 +246,7 @@ def adapter_layout(core, projection: Projection):
     return core.AdapterLayout.from_groups([place], 1, end + 1024)
 
 
-def batch_of(case: Case) -> SimpleNamespace:
+def batch_of(core, case: Case):
     """Sequences of one token, or one prompt; row r has adapter r · adapters / rows."""
     num_rows, num_adapters = case.num_rows, case.num_adapters
     num_seqs = num_rows if case.is_decode else 1
@@ -255,7 +254,7 @@ def batch_of(case: Case) -> SimpleNamespace:
     zeros = np.zeros(num_rows, dtype=np.int32)
     query_indptr = np.linspace(0, num_rows, num_seqs + 1)
     num_blocks = -(-num_rows // num_seqs // 16)
-    return SimpleNamespace(
+    arrays = dict(
         token_ids=zeros,
         positions=zeros,
         slot_mapping=zeros,
@@ -269,8 +268,8 @@ def batch_of(case: Case) -> SimpleNamespace:
         seg_end=bounds[1:].astype(np.int32),
         seg_slot=np.arange(num_adapters, dtype=np.int32),
         seg_weight=np.ones(num_adapters, dtype=np.float32),
-        num_prefill_tokens=0 if case.is_decode else num_rows,
     )
+    return core.Batch(arrays, 0 if case.is_decode else num_rows)
 
 
 if __name__ == "__main__":

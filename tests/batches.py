@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from loraserve import _core
 
 BLOCK_SIZE = 16
 
@@ -15,7 +17,7 @@ def _empty() -> npt.NDArray[np.int32]:
 
 @dataclass(frozen=True)
 class HandBatch:
-    """The arrays of a step, as `_core.Batch` names them; no adapters unless given."""
+    """The arrays of a step, before it is a `_core.Batch`; no adapters unless given."""
 
     token_ids: npt.NDArray[np.int32]
     positions: npt.NDArray[np.int32]
@@ -36,6 +38,11 @@ class HandBatch:
         """Tokens from the first sequence on that has several."""
         prefills = np.flatnonzero(np.diff(self.query_indptr) > 1)
         return int(self.query_indptr[-1] - self.query_indptr[prefills[0]]) if len(prefills) else 0
+
+    def build(self) -> _core.Batch:
+        """What a backend is given."""
+        arrays: Any = vars(self)
+        return _core.Batch(arrays, self.num_prefill_tokens)
 
 
 def one_sequence(token_ids: Sequence[int], num_cached: int = 0, all_logits: bool = False) -> HandBatch:

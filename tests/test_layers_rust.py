@@ -14,12 +14,25 @@ CRATES: dict[str, tuple[set[str], str]] = {
     "core": (
         set(),
         """
-        error ids policy
+        error ids
         batch page_set prefix_cache request slot_table
         adapter_cache page_pool
         memory
         sequence
         scheduler
+        """,
+    ),
+    "adapters": (
+        set(),
+        """
+        error foreign layout pace receipt
+        fields pattern read shape
+        target tensor_name
+        config
+        bind
+        content matrix
+        pack base_copy
+        adapter
         """,
     ),
     "kernels": (

@@ -7,11 +7,13 @@ from typing import Literal, TypedDict, final
 import numpy as np
 from numpy.typing import NDArray
 
-from loraserve.models.ops import Linear, StepBatch, StepHandle
+from loraserve.errors import LoraserveError
+from loraserve.models.ops import Linear, StepHandle
 
 __all__ = [
     "Activation",
     "AdapterLayout",
+    "AdapterStats",
     "BaseShape",
     "Batch",
     "CpuKernels",
@@ -24,8 +26,10 @@ __all__ = [
     "MemoryAhead",
     "PackedLinear",
     "Receipt",
+    "RequestOutput",
     "Scheduler",
-    "Step",
+    "SchedulerOutput",
+    "SchedulerStats",
     "__version__",
     "check_adapter",
     "cuda_facts",
@@ -37,83 +41,131 @@ __all__ = [
 
 __version__: str
 
-# rust/py/src/scheduler.rs
+# rust/py/src/batch.rs
 
-class _AdapterInfo(TypedDict):
-    name: str
-    id: int
-    hash: str
-    nbytes: int
-    state: Literal["registered", "loading", "resident", "failed", "unloading"]
-    num_running: int
-    num_waiting: int
-    is_pinned: bool
-    num_loads: int
-    num_evictions: int
-
-_Finish = Literal["stop", "length", "abort", "error"]
-_Output = tuple[int, int | None, _Finish | None, tuple[str, str] | None, int]
+class _StepArrays(TypedDict):
+    token_ids: NDArray[np.int32]  # [T]
+    positions: NDArray[np.int32]  # [T]
+    slot_mapping: NDArray[np.int32]  # [T] page * block_size + offset, where a token's KV is written
+    query_indptr: NDArray[np.int32]  # [S + 1] first token of each sequence
+    context_lens: NDArray[np.int32]  # [S] tokens in the KV cache after this step
+    block_table: NDArray[np.int32]  # pages of all sequences, in token order
+    block_table_indptr: NDArray[np.int32]  # [S + 1] first entry of each sequence in `block_table`
+    logits_indices: NDArray[np.int32]  # [L] rows of T that are sampled, ascending
+    wave_indptr: NDArray[np.int32]  # [W + 1] first segment of each wave
+    seg_start: NDArray[np.int32]  # [G] first token; segments are disjoint and ascending within a wave
+    seg_end: NDArray[np.int32]  # [G] one past the last token
+    seg_slot: NDArray[np.int32]  # [G]
+    seg_weight: NDArray[np.float32]  # [G] the request's own weight, without the adapter's scale
 
 @final
 class Batch:
     """One step's work: T tokens of S sequences, L of them sampled, W waves of G adapter segments together.
 
-    Arrays are int32 unless said otherwise. Sequences that decode come first; within each phase those with the
-    same adapters and weights are neighbours.
+    Its arrays stay in Rust, from the scheduler to the kernels. Sequences that decode come first; within each
+    phase those with the same adapters and weights are neighbours. One made from `arrays` is of no requests.
+    Raises TypeError for an array of another type, or one that is not contiguous.
     """
 
+    def __new__(cls, arrays: _StepArrays, num_prefill_tokens: int) -> Batch: ...
     @property
-    def token_ids(self) -> NDArray[np.int32]:
-        """[T]"""
+    def num_tokens(self) -> int:
+        """T"""
     @property
-    def positions(self) -> NDArray[np.int32]:
-        """[T]"""
+    def num_seqs(self) -> int:
+        """S"""
     @property
-    def slot_mapping(self) -> NDArray[np.int32]:
-        """[T] page * block_size + offset, where a token's KV is written."""
+    def num_samples(self) -> int:
+        """L"""
     @property
-    def query_indptr(self) -> NDArray[np.int32]:
-        """[S + 1] first token of each sequence."""
-    @property
-    def context_lens(self) -> NDArray[np.int32]:
-        """[S] tokens in the KV cache after this step."""
-    @property
-    def block_table(self) -> NDArray[np.int32]:
-        """Pages of all sequences, in token order."""
-    @property
-    def block_table_indptr(self) -> NDArray[np.int32]:
-        """[S + 1] first entry of each sequence in `block_table`."""
-    @property
-    def logits_indices(self) -> NDArray[np.int32]:
-        """[L] rows of T that are sampled, ascending."""
-    @property
-    def sample_request_ids(self) -> NDArray[np.uint64]:
-        """uint64 [L]"""
-    @property
-    def wave_indptr(self) -> NDArray[np.int32]:
-        """[W + 1] first segment of each wave."""
-    @property
-    def seg_start(self) -> NDArray[np.int32]:
-        """[G] first token; segments are disjoint and ascending within a wave."""
-    @property
-    def seg_end(self) -> NDArray[np.int32]:
-        """[G] one past the last token."""
-    @property
-    def seg_slot(self) -> NDArray[np.int32]:
-        """[G]"""
-    @property
-    def seg_weight(self) -> NDArray[np.float32]:
-        """float32 [G] the request's own weight, without the adapter's scale."""
-    @property
-    def num_tokens(self) -> int: ...
-    @property
-    def num_seqs(self) -> int: ...
+    def num_waves(self) -> int:
+        """W, the most adapters of one request."""
     @property
     def num_prefill_tokens(self) -> int:
         """Tokens of sequences that do not merely decode; they come last."""
+    @property
+    def slot_end(self) -> int:
+        """One past the highest KV slot that the step writes, as in `slot_mapping`; 0 without tokens."""
+    @property
+    def sample_request_ids(self) -> list[int]:
+        """[L] whose the sampled rows are."""
+    def arrays(self) -> _StepArrays:
+        """Copies of the arrays, for a backend that computes in Python."""
+
+# rust/py/src/stats.rs
 
 @final
-class Step:
+class SchedulerStats:
+    """Present load and counts since start; pages are of the one pool."""
+
+    @property
+    def num_running(self) -> int: ...
+    @property
+    def num_waiting(self) -> int: ...
+    @property
+    def num_waiting_for_adapters(self) -> int:
+        """Waiting requests that an adapter is missing for."""
+    @property
+    def num_registered_adapters(self) -> int:
+        """By content, with those that are unloaded once their requests end."""
+    @property
+    def num_resident_adapters(self) -> int: ...
+    @property
+    def num_pages(self) -> int: ...
+    @property
+    def num_free_pages(self) -> int: ...
+    @property
+    def num_kv_pages(self) -> int:
+        """Pages of running sequences."""
+    @property
+    def num_adapter_pages(self) -> int: ...
+    @property
+    def num_pinned_pages(self) -> int:
+        """What pinned adapters take or will take."""
+    @property
+    def num_cached_pages(self) -> int:
+        """Idle pages that the prefix cache keeps."""
+    @property
+    def num_adapter_loads(self) -> int: ...
+    @property
+    def num_adapter_evictions(self) -> int: ...
+    @property
+    def num_preemptions(self) -> int: ...
+    @property
+    def num_prefix_hit_tokens(self) -> int: ...
+
+@final
+class AdapterStats:
+    """One registered name now, and the past of its content, which other names may share."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def id(self) -> int: ...
+    @property
+    def content_hash(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def state(self) -> Literal["registered", "loading", "resident", "failed", "unloading"]: ...
+    @property
+    def num_running(self) -> int: ...
+    @property
+    def num_waiting(self) -> int: ...
+    @property
+    def is_pinned(self) -> bool:
+        """Under this name."""
+    @property
+    def num_loads(self) -> int: ...
+    @property
+    def num_load_failures(self) -> int: ...
+    @property
+    def num_evictions(self) -> int: ...
+
+# rust/py/src/scheduler.rs
+
+@final
+class SchedulerOutput:
     """What to do next: the moves in order, then start the loads, then run the batch and commit it."""
 
     @property
@@ -127,6 +179,23 @@ class Step:
         """Ids of the requests that begin with this step."""
     @property
     def batch(self) -> Batch | None: ...
+
+@final
+class RequestOutput:
+    """One event of one request: a token, its end, or both. Its last has a finish reason or an error."""
+
+    @property
+    def request_id(self) -> int: ...
+    @property
+    def token_id(self) -> int | None: ...
+    @property
+    def finish_reason(self) -> Literal["stop", "length", "abort"] | None: ...
+    @property
+    def error(self) -> LoraserveError | None:
+        """The object that `finish` or `adapter_load_failed` was given; requests may share it."""
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens whose KV was found in the prefix cache."""
 
 @final
 class Scheduler:
@@ -190,17 +259,21 @@ class Scheduler:
         CapacityError (could not run alone in an empty pool),
         PermissionDeniedError (`needs_adapter`, and the weights leave none).
         """
-    def abort(self, request_id: int) -> bool:
-        """End a request now; False if it has ended. Legal between `schedule` and `commit`."""
-    def schedule(self) -> Step:
+    def finish(self, request_id: int, reason: Literal["abort", "stop"] | LoraserveError) -> bool:
+        """End a request now; False if it has ended already. Its last output says why.
+
+        Legal between `schedule` and `commit`, which then takes no token for it. Raises ValueError for another
+        reason.
+        """
+    def schedule(self) -> SchedulerOutput:
         """Plan a step. One with a batch must be committed before the next."""
-    def commit(self, step: Step, token_ids: NDArray[np.int32]) -> None:
+    def commit(self, step: SchedulerOutput, token_ids: NDArray[np.int32]) -> None:
         """Take the [L] sampled tokens. For a step without a batch they are empty and the call is optional."""
     def adapter_loaded(self, adapter_id: int) -> None: ...
-    def adapter_load_failed(self, adapter_id: int, error_class: str, message: str) -> None:
-        """Fail the waiting requests that asked for it; a later request tries again."""
-    def drain_outputs(self) -> list[_Output]:
-        """New (request_id, token_id, finish_reason, (error_class, message), num_cached_tokens)."""
+    def adapter_load_failed(self, adapter_id: int, error: LoraserveError) -> None:
+        """End the waiting requests that asked for it; a later request tries again."""
+    def drain_outputs(self) -> list[RequestOutput]:
+        """Events since the last call, in order."""
     def num_waiting(self) -> int:
         """Accepted requests that are not running."""
     def num_waiting_for_adapters(self) -> int:
@@ -209,8 +282,8 @@ class Scheduler:
         """Whether all adapters of an unfinished request are resident."""
     def has_work(self) -> bool:
         """Whether any request is unfinished."""
-    def stats(self) -> dict[str, int]: ...
-    def adapters(self) -> list[_AdapterInfo]:
+    def stats(self) -> SchedulerStats: ...
+    def adapters(self) -> list[AdapterStats]:
         """Every registered name, sorted."""
     def adapter_ids(self) -> list[int]:
         """Adapters a step may still ask to load: with a name, or unloaded but with unfinished requests."""
@@ -394,7 +467,7 @@ class CpuKernels:
     ) -> PackedLinear: ...
     def set_adapter(self, slot: int, first_page: int, layout: AdapterLayout) -> None: ...
     def move_extent(self, slot: int, src_page: int, dst_page: int, num_pages: int) -> None: ...
-    def begin_step(self, batch: StepBatch) -> CpuStep: ...
+    def begin_step(self, batch: Batch) -> CpuStep: ...
     def embedding(self, step: StepHandle, table: Linear, out_ptr: int) -> None: ...
     def lora_linear(
         self, step: StepHandle, x_ptr: int, linear: Linear, layer: int, group: int, out_ptr: int
@@ -580,7 +653,7 @@ class CudaKernels:
         """Let uploads that begin later wait for what is on `stream` by now, because it uses their pages."""
     def upload(self, host_ptr: int, nbytes: int, first_page: int) -> None:
         """Copy host bytes to pages, beside the caller's streams and without the GIL; returns when done."""
-    def begin_step(self, batch: StepBatch, stream: int, *, padded_tokens: int | None = None) -> CudaStep:
+    def begin_step(self, batch: Batch, stream: int, *, padded_tokens: int | None = None) -> CudaStep:
         """Check a batch and queue the copy of its arrays over the last step's.
 
         `padded_tokens` adds rows to a step in which every sequence decodes one token, for a captured graph:

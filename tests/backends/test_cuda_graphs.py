@@ -40,7 +40,7 @@ class FakeOps:
         self.last: FakeStep | None = None
 
     def begin_padded_step(self, batch: Any, num_tokens: int) -> FakeStep:
-        self.last = FakeStep(FakeCoreStep(len(batch.wave_indptr) > 1), num_tokens)
+        self.last = FakeStep(FakeCoreStep(batch.num_waves > 0), num_tokens)
         return self.last
 
 
@@ -97,15 +97,15 @@ def graphs(device: FakeDevice, max_num_seqs: int = 8) -> DecodeGraphs:
 def test_a_step_that_only_decodes_takes_the_smallest_bucket_it_fits(
     batch: HandBatch, expected: int | None
 ) -> None:
-    assert graphs(FakeDevice()).bucket(batch) == expected
+    assert graphs(FakeDevice()).bucket(batch.build()) == expected
 
 
 def test_a_graph_is_captured_at_the_first_step_of_its_kind_and_replayed_from_then_on() -> None:
     device = FakeDevice()
     decoder = graphs(device)
-    first, second = decoder.run(decode(3), 4), decoder.run(decode(4), 4)
+    first, second = decoder.run(decode(3).build(), 4), decoder.run(decode(4).build(), 4)
     assert first[:, 0].tolist() == [0, 1, 2]
     assert second[:, 0].tolist() == [100, 101, 102, 103]
-    decoder.run(decode(4, num_waves=1), 4)
-    decoder.run(decode(1), 1)
+    decoder.run(decode(4, num_waves=1).build(), 4)
+    decoder.run(decode(1).build(), 1)
     assert device.num_captures == decoder.num_captured == 3

@@ -1,14 +1,20 @@
 """The scheduler across the boundary: types, errors and arrays; its behaviour is tested in rust/core."""
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
-from loraserve._core import Scheduler, Step
+from loraserve._core import RequestOutput, Scheduler, SchedulerOutput
 from loraserve.errors import (
     AdapterNotFoundError,
     AdapterUnavailableError,
     CapacityError,
+    DeadlineError,
     InvalidRequestError,
 )
+
+from tests.batches import one_sequence
 
 
 @pytest.fixture
@@ -18,8 +24,8 @@ def scheduler() -> Scheduler:
     )
 
 
-def commit(scheduler: Scheduler, step: Step, token_id: int = 7) -> None:
-    num_samples = 0 if step.batch is None else len(step.batch.logits_indices)
+def commit(scheduler: Scheduler, step: SchedulerOutput, token_id: int = 7) -> None:
+    num_samples = 0 if step.batch is None else step.batch.num_samples
     scheduler.commit(step, np.full(num_samples, token_id, dtype=np.int32))
     scheduler.check_invariants()
 
@@ -50,26 +56,58 @@ def test_mixed_batch_crosses_as_flat_arrays(scheduler: Scheduler) -> None:
         "seg_end": [6],
         "seg_slot": [0],
     }
+    arrays: Any = batch.arrays()
+    assert arrays.keys() == expected.keys() | {"seg_weight"}
     for name, values in expected.items():
-        array = getattr(batch, name)
+        array = arrays[name]
         assert array.dtype == np.int32, name
         assert array.tolist() == values, name
-    assert batch.sample_request_ids.dtype == np.uint64
-    assert batch.sample_request_ids.tolist() == [base, tuned]
-    assert batch.seg_weight.dtype == np.float32
-    assert batch.seg_weight.tolist() == [0.5]
+    assert batch.sample_request_ids == [base, tuned]
+    assert arrays["seg_weight"].dtype == np.float32
+    assert arrays["seg_weight"].tolist() == [0.5]
     assert (batch.num_tokens, batch.num_seqs, batch.num_prefill_tokens) == (6, 2, 5)
+    assert (batch.num_samples, batch.num_waves, batch.slot_end) == (2, 1, 9)
 
 
-def test_outputs_are_tuples_and_the_last_one_says_why(scheduler: Scheduler) -> None:
+def test_a_batch_made_of_arrays_has_copies_of_them() -> None:
+    made = one_sequence([5, 6, 7], num_cached=2)
+    batch = made.build()
+    made.token_ids[:] = 0
+    arrays: Any = batch.arrays()
+    assert arrays["token_ids"].tolist() == [5, 6, 7]
+    assert {name: array.tolist() for name, array in arrays.items() if name != "token_ids"} == {
+        name: array.tolist() for name, array in vars(made).items() if name != "token_ids"
+    }
+    assert (batch.num_tokens, batch.num_samples, batch.num_waves, batch.slot_end) == (3, 1, 0, 5)
+    assert (batch.num_prefill_tokens, batch.sample_request_ids) == (3, [])
+    with pytest.raises(TypeError):
+        replace(made, positions=np.zeros(3, dtype=np.int64)).build()
+    with pytest.raises(TypeError, match="contiguous"):
+        replace(made, positions=np.zeros(6, dtype=np.int32)[::2]).build()
+
+
+def events(outputs: list[RequestOutput]) -> list[tuple[object, ...]]:
+    return [(o.request_id, o.token_id, o.finish_reason, o.error, o.num_cached_tokens) for o in outputs]
+
+
+def test_the_last_output_of_a_request_says_why(scheduler: Scheduler) -> None:
     stopped = scheduler.submit([1], [], 8, 0, [9])
     limited = scheduler.submit([1], [], 1, 0, [])
     aborted = scheduler.submit([1], [], 8, 0, [])
-    assert scheduler.abort(aborted)
-    assert not scheduler.abort(aborted)
+    ended = scheduler.submit([1], [], 8, 0, [])
+    failed = scheduler.submit([1], [], 8, 0, [])
+    error = DeadlineError("too late")
+    assert scheduler.finish(aborted, "abort")
+    assert not scheduler.finish(aborted, "stop")
+    assert scheduler.finish(ended, "stop")
+    assert scheduler.finish(failed, error)
+    with pytest.raises(ValueError, match="reason is 'length', expected 'abort', 'stop' or an error"):
+        scheduler.finish(stopped, "length")  # type: ignore[arg-type]
     commit(scheduler, scheduler.schedule(), token_id=9)
-    assert scheduler.drain_outputs() == [
+    assert events(scheduler.drain_outputs()) == [
         (aborted, None, "abort", None, 0),
+        (ended, None, "stop", None, 0),
+        (failed, None, None, error, 0),
         (stopped, 9, "stop", None, 0),
         (limited, 9, "length", None, 0),
     ]
@@ -77,27 +115,29 @@ def test_outputs_are_tuples_and_the_last_one_says_why(scheduler: Scheduler) -> N
     assert not scheduler.has_work()
 
 
-def test_failed_load_passes_its_class_and_message_through(scheduler: Scheduler) -> None:
+def test_failed_load_hands_its_error_on(scheduler: Scheduler) -> None:
     adapter = scheduler.register_adapter("sql", "hash", 2000)
     request = scheduler.submit([1], [("sql", 1.0)], 8, 0, [])
     commit(scheduler, scheduler.schedule())
-    scheduler.adapter_load_failed(adapter, "AdapterUnavailableError", "files are gone")
-    error = ("AdapterUnavailableError", "files are gone")
-    assert scheduler.drain_outputs() == [(request, None, "error", error, 0)]
-    assert scheduler.adapters() == [
-        {
-            "name": "sql",
-            "id": adapter,
-            "hash": "hash",
-            "nbytes": 2000,
-            "state": "failed",
-            "num_running": 0,
-            "num_waiting": 0,
-            "is_pinned": False,
-            "num_loads": 1,
-            "num_evictions": 0,
-        }
-    ]
+    error = AdapterUnavailableError("files are gone")
+    scheduler.adapter_load_failed(adapter, error)
+    outputs = scheduler.drain_outputs()
+    assert events(outputs) == [(request, None, None, error, 0)]
+    assert outputs[0].error is error
+    [stats] = scheduler.adapters()
+    assert {name: getattr(stats, name) for name in dir(stats) if not name.startswith("_")} == {
+        "name": "sql",
+        "id": adapter,
+        "content_hash": "hash",
+        "nbytes": 2000,
+        "state": "failed",
+        "num_running": 0,
+        "num_waiting": 0,
+        "is_pinned": False,
+        "num_loads": 1,
+        "num_load_failures": 1,
+        "num_evictions": 0,
+    }
 
 
 def test_mistakes_raise_the_typed_errors(scheduler: Scheduler) -> None:
@@ -124,7 +164,7 @@ def test_mistakes_raise_the_typed_errors(scheduler: Scheduler) -> None:
             max_batched_tokens=1,
             max_model_len=2,
         )
-    assert scheduler.stats()["free_pages"] == 16
+    assert scheduler.stats().num_free_pages == 16
 
 
 def test_adapter_unloading_in_use_refuses_new_requests(scheduler: Scheduler) -> None:
@@ -133,10 +173,10 @@ def test_adapter_unloading_in_use_refuses_new_requests(scheduler: Scheduler) -> 
     scheduler.unregister_adapter("sql")
     with pytest.raises(AdapterUnavailableError, match="being unloaded"):
         scheduler.submit([1], [("sql", 1.0)], 8, 0, [])
-    assert scheduler.adapters()[0]["state"] == "unloading"
+    assert scheduler.adapters()[0].state == "unloading"
     replacement = scheduler.register_adapter("sql", "other hash", 2000)
     assert sorted(scheduler.adapter_ids()) == [adapter, replacement]
-    scheduler.abort(request)
+    scheduler.finish(request, "abort")
     assert scheduler.adapter_ids() == [replacement]
     scheduler.unregister_adapter("sql")
     with pytest.raises(AdapterNotFoundError):

@@ -56,7 +56,7 @@ class Lora:
         return out
 
     def apply(self, batch: HandBatch, x: torch.Tensor, y: torch.Tensor, group: int) -> torch.Tensor:
-        return self.run(self.kernels.begin_step(batch, self.gpu.stream), x, y, group)
+        return self.run(self.kernels.begin_step(batch.build(), self.gpu.stream), x, y, group)
 
     def expect(self, batch: HandBatch, x: torch.Tensor, y: torch.Tensor, group: int) -> torch.Tensor:
         """y plus what the reference adds, in float32."""

@@ -50,10 +50,10 @@ class Model:
         return self.random(num_tokens, self.geometry.qkv_features)
 
     def begin(self, batch: HandBatch, padded_tokens: int | None = None) -> _core.CudaStep:
-        return self.kernels.begin_step(batch, self.gpu.stream, padded_tokens=padded_tokens)
+        return self.kernels.begin_step(batch.build(), self.gpu.stream, padded_tokens=padded_tokens)
 
     def begin_reference(self, batch: HandBatch) -> TorchStep:
-        return self.reference.begin_step(batch)
+        return self.reference.begin_step(batch.build())
 
     def rope(
         self,

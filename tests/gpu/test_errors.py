@@ -43,7 +43,7 @@ torchs_own = mapped()  # a CUDA build of torch maps its runtime and its compiler
 geometry = KvGeometry(num_layers=1, num_heads=1, num_kv_heads=1, head_dim=32)
 ops = CpuOps(geometry, torch.bfloat16, aligned_pool(1 << 16), num_threads=1)
 linear = ops.pack(torch.ones(64, 64))
-ops.lora_linear(ops.begin_step(token_batch(2)), torch.ones(2, 64, dtype=torch.bfloat16), linear, 0, 0)
+ops.lora_linear(ops.begin_step(token_batch(2).build()), torch.ones(2, 64, dtype=torch.bfloat16), linear, 0, 0)
 print(sorted(mapped() - torchs_own))
 """
 FACTS = "from loraserve import _core; print(_core.cuda_facts())"

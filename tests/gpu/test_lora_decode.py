@@ -68,14 +68,14 @@ def test_a_captured_graph_serves_every_mix(lora: Lora) -> None:
     stream, capacity = lora.gpu.stream, 12
     x, y = lora.random(capacity, 640), lora.random(capacity, 1104)
     out = lora.gpu.place(y)
-    lora.run(lora.kernels.begin_step(decode_batch(1), stream, padded_tokens=capacity), x, y, 0)
-    step = lora.kernels.begin_step(decode_batch(capacity), stream, padded_tokens=capacity)
+    lora.run(lora.kernels.begin_step(decode_batch(1).build(), stream, padded_tokens=capacity), x, y, 0)
+    step = lora.kernels.begin_step(decode_batch(capacity).build(), stream, padded_tokens=capacity)
     with lora.gpu.driver.capture(stream) as graph:
         lora.kernels.lora(step, x.data_ptr(), out.data_ptr(), 1, 0, stream)
     for mix in (*MIXES, "distinct", "empty"):
         batch = decode_batch(7, segments_of(mix, 7))
         out.copy_(y)
-        lora.kernels.begin_step(batch, stream, padded_tokens=capacity)
+        lora.kernels.begin_step(batch.build(), stream, padded_tokens=capacity)
         graph.replay(stream)
         lora.gpu.synchronize()
         eager = lora.apply(batch, lora.gpu.place(x[:7]), lora.gpu.place(y[:7]), 0)

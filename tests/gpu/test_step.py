@@ -53,7 +53,7 @@ def test_arrays_arrive_as_they_were(
     gpu: Gpu, kernels: _core.CudaKernels, sequences: list[tuple[int, int]]
 ) -> None:
     batch = mixed_batch(sequences)
-    step = kernels.begin_step(batch, gpu.stream)
+    step = kernels.begin_step(batch.build(), gpu.stream)
     assert (step.num_tokens, step.num_seqs, step.num_logits) == (
         len(batch.token_ids),
         len(sequences),
@@ -68,7 +68,7 @@ def test_arrays_arrive_as_they_were(
 
 def test_padding_adds_rows_that_write_nothing(gpu: Gpu, kernels: _core.CudaKernels) -> None:
     batch = mixed_batch([(1, 5), (1, 17), (1, 3)])
-    step = kernels.begin_step(batch, gpu.stream, padded_tokens=6)
+    step = kernels.begin_step(batch.build(), gpu.stream, padded_tokens=6)
     assert (step.num_tokens, step.num_seqs, step.num_logits) == (6, 6, 6)
     num_blocks = len(batch.block_table)
     padding = {
@@ -87,10 +87,10 @@ def test_padding_adds_rows_that_write_nothing(gpu: Gpu, kernels: _core.CudaKerne
 
 
 def test_addresses_stay_and_each_step_replaces_the_last(gpu: Gpu, kernels: _core.CudaKernels) -> None:
-    first = kernels.begin_step(mixed_batch([(1, 5), (9, 20)]), gpu.stream)
+    first = kernels.begin_step(mixed_batch([(1, 5), (9, 20)]).build(), gpu.stream)
     addresses = [getattr(first, f"{name}_ptr") for name in ARRAYS]
     batch = mixed_batch([(1, 30)], seed=1)
-    second = kernels.begin_step(batch, gpu.stream, padded_tokens=4)
+    second = kernels.begin_step(batch.build(), gpu.stream, padded_tokens=4)
     assert [getattr(second, f"{name}_ptr") for name in ARRAYS] == addresses
     assert read(gpu, second, "token_ids", 4) == [*batch.token_ids.tolist(), 0, 0, 0]
 
@@ -98,14 +98,14 @@ def test_addresses_stay_and_each_step_replaces_the_last(gpu: Gpu, kernels: _core
 def test_steps_begun_ahead_of_the_device_keep_their_arrays(gpu: Gpu, kernels: _core.CudaKernels) -> None:
     seen = gpu.zeros(20, dtype=torch.int32)
     for index in range(20):
-        step = kernels.begin_step(token_batch(1, np.full(1, index, dtype=np.int32)), gpu.stream)
+        step = kernels.begin_step(token_batch(1, np.full(1, index, dtype=np.int32)).build(), gpu.stream)
         gpu.copy(seen.data_ptr() + 4 * index, step.token_ids_ptr, 4)
     gpu.synchronize()
     assert seen.tolist() == list(range(20))
 
 
 def test_an_empty_step_is_no_error(gpu: Gpu, kernels: _core.CudaKernels) -> None:
-    step = kernels.begin_step(token_batch(0), gpu.stream)
+    step = kernels.begin_step(token_batch(0).build(), gpu.stream)
     assert (step.num_tokens, step.num_seqs, step.num_logits) == (0, 0, 0)
 
 
@@ -135,7 +135,7 @@ def test_what_does_not_fit_is_refused(
     gpu: Gpu, kernels: _core.CudaKernels, fragment: str, batch: HandBatch, padded_tokens: int | None
 ) -> None:
     with pytest.raises(ValueError, match=fragment):
-        kernels.begin_step(batch, gpu.stream, padded_tokens=padded_tokens)
+        kernels.begin_step(batch.build(), gpu.stream, padded_tokens=padded_tokens)
 
 
 def test_a_step_that_was_replaced_or_is_another_kernels_is_refused(
@@ -143,9 +143,9 @@ def test_a_step_that_was_replaced_or_is_another_kernels_is_refused(
 ) -> None:
     qkv = gpu.zeros(1, GEOMETRY.qkv_features, dtype=DTYPE)
     out = gpu.zeros(1, GEOMETRY.num_heads * GEOMETRY.head_dim, dtype=DTYPE)
-    old = kernels.begin_step(token_batch(1), gpu.stream)
-    kernels.begin_step(token_batch(1), gpu.stream)
-    foreign = make_kernels(gpu).begin_step(token_batch(1), gpu.stream)
+    old = kernels.begin_step(token_batch(1).build(), gpu.stream)
+    kernels.begin_step(token_batch(1).build(), gpu.stream)
+    foreign = make_kernels(gpu).begin_step(token_batch(1).build(), gpu.stream)
     for step in (old, foreign):
         with pytest.raises(ValueError, match="begun by other kernels, or another was begun since"):
             kernels.attention(step, qkv.data_ptr(), 0, out.data_ptr(), gpu.stream)
@@ -153,7 +153,7 @@ def test_a_step_that_was_replaced_or_is_another_kernels_is_refused(
 
 def test_misaligned_tensors_and_missing_layers_are_refused(gpu: Gpu, kernels: _core.CudaKernels) -> None:
     qkv = gpu.zeros(2, GEOMETRY.qkv_features, dtype=DTYPE)
-    step = kernels.begin_step(token_batch(1), gpu.stream)
+    step = kernels.begin_step(token_batch(1).build(), gpu.stream)
     with pytest.raises(ValueError, match="qkv at .* is not 16-byte aligned"):
         kernels.attention(step, qkv.data_ptr() + 2, 0, qkv.data_ptr(), gpu.stream)
     with pytest.raises(ValueError, match="out at 0x0 is not 16-byte aligned"):

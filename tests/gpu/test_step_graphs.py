@@ -26,7 +26,7 @@ class Replay:
             lora.random(CAPACITY, IN_FEATURES),
             lora.gpu.zeros(CAPACITY, OUT_FEATURES, dtype=lora.dtype),
         )
-        step = lora.kernels.begin_step(decode_batch(1), stream, padded_tokens=CAPACITY)
+        step = lora.kernels.begin_step(decode_batch(1).build(), stream, padded_tokens=CAPACITY)
         self._launch(step)  # loads the kernel, which a capture can't
         with lora.gpu.driver.capture(stream) as self._graph:
             self._launch(step)
@@ -41,7 +41,7 @@ class Replay:
         gpu = self._lora.gpu
         self._y.zero_()
         batch = decode_batch(num_rows, [(0, num_rows, slot, 1.0)])
-        self._lora.kernels.begin_step(batch, gpu.stream, padded_tokens=CAPACITY)
+        self._lora.kernels.begin_step(batch.build(), gpu.stream, padded_tokens=CAPACITY)
         self._graph.replay(gpu.stream)
         gpu.synchronize()
         return self._y.clone()
@@ -71,6 +71,6 @@ def test_a_replay_serves_the_adapter_a_slot_was_bound_to_last(lora: Lora) -> Non
 def test_waves_have_a_limit_that_is_told(lora: Lora) -> None:
     waves = [[(0, 1, 0, 1.0)]] * 17
     with pytest.raises(ValueError, match="a request combines 17 adapters, limit on CUDA is 16"):
-        lora.kernels.begin_step(decode_batch(1, *waves), lora.gpu.stream)
-    step = lora.kernels.begin_step(decode_batch(1, *waves[:16]), lora.gpu.stream)
+        lora.kernels.begin_step(decode_batch(1, *waves).build(), lora.gpu.stream)
+    step = lora.kernels.begin_step(decode_batch(1, *waves[:16]).build(), lora.gpu.stream)
     assert (step.num_waves, step.has_adapters) == (16, True)

@@ -33,7 +33,7 @@ class Running:
 
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int], num_cached: int = 0, all_logits: bool = True) -> torch.Tensor:
-        step = self.ops.begin_step(one_sequence(token_ids, num_cached, all_logits))
+        step = self.ops.begin_step(one_sequence(token_ids, num_cached, all_logits).build())
         return self.loaded.decoder.logits(self.ops, step)
 
     def greedy(self, prompt: Sequence[int], num_tokens: int) -> list[int]:

@@ -16,7 +16,7 @@ def logits_of(running: Running, tokens: list[int], num_cached: int = 0) -> torch
     """As `Running.logits`, through the program."""
     assert isinstance(running.ops, CpuOps)
     program = running.ops.record(running.loaded.decoder)
-    return program.run(running.ops.begin_step(one_sequence(tokens, num_cached, True)))
+    return program.run(running.ops.begin_step(one_sequence(tokens, num_cached, True).build()))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -35,7 +35,7 @@ def test_a_program_serves_steps_of_any_size_in_any_order(tmp_path: Path) -> None
     program = running.ops.record(running.loaded.decoder)
     for length in (1, 90, 7, 33, 120, 2):
         tokens = list(range(3, 3 + length))
-        found = program.run(running.ops.begin_step(one_sequence(tokens, 0, True)))
+        found = program.run(running.ops.begin_step(one_sequence(tokens, 0, True).build()))
         assert torch.equal(found, running.logits(tokens))
 
 
@@ -45,7 +45,7 @@ def test_a_step_of_other_kernels_is_refused(tmp_path: Path) -> None:
     assert isinstance(mine.ops, CpuOps)
     program = mine.ops.record(mine.loaded.decoder)
     with pytest.raises(ValueError, match="begun by other kernels"):
-        program.run(other.ops.begin_step(one_sequence([3, 4], 0, True)))
+        program.run(other.ops.begin_step(one_sequence([3, 4], 0, True).build()))
 
 
 def test_what_does_not_fit_is_refused_when_it_is_recorded(tmp_path: Path) -> None:

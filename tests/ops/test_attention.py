@@ -49,7 +49,7 @@ def test_prefill_then_decode_matches_reference(
         qkv = torch.randn(len(batch.token_ids), geometry.qkv_features, generator=generator).to(dtype)
         outputs = []
         for ops in (backends.cpu, backends.reference):
-            rotated, step = qkv.clone(), ops.begin_step(batch)
+            rotated, step = qkv.clone(), ops.begin_step(batch.build())
             ops.rope_and_cache(step, rotated, 1, cos_sin(geometry.head_dim), q_norm, k_norm, 1e-6)
             outputs.append((rotated, ops.attention(step, rotated, 1)))
         (rotated, out), (expected_rotated, expected_out) = outputs
@@ -62,7 +62,7 @@ def run(
 ) -> torch.Tensor:
     """Attention of the last `queries` of `context` tokens, on pages 7, 6, 5, …"""
     table = np.arange(79, 0, -1, dtype=np.int32)[: -(-context // 16)]
-    step = backends.cpu.begin_step(batch_of_tables([(queries, context)], [table]))
+    step = backends.cpu.begin_step(batch_of_tables([(queries, context)], [table]).build())
     rows = qkv[context - queries : context].clone()
     backends.cpu.rope_and_cache(step, rows, 0, cos_sin(geometry.head_dim))
     return backends.cpu.attention(step, rows, 0)
@@ -89,15 +89,15 @@ def test_a_decoded_token_is_bit_identical_to_a_prefilled_one(
     num_tokens = 200
     table = np.arange(79, 0, -1, dtype=np.int32)[: -(-num_tokens // 16)]
     qkv = torch.randn(num_tokens, geometry.qkv_features, generator=generator).to(dtype)
-    prefill = backends.cpu.begin_step(batch_of_tables([(num_tokens, num_tokens)], [table]))
+    prefill = backends.cpu.begin_step(batch_of_tables([(num_tokens, num_tokens)], [table]).build())
     backends.cpu.rope_and_cache(prefill, qkv, 0, cos_sin(geometry.head_dim))
     expected = backends.cpu.attention(prefill, qkv, 0)
     # Every position at once: as many sequences of one query, which share their pages.
     decodes = [(1, position + 1) for position in range(num_tokens)]
-    step = backends.cpu.begin_step(batch_of_tables(decodes, [table] * num_tokens))
+    step = backends.cpu.begin_step(batch_of_tables(decodes, [table] * num_tokens).build())
     assert torch.equal(backends.cpu.attention(step, qkv, 0), expected)
     for position in (0, 15, 63, 64, 130, 199):
-        step = backends.cpu.begin_step(batch_of_tables([(1, position + 1)], [table]))
+        step = backends.cpu.begin_step(batch_of_tables([(1, position + 1)], [table]).build())
         row = qkv[position : position + 1].contiguous()
         assert torch.equal(backends.cpu.attention(step, row, 0), expected[position : position + 1])
 
@@ -110,13 +110,13 @@ def test_a_sequence_is_bit_identical_alone_and_in_a_batch(
     batch = attention_batch(sequences, 80, np.random.default_rng(2))
     fill = attention_batch([(context, context) for _, context in sequences], 80, np.random.default_rng(2))
     kv = torch.randn(len(fill.token_ids), geometry.qkv_features, generator=generator).to(dtype)
-    backends.cpu.rope_and_cache(backends.cpu.begin_step(fill), kv, 0, cos_sin(geometry.head_dim))
+    backends.cpu.rope_and_cache(backends.cpu.begin_step(fill.build()), kv, 0, cos_sin(geometry.head_dim))
     qkv = torch.randn(len(batch.token_ids), geometry.qkv_features, generator=generator).to(dtype)
-    together = backends.cpu.attention(backends.cpu.begin_step(batch), qkv, 0)
+    together = backends.cpu.attention(backends.cpu.begin_step(batch.build()), qkv, 0)
     tables = np.split(batch.block_table, batch.block_table_indptr[1:-1])
     for index, sequence in enumerate(sequences):
         rows = slice(int(batch.query_indptr[index]), int(batch.query_indptr[index + 1]))
-        step = backends.cpu.begin_step(batch_of_tables([sequence], [tables[index]]))
+        step = backends.cpu.begin_step(batch_of_tables([sequence], [tables[index]]).build())
         alone = backends.cpu.attention(step, qkv[rows].contiguous(), 0)
         assert torch.equal(alone, together[rows])
 
@@ -147,8 +147,8 @@ def test_indices_outside_the_pool_are_refused(dtype: torch.dtype) -> None:
         (too_long, "context length is 17, limit is 17"),
     ):
         with pytest.raises(ValueError, match=message):
-            backends.cpu.begin_step(batch)
-    step = backends.cpu.begin_step(batch_of_tables([(1, 10)], [np.asarray([0], dtype=np.int32)]))
+            backends.cpu.begin_step(batch.build())
+    step = backends.cpu.begin_step(batch_of_tables([(1, 10)], [np.asarray([0], dtype=np.int32)]).build())
     qkv = torch.zeros(1, geometry.qkv_features, dtype=dtype)
     with pytest.raises(ValueError, match="position is 9, limit is 4"):
         backends.cpu.rope_and_cache(step, qkv, 0, cos_sin(32)[:4].contiguous())

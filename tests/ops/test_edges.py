@@ -151,7 +151,7 @@ OPS_OF_A_STEP: dict[str, Callable[[CpuOps, _core.CpuStep], torch.Tensor]] = {
 @pytest.mark.parametrize("op", OPS_OF_A_STEP)
 def test_a_step_of_other_kernels_is_refused(ops: CpuOps, op: str) -> None:
     larger = CpuOps(GEOMETRY, torch.float32, aligned_pool(8 * NUM_PAGES * PAGE_NBYTES), num_threads=1)
-    step = larger.begin_step(far_batch())
+    step = larger.begin_step(far_batch().build())
     OPS_OF_A_STEP[op](larger, step)
     with pytest.raises(ValueError, match="step was begun by other kernels"):
         OPS_OF_A_STEP[op](ops, step)
@@ -159,7 +159,7 @@ def test_a_step_of_other_kernels_is_refused(ops: CpuOps, op: str) -> None:
 
 def test_two_tokens_of_one_slot_are_refused_where_they_would_be_written(ops: CpuOps) -> None:
     step = ops.begin_step(
-        replace(one_sequence([0, 0, 0]), slot_mapping=np.asarray([7, 3, 7], dtype=np.int32))
+        replace(one_sequence([0, 0, 0]), slot_mapping=np.asarray([7, 3, 7], dtype=np.int32)).build()
     )
     with pytest.raises(ValueError, match="names slot 7 twice"):
         run_rope(ops, step)

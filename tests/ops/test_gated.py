@@ -68,7 +68,7 @@ def recorded(
     program = recording.logits(ops._kernels, gated, ops.pack(torch.eye(intermediate)))
     batch = with_waves(token_batch(num_tokens, np.arange(num_tokens, dtype=np.int32)), waves)
     out = torch.empty(num_tokens, intermediate)
-    program.run(ops.begin_step(batch), out.data_ptr())
+    program.run(ops.begin_step(batch.build()), out.data_ptr())
     return out.to(ops.dtype)
 
 
@@ -87,7 +87,7 @@ def test_the_fused_op_equals_the_two(
     bias = torch.randn(2 * intermediate, generator=generator)
     batch = with_waves(token_batch(num_tokens), waves)
     separate, reference = (
-        ops.silu_mul(ops.lora_linear(ops.begin_step(batch), x, ops.pack(weight, bias), 0, 2))
+        ops.silu_mul(ops.lora_linear(ops.begin_step(batch.build()), x, ops.pack(weight, bias), 0, 2))
         for ops in (backends.cpu, backends.reference)
     )
     fused = recorded(backends, x, backends.cpu.pack(weight, bias), intermediate, waves)

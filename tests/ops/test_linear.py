@@ -42,7 +42,7 @@ def test_linear_matches_reference(
     x = torch.randn(num_tokens, in_features, generator=generator).to(dtype)
     batch = token_batch(num_tokens)
     actual, expected = (
-        ops.lora_linear(ops.begin_step(batch), x, ops.pack(weight, bias), 0, 0)
+        ops.lora_linear(ops.begin_step(batch.build()), x, ops.pack(weight, bias), 0, 0)
         for ops in (backends.cpu, backends.reference)
     )
     assert_close(actual, expected, dtype)
@@ -55,9 +55,9 @@ def test_rows_are_bit_identical_alone_and_in_a_batch(
     ops = make_backends(GEOMETRY, dtype, isa).cpu
     linear = ops.pack(torch.randn(80, in_features, generator=generator))
     x = torch.randn(47, in_features, generator=generator).to(dtype)
-    together = ops.lora_linear(ops.begin_step(token_batch(47)), x, linear, 0, 0)
+    together = ops.lora_linear(ops.begin_step(token_batch(47).build()), x, linear, 0, 0)
     for rows in (slice(0, 1), slice(46, 47), slice(3, 10), slice(8, 40)):
-        step = ops.begin_step(token_batch(rows.stop - rows.start))
+        step = ops.begin_step(token_batch(rows.stop - rows.start).build())
         alone = ops.lora_linear(step, x[rows].contiguous(), linear, 0, 0)
         assert torch.equal(alone, together[rows])
 
@@ -66,7 +66,7 @@ def test_embedding_returns_the_rows_of_the_weight(isa: str, dtype: torch.dtype) 
     ops = make_backends(GEOMETRY, dtype, isa).cpu
     weight = torch.randn(101, 37)
     ids = np.asarray([0, 100, 17, 17, 63], dtype=np.int32)
-    out = ops.embedding(ops.begin_step(token_batch(5, ids)), ops.pack(weight))
+    out = ops.embedding(ops.begin_step(token_batch(5, ids).build()), ops.pack(weight))
     assert torch.equal(out, weight.to(dtype)[ids])
 
 
@@ -78,7 +78,7 @@ def test_logits_are_float32_rows_of_the_sampled_tokens(
     hidden = torch.randn(9, 64, generator=generator).to(dtype)
     batch = replace(token_batch(9), logits_indices=np.asarray([8, 0, 3], dtype=np.int32))
     actual, expected = (
-        ops.logits(ops.begin_step(batch), hidden, ops.pack(weight))
+        ops.logits(ops.begin_step(batch.build()), hidden, ops.pack(weight))
         for ops in (backends.cpu, backends.reference)
     )
     assert actual.dtype == torch.float32
@@ -87,14 +87,14 @@ def test_logits_are_float32_rows_of_the_sampled_tokens(
 
 def test_empty_batch_gives_empty_outputs(isa: str, dtype: torch.dtype) -> None:
     ops = make_backends(GEOMETRY, dtype, isa).cpu
-    step, linear = ops.begin_step(token_batch(0)), ops.pack(torch.randn(32, 16))
+    step, linear = ops.begin_step(token_batch(0).build()), ops.pack(torch.randn(32, 16))
     assert ops.lora_linear(step, torch.empty(0, 16, dtype=dtype), linear, 0, 0).shape == (0, 32)
     assert ops.logits(step, torch.empty(0, 16, dtype=dtype), linear).shape == (0, 32)
 
 
 def test_misshapen_input_is_refused_with_both_shapes(dtype: torch.dtype) -> None:
     ops = make_backends(GEOMETRY, dtype).cpu
-    linear, step = ops.pack(torch.randn(8, 16)), ops.begin_step(token_batch(2))
+    linear, step = ops.pack(torch.randn(8, 16)), ops.begin_step(token_batch(2).build())
     with pytest.raises(ValueError, match=r"\(2, 15\).*expected.*\(2, 16\)"):
         ops.lora_linear(step, torch.zeros(2, 15, dtype=dtype), linear, 0, 0)
     with pytest.raises(ValueError, match="expected contiguous"):
@@ -107,6 +107,6 @@ def test_misshapen_input_is_refused_with_both_shapes(dtype: torch.dtype) -> None
 
 def test_token_id_outside_the_table_is_refused(dtype: torch.dtype) -> None:
     ops = make_backends(GEOMETRY, dtype).cpu
-    step = ops.begin_step(token_batch(1, np.asarray([32], dtype=np.int32)))
+    step = ops.begin_step(token_batch(1, np.asarray([32], dtype=np.int32)).build())
     with pytest.raises(ValueError, match="token id is 32, limit is 32"):
         ops.embedding(step, ops.pack(torch.randn(32, 16)))

@@ -58,7 +58,7 @@ def backends(isa: str, dtype: torch.dtype, generator: torch.Generator, in_featur
 
 
 def run_cpu(backends: Backends, x: torch.Tensor, linear: Linear, waves: Sequence[Wave]) -> torch.Tensor:
-    step = backends.cpu.begin_step(with_waves(token_batch(len(x)), waves))
+    step = backends.cpu.begin_step(with_waves(token_batch(len(x)), waves).build())
     return backends.cpu.lora_linear(step, x, linear, 0, 0)
 
 
@@ -100,7 +100,7 @@ def test_lora_linear_matches_reference(
     bias = torch.randn(OUT_FEATURES, generator=generator)
     batch = with_waves(token_batch(num_tokens), waves)
     actual, expected = (
-        ops.lora_linear(ops.begin_step(batch), x, ops.pack(weight, bias), layer, group)
+        ops.lora_linear(ops.begin_step(batch.build()), x, ops.pack(weight, bias), layer, group)
         for ops in (backends.cpu, backends.reference)
     )
     assert_close(actual, expected, dtype)
@@ -164,7 +164,7 @@ def test_impossible_steps_and_layouts_are_refused(backends: Backends) -> None:
         ([[(0, 1, 0, 1.0), (0, 1, 1, 1.0)]], "overlaps"),
     ):
         with pytest.raises(ValueError, match=message):
-            cpu.begin_step(with_waves(token_batch(1), waves))
+            cpu.begin_step(with_waves(token_batch(1), waves).build())
     outside = _core.AdapterLayout.from_groups([(0, 0, 0, 8, 75, [(0, 8, 4096, 0, 60, 1.0)])], 3, 4096)
     with pytest.raises(ValueError, match="end of B"):
         cpu.set_adapter(0, 0, outside)
@@ -176,7 +176,7 @@ def test_adapter_of_another_shape_is_refused(
     backends: Backends, dtype: torch.dtype, in_features: int
 ) -> None:
     cpu = backends.cpu
-    step = cpu.begin_step(with_waves(token_batch(1), [[(0, 1, 0, 1.0)]]))
+    step = cpu.begin_step(with_waves(token_batch(1), [[(0, 1, 0, 1.0)]]).build())
     with pytest.raises(ValueError, match=f"in_features has length {in_features}, expected 64"):
         cpu.lora_linear(step, torch.zeros(1, 64, dtype=dtype), cpu.pack(torch.zeros(100, 64)), 0, 0)
     x, linear = torch.zeros(1, in_features, dtype=dtype), cpu.pack(torch.zeros(96, in_features))
@@ -200,7 +200,7 @@ def test_random_mixtures_match_reference(isa: str, dtype: torch.dtype, generator
         x = torch.randn(num_tokens, in_features, generator=generator).to(dtype)
         weight = torch.randn(width, in_features, generator=generator)
         actual, expected = (
-            ops.lora_linear(ops.begin_step(batch), x, ops.pack(weight), 0, 0)
+            ops.lora_linear(ops.begin_step(batch.build()), x, ops.pack(weight), 0, 0)
             for ops in (backends.cpu, backends.reference)
         )
         assert_close(actual, expected, dtype)

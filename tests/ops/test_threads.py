@@ -34,7 +34,7 @@ def chosen_isa(variable: str) -> subprocess.CompletedProcess[str]:
 def long_op(ops: CpuOps) -> float:
     """Run four big matmuls and return their wall time in seconds."""
     linear = ops.pack(torch.ones(2048, 2048))
-    step, x = ops.begin_step(token_batch(4096)), torch.ones(4096, 2048, dtype=ops.dtype)
+    step, x = ops.begin_step(token_batch(4096).build()), torch.ones(4096, 2048, dtype=ops.dtype)
     start = time.perf_counter()
     for _ in range(4):
         ops.lora_linear(step, x, linear, 0, 0)

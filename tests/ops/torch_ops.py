@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from loraserve import _core
-from loraserve.models.ops import KvGeometry, Linear, StepBatch, StepHandle
-
-if TYPE_CHECKING:
-    from loraserve.models.ops import IntArray
+from loraserve.models.ops import KvGeometry, Linear, StepHandle
 
 PANEL_WIDTH = 16  # rows of an adapter's matrix that lie together
 
@@ -38,7 +37,7 @@ class TorchLinear:
 class TorchStep:
     """A batch, its arrays as tensors on the backend's device."""
 
-    batch: StepBatch
+    arrays: Mapping[str, npt.NDArray[Any]]
     token_ids: torch.Tensor
     positions: torch.Tensor
     slot_mapping: torch.Tensor
@@ -115,16 +114,17 @@ class TorchOps:
         if slot in self._slots:
             self._slots[slot] = _BoundAdapter(dst_page, self._slots[slot].layout)
 
-    def begin_step(self, batch: StepBatch) -> TorchStep:
+    def begin_step(self, batch: _core.Batch) -> TorchStep:
+        arrays: Any = batch.arrays()
         return TorchStep(
-            batch=batch,
-            token_ids=self._indices(batch.token_ids),
-            positions=self._indices(batch.positions),
-            slot_mapping=self._indices(batch.slot_mapping),
-            logits_indices=self._indices(batch.logits_indices),
+            arrays=arrays,
+            token_ids=self._indices(arrays["token_ids"]),
+            positions=self._indices(arrays["positions"]),
+            slot_mapping=self._indices(arrays["slot_mapping"]),
+            logits_indices=self._indices(arrays["logits_indices"]),
         )
 
-    def _indices(self, array: IntArray) -> torch.Tensor:
+    def _indices(self, array: npt.NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(array.astype(np.int64)).to(self.device)
 
     def embedding(self, step: StepHandle, table: Linear) -> torch.Tensor:
@@ -137,11 +137,11 @@ class TorchOps:
         out = F.linear(x.float(), own.weight.float())
         if own.bias is not None:
             out += own.bias.float()
-        batch = _own_step(step).batch
-        for segment in range(len(batch.seg_start)):
-            rows = slice(int(batch.seg_start[segment]), int(batch.seg_end[segment]))
-            weight = float(batch.seg_weight[segment])
-            for module in self.modules(int(batch.seg_slot[segment]), layer, group):
+        arrays = _own_step(step).arrays
+        for segment in range(len(arrays["seg_start"])):
+            rows = slice(int(arrays["seg_start"][segment]), int(arrays["seg_end"][segment]))
+            weight = float(arrays["seg_weight"][segment])
+            for module in self.modules(int(arrays["seg_slot"][segment]), layer, group):
                 columns = slice(module.out_offset, module.out_offset + module.bt.shape[1])
                 shrunk = x[rows].float() @ module.a.T
                 out[rows, columns] += (shrunk * (weight * module.scale)) @ module.bt
@@ -215,16 +215,16 @@ class TorchOps:
         self._pages[pages, layer, 1, :, offsets] = v
 
     def attention(self, step: StepHandle, qkv: torch.Tensor, layer: int) -> torch.Tensor:
-        geometry, batch = self._geometry, _own_step(step).batch
+        geometry, arrays = self._geometry, _own_step(step).arrays
         out = torch.empty(
             step.num_tokens, geometry.num_heads * geometry.head_dim, dtype=self._dtype, device=self.device
         )
-        for sequence, context_len in enumerate(batch.context_lens.tolist()):
-            rows = slice(int(batch.query_indptr[sequence]), int(batch.query_indptr[sequence + 1]))
+        for sequence, context_len in enumerate(arrays["context_lens"].tolist()):
+            rows = slice(int(arrays["query_indptr"][sequence]), int(arrays["query_indptr"][sequence + 1]))
             blocks = slice(
-                int(batch.block_table_indptr[sequence]), int(batch.block_table_indptr[sequence + 1])
+                int(arrays["block_table_indptr"][sequence]), int(arrays["block_table_indptr"][sequence + 1])
             )
-            pages = self._pages[self._indices(batch.block_table[blocks]), layer]
+            pages = self._pages[self._indices(arrays["block_table"][blocks]), layer]
             # [page, K/V, head, offset, D] -> [K/V, head, position, D]
             kv = pages.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :context_len].float()
             q = qkv[rows, : out.shape[1]].view(-1, geometry.num_heads, geometry.head_dim).float()

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from loraserve.backends.machine_memory import DeviceMemory
     from loraserve.models.config import ModelConfig
     from loraserve.models.decoder import Decoder
-    from loraserve.models.ops import KvGeometry, Ops, StepBatch
+    from loraserve.models.ops import KvGeometry, Ops
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,6 @@ class Backend(Protocol):
         """End what `start` began."""
         ...
 
-    def logits(self, decoder: Decoder, batch: StepBatch) -> torch.Tensor:
+    def logits(self, decoder: Decoder, batch: _core.Batch) -> torch.Tensor:
         """Run one step: float32 [L, vocab], good until the next one."""
         ...

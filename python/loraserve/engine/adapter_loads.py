@@ -11,10 +11,9 @@ from loraserve.errors import AdapterNotFoundError, LoraserveError
 
 
 @dataclass
-class LoadCounts:
-    """Of one adapter, since it was registered; times in seconds."""
+class LoadTimes:
+    """Of one adapter, in seconds: of all loads since it was registered, and of the last."""
 
-    num_failures: int = 0
     load_s: float = 0.0
     last_load_s: float | None = None
 
@@ -29,12 +28,12 @@ class AdapterLoads:
     """By adapter id; for the engine, under its lock."""
 
     def __init__(self) -> None:
-        self._counts: dict[int, LoadCounts] = {}
+        self._times: dict[int, LoadTimes] = {}
         self._started_at: dict[int, float] = {}
         self._waiters: dict[int, list[_Waiter]] = {}
 
-    def counts(self, adapter_id: int) -> LoadCounts:
-        return self._counts.get(adapter_id, LoadCounts())
+    def times(self, adapter_id: int) -> LoadTimes:
+        return self._times.get(adapter_id, LoadTimes())
 
     def wait_for(self, adapter_id: int) -> Future[float]:
         """Done with the adapter's next load: the seconds from now until then, or the load's error."""
@@ -47,13 +46,11 @@ class AdapterLoads:
         self._started_at[adapter_id] = time.monotonic()
 
     def finish(self, adapter_id: int, error: LoraserveError | None) -> None:
-        counts = self._counts.setdefault(adapter_id, LoadCounts())
-        started_at = self._started_at.pop(adapter_id)
+        load_s = time.monotonic() - self._started_at.pop(adapter_id)
         if error is None:
-            counts.last_load_s = time.monotonic() - started_at
-            counts.load_s += counts.last_load_s
-        else:
-            counts.num_failures += 1
+            times = self._times.setdefault(adapter_id, LoadTimes())
+            times.last_load_s = load_s
+            times.load_s += load_s
         self.answer(adapter_id, error)
 
     def is_awaited(self, adapter_id: int) -> bool:
@@ -68,7 +65,7 @@ class AdapterLoads:
 
     def forget_except(self, adapter_ids: Collection[int], named_ids: Collection[int]) -> None:
         """Drop what is known of other adapters, and refuse those who wait for one without a name."""
-        self._counts = {id_: counts for id_, counts in self._counts.items() if id_ in adapter_ids}
+        self._times = {id_: times for id_, times in self._times.items() if id_ in adapter_ids}
         for adapter_id in self._waiters.keys() - set(named_ids):
             self.answer(adapter_id, AdapterNotFoundError("the adapter was unloaded before it was loaded"))
 

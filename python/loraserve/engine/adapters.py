@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import os
 import threading
-from collections.abc import Iterator
 from concurrent.futures import Future
-from typing import Any
 
 from loraserve import _core
 from loraserve.adapters.check import AdapterCheck
@@ -21,7 +20,7 @@ from loraserve.engine.extent_loader import ExtentLoader
 from loraserve.engine.lock import EngineLock
 from loraserve.engine.model_runner import ModelRunner
 from loraserve.engine.queue import Intake
-from loraserve.engine.stats import AdapterInfo, AdapterStats, UsageCounters
+from loraserve.engine.stats import AdapterInfo, UsageCounters
 from loraserve.errors import AdapterFormatError, EngineStoppedError, InvalidRequestError, LoraserveError
 from loraserve.sampling.grammar_compiler import GrammarCompiler
 from loraserve.text.chat_template import ChatTemplate
@@ -188,20 +187,12 @@ class EngineAdapters:
     def infos(self) -> list[AdapterInfo]:
         """All registered adapters, in order of registration."""
         with self._lock:
-            return [
-                AdapterInfo(
-                    name=adapter.name,
-                    path=adapter.path,
-                    description=adapter.manifest.description,
-                    receipt=adapter.receipt,
-                    **values,
-                )
-                for adapter, values in self._stats()
-            ]
+            return list(self.by_name().values())
 
-    def stats(self) -> dict[str, AdapterStats]:
-        """By name, in order of registration; for the engine, under its lock."""
-        return {adapter.name: AdapterStats(**values) for adapter, values in self._stats()}
+    def by_name(self) -> dict[str, AdapterInfo]:
+        """All registered adapters, in order of registration; for the engine, under its lock."""
+        stats = {stats.name: stats for stats in self._scheduler.adapters()}
+        return {adapter.name: self._info(adapter, stats[adapter.name]) for adapter in self._registry}
 
     def start_load(self, adapter_id: int, slot: int, first_page: int, num_pages: int) -> None:
         """Begin to read an adapter into its extent, as the scheduler says."""
@@ -217,9 +208,7 @@ class EngineAdapters:
                 with self._lock:
                     names = ", ".join(self._registry.names(result.adapter_id))
                     logger.warning("adapter %s was not read into the pool: %s", names, result.outcome)
-                    self._scheduler.adapter_load_failed(
-                        result.adapter_id, type(result.outcome).__name__, str(result.outcome)
-                    )
+                    self._scheduler.adapter_load_failed(result.adapter_id, result.outcome)
                     self._loads.finish(result.adapter_id, result.outcome)
             else:
                 self._runner.bind(result.extent, result.outcome)
@@ -235,27 +224,25 @@ class EngineAdapters:
     def __len__(self) -> int:
         return len(self._registry)
 
-    def _stats(self) -> Iterator[tuple[RegisteredAdapter, dict[str, Any]]]:
-        """The fields of `AdapterStats` for every name, in order of registration."""
-        entries = {entry["name"]: entry for entry in self._scheduler.adapters()}
-        for adapter in self._registry:
-            entry, loads = entries[adapter.name], self._loads.counts(adapter.adapter_id)
-            yield (
-                adapter,
-                {
-                    "state": entry["state"],
-                    "num_running": entry["num_running"],
-                    "num_waiting": entry["num_waiting"],
-                    "is_pinned": entry["is_pinned"],
-                    "nbytes": entry["nbytes"],
-                    "num_loads": entry["num_loads"],
-                    "num_load_failures": loads.num_failures,
-                    "num_evictions": entry["num_evictions"],
-                    "load_s": loads.load_s,
-                    "last_load_s": loads.last_load_s,
-                    "usage": self.usage.of(adapter.name).snapshot(),
-                },
-            )
+    def _info(self, adapter: RegisteredAdapter, stats: _core.AdapterStats) -> AdapterInfo:
+        times = self._loads.times(adapter.adapter_id)
+        return AdapterInfo(
+            name=adapter.name,
+            path=adapter.path,
+            description=adapter.manifest.description,
+            receipt=adapter.receipt,
+            state=stats.state,
+            num_running=stats.num_running,
+            num_waiting=stats.num_waiting,
+            is_pinned=stats.is_pinned,
+            nbytes=stats.nbytes,
+            num_loads=stats.num_loads,
+            num_load_failures=stats.num_load_failures,
+            num_evictions=stats.num_evictions,
+            load_s=times.load_s,
+            last_load_s=times.last_load_s,
+            usage=copy.copy(self.usage.of(adapter.name)),
+        )
 
     def _forget_replaced(self, adapter_id: int, name: str) -> None:
         """Who waits for the old content of `name` to be loaded waits for the new."""

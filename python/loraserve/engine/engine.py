@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal, cast
+from typing import cast
 
-from loraserve import _core, errors
+from loraserve import _core
 from loraserve.backends import Backend
 from loraserve.config import EngineConfig
 from loraserve.engine.adapters import EngineAdapters
@@ -20,17 +21,13 @@ from loraserve.engine.queue import Deadlines, Intake, WaitingLimit
 from loraserve.engine.sequence import EngineOutput, RequestClock, SequenceState
 from loraserve.engine.stats import EngineInfo, EngineStats
 from loraserve.engine.thread import EngineThread
-from loraserve.errors import DeadlineError, EngineStoppedError, LoraserveError
-from loraserve.request import SHARED_CACHE, CacheScope, FinishReason, TokenLogprob
+from loraserve.errors import DeadlineError, EngineStoppedError
+from loraserve.request import SHARED_CACHE, CacheScope, TokenLogprob
 from loraserve.sampling.grammar_compiler import GrammarCompiler, GrammarMatcher
 from loraserve.sampling.sampler import SamplingState, sample
 from loraserve.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
-
-CoreEvent = tuple[
-    int, int | None, Literal["stop", "length", "abort", "error"] | None, tuple[str, str] | None, int
-]
 
 
 class Engine:
@@ -70,7 +67,6 @@ class Engine:
         self._intake = Intake()
         self._is_stopping = False
         self._sequences: dict[int, SequenceState] = {}
-        self._endings: dict[int, FinishReason | LoraserveError] = {}  # why the engine ended them itself
         self._deadlines = Deadlines()
         self._waiting_limit = WaitingLimit(config.max_waiting)
         self._uses_every_core = self.runner.backend.computes_on_cpu and (
@@ -172,39 +168,28 @@ class Engine:
     def abort(self, request_id: int) -> None:
         """End a sequence now; its last event says "abort". Unknown or finished ids are left alone."""
         with self._lock:
-            self._scheduler.abort(request_id)
+            self._scheduler.finish(request_id, "abort")
         self._wake.set()
 
     def stats(self) -> EngineStats:
         """Load and counters now; takes microseconds, and some more per adapter."""
         with self._lock:
-            core = self._scheduler.stats()
-            return EngineStats(
-                num_running=core["num_running"],
-                num_waiting=core["num_waiting"],
-                num_waiting_for_adapters=self._scheduler.num_waiting_for_adapters(),
-                page_nbytes=self.runner.page_nbytes,
-                num_pages=core["num_pages"],
-                num_free_pages=core["free_pages"],
-                num_kv_pages=core["kv_pages"],
-                num_cached_pages=core["cached_pages"],
-                num_adapter_pages=core["adapter_pages"],
-                num_pinned_pages=core["pinned_pages"],
+            return EngineStats.build(
+                self._scheduler.stats(),
+                self.runner,
                 num_adapters=len(self.adapters),
-                num_resident_adapters=core["num_resident_adapters"],
-                num_adapter_loads=core["num_loads"],
-                num_adapter_evictions=core["num_evictions"],
-                num_preemptions=core["num_preemptions"],
-                num_prefix_hit_tokens=core["num_prefix_hit_tokens"],
-                base=self.adapters.usage.base.snapshot(),
-                adapters=self.adapters.stats(),
+                base=self.adapters.usage.base,
+                adapters=self.adapters.by_name(),
             )
 
     def info(self) -> EngineInfo:
         with self._lock:
-            stats = self._scheduler.stats()
             return EngineInfo.build(
-                self.config, self.max_model_len, self.runner, stats, num_adapters=len(self.adapters)
+                self._scheduler.stats(),
+                self.runner,
+                self.config,
+                max_model_len=self.max_model_len,
+                num_adapters=len(self.adapters),
             )
 
     @property
@@ -224,7 +209,7 @@ class Engine:
             self._intake.refusal = refusal
             self._idle.wait_for(lambda: not (self._sequences and self._thread.is_alive), timeout=deadline_s)
             for request_id in self._sequences:
-                self._scheduler.abort(request_id)
+                self._scheduler.finish(request_id, "abort")
             self._is_stopping = True
         self._wake.set()
         self._thread.join()
@@ -274,11 +259,11 @@ class Engine:
         num_delivered = self._deliver(logprobs)
         return step.batch is not None or num_delivered > 0
 
-    def _execute(self, step: _core.Step) -> dict[int, TokenLogprob]:
+    def _execute(self, step: _core.SchedulerOutput) -> dict[int, TokenLogprob]:
         batch = step.batch
         assert batch is not None
         logits = self.runner.execute(batch)
-        request_ids = batch.sample_request_ids.tolist()
+        request_ids = batch.sample_request_ids
         sequences = [self._sequences[request_id] for request_id in request_ids]
         states = [sequence.sampling for sequence in sequences]
         sampled = sample(logits, states, self.runner.ops.argmax)
@@ -296,7 +281,7 @@ class Engine:
             for request_id, sequence, is_usable in zip(request_ids, sequences, is_finite, strict=True):
                 ending = sequence.grammar_ending() if is_usable else None
                 if ending is not None:
-                    self._end(request_id, ending)
+                    self._scheduler.finish(request_id, ending)
         return {id_: lp for id_, lp in zip(request_ids, sampled.logprobs, strict=True) if lp is not None}
 
     def _end_expired(self) -> None:
@@ -305,22 +290,16 @@ class Engine:
             if request_id in self._sequences:
                 deadline_s = self._sequences[request_id].deadline_s
                 assert deadline_s is not None
-                self._end(request_id, _deadline_error(deadline_s))
+                self._scheduler.finish(request_id, _deadline_error(deadline_s))
 
     def _end_not_finite(self, request_id: int, sequence: SequenceState) -> None:
         error = sequence.not_finite_error(self.config.dtype)
         logger.warning("a request failed: %s", error)
-        self._end(request_id, error)
-
-    def _end(self, request_id: int, ending: FinishReason | LoraserveError) -> None:
-        """End a sequence now, for a reason of the engine's own; its last event says which."""
-        if self._scheduler.abort(request_id):
-            self._endings[request_id] = ending
+        self._scheduler.finish(request_id, error)
 
     def _deliver(self, logprobs: dict[int, TokenLogprob]) -> int:
         with self._lock:
-            events = self._scheduler.drain_outputs()
-            outputs = [self._output(event, logprobs) for event in events]
+            outputs = [self._output(output, logprobs) for output in self._scheduler.drain_outputs()]
             ended = [output for output in outputs if output.is_last]
             for output in ended:
                 self._sequences.pop(output.request_id).end(output.num_cached_tokens)
@@ -331,23 +310,17 @@ class Engine:
             self._on_outputs(outputs)
         return len(outputs)
 
-    def _output(self, event: CoreEvent, logprobs: dict[int, TokenLogprob]) -> EngineOutput:
-        request_id, token_id, finish, failure, num_cached_tokens = event
-        error: LoraserveError | None = None
-        finish_reason: FinishReason | None = None
-        if failure is not None:
-            error = getattr(errors, failure[0])(failure[1])
-        elif finish == "abort":
-            ending = self._endings.pop(request_id, "abort")
-            if isinstance(ending, LoraserveError):
-                error = ending
-            else:
-                finish_reason = ending
-        elif finish != "error":
-            finish_reason = finish
-        logprob = None if token_id is None else logprobs.get(request_id)
-        clock = self._sequences[request_id].clock
-        return EngineOutput(request_id, token_id, logprob, finish_reason, error, num_cached_tokens, clock)
+    def _output(self, output: _core.RequestOutput, logprobs: dict[int, TokenLogprob]) -> EngineOutput:
+        request_id, token_id, error = output.request_id, output.token_id, output.error
+        return EngineOutput(
+            request_id,
+            token_id,
+            None if token_id is None else logprobs.get(request_id),
+            output.finish_reason,
+            None if error is None else copy.copy(error),  # one failed load ends several, each raises its own
+            output.num_cached_tokens,
+            self._sequences[request_id].clock,
+        )
 
     def _fail(self, message: str) -> None:
         with self._lock:

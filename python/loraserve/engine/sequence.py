@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from loraserve.engine.stats import UsageCounter
+from loraserve.engine.stats import AdapterUsage
 from loraserve.errors import LoraserveError, NotFiniteError
 from loraserve.request import FinishReason, RequestTiming, TokenLogprob
 from loraserve.sampling.sampler import SamplingState
@@ -68,7 +68,7 @@ class SequenceState:
     clock: RequestClock
     deadline_s: float | None
     num_prompt_tokens: int
-    usage: list[UsageCounter]
+    usage: list[AdapterUsage]
     adapter_names: tuple[str, ...]
 
     def admit(self) -> None:
@@ -89,7 +89,7 @@ class SequenceState:
         for counter in self.usage:
             counter.num_cached_tokens += num_cached_tokens
 
-    def grammar_ending(self) -> FinishReason | LoraserveError | None:
+    def grammar_ending(self) -> Literal["stop"] | LoraserveError | None:
         """What its grammar ends it with after the last token, if it does."""
         matcher = self.sampling.matcher
         if matcher is None:

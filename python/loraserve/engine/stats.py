@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loraserve._core import Receipt, __version__
+from loraserve._core import Receipt, SchedulerStats, __version__
 from loraserve.config import EngineConfig
 
 if TYPE_CHECKING:
     from loraserve.engine.model_runner import ModelRunner
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class AdapterUsage:
     """What a name has been asked and has answered, since it was registered; each of n answers counts.
 
     A request of several adapters counts at each. Cached tokens are those of the prompts that came from the
-    prefix cache.
+    prefix cache. The engine counts on in its own; what it tells are copies.
     """
 
-    num_requests: int
-    num_prompt_tokens: int
-    num_cached_tokens: int
-    num_completion_tokens: int
+    num_requests: int = 0
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_completion_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +86,37 @@ class EngineStats:
     base: AdapterUsage
     adapters: Mapping[str, AdapterStats]
 
+    @classmethod
+    def build(
+        cls,
+        core: SchedulerStats,
+        runner: ModelRunner,
+        *,
+        num_adapters: int,
+        base: AdapterUsage,
+        adapters: Mapping[str, AdapterStats],
+    ) -> EngineStats:
+        return cls(
+            num_running=core.num_running,
+            num_waiting=core.num_waiting,
+            num_waiting_for_adapters=core.num_waiting_for_adapters,
+            page_nbytes=runner.page_nbytes,
+            num_pages=core.num_pages,
+            num_free_pages=core.num_free_pages,
+            num_kv_pages=core.num_kv_pages,
+            num_cached_pages=core.num_cached_pages,
+            num_adapter_pages=core.num_adapter_pages,
+            num_pinned_pages=core.num_pinned_pages,
+            num_adapters=num_adapters,
+            num_resident_adapters=core.num_resident_adapters,
+            num_adapter_loads=core.num_adapter_loads,
+            num_adapter_evictions=core.num_adapter_evictions,
+            num_preemptions=core.num_preemptions,
+            num_prefix_hit_tokens=core.num_prefix_hit_tokens,
+            base=copy.copy(base),
+            adapters=adapters,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineInfo:
@@ -113,11 +145,11 @@ class EngineInfo:
     @classmethod
     def build(
         cls,
-        config: EngineConfig,
-        max_model_len: int,
+        core: SchedulerStats,
         runner: ModelRunner,
-        stats: Mapping[str, int],
+        config: EngineConfig,
         *,
+        max_model_len: int,
         num_adapters: int,
     ) -> EngineInfo:
         return cls(
@@ -128,36 +160,18 @@ class EngineInfo:
             max_model_len=max_model_len,
             max_lora_rank=config.max_lora_rank,
             page_nbytes=runner.page_nbytes,
-            num_pages=runner.num_pages,
-            num_free_pages=stats["free_pages"],
-            num_kv_pages=stats["kv_pages"],
-            num_adapter_pages=stats["adapter_pages"],
-            num_cached_pages=stats["cached_pages"],
-            num_running=stats["num_running"],
-            num_waiting=stats["num_waiting"],
+            num_pages=core.num_pages,
+            num_free_pages=core.num_free_pages,
+            num_kv_pages=core.num_kv_pages,
+            num_adapter_pages=core.num_adapter_pages,
+            num_cached_pages=core.num_cached_pages,
+            num_running=core.num_running,
+            num_waiting=core.num_waiting,
             num_adapters=num_adapters,
-            num_resident_adapters=stats["num_resident_adapters"],
-            num_adapter_loads=stats["num_loads"],
-            num_adapter_evictions=stats["num_evictions"],
-            num_preemptions=stats["num_preemptions"],
-        )
-
-
-@dataclass
-class UsageCounter:
-    """Counts since the name was first used; `AdapterUsage` says of what."""
-
-    num_requests: int = 0
-    num_prompt_tokens: int = 0
-    num_cached_tokens: int = 0
-    num_completion_tokens: int = 0
-
-    def snapshot(self) -> AdapterUsage:
-        return AdapterUsage(
-            num_requests=self.num_requests,
-            num_prompt_tokens=self.num_prompt_tokens,
-            num_cached_tokens=self.num_cached_tokens,
-            num_completion_tokens=self.num_completion_tokens,
+            num_resident_adapters=core.num_resident_adapters,
+            num_adapter_loads=core.num_adapter_loads,
+            num_adapter_evictions=core.num_adapter_evictions,
+            num_preemptions=core.num_preemptions,
         )
 
 
@@ -165,15 +179,15 @@ class UsageCounters:
     """Counters by adapter name."""
 
     def __init__(self) -> None:
-        self.base = UsageCounter()
-        self._by_name: dict[str, UsageCounter] = {}
+        self.base = AdapterUsage()
+        self._by_name: dict[str, AdapterUsage] = {}
 
-    def counters(self, names: Iterable[str]) -> list[UsageCounter]:
+    def counters(self, names: Iterable[str]) -> list[AdapterUsage]:
         """Those a sequence counts in: one per adapter, or the base model's."""
         return [self.of(name) for name in names] or [self.base]
 
-    def of(self, name: str) -> UsageCounter:
-        return self._by_name.setdefault(name, UsageCounter())
+    def of(self, name: str) -> AdapterUsage:
+        return self._by_name.setdefault(name, AdapterUsage())
 
     def forget(self, name: str) -> None:
         self._by_name.pop(name, None)

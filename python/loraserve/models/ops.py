@@ -6,14 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
     import torch
 
     from loraserve import _core
-
-    IntArray = npt.NDArray[np.int32]
-    FloatArray = npt.NDArray[np.float32]
 
 StepT_contra = TypeVar("StepT_contra", contravariant=True)
 ValueT = TypeVar("ValueT")
@@ -41,83 +36,6 @@ class KvGeometry:
     def qkv_features(self) -> int:
         """Columns of the fused projection: all queries, then all keys, then all values."""
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-
-
-class StepBatch(Protocol):
-    """A step of T tokens of S sequences, L of them sampled, W waves of G adapter segments together.
-
-    Arrays are int32 unless said otherwise; `_core.Batch` is one.
-    """
-
-    @property
-    def token_ids(self) -> IntArray:
-        """[T] what the embedding looks up."""
-        ...
-
-    @property
-    def positions(self) -> IntArray:
-        """[T] place of each token in its sequence."""
-        ...
-
-    @property
-    def slot_mapping(self) -> IntArray:
-        """[T] page * block_size + offset, where a token's KV is written."""
-        ...
-
-    @property
-    def query_indptr(self) -> IntArray:
-        """[S + 1] first token of each sequence."""
-        ...
-
-    @property
-    def context_lens(self) -> IntArray:
-        """[S] tokens in the KV cache after this step."""
-        ...
-
-    @property
-    def block_table(self) -> IntArray:
-        """[B] pages of all sequences, in token order."""
-        ...
-
-    @property
-    def block_table_indptr(self) -> IntArray:
-        """[S + 1] first entry of each sequence in `block_table`."""
-        ...
-
-    @property
-    def logits_indices(self) -> IntArray:
-        """[L] rows of T that are sampled, ascending."""
-        ...
-
-    @property
-    def wave_indptr(self) -> IntArray:
-        """[W + 1] first segment of each wave."""
-        ...
-
-    @property
-    def seg_start(self) -> IntArray:
-        """[G] first token; segments are disjoint and ascending within a wave."""
-        ...
-
-    @property
-    def seg_end(self) -> IntArray:
-        """[G] one past the last token."""
-        ...
-
-    @property
-    def seg_slot(self) -> IntArray:
-        """[G] slot of the segment's adapter."""
-        ...
-
-    @property
-    def seg_weight(self) -> FloatArray:
-        """float32 [G] the request's own weight, without the adapter's scale."""
-        ...
-
-    @property
-    def num_prefill_tokens(self) -> int:
-        """Tokens of sequences that do not merely decode; they come last."""
-        ...
 
 
 class Linear(Protocol):
@@ -222,7 +140,7 @@ class Ops(ForwardOps[StepHandle, "torch.Tensor"], Protocol):
         """Moves a slot's extent inside the pool (ranges may overlap) and rebinds the slot."""
         ...
 
-    def begin_step(self, batch: StepBatch) -> StepHandle:
+    def begin_step(self, batch: _core.Batch) -> StepHandle:
         """Checks and prepares a batch; every op of the step takes the handle."""
         ...
 

@@ -10,7 +10,7 @@
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
-use loraserve_core::{Batch, NewRequest, RequestId, Scheduler, SchedulerConfig};
+use loraserve_core::{Batch, FinishReason, NewRequest, RequestId, Scheduler, SchedulerConfig};
 
 const NUM_RUNNING: usize = 256;
 const NUM_REGISTERED: [usize; 3] = [100, 1_000, 10_000];
@@ -80,7 +80,7 @@ impl Server {
     /// Ends what runs and brings 256 sequences to where they all decode.
     fn start(&mut self, work: Work) {
         for request in std::mem::take(&mut self.requests) {
-            self.scheduler.abort(request);
+            self.scheduler.finish(request, FinishReason::Abort);
         }
         for index in 0..NUM_RUNNING {
             let max_tokens = match work {

@@ -6,6 +6,11 @@
 //! ```
 //! An adapter is its content hash; several names may share one. It is forgotten once it has neither names nor users.
 
+mod invariants;
+mod names;
+#[cfg(test)]
+mod tests;
+
 use std::collections::HashMap;
 
 use crate::error::Error;
@@ -20,9 +25,9 @@ pub enum AdapterState {
     Failed,
 }
 
-/// A registered name, as listed.
+/// One registered name now, and its past since its content was registered.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct AdapterInfo {
+pub struct AdapterStats {
     pub name: String,
     pub id: AdapterId,
     pub content_hash: AdapterKey,
@@ -31,9 +36,10 @@ pub struct AdapterInfo {
     pub state: &'static str,
     pub num_running: usize,
     pub num_waiting: usize,
-    /// Kept in memory under this name.
-    pub is_kept: bool,
+    /// Under this name: not to be evicted.
+    pub is_pinned: bool,
     pub num_loads: u64,
+    pub num_load_failures: u64,
     pub num_evictions: u64,
 }
 
@@ -45,22 +51,23 @@ pub struct Entry {
     pub state: AdapterState,
     /// Unfinished requests, waiting or running.
     pub users: usize,
-    /// Names under which the operator keeps it in memory.
-    num_keeps: usize,
+    /// Names under which it is pinned.
+    num_pins: usize,
     num_loads: u64,
+    num_load_failures: u64,
     num_evictions: u64,
     names: Vec<String>,
     unloading: Vec<String>,
 }
 
 impl Entry {
-    pub fn is_kept(&self) -> bool {
-        self.num_keeps > 0
+    pub fn is_pinned(&self) -> bool {
+        self.num_pins > 0
     }
 
-    /// Whether it is kept under one name only.
-    pub fn is_kept_once(&self) -> bool {
-        self.num_keeps == 1
+    /// Whether it is pinned under one name only.
+    pub fn is_pinned_once(&self) -> bool {
+        self.num_pins == 1
     }
 }
 
@@ -68,7 +75,7 @@ impl Entry {
 struct Name {
     adapter: AdapterId,
     is_unloading: bool,
-    is_kept: bool,
+    is_pinned: bool,
 }
 
 #[derive(Debug, Default)]
@@ -77,134 +84,19 @@ pub struct AdapterCache {
     by_key: HashMap<AdapterKey, AdapterId>,
     names: HashMap<String, Name>,
     pub slots: SlotTable,
-    /// Adapters kept by the operator, resident or not, and the pages they need.
-    kept: Kept,
+    /// Pinned adapters, resident or not, and the pages they need.
+    pinned: Pinned,
     next_id: u32,
 }
 
-/// How much the operator keeps in memory.
+/// How much is pinned.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Kept {
+pub struct Pinned {
     pub num_adapters: usize,
     pub num_pages: usize,
 }
 
 impl AdapterCache {
-    /// Binds a name; the same name and content again is the same adapter.
-    pub fn register(
-        &mut self,
-        name: &str,
-        key: AdapterKey,
-        nbytes: usize,
-        num_pages: usize,
-    ) -> Result<AdapterId, Error> {
-        check_name(name)?;
-        if let Some(bound) = self.names.get(name) {
-            let (adapter, registered) = (bound.adapter, &self.entries[&bound.adapter].key);
-            if !bound.is_unloading && *registered == key {
-                return Ok(adapter);
-            }
-            if !bound.is_unloading {
-                return Err(name_taken(name, registered, &key));
-            }
-            self.entry_mut(adapter)
-                .unloading
-                .retain(|other| other != name);
-        }
-        let adapter = self.find_or_insert(key, nbytes, num_pages);
-        self.bind(name, adapter, false);
-        Ok(adapter)
-    }
-
-    /// Binds a name whatever it was bound to, and keeps its pin; accepted requests keep the old adapter.
-    ///
-    /// Returns the slot to free if that leaves the old adapter unused.
-    pub fn replace(
-        &mut self,
-        name: &str,
-        key: AdapterKey,
-        nbytes: usize,
-        num_pages: usize,
-    ) -> Result<(AdapterId, Option<SlotId>), Error> {
-        let Some((old, is_kept)) = self.bound(name) else {
-            return Ok((self.register(name, key, nbytes, num_pages)?, None));
-        };
-        if self.entry(old).key == key {
-            return Ok((old, None));
-        }
-        let adapter = self.find_or_insert(key, nbytes, num_pages);
-        self.entry_mut(old).names.retain(|other| other != name);
-        self.bind(name, adapter, is_kept);
-        if is_kept {
-            self.change_keeps(old, false);
-            self.change_keeps(adapter, true);
-        }
-        Ok((adapter, self.forget_if_unused(old)))
-    }
-
-    /// What a name that takes requests stands for, and whether it is kept in memory under it.
-    pub fn bound(&self, name: &str) -> Option<(AdapterId, bool)> {
-        let bound = self.names.get(name).filter(|bound| !bound.is_unloading)?;
-        Some((bound.adapter, bound.is_kept))
-    }
-
-    pub fn find(&self, key: &AdapterKey) -> Option<AdapterId> {
-        self.by_key.get(key).copied()
-    }
-
-    /// Unbinds a name; returns the slot to free if that leaves the adapter unused.
-    pub fn unregister(&mut self, name: &str) -> Result<Option<SlotId>, Error> {
-        let bound = self.names.get_mut(name).filter(|bound| !bound.is_unloading);
-        let bound = bound.ok_or_else(|| Error::AdapterNotFound {
-            name: name.to_owned(),
-        })?;
-        let adapter = bound.adapter;
-        if std::mem::take(&mut bound.is_kept) {
-            self.change_keeps(adapter, false);
-        }
-        let bound = self.names.get_mut(name);
-        let bound = bound.expect("invariant: a name is unbound here only");
-        let entry = self
-            .entries
-            .get_mut(&adapter)
-            .expect("invariant: a name has an entry");
-        entry.names.retain(|other| other != name);
-        if entry.names.is_empty() && entry.users > 0 {
-            bound.is_unloading = true;
-            entry.unloading.push(name.to_owned());
-        } else {
-            self.names.remove(name);
-        }
-        Ok(self.forget_if_unused(adapter))
-    }
-
-    pub fn resolve(&self, name: &str) -> Result<AdapterId, Error> {
-        match self.names.get(name) {
-            None => Err(Error::AdapterNotFound {
-                name: name.to_owned(),
-            }),
-            Some(bound) if bound.is_unloading => Err(Error::AdapterUnloading {
-                name: name.to_owned(),
-            }),
-            Some(bound) => Ok(bound.adapter),
-        }
-    }
-
-    /// Keeps the adapter in memory under this name, or no longer.
-    pub fn set_kept(&mut self, name: &str, is_kept: bool) -> Result<(), Error> {
-        let adapter = self.resolve(name)?;
-        let bound = self.names.get_mut(name);
-        let bound = bound.expect("invariant: a resolved name is bound");
-        if std::mem::replace(&mut bound.is_kept, is_kept) != is_kept {
-            self.change_keeps(adapter, is_kept);
-        }
-        Ok(())
-    }
-
-    pub fn kept(&self) -> Kept {
-        self.kept
-    }
-
     pub fn get(&self, adapter: AdapterId) -> Option<&Entry> {
         self.entries.get(&adapter)
     }
@@ -234,9 +126,9 @@ impl AdapterCache {
         let entry = self.entry_mut(adapter);
         entry.state = AdapterState::Loading(slot);
         entry.num_loads += 1;
-        let is_kept = entry.is_kept();
+        let is_pinned = entry.is_pinned();
         self.slots.occupy(slot, adapter);
-        self.slots.set_kept(slot, is_kept);
+        self.slots.set_pinned(slot, is_pinned);
     }
 
     /// Returns the slot to free if nobody wants the adapter any more.
@@ -250,17 +142,19 @@ impl AdapterCache {
     /// Returns the slot to free.
     pub fn fail_load(&mut self, adapter: AdapterId) -> Result<SlotId, Error> {
         let slot = self.loading_slot(adapter)?;
-        self.entry_mut(adapter).state = AdapterState::Failed;
+        let entry = self.entry_mut(adapter);
+        entry.state = AdapterState::Failed;
+        entry.num_load_failures += 1;
         self.slots.vacate(slot);
         self.forget_if_unused(adapter);
         Ok(slot)
     }
 
-    pub fn pin(&mut self, adapter: AdapterId) -> SlotId {
+    pub fn acquire(&mut self, adapter: AdapterId) -> SlotId {
         let AdapterState::Resident(slot) = self.entry(adapter).state else {
-            panic!("invariant: only a resident adapter is pinned");
+            panic!("invariant: only a resident adapter is used");
         };
-        self.slots.pin(slot);
+        self.slots.acquire(slot);
         slot
     }
 
@@ -268,7 +162,7 @@ impl AdapterCache {
     pub fn evict(&mut self, slot: SlotId) {
         assert!(
             self.slots.is_evictable(slot, Shield::Ignore),
-            "invariant: only an idle adapter that nobody keeps is evicted"
+            "invariant: only an idle adapter that is not pinned is evicted"
         );
         let adapter = self.slots.vacate(slot).adapter;
         let entry = self.entry_mut(adapter);
@@ -295,151 +189,14 @@ impl AdapterCache {
     }
 
     /// Every name, sorted.
-    pub fn list(&self) -> Vec<AdapterInfo> {
-        let mut infos: Vec<_> = self
+    pub fn list(&self) -> Vec<AdapterStats> {
+        let mut listed: Vec<_> = self
             .names
             .iter()
-            .map(|(name, bound)| self.info(name, bound))
+            .map(|(name, bound)| self.stats(name, bound))
             .collect();
-        infos.sort_by(|a, b| a.name.cmp(&b.name));
-        infos
-    }
-
-    pub fn check_invariants(&self) {
-        assert_eq!(
-            self.entries.len(),
-            self.by_key.len(),
-            "one entry per content"
-        );
-        for (&adapter, entry) in &self.entries {
-            assert_eq!(self.by_key.get(&entry.key), Some(&adapter));
-            let is_loading = matches!(entry.state, AdapterState::Loading(_));
-            assert!(
-                !entry.names.is_empty() || entry.users > 0 || is_loading,
-                "no entry is forgotten late"
-            );
-            if let AdapterState::Resident(slot) | AdapterState::Loading(slot) = entry.state {
-                let occupant = self
-                    .slots
-                    .occupant(slot)
-                    .expect("a loaded adapter is in its slot");
-                assert_eq!(
-                    (occupant.adapter, occupant.is_loaded),
-                    (adapter, !is_loading)
-                );
-                assert!(occupant.pins <= entry.users, "pins are users");
-                assert_eq!(
-                    occupant.is_kept,
-                    entry.is_kept(),
-                    "a slot knows who keeps it"
-                );
-            }
-            for (names, is_unloading) in [(&entry.names, false), (&entry.unloading, true)] {
-                for name in names {
-                    let bound = &self.names[name];
-                    assert_eq!((bound.adapter, bound.is_unloading), (adapter, is_unloading));
-                }
-            }
-        }
-        for (&adapter, entry) in &self.entries {
-            let keeps = self
-                .names
-                .values()
-                .filter(|b| b.adapter == adapter && b.is_kept)
-                .count();
-            assert_eq!(entry.num_keeps, keeps, "keeps are names");
-        }
-        let kept = self.entries.values().filter(|entry| entry.is_kept());
-        assert_eq!(self.kept.num_adapters, kept.clone().count());
-        let num_pages: usize = kept.map(|entry| entry.num_pages).sum();
-        assert_eq!(self.kept.num_pages, num_pages, "kept pages are counted");
-        let bound: usize = self
-            .entries
-            .values()
-            .map(|e| e.names.len() + e.unloading.len())
-            .sum();
-        assert_eq!(bound, self.names.len(), "every name belongs to an entry");
-        self.slots.check_invariants();
-    }
-
-    /// Checks users and pins against `uses`, counted from the requests themselves.
-    pub fn check_uses(&self, uses: &HashMap<AdapterId, (usize, usize)>) {
-        for (adapter, entry) in &self.entries {
-            let pins = match entry.state {
-                AdapterState::Resident(slot) => self.slots.occupant(slot).map_or(0, |o| o.pins),
-                _ => 0,
-            };
-            let (users, running) = uses.get(adapter).copied().unwrap_or_default();
-            assert_eq!(
-                (entry.users, pins),
-                (users, running),
-                "users and pins of {adapter:?} are its requests"
-            );
-        }
-        assert!(
-            uses.keys()
-                .all(|adapter| self.entries.contains_key(adapter)),
-            "used adapters are known"
-        );
-    }
-
-    fn bind(&mut self, name: &str, adapter: AdapterId, is_kept: bool) {
-        self.entry_mut(adapter).names.push(name.to_owned());
-        self.names.insert(
-            name.to_owned(),
-            Name {
-                adapter,
-                is_unloading: false,
-                is_kept,
-            },
-        );
-    }
-
-    fn find_or_insert(&mut self, key: AdapterKey, nbytes: usize, num_pages: usize) -> AdapterId {
-        if let Some(adapter) = self.find(&key) {
-            return adapter;
-        }
-        let adapter = AdapterId(self.next_id);
-        self.next_id += 1;
-        let entry = Entry {
-            key: key.clone(),
-            nbytes,
-            num_pages,
-            state: AdapterState::Registered,
-            users: 0,
-            num_keeps: 0,
-            num_loads: 0,
-            num_evictions: 0,
-            names: Vec::new(),
-            unloading: Vec::new(),
-        };
-        self.entries.insert(adapter, entry);
-        self.by_key.insert(key, adapter);
-        adapter
-    }
-
-    fn change_keeps(&mut self, adapter: AdapterId, is_kept: bool) {
-        let entry = self.entry_mut(adapter);
-        let was_kept = entry.is_kept();
-        entry.num_keeps = if is_kept {
-            entry.num_keeps + 1
-        } else {
-            entry.num_keeps - 1
-        };
-        let (is_kept, num_pages, state) = (entry.is_kept(), entry.num_pages, entry.state);
-        if was_kept == is_kept {
-            return;
-        }
-        if is_kept {
-            self.kept.num_adapters += 1;
-            self.kept.num_pages += num_pages;
-        } else {
-            self.kept.num_adapters -= 1;
-            self.kept.num_pages -= num_pages;
-        }
-        if let AdapterState::Resident(slot) | AdapterState::Loading(slot) = state {
-            self.slots.set_kept(slot, is_kept);
-        }
+        listed.sort_by(|a, b| a.name.cmp(&b.name));
+        listed
     }
 
     fn forget_if_unused(&mut self, adapter: AdapterId) -> Option<SlotId> {
@@ -467,17 +224,18 @@ impl AdapterCache {
         }
     }
 
-    fn info(&self, name: &str, bound: &Name) -> AdapterInfo {
+    fn stats(&self, name: &str, bound: &Name) -> AdapterStats {
         let entry = self.entry(bound.adapter);
         let (state, num_running) = match entry.state {
             AdapterState::Registered => ("registered", 0),
             AdapterState::Loading(_) => ("loading", 0),
-            AdapterState::Resident(slot) => {
-                ("resident", self.slots.occupant(slot).map_or(0, |o| o.pins))
-            }
+            AdapterState::Resident(slot) => (
+                "resident",
+                self.slots.occupant(slot).map_or(0, |o| o.num_running),
+            ),
             AdapterState::Failed => ("failed", 0),
         };
-        AdapterInfo {
+        AdapterStats {
             name: name.to_owned(),
             id: bound.adapter,
             content_hash: entry.key.clone(),
@@ -489,8 +247,9 @@ impl AdapterCache {
             },
             num_running,
             num_waiting: entry.users - num_running,
-            is_kept: bound.is_kept,
+            is_pinned: bound.is_pinned,
             num_loads: entry.num_loads,
+            num_load_failures: entry.num_load_failures,
             num_evictions: entry.num_evictions,
         }
     }
@@ -501,24 +260,3 @@ impl AdapterCache {
             .expect("invariant: a used adapter is not forgotten")
     }
 }
-
-fn check_name(name: &str) -> Result<(), Error> {
-    let is_allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"_-.:".contains(&byte);
-    if name.is_empty() || !name.bytes().all(is_allowed) {
-        return Err(Error::BadAdapterName {
-            name: name.to_owned(),
-        });
-    }
-    Ok(())
-}
-
-fn name_taken(name: &str, registered: &AdapterKey, offered: &AdapterKey) -> Error {
-    Error::AdapterNameTaken {
-        name: name.to_owned(),
-        registered: registered.0.to_string(),
-        offered: offered.0.to_string(),
-    }
-}
-
-#[cfg(test)]
-mod tests;

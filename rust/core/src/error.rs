@@ -110,7 +110,7 @@ pub enum Error {
     TooManyAdapters { count: usize, limit: usize },
 }
 
-/// The kinds of error callers tell apart, each one exception class in Python.
+/// The kinds of error that callers tell apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ErrorKind {
     InvalidRequest,
@@ -118,19 +118,6 @@ pub enum ErrorKind {
     AdapterUnavailable,
     Capacity,
     PermissionDenied,
-}
-
-impl ErrorKind {
-    /// The exception's name in `loraserve.errors`.
-    pub fn class(self) -> &'static str {
-        match self {
-            Self::InvalidRequest => "InvalidRequestError",
-            Self::AdapterNotFound => "AdapterNotFoundError",
-            Self::AdapterUnavailable => "AdapterUnavailableError",
-            Self::Capacity => "CapacityError",
-            Self::PermissionDenied => "PermissionDeniedError",
-        }
-    }
 }
 
 impl Error {

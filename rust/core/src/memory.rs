@@ -6,7 +6,6 @@ use std::sync::Arc;
 use crate::adapter_cache::AdapterCache;
 use crate::ids::{AdapterId, PageId, PrefixIdentity, SlotId};
 use crate::page_pool::{Extent, Move, PagePool, PageState};
-use crate::policy::{EvictionPolicy, Idle, IdleKind};
 use crate::prefix_cache::{Parent, PrefixCache, Published};
 use crate::slot_table::Shield;
 
@@ -25,7 +24,6 @@ pub struct Memory {
     prefix: PrefixCache,
     prefix_caching: bool,
     max_num_slots: usize,
-    policy: Box<dyn EvictionPolicy>,
     block_size: usize,
     /// Counts releases: the time scale of recency.
     clock: u64,
@@ -38,7 +36,6 @@ impl Memory {
         block_size: usize,
         prefix_caching: bool,
         max_num_slots: usize,
-        policy: Box<dyn EvictionPolicy>,
     ) -> Self {
         Self {
             pool: PagePool::new(num_pages),
@@ -46,7 +43,6 @@ impl Memory {
             prefix: PrefixCache::new(num_pages, block_size),
             prefix_caching,
             max_num_slots,
-            policy,
             block_size,
             clock: 0,
             num_evictions: 0,
@@ -152,9 +148,9 @@ impl Memory {
         Some((slot, self.pool.extent(slot)))
     }
 
-    pub fn unpin(&mut self, slot: SlotId) {
+    pub fn release_adapter(&mut self, slot: SlotId) {
         let tick = self.tick();
-        self.adapters.slots.unpin(slot, tick);
+        self.adapters.slots.release(slot, tick);
     }
 
     pub fn free_slot(&mut self, slot: Option<SlotId>) {
@@ -239,23 +235,11 @@ impl Memory {
         }
     }
 
-    fn block_worth(&self, idle_since: u64) -> f64 {
-        let age = self.clock - idle_since;
-        self.policy.worth(Idle {
-            kind: IdleKind::Block,
-            age,
-            num_pages: 1,
-        })
-    }
-
-    fn adapter_worth(&self, slot: SlotId, last_use: u64) -> f64 {
-        let num_pages = self.pool.extent(slot).num_pages;
+    /// What an idle page is worth keeping, blocks and adapters on one scale: the chance of use falls as one over
+    /// the age. The least worth goes first.
+    fn worth(&self, last_use: u64) -> f64 {
         let age = self.clock - last_use;
-        self.policy.worth(Idle {
-            kind: IdleKind::Adapter,
-            age,
-            num_pages,
-        })
+        1.0 / (1.0 + age as f64)
     }
 
     /// False if nothing is idle.
@@ -263,10 +247,10 @@ impl Memory {
         let block = self
             .prefix
             .oldest_idle()
-            .map(|(page, since)| (page, self.block_worth(since)));
+            .map(|(page, since)| (page, self.worth(since)));
         match (block, self.least_worth_adapter(shield)) {
             (None, None) => return false,
-            (Some((_, kept)), Some((slot, worth))) if worth < kept => self.evict_adapter(slot),
+            (Some((_, worth)), Some((slot, least))) if least < worth => self.evict_adapter(slot),
             (None, Some((slot, _))) => self.evict_adapter(slot),
             (Some((page, _)), _) => self.evict_block(page),
         }
@@ -275,8 +259,7 @@ impl Memory {
 
     fn least_worth_adapter(&self, shield: Shield) -> Option<(SlotId, f64)> {
         let adapters = self.adapters.slots.evictable(shield);
-        let worths =
-            adapters.map(|(slot, occupant)| (slot, self.adapter_worth(slot, occupant.last_use)));
+        let worths = adapters.map(|(slot, occupant)| (slot, self.worth(occupant.last_use)));
         worths.min_by(|(_, a), (_, b)| a.total_cmp(b))
     }
 
@@ -354,13 +337,10 @@ impl Memory {
     fn page_worth(&self, page: PageId) -> Option<f64> {
         match self.pool.state(page) {
             PageState::Free => Some(0.0),
-            PageState::Block { .. } => self
-                .prefix
-                .idle_since(page)
-                .map(|since| self.block_worth(since)),
+            PageState::Block { .. } => self.prefix.idle_since(page).map(|since| self.worth(since)),
             PageState::Extent(slot) if self.adapters.slots.is_evictable(slot, Shield::Respect) => {
                 let occupant = self.adapters.slots.occupant(slot)?;
-                Some(self.adapter_worth(slot, occupant.last_use))
+                Some(self.worth(occupant.last_use))
             }
             PageState::Extent(_) => None,
         }

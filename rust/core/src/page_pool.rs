@@ -361,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn compaction_never_moves_a_pinned_extent() {
+    fn compaction_never_moves_an_extent_in_use() {
         let mut pool = PagePool::new(10);
         let slots: Vec<_> = (0..5).map(|_| pool.take_extent(2).unwrap()).collect();
         pool.free_extent(slots[1]);

@@ -91,13 +91,29 @@ pub enum FinishReason {
     Error(Failure),
 }
 
-/// Why a request failed after it was accepted, in the words of whoever failed.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Failure {
-    /// An exception class of `loraserve.errors`.
-    pub class: String,
-    pub message: String,
+/// The error a request ended with after it was accepted: whoever failed gives it, the last output hands it on.
+#[derive(Debug, Clone)]
+pub struct Failure(Arc<dyn std::error::Error + Send + Sync>);
+
+impl Failure {
+    pub fn new(error: impl std::error::Error + Send + Sync + 'static) -> Self {
+        Self(Arc::new(error))
+    }
+
+    /// The error itself, if it is an `E`.
+    pub fn error<E: std::error::Error + 'static>(&self) -> Option<&E> {
+        self.0.downcast_ref()
+    }
 }
+
+/// The same failure, not one that reads the same.
+impl PartialEq for Failure {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for Failure {}
 
 /// One event of a request; the one with `finish` is its last.
 #[derive(Debug, Clone, PartialEq, Eq)]

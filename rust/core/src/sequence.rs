@@ -1,4 +1,4 @@
-//! A sequence: a request and its tokens so far. `Waiting` holds no memory; `Running` owns pages and pins slots.
+//! A sequence: a request and its tokens so far. `Waiting` holds no memory; `Running` owns pages and uses slots.
 
 use crate::ids::SlotId;
 use crate::memory::BlockTable;

@@ -1,4 +1,4 @@
-//! `SlotTable`: what each adapter slot holds, who pins it, what may be evicted. A step touches residents only.
+//! `SlotTable`: what each adapter slot holds, how many use it, what may be evicted. A step touches residents only.
 
 use crate::ids::{AdapterId, SlotId};
 
@@ -6,11 +6,11 @@ use crate::ids::{AdapterId, SlotId};
 pub struct Occupant {
     pub adapter: AdapterId,
     pub is_loaded: bool,
-    /// Running sequences.
-    pub pins: usize,
+    /// Running sequences that use it.
+    pub num_running: usize,
     pub last_use: u64,
-    /// Kept by the operator: not to be evicted, but it may be moved.
-    pub is_kept: bool,
+    /// Under one of its names: not to be evicted, but it may be moved.
+    pub is_pinned: bool,
     /// The last round in which a waiting request asked for it.
     shielded_in: u64,
 }
@@ -38,9 +38,9 @@ impl SlotTable {
         let occupant = Occupant {
             adapter,
             is_loaded: false,
-            pins: 0,
+            num_running: 0,
             last_use: 0,
-            is_kept: false,
+            is_pinned: false,
             shielded_in: self.round,
         };
         let old = self.slots[slot.index()].replace(occupant);
@@ -58,18 +58,21 @@ impl SlotTable {
         let occupant = self.slots[slot.index()]
             .take()
             .expect("invariant: the slot is occupied");
-        assert_eq!(occupant.pins, 0, "invariant: a pinned adapter stays");
+        assert_eq!(
+            occupant.num_running, 0,
+            "invariant: an adapter in use stays"
+        );
         self.num_resident -= usize::from(occupant.is_loaded);
         occupant
     }
 
-    pub fn pin(&mut self, slot: SlotId) {
-        self.occupant_mut(slot).pins += 1;
+    pub fn acquire(&mut self, slot: SlotId) {
+        self.occupant_mut(slot).num_running += 1;
     }
 
-    pub fn unpin(&mut self, slot: SlotId, tick: u64) {
+    pub fn release(&mut self, slot: SlotId, tick: u64) {
         let occupant = self.occupant_mut(slot);
-        occupant.pins -= 1;
+        occupant.num_running -= 1;
         occupant.last_use = tick;
     }
 
@@ -82,19 +85,20 @@ impl SlotTable {
         self.occupant_mut(slot).shielded_in = self.round;
     }
 
-    pub fn set_kept(&mut self, slot: SlotId, is_kept: bool) {
-        self.occupant_mut(slot).is_kept = is_kept;
+    pub fn set_pinned(&mut self, slot: SlotId, is_pinned: bool) {
+        self.occupant_mut(slot).is_pinned = is_pinned;
     }
 
     /// Loaded and used by no running sequence: it may be moved.
     pub fn is_idle(&self, slot: SlotId) -> bool {
         self.occupant(slot)
-            .is_some_and(|o| o.is_loaded && o.pins == 0)
+            .is_some_and(|o| o.is_loaded && o.num_running == 0)
     }
 
     pub fn is_evictable(&self, slot: SlotId, shield: Shield) -> bool {
-        let is_free =
-            |o: &Occupant| !o.is_kept && (shield == Shield::Ignore || o.shielded_in != self.round);
+        let is_free = |o: &Occupant| {
+            !o.is_pinned && (shield == Shield::Ignore || o.shielded_in != self.round)
+        };
         self.is_idle(slot) && self.occupant(slot).is_some_and(is_free)
     }
 
@@ -115,10 +119,10 @@ impl SlotTable {
     pub fn check_invariants(&self) {
         let loaded = self.slots.iter().flatten().filter(|o| o.is_loaded).count();
         assert_eq!(loaded, self.num_resident, "residents are counted");
-        let pinned = self.slots.iter().flatten().filter(|o| o.pins > 0);
+        let in_use = self.slots.iter().flatten().filter(|o| o.num_running > 0);
         assert!(
-            pinned.clone().all(|o| o.is_loaded),
-            "only a loaded adapter is pinned"
+            in_use.clone().all(|o| o.is_loaded),
+            "only a loaded adapter is in use"
         );
     }
 

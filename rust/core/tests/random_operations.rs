@@ -19,8 +19,8 @@ fn random_operations_keep_every_invariant_and_every_request_ends_once() {
         harness.drain();
         let stats = harness.scheduler.stats();
         let seen = [
-            stats.num_loads,
-            stats.num_evictions,
+            stats.num_adapter_loads,
+            stats.num_adapter_evictions,
             stats.num_preemptions,
             stats.num_prefix_hit_tokens,
             harness.num_moves,

@@ -5,13 +5,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use loraserve_adapters::{
-    self as adapters, BaseWeights, Error, ErrorKind, Expected, GroupLayout, Limits, ModuleLayout,
-    ModuleShape, NUM_GROUPS, StorageDtype, StoredWeight,
+    self as adapters, BaseWeights, Expected, GroupLayout, Limits, ModuleLayout, ModuleShape,
+    NUM_GROUPS, StorageDtype, StoredWeight,
 };
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
-use crate::errors;
+use crate::errors::of_adapter;
 
 /// (path, group, `in_features`, `out_features`, `out_offset`).
 type ModuleTuple = (String, usize, usize, usize, usize);
@@ -294,7 +294,7 @@ fn check_adapter(
     let base = base.as_ref().map(|base| base as &dyn BaseWeights);
     let path = Path::new(path);
     let checked = py.detach(|| adapters::check_paced(path, &shape.inner, limits, base, &pace));
-    let inner = checked.map_err(|error| raise(py, &error))?;
+    let inner = checked.map_err(|error| of_adapter(&error))?;
     Ok(Receipt { inner })
 }
 
@@ -334,7 +334,7 @@ fn load_adapter(
             &pace,
         )
     });
-    let inner = Arc::new(loaded.map_err(|error| raise(py, &error))?);
+    let inner = Arc::new(loaded.map_err(|error| of_adapter(&error))?);
     Ok(AdapterLayout { inner })
 }
 
@@ -375,15 +375,6 @@ fn limits(dtype: &str, max_lora_rank: usize) -> PyResult<Limits> {
         dtype,
         max_lora_rank,
     })
-}
-
-fn raise(py: Python<'_>, error: &Error) -> PyErr {
-    let class = match error.kind() {
-        ErrorKind::Format => "AdapterFormatError",
-        ErrorKind::Unavailable => "AdapterUnavailableError",
-        ErrorKind::Capacity => "CapacityError",
-    };
-    errors::raise(py, class, error.to_string())
 }
 
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -23,8 +23,8 @@ use pyo3::prelude::*;
 use loraserve_adapters::StorageDtype;
 
 use crate::adapters::AdapterLayout;
-use crate::errors;
-use crate::step_arrays::step_arrays;
+use crate::batch::Batch;
+use crate::errors::of_kernel;
 
 /// Runs `$body` with `$E` the element type of the storage dtype.
 macro_rules! with_element {
@@ -73,15 +73,6 @@ unsafe fn tensor_mut<'a, E: Element>(address: usize, len: usize) -> &'a mut [E] 
     unsafe { std::slice::from_raw_parts_mut(address as *mut E, len) }
 }
 
-fn raise(py: Python<'_>, error: &KernelError) -> PyErr {
-    match error {
-        KernelError::UnknownIsa(_) | KernelError::UnsupportedIsa(..) => {
-            errors::raise(py, "LoraserveError", error.to_string())
-        }
-        _ => PyValueError::new_err(error.to_string()),
-    }
-}
-
 /// A dense weight in the layout of the GEMM kernel.
 #[pyclass(frozen, module = "loraserve._core")]
 pub struct PackedLinear {
@@ -117,7 +108,6 @@ impl CpuKernels {
     #[new]
     #[pyo3(signature = (*, dtype, num_layers, num_heads, num_kv_heads, head_dim, pool_ptr, pool_nbytes, num_threads=None, isa=None))]
     fn new(
-        py: Python<'_>,
         dtype: &str,
         num_layers: usize,
         num_heads: usize,
@@ -137,12 +127,12 @@ impl CpuKernels {
             num_kv_heads,
             head_dim,
         };
-        geometry.check().map_err(|error| raise(py, &error))?;
+        geometry.check().map_err(|error| of_kernel(&error))?;
         // SAFETY: the file's contract: the pool outlives the kernels and is theirs during a call.
         let memory = unsafe { PageMemory::new(pool_ptr, pool_nbytes, geometry.page_nbytes(dtype)) };
         let inner = memory
             .and_then(|memory| CpuContext::new(num_threads, isa, dtype, geometry, memory))
-            .map_err(|error| raise(py, &error))?;
+            .map_err(|error| of_kernel(&error))?;
         Ok(Self { inner })
     }
 
@@ -175,7 +165,7 @@ impl CpuKernels {
                 linear::PackedLinear::pack(pool, arena, weight, bias, in_features, out_features)
             })
         });
-        let inner = packed.map_err(|error| raise(py, &error))?;
+        let inner = packed.map_err(|error| of_kernel(&error))?;
         Ok(PackedLinear {
             inner: Arc::new(inner),
         })
@@ -183,7 +173,6 @@ impl CpuKernels {
 
     fn set_adapter(
         &self,
-        py: Python<'_>,
         slot: usize,
         first_page: usize,
         layout: &Bound<'_, AdapterLayout>,
@@ -191,7 +180,7 @@ impl CpuKernels {
         let layout = layout.get().inner.clone();
         self.inner
             .set_adapter(slot, first_page, layout)
-            .map_err(|error| raise(py, &error))
+            .map_err(|error| of_kernel(&error))
     }
 
     fn move_extent(
@@ -207,10 +196,9 @@ impl CpuKernels {
         })
     }
 
-    fn begin_step(&self, batch: &Bound<'_, PyAny>) -> PyResult<CpuStep> {
-        let arrays = step_arrays(batch)?;
-        let step = self.inner.begin_step(arrays);
-        let inner = step.map_err(|error| raise(batch.py(), &error))?;
+    fn begin_step(&self, batch: &Bound<'_, Batch>) -> PyResult<CpuStep> {
+        let step = self.inner.begin_step(batch.get().arrays.clone());
+        let inner = step.map_err(|error| of_kernel(&error))?;
         Ok(CpuStep { inner })
     }
 
@@ -412,13 +400,13 @@ fn detached<F>(py: Python<'_>, op: F) -> PyResult<()>
 where
     F: FnOnce() -> Result<(), KernelError> + Send,
 {
-    py.detach(op).map_err(|error| raise(py, &error))
+    py.detach(op).map_err(|error| of_kernel(&error))
 }
 
 /// The instruction set kernels take here unless told otherwise.
 #[pyfunction]
-fn default_isa(py: Python<'_>) -> PyResult<&'static str> {
-    let isa = Isa::choose(None).map_err(|error| raise(py, &error))?;
+fn default_isa() -> PyResult<&'static str> {
+    let isa = Isa::choose(None).map_err(|error| of_kernel(&error))?;
     Ok(isa.name())
 }
 

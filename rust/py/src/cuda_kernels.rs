@@ -12,22 +12,13 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 use crate::adapters::AdapterLayout;
-use crate::errors;
-use crate::step_arrays::step_arrays;
+use crate::batch::Batch;
+use crate::errors::of_cuda;
 
 mod facts;
 mod step;
 
 pub use step::CudaStep;
-
-fn raise(py: Python<'_>, error: &CudaError) -> PyErr {
-    let class = match error {
-        CudaError::Invalid(error) => return PyValueError::new_err(error.to_string()),
-        CudaError::OutOfMemory { .. } => "CapacityError",
-        _ => "DeviceError",
-    };
-    errors::raise(py, class, error.to_string())
-}
 
 /// Every CUDA kernel of one model over one page pool on one device.
 #[pyclass(frozen, module = "loraserve._core")]
@@ -84,7 +75,7 @@ impl CudaKernels {
         };
         // SAFETY: the file's contract: the pool outlives the kernels and is theirs.
         let inner = py.detach(|| unsafe { CudaContext::new(&config) });
-        let inner = inner.map_err(|error| raise(py, &error))?;
+        let inner = inner.map_err(|error| of_cuda(&error))?;
         Ok(Self { inner })
     }
 
@@ -153,18 +144,20 @@ impl CudaKernels {
     #[pyo3(signature = (batch, stream, *, padded_tokens=None))]
     fn begin_step(
         &self,
-        batch: &Bound<'_, PyAny>,
+        batch: &Bound<'_, Batch>,
         stream: usize,
         padded_tokens: Option<usize>,
     ) -> PyResult<CudaStep> {
-        let arrays = step_arrays(batch)?;
-        let num_prefill_tokens = batch.getattr("num_prefill_tokens")?.extract()?;
-        let (py, stream) = (batch.py(), Stream::new(stream));
+        let (py, batch, stream) = (batch.py(), batch.get(), Stream::new(stream));
         let step = py.detach(|| {
-            self.inner
-                .begin_step(&arrays, num_prefill_tokens, padded_tokens, stream)
+            self.inner.begin_step(
+                &batch.arrays,
+                batch.num_prefill_tokens,
+                padded_tokens,
+                stream,
+            )
         });
-        let inner = step.map_err(|error| raise(py, &error))?;
+        let inner = step.map_err(|error| of_cuda(&error))?;
         Ok(CudaStep { inner })
     }
 
@@ -282,7 +275,7 @@ fn detached<F>(py: Python<'_>, op: F) -> PyResult<()>
 where
     F: FnOnce() -> Result<(), CudaError> + Send,
 {
-    py.detach(op).map_err(|error| raise(py, &error))
+    py.detach(op).map_err(|error| of_cuda(&error))
 }
 
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -3,17 +3,20 @@
 use pyo3::prelude::*;
 
 mod adapters;
+mod batch;
 mod cpu_kernels;
 mod cuda_kernels;
 mod errors;
 mod memory_ahead;
 mod scheduler;
-mod step_arrays;
+mod stats;
 
 #[pymodule]
 fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
     scheduler::register(m)?;
+    batch::register(m)?;
+    stats::register(m)?;
     adapters::register(m)?;
     cpu_kernels::register(m)?;
     memory_ahead::register(m)?;

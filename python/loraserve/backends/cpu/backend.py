@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from loraserve.config import EngineConfig
     from loraserve.models.config import ModelConfig
     from loraserve.models.decoder import Decoder
-    from loraserve.models.ops import KvGeometry, Ops, StepBatch
+    from loraserve.models.ops import KvGeometry, Ops
 
 
 class CpuBackend:
@@ -68,10 +68,10 @@ class CpuBackend:
         if self._ahead is not None:
             self._ahead.stop()
 
-    def logits(self, decoder: Decoder, batch: StepBatch) -> torch.Tensor:
+    def logits(self, decoder: Decoder, batch: _core.Batch) -> torch.Tensor:
         if self._ahead is not None:
-            last_page = int(batch.slot_mapping.max()) // BLOCK_SIZE
-            self._ahead.use_below((last_page + 1) * self._page_nbytes)
+            page_end = -(-batch.slot_end // BLOCK_SIZE)
+            self._ahead.use_below(page_end * self._page_nbytes)
         if self._program is None:
             self._program = self._ops.record(decoder)
         return self._program.run(self._ops.begin_step(batch))

@@ -9,7 +9,7 @@ import torch
 from loraserve import _core
 from loraserve.backends.cpu.program import CpuProgram, record
 from loraserve.errors import ModelError
-from loraserve.models.ops import KvGeometry, Linear, StepBatch, StepHandle
+from loraserve.models.ops import KvGeometry, Linear, StepHandle
 
 if TYPE_CHECKING:
     from loraserve.models.decoder import Decoder
@@ -100,7 +100,7 @@ class CpuOps:
     def move_extent(self, slot: int, src_page: int, dst_page: int, num_pages: int) -> None:
         self._kernels.move_extent(slot, src_page, dst_page, num_pages)
 
-    def begin_step(self, batch: StepBatch) -> _core.CpuStep:
+    def begin_step(self, batch: _core.Batch) -> _core.CpuStep:
         return self._kernels.begin_step(batch)
 
     def record(self, decoder: Decoder) -> CpuProgram:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from loraserve.config import EngineConfig
     from loraserve.models.config import ModelConfig
     from loraserve.models.decoder import Decoder
-    from loraserve.models.ops import KvGeometry, Ops, StepBatch
+    from loraserve.models.ops import KvGeometry, Ops
 
 MAX_NUM_SLOTS = 4096  # rows of the kernels' table of adapters, some kilobytes each
 
@@ -93,7 +93,7 @@ class CudaBackend:
     def shutdown(self) -> None:
         """Nothing was started."""
 
-    def logits(self, decoder: Decoder, batch: StepBatch) -> torch.Tensor:
+    def logits(self, decoder: Decoder, batch: _core.Batch) -> torch.Tensor:
         if self._graphs is None:
             self._graphs = DecodeGraphs(
                 self._ops, self._device, self._run(decoder), self._config.max_num_seqs

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from loraserve import _core
     from loraserve.backends.cuda.device import CudaDevice
     from loraserve.backends.cuda.ops import CudaOps, CudaStep
-    from loraserve.models.ops import StepBatch
 
 SMALL_BUCKETS = (1, 2, 4, 8)
 BUCKET_STEP = 16
@@ -39,17 +39,16 @@ class DecodeGraphs:
     def num_captured(self) -> int:
         return len(self._graphs)
 
-    def bucket(self, batch: StepBatch) -> int | None:
+    def bucket(self, batch: _core.Batch) -> int | None:
         """Rows of the graph for this batch; None if it does more than decode, or adds adapters up."""
-        num_tokens, num_waves = len(batch.token_ids), len(batch.wave_indptr) - 1
-        if batch.num_prefill_tokens or num_waves > 1 or len(batch.logits_indices) != num_tokens:
+        if batch.num_prefill_tokens or batch.num_waves > 1 or batch.num_samples != batch.num_tokens:
             return None
-        return next((bucket for bucket in self._buckets if bucket >= num_tokens), None)
+        return next((bucket for bucket in self._buckets if bucket >= batch.num_tokens), None)
 
-    def run(self, batch: StepBatch, bucket: int) -> torch.Tensor:
+    def run(self, batch: _core.Batch, bucket: int) -> torch.Tensor:
         """Logits of the batch's rows: float32 [L, vocab], good until the next step."""
         self._step = step = self._ops.begin_padded_step(batch, bucket)
-        num_rows, kind = len(batch.logits_indices), (bucket, step.core.has_adapters)
+        num_rows, kind = batch.num_samples, (bucket, step.core.has_adapters)
         replay = self._graphs.get(kind)
         if replay is not None:
             return replay()[:num_rows]

@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 
 from loraserve import _core
 from loraserve.errors import ModelError
-from loraserve.models.ops import KvGeometry, Linear, StepBatch, StepHandle
+from loraserve.models.ops import KvGeometry, Linear, StepHandle
 
 if TYPE_CHECKING:
     from loraserve.backends.cuda.device import CudaDevice
@@ -147,10 +147,10 @@ class CudaOps:
         """
         self._kernels.upload(data.data_ptr(), data.numel(), first_page)
 
-    def begin_step(self, batch: StepBatch) -> CudaStep:
+    def begin_step(self, batch: _core.Batch) -> CudaStep:
         return self._step(self._kernels.begin_step(batch, self._device.stream()))
 
-    def begin_padded_step(self, batch: StepBatch, num_tokens: int) -> CudaStep:
+    def begin_padded_step(self, batch: _core.Batch, num_tokens: int) -> CudaStep:
         """A step that only decodes, filled up to `num_tokens` rows that compute nothing anyone reads."""
         return self._step(self._kernels.begin_step(batch, self._device.stream(), padded_tokens=num_tokens))
 

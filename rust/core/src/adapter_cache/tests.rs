@@ -88,7 +88,7 @@ fn load_nobody_wants_any_more_frees_its_slot_when_answered() {
 }
 
 #[test]
-fn shield_lasts_one_round_and_pins_last_until_released() {
+fn shield_lasts_one_round_and_use_lasts_until_released() {
     let mut cache = AdapterCache::default();
     let a = register(&mut cache, "a", "h1").unwrap();
     cache.begin_load(a, SlotId(0));
@@ -99,9 +99,9 @@ fn shield_lasts_one_round_and_pins_last_until_released() {
     assert!(!cache.slots.is_evictable(SlotId(0), Shield::Respect));
     assert!(cache.slots.is_evictable(SlotId(0), Shield::Ignore));
     cache.slots.begin_round();
-    assert_eq!(cache.pin(a), SlotId(0));
+    assert_eq!(cache.acquire(a), SlotId(0));
     assert!(!cache.slots.is_evictable(SlotId(0), Shield::Ignore));
-    cache.slots.unpin(SlotId(0), 2);
+    cache.slots.release(SlotId(0), 2);
     assert_eq!(cache.slots.evictable(Shield::Respect).count(), 1);
     cache.evict(SlotId(0));
     assert_eq!(cache.entry(a).state, AdapterState::Registered);
@@ -111,18 +111,18 @@ fn shield_lasts_one_round_and_pins_last_until_released() {
 fn replaced_adapter_stays_for_its_users_and_its_pin_goes_over() {
     let mut cache = AdapterCache::default();
     let old = register(&mut cache, "a", "h1").unwrap();
-    cache.set_kept("a", true).unwrap();
+    cache.set_pinned("a", true).unwrap();
     cache.add_user(old);
     cache.begin_load(old, SlotId(0));
     cache.finish_load(old, 1).unwrap();
     let (new, slot) = cache.replace("a", AdapterKey::new("h2"), 100, 3).unwrap();
     assert_eq!((cache.resolve("a"), slot), (Ok(new), None));
     assert_ne!(old, new);
-    let kept = Kept {
+    let pinned = Pinned {
         num_adapters: 1,
         num_pages: 3,
     };
-    assert_eq!(cache.kept(), kept);
+    assert_eq!(cache.pinned(), pinned);
     assert_eq!(cache.list().len(), 1);
     cache.check_invariants();
     assert_eq!(cache.remove_user(old), Some(SlotId(0)));

@@ -113,13 +113,13 @@ impl Scheduler {
             plan.admitted.push(sequence.request.id);
         }
         self.num_prefix_hit_tokens += num_computed as u64;
-        let pins = sequence
+        let adapters = sequence
             .request
             .adapters
             .iter()
-            .map(|&(id, weight)| (self.memory.adapters.pin(id), weight));
+            .map(|&(id, weight)| (self.memory.adapters.acquire(id), weight));
         let running = Running {
-            adapters: pins.collect(),
+            adapters: adapters.collect(),
             overtaken: waiting.overtaken,
             admitted: self.next_admission,
             table,

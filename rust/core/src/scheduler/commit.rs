@@ -36,7 +36,7 @@ impl Scheduler {
             .running
             .binary_search_by_key(&row.admitted, |r| r.admitted);
         let Ok(index) = found else {
-            return; // aborted since
+            return; // finished since
         };
         let Running {
             sequence,
@@ -69,13 +69,18 @@ impl Scheduler {
         } = self.running.remove(index);
         self.memory.release_table(table);
         for (slot, _) in adapters {
-            self.memory.unpin(slot);
+            self.memory.release_adapter(slot);
         }
-        self.finish(&sequence, token, finish);
+        self.finish_sequence(&sequence, token, finish);
     }
 
     /// The one final output of a request that holds no memory any more.
-    pub(super) fn finish(&mut self, sequence: &Sequence, token: Option<i32>, finish: FinishReason) {
+    pub(super) fn finish_sequence(
+        &mut self,
+        sequence: &Sequence,
+        token: Option<i32>,
+        finish: FinishReason,
+    ) {
         for &(adapter, _) in &sequence.request.adapters {
             let slot = self.memory.adapters.remove_user(adapter);
             self.memory.free_slot(slot);

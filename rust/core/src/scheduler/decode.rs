@@ -71,7 +71,7 @@ impl Scheduler {
         } = newest;
         self.memory.release_table(table);
         for (slot, _) in adapters {
-            self.memory.unpin(slot);
+            self.memory.release_adapter(slot);
         }
         self.num_preemptions += 1;
         let place = self

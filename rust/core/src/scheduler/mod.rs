@@ -11,20 +11,19 @@ mod admission;
 mod commit;
 mod config;
 mod decode;
-mod operator;
+mod residency;
 mod submission;
 #[cfg(test)]
 mod tests;
 
 use std::collections::VecDeque;
 
-use crate::adapter_cache::{AdapterInfo, AdapterState};
+use crate::adapter_cache::{AdapterState, AdapterStats};
 use crate::batch::{Batch, Scheduled};
 use crate::error::Error;
 use crate::ids::{AdapterId, PageId, RequestId, SlotId};
 use crate::memory::Memory;
 use crate::page_pool::Move;
-use crate::policy::{EvictionPolicy, Lru};
 use crate::request::{Failure, FinishReason, Output};
 use crate::sequence::{Running, Sequence, Waiting};
 
@@ -41,7 +40,7 @@ pub struct Load {
 
 /// What to do next: the moves, in order; then start the loads; then run the batch and commit it.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Step {
+pub struct SchedulerOutput {
     pub id: u64,
     pub moves: Vec<Move>,
     pub loads: Vec<Load>,
@@ -51,22 +50,24 @@ pub struct Step {
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Stats {
+pub struct SchedulerStats {
     pub num_running: usize,
     pub num_waiting: usize,
+    /// Waiting requests that an adapter is missing for.
+    pub num_waiting_for_adapters: usize,
     pub num_registered_adapters: usize,
     pub num_resident_adapters: usize,
     pub num_pages: usize,
-    pub free_pages: usize,
+    pub num_free_pages: usize,
     /// Pages of running sequences.
-    pub kv_pages: usize,
-    pub adapter_pages: usize,
+    pub num_kv_pages: usize,
+    pub num_adapter_pages: usize,
     /// What pinned adapters take or will take.
-    pub pinned_pages: usize,
+    pub num_pinned_pages: usize,
     /// Idle pages the prefix cache keeps.
-    pub cached_pages: usize,
-    pub num_loads: u64,
-    pub num_evictions: u64,
+    pub num_cached_pages: usize,
+    pub num_adapter_loads: u64,
+    pub num_adapter_evictions: u64,
     pub num_preemptions: u64,
     pub num_prefix_hit_tokens: u64,
 }
@@ -76,8 +77,8 @@ pub struct Scheduler {
     memory: Memory,
     /// In order of arrival.
     waiting: VecDeque<Waiting>,
-    /// Adapters that the operator asked for and that are not loading yet, in order of asking.
-    wanted: VecDeque<AdapterId>,
+    /// Adapters asked for ahead of requests that are not loading yet, in order of asking.
+    prefetches: VecDeque<AdapterId>,
     /// In order of admission.
     running: Vec<Running>,
     outputs: Vec<Output>,
@@ -119,13 +120,6 @@ struct Plan {
 
 impl Scheduler {
     pub fn new(config: SchedulerConfig) -> Result<Self, Error> {
-        Self::with_policy(config, Box::new(Lru))
-    }
-
-    pub fn with_policy(
-        config: SchedulerConfig,
-        policy: Box<dyn EvictionPolicy>,
-    ) -> Result<Self, Error> {
         config.validate()?;
         Ok(Self {
             memory: Memory::new(
@@ -133,11 +127,10 @@ impl Scheduler {
                 config.block_size,
                 config.prefix_caching,
                 config.max_num_slots,
-                policy,
             ),
             config,
             waiting: VecDeque::new(),
-            wanted: VecDeque::new(),
+            prefetches: VecDeque::new(),
             running: Vec::new(),
             outputs: Vec::new(),
             in_flight: None,
@@ -150,14 +143,15 @@ impl Scheduler {
         })
     }
 
-    /// Ends a request now; false if it has ended already. Legal between `schedule` and `commit`.
-    pub fn abort(&mut self, request: RequestId) -> bool {
+    /// Ends a request now, for a reason of the caller's; false if it has ended already. Legal between `schedule` and
+    /// `commit`, which then takes no token for it.
+    pub fn finish(&mut self, request: RequestId, reason: FinishReason) -> bool {
         if let Ok(index) = self
             .waiting
             .binary_search_by_key(&request, |w| w.sequence.request.id)
         {
             if let Some(waiting) = self.waiting.remove(index) {
-                self.finish(&waiting.sequence, None, FinishReason::Abort);
+                self.finish_sequence(&waiting.sequence, None, reason);
             }
             return true;
         }
@@ -168,12 +162,12 @@ impl Scheduler {
         else {
             return false;
         };
-        self.finish_running(index, None, FinishReason::Abort);
+        self.finish_running(index, None, reason);
         true
     }
 
     /// Plans the next step; one with a batch must be committed before the next.
-    pub fn schedule(&mut self) -> Step {
+    pub fn schedule(&mut self) -> SchedulerOutput {
         assert!(
             self.in_flight.is_none(),
             "invariant: a step is committed before the next is scheduled"
@@ -197,7 +191,7 @@ impl Scheduler {
             self.admit_waiting(&mut plan);
         }
         if !plan.has_preempted && !plan.is_short_of_memory {
-            self.load_wanted(&mut plan);
+            self.start_prefetches(&mut plan);
         }
         self.launch(plan)
     }
@@ -228,7 +222,7 @@ impl Scheduler {
         let (failed, kept): (VecDeque<_>, VecDeque<_>) = self.waiting.drain(..).partition(names);
         self.waiting = kept;
         for waiting in failed {
-            self.finish(
+            self.finish_sequence(
                 &waiting.sequence,
                 None,
                 FinishReason::Error(failure.clone()),
@@ -252,7 +246,7 @@ impl Scheduler {
         self.memory.adapters.ids().collect()
     }
 
-    pub fn adapters(&self) -> Vec<AdapterInfo> {
+    pub fn adapters(&self) -> Vec<AdapterStats> {
         self.memory.adapters.list()
     }
 
@@ -276,20 +270,21 @@ impl Scheduler {
         })
     }
 
-    pub fn stats(&self) -> Stats {
-        Stats {
+    pub fn stats(&self) -> SchedulerStats {
+        SchedulerStats {
             num_running: self.running.len(),
             num_waiting: self.waiting.len(),
+            num_waiting_for_adapters: self.num_waiting_for_adapters(),
             num_registered_adapters: self.memory.adapters.num_registered(),
             num_resident_adapters: self.memory.adapters.slots.num_resident(),
             num_pages: self.config.num_pages,
-            free_pages: self.memory.pool.num_free(),
-            kv_pages: self.memory.pool.num_used_blocks(),
-            pinned_pages: self.memory.adapters.kept().num_pages,
-            adapter_pages: self.memory.pool.num_extent_pages(),
-            cached_pages: self.memory.num_cached_pages(),
-            num_loads: self.num_loads,
-            num_evictions: self.memory.num_evictions(),
+            num_free_pages: self.memory.pool.num_free(),
+            num_kv_pages: self.memory.pool.num_used_blocks(),
+            num_pinned_pages: self.memory.adapters.pinned().num_pages,
+            num_adapter_pages: self.memory.pool.num_extent_pages(),
+            num_cached_pages: self.memory.num_cached_pages(),
+            num_adapter_loads: self.num_loads,
+            num_adapter_evictions: self.memory.num_evictions(),
             num_preemptions: self.num_preemptions,
             num_prefix_hit_tokens: self.num_prefix_hit_tokens,
         }
@@ -310,14 +305,14 @@ impl Scheduler {
         );
         let mut uses = std::collections::HashMap::<AdapterId, (usize, usize)>::new();
         let running = self.running.iter().map(|r| (&r.sequence, 1));
-        for (sequence, pin) in self.waiting.iter().map(|w| (&w.sequence, 0)).chain(running) {
+        for (sequence, runs) in self.waiting.iter().map(|w| (&w.sequence, 0)).chain(running) {
             for &(adapter, _) in &sequence.request.adapters {
-                let (users, pins) = uses.entry(adapter).or_default();
-                (*users, *pins) = (*users + 1, *pins + pin);
+                let (users, num_running) = uses.entry(adapter).or_default();
+                (*users, *num_running) = (*users + 1, *num_running + runs);
             }
         }
         self.memory.adapters.check_uses(&uses);
-        self.check_kept();
+        self.check_pinned();
         self.check_sharing();
     }
 
@@ -334,7 +329,7 @@ impl Scheduler {
     }
 
     /// Orders the rows so that segments are contiguous, and builds the batch.
-    fn launch(&mut self, plan: Plan) -> Step {
+    fn launch(&mut self, plan: Plan) -> SchedulerOutput {
         let id = self.next_step;
         self.next_step += 1;
         self.num_loads += plan.loads.len() as u64;
@@ -363,7 +358,7 @@ impl Scheduler {
             .collect();
         let batch = (!rows.is_empty()).then(|| Batch::build(&scheduled, self.config.block_size));
         self.in_flight = (!rows.is_empty()).then_some(InFlight { step: id, rows });
-        Step {
+        SchedulerOutput {
             id,
             moves: plan.moves,
             loads: plan.loads,

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::Scheduler;
-use super::operator::PinChange;
+use super::residency::PinChange;
 use crate::error::Error;
 use crate::ids::{AdapterId, AdapterKey, CacheScope, PrefixIdentity, RequestId};
 use crate::request::{NewRequest, Request};
@@ -65,8 +65,8 @@ impl Scheduler {
         let replaced = self.memory.adapters.replace(name, key, nbytes, num_pages);
         let (adapter, slot) = replaced?;
         self.memory.free_slot(slot);
-        if self.memory.adapters.entry(adapter).is_kept() {
-            self.want(adapter);
+        if self.memory.adapters.entry(adapter).is_pinned() {
+            self.prefetch(adapter);
         }
         Ok(adapter)
     }
@@ -172,7 +172,7 @@ impl Scheduler {
         }
         self.check_capacity(prompt + new.min_tokens.max(1), adapters)?;
         let ids: Vec<_> = adapters.iter().map(|&(adapter, _)| adapter).collect();
-        let taken = self.memory.adapters.kept().num_pages
+        let taken = self.memory.adapters.pinned().num_pages
             + self.demand(0, &ids, PinChange::default()).adapter_pages;
         let num_tokens = (self.config.num_pages - taken) * self.config.block_size;
         Ok(num_tokens.min(self.config.max_model_len) - prompt)
@@ -212,21 +212,21 @@ impl Scheduler {
         adapters: &[(AdapterId, f32)],
     ) -> Result<(), Error> {
         let ids: Vec<_> = adapters.iter().map(|&(adapter, _)| adapter).collect();
-        let kept = self.memory.adapters.kept();
+        let pinned = self.memory.adapters.pinned();
         let demand = self.demand(num_tokens, &ids, PinChange::default());
-        if self.fits(demand, kept) {
+        if self.fits(demand, pinned) {
             return Ok(());
         }
-        if demand.num_slots + kept.num_adapters > self.config.max_num_slots {
+        if demand.num_slots + pinned.num_adapters > self.config.max_num_slots {
             return Err(Error::TooManyAdapters {
                 count: demand.num_slots,
-                limit: self.config.max_num_slots - kept.num_adapters,
+                limit: self.config.max_num_slots - pinned.num_adapters,
             });
         }
         Err(Error::NoRoomForRequest {
             kv_pages: demand.kv_pages,
             adapter_pages: demand.adapter_pages,
-            available_pages: self.config.num_pages - kept.num_pages,
+            available_pages: self.config.num_pages - pinned.num_pages,
         })
     }
 }

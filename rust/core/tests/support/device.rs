@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use loraserve_core::{Batch, Step};
+use loraserve_core::{Batch, SchedulerOutput};
 
 const GARBAGE: u64 = 0xdead_beef_dead_beef;
 
@@ -54,7 +54,7 @@ impl Device {
     }
 
     /// Executes moves, starts loads, runs the batch; returns the sampled tokens.
-    pub fn run(&mut self, step: &Step) -> Vec<i32> {
+    pub fn run(&mut self, step: &SchedulerOutput) -> Vec<i32> {
         for m in &step.moves {
             let (src, dst, num_pages) = (m.src_page.index(), m.dst_page.index(), m.num_pages);
             let extent = self

@@ -1,14 +1,13 @@
 //! Drives a scheduler with random operations beside a model of what must come out, checking after each.
 
+mod operations;
+
 use std::collections::{BTreeMap, BTreeSet};
 
-use loraserve_core::{
-    AdapterId, AdapterInfo, CacheScope, Error, Failure, FinishReason, NewRequest, Output,
-    RequestId, Scheduler, SchedulerConfig, Step,
-};
+use loraserve_core::{FinishReason, Output, Scheduler, SchedulerConfig, SchedulerOutput};
 
 use super::Rng;
-use super::device::{Device, adapter_word, kv, sample};
+use super::device::{Device, kv, sample};
 
 /// A request as it must turn out.
 struct Expected {
@@ -28,7 +27,7 @@ pub struct Harness {
     config: SchedulerConfig,
     device: Device,
     rng: Rng,
-    in_flight: Option<(Step, Vec<i32>)>,
+    in_flight: Option<(SchedulerOutput, Vec<i32>)>,
     has_ample_budget: bool,
     /// Unfinished requests.
     expected: BTreeMap<u64, Expected>,
@@ -37,8 +36,8 @@ pub struct Harness {
     hash_of: BTreeMap<u32, String>,
     /// Requests that must end now because an adapter they named failed to load.
     failing: BTreeSet<u64>,
-    /// Requests that must end now because they were aborted.
-    aborting: BTreeSet<u64>,
+    /// Requests that must end now for the reason they were finished with.
+    finishing: BTreeMap<u64, FinishReason>,
     pub num_operations: usize,
     pub num_finished: usize,
     pub num_moves: u64,
@@ -79,7 +78,7 @@ impl Harness {
             names: BTreeMap::new(),
             hash_of: BTreeMap::new(),
             failing: BTreeSet::new(),
-            aborting: BTreeSet::new(),
+            finishing: BTreeMap::new(),
             num_operations: 0,
             num_finished: 0,
             num_moves: 0,
@@ -93,7 +92,7 @@ impl Harness {
     pub fn operate(&mut self) {
         match self.rng.range(0, 19) {
             0..=4 => self.submit(),
-            5 => self.abort(),
+            5 => self.finish(),
             6 if self.rng.one_in(2) => self.register(),
             6 => self.replace(),
             7 => match self.rng.range(0, 3) {
@@ -117,7 +116,7 @@ impl Harness {
             if self.expected.is_empty()
                 && self.in_flight.is_none()
                 && self.device.loading().is_empty()
-                && self.scheduler.num_wanted() == 0
+                && self.scheduler.num_prefetches() == 0
             {
                 return;
             }
@@ -139,255 +138,27 @@ impl Harness {
         let stats = self.scheduler.stats();
         assert!(!self.scheduler.has_work());
         assert_eq!(
-            (stats.kv_pages, stats.num_running, stats.num_waiting),
+            (stats.num_kv_pages, stats.num_running, stats.num_waiting),
             (0, 0, 0)
         );
         assert_eq!(
-            stats.free_pages + stats.cached_pages + stats.adapter_pages,
+            stats.num_free_pages + stats.num_cached_pages + stats.num_adapter_pages,
             stats.num_pages
         );
         for name in std::mem::take(&mut self.names).into_keys() {
             self.scheduler.unregister_adapter(&name).unwrap();
         }
         let stats = self.scheduler.stats();
-        assert_eq!((stats.adapter_pages, stats.num_registered_adapters), (0, 0));
-        assert_eq!(stats.pinned_pages, 0);
-        assert_eq!(stats.free_pages + stats.cached_pages, stats.num_pages);
-        assert!(self.scheduler.adapters().is_empty());
-    }
-
-    fn submit(&mut self) {
-        let prompt_len = self.rng.range(1, self.config.max_model_len);
-        let common = self.rng.range(0, prompt_len);
-        let prompt = (0..prompt_len).map(|i| {
-            if i < common {
-                1
-            } else {
-                self.rng.range(0, 7) as i32
-            }
-        });
-        let new = NewRequest {
-            prompt: prompt.collect(),
-            adapters: self.some_adapters(),
-            max_tokens: Some(self.rng.range(1, 12)),
-            min_tokens: self.rng.range(0, 1),
-            stop_token_ids: if self.rng.one_in(3) { vec![3] } else { vec![] },
-            scope: CacheScope {
-                tenant: ["", "t"][self.rng.range(0, 1)].into(),
-                salt: ["", "", "t"][self.rng.range(0, 2)].into(),
-            },
-            needs_adapter: self.rng.one_in(4),
-        };
-        match self.scheduler.submit(new.clone()) {
-            Ok(request) => self.expect(request, new),
-            Err(Error::OnlyBaseModelLeft) => {
-                assert!(new.needs_adapter && self.weights(&new).is_empty());
-            }
-            Err(
-                Error::PromptTooLong { .. }
-                | Error::RequestTooLarge { .. }
-                | Error::TooManyAdapters { .. }
-                | Error::NoRoomForRequest { .. }
-                | Error::AdapterNotFound { .. }
-                | Error::AdapterUnloading { .. },
-            ) => {}
-            Err(error) => panic!("{error}"),
-        }
-    }
-
-    fn some_adapters(&mut self) -> Vec<(String, f32)> {
-        let any = format!("n{}", self.rng.range(0, 8));
-        let names: Vec<_> = self.names.keys().cloned().chain([any]).collect();
-        let mut adapters = BTreeMap::new();
-        for _ in 0..[0, 1, 1, 1, 2, 3][self.rng.range(0, 5)] {
-            let name = names[self.rng.range(0, names.len() - 1)].clone();
-            adapters.insert(
-                name,
-                [1.0, 0.5, 0.25, 0.0, -0.25, -1.0][self.rng.range(0, 5)],
-            );
-        }
-        adapters.into_iter().collect()
-    }
-
-    /// Sums per content, in order of adapter id, without zeros.
-    fn weights(&self, new: &NewRequest) -> BTreeMap<u32, f32> {
-        let mut weights = BTreeMap::<u32, f32>::new();
-        for (name, weight) in &new.adapters {
-            let listed = self.scheduler.adapters();
-            let info = listed.iter().find(|info| info.name == *name).unwrap();
-            *weights.entry(info.id.0).or_default() += weight;
-        }
-        weights.retain(|_, weight| *weight != 0.0);
-        weights
-    }
-
-    fn expect(&mut self, request: RequestId, new: NewRequest) {
-        let weights = self.weights(&new);
-        assert!(!new.needs_adapter || !weights.is_empty());
-        let hashes: Vec<_> = weights.keys().map(|id| self.hash_of[id].clone()).collect();
-        let adapters: Vec<_> = weights
-            .values()
-            .copied()
-            .zip(hashes.iter().map(|h| adapter_word(h)))
-            .collect();
-        let mut before = 0;
-        for &token in &new.prompt {
-            before = kv(before, token, adapters.iter().copied());
-        }
-        let expected = Expected {
-            kv: before,
-            adapters,
-            hashes,
-            num_generated: 0,
-            max_tokens: new
-                .max_tokens
-                .expect("every request here has a limit")
-                .min(self.config.max_model_len - new.prompt.len()),
-            min_tokens: new.min_tokens,
-            stop_token_ids: new.stop_token_ids,
-            is_admitted: false,
-            overtaken: 0,
-        };
-        assert!(
-            self.expected.insert(request.0, expected).is_none(),
-            "request ids are unique"
+        assert_eq!(
+            (stats.num_adapter_pages, stats.num_registered_adapters),
+            (0, 0)
         );
-    }
-
-    fn abort(&mut self) {
-        let unfinished: Vec<_> = self.expected.keys().copied().collect();
-        if let Some(&request) = self.rng.pick(&unfinished) {
-            self.aborting.insert(request);
-            assert!(self.scheduler.abort(RequestId(request)));
-            assert!(!self.scheduler.abort(RequestId(request)));
-        }
-    }
-
-    fn register(&mut self) {
-        let name = format!("n{}", self.rng.range(0, 7));
-        let content = self.rng.range(0, 9);
-        let (hash, nbytes) = (format!("h{content}"), content * self.config.num_pages + 1);
-        match self.scheduler.register_adapter(&name, &hash, nbytes) {
-            Ok(adapter) => {
-                assert_eq!(*self.hash_of.entry(adapter.0).or_insert(hash.clone()), hash);
-                assert_eq!(self.names.entry(name).or_insert(hash.clone()), &hash);
-            }
-            Err(Error::AdapterNameTaken { .. }) => assert_ne!(self.names[&name], hash),
-            Err(Error::AdapterTooLarge { .. }) => {}
-            Err(error) => panic!("{error}"),
-        }
-    }
-
-    /// The name means one or the other content before and after, never nothing, and its pin stays.
-    fn replace(&mut self) {
-        let any = format!("n{}", self.rng.range(0, 7));
-        let listed = self.scheduler.adapters().into_iter();
-        let kept: Vec<_> = listed.filter(|info| info.is_kept).collect();
-        let pinned = self.rng.pick(&kept).map(|info| info.name.clone());
-        let name = pinned.filter(|_| self.rng.one_in(2)).unwrap_or(any);
-        let content = self.rng.range(0, 9);
-        let (hash, nbytes) = (format!("h{content}"), content * self.config.num_pages + 1);
-        let before = self.listed(&name);
-        match self.scheduler.replace_adapter(&name, &hash, nbytes) {
-            Ok(adapter) => {
-                assert_eq!(*self.hash_of.entry(adapter.0).or_insert(hash.clone()), hash);
-                let after = self.listed(&name).expect("a replaced name is known");
-                assert_eq!((after.id, &*after.content_hash.0), (adapter, &*hash));
-                let was_kept = before.is_some_and(|info| info.is_kept);
-                assert_eq!(after.is_kept, was_kept, "a pin stays");
-                let old = self.names.insert(name, hash.clone());
-                self.num_replacements += u64::from(old.is_some_and(|old| old != hash));
-                self.num_pins_passed_on += u64::from(was_kept);
-            }
-            Err(
-                Error::AdapterTooLarge { .. }
-                | Error::PinTooLarge { .. }
-                | Error::TooManyPinned { .. }
-                | Error::PinInTheWay { .. }
-                | Error::NoRoomBesidePinned { .. },
-            ) => assert_eq!(
-                self.listed(&name),
-                before,
-                "what is refused changes nothing"
-            ),
-            Err(error) => panic!("{error}"),
-        }
-    }
-
-    fn listed(&self, name: &str) -> Option<AdapterInfo> {
-        let listed = self.scheduler.adapters();
-        listed.into_iter().find(|info| info.name == name)
-    }
-
-    fn unregister(&mut self) {
-        let names: Vec<_> = self.names.keys().cloned().collect();
-        if let Some(name) = self.rng.pick(&names) {
-            self.scheduler.unregister_adapter(name).unwrap();
-            assert!(self.scheduler.unregister_adapter(name).is_err());
-            self.names.remove(name);
-        }
-    }
-
-    fn warm(&mut self) {
-        let name = format!("n{}", self.rng.range(0, 7));
-        match self.scheduler.warm_adapter(&name) {
-            Ok(is_resident) => {
-                let listed = self.scheduler.adapters();
-                let info = listed.iter().find(|info| info.name == name).unwrap();
-                assert_eq!(is_resident, info.state == "resident");
-            }
-            Err(Error::NoRoomBesidePinned { .. } | Error::AdapterUnloading { .. }) => {}
-            Err(Error::AdapterNotFound { .. }) => assert!(!self.names.contains_key(&name)),
-            Err(error) => panic!("{error}"),
-        }
-    }
-
-    fn pin(&mut self) {
-        let name = format!("n{}", self.rng.range(0, 7));
-        let is_pinned = !self.rng.one_in(3);
-        match self.scheduler.pin_adapter(&name, is_pinned) {
-            Ok(()) => {
-                self.num_pins += u64::from(is_pinned);
-                let listed = self.scheduler.adapters();
-                let info = listed.iter().find(|info| info.name == name).unwrap();
-                assert_eq!(info.is_kept, is_pinned);
-            }
-            Err(
-                Error::PinTooLarge { .. }
-                | Error::TooManyPinned { .. }
-                | Error::PinInTheWay { .. }
-                | Error::NoRoomBesidePinned { .. },
-            ) => assert!(is_pinned),
-            Err(Error::AdapterNotFound { .. } | Error::AdapterUnloading { .. }) => {
-                assert!(!self.names.contains_key(&name));
-            }
-            Err(error) => panic!("{error}"),
-        }
-    }
-
-    fn answer_load(&mut self, succeeds: bool) {
-        let loading = self.device.loading();
-        let Some(&adapter) = self.rng.pick(&loading) else {
-            return;
-        };
-        let hash = self.hash_of[&adapter].clone();
-        self.device
-            .finish_load(adapter, succeeds.then(|| adapter_word(&hash)));
-        if succeeds {
-            return self.scheduler.adapter_loaded(AdapterId(adapter)).unwrap();
-        }
-        let named = self
-            .expected
-            .iter()
-            .filter(|(_, e)| e.hashes.contains(&hash));
-        self.failing = named.map(|(&request, _)| request).collect();
-        let failure = Failure {
-            class: "AdapterUnavailableError".into(),
-            message: hash,
-        };
-        self.scheduler
-            .adapter_load_failed(AdapterId(adapter), &failure)
-            .unwrap();
+        assert_eq!(stats.num_pinned_pages, 0);
+        assert_eq!(
+            stats.num_free_pages + stats.num_cached_pages,
+            stats.num_pages
+        );
+        assert!(self.scheduler.adapters().is_empty());
     }
 
     fn schedule(&mut self) {
@@ -418,7 +189,7 @@ impl Harness {
     }
 
     /// Under a budget that never splits a prompt, a request is first sampled in the step that admits it.
-    fn check_overtakes(&mut self, step: &Step) {
+    fn check_overtakes(&mut self, step: &SchedulerOutput) {
         let Some(batch) = &step.batch else { return };
         if !self.has_ample_budget {
             return;
@@ -448,7 +219,7 @@ impl Harness {
         for output in self.scheduler.drain_outputs() {
             self.check_output(&output);
         }
-        assert!(self.aborting.is_empty(), "an aborted request ends at once");
+        assert!(self.finishing.is_empty(), "a finished request ends at once");
         let failing = std::mem::take(&mut self.failing);
         assert!(
             failing.iter().all(|r| !self.expected.contains_key(r)),
@@ -483,14 +254,15 @@ impl Harness {
             } else if expected.num_generated == expected.max_tokens {
                 finish = Some(FinishReason::Length);
             }
-        } else if self.aborting.remove(&request) {
-            finish = Some(FinishReason::Abort);
+        } else if let Some(reason) = self.finishing.remove(&request) {
+            finish = Some(reason);
         } else if let Some(FinishReason::Error(failure)) = &output.finish {
             assert!(
                 self.failing.contains(&request),
                 "only those that named the adapter fail"
             );
-            assert!(expected.hashes.contains(&failure.message));
+            let hash = failure.error::<std::io::Error>().unwrap().to_string();
+            assert!(expected.hashes.contains(&hash));
             finish.clone_from(&output.finish);
         }
         assert_eq!(output.finish, finish);

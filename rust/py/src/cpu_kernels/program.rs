@@ -10,7 +10,8 @@ use loraserve_kernels::cpu::program::{self, Constant, Program, Recording};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
-use super::{CpuKernels, CpuStep, PackedLinear, detached, raise};
+use super::{CpuKernels, CpuStep, PackedLinear, detached};
+use crate::errors::of_kernel;
 
 /// A tensor [T, width] that a recorded op makes; T is known when the program runs.
 #[pyclass(frozen, module = "loraserve._core")]
@@ -42,14 +43,13 @@ impl CpuRecording {
         }
     }
 
-    fn embedding(&self, py: Python<'_>, table: &Bound<'_, PackedLinear>) -> PyResult<Activation> {
-        self.record(py, |ops| Ok(ops.embedding(table.get().inner.clone())))
+    fn embedding(&self, table: &Bound<'_, PackedLinear>) -> PyResult<Activation> {
+        self.record(|ops| Ok(ops.embedding(table.get().inner.clone())))
     }
 
     #[pyo3(signature = (x, residual, weight_ptr, num_features, eps))]
     fn rms_norm(
         &self,
-        py: Python<'_>,
         x: &Bound<'_, Activation>,
         residual: Option<&Bound<'_, Activation>>,
         weight_ptr: usize,
@@ -59,27 +59,23 @@ impl CpuRecording {
         let residual = residual.map(|residual| residual.get().inner);
         // SAFETY: the class's contract.
         let weight = unsafe { Constant::new(weight_ptr, num_features) };
-        self.record(py, |ops| ops.norm(x.get().inner, residual, weight, eps))
+        self.record(|ops| ops.norm(x.get().inner, residual, weight, eps))
     }
 
     fn lora_linear(
         &self,
-        py: Python<'_>,
         x: &Bound<'_, Activation>,
         linear: &Bound<'_, PackedLinear>,
         layer: usize,
         group: usize,
     ) -> PyResult<Activation> {
         let linear = linear.get().inner.clone();
-        self.record(py, |ops| {
-            ops.lora_linear(x.get().inner, linear, layer, group)
-        })
+        self.record(|ops| ops.lora_linear(x.get().inner, linear, layer, group))
     }
 
     #[pyo3(signature = (qkv, layer, cos_sin_ptr, num_positions, head_dim, q_norm_ptr, k_norm_ptr, eps))]
     fn rope_and_cache(
         &self,
-        py: Python<'_>,
         qkv: &Bound<'_, Activation>,
         layer: usize,
         cos_sin_ptr: usize,
@@ -94,25 +90,20 @@ impl CpuRecording {
         // SAFETY: the class's contract.
         let norm = |address| unsafe { Constant::new(address, head_dim) };
         let (q_norm, k_norm) = (q_norm_ptr.map(norm), k_norm_ptr.map(norm));
-        self.record(py, |ops| {
-            ops.rope_and_cache(qkv.get().inner, layer, cos_sin, q_norm, k_norm, eps)
-        })
+        self.record(|ops| ops.rope_and_cache(qkv.get().inner, layer, cos_sin, q_norm, k_norm, eps))
     }
 
     fn attention(
         &self,
-        py: Python<'_>,
         qkv: &Bound<'_, Activation>,
         layer: usize,
         num_features: usize,
     ) -> PyResult<Activation> {
-        self.record(py, |ops| {
-            ops.attention(qkv.get().inner, layer, num_features)
-        })
+        self.record(|ops| ops.attention(qkv.get().inner, layer, num_features))
     }
 
-    fn silu_mul(&self, py: Python<'_>, gate_up: &Bound<'_, Activation>) -> PyResult<Activation> {
-        self.record(py, |ops| ops.silu_mul(gate_up.get().inner))
+    fn silu_mul(&self, gate_up: &Bound<'_, Activation>) -> PyResult<Activation> {
+        self.record(|ops| ops.silu_mul(gate_up.get().inner))
     }
 
     /// Ends the recording.
@@ -122,12 +113,11 @@ impl CpuRecording {
         hidden: &Bound<'_, Activation>,
         lm_head: &Bound<'_, PackedLinear>,
     ) -> PyResult<CpuProgram> {
-        let py = hidden.py();
         let recording = self.lock().take().ok_or_else(ended)?;
         let lm_head = lm_head.get().inner.clone();
         let inner = recording
             .logits(hidden.get().inner, lm_head)
-            .map_err(|error| raise(py, &error))?;
+            .map_err(|error| of_kernel(&error))?;
         Ok(CpuProgram { kernels, inner })
     }
 }
@@ -161,12 +151,11 @@ impl Recorded for program::Activation {
 impl CpuRecording {
     fn record<R: Recorded>(
         &self,
-        py: Python<'_>,
         op: impl FnOnce(&mut Recording) -> Result<R, KernelError>,
     ) -> PyResult<R::Python> {
         let mut recording = self.lock();
         let result = op(recording.as_mut().ok_or_else(ended)?);
-        Ok(result.map_err(|error| raise(py, &error))?.into_python())
+        Ok(result.map_err(|error| of_kernel(&error))?.into_python())
     }
 }
 

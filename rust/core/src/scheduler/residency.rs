@@ -1,10 +1,10 @@
-//! What the operator asks for: adapters in memory ahead of requests, and adapters that stay there.
+//! Adapters made resident ahead of requests, and pinned ones, which stay.
 //!
-//! A wanted adapter is loaded once, after everything that requests need. What is kept is reserved, resident or
-//! not: every accepted request and every wanted adapter fits beside it, so that neither can wait for ever.
+//! An adapter is prefetched once, after everything that requests need. What is pinned is reserved, resident or
+//! not: every accepted request and every prefetch fits beside it, so that neither can wait for ever.
 
 use super::{Plan, Scheduler};
-use crate::adapter_cache::{AdapterState, Kept};
+use crate::adapter_cache::{AdapterState, Pinned};
 use crate::error::Error;
 use crate::ids::{AdapterId, AdapterKey};
 use crate::sequence::Sequence;
@@ -12,11 +12,11 @@ use crate::sequence::Sequence;
 /// Part of the pool, and of the slots, that may be pinned.
 const PINNED_SHARE: usize = 2;
 
-/// What something needs of the pool besides all that is kept.
+/// What something needs of the pool besides all that is pinned.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Demand {
     pub kv_pages: usize,
-    /// Of its adapters that are not kept anyway.
+    /// Of its adapters that are not pinned anyway.
     pub adapter_pages: usize,
     pub num_slots: usize,
 }
@@ -37,15 +37,15 @@ impl Scheduler {
         if matches!(entry.state, AdapterState::Resident(_)) {
             return Ok(true);
         }
-        let kept = self.memory.adapters.kept();
-        if !self.fits(self.demand(1, &[adapter], PinChange::default()), kept) {
+        let pinned = self.memory.adapters.pinned();
+        if !self.fits(self.demand(1, &[adapter], PinChange::default()), pinned) {
             return Err(Error::NoRoomBesidePinned {
                 name: name.to_owned(),
                 needed_pages: entry.num_pages,
-                available_pages: self.config.num_pages - kept.num_pages,
+                available_pages: self.config.num_pages - pinned.num_pages,
             });
         }
-        self.want(adapter);
+        self.prefetch(adapter);
         Ok(false)
     }
 
@@ -53,28 +53,28 @@ impl Scheduler {
     pub fn pin_adapter(&mut self, name: &str, is_pinned: bool) -> Result<(), Error> {
         let adapter = self.memory.adapters.resolve(name)?;
         let entry = self.memory.adapters.entry(adapter);
-        if is_pinned && !entry.is_kept() {
+        if is_pinned && !entry.is_pinned() {
             let change = PinChange {
                 pins: Some(adapter),
                 unpins: None,
             };
             self.check_pin(name, entry.num_pages, change)?;
         }
-        self.memory.adapters.set_kept(name, is_pinned)?;
+        self.memory.adapters.set_pinned(name, is_pinned)?;
         if is_pinned {
-            self.want(adapter);
+            self.prefetch(adapter);
         }
         Ok(())
     }
 
-    /// Adapters still to be loaded because the operator asked for it.
-    pub fn num_wanted(&self) -> usize {
-        self.wanted.len()
+    /// Adapters still to be loaded because they were asked for ahead of requests.
+    pub fn num_prefetches(&self) -> usize {
+        self.prefetches.len()
     }
 
     /// Starts the loads that were asked for, first come first served.
-    pub(super) fn load_wanted(&mut self, plan: &mut Plan) {
-        while let Some(&adapter) = self.wanted.front() {
+    pub(super) fn start_prefetches(&mut self, plan: &mut Plan) {
+        while let Some(&adapter) = self.prefetches.front() {
             let entry = self.memory.adapters.get(adapter);
             let is_missing = entry.is_some_and(|entry| {
                 matches!(entry.state, AdapterState::Registered | AdapterState::Failed)
@@ -82,7 +82,7 @@ impl Scheduler {
             if is_missing && !self.start_load(adapter, plan) {
                 return;
             }
-            self.wanted.pop_front();
+            self.prefetches.pop_front();
         }
     }
 
@@ -96,7 +96,7 @@ impl Scheduler {
             .iter()
             .filter(|&&adapter| Some(adapter) != change.pins)
             .map(|&adapter| (adapter, self.memory.adapters.entry(adapter)))
-            .filter(|(adapter, entry)| !entry.is_kept() || Some(*adapter) == change.unpins)
+            .filter(|(adapter, entry)| !entry.is_pinned() || Some(*adapter) == change.unpins)
             .map(|(_, entry)| entry);
         Demand {
             kv_pages: num_tokens.div_ceil(self.config.block_size),
@@ -105,35 +105,35 @@ impl Scheduler {
         }
     }
 
-    /// Whether it could be met in a pool with nothing else but what is kept.
-    pub(super) fn fits(&self, demand: Demand, kept: Kept) -> bool {
-        demand.kv_pages + demand.adapter_pages + kept.num_pages <= self.config.num_pages
-            && demand.num_slots + kept.num_adapters <= self.config.max_num_slots
+    /// Whether it could be met in a pool with nothing else but what is pinned.
+    pub(super) fn fits(&self, demand: Demand, pinned: Pinned) -> bool {
+        demand.kv_pages + demand.adapter_pages + pinned.num_pages <= self.config.num_pages
+            && demand.num_slots + pinned.num_adapters <= self.config.max_num_slots
     }
 
-    /// Every accepted request and wanted adapter fits beside what is kept.
-    pub(super) fn check_kept(&self) {
-        let kept = self.memory.adapters.kept();
+    /// Every accepted request and every prefetch fits beside what is pinned.
+    pub(super) fn check_pinned(&self) {
+        let pinned = self.memory.adapters.pinned();
         for sequence in self.sequences() {
             assert!(
-                self.fits(self.demand_of(sequence, PinChange::default()), kept),
-                "a request fits beside what is kept"
+                self.fits(self.demand_of(sequence, PinChange::default()), pinned),
+                "a request fits beside what is pinned"
             );
         }
         assert!(
-            self.wanted_demands(PinChange::default())
-                .all(|demand| self.fits(demand, kept)),
-            "a wanted adapter fits beside what is kept"
+            self.prefetch_demands(PinChange::default())
+                .all(|demand| self.fits(demand, pinned)),
+            "a prefetch fits beside what is pinned"
         );
     }
 
-    pub(super) fn want(&mut self, adapter: AdapterId) {
+    pub(super) fn prefetch(&mut self, adapter: AdapterId) {
         let is_missing = matches!(
             self.memory.adapters.entry(adapter).state,
             AdapterState::Registered | AdapterState::Failed
         );
-        if is_missing && !self.wanted.contains(&adapter) {
-            self.wanted.push_back(adapter);
+        if is_missing && !self.prefetches.contains(&adapter) {
+            self.prefetches.push_back(adapter);
         }
     }
 
@@ -149,46 +149,46 @@ impl Scheduler {
             return Ok(());
         };
         let new = adapters.find(key);
-        if new.is_some_and(|new| adapters.entry(new).is_kept()) {
+        if new.is_some_and(|new| adapters.entry(new).is_pinned()) {
             return Ok(());
         }
         let change = PinChange {
             pins: new,
-            unpins: adapters.entry(old).is_kept_once().then_some(old),
+            unpins: adapters.entry(old).is_pinned_once().then_some(old),
         };
         self.check_pin(name, num_pages, change)
     }
 
     /// The limits of pinning `needed_pages` more, and nobody pushed out.
     fn check_pin(&self, name: &str, needed_pages: usize, change: PinChange) -> Result<(), Error> {
-        let mut kept = self.memory.adapters.kept();
+        let mut pinned = self.memory.adapters.pinned();
         if let Some(unpinned) = change.unpins {
-            kept.num_adapters -= 1;
-            kept.num_pages -= self.memory.adapters.entry(unpinned).num_pages;
+            pinned.num_adapters -= 1;
+            pinned.num_pages -= self.memory.adapters.entry(unpinned).num_pages;
         }
         let limit_pages = self.config.num_pages / PINNED_SHARE;
-        if kept.num_pages + needed_pages > limit_pages {
+        if pinned.num_pages + needed_pages > limit_pages {
             return Err(Error::PinTooLarge {
                 name: name.to_owned(),
                 needed_pages,
-                pinned_pages: kept.num_pages,
+                pinned_pages: pinned.num_pages,
                 limit_pages,
             });
         }
         let limit = self.config.max_num_slots / PINNED_SHARE;
-        if kept.num_adapters >= limit {
+        if pinned.num_adapters >= limit {
             return Err(Error::TooManyPinned {
                 name: name.to_owned(),
                 limit,
             });
         }
-        let kept = Kept {
-            num_adapters: kept.num_adapters + 1,
-            num_pages: kept.num_pages + needed_pages,
+        let pinned = Pinned {
+            num_adapters: pinned.num_adapters + 1,
+            num_pages: pinned.num_pages + needed_pages,
         };
         for sequence in self.sequences() {
             let demand = self.demand_of(sequence, change);
-            if !self.fits(demand, kept) {
+            if !self.fits(demand, pinned) {
                 return Err(Error::PinInTheWay {
                     name: name.to_owned(),
                     request: sequence.request.id.0,
@@ -197,13 +197,13 @@ impl Scheduler {
                 });
             }
         }
-        let mut wanted = self.wanted_demands(change);
-        match wanted.find(|&demand| !self.fits(demand, kept)) {
+        let mut prefetches = self.prefetch_demands(change);
+        match prefetches.find(|&demand| !self.fits(demand, pinned)) {
             None => Ok(()),
             Some(demand) => Err(Error::NoRoomBesidePinned {
                 name: name.to_owned(),
                 needed_pages: demand.adapter_pages,
-                available_pages: self.config.num_pages - kept.num_pages,
+                available_pages: self.config.num_pages - pinned.num_pages,
             }),
         }
     }
@@ -219,10 +219,10 @@ impl Scheduler {
         self.demand(sequence.prompt_len + request.max_tokens, &adapters, change)
     }
 
-    /// Of each wanted adapter that is still known, with a page for the KV cache.
-    fn wanted_demands(&self, change: PinChange) -> impl Iterator<Item = Demand> {
+    /// Of each adapter to be prefetched that is still known, with a page for the KV cache.
+    fn prefetch_demands(&self, change: PinChange) -> impl Iterator<Item = Demand> {
         let known = self
-            .wanted
+            .prefetches
             .iter()
             .filter(|&&adapter| self.memory.adapters.get(adapter).is_some());
         known.map(move |&adapter| self.demand(1, &[adapter], change))

@@ -1,0 +1,254 @@
+//! What is asked of the scheduler from outside: requests, their ends, adapters and the answers to their loads.
+
+use std::collections::BTreeMap;
+
+use loraserve_core::{
+    AdapterId, AdapterStats, CacheScope, Error, Failure, FinishReason, NewRequest, RequestId,
+};
+
+use super::{Expected, Harness};
+use crate::support::device::{adapter_word, kv};
+
+impl Harness {
+    pub(super) fn submit(&mut self) {
+        let prompt_len = self.rng.range(1, self.config.max_model_len);
+        let common = self.rng.range(0, prompt_len);
+        let prompt = (0..prompt_len).map(|i| {
+            if i < common {
+                1
+            } else {
+                self.rng.range(0, 7) as i32
+            }
+        });
+        let new = NewRequest {
+            prompt: prompt.collect(),
+            adapters: self.some_adapters(),
+            max_tokens: Some(self.rng.range(1, 12)),
+            min_tokens: self.rng.range(0, 1),
+            stop_token_ids: if self.rng.one_in(3) { vec![3] } else { vec![] },
+            scope: CacheScope {
+                tenant: ["", "t"][self.rng.range(0, 1)].into(),
+                salt: ["", "", "t"][self.rng.range(0, 2)].into(),
+            },
+            needs_adapter: self.rng.one_in(4),
+        };
+        match self.scheduler.submit(new.clone()) {
+            Ok(request) => self.expect(request, new),
+            Err(Error::OnlyBaseModelLeft) => {
+                assert!(new.needs_adapter && self.weights(&new).is_empty());
+            }
+            Err(
+                Error::PromptTooLong { .. }
+                | Error::RequestTooLarge { .. }
+                | Error::TooManyAdapters { .. }
+                | Error::NoRoomForRequest { .. }
+                | Error::AdapterNotFound { .. }
+                | Error::AdapterUnloading { .. },
+            ) => {}
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    fn some_adapters(&mut self) -> Vec<(String, f32)> {
+        let any = format!("n{}", self.rng.range(0, 8));
+        let names: Vec<_> = self.names.keys().cloned().chain([any]).collect();
+        let mut adapters = BTreeMap::new();
+        for _ in 0..[0, 1, 1, 1, 2, 3][self.rng.range(0, 5)] {
+            let name = names[self.rng.range(0, names.len() - 1)].clone();
+            adapters.insert(
+                name,
+                [1.0, 0.5, 0.25, 0.0, -0.25, -1.0][self.rng.range(0, 5)],
+            );
+        }
+        adapters.into_iter().collect()
+    }
+
+    /// Sums per content, in order of adapter id, without zeros.
+    fn weights(&self, new: &NewRequest) -> BTreeMap<u32, f32> {
+        let mut weights = BTreeMap::<u32, f32>::new();
+        for (name, weight) in &new.adapters {
+            let listed = self.scheduler.adapters();
+            let info = listed.iter().find(|info| info.name == *name).unwrap();
+            *weights.entry(info.id.0).or_default() += weight;
+        }
+        weights.retain(|_, weight| *weight != 0.0);
+        weights
+    }
+
+    fn expect(&mut self, request: RequestId, new: NewRequest) {
+        let weights = self.weights(&new);
+        assert!(!new.needs_adapter || !weights.is_empty());
+        let hashes: Vec<_> = weights.keys().map(|id| self.hash_of[id].clone()).collect();
+        let adapters: Vec<_> = weights
+            .values()
+            .copied()
+            .zip(hashes.iter().map(|h| adapter_word(h)))
+            .collect();
+        let mut before = 0;
+        for &token in &new.prompt {
+            before = kv(before, token, adapters.iter().copied());
+        }
+        let expected = Expected {
+            kv: before,
+            adapters,
+            hashes,
+            num_generated: 0,
+            max_tokens: new
+                .max_tokens
+                .expect("every request here has a limit")
+                .min(self.config.max_model_len - new.prompt.len()),
+            min_tokens: new.min_tokens,
+            stop_token_ids: new.stop_token_ids,
+            is_admitted: false,
+            overtaken: 0,
+        };
+        assert!(
+            self.expected.insert(request.0, expected).is_none(),
+            "request ids are unique"
+        );
+    }
+
+    pub(super) fn finish(&mut self) {
+        let unfinished: Vec<_> = self.expected.keys().copied().collect();
+        if let Some(&request) = self.rng.pick(&unfinished) {
+            let reason = match self.rng.range(0, 2) {
+                0 => FinishReason::Abort,
+                1 => FinishReason::Stop,
+                _ => FinishReason::Error(failure("finished")),
+            };
+            self.finishing.insert(request, reason.clone());
+            assert!(self.scheduler.finish(RequestId(request), reason));
+            let again = self
+                .scheduler
+                .finish(RequestId(request), FinishReason::Abort);
+            assert!(!again, "a request ends once");
+        }
+    }
+
+    pub(super) fn register(&mut self) {
+        let name = format!("n{}", self.rng.range(0, 7));
+        let content = self.rng.range(0, 9);
+        let (hash, nbytes) = (format!("h{content}"), content * self.config.num_pages + 1);
+        match self.scheduler.register_adapter(&name, &hash, nbytes) {
+            Ok(adapter) => {
+                assert_eq!(*self.hash_of.entry(adapter.0).or_insert(hash.clone()), hash);
+                assert_eq!(self.names.entry(name).or_insert(hash.clone()), &hash);
+            }
+            Err(Error::AdapterNameTaken { .. }) => assert_ne!(self.names[&name], hash),
+            Err(Error::AdapterTooLarge { .. }) => {}
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    /// The name means one or the other content before and after, never nothing, and its pin stays.
+    pub(super) fn replace(&mut self) {
+        let any = format!("n{}", self.rng.range(0, 7));
+        let listed = self.scheduler.adapters().into_iter();
+        let pinned: Vec<_> = listed.filter(|info| info.is_pinned).collect();
+        let pinned = self.rng.pick(&pinned).map(|info| info.name.clone());
+        let name = pinned.filter(|_| self.rng.one_in(2)).unwrap_or(any);
+        let content = self.rng.range(0, 9);
+        let (hash, nbytes) = (format!("h{content}"), content * self.config.num_pages + 1);
+        let before = self.listed(&name);
+        match self.scheduler.replace_adapter(&name, &hash, nbytes) {
+            Ok(adapter) => {
+                assert_eq!(*self.hash_of.entry(adapter.0).or_insert(hash.clone()), hash);
+                let after = self.listed(&name).expect("a replaced name is known");
+                assert_eq!((after.id, &*after.content_hash.0), (adapter, &*hash));
+                let was_pinned = before.is_some_and(|info| info.is_pinned);
+                assert_eq!(after.is_pinned, was_pinned, "a pin stays");
+                let old = self.names.insert(name, hash.clone());
+                self.num_replacements += u64::from(old.is_some_and(|old| old != hash));
+                self.num_pins_passed_on += u64::from(was_pinned);
+            }
+            Err(
+                Error::AdapterTooLarge { .. }
+                | Error::PinTooLarge { .. }
+                | Error::TooManyPinned { .. }
+                | Error::PinInTheWay { .. }
+                | Error::NoRoomBesidePinned { .. },
+            ) => assert_eq!(
+                self.listed(&name),
+                before,
+                "what is refused changes nothing"
+            ),
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    fn listed(&self, name: &str) -> Option<AdapterStats> {
+        let listed = self.scheduler.adapters();
+        listed.into_iter().find(|info| info.name == name)
+    }
+
+    pub(super) fn unregister(&mut self) {
+        let names: Vec<_> = self.names.keys().cloned().collect();
+        if let Some(name) = self.rng.pick(&names) {
+            self.scheduler.unregister_adapter(name).unwrap();
+            assert!(self.scheduler.unregister_adapter(name).is_err());
+            self.names.remove(name);
+        }
+    }
+
+    pub(super) fn warm(&mut self) {
+        let name = format!("n{}", self.rng.range(0, 7));
+        match self.scheduler.warm_adapter(&name) {
+            Ok(is_resident) => {
+                let listed = self.scheduler.adapters();
+                let info = listed.iter().find(|info| info.name == name).unwrap();
+                assert_eq!(is_resident, info.state == "resident");
+            }
+            Err(Error::NoRoomBesidePinned { .. } | Error::AdapterUnloading { .. }) => {}
+            Err(Error::AdapterNotFound { .. }) => assert!(!self.names.contains_key(&name)),
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    pub(super) fn pin(&mut self) {
+        let name = format!("n{}", self.rng.range(0, 7));
+        let is_pinned = !self.rng.one_in(3);
+        match self.scheduler.pin_adapter(&name, is_pinned) {
+            Ok(()) => {
+                self.num_pins += u64::from(is_pinned);
+                let listed = self.scheduler.adapters();
+                let info = listed.iter().find(|info| info.name == name).unwrap();
+                assert_eq!(info.is_pinned, is_pinned);
+            }
+            Err(
+                Error::PinTooLarge { .. }
+                | Error::TooManyPinned { .. }
+                | Error::PinInTheWay { .. }
+                | Error::NoRoomBesidePinned { .. },
+            ) => assert!(is_pinned),
+            Err(Error::AdapterNotFound { .. } | Error::AdapterUnloading { .. }) => {
+                assert!(!self.names.contains_key(&name));
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    pub(super) fn answer_load(&mut self, succeeds: bool) {
+        let loading = self.device.loading();
+        let Some(&adapter) = self.rng.pick(&loading) else {
+            return;
+        };
+        let hash = self.hash_of[&adapter].clone();
+        self.device
+            .finish_load(adapter, succeeds.then(|| adapter_word(&hash)));
+        if succeeds {
+            return self.scheduler.adapter_loaded(AdapterId(adapter)).unwrap();
+        }
+        let named = self
+            .expected
+            .iter()
+            .filter(|(_, e)| e.hashes.contains(&hash));
+        self.failing = named.map(|(&request, _)| request).collect();
+        self.scheduler
+            .adapter_load_failed(AdapterId(adapter), &failure(&hash))
+            .unwrap();
+    }
+}
+
+fn failure(message: &str) -> Failure {
+    Failure::new(std::io::Error::other(message))
+}

@@ -1,0 +1,154 @@
+//! `Batch`: a step's arrays on their way from the scheduler to the kernels; Python holds it and looks at its sizes.
+
+use loraserve_core as core;
+use loraserve_kernels::step_arrays::StepArrays;
+use numpy::{Element, IntoPyArray, PyArray1, PyReadonlyArray1};
+use pyo3::prelude::*;
+
+/// One step's work as flat arrays.
+#[pyclass(frozen, module = "loraserve._core")]
+pub struct Batch {
+    pub arrays: StepArrays,
+    #[pyo3(get)]
+    pub num_prefill_tokens: usize,
+    #[pyo3(get)]
+    sample_request_ids: Vec<u64>,
+}
+
+impl From<core::Batch> for Batch {
+    fn from(batch: core::Batch) -> Self {
+        Self {
+            num_prefill_tokens: batch.num_prefill_tokens,
+            sample_request_ids: batch.sample_request_ids,
+            arrays: StepArrays {
+                token_ids: batch.token_ids,
+                positions: batch.positions,
+                slot_mapping: batch.slot_mapping,
+                query_indptr: batch.query_indptr,
+                context_lens: batch.context_lens,
+                block_table: batch.block_table,
+                block_table_indptr: batch.block_table_indptr,
+                logits_indices: batch.logits_indices,
+                wave_indptr: batch.wave_indptr,
+                seg_start: batch.seg_start,
+                seg_end: batch.seg_end,
+                seg_slot: batch.seg_slot,
+                seg_weight: batch.seg_weight,
+            },
+        }
+    }
+}
+
+#[pymethods]
+impl Batch {
+    #[new]
+    fn new(arrays: NumpyArrays<'_>, num_prefill_tokens: usize) -> PyResult<Self> {
+        Ok(Self {
+            arrays: arrays.into_step()?,
+            num_prefill_tokens,
+            sample_request_ids: Vec::new(),
+        })
+    }
+
+    #[getter]
+    fn num_tokens(&self) -> usize {
+        self.arrays.token_ids.len()
+    }
+
+    #[getter]
+    fn num_seqs(&self) -> usize {
+        self.arrays.context_lens.len()
+    }
+
+    #[getter]
+    fn num_samples(&self) -> usize {
+        self.arrays.logits_indices.len()
+    }
+
+    #[getter]
+    fn num_waves(&self) -> usize {
+        self.arrays.wave_indptr.len().saturating_sub(1)
+    }
+
+    #[getter]
+    fn slot_end(&self) -> i32 {
+        self.arrays
+            .slot_mapping
+            .iter()
+            .max()
+            .map_or(0, |&slot| slot + 1)
+    }
+
+    fn arrays<'py>(&self, py: Python<'py>) -> NumpyArrays<'py> {
+        NumpyArrays::new(py, &self.arrays)
+    }
+}
+
+/// The arrays as a dict of `numpy` ones.
+#[derive(FromPyObject, IntoPyObject)]
+#[pyo3(from_item_all)]
+struct NumpyArrays<'py> {
+    token_ids: IntArray<'py>,
+    positions: IntArray<'py>,
+    slot_mapping: IntArray<'py>,
+    query_indptr: IntArray<'py>,
+    context_lens: IntArray<'py>,
+    block_table: IntArray<'py>,
+    block_table_indptr: IntArray<'py>,
+    logits_indices: IntArray<'py>,
+    wave_indptr: IntArray<'py>,
+    seg_start: IntArray<'py>,
+    seg_end: IntArray<'py>,
+    seg_slot: IntArray<'py>,
+    seg_weight: Bound<'py, PyArray1<f32>>,
+}
+
+type IntArray<'py> = Bound<'py, PyArray1<i32>>;
+
+impl<'py> NumpyArrays<'py> {
+    fn new(py: Python<'py>, arrays: &StepArrays) -> Self {
+        let ints = |values: &Vec<i32>| values.clone().into_pyarray(py);
+        Self {
+            token_ids: ints(&arrays.token_ids),
+            positions: ints(&arrays.positions),
+            slot_mapping: ints(&arrays.slot_mapping),
+            query_indptr: ints(&arrays.query_indptr),
+            context_lens: ints(&arrays.context_lens),
+            block_table: ints(&arrays.block_table),
+            block_table_indptr: ints(&arrays.block_table_indptr),
+            logits_indices: ints(&arrays.logits_indices),
+            wave_indptr: ints(&arrays.wave_indptr),
+            seg_start: ints(&arrays.seg_start),
+            seg_end: ints(&arrays.seg_end),
+            seg_slot: ints(&arrays.seg_slot),
+            seg_weight: arrays.seg_weight.clone().into_pyarray(py),
+        }
+    }
+
+    fn into_step(self) -> PyResult<StepArrays> {
+        Ok(StepArrays {
+            token_ids: copy(&self.token_ids)?,
+            positions: copy(&self.positions)?,
+            slot_mapping: copy(&self.slot_mapping)?,
+            query_indptr: copy(&self.query_indptr)?,
+            context_lens: copy(&self.context_lens)?,
+            block_table: copy(&self.block_table)?,
+            block_table_indptr: copy(&self.block_table_indptr)?,
+            logits_indices: copy(&self.logits_indices)?,
+            wave_indptr: copy(&self.wave_indptr)?,
+            seg_start: copy(&self.seg_start)?,
+            seg_end: copy(&self.seg_end)?,
+            seg_slot: copy(&self.seg_slot)?,
+            seg_weight: copy(&self.seg_weight)?,
+        })
+    }
+}
+
+fn copy<T: Element + Copy>(array: &Bound<'_, PyArray1<T>>) -> PyResult<Vec<T>> {
+    let array: PyReadonlyArray1<'_, T> = array.extract()?;
+    Ok(array.as_slice()?.to_vec())
+}
+
+pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add_class::<Batch>()
+}
