@@ -99,9 +99,11 @@ class SchedulerStats:
     """Present load and counts since start; pages are of the one pool."""
 
     @property
-    def num_running(self) -> int: ...
+    def num_running(self) -> int:
+        """Requests admitted and not ended, preempted ones left out."""
     @property
-    def num_waiting(self) -> int: ...
+    def num_waiting(self) -> int:
+        """Accepted requests that are not running."""
     @property
     def num_waiting_for_adapters(self) -> int:
         """Waiting requests that an adapter is missing for."""
@@ -109,16 +111,20 @@ class SchedulerStats:
     def num_registered_adapters(self) -> int:
         """By content, with those that are unloaded once their requests end."""
     @property
-    def num_resident_adapters(self) -> int: ...
+    def num_resident_adapters(self) -> int:
+        """By content: those whose bytes are in the pool."""
     @property
-    def num_pages(self) -> int: ...
+    def num_pages(self) -> int:
+        """Pages of the pool, whoever has them."""
     @property
-    def num_free_pages(self) -> int: ...
+    def num_free_pages(self) -> int:
+        """Pages that hold nothing."""
     @property
     def num_kv_pages(self) -> int:
         """Pages of running sequences."""
     @property
-    def num_adapter_pages(self) -> int: ...
+    def num_adapter_pages(self) -> int:
+        """Pages of adapters, of those being loaded too."""
     @property
     def num_pinned_pages(self) -> int:
         """What pinned adapters take or will take."""
@@ -126,41 +132,55 @@ class SchedulerStats:
     def num_cached_pages(self) -> int:
         """Idle pages that the prefix cache keeps."""
     @property
-    def num_adapter_loads(self) -> int: ...
+    def num_adapter_loads(self) -> int:
+        """Loads begun, failed ones too."""
     @property
-    def num_adapter_evictions(self) -> int: ...
+    def num_adapter_evictions(self) -> int:
+        """Idle adapters that made room for others."""
     @property
-    def num_preemptions(self) -> int: ...
+    def num_preemptions(self) -> int:
+        """Running requests that gave up their pages and wait once more."""
     @property
-    def num_prefix_hit_tokens(self) -> int: ...
+    def num_prefix_hit_tokens(self) -> int:
+        """Tokens whose KV was found in the prefix cache when their request was admitted."""
 
 @final
 class AdapterStats:
     """One registered name now, and the past of its content, which other names may share."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What requests call it."""
     @property
-    def id(self) -> int: ...
+    def id(self) -> int:
+        """Of its content; other names may have the same."""
     @property
-    def content_hash(self) -> str: ...
+    def content_hash(self) -> str:
+        """As it was registered with."""
     @property
-    def nbytes(self) -> int: ...
+    def nbytes(self) -> int:
+        """Bytes of its packed weights."""
     @property
-    def state(self) -> Literal["registered", "loading", "resident", "failed", "unloading"]: ...
+    def state(self) -> Literal["registered", "loading", "resident", "failed", "unloading"]:
+        """Of its content; "unloading" is the name's own: it is refused, accepted requests go on."""
     @property
-    def num_running(self) -> int: ...
+    def num_running(self) -> int:
+        """Running requests of its content."""
     @property
-    def num_waiting(self) -> int: ...
+    def num_waiting(self) -> int:
+        """Waiting requests of its content."""
     @property
     def is_pinned(self) -> bool:
         """Under this name."""
     @property
-    def num_loads(self) -> int: ...
+    def num_loads(self) -> int:
+        """Loads begun, failed ones too."""
     @property
-    def num_load_failures(self) -> int: ...
+    def num_load_failures(self) -> int:
+        """Loads that failed."""
     @property
-    def num_evictions(self) -> int: ...
+    def num_evictions(self) -> int:
+        """Times it made room for others."""
 
 # rust/py/src/scheduler.rs
 
@@ -178,18 +198,22 @@ class SchedulerOutput:
     def admitted(self) -> list[int]:
         """Ids of the requests that begin with this step."""
     @property
-    def batch(self) -> Batch | None: ...
+    def batch(self) -> Batch | None:
+        """What to run; None if nothing can run now."""
 
 @final
 class RequestOutput:
     """One event of one request: a token, its end, or both. Its last has a finish reason or an error."""
 
     @property
-    def request_id(self) -> int: ...
+    def request_id(self) -> int:
+        """As `submit` gave it."""
     @property
-    def token_id(self) -> int | None: ...
+    def token_id(self) -> int | None:
+        """The token of this step, None where there is none."""
     @property
-    def finish_reason(self) -> Literal["stop", "length", "abort"] | None: ...
+    def finish_reason(self) -> Literal["stop", "length", "abort"] | None:
+        """Why it ended, None while it goes on or where `error` says why."""
     @property
     def error(self) -> LoraserveError | None:
         """The object that `finish` or `adapter_load_failed` was given; requests may share it."""
@@ -269,7 +293,11 @@ class Scheduler:
         """Plan a step. One with a batch must be committed before the next."""
     def commit(self, step: SchedulerOutput, token_ids: NDArray[np.int32]) -> None:
         """Take the [L] sampled tokens. For a step without a batch they are empty and the call is optional."""
-    def adapter_loaded(self, adapter_id: int) -> None: ...
+    def adapter_loaded(self, adapter_id: int) -> None:
+        """Answer a load: its bytes are in the extent, and requests may use them from now on.
+
+        Raises InvalidRequestError: it is not loading.
+        """
     def adapter_load_failed(self, adapter_id: int, error: LoraserveError) -> None:
         """End the waiting requests that asked for it; a later request tries again."""
     def drain_outputs(self) -> list[RequestOutput]:
@@ -282,7 +310,8 @@ class Scheduler:
         """Whether all adapters of an unfinished request are resident."""
     def has_work(self) -> bool:
         """Whether any request is unfinished."""
-    def stats(self) -> SchedulerStats: ...
+    def stats(self) -> SchedulerStats:
+        """Present load, and counts since start."""
     def adapters(self) -> list[AdapterStats]:
         """Every registered name, sorted."""
     def adapter_ids(self) -> list[int]:
@@ -305,18 +334,25 @@ class BaseShape:
 
     def __new__(cls, num_layers: int, modules: list[tuple[str, int, int, int, int]]) -> BaseShape: ...
     @property
-    def num_layers(self) -> int: ...
+    def num_layers(self) -> int:
+        """Layers, each with all of the modules."""
 
 @final
 class AdapterLayout:
     """Where an adapter's packed weights lie inside its extent; offsets are bytes from the extent's base."""
 
     @staticmethod
-    def from_groups(groups: list[_GroupPlace], num_layers: int, nbytes: int) -> AdapterLayout: ...
+    def from_groups(groups: list[_GroupPlace], num_layers: int, nbytes: int) -> AdapterLayout:
+        """What `groups` returns, for an adapter that was not loaded from files.
+
+        Raises ValueError for a layer or group that does not exist.
+        """
     @property
-    def nbytes(self) -> int: ...
+    def nbytes(self) -> int:
+        """Length of the extent."""
     @property
-    def num_layers(self) -> int: ...
+    def num_layers(self) -> int:
+        """Of the base model, adapted or not."""
     def groups(self) -> list[_GroupPlace]:
         """Present groups: (layer, group, a_offset, rank, in_features, modules).
 
@@ -583,34 +619,47 @@ class CudaStep:
     """
 
     @property
-    def num_tokens(self) -> int: ...
+    def num_tokens(self) -> int:
+        """T"""
     @property
-    def num_logits(self) -> int: ...
+    def num_logits(self) -> int:
+        """L"""
     @property
-    def num_seqs(self) -> int: ...
+    def num_seqs(self) -> int:
+        """S"""
     @property
     def num_waves(self) -> int:
         """Most adapters of one request; a captured graph serves one at most."""
     @property
-    def has_adapters(self) -> bool: ...
+    def has_adapters(self) -> bool:
+        """Whether any row has one; a graph is captured for either."""
     @property
-    def is_decode(self) -> bool: ...
+    def is_decode(self) -> bool:
+        """Whether every sequence decodes one token."""
     @property
-    def token_ids_ptr(self) -> int: ...
+    def token_ids_ptr(self) -> int:
+        """[T] as in `Batch`."""
     @property
-    def positions_ptr(self) -> int: ...
+    def positions_ptr(self) -> int:
+        """[T] as in `Batch`."""
     @property
-    def slot_mapping_ptr(self) -> int: ...
+    def slot_mapping_ptr(self) -> int:
+        """[T] as in `Batch`; -1 in padding."""
     @property
-    def query_indptr_ptr(self) -> int: ...
+    def query_indptr_ptr(self) -> int:
+        """[S + 1] first token of each sequence."""
     @property
-    def context_lens_ptr(self) -> int: ...
+    def context_lens_ptr(self) -> int:
+        """[S] tokens in the KV cache after this step; 0 in padding."""
     @property
-    def block_table_ptr(self) -> int: ...
+    def block_table_ptr(self) -> int:
+        """Pages of all sequences, in token order."""
     @property
-    def block_table_indptr_ptr(self) -> int: ...
+    def block_table_indptr_ptr(self) -> int:
+        """[S + 1] first entry of each sequence in the block table."""
     @property
-    def logits_indices_ptr(self) -> int: ...
+    def logits_indices_ptr(self) -> int:
+        """[L] rows of T that are sampled, ascending."""
 
 @final
 class CudaKernels:
@@ -647,8 +696,10 @@ class CudaKernels:
         """Kernel sources compiled by this object because the cache had them not."""
     def load_kernels(self) -> None:
         """Compile and load every kernel, so that no step has to."""
-    def set_adapter(self, slot: int, first_page: int, layout: AdapterLayout, stream: int) -> None: ...
-    def move_extent(self, slot: int, src_page: int, dst_page: int, num_pages: int, stream: int) -> None: ...
+    def set_adapter(self, slot: int, first_page: int, layout: AdapterLayout, stream: int) -> None:
+        """Bind a slot to the adapter whose packed bytes begin at `first_page`, for what is queued later."""
+    def move_extent(self, slot: int, src_page: int, dst_page: int, num_pages: int, stream: int) -> None:
+        """Move a slot's pages inside the pool (ranges may overlap) and bind it to the new place."""
     def order_uploads(self, stream: int) -> None:
         """Let uploads that begin later wait for what is on `stream` by now, because it uses their pages."""
     def upload(self, host_ptr: int, nbytes: int, first_page: int) -> None:
@@ -671,10 +722,10 @@ class CudaKernels:
         num_features: int,
         eps: float,
         stream: int,
-    ) -> None: ...
-    def silu_mul(
-        self, gate_up_ptr: int, out_ptr: int, num_rows: int, intermediate: int, stream: int
-    ) -> None: ...
+    ) -> None:
+        """x / sqrt(mean(x²) + eps)·weight, per row: out; with a residual, x is added to it in place first."""
+    def silu_mul(self, gate_up_ptr: int, out_ptr: int, num_rows: int, intermediate: int, stream: int) -> None:
+        """silu(gate)·up of gate_up [rows, 2·intermediate] (gate first): out [rows, intermediate]."""
     def rope_and_cache(
         self,
         step: CudaStep,
@@ -686,8 +737,13 @@ class CudaKernels:
         k_norm_ptr: int | None,
         eps: float,
         stream: int,
-    ) -> None: ...
-    def attention(self, step: CudaStep, qkv_ptr: int, layer: int, out_ptr: int, stream: int) -> None: ...
+    ) -> None:
+        """Rotate q and k of qkv [T, (H + 2·KV)·D] in place and write K, V to their pages.
+
+        `cos_sin`: [num_positions, D]; `q_norm`, `k_norm`: [D] of the norm before it, None for none.
+        """
+    def attention(self, step: CudaStep, qkv_ptr: int, layer: int, out_ptr: int, stream: int) -> None:
+        """Causal paged attention of the q part of qkv, scale 1/sqrt(D): out [T, H·D]."""
 
 # rust/py/src/cuda_kernels/facts.rs
 

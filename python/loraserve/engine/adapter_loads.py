@@ -33,6 +33,7 @@ class AdapterLoads:
         self._waiters: dict[int, list[_Waiter]] = {}
 
     def times(self, adapter_id: int) -> LoadTimes:
+        """Zeros before an adapter's first load."""
         return self._times.get(adapter_id, LoadTimes())
 
     def wait_for(self, adapter_id: int) -> Future[float]:
@@ -43,9 +44,11 @@ class AdapterLoads:
         return future
 
     def start(self, adapter_id: int) -> None:
+        """A load of this adapter begins now; `finish` is called once for it."""
         self._started_at[adapter_id] = time.monotonic()
 
     def finish(self, adapter_id: int, error: LoraserveError | None) -> None:
+        """The load that was started has ended: answer who waits, with `error` if it failed."""
         load_s = time.monotonic() - self._started_at.pop(adapter_id)
         if error is None:
             times = self._times.setdefault(adapter_id, LoadTimes())
@@ -54,6 +57,7 @@ class AdapterLoads:
         self.answer(adapter_id, error)
 
     def is_awaited(self, adapter_id: int) -> bool:
+        """Whether somebody waits for this adapter's next load."""
         return adapter_id in self._waiters
 
     def pass_on(self, adapter_id: int, successor_id: int, is_resident: bool) -> None:

@@ -181,6 +181,7 @@ class EngineAdapters:
         self._wake.set()
 
     def find(self, name: str) -> RegisteredAdapter | None:
+        """What has this name now, None if nothing has; a name may change its content at any time."""
         with self._lock:
             return self._registry.get(name)
 

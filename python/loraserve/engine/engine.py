@@ -183,6 +183,7 @@ class Engine:
             )
 
     def info(self) -> EngineInfo:
+        """Settings, and the load of this moment."""
         with self._lock:
             return EngineInfo.build(
                 self._scheduler.stats(),

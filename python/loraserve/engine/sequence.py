@@ -22,9 +22,11 @@ class RequestClock:
     first_token_at: float | None = None
 
     def admit(self) -> None:
+        """The model begins with its prompt now."""
         self.admitted_at = time.monotonic()
 
     def note_token(self) -> None:
+        """A token has come now; only the first one's moment is kept."""
         if self.first_token_at is None:
             self.first_token_at = time.monotonic()
 
@@ -54,6 +56,7 @@ class EngineOutput(NamedTuple):
 
     @property
     def is_last(self) -> bool:
+        """Whether nothing more comes of this sequence."""
         return self.finish_reason is not None or self.error is not None
 
 

@@ -96,6 +96,7 @@ class EngineStats:
         base: AdapterUsage,
         adapters: Mapping[str, AdapterStats],
     ) -> EngineStats:
+        """Of one moment: the engine holds its lock meanwhile. `base` is copied."""
         return cls(
             num_running=core.num_running,
             num_waiting=core.num_waiting,
@@ -152,6 +153,7 @@ class EngineInfo:
         max_model_len: int,
         num_adapters: int,
     ) -> EngineInfo:
+        """Of one moment: the engine holds its lock meanwhile."""
         return cls(
             version=__version__,
             model=config.model,
@@ -187,7 +189,9 @@ class UsageCounters:
         return [self.of(name) for name in names] or [self.base]
 
     def of(self, name: str) -> AdapterUsage:
+        """The counters of a name, at zero when they are first asked for."""
         return self._by_name.setdefault(name, AdapterUsage())
 
     def forget(self, name: str) -> None:
+        """The next adapter of this name counts from zero."""
         self._by_name.pop(name, None)

@@ -37,6 +37,7 @@ class DecodeGraphs:
 
     @property
     def num_captured(self) -> int:
+        """Graphs so far: one per bucket and whether there are adapters."""
         return len(self._graphs)
 
     def bucket(self, batch: _core.Batch) -> int | None:
