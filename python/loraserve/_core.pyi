@@ -319,7 +319,7 @@ class Scheduler:
     def check_invariants(self) -> None:
         """Panic naming the first invariant that does not hold."""
 
-# rust/py/src/adapters.rs
+# rust/py/src/layout.rs
 
 _ModulePlace = tuple[int, int, int, int, int, float]
 _GroupPlace = tuple[int, int, int, int, int, list[_ModulePlace]]
@@ -359,6 +359,8 @@ class AdapterLayout:
         Each module: (rank_offset, rank, b_offset, out_offset, out_features, scale). A is
         [group rank, in_features]; a module's B is stored transposed, [module rank, out_features].
         """
+
+# rust/py/src/adapters.rs
 
 @final
 class Receipt:

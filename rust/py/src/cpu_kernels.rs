@@ -22,9 +22,9 @@ use pyo3::prelude::*;
 
 use loraserve_adapters::StorageDtype;
 
-use crate::adapters::AdapterLayout;
 use crate::batch::Batch;
 use crate::errors::of_kernel;
+use crate::layout::AdapterLayout;
 
 /// Runs `$body` with `$E` the element type of the storage dtype.
 macro_rules! with_element {

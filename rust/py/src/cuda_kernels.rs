@@ -11,9 +11,9 @@ use loraserve_kernels::geometry::KvGeometry;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
-use crate::adapters::AdapterLayout;
 use crate::batch::Batch;
 use crate::errors::of_cuda;
+use crate::layout::AdapterLayout;
 
 mod facts;
 mod step;

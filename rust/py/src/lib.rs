@@ -7,6 +7,7 @@ mod batch;
 mod cpu_kernels;
 mod cuda_kernels;
 mod errors;
+mod layout;
 mod memory_ahead;
 mod scheduler;
 mod stats;
@@ -17,6 +18,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     scheduler::register(m)?;
     batch::register(m)?;
     stats::register(m)?;
+    layout::register(m)?;
     adapters::register(m)?;
     cpu_kernels::register(m)?;
     memory_ahead::register(m)?;

@@ -1,0 +1,142 @@
+//! Where weights lie, for Python: `BaseShape` of the model's linears, `AdapterLayout` of an adapter's extent.
+
+use std::sync::Arc;
+
+use loraserve_adapters::{self as adapters, GroupLayout, ModuleLayout, ModuleShape, NUM_GROUPS};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+
+/// (path, group, `in_features`, `out_features`, `out_offset`).
+type ModuleTuple = (String, usize, usize, usize, usize);
+/// (`rank_offset`, rank, `b_offset`, `out_offset`, `out_features`, scale).
+type ModuleLayoutTuple = (usize, usize, usize, usize, usize, f32);
+/// (layer, group, `a_offset`, rank, `in_features`, modules).
+type GroupTuple = (usize, usize, usize, usize, usize, Vec<ModuleLayoutTuple>);
+
+/// The base model's linear layers an adapter may bind to.
+#[pyclass(frozen, module = "loraserve._core")]
+pub struct BaseShape {
+    pub inner: adapters::BaseShape,
+}
+
+#[pymethods]
+impl BaseShape {
+    #[new]
+    fn new(num_layers: usize, modules: Vec<ModuleTuple>) -> PyResult<Self> {
+        let modules =
+            modules
+                .into_iter()
+                .map(|(path, group, in_features, out_features, out_offset)| {
+                    let shape = ModuleShape {
+                        group,
+                        in_features,
+                        out_features,
+                        out_offset,
+                    };
+                    (path, shape)
+                });
+        let inner = adapters::BaseShape::new(num_layers, modules).map_err(PyValueError::new_err)?;
+        Ok(Self { inner })
+    }
+
+    #[getter]
+    fn num_layers(&self) -> usize {
+        self.inner.num_layers
+    }
+}
+
+/// Where an adapter's packed weights lie inside its extent.
+#[pyclass(frozen, module = "loraserve._core")]
+pub struct AdapterLayout {
+    pub inner: Arc<adapters::AdapterLayout>,
+}
+
+#[pymethods]
+impl AdapterLayout {
+    /// Builds a layout from the tuples `groups()` returns.
+    #[staticmethod]
+    fn from_groups(groups: Vec<GroupTuple>, num_layers: usize, nbytes: usize) -> PyResult<Self> {
+        let mut slots = vec![None; num_layers * NUM_GROUPS];
+        for group in groups {
+            let (layer, index) = (group.0, group.1);
+            if layer >= num_layers || index >= NUM_GROUPS {
+                let message = format!(
+                    "no group {index} of layer {layer}: there are {num_layers} layers of {NUM_GROUPS}"
+                );
+                return Err(PyValueError::new_err(message));
+            }
+            slots[layer * NUM_GROUPS + index] = Some(group_layout(group));
+        }
+        let inner = Arc::new(adapters::AdapterLayout {
+            groups: slots,
+            nbytes,
+        });
+        Ok(Self { inner })
+    }
+
+    #[getter]
+    fn nbytes(&self) -> usize {
+        self.inner.nbytes
+    }
+
+    #[getter]
+    fn num_layers(&self) -> usize {
+        self.inner.num_layers()
+    }
+
+    fn groups(&self) -> Vec<GroupTuple> {
+        self.inner.present().map(group_tuple).collect()
+    }
+}
+
+fn group_layout((_, _, a_offset, rank, in_features, modules): GroupTuple) -> GroupLayout {
+    let modules = modules
+        .into_iter()
+        .map(
+            |(rank_offset, rank, b_offset, out_offset, out_features, scale)| ModuleLayout {
+                rank_offset,
+                rank,
+                b_offset,
+                out_offset,
+                out_features,
+                scale,
+            },
+        )
+        .collect();
+    GroupLayout {
+        a_offset,
+        rank,
+        in_features,
+        modules,
+    }
+}
+
+fn group_tuple((layer, group, layout): (usize, usize, &GroupLayout)) -> GroupTuple {
+    let modules = layout
+        .modules
+        .iter()
+        .map(|m| {
+            (
+                m.rank_offset,
+                m.rank,
+                m.b_offset,
+                m.out_offset,
+                m.out_features,
+                m.scale,
+            )
+        })
+        .collect();
+    (
+        layer,
+        group,
+        layout.a_offset,
+        layout.rank,
+        layout.in_features,
+        modules,
+    )
+}
+
+pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add_class::<BaseShape>()?;
+    m.add_class::<AdapterLayout>()
+}
