@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests, and who shares them where tests run in several processes."""
+"""Fixtures shared by all tests: the embedded SmolLM2, and transformers running the same file."""
 
 from pathlib import Path
 from typing import Any
@@ -6,24 +6,6 @@ from typing import Any
 import pytest
 import torch
 from loraserve.loader import default_model_path
-
-# Of the session, and made in many seconds: under pytest-xdist by one process only.
-SLOW_FIXTURES = ("tiny_expected", "hf_smollm2")
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With `--dist loadgroup` a file's tests share a process, as do all files that need one slow fixture."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    groups: dict[Path, str] = {}
-    for item in items:
-        for name in SLOW_FIXTURES:
-            if name in getattr(item, "fixturenames", ()):
-                groups[item.path] = name
-    for item in items:
-        group = groups.get(item.path, f"{item.path.parent.name}/{item.path.stem}")
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
