@@ -497,14 +497,19 @@ class CpuKernels:
         isa: str | None = None,
     ) -> CpuKernels: ...
     @property
-    def isa(self) -> str: ...
+    def isa(self) -> str:
+        """The instruction set in use: "amx", "avx512bf16", "avx512", "avx2" or "portable"."""
     @property
-    def num_threads(self) -> int: ...
+    def num_threads(self) -> int:
+        """Threads that compute, the caller's included."""
     def pack(
         self, weight_ptr: int, bias_ptr: int | None, in_features: int, out_features: int
-    ) -> PackedLinear: ...
-    def set_adapter(self, slot: int, first_page: int, layout: AdapterLayout) -> None: ...
-    def move_extent(self, slot: int, src_page: int, dst_page: int, num_pages: int) -> None: ...
+    ) -> PackedLinear:
+        """Copy weight [out, in] and bias [out] into the products' layout; both may be freed afterwards."""
+    def set_adapter(self, slot: int, first_page: int, layout: AdapterLayout) -> None:
+        """Bind a slot to the adapter packed from `first_page` on; `layout` says where its weights lie."""
+    def move_extent(self, slot: int, src_page: int, dst_page: int, num_pages: int) -> None:
+        """Move a slot's pages inside the pool (ranges may overlap) and bind it to the new place."""
     def begin_step(self, batch: Batch) -> CpuStep: ...
     def embedding(self, step: StepHandle, table: Linear, out_ptr: int) -> None: ...
     def lora_linear(
@@ -545,7 +550,8 @@ class Activation:
     """What a recorded op makes: [T, width]; T is known when the program runs."""
 
     @property
-    def width(self) -> int: ...
+    def width(self) -> int:
+        """Columns."""
 
 @final
 class CpuRecording:
@@ -560,8 +566,10 @@ class CpuRecording:
     def embedding(self, table: Linear) -> Activation: ...
     def rms_norm(
         self, x: Activation, residual: Activation | None, weight_ptr: int, num_features: int, eps: float
-    ) -> Activation: ...
-    def lora_linear(self, x: Activation, linear: Linear, layer: int, group: int) -> Activation: ...
+    ) -> Activation:
+        """x / sqrt(mean(x²) + eps)·weight, per row; with a residual, x is added to it in place first."""
+    def lora_linear(self, x: Activation, linear: Linear, layer: int, group: int) -> Activation:
+        """x·Wᵀ + bias + what the step's adapters add to this layer and group: [T, out_features]."""
     def rope_and_cache(
         self,
         qkv: Activation,
@@ -572,9 +580,15 @@ class CpuRecording:
         q_norm_ptr: int | None,
         k_norm_ptr: int | None,
         eps: float,
-    ) -> None: ...
-    def attention(self, qkv: Activation, layer: int, num_features: int) -> Activation: ...
-    def silu_mul(self, gate_up: Activation) -> Activation: ...
+    ) -> None:
+        """Rotate q and k of qkv in place and write K, V to their pages; `ForwardOps` has the formula.
+
+        `cos_sin`: [num_positions, head_dim]; `q_norm`, `k_norm`: [head_dim] of a norm before it, or None.
+        """
+    def attention(self, qkv: Activation, layer: int, num_features: int) -> Activation:
+        """Causal paged attention of the q part of qkv: [T, num_features], heads times their dimension."""
+    def silu_mul(self, gate_up: Activation) -> Activation:
+        """silu(gate)·up, gate first: half as wide."""
     def logits(self, kernels: CpuKernels, hidden: Activation, lm_head: Linear) -> CpuProgram:
         """Ends the recording."""
 
