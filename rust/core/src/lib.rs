@@ -20,5 +20,5 @@ pub use adapter_cache::AdapterStats;
 pub use batch::Batch;
 pub use error::{Error, ErrorKind};
 pub use ids::{AdapterId, AdapterKey, CacheScope, PageId, PrefixIdentity, RequestId, SlotId};
-pub use request::{Failure, FinishReason, NewRequest, Output};
+pub use request::{Failure, FinishReason, NewRequest, RequestOutput};
 pub use scheduler::{Load, Scheduler, SchedulerConfig, SchedulerOutput, SchedulerStats};

@@ -1,4 +1,4 @@
-//! `Request`: what a caller asks for, checked; `Output`: what it gets back.
+//! `Request`: what a caller asks for, checked; `RequestOutput`: what it gets back.
 
 use std::sync::Arc;
 
@@ -117,7 +117,7 @@ impl Eq for Failure {}
 
 /// One event of a request; the one with `finish` is its last.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Output {
+pub struct RequestOutput {
     pub request: RequestId,
     pub token: Option<i32>,
     pub finish: Option<FinishReason>,

@@ -2,7 +2,7 @@
 
 use crate::ids::SlotId;
 use crate::memory::BlockTable;
-use crate::request::{FinishReason, Output, Request};
+use crate::request::{FinishReason, Request, RequestOutput};
 
 #[derive(Debug)]
 pub struct Sequence {
@@ -49,8 +49,8 @@ impl Sequence {
         }
     }
 
-    pub fn output(&self, token: Option<i32>, finish: Option<FinishReason>) -> Output {
-        Output {
+    pub fn output(&self, token: Option<i32>, finish: Option<FinishReason>) -> RequestOutput {
+        RequestOutput {
             request: self.request.id,
             token,
             finish,

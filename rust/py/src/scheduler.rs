@@ -56,7 +56,7 @@ pub struct RequestOutput {
 }
 
 impl RequestOutput {
-    fn new(py: Python<'_>, output: core::Output) -> Self {
+    fn new(py: Python<'_>, output: core::RequestOutput) -> Self {
         let (finish_reason, error) = match output.finish {
             None => (None, None),
             Some(FinishReason::Stop) => (Some("stop"), None),

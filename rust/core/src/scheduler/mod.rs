@@ -24,7 +24,7 @@ use crate::error::Error;
 use crate::ids::{AdapterId, PageId, RequestId, SlotId};
 use crate::memory::Memory;
 use crate::page_pool::Move;
-use crate::request::{Failure, FinishReason, Output};
+use crate::request::{Failure, FinishReason, RequestOutput};
 use crate::sequence::{Running, Sequence, Waiting};
 
 pub use config::SchedulerConfig;
@@ -81,7 +81,7 @@ pub struct Scheduler {
     prefetches: VecDeque<AdapterId>,
     /// In order of admission.
     running: Vec<Running>,
-    outputs: Vec<Output>,
+    outputs: Vec<RequestOutput>,
     in_flight: Option<InFlight>,
     next_request: u64,
     next_admission: u64,
@@ -232,7 +232,7 @@ impl Scheduler {
     }
 
     /// Events since the last call, in order.
-    pub fn drain_outputs(&mut self) -> Vec<Output> {
+    pub fn drain_outputs(&mut self) -> Vec<RequestOutput> {
         std::mem::take(&mut self.outputs)
     }
 

@@ -4,7 +4,7 @@ mod operations;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use loraserve_core::{FinishReason, Output, Scheduler, SchedulerConfig, SchedulerOutput};
+use loraserve_core::{FinishReason, RequestOutput, Scheduler, SchedulerConfig, SchedulerOutput};
 
 use super::Rng;
 use super::device::{Device, kv, sample};
@@ -232,7 +232,7 @@ impl Harness {
         );
     }
 
-    fn check_output(&mut self, output: &Output) {
+    fn check_output(&mut self, output: &RequestOutput) {
         let request = output.request.0;
         let expected = self
             .expected
