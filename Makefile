@@ -25,7 +25,7 @@ dev: $(STAMPS)/dev ## set up .venv with what development needs
 JOBS ?= 2
 test: $(STAMPS)/dev ## set up, run every test (cargo, pytest in two processes; JOBS=N for more)
 	cargo test --workspace --exclude loraserve-py
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m 'not alone' --numprocesses $(JOBS) --dist loadfile
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m 'not alone' --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m pytest -m alone $$(grep --recursive --files-with-matches mark.alone tests --include='test_*.py')
 
 soak: $(STAMPS)/dev ## more of what is drawn at random: requests by the API's document, programs and when they end
