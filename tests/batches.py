@@ -45,6 +45,22 @@ class HandBatch:
         return _core.Batch(arrays, self.num_prefill_tokens)
 
 
+def token_batch(num_tokens: int, token_ids: npt.NDArray[np.int32] | None = None) -> HandBatch:
+    """`num_tokens` sequences of one token each, for ops that look at rows only."""
+    ids = np.zeros(num_tokens, dtype=np.int32) if token_ids is None else token_ids
+    zeros = np.zeros(num_tokens, dtype=np.int32)
+    return HandBatch(
+        token_ids=ids,
+        positions=zeros,
+        slot_mapping=zeros,
+        query_indptr=np.arange(num_tokens + 1, dtype=np.int32),
+        context_lens=np.ones(num_tokens, dtype=np.int32),
+        block_table=zeros,
+        block_table_indptr=np.arange(num_tokens + 1, dtype=np.int32),
+        logits_indices=np.arange(num_tokens, dtype=np.int32),
+    )
+
+
 def one_sequence(token_ids: Sequence[int], num_cached: int = 0, all_logits: bool = False) -> HandBatch:
     """The next tokens of one sequence that owns the pages from 0 on; logits of the last or of all."""
     num_tokens, context_len = len(token_ids), num_cached + len(token_ids)

@@ -23,8 +23,8 @@ __all__ = [
     "CudaKernels",
     "CudaStep",
     "LoadPace",
-    "MemoryAhead",
     "PackedLinear",
+    "PoolPretouch",
     "Receipt",
     "RequestOutput",
     "Scheduler",
@@ -474,10 +474,10 @@ class CpuStep:
 
 @final
 class CpuKernels:
-    """Every CPU op of one model over one page pool; ops run without the GIL on one thread pool.
+    """The CPU kernels of one model over one page pool; they run without the GIL on one thread pool.
 
-    `*_ptr` are addresses of contiguous tensors in the storage dtype (`cos_sin`, `bias` and logits are
-    float32) that live until the call returns; `loraserve.backends.cpu.ops` checks them. `isa` None takes
+    `*_ptr` are addresses of contiguous tensors in the storage dtype (`bias` and logits are float32) that
+    live until the call returns; `loraserve.backends.cpu.ops` checks them. `isa` None takes
     `LORASERVE_CPU_ISA`, else the best; `num_threads` None means every core. Raises LoraserveError for an
     unknown or unsupported instruction set, ValueError for shapes and indices that don't fit, TypeError
     for another backend's step or weight.
@@ -511,36 +511,6 @@ class CpuKernels:
     def move_extent(self, slot: int, src_page: int, dst_page: int, num_pages: int) -> None:
         """Move a slot's pages inside the pool (ranges may overlap) and bind it to the new place."""
     def begin_step(self, batch: Batch) -> CpuStep: ...
-    def embedding(self, step: StepHandle, table: Linear, out_ptr: int) -> None: ...
-    def lora_linear(
-        self, step: StepHandle, x_ptr: int, linear: Linear, layer: int, group: int, out_ptr: int
-    ) -> None: ...
-    def logits(
-        self, step: StepHandle, hidden_ptr: int, lm_head: Linear, rows_ptr: int, out_ptr: int
-    ) -> None: ...
-    def rms_norm(
-        self,
-        x_ptr: int,
-        residual_ptr: int | None,
-        weight_ptr: int,
-        out_ptr: int,
-        num_rows: int,
-        num_features: int,
-        eps: float,
-    ) -> None: ...
-    def rope_and_cache(
-        self,
-        step: StepHandle,
-        qkv_ptr: int,
-        layer: int,
-        cos_sin_ptr: int,
-        num_positions: int,
-        q_norm_ptr: int | None,
-        k_norm_ptr: int | None,
-        eps: float,
-    ) -> None: ...
-    def attention(self, step: StepHandle, qkv_ptr: int, layer: int, out_ptr: int) -> None: ...
-    def silu_mul(self, gate_up_ptr: int, out_ptr: int, num_rows: int, intermediate: int) -> None: ...
     def argmax(self, logits_ptr: int, num_rows: int, num_columns: int) -> list[int]: ...
 
 # rust/py/src/cpu_kernels/program.rs
@@ -563,6 +533,9 @@ class CpuRecording:
     """
 
     def __new__(cls) -> CpuRecording: ...
+    def input(self, rows_ptr: int, num_rows: int, width: int) -> Activation:
+        """Rows [num_rows, width] of a tensor, one for each token of a step."""
+
     def embedding(self, table: Linear) -> Activation: ...
     def rms_norm(
         self, x: Activation, residual: Activation | None, weight_ptr: int, num_features: int, eps: float
@@ -590,29 +563,32 @@ class CpuRecording:
     def silu_mul(self, gate_up: Activation) -> Activation:
         """silu(gate)·up, gate first: half as wide."""
     def logits(self, kernels: CpuKernels, hidden: Activation, lm_head: Linear) -> CpuProgram:
-        """Ends the recording."""
+        """Ends the recording; the result is float32 [L, vocab]."""
+
+    def output(self, kernels: CpuKernels, x: Activation) -> CpuProgram:
+        """Ends the recording; the result is `x`, [T, width] in the storage dtype."""
 
 @final
 class CpuProgram:
     """A recorded forward pass; one step at a time, without the GIL."""
 
-    def run(self, step: StepHandle, logits_ptr: int) -> None:
-        """Runs a step of its kernels; logits: float32 [L, vocab]. Raises ValueError as the ops do."""
+    def run(self, step: StepHandle, result_ptr: int) -> None:
+        """Runs a step of its kernels and writes the result. Raises ValueError as the ops do."""
 
 def default_isa() -> str:
     """The instruction set of the CPU kernels here: `LORASERVE_CPU_ISA`, or the best there is."""
 
-# rust/py/src/memory_ahead.rs
+# rust/py/src/pool_pretouch.rs
 
 @final
-class MemoryAhead:
+class PoolPretouch:
     """A thread that touches a margin of the page pool before it is needed, at both ends of what is in use.
 
     `pool` keeps `pool_nbytes` writable bytes at `pool_ptr` alive; it is kept until the thread has ended. The
     rest may be called from any thread, and takes microseconds.
     """
 
-    def __new__(cls, pool: object, pool_ptr: int, pool_nbytes: int) -> MemoryAhead: ...
+    def __new__(cls, pool: object, pool_ptr: int, pool_nbytes: int) -> PoolPretouch: ...
     def use_below(self, end: int) -> None:
         """KV blocks lie in the first `end` bytes."""
 

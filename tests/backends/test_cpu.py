@@ -1,4 +1,4 @@
-"""CpuBackend: memory touched ahead of use."""
+"""CpuBackend: the pool's memory is touched before its first use."""
 
 import types
 
@@ -9,7 +9,7 @@ from loraserve.backends.cpu.backend import CpuBackend
 from loraserve.config import EngineConfig
 
 
-class Ahead:
+class Pretouch:
     """Notes what it is told."""
 
     def __init__(self) -> None:
@@ -28,13 +28,13 @@ def backend() -> CpuBackend:
 
 
 def test_an_adapters_extent_is_in_use_before_it_is_written(backend: CpuBackend) -> None:
-    ahead = Ahead()
-    backend._ahead = ahead  # type: ignore[assignment]
+    pretouch = Pretouch()
+    backend._pretouch = pretouch  # type: ignore[assignment]
     layout = types.SimpleNamespace()
 
     def load(address: int) -> object:
         assert address == backend.pool.data_ptr() + 3 * 64
-        assert ahead.calls == [("above", 3 * 64)]
+        assert pretouch.calls == [("above", 3 * 64)]
         return layout
 
     assert backend.fill(Extent(0, 3, 128), load) is layout  # type: ignore[arg-type]

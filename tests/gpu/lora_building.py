@@ -8,9 +8,9 @@ import torch
 from loraserve import _core
 from loraserve.models.ops import KvGeometry
 
-from tests.batches import HandBatch, one_sequence
+from tests.batches import HandBatch, one_sequence, token_batch
 from tests.gpu.device import Gpu
-from tests.ops.building import OVERREAD, token_batch, with_waves
+from tests.ops.building import OVERREAD, with_waves
 from tests.ops.torch_ops import TorchOps
 from tests.panels import pack_panels
 

@@ -32,8 +32,9 @@ else:
 CPU_PATH = """
 import torch
 from loraserve.models.ops import KvGeometry
-from loraserve.backends.cpu.ops import CpuOps
-from tests.ops.building import aligned_pool, token_batch
+from tests.batches import token_batch
+from tests.ops.building import aligned_pool
+from tests.ops.stepwise_ops import StepwiseOps
 
 def mapped():
     lines = open("/proc/self/maps").read().splitlines()
@@ -41,7 +42,7 @@ def mapped():
 
 torchs_own = mapped()  # a CUDA build of torch maps its runtime and its compiler itself
 geometry = KvGeometry(num_layers=1, num_heads=1, num_kv_heads=1, head_dim=32)
-ops = CpuOps(geometry, torch.bfloat16, aligned_pool(1 << 16), num_threads=1)
+ops = StepwiseOps(geometry, torch.bfloat16, aligned_pool(1 << 16), num_threads=1)
 linear = ops.pack(torch.ones(64, 64))
 ops.lora_linear(ops.begin_step(token_batch(2).build()), torch.ones(2, 64, dtype=torch.bfloat16), linear, 0, 0)
 print(sorted(mapped() - torchs_own))

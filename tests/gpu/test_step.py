@@ -9,9 +9,9 @@ import torch
 from loraserve import _core
 from loraserve.models.ops import KvGeometry
 
-from tests.batches import HandBatch
+from tests.batches import HandBatch, token_batch
 from tests.gpu.device import Gpu
-from tests.ops.building import attention_batch, token_batch, with_waves
+from tests.ops.building import attention_batch, with_waves
 
 GEOMETRY = KvGeometry(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32)
 NUM_PAGES = 32

@@ -4,16 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from loraserve.backends.cpu.ops import CpuOps
 from loraserve.loader import LoadedModel, load_model
 from loraserve.models.config import ModelConfig
-from loraserve.models.ops import KvGeometry, Ops
+from loraserve.models.ops import EagerOps, KvGeometry, Ops
 
 from tests.batches import BLOCK_SIZE, one_sequence
+from tests.ops.stepwise_ops import StepwiseOps
 from tests.ops.torch_ops import TorchOps
 
 NUM_PAGES = 16
-BACKENDS = {"torch": TorchOps, "cpu": CpuOps}
+BACKENDS = {"torch": TorchOps, "cpu": StepwiseOps}
 
 
 class Running:
@@ -28,7 +28,7 @@ class Running:
             config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim, BLOCK_SIZE
         )
         pool = torch.zeros(NUM_PAGES * geometry.page_nbytes(torch.float32), dtype=torch.uint8)
-        self.ops: Ops = self._backend(geometry, torch.float32, pool)
+        self.ops: EagerOps = self._backend(geometry, torch.float32, pool)
         return self.ops, config.context_limit
 
     @torch.inference_mode()

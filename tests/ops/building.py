@@ -7,11 +7,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from loraserve import _core
-from loraserve.backends.cpu.ops import CpuOps
 from loraserve.errors import LoraserveError
 from loraserve.models.ops import KvGeometry
 
 from tests.batches import HandBatch
+from tests.ops.stepwise_ops import StepwiseOps
 from tests.ops.torch_ops import TorchOps
 from tests.panels import pack_panels
 
@@ -33,7 +33,7 @@ def aligned_pool(nbytes: int) -> torch.Tensor:
 def runs_here(isa: str) -> bool:
     geometry = KvGeometry(1, 1, 1, 16)
     try:
-        CpuOps(geometry, torch.float32, aligned_pool(4096), num_threads=1, isa=isa)
+        StepwiseOps(geometry, torch.float32, aligned_pool(4096), num_threads=1, isa=isa)
     except LoraserveError:
         return False
     return True
@@ -46,7 +46,7 @@ ISAS = tuple(isa for isa in ALL_ISAS if runs_here(isa))
 class Backends:
     """A CPU backend and the reference, each with a pool of its own."""
 
-    cpu: CpuOps
+    cpu: StepwiseOps
     reference: TorchOps
     cpu_pool: torch.Tensor
     reference_pool: torch.Tensor
@@ -63,7 +63,7 @@ def make_backends(
     page_nbytes = geometry.page_nbytes(dtype)
     cpu_pool = aligned_pool(num_pages * page_nbytes)
     reference_pool = torch.zeros(num_pages * page_nbytes, dtype=torch.uint8)
-    cpu = CpuOps(geometry, dtype, cpu_pool, num_threads=num_threads, isa=isa)
+    cpu = StepwiseOps(geometry, dtype, cpu_pool, num_threads=num_threads, isa=isa)
     return Backends(cpu, TorchOps(geometry, dtype, reference_pool), cpu_pool, reference_pool, page_nbytes)
 
 
@@ -128,22 +128,6 @@ def write_adapter(
     layout = _core.AdapterLayout.from_groups(places, num_layers, end + OVERREAD)
     backends.cpu.set_adapter(slot, first_page, layout)
     backends.reference.set_adapter(slot, first_page, layout)
-
-
-def token_batch(num_tokens: int, token_ids: npt.NDArray[np.int32] | None = None) -> HandBatch:
-    """`num_tokens` sequences of one token each, for ops that look at rows only."""
-    ids = np.zeros(num_tokens, dtype=np.int32) if token_ids is None else token_ids
-    zeros = np.zeros(num_tokens, dtype=np.int32)
-    return HandBatch(
-        token_ids=ids,
-        positions=zeros,
-        slot_mapping=zeros,
-        query_indptr=np.arange(num_tokens + 1, dtype=np.int32),
-        context_lens=np.ones(num_tokens, dtype=np.int32),
-        block_table=zeros,
-        block_table_indptr=np.arange(num_tokens + 1, dtype=np.int32),
-        logits_indices=np.arange(num_tokens, dtype=np.int32),
-    )
 
 
 def with_waves(batch: HandBatch, waves: Sequence[Sequence[tuple[int, int, int, float]]]) -> HandBatch:

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from loraserve import _core
-from loraserve.backends.cpu.ops import CpuOps
 from loraserve.models.ops import KvGeometry
 
 from tests.batches import HandBatch, one_sequence
 from tests.ops.building import aligned_pool
+from tests.ops.stepwise_ops import StepwiseOps
 
 GEOMETRY = KvGeometry(1, 1, 1, 16)
 NUM_PAGES = 8
@@ -24,12 +24,12 @@ Module = tuple[int, int, int, int, int, float]
 
 
 @pytest.fixture
-def ops() -> Iterator[CpuOps]:
+def ops() -> Iterator[StepwiseOps]:
     """A pool of random bytes between random bytes; a test that changes any of them fails."""
     memory = aligned_pool(2 * GUARD_NBYTES + NUM_PAGES * PAGE_NBYTES)
     memory.random_(generator=torch.Generator().manual_seed(0))
     before = memory.clone()
-    yield CpuOps(GEOMETRY, torch.float32, memory[GUARD_NBYTES:-GUARD_NBYTES], num_threads=2)
+    yield StepwiseOps(GEOMETRY, torch.float32, memory[GUARD_NBYTES:-GUARD_NBYTES], num_threads=2)
     assert torch.equal(memory, before)
 
 
@@ -82,20 +82,20 @@ def test_impossible_pools_are_refused(setting: str, value: int, message: str) ->
     ],
 )
 def test_moves_outside_the_pool_are_refused(
-    ops: CpuOps, src_page: int, dst_page: int, num_pages: int
+    ops: StepwiseOps, src_page: int, dst_page: int, num_pages: int
 ) -> None:
     with pytest.raises(ValueError, match=r"end of the (extent to move|moved extent)"):
         ops.move_extent(0, src_page, dst_page, num_pages)
 
 
 @pytest.mark.parametrize("first_page", [NUM_PAGES, WRAP // PAGE_NBYTES + 1, 2**63, WRAP - 1])
-def test_adapters_outside_the_pool_are_refused(ops: CpuOps, first_page: int) -> None:
+def test_adapters_outside_the_pool_are_refused(ops: StepwiseOps, first_page: int) -> None:
     with pytest.raises(ValueError, match="end of the adapter's extent"):
         ops.set_adapter(0, first_page, layout())
 
 
 @pytest.mark.parametrize("slot", [NUM_PAGES, 2**32, 2**60, 2**63, WRAP - 1])
-def test_slots_beyond_the_number_of_pages_are_refused(ops: CpuOps, slot: int) -> None:
+def test_slots_beyond_the_number_of_pages_are_refused(ops: StepwiseOps, slot: int) -> None:
     ops.set_adapter(NUM_PAGES - 1, 0, layout())
     with pytest.raises(ValueError, match="slot is"):
         ops.set_adapter(slot, 0, layout())
@@ -120,7 +120,7 @@ def test_slots_beyond_the_number_of_pages_are_refused(ops: CpuOps, slot: int) ->
         (layout(nbytes=WRAP - 1), "end of the adapter's extent"),
     ],
 )
-def test_impossible_layouts_are_refused(ops: CpuOps, refused: _core.AdapterLayout, message: str) -> None:
+def test_impossible_layouts_are_refused(ops: StepwiseOps, refused: _core.AdapterLayout, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ops.set_adapter(0, 0, refused)
 
@@ -131,13 +131,13 @@ def far_batch() -> HandBatch:
     return replace(one_sequence([0]), block_table=page, slot_mapping=16 * page)
 
 
-def run_rope(ops: CpuOps, step: _core.CpuStep) -> torch.Tensor:
+def run_rope(ops: StepwiseOps, step: _core.CpuStep) -> torch.Tensor:
     qkv = torch.ones(step.num_tokens, GEOMETRY.qkv_features)
     ops.rope_and_cache(step, qkv, 0, torch.ones(64, 16), None, None, 1e-6)
     return qkv
 
 
-OPS_OF_A_STEP: dict[str, Callable[[CpuOps, _core.CpuStep], torch.Tensor]] = {
+OPS_OF_A_STEP: dict[str, Callable[[StepwiseOps, _core.CpuStep], torch.Tensor]] = {
     "embedding": lambda ops, step: ops.embedding(step, ops.pack(torch.ones(16, 16))),
     "lora_linear": lambda ops, step: ops.lora_linear(
         step, torch.ones(1, 16), ops.pack(torch.ones(16, 16)), 0, 0
@@ -149,15 +149,15 @@ OPS_OF_A_STEP: dict[str, Callable[[CpuOps, _core.CpuStep], torch.Tensor]] = {
 
 
 @pytest.mark.parametrize("op", OPS_OF_A_STEP)
-def test_a_step_of_other_kernels_is_refused(ops: CpuOps, op: str) -> None:
-    larger = CpuOps(GEOMETRY, torch.float32, aligned_pool(8 * NUM_PAGES * PAGE_NBYTES), num_threads=1)
+def test_a_step_of_other_kernels_is_refused(ops: StepwiseOps, op: str) -> None:
+    larger = StepwiseOps(GEOMETRY, torch.float32, aligned_pool(8 * NUM_PAGES * PAGE_NBYTES), num_threads=1)
     step = larger.begin_step(far_batch().build())
     OPS_OF_A_STEP[op](larger, step)
     with pytest.raises(ValueError, match="step was begun by other kernels"):
         OPS_OF_A_STEP[op](ops, step)
 
 
-def test_two_tokens_of_one_slot_are_refused_where_they_would_be_written(ops: CpuOps) -> None:
+def test_two_tokens_of_one_slot_are_refused_where_they_would_be_written(ops: StepwiseOps) -> None:
     step = ops.begin_step(
         replace(one_sequence([0, 0, 0]), slot_mapping=np.asarray([7, 3, 7], dtype=np.int32)).build()
     )

@@ -8,12 +8,12 @@ import torch
 from loraserve import _core
 from loraserve.models.ops import KvGeometry, Linear
 
+from tests.batches import token_batch
 from tests.ops.building import (
     Backends,
     ModuleSpec,
     assert_close,
     make_backends,
-    token_batch,
     with_waves,
     write_adapter,
 )

@@ -13,7 +13,9 @@ from loraserve.backends.cpu.ops import CpuOps
 from loraserve.errors import LoraserveError, ModelError
 from loraserve.models.ops import KvGeometry
 
-from tests.ops.building import ISAS, aligned_pool, make_backends, token_batch
+from tests.batches import token_batch
+from tests.ops.building import ISAS, aligned_pool, make_backends
+from tests.ops.stepwise_ops import StepwiseOps
 
 GEOMETRY = KvGeometry(1, 1, 1, 16)
 CHOOSE = """
@@ -31,7 +33,7 @@ def chosen_isa(variable: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def long_op(ops: CpuOps) -> float:
+def long_op(ops: StepwiseOps) -> float:
     """Run four big matmuls and return their wall time in seconds."""
     linear = ops.pack(torch.ones(2048, 2048))
     step, x = ops.begin_step(token_batch(4096).build()), torch.ones(4096, 2048, dtype=ops.dtype)
@@ -71,7 +73,7 @@ def test_unsupported_dtype_block_size_and_pool_are_refused() -> None:
         CpuOps(KvGeometry(1, 3, 2, 16), torch.float32, pool)
 
 
-def longest_gap_during(ops: CpuOps) -> float:
+def longest_gap_during(ops: StepwiseOps) -> float:
     """How long another Python thread stood still during long ops, as a share of their time."""
     stop, ticks = threading.Event(), []
 

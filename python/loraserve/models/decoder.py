@@ -9,10 +9,10 @@ from loraserve.models.ops import (
     DOWN,
     GATE_UP,
     QKV,
+    EagerOps,
     ForwardOps,
     Linear,
     O,
-    Ops,
     StepHandle,
     StepT_contra,
     ValueT,
@@ -78,7 +78,7 @@ class Decoder:
             hidden = ops.add_rms_norm(hidden, residual, norm_after, eps)
         return hidden
 
-    def logits(self, ops: Ops, step: StepHandle) -> Tensor:
+    def logits(self, ops: EagerOps, step: StepHandle) -> Tensor:
         """Scores of the step's sampled rows, float32 [L, vocab]."""
         return ops.logits(step, self.forward(ops, step), self.lm_head)
 

@@ -115,8 +115,8 @@ class ForwardOps(Protocol[StepT_contra, ValueT]):
         ...
 
 
-class Ops(ForwardOps[StepHandle, "torch.Tensor"], Protocol):
-    """The ops of one backend over one page pool."""
+class Ops(Protocol):
+    """What a backend does for loader and engine, over one page pool."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -144,10 +144,14 @@ class Ops(ForwardOps[StepHandle, "torch.Tensor"], Protocol):
         """Checks and prepares a batch; every op of the step takes the handle."""
         ...
 
-    def logits(self, step: StepHandle, hidden: torch.Tensor, lm_head: Linear) -> torch.Tensor:
-        """Logits of the rows `logits_indices`: float32 [L, vocab]."""
-        ...
-
     def argmax(self, logits: torch.Tensor) -> list[int]:
         """The likeliest token of each row of `logits`; of equals the first, and NaN before any number."""
+        ...
+
+
+class EagerOps(Ops, ForwardOps[StepHandle, "torch.Tensor"], Protocol):
+    """Ops that compute at once, one by one."""
+
+    def logits(self, step: StepHandle, hidden: torch.Tensor, lm_head: Linear) -> torch.Tensor:
+        """Logits of the rows `logits_indices`: float32 [L, vocab]."""
         ...

@@ -8,7 +8,7 @@ mod cpu_kernels;
 mod cuda_kernels;
 mod errors;
 mod layout;
-mod memory_ahead;
+mod pool_pretouch;
 mod scheduler;
 mod stats;
 
@@ -21,6 +21,6 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     layout::register(m)?;
     adapters::register(m)?;
     cpu_kernels::register(m)?;
-    memory_ahead::register(m)?;
+    pool_pretouch::register(m)?;
     cuda_kernels::register(m)
 }

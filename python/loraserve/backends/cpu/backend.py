@@ -31,7 +31,7 @@ class CpuBackend:
         self._num_threads = config.num_threads
         self._dtype = dtype
         self._program: CpuProgram | None = None
-        self._ahead: _core.MemoryAhead | None = None
+        self._pretouch: _core.PoolPretouch | None = None
 
     def memory(self) -> DeviceMemory:
         return host_memory()
@@ -53,25 +53,25 @@ class CpuBackend:
         """Nothing is queued on a CPU: ops return when they are done."""
 
     def fill(self, extent: Extent, load: Callable[[int], _core.AdapterLayout]) -> _core.AdapterLayout:
-        if self._ahead is not None:
-            self._ahead.use_above(extent.first_page * self._page_nbytes)
+        if self._pretouch is not None:
+            self._pretouch.use_above(extent.first_page * self._page_nbytes)
         return load(self._pool.data_ptr() + extent.first_page * self._page_nbytes)
 
     def start(self) -> None:
-        self._ahead = _core.MemoryAhead(self._pool, self._pool.data_ptr(), self._pool.numel())
+        self._pretouch = _core.PoolPretouch(self._pool, self._pool.data_ptr(), self._pool.numel())
 
     def set_contended(self, is_contended: bool) -> None:
-        if self._ahead is not None:
-            self._ahead.set_contended(is_contended)
+        if self._pretouch is not None:
+            self._pretouch.set_contended(is_contended)
 
     def shutdown(self) -> None:
-        if self._ahead is not None:
-            self._ahead.stop()
+        if self._pretouch is not None:
+            self._pretouch.stop()
 
     def logits(self, decoder: Decoder, batch: _core.Batch) -> torch.Tensor:
-        if self._ahead is not None:
+        if self._pretouch is not None:
             page_end = -(-batch.slot_end // BLOCK_SIZE)
-            self._ahead.use_below(page_end * self._page_nbytes)
+            self._pretouch.use_below(page_end * self._page_nbytes)
         if self._program is None:
             self._program = self._ops.record(decoder)
         return self._program.run(self._ops.begin_step(batch))

@@ -9,7 +9,7 @@ import torch
 from loraserve import _core
 from loraserve.backends.cpu.program import CpuProgram, record
 from loraserve.errors import ModelError
-from loraserve.models.ops import KvGeometry, Linear, StepHandle
+from loraserve.models.ops import KvGeometry
 
 if TYPE_CHECKING:
     from loraserve.models.decoder import Decoder
@@ -47,7 +47,6 @@ class CpuOps:
             raise ModelError(f"block_size is {geometry.block_size}, the CPU backend needs {BLOCK_SIZE}")
         if pool.dtype != torch.uint8 or not pool.is_contiguous() or pool.device.type != "cpu":
             raise ModelError("the page pool must be a contiguous uint8 tensor in main memory")
-        self._geometry = geometry
         self._dtype = dtype
         self._pool = pool
         self._kernels = _core.CpuKernels(
@@ -61,7 +60,6 @@ class CpuOps:
             num_threads=num_threads,
             isa=isa,
         )
-        self._qkv_features = geometry.qkv_features
         self._attention_features = geometry.num_heads * geometry.head_dim
 
     @property
@@ -104,101 +102,8 @@ class CpuOps:
         return self._kernels.begin_step(batch)
 
     def record(self, decoder: Decoder) -> CpuProgram:
-        """The model's forward pass as one call; the ops below compute the same one by one."""
+        """The model's forward pass as one call."""
         return record(self._kernels, decoder, self._dtype, self._attention_features)
-
-    def embedding(self, step: StepHandle, table: Linear) -> torch.Tensor:
-        out = torch.empty(step.num_tokens, table.in_features, dtype=self._dtype)
-        self._kernels.embedding(step, table, out.data_ptr())
-        return out
-
-    def lora_linear(
-        self, step: StepHandle, x: torch.Tensor, linear: Linear, layer: int, group: int
-    ) -> torch.Tensor:
-        self._check("x", x, step.num_tokens, linear.in_features)
-        out = torch.empty(x.shape[0], linear.out_features, dtype=self._dtype)
-        self._kernels.lora_linear(step, x.data_ptr(), linear, layer, group, out.data_ptr())
-        return out
-
-    def logits(self, step: StepHandle, hidden: torch.Tensor, lm_head: Linear) -> torch.Tensor:
-        self._check("hidden", hidden, step.num_tokens, lm_head.in_features)
-        rows = torch.empty(step.num_logits, lm_head.in_features, dtype=self._dtype)
-        out = torch.empty(step.num_logits, lm_head.out_features, dtype=torch.float32)
-        self._kernels.logits(step, hidden.data_ptr(), lm_head, rows.data_ptr(), out.data_ptr())
-        return out
-
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        num_rows, num_features = x.shape
-        self._check("x", x, num_rows, num_features)
-        self._check_vector("weight", weight, num_features)
-        out = torch.empty_like(x)
-        self._kernels.rms_norm(
-            x.data_ptr(), None, weight.data_ptr(), out.data_ptr(), num_rows, num_features, eps
-        )
-        return out
-
-    def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> torch.Tensor:
-        num_rows, num_features = x.shape
-        self._check("x", x, num_rows, num_features)
-        self._check("residual", residual, num_rows, num_features)
-        self._check_vector("weight", weight, num_features)
-        out = torch.empty_like(x)
-        self._kernels.rms_norm(
-            x.data_ptr(),
-            residual.data_ptr(),
-            weight.data_ptr(),
-            out.data_ptr(),
-            num_rows,
-            num_features,
-            eps,
-        )
-        return out
-
-    def rope_and_cache(
-        self,
-        step: StepHandle,
-        qkv: torch.Tensor,
-        layer: int,
-        cos_sin: torch.Tensor,
-        q_norm: torch.Tensor | None = None,
-        k_norm: torch.Tensor | None = None,
-        eps: float = 1e-6,
-    ) -> None:
-        head_dim = self._geometry.head_dim
-        self._check("qkv", qkv, step.num_tokens, self._qkv_features)
-        if cos_sin.dtype != torch.float32 or cos_sin.shape[1:] != (head_dim,) or not cos_sin.is_contiguous():
-            raise ValueError(f"cos_sin must be contiguous float32 [positions, {head_dim}]")
-        if q_norm is not None:
-            self._check_vector("q_norm", q_norm, head_dim)
-        if k_norm is not None:
-            self._check_vector("k_norm", k_norm, head_dim)
-        self._kernels.rope_and_cache(
-            step,
-            qkv.data_ptr(),
-            layer,
-            cos_sin.data_ptr(),
-            cos_sin.shape[0],
-            None if q_norm is None else q_norm.data_ptr(),
-            None if k_norm is None else k_norm.data_ptr(),
-            eps,
-        )
-
-    def attention(self, step: StepHandle, qkv: torch.Tensor, layer: int) -> torch.Tensor:
-        self._check("qkv", qkv, step.num_tokens, self._qkv_features)
-        out = torch.empty(qkv.shape[0], self._attention_features, dtype=self._dtype)
-        self._kernels.attention(step, qkv.data_ptr(), layer, out.data_ptr())
-        return out
-
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        num_rows, width = gate_up.shape
-        if width % 2 != 0:
-            raise ValueError(f"gate_up has {width} columns, gate and up must be of one width")
-        self._check("gate_up", gate_up, num_rows, width)
-        out = torch.empty(num_rows, width // 2, dtype=self._dtype)
-        self._kernels.silu_mul(gate_up.data_ptr(), out.data_ptr(), num_rows, width // 2)
-        return out
 
     def argmax(self, logits: torch.Tensor) -> list[int]:
         if logits.dtype != torch.float32 or not logits.is_contiguous() or not logits.is_cpu:
@@ -207,23 +112,3 @@ class CpuOps:
             )
         num_rows, num_columns = logits.shape
         return self._kernels.argmax(logits.data_ptr(), num_rows, num_columns)
-
-    def _check(self, name: str, tensor: torch.Tensor, num_rows: int, num_features: int) -> None:
-        """Refuses what the kernels would read past or misread; they only get an address."""
-        if (
-            tensor.dtype != self._dtype
-            or tensor.shape != (num_rows, num_features)
-            or not tensor.is_contiguous()
-            or not tensor.is_cpu
-        ):
-            raise ValueError(
-                f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, expected contiguous "
-                f"{self._dtype} ({num_rows}, {num_features}) on cpu"
-            )
-
-    def _check_vector(self, name: str, tensor: torch.Tensor, length: int) -> None:
-        if tensor.dtype != self._dtype or tensor.shape != (length,) or not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} is {tensor.dtype} {tuple(tensor.shape)}, "
-                f"expected contiguous {self._dtype} ({length},)"
-            )

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class CpuProgram:
-    """Computes what the ops it was recorded from would, without Python between them.
+    """Computes what was recorded, without Python between the ops.
 
     Args:
         program: the recording.
@@ -53,13 +53,13 @@ def record(
     Raises:
         ValueError: a weight doesn't fit the op that takes it.
     """
-    recorder = _Recorder(dtype, attention_features)
+    recorder = Recorder(dtype, attention_features)
     hidden = decoder.forward(recorder, None)
     program = recorder.recording.logits(kernels, hidden, decoder.lm_head)
     return CpuProgram(program, decoder.lm_head.out_features, recorder.constants)
 
 
-class _Recorder:
+class Recorder:
     """`ForwardOps` that note what to compute; there is no step yet."""
 
     def __init__(self, dtype: torch.dtype, attention_features: int) -> None:
@@ -77,12 +77,12 @@ class _Recorder:
         return self.recording.lora_linear(x, linear, layer, group)
 
     def rms_norm(self, x: _core.Activation, weight: torch.Tensor, eps: float) -> _core.Activation:
-        return self.recording.rms_norm(x, None, self._constant(weight, self._dtype), weight.numel(), eps)
+        return self.recording.rms_norm(x, None, self.constant(weight, self._dtype), weight.numel(), eps)
 
     def add_rms_norm(
         self, x: _core.Activation, residual: _core.Activation, weight: torch.Tensor, eps: float
     ) -> _core.Activation:
-        return self.recording.rms_norm(x, residual, self._constant(weight, self._dtype), weight.numel(), eps)
+        return self.recording.rms_norm(x, residual, self.constant(weight, self._dtype), weight.numel(), eps)
 
     def rope_and_cache(
         self,
@@ -95,7 +95,7 @@ class _Recorder:
         eps: float = 1e-6,
     ) -> None:
         num_positions, head_dim = cos_sin.shape
-        table = self._constant(cos_sin, torch.float32)
+        table = self.constant(cos_sin, torch.float32)
         q_norm_ptr, k_norm_ptr = self._head_norm(q_norm, head_dim), self._head_norm(k_norm, head_dim)
         self.recording.rope_and_cache(qkv, layer, table, num_positions, head_dim, q_norm_ptr, k_norm_ptr, eps)
 
@@ -110,10 +110,14 @@ class _Recorder:
             return None
         if weight.numel() != head_dim:
             raise ValueError(f"a head's norm has {weight.numel()} elements, the head {head_dim}")
-        return self._constant(weight, self._dtype)
+        return self.constant(weight, self._dtype)
 
-    def _constant(self, tensor: torch.Tensor, dtype: torch.dtype) -> int:
-        """The tensor's address, good as long as `constants`."""
+    def constant(self, tensor: torch.Tensor, dtype: torch.dtype) -> int:
+        """The tensor's address, good as long as `constants`.
+
+        Raises:
+            ValueError: it isn't contiguous, on the CPU and of `dtype`.
+        """
         if tensor.dtype != dtype or not tensor.is_contiguous() or not tensor.is_cpu:
             raise ValueError(
                 f"a constant is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, expected contiguous "

@@ -43,6 +43,13 @@ impl CpuRecording {
         }
     }
 
+    /// `rows_ptr`: [`num_rows`, width] of the storage dtype, one row for each token of a step.
+    fn input(&self, rows_ptr: usize, num_rows: usize, width: usize) -> PyResult<Activation> {
+        // SAFETY: the class's contract.
+        let rows = unsafe { Constant::new(rows_ptr, num_rows * width) };
+        self.record(|ops| Ok(ops.input(rows, width)))
+    }
+
     fn embedding(&self, table: &Bound<'_, PackedLinear>) -> PyResult<Activation> {
         self.record(|ops| Ok(ops.embedding(table.get().inner.clone())))
     }
@@ -106,19 +113,20 @@ impl CpuRecording {
         self.record(|ops| ops.silu_mul(gate_up.get().inner))
     }
 
-    /// Ends the recording.
+    /// Ends the recording with logits.
     fn logits(
         &self,
         kernels: Py<CpuKernels>,
         hidden: &Bound<'_, Activation>,
         lm_head: &Bound<'_, PackedLinear>,
     ) -> PyResult<CpuProgram> {
-        let recording = self.lock().take().ok_or_else(ended)?;
         let lm_head = lm_head.get().inner.clone();
-        let inner = recording
-            .logits(hidden.get().inner, lm_head)
-            .map_err(|error| of_kernel(&error))?;
-        Ok(CpuProgram { kernels, inner })
+        self.end(kernels, |ops| ops.logits(hidden.get().inner, lm_head))
+    }
+
+    /// Ends the recording with an activation.
+    fn output(&self, kernels: Py<CpuKernels>, x: &Bound<'_, Activation>) -> PyResult<CpuProgram> {
+        self.end(kernels, |ops| ops.output(x.get().inner))
     }
 }
 
@@ -157,6 +165,16 @@ impl CpuRecording {
         let result = op(recording.as_mut().ok_or_else(ended)?);
         Ok(result.map_err(|error| of_kernel(&error))?.into_python())
     }
+
+    fn end(
+        &self,
+        kernels: Py<CpuKernels>,
+        op: impl FnOnce(Recording) -> Result<Program, KernelError>,
+    ) -> PyResult<CpuProgram> {
+        let recording = self.lock().take().ok_or_else(ended)?;
+        let inner = op(recording).map_err(|error| of_kernel(&error))?;
+        Ok(CpuProgram { kernels, inner })
+    }
 }
 
 fn ended() -> PyErr {
@@ -172,12 +190,13 @@ pub struct CpuProgram {
 
 #[pymethods]
 impl CpuProgram {
-    /// Runs a step that these kernels began; `logits_ptr`: float32 [L, vocabulary].
-    fn run(&self, py: Python<'_>, step: &Bound<'_, CpuStep>, logits_ptr: usize) -> PyResult<()> {
+    /// Runs a step that these kernels began; `result_ptr`: float32 [L, vocabulary], or [T, width] of the
+    /// storage dtype where an activation is the output.
+    fn run(&self, py: Python<'_>, step: &Bound<'_, CpuStep>, result_ptr: usize) -> PyResult<()> {
         let (context, step) = (&self.kernels.get().inner, &step.get().inner);
         detached(py, || {
             // An empty tensor has no address.
-            let result = NonNull::new(logits_ptr as *mut f32).unwrap_or(NonNull::dangling());
+            let result = NonNull::new(result_ptr as *mut f32).unwrap_or(NonNull::dangling());
             // SAFETY: the file's contract of `cpu_kernels`.
             with_element!(context.dtype, E => unsafe {
                 self.inner.run::<E>(context, step, result.cast())

@@ -32,6 +32,9 @@ impl Constant {
     /// # Safety
     /// The elements are of type `T`, see `new`.
     unsafe fn get<T>(&self) -> &[T] {
+        if self.len == 0 {
+            return &[]; // an empty tensor has no address
+        }
         // SAFETY: the caller of `new` guaranteed address and length, ours the type.
         unsafe { std::slice::from_raw_parts(self.address as *const T, self.len) }
     }
@@ -51,6 +54,8 @@ impl Activation {
 }
 
 enum Op {
+    /// Copies the rows of a tensor.
+    Input { rows: Constant, out: Activation },
     Embedding {
         table: Arc<PackedLinear>,
         out: Activation,
@@ -135,7 +140,7 @@ impl Op {
     /// Indices of what it reads or writes.
     fn activations(&self) -> Vec<usize> {
         let (some, other) = match self {
-            Op::Embedding { out, .. } => ([Some(*out), None], None),
+            Op::Input { out, .. } | Op::Embedding { out, .. } => ([Some(*out), None], None),
             Op::Norm {
                 x, residual, out, ..
             } => ([Some(*x), Some(*out)], *residual),

@@ -16,6 +16,13 @@ pub struct Recording {
 }
 
 impl Recording {
+    /// `rows`: [T, width] of the storage dtype, as many as a step has tokens.
+    pub fn input(&mut self, rows: Constant, width: usize) -> Activation {
+        let out = self.activation(width);
+        self.ops.push(Op::Input { rows, out });
+        out
+    }
+
     pub fn embedding(&mut self, table: Arc<PackedLinear>) -> Activation {
         let out = self.activation(table.in_features());
         self.ops.push(Op::Embedding { table, out });

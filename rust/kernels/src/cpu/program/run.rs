@@ -13,6 +13,7 @@ use crate::cpu::memory::AlignedBytes;
 use crate::cpu::norm::rms_norm;
 use crate::cpu::rope::HeadTransform;
 use crate::cpu::step::CpuStep;
+use crate::error::check_length;
 
 /// A recorded forward pass. One step runs at a time; others wait.
 pub struct Program {
@@ -113,6 +114,12 @@ unsafe fn run_op<E: Element>(
     // are what `Constant::new` was promised.
     unsafe {
         match op {
+            Op::Input { rows, out } => {
+                let (rows, out) = (rows.get(), buffers.get(*out));
+                check_length("input", rows.len(), out.len())?;
+                out.copy_from_slice(rows);
+                Ok(())
+            }
             Op::Embedding { table, out } => context.embedding(step, table, buffers.get(*out)),
             Op::Norm {
                 x,

@@ -1,23 +1,23 @@
-//! Memory touched ahead of use, for Python.
+//! Memory of the pool touched before its first use, for Python.
 
-use loraserve_kernels::cpu::memory::pretouch::PoolPretouch;
+use loraserve_kernels::cpu::memory::pretouch;
 use pyo3::prelude::*;
 
 /// A thread that touches a margin of the page pool before it is needed.
 #[pyclass(frozen, module = "loraserve._core")]
-pub struct MemoryAhead {
+pub struct PoolPretouch {
     // Dropped in this order: the thread ends before the pool can go.
-    inner: PoolPretouch,
+    inner: pretouch::PoolPretouch,
     _pool: Py<PyAny>,
 }
 
 #[pymethods]
-impl MemoryAhead {
+impl PoolPretouch {
     /// `pool` keeps `nbytes` writable bytes at `pool_ptr` alive.
     #[new]
     fn new(pool: Py<PyAny>, pool_ptr: usize, pool_nbytes: usize) -> Self {
         // SAFETY: the caller guarantees the bytes, and the tensor is kept until the thread has ended.
-        let inner = unsafe { PoolPretouch::new(pool_ptr, pool_nbytes) };
+        let inner = unsafe { pretouch::PoolPretouch::new(pool_ptr, pool_nbytes) };
         Self { inner, _pool: pool }
     }
 
@@ -39,5 +39,5 @@ impl MemoryAhead {
 }
 
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
-    m.add_class::<MemoryAhead>()
+    m.add_class::<PoolPretouch>()
 }
