@@ -69,7 +69,7 @@ class _BoundAdapter:
 
 
 class TorchOps:
-    """`Ops` in plain torch; adapters and KV are read from the pool's bytes, arithmetic is float32.
+    """`EagerOps` in plain torch; adapters and KV are read from the pool's bytes, arithmetic is float32.
 
     Inside a page, K and V blocks are both stored [16 tokens][D].
     """

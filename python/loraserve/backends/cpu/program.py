@@ -60,7 +60,14 @@ def record(
 
 
 class Recorder:
-    """`ForwardOps` that note what to compute; there is no step yet."""
+    """`ForwardOps` that note in `recording` what to compute; there is no step yet.
+
+    Args:
+        dtype: storage dtype of activations.
+        attention_features: query heads times their dimension.
+
+    `constants` are tensors whose addresses the recording holds; they must live as long as its program.
+    """
 
     def __init__(self, dtype: torch.dtype, attention_features: int) -> None:
         self.recording = _core.CpuRecording()

@@ -64,7 +64,7 @@ class CudaStep:
 
 
 class CudaOps:
-    """`Ops` over a pool of pages in device memory.
+    """`EagerOps` over a pool of pages in device memory.
 
     Args:
         geometry: the model's KV cache; `block_size` is 16.
