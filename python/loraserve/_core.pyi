@@ -510,8 +510,10 @@ class CpuKernels:
         """Bind a slot to the adapter packed from `first_page` on; `layout` says where its weights lie."""
     def move_extent(self, slot: int, src_page: int, dst_page: int, num_pages: int) -> None:
         """Move a slot's pages inside the pool (ranges may overlap) and bind it to the new place."""
-    def begin_step(self, batch: Batch) -> CpuStep: ...
-    def argmax(self, logits_ptr: int, num_rows: int, num_columns: int) -> list[int]: ...
+    def begin_step(self, batch: Batch) -> CpuStep:
+        """Check a batch and plan its tasks; the step holds for these kernels alone."""
+    def argmax(self, logits_ptr: int, num_rows: int, num_columns: int) -> list[int]:
+        """The likeliest token of each row, as `Ops.argmax`; logits are [num_rows, num_columns]."""
 
 # rust/py/src/cpu_kernels/program.rs
 
@@ -536,7 +538,8 @@ class CpuRecording:
     def input(self, rows_ptr: int, num_rows: int, width: int) -> Activation:
         """Rows [num_rows, width] of a tensor, one for each token of a step."""
 
-    def embedding(self, table: Linear) -> Activation: ...
+    def embedding(self, table: Linear) -> Activation:
+        """Rows of the table for the step's tokens: [T, in_features]."""
     def rms_norm(
         self, x: Activation, residual: Activation | None, weight_ptr: int, num_features: int, eps: float
     ) -> Activation:
