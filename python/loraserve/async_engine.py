@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
@@ -13,29 +15,44 @@ from loraserve.adapters.manifest import AdapterManifest
 from loraserve.adapters.startup import AdapterFailure
 from loraserve.config import EngineConfig
 from loraserve.engine.engine import Engine
-from loraserve.engine.frontend import Frontend, PreparedRequest
+from loraserve.engine.frontend import Frontend, PreparedRequest, check_deadline
+from loraserve.engine.queue import deadline_error
 from loraserve.engine.sequence import EngineOutput
 from loraserve.engine.stats import AdapterInfo, EngineInfo, EngineStats
+from loraserve.engine.workers import Workers
+from loraserve.errors import AdapterUnavailableError, EngineStoppedError
 from loraserve.request import Delta, GenerateRequest
 from loraserve.text.tokenizer import Tokenizer
+
+PREPARATION_LIMIT_S = 60.0  # of a request: templates, tokens, grammar
+MAX_PREPARATIONS = 1024
+STEP_LIMIT_S = 300.0  # a large prompt of a large model takes a CPU minutes
+LOAD_LIMIT_S = 300.0  # of an adapter's files: read, hashed and compared
+NUM_LOADS = 4
+MAX_WAITING_LOADS = 256
 
 P = ParamSpec("P")
 
 
 class RequestStream(AsyncIterator[Delta]):
-    """Deltas of one request, of all its n answers as they come; ends when all have finished."""
+    """Deltas of one request, of all its n answers as they come; ends when all have finished.
+
+    One that is dropped before its end aborts the request.
+    """
 
     def __init__(self, engine: AsyncEngine, num_answers: int) -> None:
-        self._engine = engine
-        self._num_open = num_answers
-        self._events: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()  # None: aborted
         self.request_ids: list[int] = []
         self.prompt_token_ids: list[int] = []
+        self.inbox = Inbox()
+        self._engine = engine
+        self._num_open = num_answers
+        self._on_drop = weakref.finalize(self, engine.abort_soon, self.request_ids)
+        self._on_drop.atexit = False
 
     async def __anext__(self) -> Delta:
         if self._num_open == 0:
             raise StopAsyncIteration
-        event = await self._events.get()
+        event = await self.inbox.get()
         if event is None:
             raise StopAsyncIteration
         if isinstance(event, Exception):
@@ -44,17 +61,25 @@ class RequestStream(AsyncIterator[Delta]):
             raise event
         if event.finish_reason is not None:
             self._num_open -= 1
+            if self._num_open == 0:
+                self._on_drop.detach()
         return event
-
-    def put(self, event: Delta | Exception) -> None:
-        """Hand over what comes next, of whichever of the answers; only on the engine's loop."""
-        self._events.put_nowait(event)
 
     def abort(self) -> None:
         """End the request and its iteration now and free its pages; a finished one is left alone."""
         self._num_open = 0
-        self._events.put_nowait(None)
+        self._on_drop.detach()
+        self.inbox.put(None)
         self._engine.abort(self)
+
+
+class Inbox:
+    """Where the engine leaves what a stream gives out; it does not keep the stream."""
+
+    def __init__(self) -> None:
+        self._events: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()  # None: aborted
+        self.get = self._events.get  # the next event, waiting for it
+        self.put = self._events.put_nowait  # only on the engine's loop
 
 
 class AsyncEngine:
@@ -69,16 +94,28 @@ class AsyncEngine:
     def __init__(self, config: EngineConfig) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._failed = asyncio.Event()
+        self._preparations = Workers("request preparations", os.cpu_count() or 1, MAX_PREPARATIONS)
+        self._loads = Workers("adapter loads", NUM_LOADS, MAX_WAITING_LOADS)
+        self._shutdowns = Workers("shutdowns", 1, MAX_WAITING_LOADS)
         self._engine = Engine(config, _weak(self._on_outputs), _weak(self._on_failure))
-        self._frontend: Frontend[RequestStream] = Frontend(self._engine)
+        self._frontend: Frontend[Inbox] = Frontend(self._engine)
 
     async def prepare(self, request: GenerateRequest) -> PreparedRequest:
         """Tokenise and resolve a request off the loop, to be submitted; nothing is queued.
 
         Raises:
             InvalidRequestError: it was refused.
+            OverloadedError: too many requests wait to be prepared.
+            DeadlineError: it was not ready within its own deadline, or within a minute.
         """
-        return await asyncio.to_thread(self._frontend.prepare, request)
+        arrived_at = time.monotonic()
+        check_deadline(request.deadline_s)
+        limit_s = min(request.deadline_s or PREPARATION_LIMIT_S, PREPARATION_LIMIT_S)
+        preparing = self._preparations.run(self._frontend.prepare, request, arrived_at)
+        try:
+            return await asyncio.wait_for(preparing, limit_s)
+        except asyncio.TimeoutError:
+            raise deadline_error(limit_s) from None
 
     async def submit(self, request: GenerateRequest | PreparedRequest) -> RequestStream:
         """Queue a request and return its stream; tokenising runs off the loop.
@@ -91,12 +128,18 @@ class AsyncEngine:
         prepared = request if isinstance(request, PreparedRequest) else await self.prepare(request)
         stream = RequestStream(self, prepared.params.n)
         stream.prompt_token_ids = prepared.prompt_token_ids
-        stream.request_ids = self._frontend.submit(prepared, stream)
+        stream.request_ids += self._frontend.submit(prepared, stream.inbox)
         return stream
 
     def abort(self, stream: RequestStream) -> None:
         """End the answers of a stream that are still open and free their pages."""
         self._frontend.abort(stream.request_ids)
+
+    def abort_soon(self, request_ids: list[int]) -> None:
+        """End sequences from any thread; from a finalizer too, which may run where the engine is locked."""
+        if self._loop is not None and request_ids:
+            with suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self._frontend.abort, list(request_ids))
 
     @property
     def refusal(self) -> str | None:
@@ -107,6 +150,15 @@ class AsyncEngine:
     def has_failed(self) -> bool:
         """Whether the engine has ended by an error of its own; `refusal` says which."""
         return self._failed.is_set()
+
+    @property
+    def stuck(self) -> str | None:
+        """What has gone on for too long to end by itself; None where the engine is well, however busy."""
+        if self._engine.step_s > STEP_LIMIT_S:
+            return f"a step has run for {self._engine.step_s:.0f} s"
+        if self._preparations.stuck_s() > 2 * PREPARATION_LIMIT_S:
+            return f"all threads have prepared the same requests for {self._preparations.stuck_s():.0f} s"
+        return None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -120,10 +172,16 @@ class AsyncEngine:
 
         Replacements of one name last in the order of the calls.
         """
-        turn = self._engine.adapters.take_turn()
-        return await asyncio.to_thread(
-            self._engine.adapters.load, name, path, manifest, replace=replace, turn=turn
-        )
+        adapters = self._engine.adapters
+        turn = adapters.take_turn()
+        checking = self._loads.run(adapters.check, name, path, manifest)
+        try:
+            checked = await asyncio.wait_for(checking, LOAD_LIMIT_S)
+        except asyncio.TimeoutError:
+            raise AdapterUnavailableError(
+                f"adapter {name!r} was not read within {LOAD_LIMIT_S:g} s, see whether its disk answers"
+            ) from None
+        return adapters.register(checked, replace=replace, turn=turn)
 
     async def unload_adapter(self, name: str) -> None:
         """Refuse new requests for an adapter; accepted ones finish.
@@ -163,7 +221,11 @@ class AsyncEngine:
 
     async def shutdown(self, deadline_s: float = 30.0) -> None:
         """Refuse new requests, finish running ones within the deadline, abort the rest, stop."""
-        await asyncio.to_thread(self._engine.shutdown, deadline_s)
+        with suppress(EngineStoppedError):  # of a forked child, where there is nothing to stop
+            self._engine.refuse_new()
+        await self._shutdowns.run(self._engine.shutdown, deadline_s)
+        for workers in (self._preparations, self._loads):
+            workers.close()
 
     async def wait_failed(self) -> str:
         """Return when the engine has failed, with the reason; while it is well, wait."""
@@ -185,7 +247,7 @@ class AsyncEngine:
             self._loop.call_soon_threadsafe(function, *args)
 
     def _route(self, outputs: Sequence[EngineOutput]) -> None:
-        self._frontend.route(outputs, RequestStream.put, RequestStream.put)
+        self._frontend.route(outputs, _put, _put)
 
 
 def _weak(method: Callable[P, None]) -> Callable[P, None]:
@@ -198,3 +260,7 @@ def _weak(method: Callable[P, None]) -> Callable[P, None]:
             method(*args, **kwargs)
 
     return call
+
+
+def _put(inbox: Inbox, event: Delta | Exception) -> None:
+    inbox.put(event)

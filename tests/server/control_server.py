@@ -52,6 +52,7 @@ class ControlEngine(FakeEngine):
         self.resident: set[str] = set()
         self.refusal: str | None = None
         self.has_failed = False
+        self.stuck: str | None = None
         self.usage = AdapterUsage(
             num_requests=3, num_prompt_tokens=30, num_cached_tokens=10, num_completion_tokens=12
         )

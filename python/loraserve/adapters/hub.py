@@ -6,7 +6,7 @@ from pathlib import Path
 
 from loraserve.adapters.beside import BESIDE_FILES, VOCABULARY_FILES
 from loraserve.errors import AdapterFormatError
-from loraserve.loader.hub import OnProgress, byte_counter, hub_errors
+from loraserve.loader.hub import OnProgress, hub_errors, snapshot
 
 # A pickle can run code when it is read, so none is ever fetched. What lies beside the weights is compared
 # with the model's.
@@ -29,17 +29,13 @@ def download_adapter(
 
     Raises AdapterFormatError: the repository can't be had, or is no PEFT adapter in safetensors.
     """
-    from huggingface_hub import snapshot_download  # noqa: PLC0415  half a second, only paid for ids
-
     with hub_errors("adapter", repo_id, AdapterFormatError):
-        path = Path(
-            snapshot_download(
-                repo_id,
-                revision=revision,
-                token=token,
-                allow_patterns=ADAPTER_FILES,
-                tqdm_class=None if on_progress is None else byte_counter(on_progress),
-            )
+        path = snapshot(
+            repo_id,
+            revision=revision,
+            token=token,
+            allow_patterns=ADAPTER_FILES,
+            on_progress=on_progress,
         )
     for name in ADAPTER_FILES[:2]:
         if not (path / name).is_file():

@@ -25,6 +25,7 @@ from loraserve.errors import AdapterFormatError, InvalidRequestError
 from loraserve.sampling.grammar import Grammar
 from loraserve.sampling_params import SamplingParams
 from loraserve.validation.did_you_mean import did_you_mean
+from loraserve.validation.files import read_regular_file
 
 FILE_NAME = "loraserve.json"
 MAX_FILE_NBYTES = 2**20
@@ -134,14 +135,11 @@ def read_manifest(directory: str) -> AdapterManifest | None:
     """
     path = Path(directory) / FILE_NAME
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_FILE_NBYTES + 1)
+        data = read_regular_file(path, MAX_FILE_NBYTES)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise AdapterFormatError(f"{path} can't be read: {error.strerror}") from error
-    if len(data) > MAX_FILE_NBYTES:
-        raise AdapterFormatError(f"{path} has more than {MAX_FILE_NBYTES} bytes, the limit")
     try:
         values = json.loads(data)
     except (ValueError, RecursionError) as error:

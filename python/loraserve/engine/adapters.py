@@ -8,6 +8,7 @@ import logging
 import os
 import threading
 from concurrent.futures import Future
+from dataclasses import dataclass
 
 from loraserve import _core
 from loraserve.adapters.check import AdapterCheck
@@ -26,6 +27,17 @@ from loraserve.sampling.grammar_compiler import GrammarCompiler
 from loraserve.text.chat_template import ChatTemplate
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CheckedAdapter:
+    """An adapter that can be served, and has not been registered yet."""
+
+    name: str
+    path: str
+    receipt: _core.Receipt
+    manifest: AdapterManifest
+    chat_template: ChatTemplate | None
 
 
 class EngineAdapters:
@@ -93,29 +105,46 @@ class EngineAdapters:
         manifest: AdapterManifest | None = None,
         *,
         replace: bool = False,
-        turn: int | None = None,
     ) -> _core.Receipt:
-        """Read, check and register an adapter; its bytes enter the pool on first use.
+        """`check`, then `register`."""
+        turn = self.take_turn()
+        return self.register(self.check(name, path, manifest), replace=replace, turn=turn)
+
+    def check(
+        self, name: str, path: str | os.PathLike[str], manifest: AdapterManifest | None = None
+    ) -> CheckedAdapter:
+        """Read an adapter and check it against the model; as slow as its files, and nothing is changed.
 
         Args:
-            name: what requests call it.
+            name: what requests are to call it.
             path: a PEFT directory.
             manifest: goes over the directory's own `loraserve.json`.
-            replace: a name of other content passes over at once, with its pin and its usage; requests
-                accepted before finish on the weights they were accepted with. Where this raises, all stays as
-                it was.
-            turn: of `take_turn`; of two replacements of a name the later turn lasts. None takes one now.
 
         Raises:
-            InvalidRequestError: the name is not allowed, or taken by other content and `replace` is not set.
-            AdapterFormatError, AdapterUnavailableError, CapacityError: the adapter can't be served.
+            InvalidRequestError: the name is not allowed.
+            AdapterFormatError, AdapterUnavailableError: the adapter can't be served.
         """
-        turn = self.take_turn() if turn is None else turn
         check_adapter_name(name, self._config.base_names)
         path = os.path.abspath(path)  # it is read again at every load, wherever the process is then
         receipt = self.loader.check(path)
         manifest = (manifest or AdapterManifest()).merged_over(read_manifest(path))
-        chat_template = self._checked_chat_template(name, manifest)
+        return CheckedAdapter(name, path, receipt, manifest, self._checked_chat_template(name, manifest))
+
+    def register(self, checked: CheckedAdapter, *, replace: bool = False, turn: int) -> _core.Receipt:
+        """Serve an adapter under its name; its bytes enter the pool on first use.
+
+        Args:
+            checked: of `check`.
+            replace: a name of other content passes over at once, with its pin and its usage; requests
+                accepted before finish on the weights they were accepted with. Where this raises, all stays as
+                it was.
+            turn: of `take_turn`; of two replacements of a name the later turn lasts.
+
+        Raises:
+            InvalidRequestError: the name is taken by other content and `replace` is not set.
+            CapacityError, EngineStoppedError: the adapter can't be served.
+        """
+        name, receipt = checked.name, checked.receipt
         with self._lock:
             self._intake.check()
             old = self._registry.get(name)
@@ -123,7 +152,9 @@ class EngineAdapters:
                 return receipt  # asked for earlier, and replaced already
             adapter_id = self._scheduler.register_adapter(name, receipt.hash, receipt.nbytes, replace=replace)
             self._registry.add(
-                RegisteredAdapter(name, path, receipt, adapter_id, manifest, chat_template, turn)
+                RegisteredAdapter(
+                    name, checked.path, receipt, adapter_id, checked.manifest, checked.chat_template, turn
+                )
             )
             if old is not None and old.adapter_id != adapter_id:
                 self._forget_replaced(old.adapter_id, name)
@@ -133,7 +164,7 @@ class EngineAdapters:
         return receipt
 
     def take_turn(self) -> int:
-        """The place of a `load` to come, in the order of these calls."""
+        """The place of a `register` to come, in the order of these calls."""
         return next(self._turns)
 
     def unload(self, name: str) -> None:

@@ -17,11 +17,11 @@ from loraserve.config import EngineConfig
 from loraserve.engine.adapters import EngineAdapters
 from loraserve.engine.lock import EngineLock
 from loraserve.engine.model_runner import BLOCK_SIZE, ModelRunner
-from loraserve.engine.queue import Deadlines, Intake, WaitingLimit
+from loraserve.engine.queue import Deadlines, Intake, WaitingLimit, deadline_error
 from loraserve.engine.sequence import EngineOutput, RequestClock, SequenceState
 from loraserve.engine.stats import EngineInfo, EngineStats
 from loraserve.engine.thread import EngineThread
-from loraserve.errors import DeadlineError, EngineStoppedError
+from loraserve.errors import EngineStoppedError
 from loraserve.request import SHARED_CACHE, CacheScope, TokenLogprob
 from loraserve.sampling.grammar_compiler import GrammarCompiler, GrammarMatcher
 from loraserve.sampling.sampler import SamplingState, sample
@@ -66,6 +66,7 @@ class Engine:
         self._idle = threading.Condition(cast(threading.Lock, self._lock))
         self._intake = Intake()
         self._is_stopping = False
+        self._step_began: float | None = None  # on time.monotonic, while the model runs
         self._sequences: dict[int, SequenceState] = {}
         self._deadlines = Deadlines()
         self._waiting_limit = WaitingLimit(config.max_waiting)
@@ -126,7 +127,7 @@ class Engine:
             self.runner.check_token_ids(token_ids)
         arrived_at = time.monotonic() if arrived_at is None else arrived_at
         if deadline_s is not None and time.monotonic() >= arrived_at + deadline_s:
-            raise _deadline_error(deadline_s)
+            raise deadline_error(deadline_s)
         eos = () if params.ignore_eos else self.runner.eos_token_ids
         stop_token_ids = [*eos, *params.stop_token_ids]
         with self._lock:
@@ -198,6 +199,19 @@ class Engine:
         """Why no new requests are taken; None while they are."""
         return self._intake.refusal
 
+    def refuse_new(self) -> str:
+        """Take no requests any more, and say why; what stood in their way before stays the reason."""
+        with self._lock:
+            reason = self._intake.refusal or "the engine is shutting down and takes no new requests"
+            self._intake.refusal = reason
+            return reason
+
+    @property
+    def step_s(self) -> float:
+        """Seconds that the step under way has taken so far; 0 where there is none."""
+        began = self._step_began
+        return 0.0 if began is None else time.monotonic() - began
+
     def shutdown(self, deadline_s: float) -> None:
         """Refuse new requests, let running ones finish for `deadline_s` seconds, abort the rest, stop.
 
@@ -205,9 +219,8 @@ class Engine:
         """
         if self._lock.is_foreign:
             return
+        refusal = self.refuse_new()
         with self._lock:
-            refusal = self._intake.refusal or "the engine is shutting down and takes no new requests"
-            self._intake.refusal = refusal
             self._idle.wait_for(lambda: not (self._sequences and self._thread.is_alive), timeout=deadline_s)
             for request_id in self._sequences:
                 self._scheduler.finish(request_id, "abort")
@@ -256,7 +269,11 @@ class Engine:
         is_contended = self._uses_every_core and step.batch is not None
         self.adapters.loader.set_contended(is_contended)
         self.runner.backend.set_contended(is_contended)
-        logprobs = self._execute(step) if step.batch is not None else {}
+        self._step_began = time.monotonic()
+        try:
+            logprobs = self._execute(step) if step.batch is not None else {}
+        finally:
+            self._step_began = None
         num_delivered = self._deliver(logprobs)
         return step.batch is not None or num_delivered > 0
 
@@ -291,7 +308,7 @@ class Engine:
             if request_id in self._sequences:
                 deadline_s = self._sequences[request_id].deadline_s
                 assert deadline_s is not None
-                self._scheduler.finish(request_id, _deadline_error(deadline_s))
+                self._scheduler.finish(request_id, deadline_error(deadline_s))
 
     def _end_not_finite(self, request_id: int, sequence: SequenceState) -> None:
         error = sequence.not_finite_error(self.config.dtype)
@@ -338,9 +355,3 @@ class Engine:
         ]
         self._on_outputs(outputs)
         self._on_failure()
-
-
-def _deadline_error(deadline_s: float) -> DeadlineError:
-    return DeadlineError(
-        f"the request was not finished in {deadline_s:g} s, give it more time or fewer tokens"
-    )

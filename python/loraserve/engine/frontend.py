@@ -59,16 +59,17 @@ def prepare(
     max_model_len: int,
     find_adapter: Callable[[str], RegisteredAdapter | None] = lambda _: None,
     sampling_defaults: Mapping[str, Any] = MappingProxyType({}),
+    arrived_at: float | None = None,
 ) -> PreparedRequest:
-    """Tokenise and resolve a request, which arrives now.
+    """Tokenise and resolve a request, which arrived at that time on `time.monotonic`; None is now.
 
     The manifest of its one adapter fills the gaps of its parameters, then the model's `sampling_defaults`.
 
     Raises:
         InvalidRequestError: not exactly one of prompt and messages, an empty prompt, a bad adapter spec.
     """
-    arrived_at = time.monotonic()
-    _check_deadline(request.deadline_s)
+    arrived_at = time.monotonic() if arrived_at is None else arrived_at
+    check_deadline(request.deadline_s)
     _check_cache_salt(request.cache_salt)
     if (request.prompt is None) == (request.messages is None):
         raise InvalidRequestError("give exactly one of prompt and messages")
@@ -211,8 +212,10 @@ class Frontend(Generic[Owner]):
         self._tokenizer = engine.runner.model.tokenizer
         self._active: dict[int, tuple[ActiveSequence, Owner]] = {}
 
-    def prepare(self, request: GenerateRequest) -> PreparedRequest:
+    def prepare(self, request: GenerateRequest, arrived_at: float | None = None) -> PreparedRequest:
         """Tokenise and resolve a request and compile its grammar; slow, call it off the loop.
+
+        `arrived_at` is on `time.monotonic`, None is now.
 
         Raises:
             InvalidRequestError: as of the function `prepare`, and where the grammar can't be used.
@@ -223,6 +226,7 @@ class Frontend(Generic[Owner]):
             self._engine.max_model_len,
             self._engine.adapters.find,
             self._engine.runner.model.sampling_defaults,
+            arrived_at,
         )
         grammar = prepared.params.grammar
         if grammar is None:
@@ -278,20 +282,21 @@ class Frontend(Generic[Owner]):
             try:
                 delta = sequence.push(output)
             except Exception as error:
-                del self._active[output.request_id]
+                self._active.pop(output.request_id, None)
                 if not output.is_last:
                     self._engine.abort(output.request_id)
                 on_error(owner, error)
                 continue
             if sequence.is_finished:
-                del self._active[output.request_id]
+                self._active.pop(output.request_id, None)
                 if not output.is_last:
                     self._engine.abort(output.request_id)
             if delta is not None:
                 on_delta(owner, delta)
 
 
-def _check_deadline(deadline_s: Any) -> None:
+def check_deadline(deadline_s: Any) -> None:
+    """Raises InvalidRequestError: it is no number of seconds that a request may be given."""
     if deadline_s is None:
         return
     if not isinstance(deadline_s, Real) or not 0.0 < float(deadline_s) <= MAX_DEADLINE_S:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Container, Sized
 from typing import Protocol
 
-from loraserve.errors import EngineStoppedError, OverloadedError
+from loraserve.errors import DeadlineError, EngineStoppedError, OverloadedError
 
 MIN_RETRY_S = 1.0
 MAX_RETRY_S = 60.0
@@ -109,3 +109,10 @@ class Deadlines:
     def next_in_s(self) -> float | None:
         """Seconds until the next one, None if there is none."""
         return max(self._heap[0][0] - time.monotonic(), 0.0) if self._heap else None
+
+
+def deadline_error(deadline_s: float) -> DeadlineError:
+    """Of a request that had `deadline_s` seconds."""
+    return DeadlineError(
+        f"the request was not finished in {deadline_s:g} s, give it more time or fewer tokens"
+    )

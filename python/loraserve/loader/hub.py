@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,6 +27,9 @@ ALLOW_PATTERNS = [
 ]
 IGNORE_PATTERNS = ["*/*.safetensors"]
 
+STALL_S = 120.0  # without a byte
+STALL_POLL_S = 0.5
+
 OnProgress: TypeAlias = Callable[[int, "int | None"], None]
 """Called with (bytes so far, bytes in all as far as known), from any thread."""
 
@@ -33,14 +39,49 @@ def download_model(repo_id: str, revision: str | None = None) -> Path:
 
     `revision` is a branch, tag or commit; None is the newest.
     """
+    with hub_errors("model", repo_id, ModelError):
+        return snapshot(
+            repo_id, revision=revision, allow_patterns=ALLOW_PATTERNS, ignore_patterns=IGNORE_PATTERNS
+        )
+
+
+def snapshot(repo_id: str, *, on_progress: OnProgress | None = None, **options: Any) -> Path:
+    """As `huggingface_hub.snapshot_download`, with an end where the Hub stops to answer.
+
+    Progress goes to `on_progress`, or else to the terminal.
+
+    Raises:
+        TimeoutError: nothing came for `STALL_S`; what hangs is left to a daemon thread.
+    """
     from huggingface_hub import snapshot_download  # noqa: PLC0415  half a second, only paid for ids
 
-    with hub_errors("model", repo_id, ModelError):
-        return Path(
-            snapshot_download(
-                repo_id, revision=revision, allow_patterns=ALLOW_PATTERNS, ignore_patterns=IGNORE_PATTERNS
-            )
-        )
+    moved_at = time.monotonic()
+
+    def on_move(done: int, total: int | None) -> None:
+        nonlocal moved_at
+        moved_at = time.monotonic()
+        if on_progress is not None:
+            on_progress(done, total)
+
+    future: Future[str] = Future()
+
+    def download() -> None:
+        try:
+            bar = _byte_counter(on_move, is_shown=on_progress is None)
+            future.set_result(snapshot_download(repo_id, tqdm_class=bar, **options))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=download, name="loraserve-download", daemon=True).start()
+    while not _is_done(future):
+        if time.monotonic() - moved_at > STALL_S:
+            raise TimeoutError(f"nothing has come for {STALL_S:g} s")
+    return Path(future.result())
+
+
+def _is_done(future: Future[str]) -> bool:
+    """Whether it is done, or will be within a moment."""
+    return bool(wait([future], timeout=STALL_POLL_S).done)
 
 
 @contextmanager
@@ -76,23 +117,28 @@ def hub_errors(kind: str, repo_id: str, error_class: type[LoraserveError]) -> It
         raise error_class(f"{what} can't be downloaded from the Hub: {error}") from error
 
 
-def byte_counter(on_progress: OnProgress) -> Any:
-    """A progress bar class that draws nothing and reports the bytes of the bar that is furthest."""
-    from tqdm import tqdm  # noqa: PLC0415
+def _byte_counter(on_progress: OnProgress, *, is_shown: bool) -> Any:
+    """A class of progress bars that report the bytes of the bar that is furthest."""
+    from huggingface_hub.utils import tqdm as shown_bar  # noqa: PLC0415
+    from tqdm import tqdm as bar  # noqa: PLC0415
 
     most = 0
 
-    class ByteCounter(tqdm):  # type: ignore[type-arg]
+    class ByteCounter(shown_bar if is_shown else bar):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            kwargs.pop("name", None)
+            if not is_shown:
+                kwargs = {**kwargs, "disable": True}
+                kwargs.pop("name", None)
             self._counts_bytes = kwargs.get("unit") == "B"
-            super().__init__(*args, **{**kwargs, "disable": True})
+            self._num_counted = int(kwargs.get("initial") or 0)
+            super().__init__(*args, **kwargs)
 
         def update(self, n: float | None = 1) -> None:
             nonlocal most
-            self.n += n or 0
-            if self._counts_bytes and self.n > most:
-                most = int(self.n)
+            super().update(n)
+            self._num_counted += int(n or 0)
+            if self._counts_bytes and self._num_counted > most:
+                most = self._num_counted
                 on_progress(most, int(self.total) if self.total else None)
 
     return ByteCounter

@@ -10,10 +10,12 @@ import asyncio
 import logging
 import os
 import signal
+import threading
 from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from loraserve.engine.workers import Workers
 from loraserve.errors import EngineStoppedError
 from loraserve.server import assembly
 from loraserve.server.grpc.service import FLUSH_SECONDS, GrpcServer
@@ -31,7 +33,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+EXIT_GRACE_S = 1.8  # after the drain, for last messages and the end of a step
+UNFINISHED_STATUS = 1
 
 
 @dataclass(frozen=True)
@@ -52,16 +56,29 @@ class Servers:
             await self.http.start()
 
     async def stop(self, drain_s: float) -> None:
-        """Refuses new requests, lets running ones finish within `drain_s`, closes."""
+        """Refuses new requests, lets running ones finish within `drain_s`, closes.
+
+        What has not ended by a little later is left behind: the process exits.
+        """
+        exiting = threading.Timer(drain_s + EXIT_GRACE_S, _leave_unfinished)
+        exiting.daemon = True
+        exiting.start()
+        await asyncio.gather(self._stop_grpc(drain_s), self._stop_http(drain_s))
+        closing = Workers("last writes", 2, 2)
+        if self.traces is not None:
+            await closing.run(self.traces.shutdown)
+        if self.kept is not None:
+            await closing.run(self.kept.close)
+        exiting.cancel()
+
+    async def _stop_grpc(self, drain_s: float) -> None:
         if self.grpc is not None:
             await self.grpc.stop(drain_s)
+
+    async def _stop_http(self, drain_s: float) -> None:
         await self.engine.shutdown(drain_s)
         if self.http is not None:
             await self.http.stop(FLUSH_SECONDS)
-        if self.traces is not None:
-            await asyncio.to_thread(self.traces.shutdown)
-        if self.kept is not None:
-            await asyncio.to_thread(self.kept.close)
 
 
 async def serve(loaded: LoadedSettings) -> None:
@@ -123,7 +140,8 @@ async def _assemble_with(settings: ServeSettings, kept: AdapterState | None) -> 
     if kept is not None:
         _log_kept(kept)
     sources = assembly.adapter_sources(settings, access)
-    config = await asyncio.to_thread(assembly.engine_config, settings, kept=kept, sources=sources)
+    # Not on a thread that the exit would wait for: a download may hang.
+    config = await Workers("settings", 1, 1).run(assembly.engine_config, settings, kept=kept, sources=sources)
 
     from loraserve.async_engine import AsyncEngine  # noqa: PLC0415 (imports torch: seconds)
 
@@ -197,6 +215,19 @@ def start_facts(settings: ServeSettings, info: EngineInfo, num_kept: int = 0) ->
         + (f" and {num_kept} kept from run time" if num_kept else ""),
         f"  access    {access}",
     ]
+
+
+def _leave_unfinished() -> None:
+    names = sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("loraserve"))
+    log_event(
+        logger,
+        "left without an end",
+        level=logging.ERROR,
+        reason="not everything stopped within the drain",
+        threads=", ".join(names) or None,
+    )
+    logging.shutdown()
+    os._exit(UNFINISHED_STATUS)
 
 
 def _exit_on_signals() -> None:

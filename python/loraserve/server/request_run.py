@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loraserve.errors import EngineStoppedError, LoraserveError
 from loraserve.request import AdapterSpec, Delta, GenerateRequest, RequestTiming, Usage
@@ -16,6 +16,7 @@ from loraserve.server.observe.outcomes import Outcome, outcome_of
 
 if TYPE_CHECKING:
     from loraserve.async_engine import AsyncEngine, RequestStream
+    from loraserve.engine.frontend import PreparedRequest
     from loraserve.server.access.keys import Caller
     from loraserve.server.access.request_limits import RequestLimits
     from loraserve.server.observe.metrics import Metrics, RequestMetrics
@@ -38,6 +39,10 @@ class CallOrigin:
     traceparent: str | None = None
 
 
+class CallerGoneError(Exception):
+    """The caller went away before its requests were submitted."""
+
+
 class RequestRun:
     """The running answers of one call, of one prompt or several; iterate `deltas()` once."""
 
@@ -49,6 +54,7 @@ class RequestRun:
         self.is_abandoned = False
         self.has_tokens = False
         self._usages: list[Usage] = []
+        self._preparing: asyncio.Task[list[PreparedRequest]] | None = None
         self._caller = caller
         self._metrics = metrics
 
@@ -67,6 +73,16 @@ class RequestRun:
         cached = sum(of_each) if len(self.streams) > 1 else max(of_each)
         completion = sum(usage.completion_tokens for usage in self._usages)
         return Usage(total, completion, min(cached, total))
+
+    async def prepare(self, preparation: Coroutine[Any, Any, list[PreparedRequest]]) -> list[PreparedRequest]:
+        """What `preparation` returns. Raises CallerGoneError: the run was abandoned meanwhile."""
+        self._preparing = asyncio.create_task(preparation)
+        try:
+            return await self._preparing
+        except asyncio.CancelledError:
+            if self.is_abandoned:
+                raise CallerGoneError from None
+            raise
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
         """(index of the prompt, delta) as they come; an abandoned run just ends.
@@ -99,12 +115,14 @@ class RequestRun:
             self.error = cut_error()
 
     def abandon(self) -> None:
-        """End everything now: the client is gone."""
+        """End everything now, from its preparation on: the client is gone."""
         self.is_abandoned = True
         self.abort()
 
     def abort(self) -> None:
-        """End what still runs and free its pages; safe to call twice."""
+        """End what is being prepared and what runs, and free its pages; safe to call twice."""
+        if self._preparing is not None:
+            self._preparing.cancel()
         for stream in self.streams:
             stream.abort()
 
@@ -130,11 +148,22 @@ class RequestRunner:
         self._limits = limits
 
     @asynccontextmanager
-    async def run(self, requests: Sequence[GenerateRequest], origin: CallOrigin) -> AsyncIterator[RequestRun]:
+    async def run(
+        self,
+        requests: Sequence[GenerateRequest],
+        origin: CallOrigin,
+        gone: Callable[[], Coroutine[Any, Any, None]] | None = None,
+    ) -> AsyncIterator[RequestRun]:
         """Submits `requests`, all or none; at the end of the block nothing of them runs any more.
+
+        Args:
+            requests: at least one.
+            origin: who asks.
+            gone: returns once the caller has gone away, which abandons the run.
 
         Raises:
             LoraserveError: the caller may not, the server is too busy, or a request was refused.
+            CallerGoneError: the caller went away before they were submitted.
         """
         caller, adapter = origin.caller, requests[0].adapter
         metrics = self._started(adapter, origin)
@@ -144,12 +173,15 @@ class RequestRunner:
             caller.check_use(adapter)
             async with caller.admit():
                 signed = [caller.sign(request) for request in requests]
+                watcher = None if gone is None else asyncio.create_task(_abandon_when(gone, run))
                 try:
-                    for prepared in await self._limits.prepare(self._engine, signed):
+                    for prepared in await run.prepare(self._limits.prepare(self._engine, signed)):
                         run.streams.append(await self._engine.submit(prepared))
                     run.submitted_at = time.perf_counter()
                     yield run
                 finally:
+                    if watcher is not None:
+                        watcher.cancel()
                     run.abort()
         except BaseException as error:
             failure = error
@@ -174,6 +206,11 @@ class RequestRunner:
 def cut_error() -> EngineStoppedError:
     """What an answer that is cut because the server stops is, where it can't be sent as it is."""
     return EngineStoppedError("the server is shutting down, the answer is not complete; ask again")
+
+
+async def _abandon_when(gone: Callable[[], Coroutine[Any, Any, None]], run: RequestRun) -> None:
+    await gone()
+    run.abandon()
 
 
 async def _merged(streams: Sequence[RequestStream]) -> AsyncIterator[tuple[int, Delta]]:

@@ -8,7 +8,10 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from loraserve.errors import ModelError
+from loraserve.validation.files import read_regular_file
 from loraserve.validation.json_file import read_optional_json
+
+MAX_TEMPLATE_NBYTES = 2**20  # the longest known ones have some dozen kilobytes
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -162,7 +165,10 @@ def _chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
 def _template_files(path: Path) -> dict[str, str]:
     files = {"default": path / "chat_template.jinja"} if (path / "chat_template.jinja").is_file() else {}
     files |= {file.stem: file for file in sorted((path / "additional_chat_templates").glob("*.jinja"))}
-    return {name: file.read_text(encoding="utf-8") for name, file in files.items()}
+    try:
+        return {name: read_regular_file(file, MAX_TEMPLATE_NBYTES).decode() for name, file in files.items()}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"a chat template of {path} can't be read: {error}") from None
 
 
 def _named_templates(path: Path, templates: Any) -> dict[str, str]:

@@ -6,12 +6,15 @@ from typing import Any
 
 from loraserve import _core
 from loraserve.errors import ModelError
+from loraserve.validation.files import read_regular_file
+
+MAX_NBYTES = 2**28  # indexes of shards and vocabularies have megabytes
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Parse a JSON object. Raises ModelError if the file is missing, malformed or not an object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_regular_file(path, MAX_NBYTES).decode("utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path} is missing") from None
     except (OSError, ValueError, RecursionError) as error:

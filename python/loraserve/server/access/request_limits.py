@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from loraserve.engine.frontend import check_deadline
+from loraserve.engine.queue import deadline_error
 from loraserve.errors import InvalidRequestError
 from loraserve.request import GenerateRequest
 
@@ -75,11 +78,20 @@ class RequestLimits:
         """All `requests`, ready to be submitted: none is queued before every limit is checked.
 
         Raises:
-            InvalidRequestError: a request was refused.
+            InvalidRequestError, AdapterNotFoundError, OverloadedError: a request was refused.
+            DeadlineError: they were not ready in time.
         """
         for request in requests:
             self.check(request)
-        prepared = [await engine.prepare(self._within_timeout(request)) for request in requests]
+            check_deadline(request.deadline_s)
+        bounded = [self._within_timeout(request) for request in requests]
+        limit_s = min((one.deadline_s for one in bounded if one.deadline_s is not None), default=None)
+        preparing = _prepare_all(engine, bounded)
+        try:
+            prepared = await asyncio.wait_for(preparing, limit_s)
+        except asyncio.TimeoutError:
+            assert limit_s is not None, "there is no other limit"
+            raise deadline_error(limit_s) from None
         for one in prepared:
             num_tokens, limit = len(one.prompt_token_ids), self.max_input_tokens
             if limit is not None and num_tokens > limit:
@@ -91,3 +103,7 @@ class RequestLimits:
     def _within_timeout(self, request: GenerateRequest) -> GenerateRequest:
         given = [s for s in (request.deadline_s, self.request_timeout_s) if s is not None]
         return replace(request, deadline_s=min(given, default=None))
+
+
+async def _prepare_all(engine: AsyncEngine, requests: Sequence[GenerateRequest]) -> list[PreparedRequest]:
+    return [await engine.prepare(request) for request in requests]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -10,8 +9,12 @@ from pathlib import Path
 
 from loraserve.adapters.hub import ADAPTER_FILES, download_adapter
 from loraserve.adapters.source import AdapterSource, parse_source
+from loraserve.engine.workers import Workers
 from loraserve.errors import AdapterFormatError, InvalidRequestError, PermissionDeniedError
 from loraserve.loader.hub import OnProgress
+
+MAX_DOWNLOADS = 8
+MAX_WAITING_DOWNLOADS = 64
 
 
 class AdapterSources:
@@ -25,6 +28,7 @@ class AdapterSources:
     def __init__(self, roots: Sequence[str | Path] = (), hub_repos: Sequence[str] = ()) -> None:
         self._roots = tuple(Path(root).expanduser().resolve() for root in roots)
         self._hub_repos = tuple(hub_repos)
+        self._downloads = Workers("adapter downloads", MAX_DOWNLOADS, MAX_WAITING_DOWNLOADS)
 
     def find(self, text: str, revision: str | None = None) -> AdapterSource:
         """What a request means by a source.
@@ -48,9 +52,10 @@ class AdapterSources:
 
         Raises:
             PermissionDeniedError: the source is not one of those allowed.
-            AdapterFormatError: there is no adapter.
+            AdapterFormatError: there is no adapter, or the Hub does not answer.
+            OverloadedError: too many downloads are under way.
         """
-        return await asyncio.to_thread(self.fetch, source, token, on_progress)
+        return await self._downloads.run(self.fetch, source, token, on_progress)
 
     def fetch(
         self, source: AdapterSource, token: str | None = None, on_progress: OnProgress | None = None

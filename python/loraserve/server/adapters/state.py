@@ -5,7 +5,6 @@ What the configuration names is never in it: that is loaded as configured at eve
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
 import json
 import logging
@@ -19,6 +18,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from loraserve.engine.workers import Workers
 from loraserve.errors import CapacityError, StateError
 from loraserve.server.observe.logs import log_event
 from loraserve.settings.entries import AdapterSettings
@@ -60,6 +60,7 @@ class AdapterState:
         self.path = self._directory / FILE_NAME
         self.configured = frozenset(configured)
         self._write_lock = threading.Lock()
+        self._writes = Workers("writes of kept adapters", 1, MAX_ADAPTERS)
         self._turn = self._written_turn = 0
         self._lock_file = _locked(self._directory)
         try:
@@ -112,6 +113,7 @@ class AdapterState:
             log_event(logger, "adapters not kept", level=logging.ERROR, reason=str(error))
         finally:
             os.close(self._lock_file)
+            self._writes.close()
 
     @property
     def _is_behind(self) -> bool:
@@ -126,7 +128,7 @@ class AdapterState:
     async def _save(self, name: str) -> None:
         self._turn += 1
         try:
-            await asyncio.to_thread(self._write, self._turn, dict(self._adapters))
+            await self._writes.run(self._write, self._turn, dict(self._adapters))
         except StateError as error:
             reason = str(error)
             log_event(logger, "adapter not kept", level=logging.ERROR, adapter=name, reason=reason)

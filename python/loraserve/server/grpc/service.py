@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 GRPC_ROUTE = "grpc"  # what metrics call Generate
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["LoraServe"].full_name
 MAX_MESSAGE_NBYTES = 16 * 2**20  # a prompt of some million tokens
-FLUSH_SECONDS = 2.0  # for last messages on their way to clients after the engine has stopped
+FLUSH_SECONDS = 1.0  # for last messages on their way to clients after the engine has stopped
 
 SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),  # a second server on the same port must fail, not share its calls

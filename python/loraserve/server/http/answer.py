@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import orjson
@@ -18,7 +18,7 @@ from loraserve.request import Completion, Delta, GenerateRequest
 from loraserve.server.http.answer_headers import Headers, early_headers, late_headers
 from loraserve.server.http.call import Call
 from loraserve.server.http.errors import Family, error_body
-from loraserve.server.request_run import RequestRun, cut_error
+from loraserve.server.request_run import CallerGoneError, RequestRun, cut_error
 
 logger = logging.getLogger(__name__)
 
@@ -132,15 +132,15 @@ async def _running(call: Call, requests: Sequence[GenerateRequest]) -> AsyncIter
     Raises:
         LoraserveError: the caller may not, the server is too busy, or a request was refused.
     """
-    async with call.state.runner.run(requests, call.origin) as run:
-        watcher = asyncio.create_task(_abandon_when_gone(call.receive, run))
-        try:
-            yield run
-        except ClientDisconnect:
-            run.abandon()
-            raise
-        finally:
-            watcher.cancel()
+    try:
+        async with call.state.runner.run(requests, call.origin, partial(_gone, call.receive)) as run:
+            try:
+                yield run
+            except ClientDisconnect:
+                run.abandon()
+                raise
+    except CallerGoneError:
+        raise ClientDisconnect from None
 
 
 async def _deltas(run: RequestRun) -> AsyncIterator[tuple[int, Delta]]:
@@ -159,7 +159,6 @@ async def _deltas(run: RequestRun) -> AsyncIterator[tuple[int, Delta]]:
         raise ClientDisconnect
 
 
-async def _abandon_when_gone(receive: Receive, run: RequestRun) -> None:
+async def _gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-    run.abandon()

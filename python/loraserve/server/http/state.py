@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from fastapi import Request
 
+from loraserve.engine.workers import Workers
 from loraserve.server.access.request_limits import RequestLimits
 from loraserve.server.http.token_texts import TokenTexts
 from loraserve.server.request_run import RequestRunner
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from loraserve.server.adapters.sources import AdapterSources
     from loraserve.server.adapters.state import AdapterState
     from loraserve.server.observe.metrics import Metrics
+
+NUM_TOKENIZERS = 2
+MAX_TOKENIZATIONS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +81,7 @@ class HttpState:
         self.max_model_len = info.max_model_len
         self.device = info.device
         self.token_texts = TokenTexts(self.engine.tokenizer)
+        self.tokenizations = Workers("tokenizations", NUM_TOKENIZERS, MAX_TOKENIZATIONS)
         self.runner = RequestRunner(self.engine, self.metrics, self.limits)
 
     def missing_adapters(self) -> list[AdapterFailure]:

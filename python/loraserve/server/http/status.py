@@ -23,10 +23,17 @@ router = APIRouter(tags=["status"])
 
 
 @router.get("/ping", include_in_schema=False, response_class=Response)
-@router.get("/health", response_class=Response, responses={503: {"description": "The engine has failed."}})
+@router.get(
+    "/health",
+    response_class=Response,
+    responses={503: {"description": "The engine failed or is stuck."}},
+)
 async def health(state: State) -> Response:
-    """200 with an empty body as long as the process should live."""
-    return _unhealthy("unhealthy") if state.engine.has_failed else Response()
+    """200 with an empty body as long as the process should live, however busy it is."""
+    if state.engine.has_failed:
+        return _unhealthy("unhealthy")
+    stuck = state.engine.stuck
+    return Response() if stuck is None else _unhealthy(f"stuck: {stuck}")
 
 
 @router.get(

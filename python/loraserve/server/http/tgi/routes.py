@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Depends
@@ -82,7 +81,7 @@ async def tokenize(
         raise InvalidRequestError(
             f"inputs has {len(body.inputs)} characters, more than any context of {state.max_model_len} tokens"
         )
-    spans = await asyncio.to_thread(tokenizer.encode_with_offsets, body.inputs, body.add_special_tokens)
+    spans = await state.tokenizations.run(tokenizer.encode_with_offsets, body.inputs, body.add_special_tokens)
     if body.parameters is not None and body.parameters.truncate is not None:
         spans = spans[-body.parameters.truncate :]
     return [
