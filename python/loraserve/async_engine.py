@@ -25,6 +25,7 @@ from loraserve.request import Delta, GenerateRequest
 from loraserve.text.tokenizer import Tokenizer
 
 PREPARATION_LIMIT_S = 60.0  # of a request: templates, tokens, grammar
+MIN_PREPARERS = 4  # so that some that hang leave others
 MAX_PREPARATIONS = 1024
 STEP_LIMIT_S = 300.0  # a large prompt of a large model takes a CPU minutes
 LOAD_LIMIT_S = 300.0  # of an adapter's files: read, hashed and compared
@@ -94,7 +95,8 @@ class AsyncEngine:
     def __init__(self, config: EngineConfig) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._failed = asyncio.Event()
-        self._preparations = Workers("request preparations", os.cpu_count() or 1, MAX_PREPARATIONS)
+        num_preparers = max(MIN_PREPARERS, os.cpu_count() or 1)
+        self._preparations = Workers("request preparations", num_preparers, MAX_PREPARATIONS)
         self._loads = Workers("adapter loads", NUM_LOADS, MAX_WAITING_LOADS)
         self._shutdowns = Workers("shutdowns", 1, MAX_WAITING_LOADS)
         self._engine = Engine(config, _weak(self._on_outputs), _weak(self._on_failure))

@@ -1,9 +1,11 @@
 """AsyncEngine: streams that end, aborts that free, loads that stall nobody, and an orderly end."""
 
 import asyncio
+import gc
 import shutil
 import threading
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from loraserve import AsyncEngine, EngineConfig, GenerateRequest, SamplingParams
 from loraserve.async_engine import RequestStream
 from loraserve.engine.extent_loader import ExtentLoader
-from loraserve.errors import AdapterUnavailableError, EngineStoppedError
+from loraserve.errors import AdapterUnavailableError, DeadlineError, EngineStoppedError
 from loraserve.text.detokenizer import IncrementalDetokenizer
 
 from tests.e2e.tiny import NUM_TOKENS, PROMPT
@@ -183,9 +185,8 @@ def test_an_error_in_one_answers_text_ends_that_request_alone(
 
     async def scenario(engine: AsyncEngine) -> None:
         other, failing = await engine.submit(request()), await engine.submit(request("a1"))
-        owners = [
-            sequence._detokenizer for sequence, owner in engine._frontend._active.values() if owner is failing
-        ]
+        active = engine._frontend._active.values()
+        owners = [sequence._detokenizer for sequence, inbox in active if inbox is failing.inbox]
 
         def fail_once(self: IncrementalDetokenizer, token_ids: Any) -> str:
             if self in owners:
@@ -230,5 +231,70 @@ def test_an_engine_that_fails_tells_everyone(
         assert "broken" in await engine.wait_failed()
         with pytest.raises(EngineStoppedError, match="broken"):
             await engine.submit(request())
+
+    run(scenario)
+
+
+def test_streams_that_are_dropped_or_whose_readers_are_cancelled_end_their_requests(
+    run: Callable[[Scenario], None],
+) -> None:
+    endless = SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True)
+
+    async def read(engine: AsyncEngine) -> None:
+        async for _ in await engine.submit(request(params=endless)):
+            pass
+
+    async def scenario(engine: AsyncEngine) -> None:
+        num_free = engine.info().num_free_pages
+        aborted: list[int] = []
+        abort = engine._engine.abort
+        engine._engine.abort = lambda id_: (aborted.append(id_), abort(id_))[1]  # type: ignore[method-assign]
+        readers = [asyncio.create_task(read(engine)) for _ in range(3)]
+        dropped = [await engine.submit(request(params=endless)) for _ in range(3)]
+        while engine.info().num_running < 6:
+            await asyncio.sleep(0.001)
+        for reader in readers:
+            reader.cancel()
+        await asyncio.gather(*readers, return_exceptions=True)
+        del readers, reader, dropped
+        gc.collect()
+        await idle(engine)
+        assert len(aborted) == 6
+        assert engine.info().num_free_pages + engine.info().num_cached_pages >= num_free
+
+    run(scenario)
+
+
+def test_a_reader_that_only_stops_to_wait_keeps_its_stream(run: Callable[[Scenario], None]) -> None:
+    async def scenario(engine: AsyncEngine) -> None:
+        stream = await engine.submit(request(params=SHORT))
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(anext(stream), 1e-9)
+        tokens = await tokens_of(stream)
+        assert 0 < len(tokens) <= NUM_TOKENS
+
+    run(scenario)
+
+
+def test_a_request_whose_preparation_hangs_ends_at_its_deadline_and_others_go_on(
+    run: Callable[[Scenario], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+
+    async def scenario(engine: AsyncEngine) -> None:
+        prepare = engine._frontend.prepare
+
+        def hang(given: GenerateRequest, arrived_at: float | None = None) -> Any:
+            if given.deadline_s is not None:
+                release.wait(60)
+            return prepare(given, arrived_at)
+
+        monkeypatch.setattr(engine._frontend, "prepare", hang)
+        hanging = replace(request(), deadline_s=0.05)
+        with pytest.raises(DeadlineError, match=r"not finished in 0\.05 s"):
+            await engine.submit(hanging)
+        assert await tokens_of(await engine.submit(request(params=SHORT)))
+        assert engine.stuck is None
+        release.set()
 
     run(scenario)
