@@ -101,6 +101,9 @@ class AsyncEngine:
         self._shutdowns = Workers("shutdowns", 1, MAX_WAITING_LOADS)
         self._engine = Engine(config, _weak(self._on_outputs), _weak(self._on_failure))
         self._frontend: Frontend[Inbox] = Frontend(self._engine)
+        template = self.tokenizer.chat_template
+        if template is not None:  # starts what renders it, so that the first request does not wait for that
+            self._preparations.submit(template.check)
 
     async def prepare(self, request: GenerateRequest) -> PreparedRequest:
         """Tokenise and resolve a request off the loop, to be submitted; nothing is queued.

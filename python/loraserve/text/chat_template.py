@@ -1,20 +1,12 @@
 """ChatTemplate: a model's own Jinja template, rendered in a sandbox with what transformers shows it."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, NoReturn
-
-from jinja2 import Environment, Template, TemplateError, meta, nodes
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
+from typing import Any
 
 from loraserve.errors import InvalidRequestError
+from loraserve.text.template_pool import TemplateFailedError, TemplatePool, shared_pool
 from loraserve.validation.did_you_mean import did_you_mean
 
 Message = Mapping[str, Any]
@@ -38,17 +30,17 @@ _MARK = "the-final-message-ends-here-q7Zf4K "
 class ChatTemplate:
     """Renders as `apply_chat_template` of transformers does: the same variables, functions and filters."""
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+    def __init__(
+        self, source: str, special_tokens: Mapping[str, str], pool: TemplatePool | None = None
+    ) -> None:
+        """`pool` has the processes that render it; the one of this process unless given."""
         self.source = source
         self._special_tokens = dict(special_tokens)
-        self._template: Template | None = None
+        self._pool = pool
 
     def check(self) -> None:
         """Raises InvalidRequestError if it is no template."""
-        try:
-            self._compiled()
-        except TemplateError as error:
-            raise InvalidRequestError(f"the chat template is malformed: {error}") from error
+        _ = self._variables
 
     def render(
         self,
@@ -82,9 +74,9 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            text = self._compiled().render(variables)
-        except Exception as error:  # a template may raise anything
-            raise InvalidRequestError(f"chat template refused the messages: {error}") from error
+            text = (self._pool or shared_pool()).render(self.source, variables)
+        except TemplateFailedError as error:
+            raise InvalidRequestError(f"chat template refused the messages: {error}") from None
         return text if final is None else _cut_at_mark(text, final)
 
     def _check_kwargs(self, kwargs: Mapping[str, Any]) -> None:
@@ -99,14 +91,9 @@ class ChatTemplate:
     def _variables(self) -> frozenset[str]:
         """Names the template reads and does not set itself."""
         try:
-            return frozenset(meta.find_undeclared_variables(_environment().parse(self.source)))
-        except TemplateError as error:
-            raise InvalidRequestError(f"the chat template is malformed: {error}") from error
-
-    def _compiled(self) -> Template:
-        if self._template is None:
-            self._template = _environment().from_string(self.source)
-        return self._template
+            return (self._pool or shared_pool()).names(self.source)
+        except TemplateFailedError as error:
+            raise InvalidRequestError(f"the chat template is malformed: {error}") from None
 
     def _marked(self, turns: list[dict[str, Any]]) -> str:
         """Marks the end of the last message, in place; what it said. Raises InvalidRequestError."""
@@ -126,83 +113,6 @@ class ChatTemplate:
         raise InvalidRequestError(
             "continue_final_message is set, but the final message has no text to continue"
         )
-
-
-class _GenerationTag(Extension):
-    """`{% generation %}` marks the assistant's words for training; its body is a scope of its own."""
-
-    tags = {"generation"}  # noqa: RUF012  jinja2 declares it so
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
-
-    def _body(self, caller: Callable[[], str]) -> str:
-        return caller()
-
-
-class _Dict:
-    """`dict` without the attributes of the type, which lead out of the sandbox."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
-
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*args)
-
-
-class _Namespace(Namespace):
-    """`namespace` that takes no underscored names, which lead out of the sandbox."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:
-        self, *values = args  # so that `namespace(self=…)` works, as in Jinja's own
-        attributes = dict(*values, **kwargs)
-        for name in attributes:
-            _refuse_underscored(name)
-        Namespace.__init__(self, attributes)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _refuse_underscored(name)
-        super().__setitem__(name, value)
-
-
-def _refuse_underscored(name: Any) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise SecurityError(f"namespace attribute {name!r} begins with an underscore, rename it")
-
-
-def _environment() -> Environment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    environment.globals["dict"] = _Dict()
-    environment.globals["namespace"] = _Namespace
-    return environment
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Unlike Jinja's own filter it does not escape HTML."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
 
 
 def _plain_message(message: Any) -> dict[str, Any]:
