@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 import secrets
 import threading
 import time
@@ -71,7 +70,7 @@ class Engine:
         self._deadlines = Deadlines()
         self._waiting_limit = WaitingLimit(config.max_waiting)
         self._uses_every_core = self.runner.backend.computes_on_cpu and (
-            config.num_threads is None or config.num_threads >= (os.cpu_count() or 1)
+            config.num_threads is None or config.num_threads >= _core.usable_cores()
         )
         self.max_model_len = self.runner.model.max_model_len
         self.grammars = GrammarCompiler(self.runner.model.tokenizer, self.runner.vocab_size)

@@ -1,10 +1,8 @@
 //! Which modules the config says are adapted, resolved the way PEFT does.
 
-use fancy_regex::Regex;
-
 use crate::error::{Error, Result};
 use crate::fields::Fields;
-use crate::pattern::{compile, is_match};
+use crate::pattern::Patterns;
 
 /// `target_modules`, `exclude_modules`, `layers_to_transform` and `layers_pattern` together.
 pub(crate) struct Targets {
@@ -15,8 +13,8 @@ pub(crate) struct Targets {
 }
 
 enum Selector {
-    /// Matches a whole path.
-    Pattern(Regex),
+    /// One, which matches a whole path.
+    Pattern(Patterns),
     /// Whole paths, or ends of paths after a dot.
     Names(Vec<String>),
 }
@@ -25,7 +23,7 @@ enum Selector {
 struct Layers {
     layers: Vec<i64>,
     /// Names of the layer list (`layers`); empty means any.
-    patterns: Vec<Regex>,
+    patterns: Patterns,
 }
 
 impl Targets {
@@ -52,7 +50,7 @@ impl Targets {
             return Ok(Some(false));
         }
         let selected = match selector {
-            Selector::Pattern(regex) => is_match("target_modules", regex, key)?,
+            Selector::Pattern(pattern) => pattern.any_matches(key)?,
             Selector::Names(names) if names.iter().any(|name| name == key) => true,
             Selector::Names(names) => {
                 ends_with_any(key, names) && self.layers.contain(key, layer)?
@@ -64,19 +62,21 @@ impl Targets {
     fn excludes(&self, key: &str) -> Result<bool> {
         match &self.exclude {
             None => Ok(false),
-            Some(Selector::Pattern(regex)) => is_match("exclude_modules", regex, key),
+            Some(Selector::Pattern(pattern)) => pattern.any_matches(key),
             Some(Selector::Names(names)) => Ok(ends_with_any(key, names)),
         }
     }
 }
 
 impl Selector {
-    fn new(fields: &Fields, field: &str) -> Result<Option<Self>> {
+    fn new(fields: &Fields, field: &'static str) -> Result<Option<Self>> {
         let selector = match fields.string(field) {
             Some(pattern) => {
                 let all = field == "target_modules" && pattern.eq_ignore_ascii_case("all-linear");
                 let pattern = if all { ".*" } else { pattern };
-                Self::Pattern(compile(field, r"\A(?:", pattern, r")\z")?)
+                let mut patterns = Patterns::new(field);
+                patterns.add(r"\A(?:", pattern, r")\z")?;
+                Self::Pattern(patterns)
             }
             None => Self::Names(
                 fields
@@ -95,14 +95,13 @@ impl Selector {
 
 impl Layers {
     fn new(fields: &Fields) -> Result<Self> {
-        let field = "layers_pattern";
-        let patterns = fields.strings(field)?.into_iter();
-        let patterns =
-            patterns.map(|pattern| compile(field, r"^(?:.*?\.)?(?:", pattern, r")\.\d+\."));
-        let layers = fields.integers("layers_to_transform")?;
+        let mut patterns = Patterns::new("layers_pattern");
+        for pattern in fields.strings("layers_pattern")? {
+            patterns.add(r"^(?:.*?\.)?(?:", pattern, r")\.\d+\.")?;
+        }
         Ok(Self {
-            layers,
-            patterns: patterns.collect::<Result<_>>()?,
+            layers: fields.integers("layers_to_transform")?,
+            patterns,
         })
     }
 
@@ -118,12 +117,7 @@ impl Layers {
     }
 
     fn name_matches(&self, key: &str) -> Result<bool> {
-        for pattern in &self.patterns {
-            if is_match("layers_pattern", pattern, key)? {
-                return Ok(true);
-            }
-        }
-        Ok(self.patterns.is_empty())
+        Ok(self.patterns.is_empty() || self.patterns.any_matches(key)?)
     }
 }
 

@@ -4,9 +4,11 @@ use pyo3::prelude::*;
 
 mod adapters;
 mod batch;
+mod cores;
 mod cpu_kernels;
 mod cuda_kernels;
 mod errors;
+mod json_counts;
 mod layout;
 mod pool_pretouch;
 mod scheduler;
@@ -20,6 +22,8 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     stats::register(m)?;
     layout::register(m)?;
     adapters::register(m)?;
+    json_counts::register(m)?;
+    cores::register(m)?;
     cpu_kernels::register(m)?;
     pool_pretouch::register(m)?;
     cuda_kernels::register(m)
