@@ -36,6 +36,8 @@ _FINISH_REASONS: dict[FinishReason, pb.FinishReason] = {
     "abort": pb.FINISH_REASON_ABORT,
 }
 _FINISH_REASON_NAMES = {value: name for name, value in _FINISH_REASONS.items()}
+MAX_ENTRIES = 2**20  # such as token ids
+MAX_MESSAGES = 8192  # of a chat, as over HTTP
 AS_MANY_AS_FIT = 0  # max_tokens on the wire, None in SamplingParams
 _OPTIONAL_TURN_FIELDS = ("name", "tool_call_id", "reasoning_content")
 _TURN_FIELDS = ("role", "content", *_OPTIONAL_TURN_FIELDS)
@@ -70,7 +72,7 @@ def request_from_wire(message: pb.GenerateRequest) -> GenerateRequest:
 
 
 def check_known(message: Message, where: str = "") -> None:
-    """Raises InvalidRequestError if a message, or one within it, has a field that is not in the .proto."""
+    """Raises InvalidRequestError: a message, or one in it, has an unknown field, or too much in one."""
     unknown = UnknownFieldSet(message)
     if len(unknown) > 0:
         raise InvalidRequestError(
@@ -78,8 +80,16 @@ def check_known(message: Message, where: str = "") -> None:
             "server does not know: update the server, or leave the field out"
         )
     for field, value in message.ListFields():
+        if not isinstance(value, str | bytes | int | float | Message) and len(value) > MAX_ENTRIES:
+            raise InvalidRequestError(
+                f"{where}{field.name} has {len(value)} entries, the limit is {MAX_ENTRIES}: send fewer"
+            )
         if field.message_type is None or field.message_type.GetOptions().map_entry:
             continue
+        if not isinstance(value, Message) and len(value) > MAX_MESSAGES:
+            raise InvalidRequestError(
+                f"{where}{field.name} has {len(value)} entries, the limit is {MAX_MESSAGES}: send fewer"
+            )
         for inner in (value,) if isinstance(value, Message) else value:
             check_known(inner, f"{where}{field.name}.")
 

@@ -245,3 +245,25 @@ def test_tls_serves_both_apis_and_asks_for_a_certificate(tmp_path: Path) -> None
         assert asyncio.run(generate(own)) == "one"
         with pytest.raises((EngineStoppedError, TimeoutError)):
             asyncio.run(generate(foreign))
+
+
+@pytest.mark.parametrize(
+    ("method", "data"),
+    [
+        *((method, data) for method in FOR_ALL_CALLERS for data in (b"\xff", b"\x0a\x05ab")),
+        ("Generate", b"\x22\x02\xff\xfe"),  # text that is not UTF-8
+        ("LoadAdapter", b"\x0a\x02\xff\xfe"),
+    ],
+)
+def test_bytes_that_are_no_message_are_refused_in_one_line(
+    refusing: ControlServer, caplog: pytest.LogCaptureFixture, data: bytes, method: str
+) -> None:
+    caplog.set_level("INFO")
+    with grpc.insecure_channel(refusing.grpc_address) as channel:
+        name = f"/{SERVICE.full_name}/{method}"
+        call = channel.unary_stream(name)(data) if method == "Generate" else None
+        with pytest.raises(grpc.RpcError) as caught:
+            list(call) if call is not None else channel.unary_unary(name)(data)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "are no message of this method" in caught.value.details()
+    assert [record.exc_info for record in caplog.records if record.levelname != "DEBUG"] == [None]

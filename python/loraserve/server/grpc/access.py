@@ -6,23 +6,30 @@ does not name needs an administrator, so that a new method is never open by acci
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import unquote
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from loraserve.errors import LoraserveError
 from loraserve.server.access.disclosure import shown_adapter_message, shown_info_message
 from loraserve.server.access.keys import PROXY_HEADERS, AccessControl, Caller
 from loraserve.v1 import loraserve_pb2 as pb
+from loraserve.validation.printable import printable
 from loraserve.wire.errors import error_metadata, status_code, status_message
 
 if TYPE_CHECKING:
     Context: TypeAlias = grpc.aio.ServicerContext[object, object]
 
 SERVICE_PREFIX = f"/{pb.DESCRIPTOR.services_by_name['LoraServe'].full_name}/"
+
+MAX_REASON_CHARS = 500
+
+logger = logging.getLogger(__name__)
 
 _CALLER: ContextVar[Caller] = ContextVar("caller")  # of the call this task answers
 
@@ -51,19 +58,25 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         if handler is None or not method.startswith(SERVICE_PREFIX):
             return handler
         rule = _RULES.get(method.removeprefix(SERVICE_PREFIX), AccessInterceptor._administer)
+        # Bytes come here as they are: of those that are no message gRPC makes UNKNOWN and a traceback.
         if handler.response_streaming:
-            checked = self._checked(handler.unary_stream, rule)
             return grpc.unary_stream_rpc_method_handler(
-                checked, handler.request_deserializer, handler.response_serializer
+                self._checked(handler.unary_stream, handler.request_deserializer, rule),
+                response_serializer=handler.response_serializer,
             )
         return grpc.unary_unary_rpc_method_handler(
-            self._checked(handler.unary_unary, rule),
-            handler.request_deserializer,
-            handler.response_serializer,
+            self._checked(handler.unary_unary, handler.request_deserializer, rule),
+            response_serializer=handler.response_serializer,
         )
 
-    def _checked(self, handler: Handler, rule: Rule) -> Handler:
-        async def handle(message: Any, context: Context) -> Any:
+    def _checked(self, handler: Handler, deserialize: Callable[[bytes], Any], rule: Rule) -> Handler:
+        async def handle(data: bytes, context: Context) -> Any:
+            try:
+                message = deserialize(data)
+            except (DecodeError, ValueError) as error:  # ValueError: text that is not UTF-8
+                logger.info("call refused: %d bytes that are no message", len(data))
+                text = f"the request's {len(data)} bytes are no message of this method: {error}"
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, printable(text, MAX_REASON_CHARS))
             try:
                 caller = self._access.authenticate(
                     metadata_value(context, "authorization"), client_host=_client_host(context)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.message
+import json
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -11,7 +12,14 @@ from fastapi import HTTPException, Request
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
 
+from loraserve import _core
 from loraserve.server.http.state import HttpState
+
+# What is parsed and checked at once holds up everybody's streams: some 20 ms with as much as this.
+MAX_CONTAINERS = 8192  # objects and lists, such as messages
+MAX_VALUES = 2**20  # such as token ids
+MAX_DEPTH = 1024  # orjson's
+UNCOUNTED_NBYTES = 16 * 2**10
 
 
 class JsonRequest(Request):
@@ -30,8 +38,17 @@ class JsonRequest(Request):
         return self._body
 
     async def json(self) -> Any:
-        """The parsed body. Raises JSONDecodeError: it is not JSON; and as `body`."""
-        return orjson.loads(await self.body())
+        """The parsed body.
+
+        Raises:
+            JSONDecodeError: it is not JSON.
+            HTTPException: 413 for more values than would be parsed in a moment; and as `body`.
+        """
+        body = await self.body()
+        if len(body) > UNCOUNTED_NBYTES:
+            state: HttpState = self.app.state.http
+            _check_counts(*await state.parsing.run(_core.count_json, body))
+        return orjson.loads(body)
 
     async def _read(self) -> bytes:
         state: HttpState = self.app.state.http
@@ -73,3 +90,14 @@ class JsonRoute(APIRoute):
 
 def _too_large(limit: int) -> HTTPException:
     return HTTPException(413, f"the body is larger than the limit of {limit} bytes, send less at once")
+
+
+def _check_counts(num_containers: int, num_commas: int, depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise json.JSONDecodeError(f"nested deeper than {MAX_DEPTH}", "", 0)
+    for number, limit, what in (
+        (num_containers, MAX_CONTAINERS, "objects and lists"),
+        (num_commas, MAX_VALUES, "values"),
+    ):
+        if number > limit:
+            raise HTTPException(413, f"the body has {number} {what}, the limit is {limit}, send less at once")

@@ -81,6 +81,7 @@ class HttpState:
         self.max_model_len = info.max_model_len
         self.device = info.device
         self.token_texts = TokenTexts(self.engine.tokenizer)
+        self.parsing = Workers("request bodies", NUM_TOKENIZERS, MAX_TOKENIZATIONS)
         self.tokenizations = Workers("tokenizations", NUM_TOKENIZERS, MAX_TOKENIZATIONS)
         self.runner = RequestRunner(self.engine, self.metrics, self.limits)
 

@@ -22,7 +22,9 @@ MAX_TEXT_PARTS = 1024
 TEXT_PART_TYPES = ("text", "input_text", "refusal")
 
 Text: TypeAlias = Annotated[str, Field(max_length=16 * 2**20)]
-TokenIds: TypeAlias = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(min_length=1)]
+TokenIds: TypeAlias = Annotated[
+    list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(min_length=1, fail_fast=True)
+]
 
 
 class TextPart(RequestBody):
@@ -162,8 +164,8 @@ class GenerationBody(AdapterSelectors):
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[int], Field(fail_fast=True)] | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None
     n: int | None = None
@@ -193,7 +195,12 @@ class CompletionBody(GenerationBody):
         "top_logprobs": "logprobs",
     }
 
-    prompt: Text | TokenIds | list[TokenIds] | list[Text]
+    prompt: (
+        Text
+        | TokenIds
+        | Annotated[list[TokenIds], Field(fail_fast=True)]
+        | Annotated[list[Text], Field(fail_fast=True)]
+    )
     best_of: int | None = None
     echo: bool | None = None
     logprobs: int | None = None
@@ -213,7 +220,7 @@ class ChatCompletionBody(GenerationBody):
         "best_of": "n",
     }
 
-    messages: list[Message]
+    messages: Annotated[list[Message], Field(fail_fast=True)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
