@@ -32,10 +32,12 @@ __all__ = [
     "SchedulerStats",
     "__version__",
     "check_adapter",
+    "count_json",
     "cuda_facts",
     "default_isa",
     "load_adapter",
     "recognise_file",
+    "usable_cores",
     "weight_digest",
 ]
 

@@ -119,7 +119,7 @@ def hub_errors(kind: str, repo_id: str, error_class: type[LoraserveError]) -> It
 
 def _byte_counter(on_progress: OnProgress, *, is_shown: bool) -> Any:
     """A class of progress bars that report the bytes of the bar that is furthest."""
-    from huggingface_hub.utils import tqdm as shown_bar  # noqa: PLC0415
+    from huggingface_hub.utils import tqdm as shown_bar  # type: ignore[attr-defined]  # noqa: PLC0415
     from tqdm import tqdm as bar  # noqa: PLC0415
 
     most = 0
