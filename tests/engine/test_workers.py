@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -101,3 +102,18 @@ def test_dropped_and_closed_ones_leave_no_threads() -> None:
     del dropped, workers
     gc.collect()
     eventually(lambda: not num_threads("dropped") and not num_threads("closed"))
+
+
+def test_a_forked_child_has_threads_of_its_own() -> None:
+    workers = Workers("forked", 1, 10)
+    assert workers.submit(lambda: 1).result(WAIT_S) == 1
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writer, b"%d" % workers.submit(lambda: 2).result(WAIT_S))
+        os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as answer:
+        assert answer.read() == b"2"
+    assert os.waitpid(child, 0)[1] == 0
+    assert workers.submit(lambda: 3).result(WAIT_S) == 3

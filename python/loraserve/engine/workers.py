@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import queue
 import threading
 import time
@@ -36,9 +37,13 @@ class Workers:
         self._what = what
         self._num_threads = num_threads
         self._max_waiting = max_waiting
+        self._begin()
+
+    def _begin(self) -> None:
+        self._pid = os.getpid()
         self._shared = _Shared()
         self._threads: list[threading.Thread] = []
-        self._end = weakref.finalize(self, _end_threads, self._shared.jobs, num_threads)
+        self._end = weakref.finalize(self, _end_threads, self._shared.jobs, self._num_threads)
         self._end.atexit = False
 
     async def run(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
@@ -51,6 +56,9 @@ class Workers:
 
     def submit(self, function: Callable[[], T]) -> Future[T]:
         """As `run`, for a thread. Raises OverloadedError."""
+        if os.getpid() != self._pid:  # a forked child, which has none of the threads
+            self._end.detach()
+            self._begin()
         future: Future[T] = Future()
         shared = self._shared
         with shared.lock:
