@@ -50,7 +50,7 @@ def our_last_logits(
             scheduler.adapter_loaded(adapter_id)
         if step.batch is not None:
             logits = runner.execute(step.batch)
-            rows.update(zip(step.batch.sample_request_ids.tolist(), logits.clone(), strict=True))
+            rows.update(zip(step.batch.sample_request_ids, logits.clone(), strict=True))
             scheduler.commit(step, logits.numpy().argmax(-1).astype("int32"))
     return torch.stack([rows[request_id] for request_id in ids])
 
