@@ -1,9 +1,12 @@
 """CpuBackend: the pool's memory is touched before its first use."""
 
+import subprocess
+import sys
 import types
 
 import pytest
 import torch
+from loraserve import _core
 from loraserve.backends import Extent
 from loraserve.backends.cpu.backend import CpuBackend
 from loraserve.config import EngineConfig
@@ -48,3 +51,25 @@ def test_shutdown_ends_what_start_began(backend: CpuBackend) -> None:
     backend.shutdown()
     backend.shutdown()
     assert (backend.pool == 7).all()
+
+
+@pytest.mark.parametrize(("asked", "computes_with"), [(64, 2), (2, 2), (1, 1), (None, None)])
+def test_threads_beyond_the_cores_are_capped_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    asked: int | None,
+    computes_with: int | None,
+) -> None:
+    monkeypatch.setattr(_core, "usable_cores", lambda: 2)
+    backend = CpuBackend(EngineConfig(model="smollm2", num_threads=asked), torch.float32)
+    assert backend._num_threads == computes_with
+    warnings = [record.getMessage() for record in caplog.records]
+    expected = "64 threads were asked for, this process may use 2 cores: it computes with 2"
+    assert warnings == ([expected] if asked == 64 else [])
+
+
+def test_usable_cores_are_those_of_the_affinity() -> None:
+    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); "
+    code += "from loraserve import _core; print(_core.usable_cores())"
+    ended = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert ended.stdout == "1\n"

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import shutil
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from loraserve import AsyncEngine, EngineConfig, GenerateRequest, SamplingParams
+from loraserve import AsyncEngine, EngineConfig, GenerateRequest, SamplingParams, async_engine
 from loraserve.async_engine import RequestStream
 from loraserve.engine.extent_loader import ExtentLoader
 from loraserve.errors import AdapterUnavailableError, DeadlineError, EngineStoppedError
@@ -296,5 +297,45 @@ def test_a_request_whose_preparation_hangs_ends_at_its_deadline_and_others_go_on
         assert await tokens_of(await engine.submit(request(params=SHORT)))
         assert engine.stuck is None
         release.set()
+
+    run(scenario)
+
+
+def test_an_adapter_whose_files_are_not_read_in_time_is_refused_and_never_served(
+    run: Callable[[Scenario], None], tiny_adapters: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+    monkeypatch.setattr(async_engine, "LOAD_LIMIT_S", 0.05)
+
+    async def scenario(engine: AsyncEngine) -> None:
+        check = engine._engine.adapters.check
+
+        def hang(*args: Any) -> Any:
+            release.wait(60)
+            return check(*args)
+
+        monkeypatch.setattr(engine._engine.adapters, "check", hang)
+        with pytest.raises(AdapterUnavailableError, match=r"was not read within 0\.05 s"):
+            await engine.load_adapter("late", tiny_adapters["a1"])
+        release.set()
+        await engine._loads.run(lambda: None)
+        assert "late" not in {adapter.name for adapter in engine.adapters()}
+
+    run(scenario)
+
+
+def test_a_step_that_does_not_end_is_stuck_and_one_that_takes_long_is_not(
+    run: Callable[[Scenario], None],
+) -> None:
+    async def scenario(engine: AsyncEngine) -> None:
+        for seconds, is_stuck in (
+            (async_engine.STEP_LIMIT_S - 10, False),
+            (async_engine.STEP_LIMIT_S + 10, True),
+        ):
+            engine._engine._step_began = time.monotonic() - seconds
+            assert (engine.stuck is not None) == is_stuck
+        assert engine.stuck == "a step has run for 310 s"
+        engine._engine._step_began = None
+        assert engine.stuck is None
 
     run(scenario)

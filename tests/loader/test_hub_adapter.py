@@ -1,12 +1,19 @@
 """Adapters on a (local, fake) Hub: only safetensors are fetched, with their progress."""
 
 import json
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
+import huggingface_hub
+import loraserve.loader.hub as hub_module
 import pytest
 from loraserve.adapters.beside import BESIDE_FILES, VOCABULARY_FILES
+from loraserve.adapters.hub import download_adapter
+from loraserve.errors import AdapterFormatError
 
 from tests.loader.test_resolve import FakeHub, run_with_hub
 
@@ -82,3 +89,30 @@ def test_a_repository_of_pickles_is_refused(hub: FakeHub, tmp_path: Path) -> Non
 )
 def test_what_is_not_there_is_one_clear_error(hub: FakeHub, tmp_path: Path, id_: str, text: str) -> None:
     assert download(hub, tmp_path / "cache", id_).startswith(text)
+
+
+def test_a_hub_that_stops_to_answer_ends_in_an_error_and_progress_keeps_it_waiting(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    release, moves = threading.Event(), 6
+
+    def download(repo_id: str, tqdm_class: Any, **_: Any) -> str:
+        bar = tqdm_class(total=10, unit="B")
+        for _ in range(moves if repo_id == "slow/one" else 0):
+            time.sleep(0.1)  # together longer than a stall
+            bar.update(1)
+        if repo_id == "silent/one":
+            release.wait(60.0)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(hub_module, "STALL_S", 0.4)
+    monkeypatch.setattr(hub_module, "STALL_POLL_S", 0.02)
+    seen: list[int] = []
+    assert hub_module.snapshot("slow/one", on_progress=lambda done, _: seen.append(done)) == tmp_path
+    assert seen == list(range(1, moves + 1))
+    try:
+        with pytest.raises(AdapterFormatError, match=r"adapter 'silent/one' .*nothing has come for 0\.4 s"):
+            download_adapter("silent/one", on_progress=lambda *_: None)
+    finally:
+        release.set()

@@ -82,11 +82,12 @@ def test_sigterm_lets_running_requests_finish_and_refuses_new_ones() -> None:
     assert (len(answer.token_ids), answer.finish_reason) == (100, "length")
 
 
-def test_requests_still_running_at_the_deadline_end_with_abort() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP], ids=["SIGINT", "SIGHUP"])
+def test_requests_still_running_at_the_deadline_end_with_abort(number: signal.Signals) -> None:
     with server_process("--drain-seconds", "0.2") as (process, address, _), Client(address) as client:
         stream = client.stream("Once upon a time", params(2000))
         next(stream)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         reasons = [delta.finish_reason for delta in stream]
         assert process.wait(EXIT_TIMEOUT_S) == 0
     assert reasons[-1] == "abort"

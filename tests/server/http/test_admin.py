@@ -285,6 +285,15 @@ def test_a_server_that_stops_is_not_ready_and_one_that_failed_is_not_healthy(
     assert (answer.status_code, answer.json()) == (ready, {"error": refusal, "error_type": "healthcheck"})
 
 
+def test_a_server_that_is_stuck_is_not_healthy_and_says_why(
+    keyed: ControlServer, client: httpx.Client
+) -> None:
+    keyed.engine.stuck = "a step has run for 301 s"
+    answer = client.get("/health")
+    assert answer.status_code == 503
+    assert answer.json()["error"] == "stuck: a step has run for 301 s"
+
+
 def test_info_has_tgis_fields_and_the_engines(client: httpx.Client) -> None:
     assert client.get("/info").status_code == 401
     info = client.get("/info", headers=SALES).json()
