@@ -35,6 +35,7 @@ CRATES: dict[str, tuple[set[str], str]] = {
         adapter
         """,
     ),
+    "bounds": (set(), "json protobuf"),
     "kernels": (
         {"adapters"},
         """

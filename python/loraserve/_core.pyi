@@ -1,6 +1,6 @@
 """The Rust core, as Python sees it: indices and bytes go in, plain values and numpy arrays come out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypedDict, final
 
@@ -23,6 +23,7 @@ __all__ = [
     "CudaKernels",
     "CudaStep",
     "LoadPace",
+    "MessageShape",
     "PackedLinear",
     "PoolPretouch",
     "Receipt",
@@ -768,6 +769,22 @@ def count_json(data: bytes) -> tuple[int, int, int]:
 
     What is no JSON is counted as far as it looks like it.
     """
+
+@final
+class MessageShape:
+    """What the fields of a protobuf message hold, by field number; others hold text, bytes or one number.
+
+    Args:
+        messages: fields of messages, and maps.
+        varints: fields of packed numbers, each a varint.
+    """
+
+    def __new__(cls, messages: Mapping[int, MessageShape], varints: Sequence[int]) -> MessageShape: ...
+    def count(self, data: bytes, max_objects: int, max_numbers: int) -> tuple[int, int]:
+        """(messages and texts, numbers) in a message's bytes, those in inner messages too; without the GIL.
+
+        Stops once either is above its limit. What is no message is counted as far as it looks like one.
+        """
 
 def usable_cores() -> int:
     """Cores that affinity and cgroup quotas leave this process, at least 1."""

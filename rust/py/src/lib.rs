@@ -4,11 +4,11 @@ use pyo3::prelude::*;
 
 mod adapters;
 mod batch;
+mod bounds;
 mod cores;
 mod cpu_kernels;
 mod cuda_kernels;
 mod errors;
-mod json_counts;
 mod layout;
 mod pool_pretouch;
 mod scheduler;
@@ -22,7 +22,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     stats::register(m)?;
     layout::register(m)?;
     adapters::register(m)?;
-    json_counts::register(m)?;
+    bounds::register(m)?;
     cores::register(m)?;
     cpu_kernels::register(m)?;
     pool_pretouch::register(m)?;

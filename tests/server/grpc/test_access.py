@@ -261,9 +261,10 @@ def test_bytes_that_are_no_message_are_refused_in_one_line(
     caplog.set_level("INFO")
     with grpc.insecure_channel(refusing.grpc_address) as channel:
         name = f"/{SERVICE.full_name}/{method}"
-        call = channel.unary_stream(name)(data) if method == "Generate" else None
+        key = (("authorization", "Bearer root-key"),)
+        call = channel.unary_stream(name)(data, metadata=key) if method == "Generate" else None
         with pytest.raises(grpc.RpcError) as caught:
-            list(call) if call is not None else channel.unary_unary(name)(data)
+            list(call) if call is not None else channel.unary_unary(name)(data, metadata=key)
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert "are no message of this method" in caught.value.details()
     assert [record.exc_info for record in caplog.records if record.levelname != "DEBUG"] == [None]

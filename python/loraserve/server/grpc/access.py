@@ -9,15 +9,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import unquote
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from loraserve.errors import LoraserveError
+from loraserve.errors import InvalidRequestError, LoraserveError
 from loraserve.server.access.disclosure import shown_adapter_message, shown_info_message
 from loraserve.server.access.keys import PROXY_HEADERS, AccessControl, Caller
+from loraserve.server.grpc.message_bounds import counter
 from loraserve.v1 import loraserve_pb2 as pb
 from loraserve.validation.printable import printable
 from loraserve.wire.errors import error_metadata, status_code, status_message
@@ -25,7 +27,8 @@ from loraserve.wire.errors import error_metadata, status_code, status_message
 if TYPE_CHECKING:
     Context: TypeAlias = grpc.aio.ServicerContext[object, object]
 
-SERVICE_PREFIX = f"/{pb.DESCRIPTOR.services_by_name['LoraServe'].full_name}/"
+_SERVICE = pb.DESCRIPTOR.services_by_name["LoraServe"]
+SERVICE_PREFIX = f"/{_SERVICE.full_name}/"
 
 MAX_REASON_CHARS = 500
 
@@ -46,6 +49,9 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
     def __init__(self, access: AccessControl) -> None:
         self._access = access
+        self._check_counts = {
+            name: counter(method.input_type) for name, method in _SERVICE.methods_by_name.items()
+        }
 
     async def intercept_service(
         self,
@@ -57,30 +63,27 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         method = handler_call_details.method
         if handler is None or not method.startswith(SERVICE_PREFIX):
             return handler
-        rule = _RULES.get(method.removeprefix(SERVICE_PREFIX), AccessInterceptor._administer)
+        name = method.removeprefix(SERVICE_PREFIX)
+        rule = _RULES.get(name, AccessInterceptor._administer)
+        parse = partial(_parse, handler.request_deserializer, self._check_counts[name])
         # Bytes come here as they are: of those that are no message gRPC makes UNKNOWN and a traceback.
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
-                self._checked(handler.unary_stream, handler.request_deserializer, rule),
+                self._checked(handler.unary_stream, parse, rule),
                 response_serializer=handler.response_serializer,
             )
         return grpc.unary_unary_rpc_method_handler(
-            self._checked(handler.unary_unary, handler.request_deserializer, rule),
+            self._checked(handler.unary_unary, parse, rule),
             response_serializer=handler.response_serializer,
         )
 
-    def _checked(self, handler: Handler, deserialize: Callable[[bytes], Any], rule: Rule) -> Handler:
+    def _checked(self, handler: Handler, parse: Callable[[bytes], Any], rule: Rule) -> Handler:
         async def handle(data: bytes, context: Context) -> Any:
-            try:
-                message = deserialize(data)
-            except (DecodeError, ValueError) as error:  # ValueError: text that is not UTF-8
-                logger.info("call refused: %d bytes that are no message", len(data))
-                text = f"the request's {len(data)} bytes are no message of this method: {error}"
-                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, printable(text, MAX_REASON_CHARS))
             try:
                 caller = self._access.authenticate(
                     metadata_value(context, "authorization"), client_host=_client_host(context)
                 )
+                message = parse(data)
             except LoraserveError as error:
                 await abort_with(context, error)
             _CALLER.set(caller)
@@ -117,6 +120,17 @@ _RULES: dict[str, Rule] = {
     "ListAdapters": AccessInterceptor._list,
     "GetServerInfo": AccessInterceptor._info,
 }
+
+
+def _parse(deserialize: Callable[[bytes], Any], check_counts: Callable[[bytes], None], data: bytes) -> Any:
+    """Raises InvalidRequestError: the bytes are no such message, or hold too many values."""
+    check_counts(data)
+    try:
+        return deserialize(data)
+    except (DecodeError, ValueError) as error:  # ValueError: text that is not UTF-8
+        logger.info("call refused: %d bytes that are no message", len(data))
+        text = f"the request's {len(data)} bytes are no message of this method: {error}"
+        raise InvalidRequestError(printable(text, MAX_REASON_CHARS)) from None
 
 
 async def abort_with(context: Context, error: LoraserveError) -> None:
