@@ -42,6 +42,7 @@ class LLM:
     """
 
     def __init__(self, model: str, adapters: Mapping[str, str] | None = None, **settings: Any) -> None:
+        self._turn = _Turn()
         self._call = threading.Lock()  # calls from several threads take turns
         self._events: queue.SimpleQueue[list[EngineOutput]] = queue.SimpleQueue()
         settings.setdefault("max_waiting", None)  # a batch is as long as its caller made it
@@ -134,35 +135,48 @@ class LLM:
         replace: bool = False,
     ) -> Receipt:
         """Check and register an adapter, or replace the one of this name; see `EngineAdapters.load`."""
-        return self._engine.adapters.load(name, path, manifest, replace=replace)
+        with self._one_call():
+            return self._engine.adapters.load(name, path, manifest, replace=replace)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter; AdapterNotFoundError if there is none of this name."""
-        self._engine.adapters.unload(name)
+        with self._one_call():
+            self._engine.adapters.unload(name)
 
     def warm_adapter(self, name: str) -> float:
         """Load an adapter into memory now; the seconds it took. See `EngineAdapters.warm` for the errors."""
-        return self._engine.adapters.warm(name).result()
+        with self._one_call():
+            return self._engine.adapters.warm(name).result()
 
     def pin_adapter(self, name: str, is_pinned: bool = True) -> None:
         """Keep an adapter in memory, or let it go again; see `EngineAdapters.pin` for the errors."""
-        self._engine.adapters.pin(name, is_pinned)
+        with self._one_call():
+            self._engine.adapters.pin(name, is_pinned)
 
     def adapters(self) -> list[AdapterInfo]:
         """Every registered adapter, in order of registration."""
-        return self._engine.adapters.infos()
+        with self._one_call():
+            return self._engine.adapters.infos()
 
     def stats(self) -> EngineStats:
         """Load and counters of this moment."""
-        return self._engine.stats()
+        with self._one_call():
+            return self._engine.stats()
 
     def info(self) -> EngineInfo:
         """Settings, and the load of this moment."""
-        return self._engine.info()
+        with self._one_call():
+            return self._engine.info()
 
     def close(self) -> None:
-        """Stop the engine and free its memory; safe to call twice."""
-        self._engine.shutdown(0.0)
+        """Stop the engine and free its memory; safe to call twice.
+
+        A signal handler that interrupted a call may close too: the call then ends with EngineStoppedError.
+        """
+        if self._turn.lock.locked():
+            threading.Thread(target=self._engine.shutdown, args=(0.0,), name="loraserve-close").start()
+        else:
+            self._engine.shutdown(0.0)
 
     def __enter__(self) -> LLM:
         return self
@@ -173,7 +187,25 @@ class LLM:
         self.close()
 
     def _run(self, requests: Sequence[GenerateRequest], progress: bool | None) -> list[RequestOutput]:
+        with self._one_call():
+            return self._answer(requests, progress)
+
+    def _one_call(self) -> threading.Lock:
+        """To be held while this thread is in a call.
+
+        Raises:
+            InvalidRequestError: it is in one already, which may hold a lock that this one would wait for.
+            EngineStoppedError: this is a forked child.
+        """
         self._engine.check_process()
+        if self._turn.lock.locked():
+            raise InvalidRequestError(
+                "this thread is in a call of the same LLM: a signal handler can only close it; "
+                "set a flag there, and call when the first call has returned"
+            )
+        return self._turn.lock
+
+    def _answer(self, requests: Sequence[GenerateRequest], progress: bool | None) -> list[RequestOutput]:
         pending = [_Pending(request, self._frontend.prepare(request)) for request in requests]
         request_ids: list[int] = []
         with self._call:
@@ -197,6 +229,13 @@ class LLM:
                 if collector.error is not None:
                     raise collector.error
                 bar.update(num_open - collector.num_open)
+
+
+class _Turn(threading.local):
+    """A lock for each thread, held while it is in a call; one is taken whole, whenever a signal comes."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
 
 
 class _Collector:

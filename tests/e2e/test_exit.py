@@ -91,6 +91,28 @@ PROGRAMS = [
         -signal.SIGINT,
         error="KeyboardInterrupt",
     ),
+    *(
+        Program(
+            f"{call} in a signal handler of a generation",
+            "llm = make(); said = []\n"
+            "def handle(*_):\n"
+            f"    try: llm.{call}\n"
+            "    except LoraserveError as error: said.append(str(error).partition(':')[0])\n"
+            "signal.signal(signal.SIGALRM, handle); signal.setitimer(signal.ITIMER_REAL, 0.02)\n"
+            "while not said: ask(llm, 'a0')\n"
+            "print(*said)",
+            says="this thread is in a call of the same LLM",
+        )
+        for call in ("generate('hello')", "load_adapter('b', ADAPTERS['a1'])", "stats()")
+    ),
+    Program(
+        "close in a signal handler of a generation",
+        "llm = make(); signal.signal(signal.SIGALRM, lambda *_: llm.close())\n"
+        "signal.setitimer(signal.ITIMER_REAL, 0.05)\n"
+        "try: work(llm)\n"
+        "except LoraserveError as error: print(type(error).__name__)",
+        says="EngineStoppedError",
+    ),
     Program("a cycle", "llm = make(); llm.itself = llm; ask(llm); del llm"),
     Program("a cycle, collected", "llm = make(); llm.itself = llm; ask(llm); del llm; gc.collect()"),
     Program(
