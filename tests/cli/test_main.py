@@ -154,6 +154,15 @@ def test_a_reader_that_leaves_is_no_traceback(tmp_path: Path) -> None:
     assert "Traceback" not in (tmp_path / "stderr").read_text()
 
 
+@pytest.mark.parametrize("arguments", ["--version", "doctor"])
+def test_output_that_cannot_be_written_is_one_line(arguments: str, tmp_path: Path) -> None:
+    command = f"{sys.executable} -m loraserve {arguments} 2>{tmp_path}/stderr >/dev/full"
+    result = subprocess.run(["bash", "-c", command], check=False)
+    said = (tmp_path / "stderr").read_text()
+    assert said == "loraserve: error: the output can't be written: No space left on device\n"
+    assert result.returncode == 1
+
+
 @pytest.mark.parametrize(
     ("numbers", "text"), [([], ""), ([3], "3"), ([0, 1, 2, 5, 7, 8], "0-2, 5, 7-8"), ([0, 2], "0, 2")]
 )

@@ -120,6 +120,30 @@ def test_a_port_in_use_is_one_line_and_fails_before_the_model_is_opened(flag: st
     )
 
 
+def test_a_server_whose_output_is_full_serves() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "loraserve", "serve", "smollm2", "--memory", "256MiB"]
+    with (
+        Path("/dev/full").open("w") as full,
+        subprocess.Popen(
+            [*command, "--grpc-port", str(port)], stdout=full, stderr=subprocess.PIPE, text=True
+        ) as process,
+    ):
+        try:
+            with Client(f"127.0.0.1:{port}") as client:
+                client.wait_ready(60.0)
+                assert client.generate("Once", params(3))[0].token_ids
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(EXIT_TIMEOUT_S) == 0
+        finally:
+            process.kill()
+        assert process.stderr is not None
+        said = process.stderr.read()
+    assert "the start-up lines can't be printed: No space left on device" in said
+    assert "Traceback" not in said
+
+
 def test_http_drains_as_grpc_does() -> None:
     with (
         server_process() as (process, _, ready),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -27,13 +28,29 @@ examples:
 """
 
 MAX_LINE_CHARS = 4000
+OUTPUT_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0, 1 after an error of loraserve, 130 after an interrupt; 2 is bad usage."""
-    argv = sys.argv[1:] if argv is None else argv
+    try:
+        try:
+            return _run(sys.argv[1:] if argv is None else argv)
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        if error.errno not in OUTPUT_ERRORS or error.filename is not None:
+            raise
+        # Python would complain once more when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # whose reader left
+            print(f"loraserve: error: the output can't be written: {error.strerror}", file=sys.stderr)
+        return EXIT_ERROR
+
+
+def _run(argv: Sequence[str]) -> int:
     # One command's module alone: doctor runs where what another one imports is missing.
     named = [command for command in COMMANDS if command in argv[:1]]
     parser = build_parser(named or COMMANDS)
@@ -47,10 +64,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output left. Python would complain once more when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_ERROR
     return status
 
 

@@ -10,7 +10,9 @@ import asyncio
 import logging
 import os
 import signal
+import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -101,7 +103,7 @@ async def serve(loaded: LoadedSettings) -> None:
     facts = start_facts(
         settings, servers.engine.info(), 0 if servers.kept is None else len(servers.kept.restored())
     )
-    print(_ready_line(settings, servers), *facts, sep="\n", flush=True)
+    _tell([_ready_line(settings, servers), *facts])
     failure = await _failure_before(servers.engine, stop)
     if failure is not None:
         await servers.stop(0.0)
@@ -109,6 +111,15 @@ async def serve(loaded: LoadedSettings) -> None:
     logger.info("draining: running requests have %g s", settings.drain_seconds)
     await servers.stop(settings.drain_seconds)
     logger.info("stopped")
+
+
+def _tell(lines: Sequence[str]) -> None:
+    """Print the start-up lines; a disk that is full stops no server."""
+    try:
+        print(*lines, sep="\n", flush=True)
+    except OSError as error:
+        logger.warning("the start-up lines can't be printed: %s", error.strerror)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _check_ports(settings: ServeSettings) -> None:
