@@ -101,9 +101,11 @@ class AsyncEngine:
         self._shutdowns = Workers("shutdowns", 1, MAX_WAITING_LOADS)
         self._engine = Engine(config, _weak(self._on_outputs), _weak(self._on_failure))
         self._frontend: Frontend[Inbox] = Frontend(self._engine)
+        # What a first request would wait for, and streams beside it.
         template = self.tokenizer.chat_template
-        if template is not None:  # starts what renders it, so that the first request does not wait for that
+        if template is not None:
             self._preparations.submit(template.check)
+        self._preparations.submit(self._engine.grammars.vocabulary)
 
     async def prepare(self, request: GenerateRequest) -> PreparedRequest:
         """Tokenise and resolve a request off the loop, to be submitted; nothing is queued.

@@ -1,11 +1,6 @@
 """load_adapter: the packed bytes, read back through the layout; what happens when files change."""
 
 import shutil
-import sys
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +10,7 @@ from loraserve._core import AdapterLayout, BaseShape, LoadPace, check_adapter, l
 from loraserve.errors import AdapterUnavailableError, CapacityError
 from safetensors.torch import load_file
 
+from tests.gil import ticking
 from tests.panels import unpack_panels
 from tests.peft_writer import SMOLLM2_135M, Shape, llama_shape, write_adapter
 
@@ -138,28 +134,6 @@ def test_null_extent_is_refused(tmp_path: Path) -> None:
     path = write_adapter(tmp_path, SHAPE)
     with pytest.raises(ValueError, match="no extent"):
         load_adapter(str(path), BaseShape(*SHAPE), "float32", 64, "", 0, 1024)
-
-
-@contextmanager
-def ticking() -> Iterator[list[float]]:
-    """Another thread's ticks; it gets the GIL only when this one gives it up."""
-    ticks: list[float] = []
-    stop = threading.Event()
-
-    def tick() -> None:
-        while not stop.wait(0.001):
-            ticks.append(time.monotonic())
-
-    thread = threading.Thread(target=tick)
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(60)
-    thread.start()
-    try:
-        yield ticks
-    finally:
-        stop.set()
-        sys.setswitchinterval(interval)
-        thread.join()
 
 
 @pytest.mark.alone

@@ -9,7 +9,9 @@ import tokenizers
 from loraserve.errors import InvalidRequestError, ModelError
 from loraserve.loader import open_checkpoint
 from loraserve.text.byte_level_bpe import PRE_TOKENIZERS, build_byte_level_bpe
-from loraserve.text.tokenizer import Tokenizer
+from loraserve.text.tokenizer import PART_CHARS, Tokenizer
+
+from tests.gil import ticking
 
 CORPUS = [
     "",
@@ -325,3 +327,49 @@ def test_a_chat_that_cannot_be_rendered_is_an_invalid_request(
     tokenizer = Tokenizer.from_directory(write_directory(tmp_path, {"chat_template": template}))
     with pytest.raises(InvalidRequestError, match=message):
         tokenizer.apply_chat_template(ONE)
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("method", ["encode", "encode_with_offsets"])
+def test_a_long_text_is_tokenised_without_the_gil(tokenizer: Tokenizer, method: str) -> None:
+    text = "1" * 300_000  # which each is a token
+    with ticking() as ticks:
+        before = len(ticks)
+        ids = getattr(tokenizer, method)(text)
+        during = len(ticks) - before
+    assert len(ids) == 300_000
+    assert during > 5
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a" * 1_000_000, "prompt has at least 12345 tokens, the limit is 1000: send less"),
+        ("1" * 80_000, "prompt has more than 1000 tokens, which is the limit: send less"),
+        ("1, " * 25_000, "prompt has more than 1000 tokens, which is the limit: send less"),
+        ("a\ud800", "prompt is not valid Unicode: surrogates not allowed"),
+    ],
+    ids=["characters", "digits", "numbers", "surrogate"],
+)
+def test_a_text_of_too_many_tokens_is_refused_before_it_is_tokenised_whole(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, text: str, message: str
+) -> None:
+    encoded: list[int] = []
+    encode = tokenizer.encode
+
+    def remember(text: str, add_special_tokens: bool = True) -> list[int]:
+        encoded.append(len(text))
+        return encode(text, add_special_tokens)
+
+    monkeypatch.setattr(tokenizer, "encode", remember)
+    with pytest.raises(InvalidRequestError) as caught:
+        tokenizer.check_fits(text, 1000, "prompt")
+    assert str(caught.value) == message
+    assert max(encoded, default=0) <= PART_CHARS
+
+
+@pytest.mark.parametrize("num_repeats", [1, 100, 2000])
+def test_a_text_that_fits_is_not_refused(tokenizer: Tokenizer, num_repeats: int) -> None:
+    for text in CORPUS:
+        long = text * num_repeats
+        tokenizer.check_fits(long, max(len(tokenizer.encode(long)), 1), "prompt")

@@ -82,10 +82,10 @@ def prepare(
         if not request.messages:
             raise InvalidRequestError("messages is empty, give at least one message")
         text = _render_chat(request.messages, request.chat, tokenizer, adapter)
-        _check_text(text, tokenizer, max_num_tokens)
+        tokenizer.check_fits(text, max_num_tokens - 1, "prompt")
         token_ids = tokenizer.encode(text, add_special_tokens=False)
     elif isinstance(request.prompt, str):
-        _check_text(request.prompt, tokenizer, max_num_tokens)
+        tokenizer.check_fits(request.prompt, max_num_tokens - 1, "prompt")
         token_ids = tokenizer.encode(request.prompt)
     else:
         token_ids = _integers(request.prompt)
@@ -347,20 +347,6 @@ def _render_chat(
         continue_final_message=options.continue_final_message,
         kwargs=options.template_kwargs,
     )
-
-
-def _check_text(text: str, tokenizer: Tokenizer, max_num_tokens: int) -> None:
-    """Refuse what can't be encoded, and at once what is far too long to be worth encoding."""
-    min_tokens = len(text) // tokenizer.max_token_len
-    if min_tokens >= max_num_tokens:
-        raise InvalidRequestError(
-            f"prompt has at least {min_tokens} tokens, limit is {max_num_tokens - 1}: "
-            "the context length less one token to generate"
-        )
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidRequestError(f"the prompt is not valid Unicode: {error.reason}") from None
 
 
 def _integers(token_ids: Any) -> list[int]:

@@ -111,8 +111,8 @@ class GrammarCompiler:
             InvalidRequestError: it is malformed, not supported, too complex, or matches nothing but "".
         """
         key = scope, grammar  # a compilation can be timed, so it must not tell what others asked for
+        vocabulary = self.vocabulary()
         with self._lock:
-            vocabulary = self._built_vocabulary()
             known = self._compiled.get(key)
             if known is not None:
                 self._compiled.move_to_end(key)
@@ -124,17 +124,18 @@ class GrammarCompiler:
                 self._compiled.popitem(last=False)
             return matcher.copy()
 
-    def _built_vocabulary(self) -> llguidance.LLTokenizer:
-        """Made at the first grammar: it takes a fifth of a second."""
+    def vocabulary(self) -> llguidance.LLTokenizer:
+        """Made at the first call: it takes a fifth of a second, and the GIL all the while."""
         import llguidance  # noqa: PLC0415 (engines run without it until a grammar is asked for)
 
-        if self._vocabulary is None:
-            self._vocabulary = llguidance.LLTokenizer(
-                self._tokenizer.to_json(),
-                n_vocab=max(self._vocab_size, self._tokenizer.vocab_size),
-                eos_token=list(self._tokenizer.eos_token_ids) or None,
-            )
-        return self._vocabulary
+        with self._lock:
+            if self._vocabulary is None:
+                self._vocabulary = llguidance.LLTokenizer(
+                    self._tokenizer.to_json(),
+                    n_vocab=max(self._vocab_size, self._tokenizer.vocab_size),
+                    eos_token=list(self._tokenizer.eos_token_ids) or None,
+                )
+            return self._vocabulary
 
     def _compile(self, grammar: Grammar, vocabulary: llguidance.LLTokenizer) -> GrammarMatcher:
         import llguidance  # noqa: PLC0415 (as above)

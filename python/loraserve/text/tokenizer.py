@@ -19,6 +19,8 @@ from loraserve.validation.not_a_model import without_tokenizer
 from loraserve.validation.values import token_ids
 
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # a byte, where SentencePiece has no token for a character
+UNCOUNTED_TOKEN_NBYTES = 4  # texts of so many bytes for every token allowed are tokenised as a whole
+PART_CHARS = 64 * 1024
 # Names of special tokens as templates see them, and as GGUF spells them.
 GGUF_TOKENS: Mapping[str, str] = {
     "bos_token": "bos",
@@ -102,17 +104,49 @@ class Tokenizer:
         )
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of the text; special tokens (such as bos) are added as the model wants them."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        """Token ids of the text; special tokens (such as bos) are added as the model wants them.
+
+        Runs without the GIL, as a batch does: a long text takes seconds.
+        """
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
         if not add_special_tokens or self._add_bos == self._adds_bos_itself:
             return ids
         if not self._add_bos:
             return ids[1:]
         return ids if self.bos_token_id is None else [self.bos_token_id, *ids]
 
+    def check_fits(self, text: str, max_num_tokens: int, what: str) -> None:
+        """Refuse a text that is far too long soon, without tokenising all of it.
+
+        One that passes may have some times as many tokens.
+
+        Raises:
+            InvalidRequestError: it has more tokens, or is no Unicode; `what` it is called.
+        """
+        min_tokens = len(text) // self.max_token_len
+        if min_tokens > max_num_tokens:
+            raise InvalidRequestError(
+                f"{what} has at least {min_tokens} tokens, the limit is {max_num_tokens}: send less"
+            )
+        try:
+            nbytes = len(text.encode())
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(f"{what} is not valid Unicode: {error.reason}") from None
+        if nbytes <= UNCOUNTED_TOKEN_NBYTES * max_num_tokens:
+            return
+        # The text in parts has about as many tokens as the whole: double that many can't be the limit.
+        num_tokens = 0
+        for start in range(0, len(text), PART_CHARS):
+            num_tokens += len(self.encode(text[start : start + PART_CHARS], add_special_tokens=False))
+            if num_tokens > 2 * max_num_tokens:
+                raise InvalidRequestError(
+                    f"{what} has more than {max_num_tokens} tokens, which is the limit: send less"
+                )
+
     def encode_with_offsets(self, text: str, add_special_tokens: bool = True) -> list[tuple[int, int, int]]:
         """(token id, start, stop) of `encode`, in characters of the text; added tokens stand for none."""
-        encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        (encoding,) = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)
         spans = [
             (index, start, stop) for index, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)
         ]

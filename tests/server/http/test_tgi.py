@@ -213,6 +213,14 @@ def test_tokenize_tells_where_each_token_stands(client: httpx.Client) -> None:
     assert again["choices"][0]["text"].startswith(text)
 
 
+@pytest.mark.parametrize("repeats", [6000, 300_000])
+def test_tokenize_refuses_more_tokens_than_the_context_has(client: httpx.Client, repeats: int) -> None:
+    answer = client.post("/tokenize", json={"inputs": "1 " * repeats})
+    assert answer.status_code == 422
+    assert "the limit" in answer.json()["error"]
+    assert client.post("/tokenize", json={"inputs": "1 ", "parameters": {"truncate": 1}}).json()
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"adapter_id": "nobody"}, "nobody"),
     ({"adapter_id": ""}, "''"),

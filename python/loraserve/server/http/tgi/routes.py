@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
+import orjson
 from fastapi import APIRouter, Body, Depends
 from fastapi.responses import Response
 
@@ -74,21 +75,29 @@ async def tokenize(
     body: TokenizeBody,
     state: Annotated[HttpState, Depends(http_state)],
     _caller: Annotated[Caller, Depends(current_caller)],
-) -> list[dict[str, Any]]:
+) -> Response:
     """The tokens of a text, with the characters `start` to `stop` that each stands for."""
+    truncate = None if body.parameters is None else body.parameters.truncate
+    answer = await state.tokenizations.run(_tokens, state, body.inputs, body.add_special_tokens, truncate)
+    return Response(answer, media_type="application/json")
+
+
+def _tokens(state: HttpState, text: str, add_special_tokens: bool, truncate: int | None) -> bytes:
+    """The answer's JSON; for long texts slow, so not for the loop."""
     tokenizer = state.engine.tokenizer
-    if len(body.inputs) // tokenizer.max_token_len >= state.max_model_len:
+    tokenizer.check_fits(text, state.max_model_len, "inputs")
+    spans = tokenizer.encode_with_offsets(text, add_special_tokens)
+    if len(spans) > state.max_model_len:
         raise InvalidRequestError(
-            f"inputs has {len(body.inputs)} characters, more than any context of {state.max_model_len} tokens"
+            f"inputs has {len(spans)} tokens, the limit is {state.max_model_len}: the context length"
         )
-    spans = await state.tokenizations.run(tokenizer.encode_with_offsets, body.inputs, body.add_special_tokens)
-    if body.parameters is not None and body.parameters.truncate is not None:
-        spans = spans[-body.parameters.truncate :]
-    return [
-        {"id": token_id, "text": body.inputs[start:stop] or state.token_texts.text(token_id)}
-        | {"start": start, "stop": stop}
-        for token_id, start, stop in spans
-    ]
+    return orjson.dumps(
+        [
+            {"id": token_id, "text": text[start:stop] or state.token_texts.text(token_id)}
+            | {"start": start, "stop": stop}
+            for token_id, start, stop in (spans if truncate is None else spans[-truncate:])
+        ]
+    )
 
 
 def _whole(call: Call, body: AnyGenerateBody, *, is_array: bool) -> Response:
