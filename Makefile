@@ -28,7 +28,10 @@ test: $(STAMPS)/dev ## set up, run every test (cargo, pytest in two processes; J
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m 'not alone' --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m pytest -m alone $$(grep --recursive --files-with-matches mark.alone tests --include='test_*.py')
 
-soak: $(STAMPS)/dev ## more of what is drawn at random: requests by the API's document, programs and when they end
+# Of the server under attack; its seed is LORASERVE_SOAK_SEED.
+SOAK_SECONDS ?= 3600
+soak: $(STAMPS)/dev ## more of what is drawn at random: requests by the API's document, programs and when they end, an hour of attacks
+	LORASERVE_SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/python -m pytest tests/soak
 	LORASERVE_SCHEMATHESIS_CASES=5000 LORASERVE_EXIT_RUNS=10 $(BIN)/python -m pytest \
 		tests/server/http/test_openapi.py tests/e2e/test_exit.py
 

@@ -8,7 +8,7 @@ import functools
 import os
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from loraserve.cli.options import Subparsers, add_command
 from loraserve.cli.serve_options import add_serve_options, given_flags
@@ -36,8 +36,8 @@ def add_parser(commands: Subparsers) -> None:
     parser.set_defaults(run=functools.partial(run, parser))
 
 
-def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    """Serve until a stop signal.
+def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> NoReturn:
+    """Serve until a stop signal, then end the process.
 
     Exits with a usage error if flags contradict one another.
 
@@ -49,12 +49,12 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     flags = given_flags(args, parser)
     loaded = load_settings(flags.values, os.environ, config, flags.notes)
 
-    from loraserve.server.lifecycle import serve  # noqa: PLC0415 (imports grpc)
+    from loraserve.server.lifecycle import leave, serve  # noqa: PLC0415 (imports grpc)
     from loraserve.server.observe.logs import configure_logs  # noqa: PLC0415
 
     configure_logs(loaded.settings.log_level, loaded.settings.log_format)
     run_loop(serve(loaded))
-    return 0
+    leave()
 
 
 def run_loop(main: Coroutine[Any, Any, None]) -> None:

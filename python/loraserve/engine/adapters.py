@@ -238,8 +238,12 @@ class EngineAdapters:
         for result in self.loader.take_results():
             if isinstance(result.outcome, LoraserveError):
                 with self._lock:
-                    names = ", ".join(self._registry.names(result.adapter_id))
-                    logger.warning("adapter %s was not read into the pool: %s", names, result.outcome)
+                    names = self._registry.names(result.adapter_id) or [
+                        f"{source.name} (no more)" for source in self._registry.sources(result.adapter_id)
+                    ]
+                    logger.warning(
+                        "adapter %s was not read into the pool: %s", ", ".join(names), result.outcome
+                    )
                     self._scheduler.adapter_load_failed(result.adapter_id, result.outcome)
                     self._loads.finish(result.adapter_id, result.outcome)
             else:

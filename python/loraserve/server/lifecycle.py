@@ -13,9 +13,10 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from loraserve.engine.workers import Workers
 from loraserve.errors import EngineStoppedError
@@ -239,6 +240,14 @@ def _leave_unfinished() -> None:
     )
     logging.shutdown()
     os._exit(UNFINISHED_STATUS)
+
+
+def leave() -> NoReturn:
+    """End the process once `serve` has returned; Python itself would take its modules apart for a second."""
+    logging.shutdown()
+    with suppress(OSError):
+        sys.stdout.flush()
+    os._exit(0)
 
 
 def _exit_on_signals() -> None:

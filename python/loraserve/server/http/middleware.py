@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import uuid
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from loraserve.errors import EngineStoppedError
 from loraserve.server.http.errors import error_response, family_of
 
 logger = logging.getLogger(__name__)
@@ -44,6 +46,11 @@ class RequestIdMiddleware:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except asyncio.CancelledError:  # the server stops, and this has not ended within the drain
+            logger.info("request %s is cut: the server stops", request_id.decode())
+            if not has_started:
+                error = EngineStoppedError("the server is shutting down; ask again")
+                await error_response(error, family_of(scope["path"]))(scope, receive, send_with_id)
         except Exception as error:
             logger.exception("request %s failed", request_id.decode())
             if has_started:
