@@ -15,9 +15,9 @@ from fastapi.routing import APIRoute
 from loraserve import _core
 from loraserve.server.http.state import HttpState
 
-# What is parsed and checked at once holds up everybody's streams: some 20 ms with as much as this.
+# What is parsed and checked at once holds up everybody's streams: some 30 ms with as much as this.
 MAX_CONTAINERS = 8192  # objects and lists, such as messages
-MAX_VALUES = 2**20  # such as token ids
+MAX_VALUES = 2**18  # such as token ids; as many more as the model's context takes
 MAX_DEPTH = 1024  # orjson's
 UNCOUNTED_NBYTES = 16 * 2**10
 
@@ -47,7 +47,8 @@ class JsonRequest(Request):
         body = await self.body()
         if len(body) > UNCOUNTED_NBYTES:
             state: HttpState = self.app.state.http
-            _check_counts(*await state.parsing.run(_core.count_json, body))
+            counts = await state.parsing.run(_core.count_json, body)
+            _check_counts(*counts, max_values=max(MAX_VALUES, state.max_model_len + UNCOUNTED_NBYTES))
         return orjson.loads(body)
 
     async def _read(self) -> bytes:
@@ -92,12 +93,12 @@ def _too_large(limit: int) -> HTTPException:
     return HTTPException(413, f"the body is larger than the limit of {limit} bytes, send less at once")
 
 
-def _check_counts(num_containers: int, num_commas: int, depth: int) -> None:
+def _check_counts(num_containers: int, num_commas: int, depth: int, *, max_values: int) -> None:
     if depth > MAX_DEPTH:
         raise json.JSONDecodeError(f"nested deeper than {MAX_DEPTH}", "", 0)
     for number, limit, what in (
         (num_containers, MAX_CONTAINERS, "objects and lists"),
-        (num_commas, MAX_VALUES, "values"),
+        (num_commas, max_values, "values"),
     ):
         if number > limit:
             raise HTTPException(413, f"the body has {number} {what}, the limit is {limit}, send less at once")
