@@ -1,4 +1,4 @@
-"""What an operator does: warm, pin, and look at the numbers."""
+"""Adapters that are warmed and pinned, and the numbers that tell of it."""
 
 import asyncio
 import time
