@@ -301,6 +301,11 @@ class Scheduler:
 
         Raises InvalidRequestError: it is not loading.
         """
+    def adapter_load_late(self, adapter_id: int) -> None:
+        """A load takes long: until it is answered, only requests wait that need this adapter or its memory.
+
+        Raises InvalidRequestError: it is not loading.
+        """
     def adapter_load_failed(self, adapter_id: int, error: LoraserveError) -> None:
         """End the waiting requests that asked for it; a later request tries again."""
     def drain_outputs(self) -> list[RequestOutput]:

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 from loraserve import AsyncEngine, EngineConfig, GenerateRequest, SamplingParams, async_engine
+from loraserve.adapters.registry import RegisteredAdapter
 from loraserve.async_engine import RequestStream
+from loraserve.backends import Extent
 from loraserve.engine.extent_loader import ExtentLoader
 from loraserve.errors import AdapterUnavailableError, DeadlineError, EngineStoppedError
 from loraserve.text.detokenizer import IncrementalDetokenizer
@@ -138,6 +140,34 @@ def test_decoding_goes_on_while_an_adapter_loads(
         finally:
             may_load.set()
         assert await tokens_of(waiting) == tiny_expected["a4"]
+
+    run(scenario)
+
+
+def test_loads_that_never_end_stop_only_who_waits_for_them(
+    run: Callable[[Scenario], None], tiny_expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_load = threading.Event()
+    load = ExtentLoader._load
+
+    def load_or_hang(self: ExtentLoader, source: RegisteredAdapter, extent: Extent) -> Any:
+        if source.name in ("a1", "a2", "a3"):
+            may_load.wait()
+        return load(self, source, extent)
+
+    async def scenario(engine: AsyncEngine) -> None:
+        monkeypatch.setattr(ExtentLoader, "_load", load_or_hang)
+        stuck = {name: await engine.submit(request(name, SHORT)) for name in ("a1", "a2", "a3")}
+        try:
+            # More than may overtake a request whose adapter is loading, and one that needs a load of its own.
+            for _ in range(70):
+                assert len(await tokens_of(await engine.submit(request(None, SHORT)))) == NUM_TOKENS
+            assert await tokens_of(await engine.submit(request("a4", SHORT))) == tiny_expected["a4"]
+            assert engine.info().num_waiting == len(stuck)
+        finally:
+            may_load.set()
+        for name, stream in stuck.items():
+            assert await tokens_of(stream) == tiny_expected[name]
 
     run(scenario)
 

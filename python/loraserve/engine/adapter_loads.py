@@ -9,6 +9,10 @@ from dataclasses import dataclass
 
 from loraserve.errors import AdapterNotFoundError, LoraserveError
 
+# After this long requests of other adapters no longer wait for a load. Were it shorter, a load that is one of
+# many would lose its place to requests that came later.
+LATE_LOAD_S = 1.0
+
 
 @dataclass
 class LoadTimes:
@@ -28,6 +32,8 @@ class AdapterLoads:
     """By adapter id; for the engine, under its lock."""
 
     def __init__(self) -> None:
+        # Loads under way, in the order they were started in; the engine's thread alone touches those in time.
+        self._in_time: dict[int, float] = {}
         self._times: dict[int, LoadTimes] = {}
         self._started_at: dict[int, float] = {}
         self._waiters: dict[int, list[_Waiter]] = {}
@@ -45,11 +51,26 @@ class AdapterLoads:
 
     def start(self, adapter_id: int) -> None:
         """A load of this adapter begins now; `finish` is called once for it."""
-        self._started_at[adapter_id] = time.monotonic()
+        self._started_at[adapter_id] = self._in_time[adapter_id] = time.monotonic()
+
+    def next_late_in_s(self) -> float | None:
+        """Seconds until a load is late, None if all are or none is under way; on the engine's thread."""
+        for started_at in self._in_time.values():
+            return max(started_at + LATE_LOAD_S - time.monotonic(), 0.0)
+        return None
+
+    def take_late(self) -> list[int]:
+        """Loads under way that are late now, each told once; on the engine's thread."""
+        now = time.monotonic()
+        late = [id_ for id_, started_at in self._in_time.items() if now >= started_at + LATE_LOAD_S]
+        for adapter_id in late:
+            del self._in_time[adapter_id]
+        return late
 
     def finish(self, adapter_id: int, error: LoraserveError | None) -> None:
         """The load that was started has ended: answer who waits, with `error` if it failed."""
         load_s = time.monotonic() - self._started_at.pop(adapter_id)
+        self._in_time.pop(adapter_id, None)
         if error is None:
             times = self._times.setdefault(adapter_id, LoadTimes())
             times.last_load_s = load_s

@@ -252,6 +252,20 @@ class EngineAdapters:
                     self._scheduler.adapter_loaded(result.adapter_id)
                     self._loads.finish(result.adapter_id, None)
 
+    def announce_late_loads(self) -> None:
+        """Tell the scheduler of loads that take long, so that only who needs them waits; under the lock."""
+        late = self._loads.take_late()
+        if late:
+            self.loader.replace_stuck_threads()
+        for adapter_id in late:
+            names = ", ".join(self._registry.names(adapter_id))
+            logger.warning("adapter %s is still being read, other requests go first", names)
+            self._scheduler.adapter_load_late(adapter_id)
+
+    def next_late_in_s(self) -> float | None:
+        """Seconds until `announce_late_loads` has something to tell, None if that may be never."""
+        return self._loads.next_late_in_s()
+
     def refuse_waiters(self, message: str) -> None:
         """The engine has stopped: nobody's adapter will be loaded any more."""
         with self._lock:

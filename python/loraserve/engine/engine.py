@@ -249,13 +249,15 @@ class Engine:
             return True
 
     def idle_s(self) -> float | None:
-        """Seconds until a deadline; None if there is none."""
-        return self._deadlines.next_in_s()
+        """Seconds until a request's deadline, or until a load is late; None if there is neither."""
+        times = self._deadlines.next_in_s(), self.adapters.next_late_in_s()
+        return min((seconds for seconds in times if seconds is not None), default=None)
 
     def _step(self) -> bool:
         self.adapters.finish_loads()
         with self._lock:
             self._end_expired()
+            self.adapters.announce_late_loads()
             step = self._scheduler.schedule()
             for request_id in step.admitted:
                 self._sequences[request_id].admit()

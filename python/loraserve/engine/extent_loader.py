@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from loraserve.backends import Backend, Extent
 from loraserve.errors import AdapterUnavailableError, LoraserveError
 
 NUM_LOADER_THREADS = 2
+# A read that takes this long may hang, as of a dead mount; another thread takes its place, up to this many.
+STUCK_READ_S = 0.9
+MAX_LOADER_THREADS = 32
 
 # While the model computes on the same cores, a load rests this long after every half megabyte: it then takes
 # a thirtieth of a core from the step. Open loads share the rest, and a queue of them is not slowed at all:
@@ -35,6 +39,14 @@ class LoadResult:
     adapter_id: int
     extent: Extent
     outcome: _core.AdapterLayout | LoraserveError
+
+
+@dataclass
+class _Read:
+    """What a loader thread is at."""
+
+    began_at: float
+    is_replaced: bool = False
 
 
 class ExtentLoader:
@@ -59,6 +71,8 @@ class ExtentLoader:
         self._num_open = 0  # loads started whose results were not taken; the engine's thread counts
         self._jobs: _Jobs = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
+        self._reads: dict[int, _Read] = {}  # under way, by adapter id
+        self._reads_lock = threading.Lock()
         self._end = weakref.finalize(self, _end_threads, self._jobs)
         self._end.atexit = False  # the engine's thread, which the exit waits for, ends them
         self._results: queue.SimpleQueue[LoadResult] = queue.SimpleQueue()
@@ -82,6 +96,16 @@ class ExtentLoader:
         self._num_open += 1
         self._jobs.put(partial(self._run, adapter_id, sources, extent))
 
+    def replace_stuck_threads(self) -> None:
+        """Have further threads read what waits behind reads that hang; only on the engine's thread."""
+        stuck_since = time.monotonic() - STUCK_READ_S
+        with self._reads_lock:
+            stuck = [read for read in self._reads.values() if read.began_at < stuck_since]
+            stuck = [read for read in stuck if not read.is_replaced]
+            for read in stuck[: MAX_LOADER_THREADS - len(self._threads)]:
+                read.is_replaced = True
+                self._start_thread()
+
     def take_results(self) -> list[LoadResult]:
         """Loads that are done, each told once; only on the engine's thread."""
         results = [self._results.get_nowait() for _ in range(self._results.qsize())]
@@ -99,12 +123,20 @@ class ExtentLoader:
         self._backend = None
 
     def _start_threads(self) -> None:
-        for index in range(NUM_LOADER_THREADS):
-            name = f"loraserve-loader-{index}"
-            self._threads.append(threading.Thread(target=_work, args=(self._jobs,), name=name, daemon=True))
-            self._threads[-1].start()
+        for _ in range(NUM_LOADER_THREADS):
+            self._start_thread()
 
-    def _run(self, adapter_id: int, sources: Sequence[RegisteredAdapter], extent: Extent) -> None:
+    def _start_thread(self) -> None:
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
+        name = f"loraserve-loader-{len(self._threads)}"
+        self._threads.append(threading.Thread(target=_work, args=(self._jobs,), name=name, daemon=True))
+        self._threads[-1].start()
+
+    def _run(self, adapter_id: int, sources: Sequence[RegisteredAdapter], extent: Extent) -> bool:
+        """Whether the thread is to go on: not if another has taken its place."""
+        read = _Read(time.monotonic())
+        with self._reads_lock:
+            self._reads[adapter_id] = read
         outcome: _core.AdapterLayout | LoraserveError
         try:
             outcome = self._load_first_readable(sources, extent)
@@ -112,8 +144,11 @@ class ExtentLoader:
             outcome = error
         except BaseException as error:  # a panic of the core too: every load is answered
             outcome = AdapterUnavailableError(f"adapter {sources[0].name!r} can't be loaded: {error}")
+        with self._reads_lock:
+            del self._reads[adapter_id]
         self._results.put(LoadResult(adapter_id, extent, outcome))
         self._on_done()
+        return not read.is_replaced
 
     def _load_first_readable(
         self, sources: Sequence[RegisteredAdapter], extent: Extent
@@ -145,12 +180,13 @@ class ExtentLoader:
         return self._backend.fill(extent, load)
 
 
-_Jobs: TypeAlias = "queue.SimpleQueue[Callable[[], None] | None]"  # None ends a thread
+_Jobs: TypeAlias = "queue.SimpleQueue[Callable[[], bool] | None]"  # None ends a thread
 
 
 def _work(jobs: _Jobs) -> None:
     while (job := jobs.get()) is not None:
-        job()
+        if not job():
+            return
         del job  # it holds the loader
 
 

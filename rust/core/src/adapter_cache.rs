@@ -139,6 +139,20 @@ impl AdapterCache {
         Ok(self.forget_if_unused(adapter))
     }
 
+    /// The load takes long; nobody is to wait for it who need not.
+    pub fn mark_late(&mut self, adapter: AdapterId) -> Result<(), Error> {
+        let slot = self.loading_slot(adapter)?;
+        self.slots.mark_late(slot);
+        Ok(())
+    }
+
+    pub fn is_late(&self, adapter: AdapterId) -> bool {
+        let AdapterState::Loading(slot) = self.entry(adapter).state else {
+            return false;
+        };
+        self.slots.occupant(slot).is_some_and(|o| o.is_late)
+    }
+
     /// Returns the slot to free.
     pub fn fail_load(&mut self, adapter: AdapterId) -> Result<SlotId, Error> {
         let slot = self.loading_slot(adapter)?;

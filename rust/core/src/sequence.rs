@@ -19,6 +19,8 @@ pub struct Waiting {
     pub sequence: Sequence,
     /// How many requests were admitted past this one.
     pub overtaken: usize,
+    /// The `SlotTable::num_returns` at which it did not fit beside late loads.
+    pub unfit_at: Option<u64>,
 }
 
 #[derive(Debug)]

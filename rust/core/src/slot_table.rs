@@ -6,6 +6,8 @@ use crate::ids::{AdapterId, SlotId};
 pub struct Occupant {
     pub adapter: AdapterId,
     pub is_loaded: bool,
+    /// Its load is late, see `scheduler/late_loads.rs`.
+    pub is_late: bool,
     /// Running sequences that use it.
     pub num_running: usize,
     pub last_use: u64,
@@ -27,6 +29,10 @@ pub struct SlotTable {
     slots: Vec<Option<Occupant>>,
     round: u64,
     num_resident: usize,
+    num_loading: usize,
+    num_late: usize,
+    /// Counts what gives back memory that no drained queue does: late loads answered, residents unpinned.
+    num_returns: u64,
 }
 
 impl SlotTable {
@@ -38,6 +44,7 @@ impl SlotTable {
         let occupant = Occupant {
             adapter,
             is_loaded: false,
+            is_late: false,
             num_running: 0,
             last_use: 0,
             is_pinned: false,
@@ -45,13 +52,21 @@ impl SlotTable {
         };
         let old = self.slots[slot.index()].replace(occupant);
         assert!(old.is_none(), "invariant: {slot:?} was empty");
+        self.num_loading += 1;
+    }
+
+    pub fn mark_late(&mut self, slot: SlotId) {
+        let was_late = std::mem::replace(&mut self.occupant_mut(slot).is_late, true);
+        self.num_late += usize::from(!was_late);
     }
 
     pub fn mark_loaded(&mut self, slot: SlotId, tick: u64) {
-        self.num_resident += 1;
         let occupant = self.occupant_mut(slot);
         occupant.is_loaded = true;
         occupant.last_use = tick;
+        let was_late = std::mem::take(&mut occupant.is_late);
+        self.num_resident += 1;
+        self.end_load(was_late);
     }
 
     pub fn vacate(&mut self, slot: SlotId) -> Occupant {
@@ -62,7 +77,11 @@ impl SlotTable {
             occupant.num_running, 0,
             "invariant: an adapter in use stays"
         );
-        self.num_resident -= usize::from(occupant.is_loaded);
+        if occupant.is_loaded {
+            self.num_resident -= 1;
+        } else {
+            self.end_load(occupant.is_late);
+        }
         occupant
     }
 
@@ -86,7 +105,8 @@ impl SlotTable {
     }
 
     pub fn set_pinned(&mut self, slot: SlotId, is_pinned: bool) {
-        self.occupant_mut(slot).is_pinned = is_pinned;
+        let was_pinned = std::mem::replace(&mut self.occupant_mut(slot).is_pinned, is_pinned);
+        self.num_returns += u64::from(was_pinned && !is_pinned);
     }
 
     /// Loaded and used by no running sequence: it may be moved.
@@ -116,14 +136,51 @@ impl SlotTable {
         self.num_resident
     }
 
+    /// Loads under way that are late.
+    pub fn num_late(&self) -> usize {
+        self.num_late
+    }
+
+    /// Loads under way that are not late.
+    pub fn num_in_time(&self) -> usize {
+        self.num_loading - self.num_late
+    }
+
+    /// What does not fit beside late loads does not until this changes.
+    pub fn num_returns(&self) -> u64 {
+        self.num_returns
+    }
+
     pub fn check_invariants(&self) {
         let loaded = self.slots.iter().flatten().filter(|o| o.is_loaded).count();
         assert_eq!(loaded, self.num_resident, "residents are counted");
+        let loading = self.slots.iter().flatten().filter(|o| !o.is_loaded);
+        assert_eq!(
+            loading.count(),
+            self.num_loading,
+            "loads under way are counted"
+        );
+        let late = self.slots.iter().flatten().filter(|o| o.is_late);
+        assert_eq!(
+            late.clone().count(),
+            self.num_late,
+            "late loads are counted"
+        );
+        assert!(
+            late.clone().all(|o| !o.is_loaded),
+            "what is loaded is not late"
+        );
         let in_use = self.slots.iter().flatten().filter(|o| o.num_running > 0);
         assert!(
             in_use.clone().all(|o| o.is_loaded),
             "only a loaded adapter is in use"
         );
+    }
+
+    fn end_load(&mut self, was_late: bool) {
+        self.num_loading -= 1;
+        self.num_late -= usize::from(was_late);
+        self.num_returns += u64::from(was_late);
     }
 
     fn occupant_mut(&mut self, slot: SlotId) -> &mut Occupant {

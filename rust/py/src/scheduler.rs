@@ -183,6 +183,11 @@ impl Scheduler {
         answered.map_err(of_core)
     }
 
+    fn adapter_load_late(&mut self, adapter_id: u32) -> PyResult<()> {
+        let announced = self.inner.adapter_load_late(AdapterId(adapter_id));
+        announced.map_err(of_core)
+    }
+
     fn adapter_load_failed(
         &mut self,
         adapter_id: u32,

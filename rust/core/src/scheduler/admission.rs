@@ -11,28 +11,34 @@ enum Verdict {
     Admitted,
     /// Adapters are loading, or the step is full: those behind it may be looked at.
     PassedOver,
+    /// Only late loads could make room: those behind it need not wait.
+    Stranded,
     /// Memory is short: those behind it wait too.
     Blocked,
 }
 
 impl Scheduler {
-    /// Requests before `index` were passed over; each admission behind them counts against `slack`.
+    /// Requests before `index` were passed over or are stranded; each admission behind one that was passed over
+    /// counts against `slack`.
     pub(super) fn admit_waiting(&mut self, plan: &mut Plan) {
         let mut index = 0;
+        let mut passed = Vec::new();
         let mut slack = usize::MAX;
-        while slack > 0 && index < self.waiting.len().min(self.config.lookahead) {
+        while slack > 0 && passed.len() < self.config.lookahead && index < self.waiting.len() {
             match self.consider(index, plan) {
                 Verdict::Admitted => {
-                    self.waiting
-                        .range_mut(..index)
-                        .for_each(|passed| passed.overtaken += 1);
+                    for &passed in &passed {
+                        self.waiting[passed].overtaken += 1;
+                    }
                     slack -= 1;
                 }
                 Verdict::PassedOver => {
                     let overtaken = self.waiting[index].overtaken;
                     slack = slack.min(self.config.max_overtakes.saturating_sub(overtaken));
+                    passed.push(index);
                     index += 1;
                 }
+                Verdict::Stranded => index += 1,
                 Verdict::Blocked => {
                     plan.is_short_of_memory = true;
                     return;
@@ -42,6 +48,17 @@ impl Scheduler {
     }
 
     fn consider(&mut self, index: usize, plan: &mut Plan) -> Verdict {
+        if self.is_stranded(&self.waiting[index]) {
+            return Verdict::Stranded;
+        }
+        let verdict = self.try_admit(index, plan);
+        if verdict == Verdict::Blocked && self.strand_if_unfit(index) {
+            return Verdict::Stranded;
+        }
+        verdict
+    }
+
+    fn try_admit(&mut self, index: usize, plan: &mut Plan) -> Verdict {
         shield_adapters(&mut self.memory, &self.waiting[index].sequence);
         let Some(all_resident) = self.start_loads(index, plan) else {
             return Verdict::Blocked;

@@ -16,9 +16,9 @@ pub struct SchedulerConfig {
     pub prefix_caching: bool,
     /// Adapters resident or loading at once, however small they are.
     pub max_num_slots: usize,
-    /// How often a request whose adapter is loading lets a later one go first.
+    /// How often a request whose adapter is loading lets a later one go first, unless the load is late.
     pub max_overtakes: usize,
-    /// How many waiting requests a step looks at.
+    /// How many waiting requests a step looks at, beside those that wait for late loads.
     pub lookahead: usize,
 }
 

@@ -31,7 +31,7 @@ impl Scheduler {
         }
     }
 
-    /// False if the sequence was preempted itself, or is alone and waits for a load to be answered.
+    /// False if the sequence is no longer running, or is alone and waits for a load to be answered.
     fn make_room_for_token(&mut self, index: usize, plan: &mut Plan) -> bool {
         let num_blocks = self.running[index]
             .sequence
@@ -46,11 +46,14 @@ impl Scheduler {
                 continue;
             }
             if self.running.len() == 1 {
-                return self
-                    .memory
-                    .grow_table(&mut self.running[index].table, Shield::Ignore);
+                let table = &mut self.running[index].table;
+                if self.memory.grow_table(table, Shield::Ignore) {
+                    continue;
+                }
+                self.strand_last_running(plan);
+                return false;
             }
-            self.preempt_newest();
+            self.preempt_newest(None);
             plan.has_preempted = true;
             if index == self.running.len() {
                 return false;
@@ -60,7 +63,7 @@ impl Scheduler {
     }
 
     /// Gives back the newest sequence's memory; it is computed again, from the prefix cache where that still has it.
-    fn preempt_newest(&mut self) {
+    pub(super) fn preempt_newest(&mut self, unfit_at: Option<u64>) {
         let newest = self.running.pop().expect("invariant: someone runs");
         let Running {
             sequence,
@@ -82,6 +85,7 @@ impl Scheduler {
             Waiting {
                 sequence,
                 overtaken,
+                unfit_at,
             },
         );
     }

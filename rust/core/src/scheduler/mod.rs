@@ -5,12 +5,14 @@
 //!
 //! Why nothing deadlocks: a request is accepted only if it could run alone beside what is pinned; the oldest running
 //! sequence takes memory from newer ones and from everything idle; the head of the queue waits holding only idle
-//! adapters, and once nobody may overtake it, the running drain and all memory is free or idle.
+//! adapters, and once nobody may overtake it, the running drain and all memory is free or idle. Who waits for a late
+//! load waits beside the queue (`late_loads.rs`).
 
 mod admission;
 mod commit;
 mod config;
 mod decode;
+mod late_loads;
 mod residency;
 mod submission;
 #[cfg(test)]
@@ -29,7 +31,8 @@ use crate::sequence::{Running, Sequence, Waiting};
 
 pub use config::SchedulerConfig;
 
-/// An adapter to bring into its reserved extent; answered by `adapter_loaded` or `adapter_load_failed`.
+/// An adapter to bring into its reserved extent; answered by `adapter_loaded` or `adapter_load_failed`, and if that
+/// takes long, announced by `adapter_load_late`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Load {
     pub adapter: AdapterId,
@@ -173,8 +176,9 @@ impl Scheduler {
             "invariant: a step is committed before the next is scheduled"
         );
         self.memory.adapters.slots.begin_round();
-        if let Some(head) = self.waiting.front() {
-            shield_adapters(&mut self.memory, &head.sequence);
+        let head = self.waiting.iter().position(|w| !self.is_stranded(w));
+        if let Some(head) = head {
+            shield_adapters(&mut self.memory, &self.waiting[head].sequence);
         }
         let mut plan = Plan {
             budget: self.config.max_batched_tokens,

@@ -72,17 +72,21 @@ impl Scheduler {
         self.prefetches.len()
     }
 
-    /// Starts the loads that were asked for, first come first served.
+    /// Starts the loads that were asked for, first come first served; beside late loads, those that fit.
     pub(super) fn start_prefetches(&mut self, plan: &mut Plan) {
-        while let Some(&adapter) = self.prefetches.front() {
+        let mut index = 0;
+        while let Some(&adapter) = self.prefetches.get(index) {
             let entry = self.memory.adapters.get(adapter);
             let is_missing = entry.is_some_and(|entry| {
                 matches!(entry.state, AdapterState::Registered | AdapterState::Failed)
             });
-            if is_missing && !self.start_load(adapter, plan) {
+            if !is_missing || self.start_load(adapter, plan) {
+                self.prefetches.remove(index);
+            } else if self.memory.adapters.slots.num_late() > 0 {
+                index += 1;
+            } else {
                 return;
             }
-            self.prefetches.pop_front();
         }
     }
 

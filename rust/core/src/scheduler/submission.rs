@@ -121,6 +121,7 @@ impl Scheduler {
         self.waiting.push_back(Waiting {
             sequence,
             overtaken: 0,
+            unfit_at: None,
         });
         Ok(id)
     }

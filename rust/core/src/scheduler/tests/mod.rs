@@ -2,6 +2,7 @@
 
 mod adapters;
 mod batches;
+mod late_loads;
 mod memory;
 mod prefixes;
 
