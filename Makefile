@@ -30,7 +30,11 @@ test: $(STAMPS)/dev ## set up, run every test (cargo, pytest in two processes; J
 
 # Of the server under attack; its seed is LORASERVE_SOAK_SEED.
 SOAK_SECONDS ?= 3600
-soak: $(STAMPS)/dev ## more of what is drawn at random: requests by the API's document, programs and when they end, an hour of attacks
+# Of the scheduler, from another seed each time: 10^9 are some nights.
+SOAK_OPERATIONS ?= 200000000
+soak: $(STAMPS)/dev ## more of what is drawn at random: the scheduler's operations, requests, programs' ends, an hour of attacks
+	LORASERVE_OPERATIONS=$(SOAK_OPERATIONS) LORASERVE_FIRST_SEED=$$(date +%s)000000 \
+		cargo test --release --package loraserve-core --test random_operations -- --nocapture
 	LORASERVE_SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/python -m pytest tests/soak
 	LORASERVE_SCHEMATHESIS_CASES=5000 LORASERVE_EXIT_RUNS=10 $(BIN)/python -m pytest \
 		tests/server/http/test_openapi.py tests/e2e/test_exit.py

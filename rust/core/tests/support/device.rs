@@ -84,6 +84,12 @@ impl Device {
         self.loading.keys().copied().collect()
     }
 
+    /// The pages that a load under way goes to.
+    pub fn extent(&self, adapter: u32) -> std::ops::Range<usize> {
+        let extent = self.slots[&self.loading[&adapter]];
+        extent.first_page..extent.first_page + extent.num_pages
+    }
+
     /// Ends a load; without a word it has failed.
     pub fn finish_load(&mut self, adapter: u32, word: Option<u64>) {
         let slot = self

@@ -1,5 +1,6 @@
 //! Drives a scheduler with random operations beside a model of what must come out, checking after each.
 
+mod liveness;
 mod operations;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -8,6 +9,8 @@ use loraserve_core::{FinishReason, RequestOutput, Scheduler, SchedulerConfig, Sc
 
 use super::Rng;
 use super::device::{Device, kv, sample};
+use super::trace::Trace;
+use super::weights::{Operation, Weights};
 
 /// A request as it must turn out.
 struct Expected {
@@ -18,6 +21,9 @@ struct Expected {
     max_tokens: usize,
     min_tokens: usize,
     stop_token_ids: Vec<i32>,
+    /// What it needs of the pool to its end.
+    kv_pages: usize,
+    adapter_pages: usize,
     is_admitted: bool,
     overtaken: usize,
 }
@@ -27,6 +33,10 @@ pub struct Harness {
     config: SchedulerConfig,
     device: Device,
     rng: Rng,
+    weights: Weights,
+    trace: Trace,
+    /// Invariants are checked after each operation; what is done and traced is the same without.
+    checks_invariants: bool,
     in_flight: Option<(SchedulerOutput, Vec<i32>)>,
     has_ample_budget: bool,
     /// Unfinished requests.
@@ -36,19 +46,24 @@ pub struct Harness {
     hash_of: BTreeMap<u32, String>,
     /// Requests that must end now because an adapter they named failed to load.
     failing: BTreeSet<u64>,
+    /// Contents whose loads are not answered before the end.
+    stuck: BTreeSet<String>,
+    /// Loads under way that the scheduler was told are late.
+    late: BTreeSet<u32>,
     /// Requests that must end now for the reason they were finished with.
     finishing: BTreeMap<u64, FinishReason>,
-    pub num_operations: usize,
-    pub num_finished: usize,
-    pub num_moves: u64,
-    pub num_pins: u64,
-    pub num_replacements: u64,
-    pub num_pins_passed_on: u64,
+    pub num_operations: u64,
+    /// How often what happened that must happen now and then.
+    pub counts: BTreeMap<&'static str, u64>,
 }
 
 impl Harness {
-    pub fn new(seed: u64) -> Self {
+    pub fn new(seed: u64, checks_invariants: bool) -> Self {
         let mut rng = Rng::new(seed);
+        let weights = Weights::draw(&mut rng);
+        let num_stuck = [0, 0, 1, 3][rng.range(0, 3)];
+        let stuck = (0..num_stuck).map(|_| format!("h{}", rng.range(0, 9)));
+        let stuck = stuck.collect();
         let block_size = rng.range(1, 6);
         let has_ample_budget = rng.one_in(3);
         let config = SchedulerConfig {
@@ -72,65 +87,42 @@ impl Harness {
             config,
             device: Device::new(config.num_pages, block_size),
             rng,
+            weights,
+            trace: Trace::default(),
+            checks_invariants,
             in_flight: None,
             has_ample_budget,
             expected: BTreeMap::new(),
             names: BTreeMap::new(),
             hash_of: BTreeMap::new(),
             failing: BTreeSet::new(),
+            stuck,
+            late: BTreeSet::new(),
             finishing: BTreeMap::new(),
             num_operations: 0,
-            num_finished: 0,
-            num_moves: 0,
-            num_pins: 0,
-            num_replacements: 0,
-            num_pins_passed_on: 0,
+            counts: BTreeMap::new(),
         }
     }
 
     /// One random operation, then all checks.
     pub fn operate(&mut self) {
-        match self.rng.range(0, 19) {
-            0..=4 => self.submit(),
-            5 => self.finish(),
-            6 if self.rng.one_in(2) => self.register(),
-            6 => self.replace(),
-            7 => match self.rng.range(0, 3) {
-                0 | 1 => self.unregister(),
-                2 => self.warm(),
-                _ => self.pin(),
-            },
-            8..=9 => self.answer_load(true),
-            10 => self.answer_load(false),
-            11..=15 => self.schedule(),
-            _ => self.commit(),
+        match self.weights.pick(&mut self.rng) {
+            Operation::Submit => self.submit(),
+            Operation::SubmitTight => self.submit_tight(),
+            Operation::Finish => self.finish(),
+            Operation::Register => self.register(),
+            Operation::Replace => self.replace(),
+            Operation::Unregister => self.unregister(),
+            Operation::Warm => self.warm(),
+            Operation::Pin => self.pin(),
+            Operation::LoadSucceeds => self.answer_load(true),
+            Operation::LoadFails => self.answer_load(false),
+            Operation::LoadIsLate => self.delay_load(),
+            Operation::Schedule => self.schedule(),
+            Operation::Commit => self.commit(),
+            Operation::Settle => self.settle(),
         }
         self.check();
-    }
-
-    /// Answers every load and steps until nothing is left, which must take a bounded number of steps.
-    pub fn drain(&mut self) {
-        let unfinished = self.expected.len();
-        let bound = 200 + unfinished * self.config.max_model_len * 10;
-        for _ in 0..bound {
-            if self.expected.is_empty()
-                && self.in_flight.is_none()
-                && self.device.loading().is_empty()
-                && self.scheduler.num_prefetches() == 0
-            {
-                return;
-            }
-            self.schedule();
-            self.commit();
-            while !self.device.loading().is_empty() {
-                self.answer_load(true);
-            }
-            self.check();
-        }
-        panic!(
-            "{unfinished} requests end in {bound} steps: {:?}",
-            self.scheduler.stats()
-        );
     }
 
     /// With nobody running, every page is free, cached or an adapter's; without adapters, none is an adapter's.
@@ -161,17 +153,32 @@ impl Harness {
         assert!(self.scheduler.adapters().is_empty());
     }
 
+    pub fn trace(&self) -> Trace {
+        self.trace
+    }
+
+    fn count(&mut self, what: &'static str, by: u64) {
+        *self.counts.entry(what).or_default() += by;
+    }
+
+    fn pages_of(&self, nbytes: usize) -> usize {
+        nbytes.div_ceil(self.config.page_nbytes).max(1)
+    }
+
     fn schedule(&mut self) {
         if self.in_flight.is_some() {
             return;
         }
         let step = self.scheduler.schedule();
-        self.scheduler.check_invariants();
+        self.trace.add_step(&step);
+        if self.checks_invariants {
+            self.scheduler.check_invariants();
+        }
         if let Some(batch) = &step.batch {
             assert!(batch.num_tokens() <= self.config.max_batched_tokens);
             assert!(batch.num_seqs() <= self.config.max_num_seqs);
         }
-        self.num_moves += step.moves.len() as u64;
+        self.count("moves", step.moves.len() as u64);
         let token_ids = self.device.run(&step);
         self.check_overtakes(&step);
         let waits_for_load = !self.device.loading().is_empty();
@@ -188,7 +195,8 @@ impl Harness {
         }
     }
 
-    /// Under a budget that never splits a prompt, a request is first sampled in the step that admits it.
+    /// Under a budget that never splits a prompt, a request is first sampled in the step that admits it. Who waits for
+    /// a late load may be overtaken without limit.
     fn check_overtakes(&mut self, step: &SchedulerOutput) {
         let Some(batch) = &step.batch else { return };
         if !self.has_ample_budget {
@@ -204,6 +212,9 @@ impl Harness {
                 admitted.insert(*request);
             }
         }
+        if !self.late.is_empty() {
+            return;
+        }
         for (&request, waiting) in self.expected.iter_mut().filter(|(_, e)| !e.is_admitted) {
             waiting.overtaken += admitted.range(request..).count();
             assert!(
@@ -215,8 +226,12 @@ impl Harness {
 
     fn check(&mut self) {
         self.num_operations += 1;
-        self.scheduler.check_invariants();
+        if self.checks_invariants {
+            self.scheduler.check_invariants();
+        }
+        self.trace.add_stats(&self.scheduler.stats());
         for output in self.scheduler.drain_outputs() {
+            self.trace.add_output(&output);
             self.check_output(&output);
         }
         assert!(self.finishing.is_empty(), "a finished request ends at once");
@@ -268,7 +283,7 @@ impl Harness {
         assert_eq!(output.finish, finish);
         if finish.is_some() {
             self.expected.remove(&request);
-            self.num_finished += 1;
+            self.count("finished", 1);
         }
     }
 }

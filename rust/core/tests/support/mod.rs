@@ -2,6 +2,8 @@
 
 pub mod device;
 pub mod harness;
+pub mod trace;
+pub mod weights;
 
 /// xorshift64*: small, seeded, the same everywhere.
 pub struct Rng(u64);

@@ -12,6 +12,52 @@ use crate::support::device::{adapter_word, kv};
 impl Harness {
     pub(super) fn submit(&mut self) {
         let prompt_len = self.rng.range(1, self.config.max_model_len);
+        let (max_tokens, adapters) = (self.rng.range(1, 12), self.some_adapters());
+        let max_tokens = (!self.rng.one_in(8)).then_some(max_tokens);
+        self.submit_one(prompt_len, max_tokens, adapters);
+    }
+
+    /// With what is pinned, it takes the pool to the last page, or one page less, or would take one more.
+    pub(super) fn submit_tight(&mut self) {
+        let names: Vec<_> = self.names.keys().cloned().collect();
+        let name = self.rng.pick(&names).cloned();
+        let listed = self.scheduler.adapters();
+        let info = listed.iter().find(|info| Some(&info.name) == name.as_ref());
+        let is_pinned = |id| listed.iter().any(|other| other.is_pinned && other.id == id);
+        let own_pages = info.map_or(0, |info| {
+            if is_pinned(info.id) {
+                0
+            } else {
+                self.pages_of(info.nbytes)
+            }
+        });
+        let taken = own_pages + self.scheduler.stats().num_pinned_pages;
+        let kv_pages = (self.config.num_pages - taken.min(self.config.num_pages)) as i64
+            + [-1, 0, 0, 1][self.rng.range(0, 3)];
+        let num_tokens = kv_pages * self.config.block_size as i64;
+        if num_tokens < 2 || num_tokens as usize > self.config.max_model_len {
+            return;
+        }
+        let is_too_large = taken + kv_pages as usize > self.config.num_pages;
+        let max_tokens = self.rng.range(1, num_tokens as usize - 1);
+        let adapters = name.into_iter().map(|name| (name, 1.0)).collect();
+        let is_accepted =
+            self.submit_one(num_tokens as usize - max_tokens, Some(max_tokens), adapters);
+        assert!(!(is_accepted && is_too_large), "a page is missing");
+        if is_too_large {
+            self.count("refused for one page", 1);
+        } else if is_accepted {
+            self.count("accepted to the last page", 1);
+        }
+    }
+
+    /// Whether it was accepted.
+    fn submit_one(
+        &mut self,
+        prompt_len: usize,
+        max_tokens: Option<usize>,
+        adapters: Vec<(String, f32)>,
+    ) -> bool {
         let common = self.rng.range(0, prompt_len);
         let prompt = (0..prompt_len).map(|i| {
             if i < common {
@@ -22,8 +68,8 @@ impl Harness {
         });
         let new = NewRequest {
             prompt: prompt.collect(),
-            adapters: self.some_adapters(),
-            max_tokens: Some(self.rng.range(1, 12)),
+            adapters,
+            max_tokens,
             min_tokens: self.rng.range(0, 1),
             stop_token_ids: if self.rng.one_in(3) { vec![3] } else { vec![] },
             scope: CacheScope {
@@ -33,7 +79,10 @@ impl Harness {
             needs_adapter: self.rng.one_in(4),
         };
         match self.scheduler.submit(new.clone()) {
-            Ok(request) => self.expect(request, new),
+            Ok(request) => {
+                self.expect(request, new);
+                return true;
+            }
             Err(Error::OnlyBaseModelLeft) => {
                 assert!(new.needs_adapter && self.weights(&new).is_empty());
             }
@@ -47,6 +96,7 @@ impl Harness {
             ) => {}
             Err(error) => panic!("{error}"),
         }
+        false
     }
 
     fn some_adapters(&mut self) -> Vec<(String, f32)> {
@@ -78,6 +128,9 @@ impl Harness {
     fn expect(&mut self, request: RequestId, new: NewRequest) {
         let weights = self.weights(&new);
         assert!(!new.needs_adapter || !weights.is_empty());
+        if !weights.is_empty() && new.adapters.iter().any(|&(_, weight)| weight == 0.0) {
+            self.count("weights of zero beside others", 1);
+        }
         let hashes: Vec<_> = weights.keys().map(|id| self.hash_of[id].clone()).collect();
         let adapters: Vec<_> = weights
             .values()
@@ -88,15 +141,19 @@ impl Harness {
         for &token in &new.prompt {
             before = kv(before, token, adapters.iter().copied());
         }
+        let (own_pages, room) = self.needs(weights.keys().copied());
+        let max_tokens = new
+            .max_tokens
+            .unwrap_or(usize::MAX)
+            .min(room - new.prompt.len());
         let expected = Expected {
             kv: before,
+            kv_pages: (new.prompt.len() + max_tokens).div_ceil(self.config.block_size),
+            adapter_pages: own_pages,
             adapters,
             hashes,
             num_generated: 0,
-            max_tokens: new
-                .max_tokens
-                .expect("every request here has a limit")
-                .min(self.config.max_model_len - new.prompt.len()),
+            max_tokens,
             min_tokens: new.min_tokens,
             stop_token_ids: new.stop_token_ids,
             is_admitted: false,
@@ -108,6 +165,23 @@ impl Harness {
         );
     }
 
+    /// Pages of these adapters, and tokens that a sequence of theirs can have beside what is pinned.
+    fn needs(&self, ids: impl Iterator<Item = u32>) -> (usize, usize) {
+        let listed = self.scheduler.adapters();
+        let (mut own_pages, mut unpinned_pages) = (0, 0);
+        for id in ids {
+            let named: Vec<_> = listed.iter().filter(|info| info.id.0 == id).collect();
+            let num_pages = self.pages_of(named[0].nbytes);
+            own_pages += num_pages;
+            if !named.iter().any(|info| info.is_pinned) {
+                unpinned_pages += num_pages;
+            }
+        }
+        let taken = unpinned_pages + self.scheduler.stats().num_pinned_pages;
+        let num_tokens = (self.config.num_pages - taken) * self.config.block_size;
+        (own_pages, num_tokens.min(self.config.max_model_len))
+    }
+
     pub(super) fn finish(&mut self) {
         let unfinished: Vec<_> = self.expected.keys().copied().collect();
         if let Some(&request) = self.rng.pick(&unfinished) {
@@ -116,6 +190,9 @@ impl Harness {
                 1 => FinishReason::Stop,
                 _ => FinishReason::Error(failure("finished")),
             };
+            if self.is_in_flight(request) {
+                self.count("ended between schedule and commit", 1);
+            }
             self.finishing.insert(request, reason.clone());
             assert!(self.scheduler.finish(RequestId(request), reason));
             let again = self
@@ -155,11 +232,13 @@ impl Harness {
                 assert_eq!(*self.hash_of.entry(adapter.0).or_insert(hash.clone()), hash);
                 let after = self.listed(&name).expect("a replaced name is known");
                 assert_eq!((after.id, &*after.content_hash.0), (adapter, &*hash));
+                let was_loading = before.as_ref().is_some_and(|i| i.state == "loading");
                 let was_pinned = before.is_some_and(|info| info.is_pinned);
                 assert_eq!(after.is_pinned, was_pinned, "a pin stays");
                 let old = self.names.insert(name, hash.clone());
-                self.num_replacements += u64::from(old.is_some_and(|old| old != hash));
-                self.num_pins_passed_on += u64::from(was_pinned);
+                self.count("replaced", u64::from(old.is_some_and(|old| old != hash)));
+                self.count("replaced under load", u64::from(was_loading));
+                self.count("pins passed on", u64::from(was_pinned));
             }
             Err(
                 Error::AdapterTooLarge { .. }
@@ -209,7 +288,7 @@ impl Harness {
         let is_pinned = !self.rng.one_in(3);
         match self.scheduler.pin_adapter(&name, is_pinned) {
             Ok(()) => {
-                self.num_pins += u64::from(is_pinned);
+                self.count("pinned", u64::from(is_pinned));
                 let listed = self.scheduler.adapters();
                 let info = listed.iter().find(|info| info.name == name).unwrap();
                 assert_eq!(info.is_pinned, is_pinned);
@@ -227,12 +306,20 @@ impl Harness {
         }
     }
 
+    /// Of a load that is not stuck.
     pub(super) fn answer_load(&mut self, succeeds: bool) {
-        let loading = self.device.loading();
-        let Some(&adapter) = self.rng.pick(&loading) else {
-            return;
-        };
+        let mut loading = self.device.loading();
+        loading.retain(|&adapter| !self.is_stuck(adapter));
+        if let Some(&adapter) = self.rng.pick(&loading) {
+            self.end_load(adapter, succeeds);
+        }
+    }
+
+    pub(super) fn end_load(&mut self, adapter: u32, succeeds: bool) {
         let hash = self.hash_of[&adapter].clone();
+        if self.late.remove(&adapter) {
+            self.count("answered late", 1);
+        }
         self.device
             .finish_load(adapter, succeeds.then(|| adapter_word(&hash)));
         if succeeds {
@@ -246,6 +333,25 @@ impl Harness {
         self.scheduler
             .adapter_load_failed(AdapterId(adapter), &failure(&hash))
             .unwrap();
+    }
+
+    /// A load is late; it may be answered later all the same.
+    pub(super) fn delay_load(&mut self) {
+        let loading = self.device.loading();
+        if let Some(&adapter) = self.rng.pick(&loading) {
+            self.scheduler
+                .adapter_load_late(AdapterId(adapter))
+                .unwrap();
+            self.late.insert(adapter);
+        }
+    }
+
+    fn is_in_flight(&self, request: u64) -> bool {
+        let batch = self
+            .in_flight
+            .as_ref()
+            .and_then(|(step, _)| step.batch.as_ref());
+        batch.is_some_and(|batch| batch.sample_request_ids.contains(&request))
     }
 }
 
