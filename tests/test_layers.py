@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "python/loraserve"
 # From the bottom up; a module belongs to the longest name here that it is or lies in.
 LAYERS = (
     "_core",
+    "validation.printable",
     "errors",
     "validation",
     "sampling.grammar",

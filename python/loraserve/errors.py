@@ -2,11 +2,21 @@
 
 from typing import Literal, TypeAlias
 
+from loraserve.validation.printable import printable
+
 OverloadReason: TypeAlias = Literal["busy", "adapter_loading"]
+
+MAX_LINE_CHARS = 4000
 
 
 class LoraserveError(Exception):
-    """Base of all typed errors."""
+    """Base of all typed errors.
+
+    An argument is a line of the message, which is printable whatever a file or a caller has put into it.
+    """
+
+    def __str__(self) -> str:
+        return "\n".join(printable(str(line), MAX_LINE_CHARS) for line in self.args)
 
 
 class InvalidRequestError(LoraserveError, ValueError):

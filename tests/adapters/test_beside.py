@@ -132,6 +132,7 @@ OTHER: list[tuple[Change, str]] = [
         ],
         r"added_tokens.json: tokens the model does not have, '<tool>', '<\x1b[2J>'",
     ),
+    (edit("generation_config.json", **{"\ud800": 1}), r"generation_config.json: \ud800 1"),
     (
         edit("tokenizer_config.json", additional_special_tokens=["<tool>"]),
         "tokenizer_config.json: tokens the model does not have, '<tool>'",

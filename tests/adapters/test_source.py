@@ -31,6 +31,11 @@ def test_what_is_no_path_here_and_looks_like_a_hub_id_is_one(
     assert parse_source(text) == source
 
 
+@pytest.mark.parametrize("text", ["~no-such-user/x", "x" * 300 + "/y" * 3, "~\0/x", "/" + "x" * 300])
+def test_a_path_that_can_be_none_is_one_that_is_not_there(text: str) -> None:
+    assert parse_source(text) == AdapterSource("local", text)
+
+
 def test_a_path_has_no_revision() -> None:
     with pytest.raises(InvalidRequestError, match="revision 'main'"):
         parse_source("/adapters/sql", "main")

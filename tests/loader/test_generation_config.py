@@ -116,6 +116,7 @@ def test_what_would_choose_other_tokens_is_refused_by_name(name: str, tmp_path: 
     [
         ({"temperature": -1}, r"temperature is -1, it must be in \[0, 100\]; take it out"),
         ({"temperature": "hot"}, "temperature is 'hot', it must be a finite number"),
+        ({"temperature": 10**400}, "temperature is 1000+, it must be a finite number"),
         ({"top_p": 0}, "top_p is 0"),
         ({"max_new_tokens": 0}, "max_tokens is 0"),
     ],

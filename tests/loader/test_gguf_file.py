@@ -152,7 +152,7 @@ def test_an_unsupported_tokenizer_is_refused(
         (b"not a gguf file at all", 'is text that begins with "not a gguf file at all"'),
         (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), "GGUF version 1 is not supported"),
         (b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1 << 60), "file is cut short"),
-        (b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + b"\1\0\0\0\0\0\0\0k\x63\0\0\0", "malformed header"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + b"\1\0\0\0\0\0\0\0k\x63\0\0\0", "value of type 99"),
     ],
 )
 def test_a_file_that_is_not_gguf_is_refused(content: bytes, message: str, tmp_path: Path) -> None:

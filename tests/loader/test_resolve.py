@@ -20,7 +20,18 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.mark.parametrize(
-    "missing", ["/no/such/model", "./model", "../model", "~/no-such-model", "a/b/c", "model.gguf", "model/"]
+    "missing",
+    [
+        "/no/such/model",
+        "./model",
+        "../model",
+        "~/no-such-model",
+        "~no-such-user/model",
+        "./" + "x" * 300,
+        "a/b/c",
+        "model.gguf",
+        "model/",
+    ],
 )
 def test_what_looks_like_a_path_is_never_looked_up_on_the_hub(
     missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -55,6 +55,8 @@ def write_index(weight_map: object) -> Callable[[Path], None]:
         (lambda d: (d / "model.safetensors").write_bytes(b""), "model.safetensors is empty"),
         (write_index({}), "has no weight_map"),
         (write_index({UP: "gone.safetensors"}), "gone.safetensors is missing"),
+        (write_index({UP: "x" * 300}), "xxx is missing"),
+        (lambda d: (d / "config.json").write_text("[" + "0," * 2**20 + "0]"), "values, the limit is 1048576"),
         (write_index({UP: "../model.safetensors"}), f"places tensor {UP} in '../model.safetensors'"),
         (
             write_index({"made.up": "model.safetensors"}),

@@ -1,6 +1,7 @@
 """Tokenizer and chat template against transformers: same ids, same text, same prompts."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from loraserve.loader import open_checkpoint
 from loraserve.text.byte_level_bpe import PRE_TOKENIZERS, build_byte_level_bpe
 from loraserve.text.tokenizer import PART_CHARS, Tokenizer
 
+from tests.fuzz.model_files import make_tokenizer
 from tests.gil import ticking
 
 CORPUS = [
@@ -253,6 +255,57 @@ def test_a_tokenizer_config_that_cannot_be_read_is_refused(
 ) -> None:
     with pytest.raises(ModelError, match=message):
         Tokenizer.from_directory(write_directory(tmp_path, config))
+
+
+def test_ids_that_are_no_integers_are_refused(tmp_path: Path) -> None:
+    write_directory(tmp_path, {})
+    (tmp_path / "added_tokens.json").write_text('{"<late>": Infinity}')
+    with pytest.raises(
+        ModelError, match="added_tokens.json is {'<late>': inf}, it must be an object of token ids"
+    ):
+        Tokenizer.from_directory(tmp_path)
+
+
+def edited(path: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
+    """A directory whose tokenizer.json is changed, as no library would write it."""
+    value = json.loads(make_tokenizer().to_str())
+    edit(value)
+    (path / "tokenizer.json").write_text(json.dumps(value))
+    return path
+
+
+def test_a_post_processor_that_panics_is_one_error(tmp_path: Path) -> None:
+    edited(tmp_path, lambda value: value["post_processor"]["special_tokens"].clear())
+    with pytest.raises(ModelError, match="the model's tokenizer can't be used: "):
+        Tokenizer.from_directory(tmp_path)
+
+
+def test_a_model_that_panics_while_it_is_read_is_one_error(tmp_path: Path) -> None:
+    edited(tmp_path, lambda value: value["model"].update(continuing_subword_prefix="##"))
+    with pytest.raises(ModelError, match=r"tokenizer.json can't be read: "):
+        Tokenizer.from_directory(tmp_path)
+
+
+def test_a_token_of_a_very_high_id_is_refused(tmp_path: Path) -> None:
+    edited(tmp_path, lambda value: value["model"]["vocab"].update(a=2**31))
+    with pytest.raises(ModelError, match="has the token id 2147483648, the limit is 16777216"):
+        Tokenizer.from_directory(tmp_path)
+
+
+def test_a_vocabulary_of_nothing_has_tokens_of_some_length(tmp_path: Path) -> None:
+    edited(
+        tmp_path, lambda value: (value["model"].update(vocab={}, merges=[]), value.update(added_tokens=[]))
+    )
+    assert Tokenizer.from_directory(tmp_path).max_token_len == 1
+
+
+def test_a_text_that_has_no_tokens_is_an_invalid_request(tmp_path: Path) -> None:
+    edited(tmp_path, lambda value: value["model"].update(unk_token="gone", vocab={"a": 0}, merges=[]))
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    assert tokenizer.decode([0]) == "a"
+    for encode in (tokenizer.encode, tokenizer.encode_with_offsets):
+        with pytest.raises(InvalidRequestError, match="can't encode this text: Unk token `gone` not found"):
+            encode("b")
 
 
 def test_saved_truncation_and_padding_do_not_apply(tmp_path: Path) -> None:

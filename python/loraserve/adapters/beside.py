@@ -12,6 +12,7 @@ from loraserve.errors import ModelError
 from loraserve.text.tokenizer import Tokenizer
 from loraserve.text.tokenizer_config import TokenizerConfig
 from loraserve.validation.json_file import read_json
+from loraserve.validation.printable import printable
 from loraserve.validation.values import token_ids
 
 CONFIG_FILES: Final = (
@@ -28,6 +29,7 @@ BESIDE_FILES: Final = (*CONFIG_FILES, "tokenizer.json")
 MAX_CONFIG_NBYTES: Final = 2**24
 MAX_VOCABULARY_NBYTES: Final = 2**26
 MAX_QUOTED: Final = 5
+MAX_LINE_CHARS: Final = 1000
 MAX_KNOWN_VOCABULARIES: Final = 1024
 
 # Padding is not for serving; the others are notes of the tool that wrote the file.
@@ -68,7 +70,8 @@ class BesideCheck:
             self._vocabulary,
             self._generation,
         )
-        return list(dict.fromkeys(line for check in checks for line in _named(check, path)))
+        lines = [printable(line, MAX_LINE_CHARS) for check in checks for line in _named(check, path)]
+        return list(dict.fromkeys(lines))
 
     def _chat_template(self, path: Path) -> Iterator[str]:
         own = self._tokenizer.chat_template

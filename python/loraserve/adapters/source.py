@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from loraserve.adapters.registry import check_adapter_name, registered_name
 from loraserve.errors import InvalidRequestError
+from loraserve.validation.files import expanded
 
 # TGI's LORA_ADAPTERS: id, name=path, id@revision, name=path@revision; at most one "=" and one "@".
 _ENTRY = re.compile(r"([^=@]+)(?:=([^=@]+))?(?:@([^=@]+))?")
@@ -40,7 +41,7 @@ def parse_source(text: str, revision: str | None = None) -> AdapterSource:
     for scheme in _HUB_SCHEMES:
         if text.startswith(scheme):
             return AdapterSource("hub", text.removeprefix(scheme), revision)
-    if Path(text).expanduser().exists() or not _HUB_ID.fullmatch(text) or text.startswith("."):
+    if os.path.exists(expanded(text)) or not _HUB_ID.fullmatch(text) or text.startswith("."):
         if revision is not None:
             raise InvalidRequestError(
                 f"adapter source {text!r} is a path and has revision {revision!r}, only Hub ids have those"

@@ -66,4 +66,4 @@ def start_error(failures: Sequence[AdapterFailure]) -> LoraserveError:
     if len(failures) == 1:
         return cls(str(failures[0]))
     lines = [f"{len(failures)} adapters can't be served, mend them or start with on_adapter_error=skip"]
-    return cls("\n".join([*lines, *map(str, failures)]))
+    return cls(*lines, *map(str, failures))

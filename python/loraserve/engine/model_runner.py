@@ -36,7 +36,7 @@ class ModelRunner:
         )
         self.vocab_size = self.model.config.vocab_size
         eos = self.model.tokenizer.eos_token_ids
-        self.eos_token_ids = [token_id for token_id in eos if token_id < self.vocab_size]
+        self.eos_token_ids = [token_id for token_id in eos if 0 <= token_id < self.vocab_size]
 
     def _build_ops(self, model_config: ModelConfig) -> tuple[Ops, int]:
         """What the model computes with, and the context that its memory lets a request have."""

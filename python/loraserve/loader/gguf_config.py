@@ -141,11 +141,14 @@ def _config(
 
 
 def _check_rotary_dims(arch: str, values: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    head_dim = config["head_dim"] or config["hidden_size"] // (config["num_attention_heads"] or 1)
+    hidden_size, num_heads = config["hidden_size"], config["num_attention_heads"]
+    if not isinstance(hidden_size, int) or not isinstance(num_heads, int):
+        return  # refused as any config is
+    head_dim = config["head_dim"] or hidden_size // (num_heads or 1)
     for key in ("rope.dimension_count", "attention.value_length"):
         found = values.get(key, head_dim)
         if found != head_dim:
-            raise ModelError(f"{arch}.{key} is {found}, only head_dim {head_dim} is supported")
+            raise ModelError(f"{arch}.{key} is {found!r:.100}, only head_dim {head_dim!r:.100} is supported")
 
 
 def _rope_scaling(arch: str, values: Mapping[str, Any], *, has_rope_factors: bool) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 """A .gguf file as a checkpoint: Hugging Face names and row order, weights dequantised to float32."""
 
+import math
 import mmap
 from collections.abc import Collection
 from pathlib import Path
@@ -44,6 +45,8 @@ class GgufFile(Checkpoint):
         try:
             self._header = _parse(path, self._data)
             self._gguf_name = {hf_name(name): name for name in self._header.tensors}
+            if len(self._gguf_name) < len(self._header.tensors):
+                raise ModelError(f"{path}: two tensors have names that stand for the same")
             factors = self._rope_factors(path)
             config = hf_config(
                 path, self._header.metadata, self._header.tensors, has_rope_factors=bool(factors)
@@ -72,14 +75,20 @@ class GgufFile(Checkpoint):
         tensor = torch.from_numpy(self._dequantize(self.path, self._gguf_name[name]))
         if self._header.metadata["general.architecture"] != "llama":
             return tensor
-        if ".q_proj." in name:
-            return unpermute(tensor, self.config.num_heads)
-        return unpermute(tensor, self.config.num_kv_heads) if ".k_proj." in name else tensor
+        num_heads = self.config.num_heads if ".q_proj." in name else self.config.num_kv_heads
+        if ".q_proj." not in name and ".k_proj." not in name:
+            return tensor
+        if tensor.dim() == 0 or tensor.numel() == 0 or tensor.shape[0] % (2 * num_heads) != 0:
+            raise ModelError(
+                f"{self.path}: tensor {name} has shape {list(tensor.shape)}, "
+                f"its rows are not those of {num_heads} heads"
+            )
+        return unpermute(tensor, num_heads)
 
     def _rope_factors(self, path: Path) -> list[float]:
         if ROPE_FACTORS not in self._header.tensors:
             return []
-        return [float(factor) for factor in self._dequantize(path, ROPE_FACTORS)]
+        return [float(factor) for factor in self._dequantize(path, ROPE_FACTORS).ravel()]
 
     def _dequantize(self, path: Path, gguf_name: str) -> "np.ndarray[Any, np.dtype[np.float32]]":
         """Read one tensor as float32, in memory of its own. Raises ModelError."""
@@ -87,22 +96,23 @@ class GgufFile(Checkpoint):
         try:
             kind = self._gguf.GGMLQuantizationType(entry.ggml_type)
             block, block_nbytes = self._gguf.GGML_QUANT_SIZES[kind]
-            nbytes = int(np.prod(entry.shape)) // block * block_nbytes
+            nbytes = math.prod(entry.shape) // block * block_nbytes
             if entry.offset + nbytes > len(self._data):
                 raise ModelError(f"{path}: tensor {gguf_name} is truncated, the file ends inside it")
             raw = np.frombuffer(self._data[entry.offset : entry.offset + nbytes], dtype=np.uint8)
             rows = raw.reshape(*entry.shape[:-1], -1)
-            flat = self._gguf.dequantize(rows, kind)
-        except (ValueError, KeyError, NotImplementedError) as error:
+            values = self._gguf.dequantize(rows, kind).reshape(entry.shape)
+        except (ValueError, OverflowError, KeyError, NotImplementedError) as error:
             raise ModelError(f"{path}: tensor {gguf_name} can't be dequantised: {error}") from error
-        return np.require(flat.reshape(entry.shape), np.float32, ["C", "W", "O"])
+        return np.require(values, np.float32, ["C", "W", "O"])
 
 
 def hf_name(name: str) -> str:
     """`blk.3.attn_q.weight` → `model.layers.3.self_attn.q_proj.weight`; a name we don't know stays."""
     module, _, kind = name.rpartition(".")
-    if module.startswith("blk."):
-        _, layer, part = module.split(".", 2)
+    parts = module.split(".", 2)
+    if parts[0] == "blk" and len(parts) == 3:
+        _, layer, part = parts
         return f"model.layers.{layer}.{LAYER_MODULES.get(part, part)}.{kind}"
     return f"{TOP_MODULES.get(module, module)}.{kind}"
 

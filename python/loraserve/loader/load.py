@@ -17,6 +17,7 @@ from loraserve.models.decoder import Decoder
 from loraserve.models.ops import Ops
 from loraserve.models.weights import build_decoder
 from loraserve.text.tokenizer import Tokenizer
+from loraserve.validation.files import expanded, is_regular_file
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ def _sampling_defaults(checkpoint: Checkpoint, generation_config: str) -> dict[s
         return {}
     if generation_config == "auto":
         return checkpoint.sampling_defaults()
-    directory = Path(generation_config).expanduser()
-    if not (directory / FILE_NAME).is_file():
+    directory = expanded(generation_config)
+    if not is_regular_file(directory / FILE_NAME):
         raise ModelError(
             f"generation_config is {generation_config}, which has no {FILE_NAME}: "
             "give a directory that has one, auto or none"

@@ -1,5 +1,6 @@
 """From what a user calls a model (name, path or Hub id) to an open checkpoint."""
 
+import os
 from pathlib import Path
 
 from loraserve import _core
@@ -9,16 +10,17 @@ from loraserve.loader.default import DEFAULT_MODEL, default_model_path
 from loraserve.loader.gguf_file import GgufFile
 from loraserve.loader.hub import download_model
 from loraserve.loader.safetensors_dir import SafetensorsDir
+from loraserve.validation.files import expanded
 
 
 def resolve_model(path_or_id: str | Path) -> Path:
     """A local directory or .gguf file; a Hub id is downloaded. Raises ModelError."""
     if str(path_or_id) == DEFAULT_MODEL:
         return default_model_path()
-    path = Path(path_or_id).expanduser()
-    if path.is_file() and path.suffix != ".gguf":
+    path = expanded(path_or_id)
+    if os.path.isfile(path) and path.suffix != ".gguf":
         raise ModelError(f"{path} is a file, expected a model directory or a .gguf file{_file_advice(path)}")
-    if path.exists():
+    if os.path.exists(path):
         return path
     if isinstance(path_or_id, Path) or _looks_like_path(path_or_id):
         raise ModelError(f"model path {path_or_id} does not exist")

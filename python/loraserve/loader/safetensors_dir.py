@@ -13,6 +13,7 @@ from loraserve.errors import ModelError
 from loraserve.loader.checkpoint import Checkpoint
 from loraserve.loader.generation_config import read_sampling_defaults
 from loraserve.text.tokenizer import Tokenizer
+from loraserve.validation.files import is_regular_file
 from loraserve.validation.json_file import read_json, read_optional_json
 from loraserve.validation.not_a_model import without_config, without_weights
 
@@ -60,7 +61,7 @@ class SafetensorsDir(Checkpoint):
         return tensor
 
     def _open(self, file: Path) -> Any:
-        if not file.is_file():
+        if not is_regular_file(file):
             raise ModelError(f"{file} is missing")
         try:
             return self._stack.enter_context(safe_open(file, framework="pt"))

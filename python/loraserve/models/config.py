@@ -1,6 +1,6 @@
 """ModelConfig: the checked shape of a base model, read from a Hugging Face config.json dict."""
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -13,6 +13,11 @@ from loraserve.validation.values import token_ids
 
 # (path inside the layer, LoRA group, in_features, out_features, first column in the group's fused output)
 ModuleShape: TypeAlias = tuple[str, int, int, int, int]
+
+MAX_SIZE = 2**31 - 1  # sizes are 32-bit integers in the kernels' arrays
+MAX_HEAD_DIM = 512  # the kernels' own, as is the next
+MAX_LAYERS = MAX_HEADS = 2**16
+MAX_FLOAT = sys.float_info.max
 
 FULL_ATTENTION = "full_attention"
 SLIDING_ATTENTION = "sliding_attention"
@@ -54,6 +59,7 @@ class ModelConfig:
         _refuse_unsupported(config, fields)
         hidden_size, num_heads = fields.positive("hidden_size"), fields.positive("num_attention_heads")
         head_dim = fields.optional_positive("head_dim") or hidden_size // num_heads
+        _check_head_dim(head_dim)
         max_position = fields.positive("max_position_embeddings")
         attention_bias, mlp_bias = fields.boolean("attention_bias"), fields.boolean("mlp_bias")
         model = ModelConfig(
@@ -81,13 +87,16 @@ class ModelConfig:
         return model
 
     def _check_heads(self) -> None:
+        if self.num_layers > MAX_LAYERS or self.num_heads > MAX_HEADS:
+            raise ModelError(
+                f"num_hidden_layers {self.num_layers} or num_attention_heads {self.num_heads} is not "
+                f"supported, the limits are {MAX_LAYERS} and {MAX_HEADS}"
+            )
         if self.num_heads % self.num_kv_heads != 0:
             raise ModelError(
                 f"num_attention_heads {self.num_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_kv_heads}"
             )
-        if self.head_dim % 2 != 0:
-            raise ModelError(f"head_dim {self.head_dim} is odd, rotary embedding needs an even one")
 
     @property
     def q_size(self) -> int:
@@ -142,8 +151,10 @@ class _Fields:
 
     def positive(self, key: str) -> int:
         value = self.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ModelError(f"config has {key} {value!r:.100}, it must be a positive integer")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_SIZE:
+            raise ModelError(
+                f"config has {key} {value!r:.100}, it must be a positive integer up to {MAX_SIZE}"
+            )
         return value
 
     def optional_positive(self, key: str) -> int | None:
@@ -157,7 +168,7 @@ class _Fields:
 
     def number(self, key: str) -> float:
         value = self.get(key)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= MAX_FLOAT:
             raise ModelError(f"config has {key} {value!r:.100}, it must be a number of 0 or more")
         return float(value)
 
@@ -174,6 +185,13 @@ class _Fields:
             raise ModelError(
                 f"config has {key} {self.get(key)!r:.100}, it must be an integer or a list of integers"
             ) from None
+
+
+def _check_head_dim(head_dim: int) -> None:
+    if head_dim % 2 != 0:
+        raise ModelError(f"head_dim {head_dim} is odd, rotary embedding needs an even one")
+    if not 0 < head_dim <= MAX_HEAD_DIM:
+        raise ModelError(f"head_dim {head_dim} is not supported, it must be from 2 to {MAX_HEAD_DIM}")
 
 
 def _sliding_window(fields: _Fields, *, uses_window_fields: bool) -> int | None:

@@ -87,6 +87,8 @@ def find_architecture(config: Mapping[str, Any]) -> tuple[str, Architecture]:
     names = config.get("architectures") or [
         name for name, one in ARCHITECTURES.items() if one.model_type == config.get("model_type")
     ]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ModelError(f"architectures are {names!r:.100}, they must be a list of names")
     for name in names:
         if name in ARCHITECTURES:
             kind = config.get("model_type", ARCHITECTURES[name].model_type)
@@ -95,5 +97,5 @@ def find_architecture(config: Mapping[str, Any]) -> tuple[str, Architecture]:
                     f"model_type is {kind!r}, that of {name} is {ARCHITECTURES[name].model_type!r}"
                 )
             return name, ARCHITECTURES[name]
-    found = ", ".join(map(str, names)) or "none"
+    found = ", ".join(names) or "none"
     raise ModelError(f"architecture {found} is not supported, supported are {', '.join(ARCHITECTURES)}")

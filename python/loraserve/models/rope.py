@@ -1,6 +1,7 @@
 """Rotary embedding: what a config says of it, and transformers' table of cosines and sines."""
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from loraserve.errors import ModelError
 
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 DEFAULT_THETA = 10000.0
+MAX_FLOAT = sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,9 @@ class RopeConfig:
             )
         rope = RopeConfig(_positive("rope_theta", theta), kind, params, max_position, tuple(factors))
         try:
-            inverse_frequencies(rope, head_dim)
-            attention_factor(rope)
+            frequencies, factor = inverse_frequencies(rope, head_dim), attention_factor(rope)
+            if not frequencies.isfinite().all() or not math.isfinite(factor):
+                raise ValueError("they are not finite")
         except (ArithmeticError, ValueError) as error:
             raise (
                 error
@@ -173,6 +176,6 @@ def _parameters(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _positive(what: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_FLOAT:
         raise ModelError(f"{what} {value!r:.100}, it must be a positive number")
     return float(value)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraserve.adapters.hub import download_adapter
@@ -24,6 +23,7 @@ from loraserve.server.observe.tracing import Tracing, otlp_exporter
 from loraserve.settings.entries import AdapterSettings
 from loraserve.settings.keys import api_keys, hub_repos, prefix_cache_scope
 from loraserve.settings.schema import ServeSettings
+from loraserve.validation.files import expanded
 
 if TYPE_CHECKING:
     from loraserve.adapters.manifest import AdapterManifest
@@ -232,7 +232,7 @@ def _adapter_path(adapter: AdapterSettings, sources: AdapterSources | None) -> s
     if sources is not None:
         return str(sources.fetch(source))
     if source.kind == "local":
-        return str(Path(source.location).expanduser())
+        return str(expanded(source.location))
     return str(download_adapter(source.location, source.revision))
 
 

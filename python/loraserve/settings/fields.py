@@ -39,9 +39,14 @@ def _split(value: Any) -> Any:
 def _listed(value: Any) -> Any:
     """vLLM's flag takes a list in JSON."""
     texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list | tuple) or not any(str(text).lstrip().startswith("[") for text in texts):
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         return value
-    return [origin for text in texts for origin in json.loads(text)]
+    if not any(text.lstrip().startswith("[") for text in texts):
+        return value
+    try:
+        return [origin for text in texts for origin in json.loads(text)]
+    except (TypeError, RecursionError):
+        raise ValueError("give a list of texts in JSON") from None
 
 
 def _checked_origins(origins: tuple[str, ...]) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from loraserve.settings.baseten import from_baseten
 from loraserve.settings.errors import ConfigError
 from loraserve.settings.yaml_file import read_yaml
+from loraserve.validation.files import expanded
 
 PATH_KEYS = ("keys_file", "state_dir", "tls_certificate", "tls_key", "tls_client_ca")
 
@@ -58,10 +60,10 @@ def _anchored_key(value: Any, folder: Path) -> Any:
 
 
 def _path(text: str, folder: Path) -> str:
-    return str(folder / Path(text).expanduser())
+    return str(folder / expanded(text))
 
 
 def _path_if_there(text: str, folder: Path) -> str:
     """What is a Hub id unless it exists beside the file, or is written as a path."""
-    path = folder / Path(text).expanduser()
-    return str(path) if path.exists() or text.startswith((".", "~")) else text
+    path = folder / expanded(text)
+    return str(path) if os.path.exists(path) or text.startswith((".", "~")) else text

@@ -11,6 +11,7 @@ from loraserve.settings.entries import ApiKey, KeySettings, PrefixCacheScope, ch
 from loraserve.settings.errors import ConfigError, problems
 from loraserve.settings.schema import ServeSettings
 from loraserve.settings.yaml_file import read_yaml
+from loraserve.validation.files import expanded
 
 _KEYS = TypeAdapter(tuple[KeySettings, ...])
 
@@ -66,7 +67,7 @@ def _anchored(key: KeySettings, folder: Path) -> KeySettings:
     """A secret file's path is relative to the file that names it."""
     if key.secret_file is None:
         return key
-    return key.model_copy(update={"secret_file": folder / key.secret_file.expanduser()})
+    return key.model_copy(update={"secret_file": folder / expanded(key.secret_file)})
 
 
 def _check_distinct(keys: Sequence[ApiKey]) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Final
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from loraserve.errors import ModelError
+from loraserve.text.backend_errors import BackendCall
 
 # GPT-2's alphabet: printable characters of Latin-1 stand for themselves, the other bytes for what follows it.
 _PRINTABLE: Final = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -76,10 +77,8 @@ def build_byte_level_bpe(metadata: Mapping[str, Any]) -> Tokenizer:
     tokens = _list(metadata, "tokenizer.ggml.tokens")
     merges = [_pair(merge) for merge in _list(metadata, "tokenizer.ggml.merges")]
     vocab = {token: index for index, token in enumerate(tokens)}
-    try:
+    with BackendCall("tokenizer.ggml.merges does not fit the vocabulary", ModelError):
         tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre.whole_words_first))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise ModelError(f"tokenizer.ggml.merges does not fit the vocabulary: {error}") from error
     if pre.nfc:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(_steps(pre))

@@ -11,6 +11,7 @@ import tokenizers
 
 from loraserve import _core
 from loraserve.errors import InvalidRequestError, ModelError
+from loraserve.text.backend_errors import BackendCall
 from loraserve.text.byte_level_bpe import BYTE_OF_CHAR, build_byte_level_bpe, find_pre_tokenizer
 from loraserve.text.chat_template import ChatTemplate, Message
 from loraserve.text.tokenizer_config import TokenizerConfig
@@ -21,6 +22,7 @@ from loraserve.validation.values import token_ids
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # a byte, where SentencePiece has no token for a character
 UNCOUNTED_TOKEN_NBYTES = 4  # texts of so many bytes for every token allowed are tokenised as a whole
 PART_CHARS = 64 * 1024
+MAX_TOKEN_ID = 2**24
 # Names of special tokens as templates see them, and as GGUF spells them.
 GGUF_TOKENS: Mapping[str, str] = {
     "bos_token": "bos",
@@ -31,6 +33,10 @@ GGUF_TOKENS: Mapping[str, str] = {
     "cls_token": "cls",
     "mask_token": "mask",
 }
+
+ENCODING = BackendCall("the model's tokenizer can't encode this text", InvalidRequestError)
+DECODING = BackendCall("the model's tokenizer can't decode these tokens", ModelError)
+SETTING_UP = BackendCall("the model's tokenizer can't be used", ModelError)
 
 
 class Tokenizer:
@@ -45,7 +51,10 @@ class Tokenizer:
         add_bos: bool | None = None,
         chat_template: str | None = None,
     ) -> None:
-        """`add_bos` None leaves it to the backend's post-processor; no `eos_token_ids` means eos_token's."""
+        """`add_bos` None leaves it to the backend's post-processor; no `eos_token_ids` means eos_token's.
+
+        Raises ModelError: the backend can't encode.
+        """
         backend.no_padding()
         backend.no_truncation()
         self._backend = backend
@@ -56,7 +65,8 @@ class Tokenizer:
         self.special_ids = frozenset(
             index for index, token in backend.get_added_tokens_decoder().items() if token.special
         )
-        self._adds_bos_itself = backend.encode("").ids[:1] == [self.bos_token_id]
+        with SETTING_UP:
+            self._adds_bos_itself = backend.encode("").ids[:1] == [self.bos_token_id]
         self._add_bos = self._adds_bos_itself if add_bos is None else add_bos
         self.special_tokens = dict(special_tokens)
         self.chat_template = self.build_chat_template(chat_template) if chat_template else None
@@ -68,14 +78,19 @@ class Tokenizer:
         if not file.is_file():
             raise ModelError(f"{file} is missing: {without_tokenizer(path)}")
         try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # tokenizers raises bare Exception
+            with BackendCall(f"{file} can't be read", ModelError):
+                backend = tokenizers.Tokenizer.from_file(str(file))
+        except ModelError:
             foreign = _core.recognise_file(str(file), is_json=True)
             if foreign is not None:
                 raise ModelError(f"{file} is {foreign}") from None
-            raise ModelError(f"{file} can't be read: {error}") from error
+            raise
+        highest = max(backend.get_vocab().values(), default=0)
+        if highest > MAX_TOKEN_ID:  # the library walks over all ids below
+            raise ModelError(f"{file} has the token id {highest}, the limit is {MAX_TOKEN_ID}")
         config = TokenizerConfig.from_directory(path, backend.padding)
-        config.add_tokens_to(backend)
+        with SETTING_UP:
+            config.add_tokens_to(backend)
         model = read_optional_json(path / "config.json")
         generation = read_optional_json(path / "generation_config.json")
         eos = generation.get("eos_token_id", model.get("eos_token_id"))
@@ -97,7 +112,11 @@ class Tokenizer:
         ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in GGUF_TOKENS.items()}
         return cls(
             build_byte_level_bpe(metadata),
-            special_tokens={name: tokens[index] for name, index in ids.items() if index is not None},
+            special_tokens={
+                name: _token_at(tokens, GGUF_TOKENS[name], index)
+                for name, index in ids.items()
+                if index is not None
+            },
             eos_token_ids=eos_token_ids,
             add_bos=bool(add_bos),
             chat_template=metadata.get("tokenizer.chat_template"),
@@ -106,9 +125,11 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of the text; special tokens (such as bos) are added as the model wants them.
 
-        Runs without the GIL, as a batch does: a long text takes seconds.
+        Runs without the GIL, as a batch does: a long text takes seconds. Raises InvalidRequestError: the
+        tokenizer has no tokens for it.
         """
-        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        with ENCODING:
+            (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         ids: list[int] = encoding.ids
         if not add_special_tokens or self._add_bos == self._adds_bos_itself:
             return ids
@@ -146,7 +167,8 @@ class Tokenizer:
 
     def encode_with_offsets(self, text: str, add_special_tokens: bool = True) -> list[tuple[int, int, int]]:
         """(token id, start, stop) of `encode`, in characters of the text; added tokens stand for none."""
-        (encoding,) = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)
+        with ENCODING:
+            (encoding,) = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)
         spans = [
             (index, start, stop) for index, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)
         ]
@@ -157,8 +179,10 @@ class Tokenizer:
         return spans if self.bos_token_id is None else [(self.bos_token_id, 0, 0), *spans]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of the ids; bytes that are not UTF-8 become U+FFFD."""
-        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        """Text of the ids; bytes that are not UTF-8 become U+FFFD. Raises ModelError."""
+        with DECODING:
+            text: str = self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        return text
 
     def decode_token(self, token_id: int) -> str:
         """Text that the token adds in the middle of a text; of a special one, its name."""
@@ -217,7 +241,7 @@ class Tokenizer:
     @cached_property
     def max_token_len(self) -> int:
         """Characters of text the longest token stands for, at most."""
-        return max(map(len, self._backend.get_vocab()))
+        return max(1, max(map(len, self._backend.get_vocab()), default=1))
 
     @cached_property
     def byte_ids(self) -> frozenset[int]:
@@ -235,3 +259,11 @@ class Tokenizer:
     def vocabulary(self) -> dict[str, int]:
         """Ids by text, added tokens among them."""
         return self._backend.get_vocab(with_added_tokens=True)
+
+
+def _token_at(tokens: Sequence[str], key: str, token_id: int) -> str:
+    if not 0 <= token_id < len(tokens):
+        raise ModelError(
+            f"tokenizer.ggml.{key}_token_id is {token_id}, the vocabulary has {len(tokens)} tokens"
+        )
+    return tokens[token_id]

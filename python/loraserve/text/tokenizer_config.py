@@ -118,9 +118,11 @@ def _older_tokens(path: Path, special: Sequence[AddedToken]) -> list[AddedToken]
     """Tokens of added_tokens.json by their id."""
     ids = read_optional_json(path / "added_tokens.json")
     texts = {token.content for token in special}
+    if not all(isinstance(token_id, int) for token_id in ids.values()):
+        raise ValueError(f"added_tokens.json is {ids!r:.100}, it must be an object of token ids")
     return [
         AddedToken(text, normalized=text not in texts, special=text in texts)
-        for text in sorted(ids, key=lambda text: int(ids[text]))
+        for text in sorted(ids, key=lambda text: ids[text])
     ]
 
 

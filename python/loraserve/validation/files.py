@@ -27,6 +27,14 @@ def read_regular_file(path: str | Path, max_nbytes: int) -> bytes:
     raise OSError(errno.EFBIG, f"it has more than {max_nbytes} bytes, the limit", str(path))
 
 
+def expanded(path: str | Path) -> Path:
+    """With the home directory that `~` or `~user` means in its place; as it is where there is no such."""
+    try:
+        return Path(path).expanduser()
+    except (RuntimeError, ValueError):
+        return Path(path)
+
+
 def is_regular_file(path: str | Path) -> bool:
     """Whether it is there and can be read to its end; symbolic links are followed."""
     try:

@@ -9,14 +9,21 @@ from loraserve.errors import ModelError
 from loraserve.validation.files import read_regular_file
 
 MAX_NBYTES = 2**28  # indexes of shards and vocabularies have megabytes
+MAX_VALUES = 2**20  # each takes some hundred bytes of memory
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Parse a JSON object. Raises ModelError if the file is missing, malformed or not an object."""
     try:
-        value = json.loads(read_regular_file(path, MAX_NBYTES).decode("utf-8"))
+        data = read_regular_file(path, MAX_NBYTES)
+        num_values = sum(_core.count_json(data)[:2])
+        if num_values > MAX_VALUES:
+            raise ModelError(f"{path} has more than {num_values} values, the limit is {MAX_VALUES}")
+        value = json.loads(data.decode("utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path} is missing") from None
+    except ModelError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         foreign = _core.recognise_file(str(path), is_json=True)
         if foreign is not None:

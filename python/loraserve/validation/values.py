@@ -19,11 +19,19 @@ def check_int(name: str, value: object, low: int, high: int) -> None:
 
 def check_float(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
     """Integers count, a bool does not. Raises InvalidRequestError."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or not is_finite(value):
         raise InvalidRequestError(f"{name} is {value!r:.100}, it must be a finite number")
     if not low <= float(value) <= high or (open_low and value == low):
         bracket = "(" if open_low else "["
         raise InvalidRequestError(f"{name} is {value}, it must be in {bracket}{low:g}, {high:g}]")
+
+
+def is_finite(value: Real) -> bool:
+    """Whether a float can hold it: no infinity, no NaN, no integer beyond."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def check_bool(name: str, value: object) -> None:

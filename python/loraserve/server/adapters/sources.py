@@ -12,6 +12,7 @@ from loraserve.adapters.source import AdapterSource, parse_source
 from loraserve.engine.workers import Workers
 from loraserve.errors import AdapterFormatError, InvalidRequestError, PermissionDeniedError
 from loraserve.loader.hub import OnProgress
+from loraserve.validation.files import expanded
 
 MAX_DOWNLOADS = 8
 MAX_WAITING_DOWNLOADS = 64
@@ -26,7 +27,7 @@ class AdapterSources:
     """
 
     def __init__(self, roots: Sequence[str | Path] = (), hub_repos: Sequence[str] = ()) -> None:
-        self._roots = tuple(Path(root).expanduser().resolve() for root in roots)
+        self._roots = tuple(expanded(root).resolve() for root in roots)
         self._hub_repos = tuple(hub_repos)
         self._downloads = Workers("adapter downloads", MAX_DOWNLOADS, MAX_WAITING_DOWNLOADS)
 
@@ -81,7 +82,7 @@ class AdapterSources:
         if "\0" in path:
             raise InvalidRequestError("adapter path contains a zero byte")
         try:
-            directory = (self._below_roots(path) or Path(path).expanduser()).resolve()
+            directory = (self._below_roots(path) or expanded(path)).resolve()
             files = [(directory / name).resolve() for name in ADAPTER_FILES]
         except (OSError, RuntimeError) as error:
             raise AdapterFormatError(f"adapter path {path!r} can't be followed: {error}") from None

@@ -23,6 +23,7 @@ from loraserve.errors import CapacityError, StateError
 from loraserve.server.observe.logs import log_event
 from loraserve.settings.entries import AdapterSettings
 from loraserve.settings.errors import problems
+from loraserve.validation.files import expanded
 
 FILE_NAME = "adapters.json"
 LOCK_NAME = "lock"
@@ -56,7 +57,7 @@ class AdapterState:
     """
 
     def __init__(self, directory: Path, configured: Collection[str] = ()) -> None:
-        self._directory = directory.expanduser().absolute()
+        self._directory = expanded(directory).absolute()
         self.path = self._directory / FILE_NAME
         self.configured = frozenset(configured)
         self._write_lock = threading.Lock()
