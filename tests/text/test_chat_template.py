@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tokenizers
 from loraserve.errors import InvalidRequestError
+from loraserve.text.chat_template import ChatTemplate
 from loraserve.text.tokenizer import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -174,3 +175,41 @@ def test_a_message_that_is_no_mapping_is_refused(message: Any, tmp_path: Path) -
     write_tokenizer(tmp_path, {"chat_template": CHATML})
     with pytest.raises(InvalidRequestError, match="it must be a mapping with role and content"):
         Tokenizer.from_directory(tmp_path).apply_chat_template([message])
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ({"role": "usr", "content": "a"}, "role of a message is 'usr', did you mean user?"),
+        ({"role": "users", "content": "a"}, "did you mean user?"),
+        ({"content": "a"}, "role of a message is None, it must be system, "),
+        ({"role": 5, "content": "a"}, "role of a message is 5"),
+        ({"role": "user", "contnt": "a"}, "a message has the unknown field 'contnt', did you mean content?"),
+        ({"role": "user", "Content": "a"}, "did you mean content?"),
+        ({"role": "user"}, "the message of role 'user' has no content, give it as text"),
+        ({"role": "system", "content": None}, "the message of role 'system' has no content"),
+        ({"role": "user", "content": 5}, "content of a message is 5, it must be text"),
+        ({"role": "user", "content": True}, "content of a message is True, it must be text"),
+    ],
+    ids=str,
+)
+def test_a_slip_in_a_message_is_refused(message: dict[str, Any], text: str) -> None:
+    template = ChatTemplate("{{ messages[0].content }}", {})
+    with pytest.raises(InvalidRequestError) as caught:
+        template.render([message])
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "tool_calls": [{"type": "function"}]},
+        {"role": "assistant", "content": None},
+        {"role": "tool", "content": {"temperature": 5}},
+        {"role": "critic", "content": "a role of a template's own", "score": 5},
+        {"role": "user", "content": ""},
+    ],
+    ids=str,
+)
+def test_messages_that_templates_know_are_taken(message: dict[str, Any]) -> None:
+    ChatTemplate("{{ messages[0].content }}", {}).render([message])

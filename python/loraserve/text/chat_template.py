@@ -14,6 +14,10 @@ Message = Mapping[str, Any]
 # Names under which a message carries its reasoning; templates read the first, some of them the second.
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+ROLES_THAT_SAY_SOMETHING = ("system", "developer", "user")  # others may call tools instead
+MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", "function_call", *REASONING_FIELDS)
+
 # A subclass may have methods of its own; these give the value alone. A bool is an int, so it comes first.
 _SCALARS: tuple[tuple[type, Callable[[Any], Any]], ...] = (
     (bool, bool),
@@ -121,7 +125,30 @@ def _plain_message(message: Any) -> dict[str, Any]:
         raise InvalidRequestError(
             f"a message is {message!r:.100}, it must be a mapping with role and content"
         )
-    return {name: value for name, value in plain.items() if value is not None}
+    plain = {name: value for name, value in plain.items() if value is not None}
+    _check_message(plain)
+    return plain
+
+
+def _check_message(message: Mapping[str, Any]) -> None:
+    """Templates read what they know and write what they are given: a slip would change the prompt in silence.
+
+    Roles and fields of other names than the usual are for templates that know them.
+    """
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or not role:
+        raise InvalidRequestError(
+            f"role of a message is {role!r:.100}, it must be {', '.join(ROLES[:-1])} or {ROLES[-1]}"
+        )
+    if role not in ROLES and (hint := did_you_mean(role, ROLES)):
+        raise InvalidRequestError(f"role of a message is {role!r:.100}{hint}")
+    for name in message.keys() - set(MESSAGE_FIELDS):
+        if hint := did_you_mean(str(name), MESSAGE_FIELDS):
+            raise InvalidRequestError(f"a message has the unknown field {name!r:.100}{hint}")
+    if content is None and role in ROLES_THAT_SAY_SOMETHING:
+        raise InvalidRequestError(f"the message of role {role!r} has no content, give it as text")
+    if content is not None and not isinstance(content, str | list | tuple | dict):
+        raise InvalidRequestError(f"content of a message is {content!r:.100}, it must be text")
 
 
 def _plain(value: Any) -> Any:
