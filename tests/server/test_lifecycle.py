@@ -21,7 +21,7 @@ from loraserve.client import Client
 from loraserve.errors import EngineStoppedError, PermissionDeniedError
 from loraserve.request import Completion
 from loraserve.sampling_params import SamplingParams
-from loraserve.server.lifecycle import serve, start_facts
+from loraserve.server.lifecycle import SAME_SIGNAL_S, serve, start_facts
 from loraserve.settings.load import load_settings
 
 from tests.peft_writer import SMOLLM2_135M, write_adapter
@@ -93,12 +93,27 @@ def test_requests_still_running_at_the_deadline_end_with_abort(number: signal.Si
     assert reasons[-1] == "abort"
 
 
+def test_two_signals_at_once_are_one() -> None:
+    with server_process("--drain-seconds", "30") as (process, address, _), Client(address) as client:
+        stream, num_tokens = client.stream("Once upon a time", params(50)), 0
+        next(stream)
+        process.send_signal(signal.SIGSTOP)  # so that both are there when it looks
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGCONT)
+        for delta in stream:
+            num_tokens += len(delta.token_ids)
+        assert process.wait(EXIT_TIMEOUT_S) == 0
+    assert num_tokens == 49
+
+
 def test_a_second_signal_ends_the_process_at_once() -> None:
     with server_process("--drain-seconds", "60") as (process, address, _), Client(address) as client:
         stream = client.stream("Once upon a time", params(2000))
         next(stream)
         process.send_signal(signal.SIGTERM)
         assert _is_refused_soon(client)
+        time.sleep(SAME_SIGNAL_S)
         process.send_signal(signal.SIGTERM)
         assert process.wait(EXIT_TIMEOUT_S) == 128 + signal.SIGTERM
         with pytest.raises(EngineStoppedError):

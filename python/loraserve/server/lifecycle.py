@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 EXIT_GRACE_S = 1.8  # after the drain, for last messages and the end of a step
 UNFINISHED_STATUS = 1
+SAME_SIGNAL_S = 0.3
 
 
 @dataclass(frozen=True)
@@ -261,11 +263,21 @@ def _exit_on_signals() -> None:
 
 
 def _stop_event() -> asyncio.Event:
-    """An event that the first stop signal sets; the second signal ends the process."""
+    """An event that the first stop signal sets; the second ends the process.
+
+    One that comes at once is the same: some programs signal a process and then its group.
+    """
     stop = asyncio.Event()
+    first_at = 0.0
 
     def on_signal(number: signal.Signals) -> None:
-        if stop.is_set():
+        nonlocal first_at
+        now = time.monotonic()
+        if stop.is_set() and now - first_at < SAME_SIGNAL_S:
+            return
+        if not stop.is_set():
+            first_at = now
+        else:
             logger.warning("second %s: leaving without draining", number.name)
             os._exit(128 + number)
         stop.set()

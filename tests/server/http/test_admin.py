@@ -103,20 +103,30 @@ def test_administration_needs_the_admin_key(
     ]
 
 
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {"origin": "http://evil.example"},
-        {"origin": "null"},
-        {"host": "evil.example"},
-        {"host": "127.0.0.1.evil.example:80"},
-        {"host": "[::1"},
-        {"x-forwarded-for": "127.0.0.1"},
-        {"forwarded": "for=127.0.0.1"},
-        {"via": "1.1 proxy"},
-        {"x-real-ip": "127.0.0.1"},
-    ],
-)
+NOT_LOCAL: list[dict[str, str]] = [
+    {"origin": "http://evil.example"},
+    {"origin": "null"},
+    {"host": "evil.example"},
+    {"host": "127.0.0.1.evil.example:80"},
+    {"host": "[::1"},
+    {"x-forwarded-for": "127.0.0.1"},
+    {"forwarded": "for=127.0.0.1"},
+    {"via": "1.1 proxy"},
+    {"x-real-ip": "127.0.0.1"},
+]
+
+
+@pytest.mark.parametrize("headers", NOT_LOCAL, ids=str)
+def test_without_keys_neither_pages_nor_proxies_see_paths(
+    refusing_open: httpx.Client, headers: dict[str, str]
+) -> None:
+    path = "/adapters/law"
+    assert refusing_open.get(path).json()["path"] == path
+    assert refusing_open.get(path, headers=headers).json()["path"] is None
+    assert refusing_open.get("/dashboard/stats", headers=headers).json()["is_admin"] is False
+
+
+@pytest.mark.parametrize("headers", NOT_LOCAL, ids=str)
 @pytest.mark.parametrize(("method", "path", "body"), ADMIN_ROUTES[:-1])
 def test_without_keys_neither_pages_nor_proxies_administer(
     refusing_open: httpx.Client, method: str, path: str, body: Any, headers: dict[str, str]

@@ -33,6 +33,7 @@ BODIES: list[tuple[bytes, dict[str, str], int]] = [
     (b'{"prompt": "x"}', {}, 415),
     (b"{}", {"content-type": "application/json; charset=utf-16"}, 415),
     (b'{"prompt": "x"}', {"content-type": ";;=/"}, 415),
+    (b'{"prompt": "x"}', {**JSON, "content-encoding": "gzip"}, 415),
     (b" " * (16 * 2**20 + 1), JSON, 413),
 ]
 

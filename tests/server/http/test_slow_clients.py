@@ -107,6 +107,23 @@ def test_newlines_do_not_keep_a_connection_open(connection: socket.socket) -> No
     assert time.monotonic() - started < 8.0
 
 
+@pytest.mark.parametrize("num_headers", [3, 4000])
+def test_headers_that_come_in_one_piece_are_counted_too(connection: socket.socket, num_headers: int) -> None:
+    header = b"a: " + b"b" * (12_000 // num_headers) + b"\r\n"
+    connection.sendall(HEAD + header * num_headers + b"content-length: 2\r\n\r\n{}")
+    assert everything(connection).startswith(b"HTTP/1.1 431 ")
+
+
+def test_a_body_beyond_the_limit_that_is_still_sent_is_answered_413() -> None:
+    nbytes = 8 * 2**20  # more than the buffers on the way take
+    with HttpThread(FakeEngine, limits=HttpLimits(max_body_nbytes=2000)) as server:
+        host, _, port = server.address.rpartition(":")
+        with closing(socket.create_connection((host, int(port)), timeout=20.0)) as connection:
+            connection.sendall(HEAD + f"connection: close\r\ncontent-length: {nbytes}\r\n\r\n".encode())
+            connection.sendall(b" " * nbytes)
+            assert everything(connection).startswith(b"HTTP/1.1 413 ")
+
+
 def test_headers_beyond_the_limit_are_answered_431(connection: socket.socket) -> None:
     connection.sendall(HEAD + b"x-padding: " + b"x" * 5000)
     assert everything(connection).startswith(b"HTTP/1.1 431 ")

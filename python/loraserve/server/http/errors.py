@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import enum
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from loraserve.errors import (
     AdapterFormatError,
@@ -41,7 +44,25 @@ OWN_PROBLEMS = (
     "not_text",
 )  # told first: of a union, the others are guesses
 MAX_MESSAGE_CHARS = 2000
+DISCARDED_NBYTES = 64 * 2**20  # of a body that is too large
+DISCARD_S = 2.0
 CLIENT_CLOSED_REQUEST = 499  # nginx's: nobody is left to read it
+_CHAT = "ask /v1/chat/completions"
+INSTEAD = {  # of other servers' routes
+    "/v1/responses": _CHAT,
+    "/v1/messages": _CHAT,
+    "/api/chat": _CHAT,
+    "/chat/completions": _CHAT,
+    "/api/generate": "ask /v1/completions",
+    "/completion": "ask /v1/completions",
+    "/completions": "ask /v1/completions",
+    "/api/tags": "see /v1/models",
+    "/models": "see /v1/models",
+    "/get_model_info": "see /info",
+    "/get_server_info": "see /info",
+    "/load_lora_adapter": "POST /adapters, or /v1/load_lora_adapter",
+    "/unload_lora_adapter": "DELETE /adapters/NAME, or POST /v1/unload_lora_adapter",
+}
 TGI_PATHS = frozenset(("/", "/generate", "/generate_stream", "/tokenize", "/invocations"))
 
 
@@ -164,12 +185,15 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     family = family_of(request.url.path)
     message = str(error.detail)
     if error.status_code in (404, 405):
-        message = f"{request.method} {request.url.path[:200]} is not served here, see /openapi.json"
+        path = request.url.path
+        instead = INSTEAD.get(path, "see /openapi.json")
+        message = f"{request.method} {path[:200]} is not served here, {instead}"
     if family is Family.OPENAI:
         body = openai_body(_printable(message), _INVALID, None)
     else:
         body = {"error": _printable(message), "error_type": "validation"}
-    return _response(error.status_code, body, error.headers)
+    response = _response(error.status_code, body, error.headers)
+    return _UnreadBodyResponse(response) if error.status_code == 413 else response
 
 
 async def _on_disconnect(_request: Request, _error: Exception) -> Response:
@@ -206,3 +230,28 @@ def _headers(error: Exception) -> dict[str, str]:
 
 def _response(status: int, body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:
     return Response(orjson.dumps(body), status, dict(headers or {}), "application/json")
+
+
+class _UnreadBodyResponse(Response):
+    """Sends an answer, then reads the body on for a moment.
+
+    A client that is still sending when its connection is closed may never see the answer.
+    """
+
+    def __init__(self, response: Response) -> None:
+        super().__init__(response.body, response.status_code, dict(response.headers))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(_discard(receive), DISCARD_S)
+        await send({"type": "http.response.body"})
+
+
+async def _discard(receive: Receive) -> None:
+    nbytes, is_more = 0, True
+    while is_more and nbytes <= DISCARDED_NBYTES:
+        message = await receive()
+        nbytes += len(message.get("body", b""))
+        is_more = message.get("more_body", False)

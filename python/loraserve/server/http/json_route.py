@@ -66,6 +66,9 @@ class JsonRequest(Request):
         return b"".join(chunks)
 
     def _check_content_type(self) -> None:
+        encoding = self.headers.get("content-encoding", "identity")
+        if encoding.strip().lower() != "identity":
+            raise HTTPException(415, f"content-encoding is {encoding[:100]!r}, send the body as it is")
         given = self.headers.get("content-type", "")
         message = email.message.Message()
         message["content-type"] = given or "none"

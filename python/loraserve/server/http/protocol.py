@@ -30,7 +30,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     limits_ = HttpLimits()
     _timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
-    _header_nbytes = 0
+    _header_nbytes = 0  # received
+    _parsed_nbytes = 0
     _is_in_headers = True
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -52,12 +53,21 @@ class BoundedHttpProtocol(HttpToolsProtocol):
                 self._arm(self.limits_.header_timeout_s, "headers")
         super().data_received(data)
         if self._is_in_headers and self._header_nbytes > self.limits_.max_header_nbytes:
-            limit = self.limits_.max_header_nbytes
-            self._refuse(431, "Request Header Fields Too Large", f"the headers exceed {limit} bytes")
+            self._refuse_headers()
+
+    def on_url(self, url: bytes) -> None:
+        """Counted with the headers."""
+        self._take_header(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Counts headers that came in one piece with what follows them."""
+        self._take_header(len(name) + len(value) + len(": \r\n"))
+        super().on_header(name, value)
 
     def on_message_begin(self) -> None:
         """A request's headers may take `header_timeout_s` from now."""
-        self._is_in_headers = True
+        self._is_in_headers, self._parsed_nbytes = True, 0
         self._arm(self.limits_.header_timeout_s, "headers")
         super().on_message_begin()
 
@@ -75,6 +85,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Called by uvicorn for bytes that are not HTTP; answers in the shape of other errors."""
+        if self._parsed_nbytes > self.limits_.max_header_nbytes:
+            self._refuse_headers()
         self._refuse(400, "Bad Request", "not an HTTP/1.1 request")
 
     def pause_writing(self) -> None:
@@ -87,6 +99,16 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         """The client reads again."""
         self._disarm_write()
         super().resume_writing()
+
+    def _take_header(self, nbytes: int) -> None:
+        """Ends the parsing above the limit, which uvicorn takes for bytes that are not HTTP."""
+        self._parsed_nbytes += nbytes
+        if self._parsed_nbytes > self.limits_.max_header_nbytes:
+            raise ValueError("too many headers")
+
+    def _refuse_headers(self) -> None:
+        limit = self.limits_.max_header_nbytes
+        self._refuse(431, "Request Header Fields Too Large", f"the headers exceed {limit} bytes")
 
     def _arm(self, seconds: float, part: str) -> None:
         self._disarm()

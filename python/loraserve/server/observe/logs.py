@@ -32,8 +32,14 @@ def configure_logs(level: str, format_: str) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if format_ == "json" else TextFormatter(TEXT_FORMAT, TIME_FORMAT))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.getLogger("uvicorn.error").addFilter(_is_no_advice)
     for name in CHATTY:
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
+
+
+def _is_no_advice(record: logging.LogRecord) -> bool:
+    """uvicorn tells what to install for WebSockets, of which no route takes any."""
+    return "WebSocket" not in record.getMessage()
 
 
 def log_event(
