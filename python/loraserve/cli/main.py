@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
+from loraserve.cli.options import OneLineParser
 from loraserve.errors import LoraserveError
 from loraserve.validation.printable import printable
 
@@ -29,6 +30,7 @@ examples:
 
 MAX_LINE_CHARS = 4000
 OUTPUT_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+FLAG_CUTOFF = 0.8  # below, a guess misleads
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
 
@@ -41,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             sys.stdout.flush()
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            print("loraserve: error: too many open files, raise the limit (ulimit -n)", file=sys.stderr)
+            return EXIT_ERROR
         if error.errno not in OUTPUT_ERRORS or error.filename is not None:
             raise
         # Python would complain once more when it flushes stdout at exit.
@@ -76,13 +81,13 @@ def _error_text(error: LoraserveError) -> str:
 def _unknown_text(command: argparse.ArgumentParser, unknown: Sequence[str]) -> str:
     text = f"unrecognized arguments: {' '.join(unknown)}"
     flags = command._option_string_actions  # argparse has no other list of them
-    likely = difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1)
+    likely = difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1, FLAG_CUTOFF)
     return f"{text}; did you mean {likely[0]}?" if likely else text
 
 
 def build_parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
     """The parser of these commands."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="loraserve",
         description="Serve hundreds of LoRA adapters on one base LLM, mixed in one batch.",
         epilog=EXAMPLES,

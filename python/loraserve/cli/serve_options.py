@@ -19,6 +19,7 @@ from loraserve.settings.fields import OFF
 from loraserve.settings.foreign import (
     FALSE,
     FOREIGN_SETTINGS,
+    SGLANG_AND_LLAMA_CPP,
     TGI_AND_LORAX,
     TRUE,
     VLLM,
@@ -43,6 +44,7 @@ SEVERAL = ("served_model_name",)  # values of one flag, as vLLM takes them
 FOREIGN_GROUPS = {
     "TGI's and LoRAX' launchers (a flag's variable has its name in capitals)": TGI_AND_LORAX,
     "vLLM's server": VLLM,
+    "SGLang's and llama.cpp's servers": SGLANG_AND_LLAMA_CPP,
 }
 
 

@@ -261,6 +261,32 @@ VLLM: tuple[ForeignSetting, ...] = (
     *_switches("enforce_eager disable_log_requests disable_log_stats enable_log_requests",
                "it tunes another engine", **(NO_EFFECT | FLAG_ONLY)),
     *_values("uvicorn_log_level", "see --log-level", "LEVEL", **(NO_EFFECT | FLAG_ONLY)),
+    *_values("task runner", "models generate text", "NAME", accepted=("auto", "generate"), **FLAG_ONLY),
+    *_values("hf_token", "set the variable HF_TOKEN: others see a program's flags", "TOKEN", **FLAG_ONLY),
+    *_values("hf_overrides", "write it into the model's config.json, from where it is read", "JSON",
+             **FLAG_ONLY),
+    *_values("api_server_count", "one process serves", "N", accepted=("1",), **FLAG_ONLY),
+    *_values("response_role", "answers are of role assistant", "ROLE", accepted=("assistant",), **FLAG_ONLY),
+    *_values("speculative_config", "no tokens are drafted ahead", "JSON", **(NO_EFFECT | FLAG_ONLY)),
+    *_values("lora_target_modules", "every module of an adapter is applied, leave it away", "NAMES",
+             **FLAG_ONLY),
+    *_values("limit_mm_per_prompt", "models read text only", "JSON", **(NO_EFFECT | FLAG_ONLY)),
+    *_values("uds", "give --host and --port: no sockets of files are listened on", "PATH", **FLAG_ONLY),
+    *_values("scheduling_policy", "requests are answered in order", "NAME", accepted=("fcfs",), **FLAG_ONLY),
+    *_values("num_gpu_blocks_override", MEMORY_SIZES, "N", **(NO_EFFECT | FLAG_ONLY)),
+    *_values("guided_decoding_backend max_seq_len_to_capture distributed_executor_backend max_log_len",
+             "it tunes another engine", **(NO_EFFECT | FLAG_ONLY)),
+    *_switches("fully_sharded_loras enable_prompt_tokens_details disable_frontend_multiprocessing "
+               "async_scheduling", "it tunes another engine", **(NO_EFFECT | FLAG_ONLY)),
+    *_switches("enable_sleep_mode", "the engine does not sleep, leave it away", **FLAG_ONLY),
 )  # fmt: skip
 
-FOREIGN_SETTINGS = TGI_AND_LORAX + VLLM
+SGLANG_AND_LLAMA_CPP: tuple[ForeignSetting, ...] = (
+    *_values("mem_fraction_static", MEMORY_SIZES, "X", **(NO_EFFECT | FLAG_ONLY)),
+    *_values("max_loras_per_batch", "a batch mixes any number of adapters", "N", **(NO_EFFECT | FLAG_ONLY)),
+    *_values("lora_paths lora", "serve it by --adapter NAME=PATH", "PATH", **FLAG_ONLY),
+    *_values("ctx_size context_length", "give --max-model-len instead", "TOKENS", **FLAG_ONLY),
+    *_values("n_gpu_layers", "give --device instead", "N", **FLAG_ONLY),
+)  # fmt: skip
+
+FOREIGN_SETTINGS = TGI_AND_LORAX + VLLM + SGLANG_AND_LLAMA_CPP
