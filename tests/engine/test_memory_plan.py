@@ -145,3 +145,8 @@ def test_what_cannot_be_had_is_refused_with_the_remedy(
 def test_more_than_is_free_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     plan(QWEN3_06B, 16, 4, memory="8GiB")
     assert "memory is 8.0 GiB, only" in caplog.text
+
+
+def test_a_context_cut_by_a_sliding_window_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    assert plan({**TINY, "sliding_window": 64}, total=8, free=8).max_model_len == 64
+    assert "from the model's 256 tokens to its sliding_window of 64" in caplog.text

@@ -43,6 +43,12 @@ def plan_memory(
         ModelError: the context is longer than the model's.
     """
     model_limit = model.resolve_max_model_len(config.max_model_len)
+    if config.max_model_len is None and model_limit < model.max_position:
+        logger.warning(
+            "the context is cut from the model's %d tokens to its sliding_window of %d: attention here is full",
+            model.max_position,
+            model_limit,
+        )
     dtype: torch.dtype = getattr(torch, config.dtype)
     page_nbytes, block_size = geometry.page_nbytes(dtype), geometry.block_size
     weights, loading = weights_nbytes(model, dtype.itemsize), loading_nbytes(model)
