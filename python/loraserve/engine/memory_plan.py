@@ -45,7 +45,7 @@ def plan_memory(
     model_limit = model.resolve_max_model_len(config.max_model_len)
     if config.max_model_len is None and model_limit < model.max_position:
         logger.warning(
-            "the context is cut from the model's %d tokens to its sliding_window of %d: attention here is full",
+            "the context is cut from the model's %d tokens to its sliding_window of %d, attention is full",
             model.max_position,
             model_limit,
         )
