@@ -45,6 +45,13 @@ def download_model(repo_id: str, revision: str | None = None) -> Path:
         )
 
 
+def load_client() -> None:
+    """Import what `snapshot` needs."""
+    from huggingface_hub import errors, snapshot_download, utils  # noqa: PLC0415  half a second
+
+    _ = errors, snapshot_download, utils
+
+
 def snapshot(repo_id: str, *, on_progress: OnProgress | None = None, **options: Any) -> Path:
     """As `huggingface_hub.snapshot_download`, with an end where the Hub stops to answer.
 
@@ -53,7 +60,7 @@ def snapshot(repo_id: str, *, on_progress: OnProgress | None = None, **options: 
     Raises:
         TimeoutError: nothing came for `STALL_S`; what hangs is left to a daemon thread.
     """
-    from huggingface_hub import snapshot_download  # noqa: PLC0415  half a second, only paid for ids
+    from huggingface_hub import snapshot_download  # noqa: PLC0415  half a second
 
     moved_at = time.monotonic()
 

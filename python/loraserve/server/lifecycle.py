@@ -172,11 +172,12 @@ async def _assemble_with(settings: ServeSettings, kept: AdapterState | None) -> 
                 error=type(failure.error).__name__,
                 reason=str(failure.error),
             )
-        grpc = assembly.grpc_server(settings, engine, access, metrics, tls, kept)
-        http = assembly.http_server(settings, engine, access, metrics, tls, failures, kept)
+        grpc = assembly.grpc_server(settings, engine, access, sources, metrics, tls, kept)
+        http = assembly.http_server(settings, engine, access, sources, metrics, tls, failures, kept)
     except BaseException:
         await engine.shutdown(0.0)
         raise
+    sources.get_ready()
     return Servers(engine, grpc, http, traces, kept)
 
 

@@ -59,6 +59,9 @@ class FakeTokenizer:
     eos_token_ids: tuple[int, ...] = ()
     max_token_len = 8
 
+    def check_fits(self, text: str, max_num_tokens: int, what: str) -> None:
+        pass
+
     def decode(self, ids: Any, skip_special_tokens: bool = True) -> str:
         return " ".join(f"<{token_id}>" for token_id in ids)
 

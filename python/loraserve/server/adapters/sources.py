@@ -11,7 +11,7 @@ from loraserve.adapters.hub import ADAPTER_FILES, download_adapter
 from loraserve.adapters.source import AdapterSource, parse_source
 from loraserve.engine.workers import Workers
 from loraserve.errors import AdapterFormatError, InvalidRequestError, PermissionDeniedError
-from loraserve.loader.hub import OnProgress
+from loraserve.loader.hub import OnProgress, load_client
 from loraserve.validation.files import expanded
 
 MAX_DOWNLOADS = 8
@@ -30,6 +30,11 @@ class AdapterSources:
         self._roots = tuple(expanded(root).resolve() for root in roots)
         self._hub_repos = tuple(hub_repos)
         self._downloads = Workers("adapter downloads", MAX_DOWNLOADS, MAX_WAITING_DOWNLOADS)
+
+    def get_ready(self) -> None:
+        """Load the Hub's client, if it may be needed: streams would show the half a second of that."""
+        if self._hub_repos:
+            self._downloads.submit(load_client)
 
     def find(self, text: str, revision: str | None = None) -> AdapterSource:
         """What a request means by a source.

@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import ssl
 from collections.abc import Iterator
+from typing import Any
 
 import uvicorn
+from starlette.types import Message
 
 from loraserve.server.http.app import create_app
 from loraserve.server.http.protocol import bounded_protocol
@@ -44,6 +46,7 @@ class HttpServer:
 
     async def start(self) -> None:
         """Takes connections from here on."""
+        await _build_routes(self._server.config.app)
         self._serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))
         while not self._server.started:
             if self._serving.done():
@@ -58,6 +61,18 @@ class HttpServer:
         self._server.config.timeout_graceful_shutdown = max(1, int(drain_s))
         self._server.should_exit = True
         await self._serving
+
+
+async def _build_routes(app: Any) -> None:
+    """FastAPI makes the validators of all routes at its first request: a tenth of a second on the loop."""
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def send(_: Message) -> None: ...
+
+    scope = {"type": "http", "method": "GET", "path": "/-", "headers": [], "query_string": b""}
+    await app(scope, receive, send)
 
 
 class _Server(uvicorn.Server):
