@@ -53,7 +53,7 @@ def test_paths_under_a_root_are_resolved(folder: Path, path: str, resolved: str)
         ("/etc", PermissionDeniedError),
         ("/proc/self/root/etc", PermissionDeniedError),
         ("~", PermissionDeniedError),
-        ("~nobody-of-this-name", AdapterFormatError),
+        ("~nobody-of-this-name", PermissionDeniedError),
         ("root/good\0", InvalidRequestError),
     ],
 )
