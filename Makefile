@@ -32,10 +32,29 @@ test: $(STAMPS)/dev ## set up, run every test (cargo, pytest in two processes; J
 SOAK_SECONDS ?= 3600
 # Of the scheduler, from another seed each time: 10^9 are some nights.
 SOAK_OPERATIONS ?= 200000000
-soak: $(STAMPS)/dev ## more of what is drawn at random: the scheduler's operations, requests, programs' ends, an hour of attacks
+# libFuzzer on rust/fuzz, with the stable compiler; a finding is a panic, an abort, an input over 5 s or 100 MB.
+FUZZ_SECONDS ?= 60
+FUZZ_TARGETS ?= $(notdir $(wildcard rust/fuzz/corpus/*))
+FUZZ_COVERAGE := --cfg fuzzing -Ccodegen-units=1 -Cpasses=sancov-module $(addprefix -Cllvm-args=-sanitizer-coverage-, \
+	level=4 inline-8bit-counters pc-table trace-compares)
+FUZZ_HOST = $(shell rustc --version --verbose | sed -n 's/^host: //p')
+fuzz: ## fuzz each target of rust/fuzz for FUZZ_SECONDS; INPUT=FILE FUZZ_TARGETS=pattern repeats a finding
+	RUSTFLAGS='$(FUZZ_COVERAGE)' CARGO_TARGET_DIR=target/fuzz cargo build --release \
+		--manifest-path rust/fuzz/Cargo.toml --target $(FUZZ_HOST)
+	@for target in $(FUZZ_TARGETS); do \
+		found=target/fuzz/found/$$target; mkdir -p $$found $$found.corpus; echo "fuzzing $$target"; \
+		target/fuzz/$(FUZZ_HOST)/release/$$target -timeout=5 -rss_limit_mb=0 -max_len=4096 -artifact_prefix=$$found/ \
+			$(if $(INPUT),$(INPUT),-max_total_time=$(FUZZ_SECONDS) $$found.corpus rust/fuzz/corpus/$$target) >$$found.log 2>&1 \
+			|| { tail -n 60 $$found.log; exit 1; }; \
+		$(if $(INPUT),,grep --text DONE $$found.log;) \
+	done
+
+soak: $(STAMPS)/dev ## more of what is drawn at random: operations, files, requests, programs' ends, an hour of attacks
 	LORASERVE_OPERATIONS=$(SOAK_OPERATIONS) LORASERVE_FIRST_SEED=$$(date +%s)000000 \
 		cargo test --release --package loraserve-core --test random_operations -- --nocapture
 	LORASERVE_SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/python -m pytest tests/soak
+	LORASERVE_TEST_FUZZ_CASES=3000 $(BIN)/python -m pytest tests/fuzz
+	$(MAKE) fuzz FUZZ_SECONDS=600
 	LORASERVE_SCHEMATHESIS_CASES=5000 LORASERVE_EXIT_RUNS=10 $(BIN)/python -m pytest \
 		tests/server/http/test_openapi.py tests/e2e/test_exit.py
 
@@ -43,6 +62,7 @@ lint: lint-rust lint-python lint-cuda ## formatting, lints, types, stubs; .pre-c
 
 lint-rust: $(STAMPS)/dev
 	cargo fmt --all --check
+	cargo fmt --manifest-path rust/fuzz/Cargo.toml --check
 	cargo clippy --workspace --all-targets -- -D warnings
 
 lint-python: $(STAMPS)/dev
@@ -57,6 +77,7 @@ lint-cuda: $(STAMPS)/dev
 
 format: $(STAMPS)/dev ## rewrite files the way lint wants them
 	cargo fmt --all
+	cargo fmt --manifest-path rust/fuzz/Cargo.toml
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
@@ -120,4 +141,4 @@ $(STAMPS):
 	$(PYTHON) -m venv $(VENV)
 	@mkdir -p $@
 
-.PHONY: help demo dev test soak lint lint-rust lint-python lint-cuda format lock check-sass gpu-kit bench serve clean
+.PHONY: help demo dev test fuzz soak lint lint-rust lint-python lint-cuda format lock check-sass gpu-kit bench serve clean

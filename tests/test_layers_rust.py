@@ -33,6 +33,7 @@ CRATES: dict[str, tuple[set[str], str]] = {
         content matrix
         pack base_copy
         adapter
+        fuzz
         """,
     ),
     "bounds": (set(), "json protobuf"),

@@ -131,7 +131,7 @@ def _nudged(random: Random, value: Any) -> Any:
     if isinstance(value, bool) or value is None:
         return not value
     if isinstance(value, int | float):
-        return random.choice((value + 1, value - 1, -value, value * 2, value / 2, str(value), [value]))
+        return random.choice((value + 1, value - 1, -value, value * 2, value // 2, str(value), [value]))
     if isinstance(value, str):
         at = random.randrange(len(value) + 1)
         return value[:at] + random.choice(TEXTS) + value[at + random.randrange(2) :]

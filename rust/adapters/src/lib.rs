@@ -13,6 +13,8 @@ mod content;
 mod error;
 mod fields;
 mod foreign;
+#[cfg(fuzzing)]
+pub mod fuzz;
 mod layout;
 mod matrix;
 mod pace;

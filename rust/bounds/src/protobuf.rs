@@ -56,7 +56,7 @@ fn count_message(
                 let Some(content) = content else { return };
                 match shape.0.get(&(tag >> 3)) {
                     Some(Content::Varints) => {
-                        counts.numbers += content.iter().filter(|&&b| b < 0x80).count()
+                        counts.numbers += content.iter().filter(|&&b| b < 0x80).count();
                     }
                     Some(Content::Message(shape)) => {
                         counts.objects += 1;
