@@ -43,7 +43,8 @@ CRATES: dict[str, tuple[set[str], str]] = {
         error
         geometry cuda::error
         step_arrays
-        cpu::memory cpu::threads cpu::simd
+        cpu::memory cpu::sync cpu::simd
+        cpu::threads
         cpu::element cpu::step
         cpu::linear cpu::panel_product
         cpu::norm cpu::activation cpu::argmax

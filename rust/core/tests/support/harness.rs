@@ -186,7 +186,19 @@ impl Harness {
             step.batch.is_some() || waits_for_load || self.expected.is_empty(),
             "a step without work waits for a load"
         );
+        if step.batch.is_none() {
+            self.check_idle();
+        }
         self.in_flight = Some((step, token_ids));
+    }
+
+    /// Who steps sleeps after a step without work until something happens: there must be nothing left to do.
+    fn check_idle(&mut self) {
+        let again = self.scheduler.schedule();
+        assert!(
+            again.batch.is_none() && again.loads.is_empty() && again.moves.is_empty(),
+            "a step without work leaves none to the next: {again:?}"
+        );
     }
 
     fn commit(&mut self) {

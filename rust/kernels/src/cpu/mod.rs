@@ -15,4 +15,5 @@ pub mod program;
 pub mod rope;
 pub mod simd;
 pub mod step;
+mod sync;
 pub mod threads;

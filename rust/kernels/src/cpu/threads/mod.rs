@@ -8,21 +8,19 @@
 mod prefetch;
 
 use std::any::Any;
-use std::cell::UnsafeCell;
-use std::hint::spin_loop;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
-use std::{mem, process};
+use std::sync::PoisonError;
+use std::time::Duration;
+use std::{mem, process, thread};
 
 use self::prefetch::{PrefetchRange, Prefetcher};
+use super::sync::{
+    Arc, AtomicBool, AtomicU64, AtomicUsize, Builder, Instant, JoinHandle, Mutex, MutexGuard,
+    Ordering, SPINS_PER_CHECK, UnsafeCell, park, spin_loop, yield_now,
+};
 
 /// How long an idle worker spins before it parks: longer than the gap between two ops of a step.
 const SPIN: Duration = Duration::from_micros(50);
-/// Spins between two looks at the clock.
-const SPINS_PER_CHECK: u32 = 64;
 
 type Task<'a> = dyn Fn(usize) + Sync + 'a;
 
@@ -119,6 +117,7 @@ impl ThreadPool {
         self.shared.work(0);
         self.shared.close(&mut prefetcher);
         let panic = self.shared.lock_panic().take();
+        drop(prefetcher); // a panic of a task is no fault of the next caller
         if let Some(payload) = panic {
             resume_unwind(payload);
         }
@@ -137,7 +136,9 @@ impl ThreadPool {
         // SAFETY: only the lifetime changes; `close` ends every use of the task before `run` returns.
         let task = unsafe { std::mem::transmute::<*const Task<'_>, *const Task<'static>>(task) };
         // SAFETY: the state is closed and empty, and `caller` is locked: nobody else touches `job`.
-        unsafe { *shared.job.get() = Job { task, phases } };
+        shared
+            .job
+            .with_mut(|job| unsafe { *job = Job { task, phases } });
         let team = shared.shares.len();
         for (thread, share) in shared.shares.iter().enumerate() {
             for (next, num_tasks) in share.0.iter().zip(phases) {
@@ -177,7 +178,7 @@ impl Shared {
     /// Runs tasks of the open job until none is left, those of this thread's share first.
     fn work(&self, thread: usize) {
         // SAFETY: the caller of `run`, or a worker that joined the open state: `job` is fixed until closed.
-        let job = unsafe { *self.job.get() };
+        let job = self.job.with(|job| unsafe { *job });
         // SAFETY: the task outlives the open job, see `open`.
         let task = unsafe { &*job.task };
         let team = self.shares.len();
@@ -205,7 +206,7 @@ impl Shared {
         while self.state.load(Ordering::Acquire) & ACTIVE_MASK != 0 {
             spins = spins.wrapping_add(1);
             if spins.is_multiple_of(1 << 14) {
-                thread::yield_now();
+                yield_now();
             } else if !prefetcher.prefetch_some(&self.prefetch_range) {
                 spin_loop();
             }
@@ -222,7 +223,7 @@ impl Shared {
         self.state.fetch_sub(1, Ordering::Release);
     }
 
-    fn lock_panic(&self) -> std::sync::MutexGuard<'_, Option<Box<dyn Any + Send>>> {
+    fn lock_panic(&self) -> MutexGuard<'_, Option<Box<dyn Any + Send>>> {
         self.panic.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -258,14 +259,14 @@ impl Shared {
         self.parked[index].store(true, Ordering::SeqCst);
         let nothing_to_do = !Self::is_open(self.state.load(Ordering::SeqCst), seen);
         if nothing_to_do && !self.stopping.load(Ordering::SeqCst) {
-            thread::park();
+            park();
         }
         self.parked[index].store(false, Ordering::SeqCst);
     }
 }
 
 fn spawn_worker(index: usize, shared: Arc<Shared>) -> JoinHandle<()> {
-    thread::Builder::new()
+    Builder::new()
         .name(format!("loraserve-cpu-{}", index + 1))
         .spawn(move || {
             let mut seen = 0;
@@ -313,87 +314,5 @@ impl<T> Shareable<T> {
 
     pub fn get(self) -> *mut T {
         self.0
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_task_runs_once_whatever_the_team() {
-        for num_threads in 1..6 {
-            let pool = ThreadPool::new(Some(num_threads));
-            for (first, second) in [(0, 0), (0, 1), (1, 1), (2, 0), (3, 4), (0, 1000), (1, 7)] {
-                let num_tasks = first + second;
-                let counts: Vec<_> = (0..num_tasks).map(|_| AtomicUsize::new(0)).collect();
-                pool.run_phases([first, second], &|i| {
-                    counts[i].fetch_add(1, Ordering::Relaxed);
-                });
-                assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 1));
-            }
-        }
-    }
-
-    #[test]
-    fn a_second_phase_may_wait_for_the_first() {
-        let pool = ThreadPool::new(Some(3));
-        for _ in 0..2000 {
-            let pending = AtomicUsize::new(5);
-            pool.run_phases([5, 6], &|i| {
-                if i < 5 {
-                    pending.fetch_sub(1, Ordering::Release);
-                }
-                while i >= 5 && pending.load(Ordering::Acquire) != 0 {
-                    spin_loop();
-                }
-            });
-        }
-    }
-
-    #[test]
-    fn parked_workers_wake_for_the_next_job() {
-        let pool = ThreadPool::new(Some(2));
-        for _ in 0..20 {
-            thread::sleep(SPIN * 4);
-            let both = AtomicUsize::new(0);
-            let start = Instant::now();
-            pool.run(2, &|_| {
-                both.fetch_add(1, Ordering::SeqCst);
-                while both.load(Ordering::SeqCst) < 2 && start.elapsed() < Duration::from_secs(20) {
-                    thread::yield_now();
-                }
-            });
-            assert!(
-                start.elapsed() < Duration::from_secs(20),
-                "one thread ran both tasks"
-            );
-        }
-    }
-
-    #[test]
-    fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
-        let pool = ThreadPool::new(Some(3));
-        let result = catch_unwind(AssertUnwindSafe(|| {
-            pool.run(64, &|i| assert!(i != 13, "task thirteen"));
-        }));
-        assert!(result.is_err());
-        let sum = AtomicUsize::new(0);
-        pool.run(64, &|i| {
-            sum.fetch_add(i, Ordering::Relaxed);
-        });
-        assert_eq!(sum.into_inner(), 64 * 63 / 2);
-    }
-
-    #[test]
-    fn many_small_jobs_in_a_row_lose_no_task() {
-        let pool = ThreadPool::new(Some(4));
-        let sum = AtomicUsize::new(0);
-        for _ in 0..20_000 {
-            pool.run(3, &|_| {
-                sum.fetch_add(1, Ordering::Relaxed);
-            });
-        }
-        assert_eq!(sum.into_inner(), 60_000);
     }
 }
