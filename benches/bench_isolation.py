@@ -1,7 +1,8 @@
 """How far one caller's attack moves others' streams: the largest gap between tokens, beside a calm time's.
 
 A server in a process of its own streams four answers of the base model to a client in another. Each attack
-goes on for some seconds; before it the same time passes without one.
+goes on for some seconds; before it the same time passes without one. With `--exits` the server is stopped in
+the middle of each attack instead, and the time until its process has ended is shown.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from tqdm import tqdm
 NUM_STREAMS = 4
 STREAM_TOKENS = 6000
 TIMEOUT_S = 30.0
+DRAIN_S = 1.0
 Attack: TypeAlias = "Callable[[Target], Awaitable[None]]"
 
 
@@ -230,6 +232,8 @@ async def read_streams(url: str) -> None:
 
 def prepare(folder: Path) -> dict[str, Path]:
     """Writes the adapters that attack; name → directory of those that the server starts with."""
+    if (folder / "plain").exists():
+        return {name: folder / name for name in ("hostile", "large")}
     plain = Path(next(iter(write_adapters(folder / "plain", 1, 8).values())))
     hostile = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     manifests = {
@@ -250,9 +254,10 @@ def prepare(folder: Path) -> dict[str, Path]:
 
 
 def start_server(folder: Path, hub: str) -> tuple[subprocess.Popen[str], Target]:
-    """A ready server on free ports."""
+    """A ready server on free ports; `folder` is empty, or has been one's before."""
     adapters = [part for name, path in prepare(folder).items() for part in ("--adapter", f"{name}={path}")]
     options = ("--adapter-root", str(folder), "--http-port", "0", "--grpc-port", "0", "--log-level", "error")
+    options += ("--drain-seconds", str(DRAIN_S))
     command = [sys.executable, "-m", "loraserve", "serve", "smollm2", *adapters, *options]
     environment = {**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "0"}
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
@@ -266,7 +271,8 @@ async def measure(
 ) -> list[dict[str, Any]]:
     """One row an attack: milliseconds of the largest gap in a calm time, and under it."""
     rows = []
-    await asyncio.sleep(3.0)
+    while reader.largest_gap_s() == 0.0:
+        await asyncio.sleep(0.5)
     for name in tqdm(attacks, unit="attack"):
         reader.largest_gap_s()
         await asyncio.sleep(seconds)
@@ -289,6 +295,35 @@ async def measure(
     return rows
 
 
+async def stop_in(folder: Path, hub: str, name: str, seconds: float) -> dict[str, Any]:
+    """One row: seconds from SIGTERM in the middle of an attack to the end of the process, and its status."""
+    server, target = start_server(folder, hub)
+    reader = Reader(target.url)
+    try:
+        while reader.largest_gap_s() == 0.0:
+            await asyncio.sleep(0.5)
+        attacking = asyncio.create_task(ATTACKS[name](target))  # type: ignore[arg-type]
+        await asyncio.sleep(seconds)
+        started = time.perf_counter()
+        server.terminate()
+        status = await asyncio.to_thread(server.wait, TIMEOUT_S)
+        ended_s = time.perf_counter() - started
+        attacking.cancel()
+        await asyncio.gather(attacking, return_exceptions=True)
+    finally:
+        reader.close()
+        server.kill()
+        server.wait()
+    return {"attack": name, "ended_s": ended_s, "status": status}
+
+
+def report_exits(rows: Sequence[dict[str, Any]]) -> str:
+    """A table in Markdown."""
+    lines = [f"| SIGTERM, drain {DRAIN_S:g} s, four streams and | ended after, s | status |", "|---|---|---|"]
+    lines += [f"| {row['attack']} | {row['ended_s']:.1f} | {row['status']} |" for row in rows]
+    return "\n".join(lines)
+
+
 def report(rows: Sequence[dict[str, Any]]) -> str:
     """A table in Markdown."""
     lines = ["| attack, again and again | largest gap without, ms | with, ms | more |", "|---|---|---|---|"]
@@ -303,6 +338,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=6.0, help="that each attack, and each calm, lasts")
     parser.add_argument("--only", nargs="*", default=[], help="attacks whose name has one of these words")
+    parser.add_argument("--exits", action="store_true", help="stop the server in the middle of each attack")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--reader", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -310,18 +346,27 @@ def main() -> None:
         asyncio.run(read_streams(args.reader))
         return
     attacks = [name for name in ATTACKS if not args.only or any(word in name for word in args.only)]
-    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as hub:
-        server, target = start_server(Path(folder), f"http://127.0.0.1:{hub.getsockname()[1]}")
-        reader = Reader(target.url)
-        try:
-            rows = asyncio.run(measure(target, reader, attacks, args.seconds))
-        finally:
-            reader.close()
-            server.kill()
-            server.wait()
-    print(report(rows))
+    with tempfile.TemporaryDirectory() as name, socket.create_server(("127.0.0.1", 0)) as hub:
+        folder, endpoint = Path(name), f"http://127.0.0.1:{hub.getsockname()[1]}"
+        if args.exits:
+            rows = [asyncio.run(stop_in(folder, endpoint, attack, 1.0)) for attack in tqdm(attacks)]
+        else:
+            rows = run_attacks(folder, endpoint, attacks, args.seconds)
+    print(report_exits(rows) if args.exits else report(rows))
     if args.json:
         args.json.write_text(json.dumps({"machine": machine.describe(), "rows": rows}, indent=1))
+
+
+def run_attacks(folder: Path, hub: str, attacks: Sequence[str], seconds: float) -> list[dict[str, Any]]:
+    """`measure` on a server of its own."""
+    server, target = start_server(folder, hub)
+    reader = Reader(target.url)
+    try:
+        return asyncio.run(measure(target, reader, attacks, seconds))
+    finally:
+        reader.close()
+        server.kill()
+        server.wait()
 
 
 if __name__ == "__main__":
