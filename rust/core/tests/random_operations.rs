@@ -23,7 +23,7 @@ const PROGRESS_EVERY: Duration = Duration::from_secs(30);
 
 /// What must happen at least this often in as many operations as are run without being asked for more.
 const AT_LEAST: u64 = 100;
-const SEEN: [&str; 15] = [
+const SEEN: [&str; 16] = [
     "accepted to the last page",
     "adapters evicted",
     "adapters loaded",
@@ -38,6 +38,7 @@ const SEEN: [&str; 15] = [
     "prefix hits",
     "refused for one page",
     "replaced under load",
+    "sums of weights too large",
     "weights of zero beside others",
 ];
 

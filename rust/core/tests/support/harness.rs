@@ -67,7 +67,12 @@ impl Harness {
         let block_size = rng.range(1, 6);
         let has_ample_budget = rng.one_in(3);
         let config = SchedulerConfig {
-            num_pages: rng.range(6, 40),
+            // More than the bits of a word now and then, few enough that memory is short.
+            num_pages: if rng.one_in(8) {
+                rng.range(65, 150)
+            } else {
+                rng.range(6, 40)
+            },
             page_nbytes: 10,
             block_size,
             max_num_seqs: rng.range(1, 8),

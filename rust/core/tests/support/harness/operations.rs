@@ -86,6 +86,11 @@ impl Harness {
             Err(Error::OnlyBaseModelLeft) => {
                 assert!(new.needs_adapter && self.weights(&new).is_empty());
             }
+            Err(Error::BadWeight { .. }) => {
+                let huge = new.adapters.iter().filter(|&&(_, w)| w > 1.0);
+                assert!(huge.count() > 1, "only a sum is too large");
+                self.count("sums of weights too large", 1);
+            }
             Err(
                 Error::PromptTooLong { .. }
                 | Error::RequestTooLarge { .. }
@@ -103,12 +108,12 @@ impl Harness {
         let any = format!("n{}", self.rng.range(0, 8));
         let names: Vec<_> = self.names.keys().cloned().chain([any]).collect();
         let mut adapters = BTreeMap::new();
+        let is_huge = self.rng.one_in(16);
         for _ in 0..[0, 1, 1, 1, 2, 3][self.rng.range(0, 5)] {
             let name = names[self.rng.range(0, names.len() - 1)].clone();
-            adapters.insert(
-                name,
-                [1.0, 0.5, 0.25, 0.0, -0.25, -1.0][self.rng.range(0, 5)],
-            );
+            let weights = [1.0, 0.5, 0.25, 0.0, -0.25, -1.0];
+            let weight = weights[self.rng.range(0, 5)];
+            adapters.insert(name, if is_huge { f32::MAX } else { weight });
         }
         adapters.into_iter().collect()
     }
@@ -128,6 +133,15 @@ impl Harness {
     fn expect(&mut self, request: RequestId, new: NewRequest) {
         let weights = self.weights(&new);
         assert!(!new.needs_adapter || !weights.is_empty());
+        let listed = self.scheduler.adapters();
+        let is_resident = |id: &u32| {
+            let mut of_id = listed.iter().filter(|info| info.id.0 == *id);
+            of_id.any(|info| info.state == "resident")
+        };
+        assert_eq!(
+            self.scheduler.has_its_adapters(request),
+            weights.keys().all(is_resident)
+        );
         if !weights.is_empty() && new.adapters.iter().any(|&(_, weight)| weight == 0.0) {
             self.count("weights of zero beside others", 1);
         }
@@ -323,7 +337,10 @@ impl Harness {
         self.device
             .finish_load(adapter, succeeds.then(|| adapter_word(&hash)));
         if succeeds {
-            return self.scheduler.adapter_loaded(AdapterId(adapter)).unwrap();
+            self.scheduler.adapter_loaded(AdapterId(adapter)).unwrap();
+            let again = self.scheduler.adapter_loaded(AdapterId(adapter));
+            assert!(again.is_err(), "a load is answered once");
+            return;
         }
         let named = self
             .expected
