@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from loraserve import LLM, SamplingParams
+from loraserve.errors import AdapterFormatError
 
 from tests.fuzz import model_files
 from tests.fuzz.bounds import Campaign
@@ -121,6 +122,11 @@ def test_mutated_headers_of_its_weights_are_served_or_refused(llm: LLM, director
         return struct.pack("<Q", len(text)) + text + data
 
     _run("header of an adapter's weights", llm, file, mutate)
+
+
+def test_a_path_with_a_zero_byte_is_refused(llm: LLM) -> None:
+    with pytest.raises(AdapterFormatError, match="can't be read"):
+        llm.load_adapter("a", "a\0b")
 
 
 def _run(kind: str, llm: LLM, file: Path, mutate: Any, *, both: bool = True) -> None:

@@ -85,7 +85,7 @@ def _encoded(fields: Any, kind: type[Message]) -> bytes:
         part = kind()
         try:
             json_format.ParseDict({name: value}, part, ignore_unknown_fields=True)
-        except (json_format.Error, TypeError, ValueError, AttributeError, SystemError):  # upb, of surrogates
+        except (json_format.Error, TypeError, ValueError, OverflowError, AttributeError, SystemError):
             continue
         message.MergeFrom(part)
     return message.SerializeToString()

@@ -199,7 +199,7 @@ def _stamp(path: str) -> Stamp:
     """When an adapter's weights were last changed, and their size; None if they are not there."""
     try:
         stat = os.stat(os.path.join(path, "adapter_model.safetensors"))
-    except OSError:
+    except (OSError, ValueError):
         return None
     return stat.st_mtime_ns, stat.st_size
 
