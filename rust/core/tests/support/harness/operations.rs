@@ -92,10 +92,26 @@ impl Harness {
                 self.count("sums of weights too large", 1);
             }
             Err(
+                Error::RequestTooLarge {
+                    kv_pages,
+                    adapter_pages,
+                    available_pages,
+                    ..
+                }
+                | Error::NoRoomForRequest {
+                    kv_pages,
+                    adapter_pages,
+                    available_pages,
+                },
+            ) => {
+                let max_tokens = max_tokens.unwrap_or(new.min_tokens.max(1));
+                let num_tokens = (prompt_len + max_tokens).min(self.config.max_model_len);
+                assert_eq!(kv_pages, num_tokens.div_ceil(self.config.block_size));
+                assert!(kv_pages + adapter_pages > available_pages, "it would fit");
+            }
+            Err(
                 Error::PromptTooLong { .. }
-                | Error::RequestTooLarge { .. }
                 | Error::TooManyAdapters { .. }
-                | Error::NoRoomForRequest { .. }
                 | Error::AdapterNotFound { .. }
                 | Error::AdapterUnloading { .. },
             ) => {}
