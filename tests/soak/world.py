@@ -75,9 +75,15 @@ class World:
                 other.until = min(other.until, time.monotonic())
 
     def expect_restart(self) -> None:
-        """The server may be another one from now on, with the contents it is started with."""
+        """The server may be another one from now on, with what it is started with.
+
+        That is the configuration, and of what came at run time whatever could be written last.
+        """
         for index in range(NUM_REPLACED):
             self.put(f"r{index}", list(self.contents)[NUM_STATIC + 2 * index])
+        for name in [name for name in self.versions if name[0] not in "sr"]:
+            for content in {version.content for version in self.versions[name]}:
+                self.put(name, content)
 
     def adopt(self, sources: Mapping[str, str]) -> None:
         """A server has started, and tells name → directory of what it has; unknown ones change nothing."""
