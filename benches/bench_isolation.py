@@ -29,7 +29,7 @@ from adapter_files import write_adapters
 from tqdm import tqdm
 
 NUM_STREAMS = 4
-STREAM_TOKENS = 6000
+STREAM_TOKENS = 400  # a longer context would make gaps of its own
 TIMEOUT_S = 30.0
 DRAIN_S = 1.0
 Attack: TypeAlias = "Callable[[Target], Awaitable[None]]"
