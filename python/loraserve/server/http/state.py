@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from loraserve.server.adapters.state import AdapterState
     from loraserve.server.observe.metrics import Metrics
 
-NUM_TOKENIZERS = 2
+NUM_TOKENIZERS = 1
 MAX_TOKENIZATIONS = 256
 
 
