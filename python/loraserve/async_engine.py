@@ -101,11 +101,9 @@ class AsyncEngine:
         self._shutdowns = Workers("shutdowns", 1, MAX_WAITING_LOADS)
         self._engine = Engine(config, _weak(self._on_outputs), _weak(self._on_failure))
         self._frontend: Frontend[Inbox] = Frontend(self._engine)
-        # What a first request would wait for, and streams beside it.
         template = self.tokenizer.chat_template
-        if template is not None:
+        if template is not None:  # starts what renders it, so that the first request does not wait for that
             self._preparations.submit(template.check)
-        self._preparations.submit(self._engine.grammars.vocabulary)
 
     async def prepare(self, request: GenerateRequest) -> PreparedRequest:
         """Tokenise and resolve a request off the loop, to be submitted; nothing is queued.
@@ -137,6 +135,13 @@ class AsyncEngine:
         stream.prompt_token_ids = prepared.prompt_token_ids
         stream.request_ids += self._frontend.submit(prepared, stream.inbox)
         return stream
+
+    def get_ready(self) -> None:
+        """Build now, on a thread, what the first grammar needs: a fifth of a second with the GIL.
+
+        For programs that live longer: one that ends meanwhile may do so with a crash.
+        """
+        self._preparations.submit(self._engine.grammars.vocabulary)
 
     def abort(self, stream: RequestStream) -> None:
         """End the answers of a stream that are still open and free their pages."""

@@ -82,6 +82,9 @@ class FakeEngine:
             num_adapters=1,
         )
 
+    def get_ready(self) -> None:
+        pass
+
     async def shutdown(self, deadline_s: float = 0.0) -> None:
         pass
 

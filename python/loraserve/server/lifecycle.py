@@ -31,6 +31,7 @@ from loraserve.settings.schema import ServeSettings
 if TYPE_CHECKING:
     from loraserve.async_engine import AsyncEngine
     from loraserve.engine.stats import EngineInfo
+    from loraserve.server.adapters.sources import AdapterSources
     from loraserve.server.adapters.state import AdapterState
     from loraserve.server.http.server import HttpServer
     from loraserve.server.observe.tracing import Tracing
@@ -52,6 +53,7 @@ class Servers:
     http: HttpServer | None
     traces: Tracing | None
     kept: AdapterState | None
+    sources: AdapterSources
 
     async def start(self) -> None:
         """Takes calls from here on, gRPC first; the ports are bound already."""
@@ -59,6 +61,8 @@ class Servers:
             await self.grpc.start()
         if self.http is not None:
             await self.http.start()
+        self.engine.get_ready()
+        self.sources.get_ready()
 
     async def stop(self, drain_s: float) -> None:
         """Refuses new requests, lets running ones finish within `drain_s`, closes.
@@ -177,8 +181,7 @@ async def _assemble_with(settings: ServeSettings, kept: AdapterState | None) -> 
     except BaseException:
         await engine.shutdown(0.0)
         raise
-    sources.get_ready()
-    return Servers(engine, grpc, http, traces, kept)
+    return Servers(engine, grpc, http, traces, kept, sources)
 
 
 def _log_kept(kept: AdapterState) -> None:
