@@ -50,6 +50,24 @@ def completion(prompt: str, *, stream: bool = False) -> dict[str, Any]:
     return {"model": "base", "prompt": prompt, "stream": stream}
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "instead"),
+    [
+        ("POST", "/v1/responses", "ask /v1/chat/completions"),
+        ("POST", "/api/generate", "ask /v1/completions"),
+        ("POST", "/completion", "ask /v1/completions"),
+        ("GET", "/models", "see /v1/models"),
+        ("POST", "/nothing", "see /openapi.json"),
+    ],
+)
+def test_a_route_of_another_server_says_what_to_ask_here(
+    client: httpx.Client, method: str, path: str, instead: str
+) -> None:
+    answer = client.request(method, path)
+    assert answer.status_code == 404
+    assert f"{path} is not served here, {instead}" in answer.text
+
+
 def test_every_typed_error_has_a_status() -> None:
     typed = {cls for cls in vars(errors).values() if isinstance(cls, type)} - {errors.LoraserveError}
     assert typed == set(KINDS)

@@ -71,6 +71,19 @@ def test_what_has_too_many_values_is_not_parsed_and_holds_up_nobody(
     assert longest.result(60.0) < MAX_PAUSE_S
 
 
+def test_a_connection_is_kept_where_the_body_was_read_and_closed_where_it_was_not(
+    server: ControlServer,
+) -> None:
+    path, body, _ = BODIES["empty messages"]
+    headers = {"content-type": "application/json"}
+    with httpx.Client(base_url=server.url, timeout=60.0) as client:
+        counted = client.post(path, content=body, headers=headers)
+        unread = client.post(path, content=b" " * (16 * 2**20 + 1), headers=headers)
+    assert (counted.status_code, unread.status_code) == (413, 413)
+    assert "connection" not in counted.headers
+    assert unread.headers["connection"] == "close"
+
+
 async def _longest_pause(end: threading.Event) -> float:
     """The longest that the loop took to come back to a task, until the end is set."""
     longest = 0.0

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import subprocess
 import sys
 
 import pytest
@@ -131,3 +132,14 @@ def test_a_finished_request_is_one_record_with_its_fields(caplog: pytest.LogCapt
     }
     assert (vars(first)["prompt_tokens"], vars(first)["queue_ms"]) == (10, 100.0)
     assert second.getMessage().startswith("finished: route=grpc outcome=refused tokens=0")
+
+
+def test_nobody_is_advised_to_install_what_no_route_takes() -> None:
+    code = (
+        "import logging; from loraserve.server.observe.logs import configure_logs; "
+        "configure_logs('warning', 'text'); logger = logging.getLogger('uvicorn.error'); "
+        "logger.warning('No supported WebSocket library detected'); logger.warning('something else')"
+    )
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stderr
+    assert "WebSocket" not in said
+    assert "something else" in said

@@ -44,6 +44,7 @@ OWN_PROBLEMS = (
     "not_text",
 )  # told first: of a union, the others are guesses
 MAX_MESSAGE_CHARS = 2000
+UNREAD_BODY = {"connection": "close"}  # headers of an answer that comes before the body was read
 DISCARDED_NBYTES = 64 * 2**20  # of a body that is too large
 DISCARD_S = 2.0
 CLIENT_CLOSED_REQUEST = 499  # nginx's: nobody is left to read it
@@ -193,7 +194,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     else:
         body = {"error": _printable(message), "error_type": "validation"}
     response = _response(error.status_code, body, error.headers)
-    return _UnreadBodyResponse(response) if error.status_code == 413 else response
+    return _UnreadBodyResponse(response) if "connection" in (error.headers or {}) else response
 
 
 async def _on_disconnect(_request: Request, _error: Exception) -> Response:

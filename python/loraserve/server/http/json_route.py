@@ -13,6 +13,7 @@ from fastapi.responses import Response
 from fastapi.routing import APIRoute
 
 from loraserve import _core
+from loraserve.server.http.errors import UNREAD_BODY
 from loraserve.server.http.state import HttpState
 
 # What is parsed and checked at once holds up everybody's streams: some 30 ms with as much as this.
@@ -93,7 +94,8 @@ class JsonRoute(APIRoute):
 
 
 def _too_large(limit: int) -> HTTPException:
-    return HTTPException(413, f"the body is larger than the limit of {limit} bytes, send less at once")
+    text = f"the body is larger than the limit of {limit} bytes, send less at once"
+    return HTTPException(413, text, UNREAD_BODY)
 
 
 def _check_counts(num_containers: int, num_commas: int, depth: int, *, max_values: int) -> None:
