@@ -8,7 +8,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import grpc
@@ -28,12 +28,17 @@ REFUSALS = {404: "no such adapter", 409: "adapter unavailable", 429: "too busy",
 
 @dataclass
 class Soak:
-    """What all callers share."""
+    """What all callers share.
+
+    Nobody changes adapters until the world `is_known`: what a server that starts tells of its adapters would
+    come behind such a change, and be taken for what they are after it.
+    """
 
     world: World
     server: Server
     report: Report
     draw: random.Random
+    is_known: asyncio.Event = field(default_factory=asyncio.Event)
 
     def names(self) -> list[str | None]:
         """Whom to ask for; some are gone at times."""
@@ -64,7 +69,9 @@ class Soak:
             self.report.add(kind, "equal")
         else:
             allowed = sorted(map(str, self.world.allowed(name, since)))
-            self.report.fault(kind, f"{name} prompt {prompt} said {said}, allowed are {allowed}")
+            last = self.world.versions.get(name or "", [])[-4:]
+            fault = f"{name} prompt {prompt} sent at {since} said {said}, allowed are {allowed} of {last}"
+            self.report.fault(kind, fault)
 
     def lost(self, kind: str, since: float, error: BaseException) -> None:
         """A connection ended: the server's absence, or a fault."""

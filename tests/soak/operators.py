@@ -23,6 +23,7 @@ NOT_WRITTEN = "but not for the next start"  # a change that is made, but can't b
 
 async def replaces(soak: Soak, client: httpx.AsyncClient) -> None:
     """A name gets other content; requests of before end with what they began with."""
+    await soak.is_known.wait()
     name = soak.draw.choice([name for name in soak.world.versions if name.startswith("r")])
     version = soak.world.put(name, soak.world.other_content(name))
     await _load(soak, client, "replaces", name, version.content)
@@ -30,6 +31,7 @@ async def replaces(soak: Soak, client: httpx.AsyncClient) -> None:
 
 async def loads_and_unloads(soak: Soak, client: httpx.AsyncClient) -> None:
     """A name comes and goes."""
+    await soak.is_known.wait()
     name = f"t{soak.draw.randrange(NUM_TRANSIENT)}"
     if any(version.until == float("inf") for version in soak.world.versions.get(name, [])):
         since = time.monotonic()
@@ -78,6 +80,7 @@ class Broken:
 
     async def vanishes(self, soak: Soak, client: httpx.AsyncClient) -> None:
         """An adapter's files go away, so it can't be read again; then they are back."""
+        await soak.is_known.wait()
         name, content = "v0", soak.draw.choice(list(soak.world.contents))
         path = self._folder / "vanishing"
         shutil.rmtree(path, ignore_errors=True)

@@ -80,6 +80,7 @@ async def _begin(soak: Soak) -> None:
     async with httpx.AsyncClient(base_url=soak.server.url, timeout=READY_S) as client:
         listed = (await client.get("/adapters")).json()["adapters"]
     soak.world.adopt({adapter["name"]: adapter["path"] for adapter in listed})
+    soak.is_known.set()
 
 
 async def _work(
@@ -98,6 +99,7 @@ async def _work(
         await asyncio.sleep(seconds / 2)
         if kills:
             async with disk.is_well:  # a start without one is refused
+                soak.is_known.clear()
                 soak.world.expect_restart()
                 soak.server.kill()
                 soak.report.add("the server", "killed, and started again")
