@@ -41,7 +41,7 @@ CRATES: dict[str, tuple[set[str], str]] = {
         {"adapters"},
         """
         error
-        geometry cuda::error
+        geometry sampling cuda::error
         step_arrays
         cpu::memory cpu::sync cpu::simd
         cpu::threads
