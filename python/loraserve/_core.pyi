@@ -294,8 +294,16 @@ class Scheduler:
         """
     def schedule(self) -> SchedulerOutput:
         """Plan a step. One with a batch must be committed before the next."""
-    def commit(self, step: SchedulerOutput, token_ids: NDArray[np.int32]) -> None:
-        """Take the [L] sampled tokens. For a step without a batch they are empty and the call is optional."""
+    def schedule_ahead(self) -> SchedulerOutput | None:
+        """Plan the step behind one that is not committed yet, for a device that runs them in this order.
+
+        Its token ids are -1 - j where sample j of the step before is to be put in. None: commit that first.
+        """
+    def commit(self, step: SchedulerOutput, token_ids: NDArray[np.int32]) -> list[bool]:
+        """Take the [L] sampled tokens, and say which were taken: the other rows' requests run no more.
+
+        Steps are committed in order. For one without a batch there are none, and the call is optional.
+        """
     def adapter_loaded(self, adapter_id: int) -> None:
         """Answer a load: its bytes are in the extent, and requests may use them from now on.
 

@@ -30,6 +30,18 @@ def commit(scheduler: Scheduler, step: SchedulerOutput, token_id: int = 7) -> No
     scheduler.check_invariants()
 
 
+def test_a_step_planned_ahead_awaits_the_tokens_of_the_one_before(scheduler: Scheduler) -> None:
+    scheduler.submit([1, 2, 3], [], 8, 0, [7])
+    first = scheduler.schedule()
+    second = scheduler.schedule_ahead()
+    assert second is not None
+    assert second.batch is not None
+    assert second.batch.arrays()["token_ids"].tolist() == [-1]
+    assert scheduler.commit(first, np.array([7], dtype=np.int32)) == [True]
+    assert scheduler.commit(second, np.array([8], dtype=np.int32)) == [False]
+    assert [output.finish_reason for output in scheduler.drain_outputs()] == ["stop"]
+
+
 def test_mixed_batch_crosses_as_flat_arrays(scheduler: Scheduler) -> None:
     adapter = scheduler.register_adapter("sql", "hash", 2000)
     base = scheduler.submit([1, 2, 3], [], 8, 0, [])

@@ -1,5 +1,6 @@
 """The sampler alone: its distribution, its truncations against plain definitions, its row independence."""
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,14 +16,14 @@ VOCAB = 4000
 
 
 def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> Sampled:
-    return sampler.sample(logits, states, lambda logits: logits.argmax(dim=-1).tolist())
+    """Of states that stay as they are."""
+    unchanged = [copy.copy(state) for state in states]
+    return sampler.sample(logits, unchanged, lambda logits: logits.argmax(dim=-1).tolist())
 
 
 def state(seed: int = 0, index: int = 0, **settings: object) -> SamplingState:
     params = SamplingParams(max_tokens=100, **settings)
-    return SamplingState(
-        params, seed, prompt_token_ids=[1, 2], banned_until_min_tokens=[0], num_output_tokens=index
-    )
+    return SamplingState(params, seed, prompt_token_ids=[1, 2], banned_until_min_tokens=[0], num_drawn=index)
 
 
 def draws(logits: torch.Tensor, count: int, **settings: object) -> Counter[int]:

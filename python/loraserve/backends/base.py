@@ -30,6 +30,7 @@ class Backend(Protocol):
 
     name: str
     computes_on_cpu: bool  # whether loader threads take cores from the model
+    runs_ahead: bool  # whether a step may be launched before the tokens of the last are known to the host
 
     def memory(self) -> DeviceMemory:
         """What there is to share out, before anything is allocated."""

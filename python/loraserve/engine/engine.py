@@ -8,6 +8,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 from loraserve import _core
@@ -23,10 +24,20 @@ from loraserve.engine.thread import EngineThread
 from loraserve.errors import EngineStoppedError
 from loraserve.request import SHARED_CACHE, CacheScope, TokenLogprob
 from loraserve.sampling.grammar_compiler import GrammarCompiler, GrammarMatcher
-from loraserve.sampling.sampler import SamplingState, sample
+from loraserve.sampling.sampler import PendingSamples, SamplingState, sample
 from loraserve.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunningStep:
+    """A step that the device was given, its sampled rows' requests, and the tokens it will give them."""
+
+    planned: _core.SchedulerOutput
+    request_ids: Sequence[int]
+    sequences: Sequence[SequenceState]
+    samples: PendingSamples
 
 
 class Engine:
@@ -65,7 +76,8 @@ class Engine:
         self._idle = threading.Condition(cast(threading.Lock, self._lock))
         self._intake = Intake()
         self._is_stopping = False
-        self._step_began: float | None = None  # on time.monotonic, while the model runs
+        self._running: RunningStep | None = None  # launched behind the last one that was committed
+        self._step_began: float | None = None  # on time.monotonic, of the first that is not committed
         self._sequences: dict[int, SequenceState] = {}
         self._deadlines = Deadlines()
         self._waiting_limit = WaitingLimit(config.max_waiting)
@@ -232,7 +244,7 @@ class Engine:
     @property
     def is_stopped(self) -> bool:
         """The thread has nothing more to do."""
-        return self._is_stopping and not self._sequences
+        return self._is_stopping and not self._sequences and self._running is None
 
     def begin_exit(self) -> None:
         """The interpreter exits: requests still open stay unanswered, and later ones are refused."""
@@ -255,51 +267,88 @@ class Engine:
 
     def _step(self) -> bool:
         self.adapters.finish_loads()
+        running, self._running = self._running, None
+        if running is None:
+            running = self._launch(self._plan())
+        if running is not None and self._may_run_ahead(running):
+            self._running = self._launch(self._plan_ahead())
+        logprobs = {} if running is None else self._commit(running)
+        num_delivered = self._deliver(logprobs)
+        return running is not None or num_delivered > 0
+
+    def _plan(self) -> _core.SchedulerOutput:
         with self._lock:
             self._end_expired()
             self.adapters.announce_late_loads()
-            step = self._scheduler.schedule()
-            for request_id in step.admitted:
-                self._sequences[request_id].admit()
-        for move in step.moves:
+            return self._admit(self._scheduler.schedule())
+
+    def _plan_ahead(self) -> _core.SchedulerOutput | None:
+        """The step behind the one that runs; None if that must be committed first."""
+        with self._lock:
+            self._end_expired()
+            self.adapters.announce_late_loads()
+            planned = self._scheduler.schedule_ahead()
+            return None if planned is None else self._admit(planned)
+
+    def _admit(self, planned: _core.SchedulerOutput) -> _core.SchedulerOutput:
+        for request_id in planned.admitted:
+            self._sequences[request_id].admit()
+        return planned
+
+    def _may_run_ahead(self, running: RunningStep) -> bool:
+        """Whether the device can go on with what it has just sampled, unseen."""
+        return self.runner.backend.runs_ahead and not any(
+            sequence.sampling.depends_on_last_token for sequence in running.sequences
+        )
+
+    def _launch(self, planned: _core.SchedulerOutput | None) -> RunningStep | None:
+        """Begin what was planned; None if nothing of it is to be committed."""
+        if planned is None:
+            return None
+        for move in planned.moves:
             self.runner.move(*move)
-        if step.loads:
+        if planned.loads:
             self.runner.backend.order_loads()
-        for load in step.loads:
+        for load in planned.loads:
             self.adapters.start_load(*load)
-        is_contended = self._uses_every_core and step.batch is not None
+        batch = planned.batch
+        is_contended = self._uses_every_core and batch is not None
         self.adapters.loader.set_contended(is_contended)
         self.runner.backend.set_contended(is_contended)
-        self._step_began = time.monotonic()
-        try:
-            logprobs = self._execute(step) if step.batch is not None else {}
-        finally:
-            self._step_began = None
-        num_delivered = self._deliver(logprobs)
-        return step.batch is not None or num_delivered > 0
-
-    def _execute(self, step: _core.SchedulerOutput) -> dict[int, TokenLogprob]:
-        batch = step.batch
-        assert batch is not None
-        logits = self.runner.execute(batch)
+        if batch is None:
+            return None
+        if self._step_began is None:
+            self._step_began = time.monotonic()
         request_ids = batch.sample_request_ids
         sequences = [self._sequences[request_id] for request_id in request_ids]
+        logits = self.runner.execute(batch)
         states = [sequence.sampling for sequence in sequences]
-        sampled = sample(logits, states, self.runner.ops.argmax)
-        is_finite = sampled.is_finite.tolist()
-        for sequence, token_id, is_usable in zip(
-            sequences, sampled.token_ids.tolist(), is_finite, strict=True
-        ):
-            if is_usable:
-                sequence.append(token_id)
+        return RunningStep(planned, request_ids, sequences, sample(logits, states, self.runner.ops.argmax))
+
+    def _commit(self, running: RunningStep) -> dict[int, TokenLogprob]:
+        """Wait for the step's tokens and take them; the logprobs that were asked for, by request."""
+        sampled = running.samples.result()
+        self._step_began = None if self._running is None else time.monotonic()
+        request_ids, sequences = running.request_ids, running.sequences
         with self._lock:
-            for request_id, sequence, is_usable in zip(request_ids, sequences, is_finite, strict=True):
-                if not is_usable:  # ended before the commit, which then takes no token for it
+            for request_id, sequence, is_finite in zip(
+                request_ids, sequences, sampled.is_finite.tolist(), strict=True
+            ):
+                if not is_finite:  # ended before the commit, which then takes no token for it
                     self._end_not_finite(request_id, sequence)
-            self._scheduler.commit(step, sampled.token_ids)
-            for request_id, sequence, is_usable in zip(request_ids, sequences, is_finite, strict=True):
-                ending = sequence.grammar_ending() if is_usable else None
+            are_taken = self._scheduler.commit(running.planned, sampled.token_ids)
+        endings = []
+        for request_id, sequence, token_id, is_taken in zip(
+            request_ids, sequences, sampled.token_ids.tolist(), are_taken, strict=True
+        ):
+            if is_taken:
+                sequence.append(token_id)
+                ending = sequence.grammar_ending()
                 if ending is not None:
+                    endings.append((request_id, ending))
+        if endings:
+            with self._lock:
+                for request_id, ending in endings:
                     self._scheduler.finish(request_id, ending)
         return {id_: lp for id_, lp in zip(request_ids, sampled.logprobs, strict=True) if lp is not None}
 
@@ -313,8 +362,8 @@ class Engine:
 
     def _end_not_finite(self, request_id: int, sequence: SequenceState) -> None:
         error = sequence.not_finite_error(self.config.dtype)
-        logger.warning("a request failed: %s", error)
-        self._scheduler.finish(request_id, error)
+        if self._scheduler.finish(request_id, error):
+            logger.warning("a request failed: %s", error)
 
     def _deliver(self, logprobs: dict[int, TokenLogprob]) -> int:
         with self._lock:
@@ -345,6 +394,7 @@ class Engine:
         with self._lock:
             self._intake.refusal = message
             self._is_stopping = True
+            self._running = None
             sequences = self._sequences
             self._sequences = {}
             self._idle.notify_all()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,7 @@ _MASK64 = 2**64 - 1
 class SamplingState:
     """What the sampler knows of one sequence: its parameters, its seed and the tokens so far.
 
-    Counts are kept for the penalties in use only.
+    Counts are kept for the penalties in use only. Tokens are drawn before they are appended, by at most one.
     """
 
     params: SamplingParams
@@ -33,6 +33,7 @@ class SamplingState:
     prompt_token_ids: Sequence[int]
     banned_until_min_tokens: Sequence[int]
     num_output_tokens: int = 0
+    num_drawn: int = 0
     matcher: GrammarMatcher | None = None
 
     def __post_init__(self) -> None:
@@ -51,6 +52,10 @@ class SamplingState:
         )
         # Whether the likeliest token of the logits as they come is all that is asked for.
         self.is_plain = params.is_greedy and params.logprobs is None and not changes_logits
+        # Whether nothing can be drawn before the token drawn last is appended.
+        self.depends_on_last_token = bool(
+            params.repetition_penalty != 1.0 or is_counted or self.matcher is not None
+        )
 
     def append(self, token_id: int) -> None:
         """Take the token that was chosen into the counts and the grammar."""
@@ -74,19 +79,42 @@ class Sampled:
     logprobs: list[TokenLogprob | None]
     is_finite: npt.NDArray[np.bool_]
 
+    def result(self) -> Sampled:
+        """These, as `PendingSamples`."""
+        return self
+
+
+class PendingSamples(Protocol):
+    """Tokens that a device may still be choosing."""
+
+    def result(self) -> Sampled:
+        """Waits for them."""
+        ...
+
 
 def sample(
     logits: torch.Tensor,
     states: Sequence[SamplingState],
     argmax: Callable[[torch.Tensor], Sequence[int]],
 ) -> Sampled:
-    """Choose one token per row.
+    """Choose one token per row, and count it as drawn.
 
     Args:
         logits: float32 [L, vocab]; modified in place.
         states: one per row.
         argmax: the likeliest token of each row, as `Ops.argmax`.
     """
+    sampled = _sample(logits, states, argmax)
+    for state in states:
+        state.num_drawn += 1
+    return sampled
+
+
+def _sample(
+    logits: torch.Tensor,
+    states: Sequence[SamplingState],
+    argmax: Callable[[torch.Tensor], Sequence[int]],
+) -> Sampled:
     if all(state.is_plain for state in states):
         token_ids = np.array(argmax(logits), dtype=np.int32)
         # NaN wins every argmax and infinity all others: one look per row tells.
@@ -142,7 +170,7 @@ def _change_logits(logits: torch.Tensor, state: SamplingState) -> None:
         logits[_on_device(state.answered.ids, logits)] -= penalties
     if state.bias_ids.size:
         logits[_on_device(state.bias_ids, logits)] += _on_device(state.biases, logits)
-    is_too_short = state.num_output_tokens < params.min_tokens
+    is_too_short = state.num_drawn < params.min_tokens
     if state.matcher is not None:
         _apply_grammar(logits, state.matcher, without_end=params.ignore_eos or is_too_short)
     elif is_too_short:
@@ -165,7 +193,7 @@ def _sample_row(logits: torch.Tensor, state: SamplingState) -> int:
     params = state.params
     # Less the maximum first: however low the temperature, the quotients don't overflow.
     probs = torch.softmax((logits - logits.max()) / params.temperature, dim=-1)
-    threshold = uniform(state.seed, state.num_output_tokens)
+    threshold = uniform(state.seed, state.num_drawn)
     if params.top_k == 0 and params.top_p == 1.0 and params.min_p == 0.0:
         return _draw(_typical(probs, params.typical_p), threshold)
     values, ids = _candidates(probs, params)

@@ -12,10 +12,12 @@ use crate::ids::{PageId, RequestId, SlotId};
 #[derive(Debug, Clone, Copy)]
 pub struct Scheduled<'a> {
     pub request: RequestId,
-    /// All tokens known; the step computes `tokens[num_computed..][..num_tokens]`.
+    /// All tokens known; the step computes `num_tokens` from `num_computed` on.
     pub tokens: &'a [i32],
     pub num_computed: usize,
     pub num_tokens: usize,
+    /// The last token is this sample of the step before, which is not known yet.
+    pub awaited: Option<usize>,
     pub pages: &'a [PageId],
     pub adapters: &'a [(SlotId, f32)],
     pub is_decoding: bool,
@@ -24,14 +26,15 @@ pub struct Scheduled<'a> {
 impl Scheduled<'_> {
     /// Whether the step reaches the last known token, whose logits choose the next.
     pub fn samples(&self) -> bool {
-        self.num_computed + self.num_tokens == self.tokens.len()
+        let num_tokens = self.tokens.len() + usize::from(self.awaited.is_some());
+        self.num_computed + self.num_tokens == num_tokens
     }
 }
 
 /// T tokens of S sequences, L of them sampled, W waves of G segments together.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Batch {
-    /// `[T]`
+    /// `[T]`; -1 - j is what sample j of the step before turns out to be.
     pub token_ids: Vec<i32>,
     /// `[T]`
     pub positions: Vec<i32>,
@@ -87,7 +90,13 @@ impl Batch {
 
     fn push_tokens(&mut self, row: &Scheduled<'_>, block_size: usize) {
         let end = row.num_computed + row.num_tokens;
-        self.token_ids.extend(&row.tokens[row.num_computed..end]);
+        let num_known = row.tokens.len().min(end);
+        let known = row.tokens.get(row.num_computed..num_known);
+        self.token_ids.extend(known.unwrap_or_default());
+        if end > num_known {
+            let sample = row.awaited.expect("invariant: only one token is not known");
+            self.token_ids.push(-1 - sample as i32);
+        }
         for position in row.num_computed..end {
             let page = row.pages[position / block_size].index();
             self.positions.push(position as i32);
@@ -160,6 +169,7 @@ mod tests {
             tokens: &TOKENS,
             num_computed,
             num_tokens,
+            awaited: None,
             pages: &PAGES,
             adapters,
             is_decoding: num_computed == 4,
@@ -179,6 +189,18 @@ mod tests {
         assert_eq!(batch.logits_indices, [0]);
         assert_eq!(batch.sample_request_ids, [1]);
         assert_eq!((batch.num_prefill_tokens, batch.wave_indptr), (2, vec![0]));
+    }
+
+    #[test]
+    fn an_awaited_token_names_its_sample() {
+        let awaiting = Scheduled {
+            awaited: Some(2),
+            ..row(5, 1, &[])
+        };
+        let batch = Batch::build(&[row(4, 1, &[]), awaiting], 2);
+        assert_eq!(batch.token_ids, [14, -3]);
+        assert_eq!(batch.positions, [4, 5]);
+        assert_eq!(batch.logits_indices, [0, 1]);
     }
 
     #[test]

@@ -32,8 +32,20 @@ pub struct Running {
     pub table: BlockTable,
     /// Tokens whose KV is in the pages.
     pub num_computed: usize,
+    pub in_flight: InFlightTokens,
     /// Slot and weight of each adapter, in wave order.
     pub adapters: Vec<(SlotId, f32)>,
+}
+
+/// What steps in flight do for a sequence.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct InFlightTokens {
+    /// Tokens they compute.
+    num_tokens: usize,
+    /// Tokens they sample.
+    num_awaited: usize,
+    /// Which sample of the last of them is this sequence's.
+    sample: usize,
 }
 
 impl Sequence {
@@ -62,9 +74,40 @@ impl Sequence {
 }
 
 impl Running {
-    /// Tokens known but not yet computed; a decoding sequence has one.
+    /// Tokens known or being sampled.
+    pub fn num_tokens(&self) -> usize {
+        self.sequence.tokens.len() + self.in_flight.num_awaited
+    }
+
+    /// Tokens computed, or being computed.
+    pub fn num_scheduled(&self) -> usize {
+        self.num_computed + self.in_flight.num_tokens
+    }
+
+    /// Which sample of the step in flight its last token is, if that is not known yet.
+    pub fn awaited(&self) -> Option<usize> {
+        (self.in_flight.num_awaited > 0).then_some(self.in_flight.sample)
+    }
+
+    /// Tokens that no step has computed or computes; a decoding sequence has one.
     pub fn num_pending(&self) -> usize {
-        self.sequence.tokens.len() - self.num_computed
+        self.num_tokens() - self.num_scheduled()
+    }
+
+    /// A step begins with `num_tokens` of its tokens; `sample` says which of the step's samples is the next token.
+    pub fn launch(&mut self, num_tokens: usize, sample: Option<usize>) {
+        self.in_flight.num_tokens += num_tokens;
+        if let Some(sample) = sample {
+            self.in_flight.num_awaited += 1;
+            self.in_flight.sample = sample;
+        }
+    }
+
+    /// The first step in flight that was launched with it has ended.
+    pub fn land(&mut self, num_tokens: usize, samples: bool) {
+        self.in_flight.num_tokens -= num_tokens;
+        self.in_flight.num_awaited -= usize::from(samples);
+        self.num_computed += num_tokens;
     }
 
     pub fn is_decoding(&self) -> bool {

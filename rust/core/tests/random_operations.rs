@@ -23,7 +23,7 @@ const PROGRESS_EVERY: Duration = Duration::from_secs(30);
 
 /// What must happen at least this often in as many operations as are run without being asked for more.
 const AT_LEAST: u64 = 100;
-const SEEN: [&str; 16] = [
+const SEEN: [&str; 19] = [
     "accepted to the last page",
     "adapters evicted",
     "adapters loaded",
@@ -32,12 +32,15 @@ const SEEN: [&str; 16] = [
     "ended between schedule and commit",
     "finished",
     "moves",
+    "not planned ahead",
     "pinned",
     "pins passed on",
+    "planned ahead",
     "preempted",
     "prefix hits",
     "refused for one page",
     "replaced under load",
+    "samples discarded",
     "sums of weights too large",
     "weights of zero beside others",
 ];

@@ -173,9 +173,20 @@ impl Scheduler {
         SchedulerOutput::new(py, self.inner.schedule())
     }
 
-    fn commit(&mut self, step: &SchedulerOutput, token_ids: &Bound<'_, PyArray1<i32>>) {
+    fn schedule_ahead(&mut self, py: Python<'_>) -> PyResult<Option<SchedulerOutput>> {
+        let planned = self.inner.schedule_ahead();
+        planned
+            .map(|output| SchedulerOutput::new(py, output))
+            .transpose()
+    }
+
+    fn commit(
+        &mut self,
+        step: &SchedulerOutput,
+        token_ids: &Bound<'_, PyArray1<i32>>,
+    ) -> Vec<bool> {
         let token_ids: Vec<i32> = token_ids.readonly().as_array().iter().copied().collect();
-        self.inner.commit(step.id, &token_ids);
+        self.inner.commit(step.id, &token_ids)
     }
 
     fn adapter_loaded(&mut self, adapter_id: u32) -> PyResult<()> {

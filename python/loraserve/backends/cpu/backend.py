@@ -29,6 +29,7 @@ class CpuBackend:
 
     name = "cpu"
     computes_on_cpu = True
+    runs_ahead = False
 
     def __init__(self, config: EngineConfig, dtype: torch.dtype) -> None:
         self._num_threads = _usable(config.num_threads)

@@ -36,6 +36,7 @@ class CudaBackend:
 
     name = "cuda"
     computes_on_cpu = False
+    runs_ahead = False
 
     def __init__(self, config: EngineConfig, dtype: torch.dtype, device: CudaDevice | None = None) -> None:
         self._config = config

@@ -3,7 +3,7 @@
 use super::{Load, Plan, Scheduler, shield_adapters};
 use crate::adapter_cache::AdapterState;
 use crate::ids::AdapterId;
-use crate::sequence::Running;
+use crate::sequence::{InFlightTokens, Running};
 
 /// What became of a waiting request that was looked at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -141,6 +141,7 @@ impl Scheduler {
             admitted: self.next_admission,
             table,
             num_computed,
+            in_flight: InFlightTokens::default(),
             sequence,
         };
         let num_tokens = running.num_pending().min(plan.budget);

@@ -33,18 +33,7 @@ impl Scheduler {
 
     /// False if the sequence is no longer running, or is alone and waits for a load to be answered.
     fn make_room_for_token(&mut self, index: usize, plan: &mut Plan) -> bool {
-        let num_blocks = self.running[index]
-            .sequence
-            .tokens
-            .len()
-            .div_ceil(self.config.block_size);
-        while self.running[index].table.pages.len() < num_blocks {
-            if self
-                .memory
-                .grow_table(&mut self.running[index].table, Shield::Respect)
-            {
-                continue;
-            }
+        while !self.has_room_for_token(index) {
             if self.running.len() == 1 {
                 let table = &mut self.running[index].table;
                 if self.memory.grow_table(table, Shield::Ignore) {
@@ -60,6 +49,14 @@ impl Scheduler {
             }
         }
         true
+    }
+
+    /// Whether there is a page for its last token, now that idle things have made room; shielded ones have not.
+    pub(super) fn has_room_for_token(&mut self, index: usize) -> bool {
+        let running = &mut self.running[index];
+        let num_blocks = running.num_tokens().div_ceil(self.config.block_size);
+        running.table.pages.len() >= num_blocks
+            || self.memory.grow_table(&mut running.table, Shield::Respect)
     }
 
     /// Gives back the newest sequence's memory; it is computed again, from the prefix cache where that still has it.

@@ -9,6 +9,7 @@
 //! load waits beside the queue (`late_loads.rs`).
 
 mod admission;
+mod ahead;
 mod commit;
 mod config;
 mod decode;
@@ -85,7 +86,8 @@ pub struct Scheduler {
     /// In order of admission.
     running: Vec<Running>,
     outputs: Vec<RequestOutput>,
-    in_flight: Option<InFlight>,
+    /// In the order in which they were planned and will be committed: one, or two while running ahead.
+    in_flight: VecDeque<InFlight>,
     next_request: u64,
     next_admission: u64,
     next_step: u64,
@@ -136,7 +138,7 @@ impl Scheduler {
             prefetches: VecDeque::new(),
             running: Vec::new(),
             outputs: Vec::new(),
-            in_flight: None,
+            in_flight: VecDeque::new(),
             next_request: 0,
             next_admission: 0,
             next_step: 0,
@@ -169,26 +171,13 @@ impl Scheduler {
         true
     }
 
-    /// Plans the next step; one with a batch must be committed before the next.
+    /// Plans the next step; one with a batch must be committed before the next, but for `schedule_ahead`.
     pub fn schedule(&mut self) -> SchedulerOutput {
         assert!(
-            self.in_flight.is_none(),
-            "invariant: a step is committed before the next is scheduled"
+            self.in_flight.is_empty(),
+            "invariant: every step is committed before the next is scheduled"
         );
-        self.memory.adapters.slots.begin_round();
-        let head = self.waiting.iter().position(|w| !self.is_stranded(w));
-        if let Some(head) = head {
-            shield_adapters(&mut self.memory, &self.waiting[head].sequence);
-        }
-        let mut plan = Plan {
-            budget: self.config.max_batched_tokens,
-            rows: Vec::with_capacity(self.running.len()),
-            moves: Vec::new(),
-            loads: Vec::new(),
-            admitted: Vec::new(),
-            has_preempted: false,
-            is_short_of_memory: false,
-        };
+        let mut plan = self.begin_plan();
         self.plan_decodes(&mut plan);
         self.plan_prefills(&mut plan);
         if !plan.has_preempted {
@@ -198,6 +187,23 @@ impl Scheduler {
             self.start_prefetches(&mut plan);
         }
         self.launch(plan)
+    }
+
+    fn begin_plan(&mut self) -> Plan {
+        self.memory.adapters.slots.begin_round();
+        let head = self.waiting.iter().position(|w| !self.is_stranded(w));
+        if let Some(head) = head {
+            shield_adapters(&mut self.memory, &self.waiting[head].sequence);
+        }
+        Plan {
+            budget: self.config.max_batched_tokens,
+            rows: Vec::with_capacity(self.running.len()),
+            moves: Vec::new(),
+            loads: Vec::new(),
+            admitted: Vec::new(),
+            has_preempted: false,
+            is_short_of_memory: false,
+        }
     }
 
     /// The adapter is in its extent.
@@ -340,28 +346,34 @@ impl Scheduler {
         let mut scheduled: Vec<_> = plan
             .rows
             .iter()
-            .map(|&row| (self.running[row.0].admitted, self.scheduled(row)))
+            .map(|&row| (row.0, self.scheduled(row)))
             .collect();
-        scheduled.sort_by(|(a_admitted, a), (b_admitted, b)| {
+        // In order of admission, which is that of `running`, within one adapter.
+        scheduled.sort_by(|(a_index, a), (b_index, b)| {
             let by_phase = b.is_decoding.cmp(&a.is_decoding);
             by_phase
                 .then_with(|| compare_adapters(a.adapters, b.adapters))
-                .then(a_admitted.cmp(b_admitted))
+                .then(a_index.cmp(b_index))
         });
         let rows: Vec<_> = scheduled
             .iter()
-            .map(|&(admitted, s)| Row {
-                admitted,
+            .map(|&(index, s)| Row {
+                admitted: self.running[index].admitted,
                 num_tokens: s.num_tokens,
                 samples: s.samples(),
             })
             .collect();
-        let scheduled: Vec<_> = scheduled
-            .into_iter()
-            .map(|(_, scheduled)| scheduled)
-            .collect();
+        let (indices, scheduled): (Vec<_>, Vec<_>) = scheduled.into_iter().unzip();
         let batch = (!rows.is_empty()).then(|| Batch::build(&scheduled, self.config.block_size));
-        self.in_flight = (!rows.is_empty()).then_some(InFlight { step: id, rows });
+        let mut num_samples = 0;
+        for (index, row) in indices.into_iter().zip(&rows) {
+            let sample = row.samples.then_some(num_samples);
+            num_samples += usize::from(row.samples);
+            self.running[index].launch(row.num_tokens, sample);
+        }
+        if !rows.is_empty() {
+            self.in_flight.push_back(InFlight { step: id, rows });
+        }
         SchedulerOutput {
             id,
             moves: plan.moves,
@@ -384,8 +396,9 @@ impl Scheduler {
         Scheduled {
             request: running.sequence.request.id,
             tokens: &running.sequence.tokens,
-            num_computed: running.num_computed,
+            num_computed: running.num_scheduled(),
             num_tokens,
+            awaited: running.awaited(),
             pages: &running.table.pages,
             adapters: &running.adapters,
             is_decoding: running.is_decoding(),

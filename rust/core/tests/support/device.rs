@@ -21,6 +21,8 @@ pub struct Device {
     pages: Vec<Vec<u64>>,
     slots: HashMap<i32, Extent>,
     loading: BTreeMap<u32, i32>,
+    /// What the last batch sampled.
+    samples: Vec<i32>,
 }
 
 /// What an adapter's extent is filled with.
@@ -50,6 +52,7 @@ impl Device {
             pages: vec![vec![GARBAGE; block_size]; num_pages],
             slots: HashMap::new(),
             loading: BTreeMap::new(),
+            samples: Vec::new(),
         }
     }
 
@@ -126,7 +129,8 @@ impl Device {
                     self.pages[table[position / self.block_size] as usize]
                         [position % self.block_size]
                 });
-                computed[row] = kv(before, batch.token_ids[row], adapters[row].iter().copied());
+                let token = self.token(batch.token_ids[row]);
+                computed[row] = kv(before, token, adapters[row].iter().copied());
                 self.pages[page][offset] = computed[row];
             }
             let end = batch.positions[rows.end - 1] + 1;
@@ -136,7 +140,17 @@ impl Device {
             );
         }
         let rows = batch.logits_indices.iter();
-        rows.map(|&row| sample(computed[row as usize])).collect()
+        self.samples = rows.map(|&row| sample(computed[row as usize])).collect();
+        self.samples.clone()
+    }
+
+    /// A token of a batch, which may be a sample of the last one.
+    fn token(&self, token: i32) -> i32 {
+        if token < 0 {
+            self.samples[(-1 - token) as usize]
+        } else {
+            token
+        }
     }
 
     /// For each token the (weight, word) of its segments, wave by wave.

@@ -3,7 +3,7 @@
 mod liveness;
 mod operations;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use loraserve_core::{FinishReason, RequestOutput, Scheduler, SchedulerConfig, SchedulerOutput};
 
@@ -37,8 +37,11 @@ pub struct Harness {
     trace: Trace,
     /// Invariants are checked after each operation; what is done and traced is the same without.
     checks_invariants: bool,
-    in_flight: Option<(SchedulerOutput, Vec<i32>)>,
+    /// In the order in which the device has run them.
+    in_flight: VecDeque<(SchedulerOutput, Vec<i32>)>,
     has_ample_budget: bool,
+    /// Whether it does so wherever it can until everything has ended.
+    runs_ahead: bool,
     /// Unfinished requests.
     expected: BTreeMap<u64, Expected>,
     /// name → content hash
@@ -91,11 +94,12 @@ impl Harness {
             scheduler: Scheduler::new(config).unwrap(),
             config,
             device: Device::new(config.num_pages, block_size),
+            runs_ahead: rng.one_in(2),
             rng,
             weights,
             trace: Trace::default(),
             checks_invariants,
-            in_flight: None,
+            in_flight: VecDeque::new(),
             has_ample_budget,
             expected: BTreeMap::new(),
             names: BTreeMap::new(),
@@ -124,6 +128,7 @@ impl Harness {
             Operation::LoadFails => self.answer_load(false),
             Operation::LoadIsLate => self.delay_load(),
             Operation::Schedule => self.schedule(),
+            Operation::ScheduleAhead => self.schedule_ahead(),
             Operation::Commit => self.commit(),
             Operation::Settle => self.settle(),
         }
@@ -171,10 +176,36 @@ impl Harness {
     }
 
     fn schedule(&mut self) {
-        if self.in_flight.is_some() {
+        if !self.in_flight.is_empty() {
             return;
         }
         let step = self.scheduler.schedule();
+        let has_work = step.batch.is_some();
+        self.launch(step);
+        let waits_for_load = !self.device.loading().is_empty();
+        assert!(
+            has_work || waits_for_load || self.expected.is_empty(),
+            "a step without work waits for a load"
+        );
+        if !has_work {
+            self.check_idle();
+        }
+    }
+
+    /// What a device that has its next step before the last is committed is given.
+    fn schedule_ahead(&mut self) {
+        let runs = |(step, _): &(SchedulerOutput, Vec<i32>)| step.batch.is_some();
+        if self.in_flight.len() == 1 && self.in_flight.iter().all(runs) {
+            if let Some(step) = self.scheduler.schedule_ahead() {
+                self.count("planned ahead", 1);
+                self.launch(step);
+            } else {
+                self.count("not planned ahead", 1);
+            }
+        }
+    }
+
+    fn launch(&mut self, step: SchedulerOutput) {
         self.trace.add_step(&step);
         if self.checks_invariants {
             self.scheduler.check_invariants();
@@ -186,15 +217,7 @@ impl Harness {
         self.count("moves", step.moves.len() as u64);
         let token_ids = self.device.run(&step);
         self.check_overtakes(&step);
-        let waits_for_load = !self.device.loading().is_empty();
-        assert!(
-            step.batch.is_some() || waits_for_load || self.expected.is_empty(),
-            "a step without work waits for a load"
-        );
-        if step.batch.is_none() {
-            self.check_idle();
-        }
-        self.in_flight = Some((step, token_ids));
+        self.in_flight.push_back((step, token_ids));
     }
 
     /// Who steps sleeps after a step without work until something happens: there must be nothing left to do.
@@ -207,8 +230,11 @@ impl Harness {
     }
 
     fn commit(&mut self) {
-        if let Some((step, token_ids)) = self.in_flight.take() {
-            self.scheduler.commit(step.id, &token_ids);
+        if let Some((step, token_ids)) = self.in_flight.pop_front() {
+            let are_taken = self.scheduler.commit(step.id, &token_ids);
+            assert_eq!(are_taken.len(), token_ids.len());
+            let num_discarded = are_taken.iter().filter(|&&is_taken| !is_taken).count();
+            self.count("samples discarded", num_discarded as u64);
         }
     }
 

@@ -17,6 +17,7 @@ pub enum Operation {
     LoadFails,
     LoadIsLate,
     Schedule,
+    ScheduleAhead,
     Commit,
     /// Steps until everything has ended that no stuck load stands in the way of.
     Settle,
@@ -29,7 +30,7 @@ const NEEDED: [(Operation, usize); 3] = [
     (Operation::Commit, 40),
 ];
 
-const OPTIONAL: [(Operation, usize); 11] = [
+const OPTIONAL: [(Operation, usize); 12] = [
     (Operation::SubmitTight, 6),
     (Operation::Finish, 10),
     (Operation::Register, 6),
@@ -40,6 +41,7 @@ const OPTIONAL: [(Operation, usize); 11] = [
     (Operation::LoadSucceeds, 20),
     (Operation::LoadFails, 6),
     (Operation::LoadIsLate, 6),
+    (Operation::ScheduleAhead, 30),
     (Operation::Settle, 1),
 ];
 

@@ -1,6 +1,7 @@
 //! The scheduler driven by hand, without a device.
 
 mod adapters;
+mod ahead;
 mod batches;
 mod late_loads;
 mod memory;

@@ -42,6 +42,9 @@ impl Harness {
                 return;
             }
             self.schedule();
+            if self.runs_ahead {
+                self.schedule_ahead();
+            }
             self.check();
         }
         panic!(
@@ -57,13 +60,16 @@ impl Harness {
         let unfinished = self.expected.len();
         for _ in 0..self.bound() {
             if self.expected.is_empty()
-                && self.in_flight.is_none()
+                && self.in_flight.is_empty()
                 && self.device.loading().is_empty()
                 && self.scheduler.num_prefetches() == 0
             {
                 return;
             }
             self.schedule();
+            if self.runs_ahead {
+                self.schedule_ahead();
+            }
             self.commit();
             for adapter in self.device.loading() {
                 self.end_load(adapter, true);

@@ -380,11 +380,11 @@ impl Harness {
     }
 
     fn is_in_flight(&self, request: u64) -> bool {
-        let batch = self
+        let mut batches = self
             .in_flight
-            .as_ref()
-            .and_then(|(step, _)| step.batch.as_ref());
-        batch.is_some_and(|batch| batch.sample_request_ids.contains(&request))
+            .iter()
+            .filter_map(|(step, _)| step.batch.as_ref());
+        batches.any(|batch| batch.sample_request_ids.contains(&request))
     }
 }
 
