@@ -53,10 +53,11 @@ CRATES: dict[str, tuple[set[str], str]] = {
         cpu::context
         cpu::program
         cuda::cache cuda::sources cuda::page_moves cuda::work_list
-        cuda::driver cuda::launch cuda::nvrtc
-        cuda::facts cuda::memory
-        cuda::model cuda::upload
-        cuda::adapter_table cuda::modules
+        cuda::driver cuda::launch
+        cuda::memory cuda::target
+        cuda::module cuda::nvrtc
+        cuda::compiler cuda::model cuda::upload
+        cuda::adapter_table cuda::facts cuda::modules
         cuda::staging
         cuda::step
         cuda::lora cuda::elementwise

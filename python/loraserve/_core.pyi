@@ -33,6 +33,7 @@ __all__ = [
     "SchedulerStats",
     "__version__",
     "check_adapter",
+    "check_cuda",
     "count_json",
     "cuda_facts",
     "default_isa",
@@ -705,6 +706,9 @@ class CudaKernels:
     @property
     def num_compiled(self) -> int:
         """Kernel sources compiled by this object because the cache had them not."""
+    @property
+    def target(self) -> str:
+        """What the kernels were compiled to: "sm_90" is machine code, "compute_90" PTX."""
     def load_kernels(self) -> None:
         """Compile and load every kernel, so that no step has to."""
     def set_adapter(self, slot: int, first_page: int, layout: AdapterLayout, stream: int) -> None:
@@ -764,18 +768,28 @@ class _DeviceFacts(TypedDict):
     num_sms: int
     total_nbytes: int
     free_nbytes: int | None
-    error: str | None
+    error: str | None  # why it can't be used
+    target: str | None  # what kernels are compiled to: "sm_90" is machine code, "compute_90" PTX
+    target_error: str | None
 
 class _CudaFacts(TypedDict):
     driver: str | None
     driver_error: str | None
     devices: list[_DeviceFacts]
     nvrtc: str | None
+    nvrtc_path: Path | None
     nvrtc_error: str | None
     kernel_cache: Path | None
 
 def cuda_facts() -> _CudaFacts:
     """What there is of CUDA on this machine; loads the driver and NVRTC. What is missing says why."""
+
+def check_cuda(device: int = 0) -> None:
+    """Look whether the kernels can run on a GPU, by driver, capability and compiler; doesn't take the GPU.
+
+    Raises:
+        DeviceError: they can't; the message says why.
+    """
 
 def count_json(data: bytes) -> tuple[int, int, int]:
     """(objects and arrays, commas between values, depth) of a JSON text; without the GIL.

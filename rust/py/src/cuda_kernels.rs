@@ -85,6 +85,12 @@ impl CudaKernels {
         self.inner.num_compiled()
     }
 
+    /// What the kernels were compiled to: `sm_90` is machine code, `compute_90` PTX.
+    #[getter]
+    fn target(&self) -> String {
+        self.inner.target().to_string()
+    }
+
     fn load_kernels(&self, py: Python<'_>) -> PyResult<()> {
         detached(py, || self.inner.load_kernels())
     }

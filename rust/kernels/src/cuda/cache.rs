@@ -1,6 +1,6 @@
 //! Compiled kernels on disk: a second start compiles nothing.
 //!
-//! An entry is a file `<key>.ptx`: a comment with the SHA-256 of what follows, then the PTX.
+//! An entry is a file `<key>.cubin` or `<key>.ptx`: a comment with the SHA-256 of what follows, then the code.
 //! A file that is damaged counts as absent. Any number of processes share a folder.
 
 use std::env;
@@ -36,19 +36,21 @@ impl KernelCache {
         self.folder.as_deref()
     }
 
-    /// What was stored under `key`, if it is whole.
-    pub fn get(&self, key: &str) -> Option<Vec<u8>> {
-        let entry = fs::read(self.path(key)?).ok()?;
+    /// What was stored under `key`, with the extension of its form, if it is whole.
+    pub fn get(&self, key: &str, extension: &str) -> Option<Vec<u8>> {
+        let entry = fs::read(self.path(key, extension)?).ok()?;
         let end = entry.iter().position(|&byte| byte == b'\n')? + 1;
-        let (header, ptx) = entry.split_at(end);
-        (header == self::header(ptx).as_bytes()).then(|| ptx.to_vec())
+        let (header, code) = entry.split_at(end);
+        (header == self::header(code).as_bytes()).then(|| code.to_vec())
     }
 
     /// Stores an entry; a folder that can't be written costs the next start a compilation, no more.
-    pub fn put(&self, key: &str, ptx: &[u8]) {
-        let Some(path) = self.path(key) else { return };
-        let partial = path.with_extension(format!("{}.partial", process::id()));
-        let entry = [header(ptx).as_bytes(), ptx].concat();
+    pub fn put(&self, key: &str, extension: &str, code: &[u8]) {
+        let Some(path) = self.path(key, extension) else {
+            return;
+        };
+        let partial = path.with_extension(format!("{extension}.{}.partial", process::id()));
+        let entry = [header(code).as_bytes(), code].concat();
         let write = || {
             fs::create_dir_all(path.parent().expect("an entry lies in a folder"))?;
             fs::write(&partial, entry)?;
@@ -59,13 +61,13 @@ impl KernelCache {
         }
     }
 
-    fn path(&self, key: &str) -> Option<PathBuf> {
-        Some(self.folder.as_ref()?.join(format!("{key}.ptx")))
+    fn path(&self, key: &str, extension: &str) -> Option<PathBuf> {
+        Some(self.folder.as_ref()?.join(format!("{key}.{extension}")))
     }
 }
 
-fn header(ptx: &[u8]) -> String {
-    format!("// sha256 {}\n", digest([ptx]))
+fn header(code: &[u8]) -> String {
+    format!("// sha256 {}\n", digest([code]))
 }
 
 /// SHA-256 of parts, each with its length, in hex.
@@ -95,9 +97,13 @@ mod tests {
     #[test]
     fn what_was_stored_is_found_again() {
         let folder = tempfile::tempdir().unwrap();
-        cache(folder.path()).put("key", b"some\nptx\0");
-        assert_eq!(cache(folder.path()).get("key").unwrap(), b"some\nptx\0");
-        assert_eq!(cache(folder.path()).get("other"), None);
+        cache(folder.path()).put("key", "ptx", b"some\nptx\0");
+        assert_eq!(
+            cache(folder.path()).get("key", "ptx").unwrap(),
+            b"some\nptx\0"
+        );
+        assert_eq!(cache(folder.path()).get("other", "ptx"), None);
+        assert_eq!(cache(folder.path()).get("key", "cubin"), None);
         let names = fs::read_dir(folder.path().join("kernels")).unwrap();
         assert_eq!(names.count(), 1, "no partial file stays");
     }
@@ -106,14 +112,14 @@ mod tests {
     fn damaged_entries_count_as_absent() {
         let folder = tempfile::tempdir().unwrap();
         let cache = cache(folder.path());
-        cache.put("key", b"some ptx");
-        let path = cache.path("key").unwrap();
+        cache.put("key", "ptx", b"some ptx");
+        let path = cache.path("key", "ptx").unwrap();
         let whole = fs::read(&path).unwrap();
         let mut flipped = whole.clone();
         *flipped.last_mut().unwrap() ^= 1;
         for damaged in [&whole[..whole.len() - 1], &whole[..10], b"", &flipped] {
             fs::write(&path, damaged).unwrap();
-            assert_eq!(cache.get("key"), None);
+            assert_eq!(cache.get("key", "ptx"), None);
         }
     }
 
@@ -123,8 +129,8 @@ mod tests {
         let file = folder.path().join("file");
         fs::write(&file, "").unwrap();
         let cache = cache(&file);
-        cache.put("key", b"ptx");
-        assert_eq!(cache.get("key"), None);
+        cache.put("key", "ptx", b"ptx");
+        assert_eq!(cache.get("key", "ptx"), None);
     }
 
     #[test]

@@ -18,6 +18,7 @@ use super::modules::Modules;
 use super::page_moves::move_parts;
 use super::staging::{StagingRing, write};
 use super::step::{CudaStep, StepBuffers};
+use super::target::Target;
 use super::upload::Uploader;
 use crate::KernelError;
 use crate::error::{check_below, check_end};
@@ -111,7 +112,12 @@ impl CudaContext {
 
     /// Sources compiled because the cache had them not.
     pub fn num_compiled(&self) -> usize {
-        self.modules.num_compiled()
+        self.modules.compiler().num_compiled()
+    }
+
+    /// What the kernels were compiled to.
+    pub fn target(&self) -> Target {
+        self.modules.compiler().target()
     }
 
     /// Binds `slot` to the adapter packed at `first_page`, for what comes later on `stream`.

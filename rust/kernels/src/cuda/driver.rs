@@ -52,6 +52,19 @@ impl Driver {
             num_devices: count as usize,
         })
     }
+
+    /// What the driver says of device `ordinal`.
+    pub fn properties(&self, ordinal: usize) -> Result<DeviceProperties, CudaError> {
+        properties(self.device(ordinal)?)
+    }
+
+    fn device(&self, ordinal: usize) -> Result<sys::CUdevice, CudaError> {
+        if ordinal >= self.num_devices {
+            let count = self.num_devices;
+            return Err(CudaError::NoDevice { ordinal, count });
+        }
+        result::device::get(ordinal as i32).doing("opening the device")
+    }
 }
 
 /// What a device is.
@@ -68,7 +81,7 @@ pub struct DeviceProperties {
 
 impl DeviceProperties {
     /// Refuses what is older than the kernels' instructions.
-    fn check_capability(&self) -> Result<(), CudaError> {
+    pub(super) fn check_capability(&self) -> Result<(), CudaError> {
         let (major, minor) = self.capability;
         if (major, minor) >= MIN_CAPABILITY {
             return Ok(());
@@ -95,13 +108,7 @@ impl Device {
     /// Opens device `ordinal` and makes it current on this thread.
     pub fn open(ordinal: usize) -> Result<Arc<Self>, CudaError> {
         let driver = Driver::load()?;
-        if ordinal >= driver.num_devices {
-            return Err(CudaError::NoDevice {
-                ordinal,
-                count: driver.num_devices,
-            });
-        }
-        let raw = result::device::get(ordinal as i32).doing("opening the device")?;
+        let raw = driver.device(ordinal)?;
         let properties = properties(raw)?;
         properties.check_capability()?;
         // SAFETY: the driver gave us the device; `drop` releases the context once.
@@ -143,8 +150,7 @@ impl Drop for Device {
     }
 }
 
-/// What the driver says of a device.
-pub fn properties(device: sys::CUdevice) -> Result<DeviceProperties, CudaError> {
+fn properties(device: sys::CUdevice) -> Result<DeviceProperties, CudaError> {
     use CUdevice_attribute as Attribute;
     let attribute = |attribute| {
         // SAFETY: the driver gave us the device.

@@ -42,10 +42,25 @@ pub enum CudaError {
     #[error("the NVIDIA driver supports CUDA {found}, {needed} is needed: update the driver")]
     DriverTooOld { found: Version, needed: Version },
     #[error(
-        "the driver supports CUDA {driver}, but NVRTC is {nvrtc} and makes code for that version: \
-         update the driver to one for CUDA {nvrtc}, or install torch built for CUDA {driver}"
+        "the driver supports CUDA {driver}, but NVRTC is {nvrtc} and makes no code for this device that such \
+         a driver loads: update the driver to one for CUDA {nvrtc}, or install torch built for CUDA {driver}"
     )]
     NvrtcTooNew { driver: Version, nvrtc: Version },
+    #[error(
+        "NVRTC {nvrtc} makes no code for {name} (compute capability {major}.{minor}): \
+         install torch built for another version of CUDA"
+    )]
+    NvrtcLacksArchitecture {
+        nvrtc: Version,
+        name: String,
+        major: i32,
+        minor: i32,
+    },
+    #[error(
+        "the driver takes no code for {target}: {message}; update the driver, or install torch built for its \
+         version of CUDA"
+    )]
+    CodeRefused { target: String, message: String },
     #[error("{name} has compute capability {major}.{minor}, 8.0 (Ampere) or newer is needed")]
     UnsupportedArchitecture {
         name: String,
@@ -76,6 +91,16 @@ pub enum CudaError {
     },
     #[error(transparent)]
     Invalid(#[from] KernelError),
+}
+
+impl CudaError {
+    /// Of code that the driver does not take.
+    pub(super) fn refused(target: impl fmt::Display, error: DriverError) -> Self {
+        Self::CodeRefused {
+            target: target.to_string(),
+            message: message(error),
+        }
+    }
 }
 
 /// Says what the driver was doing when a call failed.

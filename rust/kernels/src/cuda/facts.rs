@@ -2,24 +2,36 @@
 
 use std::path::PathBuf;
 
-use cudarc::driver::result;
-
 use super::cache::KernelCache;
-use super::driver::{Device, DeviceProperties, Driver, properties};
-use super::error::{CudaError, Doing, Version};
+use super::compiler::{Compiler, targets};
+use super::driver::{Device, DeviceProperties, Driver};
+use super::error::{CudaError, Version};
 use super::nvrtc::Nvrtc;
+use super::target::Target;
 
-/// A device, and its free memory where it can be used.
+/// A device, and more where it can be used.
 pub struct DeviceFacts {
     pub properties: DeviceProperties,
-    pub free_nbytes: Result<usize, CudaError>,
+    pub usable: Result<UsableDevice, CudaError>,
+}
+
+/// Free memory, and what kernels are compiled to.
+pub struct UsableDevice {
+    pub free_nbytes: usize,
+    pub target: Result<Target, CudaError>,
+}
+
+/// The compiler: its version and file.
+pub struct NvrtcFacts {
+    pub version: Version,
+    pub path: PathBuf,
 }
 
 /// Everything asked for; what failed says why.
 pub struct CudaFacts {
     pub driver: Result<Version, CudaError>,
     pub devices: Vec<DeviceFacts>,
-    pub nvrtc: Result<Version, CudaError>,
+    pub nvrtc: Result<NvrtcFacts, CudaError>,
     pub kernel_cache: Option<PathBuf>,
 }
 
@@ -31,18 +43,34 @@ impl CudaFacts {
         Self {
             driver: driver.map(|driver| driver.version),
             devices: (0..num_devices)
-                .filter_map(|ordinal| device(ordinal).ok())
+                .filter_map(|ordinal| device(ordinal, nvrtc_folders).ok())
                 .collect(),
-            nvrtc: Nvrtc::load(nvrtc_folders).map(|nvrtc| nvrtc.version),
+            nvrtc: Nvrtc::load(nvrtc_folders).map(|nvrtc| NvrtcFacts {
+                version: nvrtc.version,
+                path: nvrtc.path,
+            }),
             kernel_cache: KernelCache::from_environment().folder().map(PathBuf::from),
         }
     }
 }
 
-fn device(ordinal: usize) -> Result<DeviceFacts, CudaError> {
-    let raw = result::device::get(ordinal as i32).doing("opening the device")?;
-    Ok(DeviceFacts {
-        properties: properties(raw)?,
-        free_nbytes: Device::open(ordinal).and_then(|device| device.free_nbytes()),
-    })
+/// Why the kernels can't run on device `ordinal`, found without taking the device: the driver, the device
+/// and NVRTC by their versions.
+pub fn check(ordinal: usize, nvrtc_folders: &[PathBuf]) -> Result<(), CudaError> {
+    let driver = Driver::load()?;
+    let device = driver.properties(ordinal)?;
+    device.check_capability()?;
+    targets(&Nvrtc::load(nvrtc_folders)?, driver.version, &device).map(drop)
+}
+
+fn device(ordinal: usize, nvrtc_folders: &[PathBuf]) -> Result<DeviceFacts, CudaError> {
+    let properties = Driver::load()?.properties(ordinal)?;
+    let usable = Device::open(ordinal).and_then(|device| {
+        let compiler = Compiler::new(&device, nvrtc_folders);
+        Ok(UsableDevice {
+            free_nbytes: device.free_nbytes()?,
+            target: compiler.map(|compiler| compiler.target()),
+        })
+    });
+    Ok(DeviceFacts { properties, usable })
 }

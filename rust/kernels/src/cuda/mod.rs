@@ -3,6 +3,7 @@
 pub mod adapter_table;
 mod attention;
 mod cache;
+mod compiler;
 pub mod context;
 pub mod driver;
 mod elementwise;
@@ -12,12 +13,14 @@ mod launch;
 mod lora;
 mod memory;
 pub mod model;
+mod module;
 mod modules;
 mod nvrtc;
 mod page_moves;
 mod sources;
 mod staging;
 pub mod step;
+pub mod target;
 mod upload;
 pub mod work_list;
 

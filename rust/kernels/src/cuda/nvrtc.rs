@@ -1,24 +1,27 @@
-//! NVIDIA's run-time compiler: CUDA C++ to PTX.
+//! NVIDIA's run-time compiler: CUDA C++ to machine code or PTX.
 
-use std::ffi::{CStr, CString, c_char, c_int};
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::ptr;
 
-use cudarc::nvrtc::result;
-use cudarc::nvrtc::sys::{self, nvrtcProgram, nvrtcResult};
+use libloading::Library;
 
 use super::error::{CudaError, Version};
+use super::target::{Code, Target};
 
 /// File names of the library, newest first.
-const LIBRARIES: [&str; 2] = ["libnvrtc.so.13", "libnvrtc.so.12"];
+const LIBRARIES: [&str; 3] = ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"];
+const SUCCESS: c_int = 0;
 
-/// The compiler, loaded.
-#[derive(Clone, Debug)]
+/// The compiler, loaded for the rest of the process.
 pub(super) struct Nvrtc {
+    api: Api,
     pub version: Version,
+    /// The library's file.
+    pub path: PathBuf,
     /// Architectures it compiles for, 90 for `compute_90`, ascending.
-    architectures: Vec<i32>,
+    pub architectures: Vec<i32>,
 }
 
 /// A translation unit to compile.
@@ -31,72 +34,46 @@ pub(super) struct Unit<'a> {
 }
 
 impl Nvrtc {
-    /// Loads libnvrtc from one of `folders`, else from the library path.
+    /// Loads libnvrtc from the first of `folders` that has a usable one, else from the library path.
     pub fn load(folders: &[PathBuf]) -> Result<Self, CudaError> {
-        preload(folders);
-        // SAFETY: loading runs the library's initialisers; libnvrtc's are NVIDIA's.
-        if !unsafe { sys::is_culib_present() } {
-            return Err(CudaError::NoNvrtc);
-        }
-        Self::describe().map_err(|_| CudaError::NoNvrtc)
+        let beside = folders.iter().find_map(|folder| {
+            let paths = LIBRARIES.iter().map(|name| folder.join(name));
+            paths
+                .filter(|path| path.exists())
+                .find_map(|path| open(&path))
+        });
+        let found = beside.or_else(|| LIBRARIES.iter().find_map(|name| open(Path::new(name))));
+        found.ok_or(CudaError::NoNvrtc)
     }
 
-    fn describe() -> Result<Self, result::NvrtcError> {
-        let (mut major, mut minor, mut count) = (0, 0, 0);
-        // SAFETY: the pointers are to live integers.
-        unsafe { sys::nvrtcVersion(&raw mut major, &raw mut minor) }.result()?;
-        // SAFETY: as above.
-        unsafe { sys::nvrtcGetNumSupportedArchs(&raw mut count) }.result()?;
-        let mut architectures = vec![0; count as usize];
-        // SAFETY: room for as many as NVRTC said.
-        unsafe { sys::nvrtcGetSupportedArchs(architectures.as_mut_ptr()) }.result()?;
-        architectures.sort_unstable();
-        Ok(Self {
-            version: Version { major, minor },
-            architectures,
-        })
-    }
-
-    /// The newest architecture it knows that a device of this capability runs, as an option names it.
-    pub fn architecture(&self, (major, minor): (i32, i32)) -> Option<String> {
-        let device = major * 10 + minor;
-        let known = self.architectures.iter().rev();
-        let best = known.copied().find(|&known| known <= device)?;
-        Some(format!("compute_{best}"))
-    }
-
-    /// PTX of a unit, or what the compiler said.
-    #[expect(
-        clippy::unused_self,
-        reason = "there is a compiler only once it is loaded"
-    )]
-    pub fn compile(&self, unit: &Unit<'_>) -> Result<Vec<u8>, String> {
-        let program = Program::new(unit).map_err(|error| error.to_string())?;
-        // SAFETY: the program lives.
-        let compiled = unsafe { result::compile_program(program.raw, unit.options) };
+    /// A unit compiled for a target, or what the compiler said. PTX ends in NUL.
+    pub fn compile(&self, unit: &Unit<'_>, target: Target) -> Result<Vec<u8>, String> {
+        let program = Program::new(&self.api, unit)?;
+        let compiled = program.compile(unit.options, target);
         compiled.map_err(|error| format!("{error}\n{}", program.log()))?;
-        // SAFETY: the program lives and is compiled.
-        let ptx = unsafe { result::get_ptx(program.raw) }.map_err(|error| error.to_string())?;
-        Ok(bytes(&ptx))
+        program.code(target.code)
     }
 }
 
-/// Loads the library from a folder for the rest of the process, so that its name finds it; before it
-/// its builtins, which it opens by name too.
-fn preload(folders: &[PathBuf]) {
-    for folder in folders {
-        for name in LIBRARIES {
-            let path = folder.join(name);
-            if path.exists() {
-                builtins(folder).for_each(|path| {
-                    keep_loaded(&path);
-                });
-                if keep_loaded(&path) {
-                    return;
-                }
-            }
-        }
-    }
+/// The library in a file or of a name, unless it can't be used. Before one in a folder its builtins are
+/// loaded, which it opens by name.
+fn open(path: &Path) -> Option<Nvrtc> {
+    let folder = path.parent().filter(|folder| folder.is_absolute());
+    folder.into_iter().flat_map(builtins).for_each(|path| {
+        // SAFETY: loading runs the library's initialisers; libnvrtc's are NVIDIA's.
+        let _ = unsafe { Library::new(path) }.map(std::mem::forget);
+    });
+    // SAFETY: as above.
+    let library = unsafe { Library::new(path) }.ok()?;
+    let api = Api::of(&library).ok()?;
+    let nvrtc = Nvrtc {
+        version: api.version().ok()?,
+        architectures: api.architectures().ok()?,
+        path: api.path(),
+        api,
+    };
+    std::mem::forget(library);
+    Some(nvrtc)
 }
 
 fn builtins(folder: &Path) -> impl Iterator<Item = PathBuf> {
@@ -107,31 +84,142 @@ fn builtins(folder: &Path) -> impl Iterator<Item = PathBuf> {
         .map(|entry| entry.path())
 }
 
-fn keep_loaded(path: &Path) -> bool {
-    // SAFETY: loading runs the library's initialisers; libnvrtc's are NVIDIA's.
-    let library = unsafe { libloading::Library::new(path) };
-    library.map(std::mem::forget).is_ok()
+type RawProgram = *mut c_void;
+type Texts = *const *const c_char;
+
+/// The library's functions, as nvrtc.h declares them; each returns 0, or a number that `error_string` words.
+#[derive(Clone, Copy)]
+struct Api {
+    version: unsafe extern "C" fn(*mut c_int, *mut c_int) -> c_int,
+    num_supported_archs: unsafe extern "C" fn(*mut c_int) -> c_int,
+    supported_archs: unsafe extern "C" fn(*mut c_int) -> c_int,
+    error_string: unsafe extern "C" fn(c_int) -> *const c_char,
+    create: unsafe extern "C" fn(
+        *mut RawProgram,
+        *const c_char,
+        *const c_char,
+        c_int,
+        Texts,
+        Texts,
+    ) -> c_int,
+    destroy: unsafe extern "C" fn(*mut RawProgram) -> c_int,
+    compile: unsafe extern "C" fn(RawProgram, c_int, Texts) -> c_int,
+    log_size: unsafe extern "C" fn(RawProgram, *mut usize) -> c_int,
+    log: unsafe extern "C" fn(RawProgram, *mut c_char) -> c_int,
+    ptx_size: unsafe extern "C" fn(RawProgram, *mut usize) -> c_int,
+    ptx: unsafe extern "C" fn(RawProgram, *mut c_char) -> c_int,
+    cubin_size: unsafe extern "C" fn(RawProgram, *mut usize) -> c_int,
+    cubin: unsafe extern "C" fn(RawProgram, *mut c_char) -> c_int,
 }
 
-struct Program {
-    raw: nvrtcProgram,
+impl Api {
+    fn of(library: &Library) -> Result<Self, libloading::Error> {
+        /// # Safety
+        /// `name` has the type `F`.
+        unsafe fn symbol<F: Copy>(library: &Library, name: &str) -> Result<F, libloading::Error> {
+            // SAFETY: the caller's contract.
+            Ok(*unsafe { library.get::<F>(name) }?)
+        }
+        // SAFETY: the functions have these types in nvrtc.h of CUDA 11.2 and later.
+        unsafe {
+            Ok(Self {
+                version: symbol(library, "nvrtcVersion")?,
+                num_supported_archs: symbol(library, "nvrtcGetNumSupportedArchs")?,
+                supported_archs: symbol(library, "nvrtcGetSupportedArchs")?,
+                error_string: symbol(library, "nvrtcGetErrorString")?,
+                create: symbol(library, "nvrtcCreateProgram")?,
+                destroy: symbol(library, "nvrtcDestroyProgram")?,
+                compile: symbol(library, "nvrtcCompileProgram")?,
+                log_size: symbol(library, "nvrtcGetProgramLogSize")?,
+                log: symbol(library, "nvrtcGetProgramLog")?,
+                ptx_size: symbol(library, "nvrtcGetPTXSize")?,
+                ptx: symbol(library, "nvrtcGetPTX")?,
+                cubin_size: symbol(library, "nvrtcGetCUBINSize")?,
+                cubin: symbol(library, "nvrtcGetCUBIN")?,
+            })
+        }
+    }
+
+    fn check(&self, code: c_int) -> Result<(), String> {
+        if code == SUCCESS {
+            return Ok(());
+        }
+        // SAFETY: the text is a constant of the library.
+        let text = unsafe { CStr::from_ptr((self.error_string)(code)) };
+        Err(text.to_string_lossy().into_owned())
+    }
+
+    fn version(&self) -> Result<Version, String> {
+        let (mut major, mut minor) = (0, 0);
+        // SAFETY: the pointers are to live integers.
+        self.check(unsafe { (self.version)(&raw mut major, &raw mut minor) })?;
+        Ok(Version { major, minor })
+    }
+
+    fn architectures(&self) -> Result<Vec<i32>, String> {
+        let mut count = 0;
+        // SAFETY: the pointer is to a live integer.
+        self.check(unsafe { (self.num_supported_archs)(&raw mut count) })?;
+        let mut architectures = vec![0; count as usize];
+        // SAFETY: room for as many as NVRTC said.
+        self.check(unsafe { (self.supported_archs)(architectures.as_mut_ptr()) })?;
+        architectures.sort_unstable();
+        Ok(architectures)
+    }
+
+    /// The file that the functions come from.
+    fn path(&self) -> PathBuf {
+        // SAFETY: pointers and numbers, for which zeros are values.
+        let mut info: libc::Dl_info = unsafe { std::mem::zeroed() };
+        let address = self.version as *const c_void;
+        // SAFETY: `info` lives; the address is a function's.
+        if unsafe { libc::dladdr(address, &raw mut info) } == 0 || info.dli_fname.is_null() {
+            return PathBuf::from("libnvrtc");
+        }
+        // SAFETY: the name lives as long as the library, which is never unloaded.
+        let name = unsafe { CStr::from_ptr(info.dli_fname) };
+        PathBuf::from(name.to_string_lossy().into_owned())
+    }
+
+    /// What a pair of functions gives: one says how many bytes, the other writes them.
+    ///
+    /// # Safety
+    /// Both are functions of this library for `program`, which lives.
+    unsafe fn bytes(
+        &self,
+        program: RawProgram,
+        size: unsafe extern "C" fn(RawProgram, *mut usize) -> c_int,
+        get: unsafe extern "C" fn(RawProgram, *mut c_char) -> c_int,
+    ) -> Result<Vec<u8>, String> {
+        let mut nbytes = 0;
+        // SAFETY: the caller's contract.
+        self.check(unsafe { size(program, &raw mut nbytes) })?;
+        let mut bytes = vec![0_u8; nbytes];
+        // SAFETY: the caller's contract; room for as many bytes as NVRTC said.
+        self.check(unsafe { get(program, bytes.as_mut_ptr().cast()) })?;
+        Ok(bytes)
+    }
+}
+
+struct Program<'a> {
+    api: &'a Api,
+    raw: RawProgram,
     /// NVRTC may refer to the texts until the program is gone.
     _texts: Vec<CString>,
 }
 
-impl Program {
-    fn new(unit: &Unit<'_>) -> Result<Self, result::NvrtcError> {
-        let text = |text: &str| CString::new(text).expect("sources hold no NUL");
-        let mut texts = vec![text(unit.text), text(unit.file)];
-        texts.extend(unit.headers.iter().map(|(_, header)| text(header)));
-        texts.extend(unit.headers.iter().map(|(name, _)| text(name)));
+impl<'a> Program<'a> {
+    fn new(api: &'a Api, unit: &Unit<'_>) -> Result<Self, String> {
+        let mut texts = vec![c_string(unit.text), c_string(unit.file)];
+        texts.extend(unit.headers.iter().map(|(_, header)| c_string(header)));
+        texts.extend(unit.headers.iter().map(|(name, _)| c_string(name)));
         let pointers: Vec<*const c_char> = texts.iter().map(|text| text.as_ptr()).collect();
         let count = unit.headers.len();
         let (headers, names) = (&pointers[2..2 + count], &pointers[2 + count..]);
         let mut raw = ptr::null_mut();
         // SAFETY: every pointer is to a live C string, headers and names are `count` of them each.
-        let created: nvrtcResult = unsafe {
-            sys::nvrtcCreateProgram(
+        let created = unsafe {
+            (api.create)(
                 &raw mut raw,
                 pointers[0],
                 pointers[1],
@@ -140,33 +228,62 @@ impl Program {
                 names.as_ptr(),
             )
         };
-        created.result()?;
-        Ok(Self { raw, _texts: texts })
+        api.check(created)?;
+        Ok(Self {
+            api,
+            raw,
+            _texts: texts,
+        })
+    }
+
+    fn compile(&self, options: &[String], target: Target) -> Result<(), String> {
+        let architecture = c_string(&format!("-arch={target}"));
+        let options: Vec<CString> = options.iter().map(|option| c_string(option)).collect();
+        let texts = options.iter().chain([&architecture]);
+        let pointers: Vec<*const c_char> = texts.map(|text| text.as_ptr()).collect();
+        // SAFETY: the program lives, and so do the options.
+        let compiled =
+            unsafe { (self.api.compile)(self.raw, pointers.len() as c_int, pointers.as_ptr()) };
+        self.api.check(compiled)
+    }
+
+    fn code(&self, code: Code) -> Result<Vec<u8>, String> {
+        let (size, get) = match code {
+            Code::Cubin => (self.api.cubin_size, self.api.cubin),
+            Code::Ptx => (self.api.ptx_size, self.api.ptx),
+        };
+        // SAFETY: the program lives and is compiled.
+        unsafe { self.api.bytes(self.raw, size, get) }
     }
 
     fn log(&self) -> String {
         // SAFETY: the program lives.
-        let log = unsafe { result::get_program_log(self.raw) };
-        let log = log.map(|log| bytes(&log)).unwrap_or_default();
+        let log = unsafe { self.api.bytes(self.raw, self.api.log_size, self.api.log) };
+        let log = log.unwrap_or_default();
         let log = CStr::from_bytes_until_nul(&log).map(CStr::to_string_lossy);
         log.map(|log| log.trim_end().to_owned()).unwrap_or_default()
     }
 }
 
-impl Drop for Program {
+impl Drop for Program<'_> {
     fn drop(&mut self) {
         // SAFETY: created in `new`, destroyed once.
-        let _ = unsafe { result::destroy_program(self.raw) };
+        let _ = unsafe { (self.api.destroy)(&raw mut self.raw) };
     }
 }
 
-fn bytes(chars: &[c_char]) -> Vec<u8> {
-    chars.iter().map(|&char| char as u8).collect()
+fn c_string(text: &str) -> CString {
+    CString::new(text).expect("sources and options hold no NUL")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const PTX: Target = Target {
+        code: Code::Ptx,
+        architecture: 80,
+    };
 
     /// The compiler in the folder that `LORASERVE_TEST_NVRTC` names; tests pass over it where it names none.
     fn nvrtc() -> Option<Nvrtc> {
@@ -189,7 +306,8 @@ mod tests {
     #[test]
     fn errors_are_told_with_the_compilers_log() {
         let Some(nvrtc) = nvrtc() else { return };
-        let log = nvrtc.compile(&unit("int x = nonsense;", &[])).unwrap_err();
+        let log = nvrtc.compile(&unit("int x = nonsense;", &[]), PTX);
+        let log = log.unwrap_err();
         assert!(log.contains("test.cu(1): error"), "{log}");
         assert!(log.contains("nonsense"), "{log}");
     }
@@ -207,28 +325,30 @@ mod tests {
             options: &options,
             ..unit(text, &headers)
         };
-        let ptx = String::from_utf8(nvrtc.compile(&unit).unwrap()).unwrap();
+        let ptx = String::from_utf8(nvrtc.compile(&unit, PTX).unwrap()).unwrap();
         assert!(ptx.contains(".entry kernel("), "{ptx}");
         assert!(ptx.ends_with('\0'));
     }
 
     #[test]
-    fn the_newest_architecture_a_device_runs_is_chosen() {
-        let nvrtc = Nvrtc {
-            version: Version {
-                major: 13,
-                minor: 0,
-            },
-            architectures: vec![75, 80, 86, 90, 120],
+    fn machine_code_is_an_elf_file_for_the_architecture() {
+        let Some(nvrtc) = nvrtc() else { return };
+        let unit = unit("extern \"C\" __global__ void kernel() {}", &[]);
+        let cubin = |architecture| {
+            let code = Code::Cubin;
+            let cubin = nvrtc.compile(&unit, Target { code, architecture });
+            cubin.unwrap()
         };
-        for (capability, expected) in [
-            ((8, 0), Some("compute_80")),
-            ((8, 9), Some("compute_86")),
-            ((10, 0), Some("compute_90")),
-            ((13, 1), Some("compute_120")),
-            ((7, 0), None),
-        ] {
-            assert_eq!(nvrtc.architecture(capability).as_deref(), expected);
-        }
+        assert!(cubin(80).starts_with(b"\x7fELF"));
+        assert_ne!(cubin(80), cubin(90));
+    }
+
+    #[test]
+    fn the_library_in_a_named_folder_is_the_one_that_is_used() {
+        let Some(folder) = std::env::var_os("LORASERVE_TEST_NVRTC") else {
+            return;
+        };
+        let nvrtc = Nvrtc::load(&["/nowhere".into(), folder.clone().into()]).unwrap();
+        assert_eq!(nvrtc.path.parent().unwrap(), Path::new(&folder));
     }
 }
