@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from loraserve import _core
+from loraserve.backends import why_no_cuda
 from loraserve.cli import main
 
 NOTHING = {
@@ -13,10 +14,11 @@ NOTHING = {
     "driver_error": "no driver, install one",
     "devices": [],
     "nvrtc": None,
+    "nvrtc_path": None,
     "nvrtc_error": "no NVRTC, install it",
     "kernel_cache": None,
 }
-GPU = {
+GPU: dict[str, Any] = {
     "driver": "13.0",
     "driver_error": None,
     "devices": [
@@ -27,9 +29,12 @@ GPU = {
             "total_nbytes": 24 * 2**30,
             "free_nbytes": 23 * 2**30,
             "error": None,
+            "target": "sm_89",
+            "target_error": None,
         }
     ],
-    "nvrtc": "13.0",
+    "nvrtc": "13.2",
+    "nvrtc_path": "/lib/libnvrtc.so.13",
     "nvrtc_error": None,
     "kernel_cache": "/cache",
 }
@@ -62,11 +67,38 @@ def test_a_gpu_is_named_with_its_memory(
     assert rows["kernel cache"] == "/cache"
 
 
+def test_the_compiler_is_named_with_its_file_and_what_it_makes_for_which_driver(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = {label: value.strip() for label, value in printed(monkeypatch, capsys, GPU).items()}
+    assert rows["NVRTC"] == "13.2, /lib/libnvrtc.so.13"
+    assert rows["GPU 0 code"] == "machine code (sm_89) by NVRTC 13.2 for a driver of CUDA 13.0"
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ({"target": "compute_86"}, "PTX (compute_86) by NVRTC 13.2 for a driver of CUDA 13.0"),
+        ({"target": None, "target_error": "too old"}, "none: too old"),
+        ({"target": None, "error": "no Ampere", "free_nbytes": None}, "none: no Ampere"),
+    ],
+)
+def test_a_gpu_for_which_nothing_can_be_compiled_is_told_why(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    found: dict[str, Any],
+    expected: str,
+) -> None:
+    facts = GPU | {"devices": [GPU["devices"][0] | found]}
+    rows = {label: value.strip() for label, value in printed(monkeypatch, capsys, facts).items()}
+    assert rows["GPU 0 code"] == expected
+
+
 def test_this_machine_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert f"{_core.default_isa()} kernels" in out
-    assert "device auto" in out
+    assert f"cpu: {reason}" in out if (reason := why_no_cuda()) else "cuda" in out
 
 
 def test_it_runs_where_packages_are_missing() -> None:

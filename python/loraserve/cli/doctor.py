@@ -44,18 +44,20 @@ def report() -> dict[str, str]:
     """Label → finding."""
     from loraserve import _core  # noqa: PLC0415 (a compiled module)
 
+    torch_found = _torch()
     facts = _core.cuda_facts()
     rows = {
         "loraserve": f"{_core.__version__} on Python {platform.python_version()}",
         "packages": _packages(),
-        "torch": _torch(),
+        "torch": torch_found,
         "CPU": f"{_core.default_isa()} kernels, {len(os.sched_getaffinity(0))} cores",
         "CUDA driver": _found(facts["driver"], facts["driver_error"]),
     }
     for index, device in enumerate(facts["devices"]):
         rows[f"GPU {index}"] = _gpu(device)
+        rows[f"GPU {index} code"] = _code(device, facts)
     rows |= {
-        "NVRTC": _found(facts["nvrtc"], facts["nvrtc_error"]),
+        "NVRTC": _nvrtc(facts),
         "kernel cache": _cache(facts),
         "device auto": _device_auto(),
     }
@@ -93,10 +95,11 @@ def _torch() -> str:
 
 def _device_auto() -> str:
     try:
-        from loraserve.backends import choose_device  # noqa: PLC0415 (imports torch)
+        from loraserve.backends import why_no_cuda  # noqa: PLC0415 (imports torch)
     except (ImportError, OSError) as error:
         return f"none: {error}"
-    return choose_device("auto")
+    reason = why_no_cuda()
+    return "cuda" if reason is None else f"cpu: {reason}"
 
 
 def _found(value: str | None, error: str | None) -> str:
@@ -113,6 +116,20 @@ def _gpu(device: _DeviceFacts) -> str:
         else f"{free / GIB:.1f} of {total:.1f} GiB free"
     )
     return f"{device['name']}, sm_{major}{minor}, {device['num_sms']} SMs, {memory}"
+
+
+def _nvrtc(facts: _CudaFacts) -> str:
+    if facts["nvrtc"] is None:
+        return f"none: {facts['nvrtc_error']}"
+    return f"{facts['nvrtc']}, {facts['nvrtc_path']}"
+
+
+def _code(device: _DeviceFacts, facts: _CudaFacts) -> str:
+    """What kernels are compiled to, as it was tried out, and the versions that decide it."""
+    if device["target"] is None:
+        return f"none: {device['target_error'] or device['error']}"
+    form = "machine code" if device["target"].startswith("sm_") else "PTX"
+    return f"{form} ({device['target']}) by NVRTC {facts['nvrtc']} for a driver of CUDA {facts['driver']}"
 
 
 def _cache(facts: _CudaFacts) -> str:
