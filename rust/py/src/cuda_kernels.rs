@@ -125,8 +125,8 @@ impl CudaKernels {
         })
     }
 
-    fn order_uploads(&self, py: Python<'_>, stream: usize) -> PyResult<()> {
-        detached(py, || self.inner.order_uploads(Stream::new(stream)))
+    fn order_uploads(&self, stream: usize) -> PyResult<()> {
+        launched(self.inner.order_uploads(Stream::new(stream)))
     }
 
     fn upload(
@@ -169,7 +169,6 @@ impl CudaKernels {
 
     fn lora(
         &self,
-        py: Python<'_>,
         step: &Bound<'_, CudaStep>,
         x_ptr: u64,
         y_ptr: u64,
@@ -179,15 +178,12 @@ impl CudaKernels {
     ) -> PyResult<()> {
         let (step, stream) = (&step.get().inner, Stream::new(stream));
         // SAFETY: the file's contract.
-        detached(py, || unsafe {
-            self.inner.lora(step, x_ptr, y_ptr, layer, group, stream)
-        })
+        launched(unsafe { self.inner.lora(step, x_ptr, y_ptr, layer, group, stream) })
     }
 
     #[pyo3(signature = (x_ptr, residual_ptr, weight_ptr, out_ptr, num_rows, num_features, eps, stream))]
     fn rms_norm(
         &self,
-        py: Python<'_>,
         x_ptr: u64,
         residual_ptr: Option<u64>,
         weight_ptr: u64,
@@ -199,7 +195,7 @@ impl CudaKernels {
     ) -> PyResult<()> {
         let stream = Stream::new(stream);
         // SAFETY: the file's contract.
-        detached(py, || unsafe {
+        launched(unsafe {
             self.inner.rms_norm(
                 x_ptr,
                 residual_ptr,
@@ -215,7 +211,6 @@ impl CudaKernels {
 
     fn silu_mul(
         &self,
-        py: Python<'_>,
         gate_up_ptr: u64,
         out_ptr: u64,
         num_rows: usize,
@@ -224,7 +219,7 @@ impl CudaKernels {
     ) -> PyResult<()> {
         let stream = Stream::new(stream);
         // SAFETY: the file's contract.
-        detached(py, || unsafe {
+        launched(unsafe {
             self.inner
                 .silu_mul(gate_up_ptr, out_ptr, num_rows, intermediate, stream)
         })
@@ -233,7 +228,6 @@ impl CudaKernels {
     #[pyo3(signature = (step, qkv_ptr, layer, cos_sin_ptr, num_positions, q_norm_ptr, k_norm_ptr, eps, stream))]
     fn rope_and_cache(
         &self,
-        py: Python<'_>,
         step: &Bound<'_, CudaStep>,
         qkv_ptr: u64,
         layer: usize,
@@ -253,7 +247,7 @@ impl CudaKernels {
             eps,
         };
         // SAFETY: the file's contract.
-        detached(py, || unsafe {
+        launched(unsafe {
             self.inner
                 .rope_and_cache(step, qkv_ptr, layer, transform, stream)
         })
@@ -261,7 +255,6 @@ impl CudaKernels {
 
     fn attention(
         &self,
-        py: Python<'_>,
         step: &Bound<'_, CudaStep>,
         qkv_ptr: u64,
         layer: usize,
@@ -270,13 +263,16 @@ impl CudaKernels {
     ) -> PyResult<()> {
         let (step, stream) = (&step.get().inner, Stream::new(stream));
         // SAFETY: the file's contract.
-        detached(py, || unsafe {
-            self.inner.attention(step, qkv_ptr, layer, out_ptr, stream)
-        })
+        launched(unsafe { self.inner.attention(step, qkv_ptr, layer, out_ptr, stream) })
     }
 }
 
-/// Runs without the GIL: a first use may compile, an upload waits for the device.
+/// What only queues work takes microseconds, less than another thread needs to take the GIL and give it back.
+fn launched(outcome: Result<(), CudaError>) -> PyResult<()> {
+    outcome.map_err(|error| of_cuda(&error))
+}
+
+/// Runs without the GIL what may compile or wait for the device.
 fn detached<F>(py: Python<'_>, op: F) -> PyResult<()>
 where
     F: FnOnce() -> Result<(), CudaError> + Send,

@@ -21,7 +21,7 @@ pub(super) struct DeviceBuffer {
 }
 
 impl DeviceBuffer {
-    /// `nbytes` of zeros, 256-byte aligned; `what` they are for is told when there is no room.
+    /// `nbytes` of zeros, there for every stream, 256-byte aligned; `what` they are for is told when there is no room.
     pub fn zeroed(
         device: &Arc<Device>,
         what: &'static str,
@@ -41,9 +41,12 @@ impl DeviceBuffer {
             device: Arc::clone(device),
             address,
         };
+        // A fill on the default stream is late, and streams that don't block on it don't wait for it.
+        let side = SideStream::new(device)?;
         // SAFETY: the range was allocated above.
-        unsafe { result::memset_d8_sync(address, 0, nbytes.max(1)) }
+        unsafe { result::memset_d8_async(address, 0, nbytes.max(1), side.stream().raw()) }
             .doing("clearing device memory")?;
+        side.synchronize()?;
         Ok(buffer)
     }
 
@@ -182,6 +185,12 @@ impl SideStream {
 
     pub fn stream(&self) -> Stream {
         self.stream
+    }
+
+    /// Blocks the thread until the stream's work is done.
+    fn synchronize(&self) -> Result<(), CudaError> {
+        // SAFETY: the stream lives.
+        unsafe { result::stream::synchronize(self.stream.raw()) }.doing("waiting for a stream")
     }
 }
 
