@@ -27,6 +27,7 @@ struct LoraArgs {
     ItemState* states;    // [item]
     float* partial_sums;  // [split][max_rows][rank_stride]
     Storage* s;           // [max_rows][rank_stride]
+    float* s_units;       // [max_rows][MAX_MODULES], fp16 only: what 1 in s stands for
     const Storage* x;     // [T, in_features]
     Storage* y;           // [T, out_features]
     unsigned slot_stride;
@@ -37,7 +38,7 @@ struct LoraArgs {
     unsigned rank_stride;
 };
 
-static_assert(sizeof(LoraArgs) == 88, "mirrored by Rust");
+static_assert(sizeof(LoraArgs) == 96, "mirrored by Rust");
 
 struct Work {
     WorkItem item;
@@ -137,6 +138,7 @@ private:
 struct OutputTile {
     Storage* y = nullptr;  // in the item's first row; null: no module has the panel
     const float* gain = nullptr;
+    const float* s_unit = nullptr;  // of the panel's module, in the item's first row
     unsigned row_stride;
     unsigned num_rows;
     unsigned g;
@@ -152,6 +154,7 @@ struct OutputTile {
                 const size_t row = static_cast<size_t>(work.item.first_row) * row_stride;
                 y = args.y + row + panel * PANEL_WIDTH + column;
                 gain = module.gain == nullptr ? nullptr : module.gain + in_module * PANEL_WIDTH + column;
+                s_unit = args.s_units + static_cast<size_t>(work.item.first_row) * MAX_MODULES + i;
             }
         }
     }
@@ -171,21 +174,27 @@ struct OutputTile {
         }
     }
 
-    // y = gain · (values + c)
+    // y = gain · (values + unit of s · c)
     __device__ __forceinline__ void add_and_store(const Pairs (&values)[2], const float (&c)[4][4],
                                                   unsigned tile) const {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const unsigned row = tile * TILE_ROWS + half * 8 + g;
             if (has_row(row)) {
-                store_global(y + static_cast<size_t>(row) * row_stride, add(values[half], c, half));
+#ifdef STORAGE_F16
+                const float unit = load_global_float(s_unit + row * MAX_MODULES);
+#else
+                const float unit = 1.0f;
+#endif
+                store_global(y + static_cast<size_t>(row) * row_stride, add(values[half], c, half, unit));
             }
         }
     }
 
 private:
     // half 0: c's row g, 1: its row g + 8
-    __device__ __forceinline__ Pairs add(const Pairs& values, const float (&c)[4][4], int half) const {
+    __device__ __forceinline__ Pairs add(const Pairs& values, const float (&c)[4][4], int half,
+                                              float unit) const {
         Pairs sum;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -193,8 +202,8 @@ private:
             const int j = 2 * i % 4;
             const int column = 2 * half + i / 2;
             float2 pair = unpack(values.pair[i]);
-            pair.x += c[j][column];
-            pair.y += c[j + 1][column];
+            pair.x += unit * c[j][column];
+            pair.y += unit * c[j + 1][column];
             if (gain != nullptr) {
                 pair.x *= gain[2 * i];
                 pair.y *= gain[2 * i + 1];
@@ -218,25 +227,97 @@ __device__ __forceinline__ bool is_last_split(ItemState* state, unsigned num_spl
     return is_last;
 }
 
-// s [row, rank] = weight · scale · Σ over splits, in their order, of the item's partial sums.
-__device__ __forceinline__ void sum_splits(const LoraArgs& args, const Work& work, unsigned num_splits) {
-    const unsigned quads_per_row = work.group.rank / 4;
-    const size_t split_stride = static_cast<size_t>(args.max_rows) * args.rank_stride;
-    for (unsigned i = threadIdx.x; i < work.item.num_rows * quads_per_row; i += blockDim.x) {
-        const unsigned rank = i % quads_per_row * 4;
-        const size_t at =
-            (work.item.first_row + i / quads_per_row) * static_cast<size_t>(args.rank_stride) + rank;
+// Four ranks of a row of an item.
+struct RankQuad {
+    unsigned row;  // of the item
+    unsigned rank;
+    unsigned module;
+    size_t at;  // in s and in a split's partial sums
+
+    __device__ RankQuad(const LoraArgs& args, const Work& work, unsigned index) : module(0) {
+        const unsigned quads_per_row = work.group.rank / 4;
+        row = index / quads_per_row;
+        rank = index % quads_per_row * 4;
+        at = (work.item.first_row + row) * static_cast<size_t>(args.rank_stride) + rank;
+        while (module + 1 < work.group.num_modules && rank >= work.group.modules[module + 1].rank_offset) {
+            ++module;
+        }
+    }
+
+    // weight · scale · Σ over splits, in their order, of the partial sums
+    __device__ __forceinline__ float4 sum(const LoraArgs& args, const Work& work, unsigned num_splits) const {
+        const size_t split_stride = static_cast<size_t>(args.max_rows) * args.rank_stride;
         float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll 8
         for (unsigned split = 0; split < num_splits; ++split) {
             sum = add(sum, load_global(args.partial_sums + split * split_stride + at));
         }
-        unsigned module = 0;
-        while (module + 1 < work.group.num_modules && rank >= work.group.modules[module + 1].rank_offset) {
-            ++module;
-        }
-        const float scale = work.item.weight * work.group.modules[module].scale;
-        *reinterpret_cast<uint2*>(args.s + at) =
-            make_uint2(pack(scale * sum.x, scale * sum.y), pack(scale * sum.z, scale * sum.w));
+        return scaled(sum, work.item.weight * work.group.modules[module].scale);
+    }
+
+    __device__ __forceinline__ void store(const LoraArgs& args, float4 s) const {
+        *reinterpret_cast<uint2*>(args.s + at) = make_uint2(pack(s.x, s.y), pack(s.z, s.w));
+    }
+
+    __device__ static __forceinline__ float4 scaled(float4 v, float scale) {
+        return make_float4(scale * v.x, scale * v.y, scale * v.z, scale * v.w);
+    }
+};
+
+#ifdef STORAGE_BF16
+
+// s [row, rank] of an item from its partial sums.
+__device__ __forceinline__ void sum_splits(const LoraArgs& args, const Work& work, unsigned num_splits) {
+    for (unsigned i = threadIdx.x; i < work.item.num_rows * (work.group.rank / 4); i += blockDim.x) {
+        const RankQuad quad(args, work, i);
+        quad.store(args, quad.sum(args, work, num_splits));
     }
 }
+
+#else
+
+// A power of two by which a row's s of one module is divided: its largest value then lies in 2^14 … 2^15, where
+// fp16 ends at 65504 and is exact to eleven bits down to 2^-14. `largest` has the bits of a float.
+struct Unit {
+    float value;
+    float inverse;
+
+    __device__ explicit Unit(unsigned largest) : value(1.0f), inverse(1.0f) {
+        const unsigned exponent = max(largest >> 23, 15);  // so that both are normal numbers
+        if (largest != 0 && exponent < 255) {              // zeros, infinities and NaN stay what they are
+            value = __uint_as_float((exponent - 14) << 23);
+            inverse = __uint_as_float((268 - exponent) << 23);
+        }
+    }
+};
+
+// s [row, rank] of an item from its partial sums, in units of its row and module.
+__device__ __forceinline__ void sum_splits(const LoraArgs& args, const Work& work, unsigned num_splits) {
+    __shared__ unsigned largest[MAX_ITEM_ROWS][MAX_MODULES];  // bits of |s|, which sort as the floats do
+    for (unsigned i = threadIdx.x; i < MAX_ITEM_ROWS * MAX_MODULES; i += blockDim.x) {
+        (&largest[0][0])[i] = 0;
+    }
+    __syncthreads();
+    const unsigned num_quads = work.item.num_rows * (work.group.rank / 4);
+    for (unsigned i = threadIdx.x; i < num_quads; i += blockDim.x) {
+        const RankQuad quad(args, work, i);
+        const Pairs s = to_pairs(quad.sum(args, work, num_splits));
+        const unsigned low = max(s.pair[0] & 0x7fffffffu, s.pair[1] & 0x7fffffffu);
+        const unsigned high = max(s.pair[2] & 0x7fffffffu, s.pair[3] & 0x7fffffffu);
+        atomicMax(&largest[quad.row][quad.module], max(low, high));
+        store_global(args.partial_sums + quad.at, s);  // in place of the first split's, for this thread
+    }
+    __syncthreads();
+    for (unsigned i = threadIdx.x; i < num_quads; i += blockDim.x) {
+        const RankQuad quad(args, work, i);
+        const Unit unit(largest[quad.row][quad.module]);
+        const float4 s = add(make_float4(0.0f, 0.0f, 0.0f, 0.0f), load_global(args.partial_sums + quad.at));
+        quad.store(args, RankQuad::scaled(s, unit.inverse));
+        if (quad.rank == work.group.modules[quad.module].rank_offset) {
+            const size_t row = work.item.first_row + quad.row;
+            args.s_units[row * MAX_MODULES + quad.module] = unit.value;
+        }
+    }
+}
+
+#endif

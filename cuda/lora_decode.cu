@@ -1,6 +1,6 @@
 // LoRA of decoding rows, one launch per fused projection: shrink and expand.
 //
-//   s[row, rank] = weight · scale · Σ_k x[row, k] · A[rank, k]        f32, rounded to storage
+//   s[row, rank] = weight · scale · Σ_k x[row, k] · A[rank, k]        f32, rounded to storage (fp16: in units)
 //   y[row, n]    = gain · (y[row, n] + Σ_rank s[row, rank] · B[n, rank])
 //
 // Grid    capacity_items · num_splits blocks shrink, then capacity_items · num_chunks blocks expand;

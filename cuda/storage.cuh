@@ -69,6 +69,12 @@ __device__ __forceinline__ Pairs load_global(const void* address) {
     return v;
 }
 
+__device__ __forceinline__ float load_global_float(const float* address) {
+    float v;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(address) : "memory");
+    return v;
+}
+
 __device__ __forceinline__ void store_global(void* address, const Pairs& v) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.pair[0]), "r"(v.pair[1]),
                  "r"(v.pair[2]), "r"(v.pair[3])

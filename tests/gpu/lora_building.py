@@ -81,7 +81,8 @@ class Lora:
         assert torch.equal(actual[unchanged], y[unchanged])
 
 
-def make_lora(gpu: Gpu, dtype: torch.dtype) -> Lora:
+def make_lora(gpu: Gpu, dtype: torch.dtype, gain: float = 1.0) -> Lora:
+    """`gain` is what adapters' scales are multiplied by and their B divided by: the sum stays what it is."""
     generator = torch.Generator().manual_seed(7)
     page_nbytes = GEOMETRY.page_nbytes(dtype)
     pool = gpu.zeros(NUM_PAGES * page_nbytes, dtype=torch.uint8)
@@ -96,7 +97,7 @@ def make_lora(gpu: Gpu, dtype: torch.dtype) -> Lora:
     )
     reference, first_page = TorchOps(GEOMETRY, dtype, pool), 0
     for slot, ranks in enumerate(ADAPTERS):
-        extent, layout = _random_adapter(dtype, dict(enumerate(ranks)), generator)
+        extent, layout = _random_adapter(dtype, dict(enumerate(ranks)), generator, gain)
         start = first_page * page_nbytes
         assert start + len(extent) <= len(pool), "the test's pool is too small"
         pool[start : start + len(extent)] = extent.to(pool.device)
@@ -107,14 +108,14 @@ def make_lora(gpu: Gpu, dtype: torch.dtype) -> Lora:
 
 
 def _random_adapter(
-    dtype: torch.dtype, ranks: Mapping[int, Sequence[int]], generator: torch.Generator
+    dtype: torch.dtype, ranks: Mapping[int, Sequence[int]], generator: torch.Generator, gain: float
 ) -> tuple[torch.Tensor, _core.AdapterLayout]:
     """The bytes of an extent, and their layout; `ranks` of modules by projection."""
     blocks: list[torch.Tensor] = []
 
-    def block(rows: int, columns: int) -> int:
+    def block(rows: int, columns: int, size: float = 1.0) -> int:
         """Appends a random matrix, aligned; returns its offset."""
-        values = torch.randn(rows, columns, generator=generator) / max(rows, columns) ** 0.5
+        values = torch.randn(rows, columns, generator=generator) / max(rows, columns) ** 0.5 * size
         data = pack_panels(values.to(dtype)).view(torch.uint8)
         offset = sum(len(earlier) for earlier in blocks)
         blocks.extend((data, torch.zeros(-len(data) % 64, dtype=torch.uint8)))
@@ -128,8 +129,10 @@ def _random_adapter(
         a_offset, rank_offset, out_offset, modules = block(sum(module_ranks), in_features), 0, 0, []
         for rank, columns in zip(module_ranks, out_features, strict=True):
             if rank > 0:
-                scale = 2.0 + rank_offset / 64
-                modules.append((rank_offset, rank, block(columns, rank), out_offset, columns, scale))
+                scale = (2.0 + rank_offset / 64) * gain
+                modules.append(
+                    (rank_offset, rank, block(columns, rank, 1 / gain), out_offset, columns, scale)
+                )
             rank_offset, out_offset = rank_offset + rank, out_offset + columns
         places.append((LAYER, group, a_offset, rank_offset, in_features, modules))
     extent = torch.cat([*blocks, torch.zeros(OVERREAD, dtype=torch.uint8)])

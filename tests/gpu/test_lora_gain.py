@@ -89,9 +89,11 @@ def test_gain_scales_the_columns_of_its_module(gpu: Gpu, phase: str, num_rows: i
     states = gpu.zeros(CAPACITY * 4, dtype=torch.int32)
     partial_sums = gpu.zeros(3 * num_rows * 2 * RANK, dtype=torch.float32)
     s = gpu.zeros(num_rows * 2 * RANK, dtype=torch.bfloat16)
+    s_units = gpu.zeros(num_rows * 3, dtype=torch.float32)
+    addresses = table, num_items, items, states, partial_sums, s, s_units, placed_x, placed_y
     argument = struct.pack(
-        "QQQQQQQQIIIIII",
-        *(t.data_ptr() for t in (table, num_items, items, states, partial_sums, s, placed_x, placed_y)),
+        "QQQQQQQQQIIIIII",
+        *(t.data_ptr() for t in addresses),
         *(1, CAPACITY, IN_FEATURES, sum(COLUMNS), num_rows, 2 * RANK),
     )
     for source, kernel, threads, blocks_per_item in LAUNCHES[phase]:

@@ -1,14 +1,14 @@
 //! Launches of the kernels of `cuda/lora_*.cu`, and the scratch they share.
 //!
 //! ```text
-//! scratch | states [items] | s [T, rank] | partial sums [split][rows][rank] |
+//! scratch | states [items] | units of s [T, modules] | s [T, rank] | partial sums [split][rows][rank] |
 //! ```
 //! Items of a list have rows of their own, so that T bounds them; decode rows are at most the sequences.
 //! Launches on one stream use the scratch one after another, and leave the states zero.
 
 use loraserve_adapters::NUM_GROUPS;
 
-use super::adapter_table::Group;
+use super::adapter_table::{Group, MAX_MODULES};
 use super::error::CudaError;
 use super::launch::{Grid, KernelParam, Stream};
 use super::memory::DeviceAddress;
@@ -20,6 +20,7 @@ use super::step::{Wave, WorkList};
 /// Bytes of `ItemState` in `cuda/lora.cuh`.
 const ITEM_STATE_NBYTES: usize = 16;
 const S_NBYTES: usize = 2;
+const S_UNIT_NBYTES: usize = 4;
 const PARTIAL_SUM_NBYTES: usize = 4;
 const SCRATCH_ALIGN: usize = 256;
 
@@ -44,6 +45,7 @@ struct LoraArgs {
     states: DeviceAddress,
     partial_sums: DeviceAddress,
     s: DeviceAddress,
+    s_units: DeviceAddress,
     x: DeviceAddress,
     y: DeviceAddress,
     slot_stride: u32,
@@ -54,7 +56,7 @@ struct LoraArgs {
     rank_stride: u32,
 }
 
-const _: () = assert!(size_of::<LoraArgs>() == 88);
+const _: () = assert!(size_of::<LoraArgs>() == 96);
 
 // SAFETY: `LoraArgs` of cuda/lora.cuh has these fields; they leave no padding.
 unsafe impl KernelParam for LoraArgs {}
@@ -159,6 +161,7 @@ fn decode_rows(model: &Model) -> usize {
 /// Byte offsets of the scratch.
 struct Scratch {
     states: usize,
+    s_units: usize,
     s: usize,
     partial_sums: usize,
     nbytes: usize,
@@ -173,10 +176,12 @@ impl Scratch {
             decode.max(prefill_splits(shape) * model.limits.max_num_tokens)
         });
         let partial_nbytes = partial_rows.max().unwrap_or(0) * rank * PARTIAL_SUM_NBYTES;
-        let s = (rows * ITEM_STATE_NBYTES).next_multiple_of(SCRATCH_ALIGN);
+        let s_units = (rows * ITEM_STATE_NBYTES).next_multiple_of(SCRATCH_ALIGN);
+        let s = (s_units + rows * MAX_MODULES * S_UNIT_NBYTES).next_multiple_of(SCRATCH_ALIGN);
         let partial_sums = (s + rows * rank * S_NBYTES).next_multiple_of(SCRATCH_ALIGN);
         Self {
             states: 0,
+            s_units,
             s,
             partial_sums,
             nbytes: partial_sums + partial_nbytes,
@@ -202,6 +207,7 @@ fn lora_args(
         states: scratch + parts.states as u64,
         partial_sums: scratch + parts.partial_sums as u64,
         s: scratch + parts.s as u64,
+        s_units: scratch + parts.s_units as u64,
         x: io.x,
         y: io.y,
         slot_stride: (model.geometry.num_layers * NUM_GROUPS) as u32,
