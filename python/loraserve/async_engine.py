@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 import weakref
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from typing import ParamSpec
@@ -78,9 +79,24 @@ class Inbox:
     """Where the engine leaves what a stream gives out; it does not keep the stream."""
 
     def __init__(self) -> None:
-        self._events: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()  # None: aborted
-        self.get = self._events.get  # the next event, waiting for it
-        self.put = self._events.put_nowait  # only on the engine's loop
+        self._events: deque[Delta | Exception | None] = deque()  # None: aborted
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, event: Delta | Exception | None) -> None:
+        """Leave an event; on the engine's loop only."""
+        self._events.append(event)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def get(self) -> Delta | Exception | None:
+        """The next event, waiting for it; for one reader at a time."""
+        while not self._events:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        return self._events.popleft()
 
 
 class AsyncEngine:

@@ -153,7 +153,7 @@ class RequestTiming:
     adapter_was_resident: bool
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Delta:
     """What one step added to answer `index` of n.
 

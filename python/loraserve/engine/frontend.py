@@ -22,6 +22,7 @@ from loraserve.request import (
     Delta,
     FinishReason,
     GenerateRequest,
+    TokenLogprob,
     Usage,
 )
 from loraserve.sampling.grammar_compiler import GrammarMatcher
@@ -168,6 +169,8 @@ class ActiveSequence:
         if output.error is not None:
             self.is_finished = True
             raise output.error
+        if output.finish_reason is None and output.token_id is not None and not self._stop_strings.stops:
+            return self._push_token(output.token_id, output.logprob)
         token_ids = [] if output.token_id is None else [output.token_id]
         self._completion_tokens += len(token_ids)
         finish = output.finish_reason
@@ -176,6 +179,13 @@ class ActiveSequence:
             finish = "stop"
         self.is_finished = finish is not None
         return self._delta(text, token_ids, finish, output)
+
+    def _push_token(self, token_id: int, logprob: TokenLogprob | None) -> Delta:
+        """What all tokens but the last are in an answer without stop strings."""
+        self._completion_tokens += 1
+        token_ids = [token_id]
+        logprobs = None if logprob is None else [logprob]
+        return Delta(self._index, self._detokenizer.push(token_ids), token_ids, logprobs, None, None)
 
     def _text(self, token_ids: list[int], finish: FinishReason | None) -> str:
         """New text, without the end token and without what may yet become a stop string."""

@@ -24,20 +24,34 @@ class IncrementalDetokenizer:
         self._tokenizer = tokenizer
         self._window = _context(tokenizer, prompt_token_ids)
         self._shown = tokenizer.decode(self._window)  # what of the window's text is out
+        self._is_whole = not self._shown.endswith(REPLACEMENT)  # all of it is out, and may be added to
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Text that is complete with these tokens and was not before."""
-        return "".join(self._push_one(token) for token in token_ids if self._tokenizer.is_text(token))
+        return "".join([self._push_one(token) for token in token_ids])
 
     def flush(self) -> str:
         """What is left if no more tokens come: an unfinished character, as U+FFFD."""
         return self._added(self._tokenizer.decode(self._window))
 
     def _push_one(self, token: int) -> str:
+        whole = self._tokenizer.whole_text(token) if self._is_whole else None
+        if whole is not None:
+            self._window.append(token)
+            self._shown += whole
+            if len(self._window) >= 2 * NUM_CONTEXT:
+                self._shorten()
+            return whole
+        return self._decode_one(token) if self._tokenizer.is_text(token) else ""
+
+    def _decode_one(self, token: int) -> str:
         self._window.append(token)
         if token in self._tokenizer.byte_ids:
+            self._is_whole = False
             return ""
-        text = self._tokenizer.decode(self._window).removesuffix(REPLACEMENT)
+        decoded = self._tokenizer.decode(self._window)
+        text = decoded.removesuffix(REPLACEMENT)
+        self._is_whole = text == decoded
         added = ""
         if not self._shown.startswith(text):  # it does while the prompt's own end is unfinished
             added, self._shown = self._added(text), text
@@ -54,7 +68,8 @@ class IncrementalDetokenizer:
 
     def _shorten(self) -> None:
         kept = self._window[-NUM_CONTEXT:]
-        text = self._tokenizer.decode(kept)
+        wholes = [self._tokenizer.whole_text(token) for token in kept] if self._is_whole else [None]
+        text = self._tokenizer.decode(kept) if None in wholes else "".join(filter(None, wholes))
         if text:  # else what a decoder strips from the beginning of a text would be taken from the next token
             self._window, self._shown = kept, text.removesuffix(REPLACEMENT)
 
@@ -66,7 +81,7 @@ class StopStrings:
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(stop for stop in stops if stop)
+        self.stops = tuple(stop for stop in stops if stop)
         self._held = ""
         self.is_matched = False
 
@@ -74,7 +89,7 @@ class StopStrings:
         """Text now safe to show; sets `is_matched` when a stop string is complete."""
         if self.is_matched:
             return ""
-        if not self._stops:
+        if not self.stops:
             return text
         buffer = self._held + text
         start = self._first_stop(buffer)
@@ -92,15 +107,15 @@ class StopStrings:
 
     def _first_stop(self, buffer: str) -> int | None:
         """Where the match that ends first begins; of those ending together, the longest."""
-        found = [(at + len(stop), at) for stop in self._stops if (at := buffer.find(stop)) >= 0]
+        found = [(at + len(stop), at) for stop in self.stops if (at := buffer.find(stop)) >= 0]
         return min(found)[1] if found else None
 
     def _num_undecided(self, buffer: str) -> int:
         """Length of the longest end of the buffer that begins a stop string."""
-        longest = min(len(buffer), max((len(stop) for stop in self._stops), default=1) - 1)
+        longest = min(len(buffer), max((len(stop) for stop in self.stops), default=1) - 1)
         for length in range(longest, 0, -1):
             end = buffer[-length:]
-            if any(stop.startswith(end) for stop in self._stops):
+            if any(stop.startswith(end) for stop in self.stops):
                 return length
         return 0
 

@@ -1,5 +1,6 @@
 """Tokenizer: text to token ids and back for one model, with its stop tokens and chat template."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -62,13 +63,14 @@ class Tokenizer:
         self.bos_token_id = self.id_of(special_tokens.get("bos_token"))
         eos = self.id_of(special_tokens.get("eos_token"))
         self.eos_token_ids = tuple(eos_token_ids) or token_ids(eos)
-        self.special_ids = frozenset(
-            index for index, token in backend.get_added_tokens_decoder().items() if token.special
-        )
+        added = backend.get_added_tokens_decoder()
+        self._added_ids = frozenset(added)
+        self.special_ids = frozenset(index for index, token in added.items() if token.special)
         with SETTING_UP:
             self._adds_bos_itself = backend.encode("").ids[:1] == [self.bos_token_id]
         self._add_bos = self._adds_bos_itself if add_bos is None else add_bos
         self.special_tokens = dict(special_tokens)
+        self._whole_texts: dict[int, str | None] = {}
         self.chat_template = self.build_chat_template(chat_template) if chat_template else None
 
     @classmethod
@@ -190,6 +192,27 @@ class Tokenizer:
             return self.decode([token_id], skip_special_tokens=False)
         return self.decode([token_id, token_id]).removeprefix(self.decode([token_id]))
 
+    def whole_text(self, token_id: int) -> str | None:
+        """Text that the token adds behind any whole characters; None where that is not certain.
+
+        In a byte-level vocabulary most tokens are whole characters, and nothing is decoded to stream them.
+        """
+        try:
+            return self._whole_texts[token_id]
+        except KeyError:
+            text = self._whole_texts[token_id] = self._find_whole_text(token_id)
+            return text
+
+    def _find_whole_text(self, token_id: int) -> str | None:
+        token = self._backend.id_to_token(token_id)
+        if token is None or not self._is_byte_level or token_id in self._added_ids:
+            return None
+        values = [BYTE_OF_CHAR.get(char) for char in token]
+        if None in values:
+            return None
+        text = bytes(value for value in values if value is not None).decode(errors="replace")
+        return None if "\ufffd" in text else text
+
     def is_text(self, token_id: int) -> bool:
         """Whether the token is part of a text: it is known, and no special one."""
         return token_id not in self.special_ids and self._backend.id_to_token(token_id) is not None
@@ -251,6 +274,12 @@ class Tokenizer:
             return frozenset()
         vocab = self._backend.get_vocab()
         return frozenset(vocab[name] for byte in range(256) if (name := f"<0x{byte:02X}>") in vocab)
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        """Whether tokens are joined as bytes, and nothing else is done to them."""
+        decoder = self._backend.decoder
+        return decoder is not None and json.loads(decoder.__getstate__()).get("type") == "ByteLevel"
 
     def id_of(self, token: str | None) -> int | None:
         """The id of one token's text, None if there is none."""
