@@ -25,6 +25,7 @@ from loraserve.engine.stats import AdapterInfo, UsageCounters
 from loraserve.errors import AdapterFormatError, EngineStoppedError, InvalidRequestError, LoraserveError
 from loraserve.sampling.grammar_compiler import GrammarCompiler
 from loraserve.text.chat_template import ChatTemplate
+from loraserve.validation.files import check_path
 
 logger = logging.getLogger(__name__)
 
@@ -121,10 +122,11 @@ class EngineAdapters:
             manifest: goes over the directory's own `loraserve.json`.
 
         Raises:
-            InvalidRequestError: the name is not allowed.
+            InvalidRequestError: the name is not allowed, or the path is no text.
             AdapterFormatError, AdapterUnavailableError: the adapter can't be served.
         """
         check_adapter_name(name, self._config.base_names)
+        check_path(path, f"the path of adapter {name!r}")
         path = os.path.abspath(path)  # it is read again at every load, wherever the process is then
         receipt = self.loader.check(path)
         manifest = (manifest or AdapterManifest()).merged_over(read_manifest(path))

@@ -1,4 +1,4 @@
-"""Reads files that come from outside: regular ones only, and no more of them than is allowed."""
+"""Files that come from outside: their names, and reading regular ones, no more of them than is allowed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import errno
 import os
 import stat
 from pathlib import Path
+
+from loraserve.errors import InvalidRequestError
 
 
 def read_regular_file(path: str | Path, max_nbytes: int) -> bytes:
@@ -41,3 +43,13 @@ def is_regular_file(path: str | Path) -> bool:
         return stat.S_ISREG(os.stat(path).st_mode)
     except (OSError, ValueError):
         return False
+
+
+def check_path(path: str | os.PathLike[str], what: str) -> None:
+    """Raises InvalidRequestError: `what`, the path, is no text that a file can be called by."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        raise InvalidRequestError(f"{what} is not valid Unicode, rename what it names") from None
+    if "\0" in os.fspath(path):
+        raise InvalidRequestError(f"{what} has a NUL character")
