@@ -218,7 +218,7 @@ def test_an_adapter_name_out_of_the_alphabet_is_refused(
         llm_float32.load_adapter(name, adapter_paths["r8-qv"])
 
 
-@pytest.mark.parametrize("path", ["/tmp/\udc80", "/tmp/\ud800", "/tmp/\0"])
+@pytest.mark.parametrize("path", ["/tmp/\ud800", "/tmp/\0"])
 def test_an_adapter_path_that_is_no_text_is_refused(llm_float32: LLM, path: str) -> None:
     with pytest.raises(InvalidRequestError, match="the path of adapter 'a' "):
         llm_float32.load_adapter("a", path)
