@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from loraserve.loader import LoadedModel
 from loraserve.models.config import ModelConfig
-from loraserve.models.ops import Ops
-from loraserve.models.weights import build_decoder
+from loraserve.models.decoder import Decoder
+from loraserve.models.ops import Packer
+from loraserve.models.weights import BuildDecoder, build_decoder
 from loraserve.text.tokenizer import Tokenizer
 from safetensors.torch import save_file
 from tokenizers import Tokenizer as HfTokenizer
@@ -64,13 +65,16 @@ def loader_of(raw_config: dict[str, Any]) -> Any:
     def load(
         path: str,
         dtype: torch.dtype,
-        place: Callable[[ModelConfig], tuple[Ops, int]],
+        place: Callable[[ModelConfig, BuildDecoder], tuple[Decoder, int]],
         generation_config: str,
     ) -> LoadedModel:
         config = ModelConfig.from_hf(raw_config)
-        ops, length = place(config)
-        weights = RandomWeights(ops.device, dtype)
-        decoder = build_decoder(config, weights, ops, dtype, length)
+
+        def build(packer: Packer, num_positions: int) -> Decoder:
+            weights = RandomWeights(packer.device, dtype)
+            return build_decoder(config, weights, packer, dtype, num_positions)
+
+        decoder, length = place(config, build)
         return LoadedModel(Path(path), config, decoder, byte_tokenizer(config.vocab_size), length)
 
     return load

@@ -39,6 +39,9 @@ WRONG_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"memory": 2**63}, "memory is 9223372036854775808, it must be at most"),
     ({"prefix_caching": "no"}, "prefix_caching is 'no', it must be True or False"),
     ({"prefix_caching": 1}, "prefix_caching is 1, it must be True or False"),
+    ({"cuda_graphs": 1}, "cuda_graphs is 1, it must be True or False"),
+    ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization is 1.5, it must be in [0.01, 1]"),
+    ({"gpu_memory_utilization": True}, "gpu_memory_utilization is True, it must be a finite number"),
     *(
         ({name: value}, f"{name} is {value!r}, it must be ")
         for name, most in MAX_COUNTS.items()

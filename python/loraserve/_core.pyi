@@ -91,6 +91,9 @@ class Batch:
     def slot_end(self) -> int:
         """One past the highest KV slot that the step writes, as in `slot_mapping`; 0 without tokens."""
     @property
+    def request_ids(self) -> list[int]:
+        """[S] whose the sequences are."""
+    @property
     def sample_request_ids(self) -> list[int]:
         """[L] whose the sampled rows are."""
     def arrays(self) -> _StepArrays:

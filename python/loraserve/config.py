@@ -10,7 +10,7 @@ from loraserve.adapters.manifest import AdapterManifest
 from loraserve.adapters.registry import check_base_names
 from loraserve.adapters.startup import ON_ADAPTER_ERROR, AdapterFailure
 from loraserve.errors import InvalidRequestError
-from loraserve.validation.values import check_bool, check_choice, check_int
+from loraserve.validation.values import check_bool, check_choice, check_float, check_int
 
 DTYPES = ("bfloat16", "float16", "float32")
 DTYPE_ALIASES = {"auto": "bfloat16", "half": "float16", "float": "float32"}
@@ -44,9 +44,13 @@ class EngineConfig:
         manifests: name → what is said of an adapter here, over its own `loraserve.json`.
         dtype: storage of weights, KV cache and adapters: "bfloat16", "float16" (GPU only) or "float32" (CPU
             only); also vLLM's names "half", "float" and "auto", which is bfloat16 here.
-        device: "cpu", "cuda" (one NVIDIA GPU), or "auto", which takes a GPU if torch sees one.
+        device: "cpu", "cuda" (one NVIDIA GPU), or "auto", which takes a GPU that can run the kernels.
         memory: bytes of the one pool that KV cache and adapters share, or text such as "2GiB"; "auto" takes
-            three quarters of what is free beside the weights, and no more than `max_num_seqs` can use.
+            three quarters of what is free beside the weights, on a GPU what `gpu_memory_utilization` leaves,
+            and no more than `max_num_seqs` can use.
+        gpu_memory_utilization: share of a GPU's memory that this process may use, weights and all; what the
+            weights and the largest step leave of it is the pool, where `memory` is "auto".
+        cuda_graphs: capture decode steps on a GPU at start; without, each step takes longer, the start less.
         max_lora_rank: adapters of a higher rank are refused.
         max_num_seqs: most sequences in one step.
         max_batched_tokens: most tokens in one step; longer prompts are prefilled in chunks.
@@ -74,6 +78,8 @@ class EngineConfig:
     dtype: str = "bfloat16"
     device: str = "auto"
     memory: int | str = AUTO
+    gpu_memory_utilization: float = 0.9
+    cuda_graphs: bool = True
     max_lora_rank: int = 64
     max_num_seqs: int = 256
     max_batched_tokens: int = 2048
@@ -105,6 +111,8 @@ class EngineConfig:
             if value is not None or name not in _OPTIONAL_COUNTS:
                 check_int(name, value, 1, high)
         check_bool("prefix_caching", self.prefix_caching)
+        check_bool("cuda_graphs", self.cuda_graphs)
+        check_float("gpu_memory_utilization", self.gpu_memory_utilization, 0.01, 1.0)
         if not isinstance(self.base_names, tuple) or not all(isinstance(one, str) for one in self.base_names):
             raise InvalidRequestError(f"base_names is {self.base_names!r:.100}, give a tuple of names")
         check_base_names(self.base_names)

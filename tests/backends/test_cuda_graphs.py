@@ -23,37 +23,31 @@ def test_buckets_end_with_the_largest_batch(max_num_seqs: int, expected: list[in
 
 
 @dataclass(frozen=True)
-class FakeCoreStep:
-    has_adapters: bool
-
-
-@dataclass(frozen=True)
 class FakeStep:
-    core: FakeCoreStep
+    has_adapters: bool
     num_tokens: int
 
 
 class FakeOps:
-    """Begins padded steps and remembers them."""
+    """Begins padded steps."""
 
-    def __init__(self) -> None:
-        self.last: FakeStep | None = None
-
-    def begin_padded_step(self, batch: Any, num_tokens: int) -> FakeStep:
-        self.last = FakeStep(FakeCoreStep(batch.num_waves > 0), num_tokens)
-        return self.last
+    def begin_padded_step(self, batch: Any, num_tokens: int, has_adapters: bool | None = None) -> FakeStep:
+        if has_adapters is None:
+            has_adapters = batch.num_waves > 0
+        return FakeStep(has_adapters, num_tokens)
 
 
 class FakeDevice:
-    """Counts; a replay gives the rows' numbers plus how often it was called."""
+    """Remembers what was captured; a replay gives the rows' numbers plus a hundred times its graph's."""
 
     def __init__(self) -> None:
-        self.num_captures = 0
+        self.captured: list[int] = []
 
     def capture(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        self.num_captures += 1
         recorded = run()
-        return lambda: recorded + 100
+        self.captured.append(len(recorded))
+        number = len(self.captured)
+        return lambda: recorded + 100 * number
 
 
 def rows(step: FakeStep) -> torch.Tensor:
@@ -100,12 +94,12 @@ def test_a_step_that_only_decodes_takes_the_smallest_bucket_it_fits(
     assert graphs(FakeDevice()).bucket(batch.build()) == expected
 
 
-def test_a_graph_is_captured_at_the_first_step_of_its_kind_and_replayed_from_then_on() -> None:
+def test_every_graph_is_captured_ahead_the_largest_first_and_none_later() -> None:
     device = FakeDevice()
     decoder = graphs(device)
-    first, second = decoder.run(decode(3).build(), 4), decoder.run(decode(4).build(), 4)
-    assert first[:, 0].tolist() == [0, 1, 2]
-    assert second[:, 0].tolist() == [100, 101, 102, 103]
-    decoder.run(decode(4, num_waves=1).build(), 4)
-    decoder.run(decode(1).build(), 1)
-    assert device.num_captures == decoder.num_captured == 3
+    decoder.capture()
+    assert device.captured == [8, 8, 4, 4, 2, 2, 1, 1]
+    with_adapters, without = decoder.run(decode(3, num_waves=1).build(), 4), decoder.run(decode(4).build(), 4)
+    assert with_adapters[:, 0].tolist() == [300, 301, 302]
+    assert without[:, 0].tolist() == [400, 401, 402, 403]
+    assert len(device.captured) == decoder.num_captured == 8

@@ -9,16 +9,19 @@ from typing import Any
 import numpy as np
 import torch
 from loraserve.backends.cuda.backend import CudaBackend
-from loraserve.backends.machine_memory import DeviceMemory, host_memory
+from loraserve.backends.cuda.ops import CudaOps
+from loraserve.backends.machine_memory import DeviceMemory
 from loraserve.config import EngineConfig
 from loraserve.models.config import ModelConfig
-from loraserve.models.ops import KvGeometry, Ops
+from loraserve.models.ops import KvGeometry
 
 from tests.gpu.driver import Driver
 
+MEMORY_NBYTES = 1 << 30
+
 
 class EmulatedDevice:
-    """Stands in for `TorchCudaDevice`; a captured graph is run again as it is."""
+    """Stands in for `TorchCudaDevice`: a card of `MEMORY_NBYTES`; a captured graph is run again as it is."""
 
     def __init__(self, driver: Driver) -> None:
         self.device = torch.device("cpu")
@@ -26,7 +29,7 @@ class EmulatedDevice:
         self._stream = driver.create_stream()
 
     def memory(self) -> DeviceMemory:
-        return host_memory()
+        return DeviceMemory(MEMORY_NBYTES, MEMORY_NBYTES, "the emulated GPU")
 
     def stream(self) -> int:
         return self._stream
@@ -35,8 +38,16 @@ class EmulatedDevice:
         memory = (ctypes.c_int32 * length).from_address(address)
         return torch.from_numpy(np.ctypeslib.as_array(memory))
 
-    def matmul_float32(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return x.float() @ weight.float().T
+    def matmul_float32(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+        torch.mm(x.float(), weight.float().T, out=out)
+
+    def peak_nbytes(self, run: Callable[[], object]) -> int:
+        """What torch's tensors take in main memory is not known: half of the card."""
+        run()
+        return MEMORY_NBYTES // 2
+
+    def empty_caches(self) -> None:
+        """Nothing is kept."""
 
     def capture(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         self.num_captures += 1
@@ -76,8 +87,8 @@ class EmulatedBackend(CudaBackend):
         self._driver = driver
         super().__init__(config, getattr(torch, config.dtype), self.emulated)
 
-    def build_ops(self, model: ModelConfig, geometry: KvGeometry, num_pages: int) -> Ops:
+    def build_ops(self, model: ModelConfig, geometry: KvGeometry, num_pages: int) -> CudaOps:
         ops: Any = super().build_ops(model, geometry, num_pages)
         ops._kernels = _Synchronous(ops._kernels, self._driver, self.emulated)
-        built: Ops = ops
+        built: CudaOps = ops
         return built

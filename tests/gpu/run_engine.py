@@ -30,7 +30,8 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         return opened
 
     loraserve.engine.model_runner.open_backend = open_backend
-    return answer(job, "cuda") | {"captures": _captures(backends)}
+    answers = answer(job, "cuda")
+    return answers | {"captures": _captures(backends), "pool_nbytes": backends[0].pool.numel()}
 
 
 def _captures(backends: list[CudaBackend]) -> int:

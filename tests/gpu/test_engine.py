@@ -56,7 +56,20 @@ def test_mixed_batches_are_answered_as_on_the_cpu(
 ) -> None:
     actual = run_on_cuda(job, tmp_path)
     check(job, actual)
-    assert actual["captures"] > 0
+    assert actual["captures"] == 10  # at start, of 1, 2, 4, 8 and 16 rows, with adapters and without
+
+
+def test_without_memory_given_the_pool_is_what_weights_and_the_largest_step_leave(
+    driver: Driver, job: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = {**SETTINGS, "gpu_memory_utilization": 0.75, "cuda_graphs": False}
+    job |= {"settings": {name: value for name, value in settings.items() if name != "memory"}}
+    job["rounds"] = job["rounds"][:1]
+    actual = run_on_cuda(job, tmp_path)
+    check(job | {"settings": SETTINGS}, actual)
+    assert actual["captures"] == 0
+    if driver.is_emulated:
+        assert (1 << 28) - (1 << 22) < actual["pool_nbytes"] <= (1 << 28) + (1 << 22)
 
 
 def test_loads_and_steps_on_lazy_streams_wait_for_each_other(

@@ -6,7 +6,9 @@ from pathlib import Path
 import torch
 from loraserve.loader import LoadedModel, load_model
 from loraserve.models.config import ModelConfig
-from loraserve.models.ops import EagerOps, KvGeometry, Ops
+from loraserve.models.decoder import Decoder
+from loraserve.models.ops import EagerOps, KvGeometry
+from loraserve.models.weights import BuildDecoder
 
 from tests.batches import BLOCK_SIZE, one_sequence
 from tests.ops.stepwise_ops import StepwiseOps
@@ -21,15 +23,15 @@ class Running:
 
     def __init__(self, path: str | Path, backend: str = "torch") -> None:
         self._backend = BACKENDS[backend]
-        self.loaded: LoadedModel = load_model(path, torch.float32, self._build_ops)
+        self.loaded: LoadedModel = load_model(path, torch.float32, self._place)
 
-    def _build_ops(self, config: ModelConfig) -> tuple[Ops, int]:
+    def _place(self, config: ModelConfig, build: BuildDecoder) -> tuple[Decoder, int]:
         geometry = KvGeometry(
             config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim, BLOCK_SIZE
         )
         pool = torch.zeros(NUM_PAGES * geometry.page_nbytes(torch.float32), dtype=torch.uint8)
         self.ops: EagerOps = self._backend(geometry, torch.float32, pool)
-        return self.ops, config.context_limit
+        return build(self.ops, config.context_limit), config.context_limit
 
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int], num_cached: int = 0, all_logits: bool = True) -> torch.Tensor:

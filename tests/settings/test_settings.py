@@ -102,6 +102,8 @@ def test_every_setting_can_be_a_variable() -> None:
         "http_port": "off",
         "grpc_port": "0",
         "prefix_caching": "false",
+        "gpu_memory_utilization": "0.7",
+        "cuda_graphs": "no",
         "open_metrics": "yes",
         "trust_request_chat_template": "no",
         "threads": "3",

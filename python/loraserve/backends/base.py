@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     import torch
 
     from loraserve import _core
-    from loraserve.backends.machine_memory import DeviceMemory
     from loraserve.models.config import ModelConfig
     from loraserve.models.decoder import Decoder
     from loraserve.models.ops import KvGeometry, Ops
+    from loraserve.models.weights import BuildDecoder
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,16 @@ class Extent:
     nbytes: int
 
 
+@dataclass(frozen=True)
+class PlacedModel:
+    """A model on its device: weights, what computes them, the pool in pages, the context in tokens."""
+
+    decoder: Decoder
+    ops: Ops
+    num_pages: int
+    max_model_len: int
+
+
 class Backend(Protocol):
     """One device: its pool of pages, the ops over it, adapters on their way in."""
 
@@ -32,12 +42,13 @@ class Backend(Protocol):
     computes_on_cpu: bool  # whether loader threads take cores from the model
     runs_ahead: bool  # whether a step may be launched before the tokens of the last are known to the host
 
-    def memory(self) -> DeviceMemory:
-        """What there is to share out, before anything is allocated."""
-        ...
+    def place(self, model: ModelConfig, geometry: KvGeometry, build: BuildDecoder) -> PlacedModel:
+        """Share out the device's memory: weights, which `build` loads, and the pool.
 
-    def build_ops(self, model: ModelConfig, geometry: KvGeometry, num_pages: int) -> Ops:
-        """Allocate the pool and what computes over it. Raises CapacityError, DeviceError, ModelError."""
+        Raises:
+            CapacityError: weights, pool or context that was asked for don't fit; the message has sizes.
+            DeviceError, ModelError: the device can't run the model.
+        """
         ...
 
     def max_num_slots(self, num_pages: int) -> int:
@@ -73,5 +84,9 @@ class Backend(Protocol):
         ...
 
     def logits(self, decoder: Decoder, batch: _core.Batch) -> torch.Tensor:
-        """Run one step: float32 [L, vocab], good until the next one."""
+        """Run one step: float32 [L, vocab], good until the next one. Raises torch.OutOfMemoryError."""
+        ...
+
+    def empty_caches(self) -> None:
+        """Give back memory that is kept for later steps, after one found none."""
         ...

@@ -56,7 +56,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--device",
         choices=DEVICES,
         default=EngineConfig.device,
-        help="where to compute; auto takes an NVIDIA GPU if torch sees one (default %(default)s)",
+        help="where to compute; auto takes an NVIDIA GPU that can run the kernels (default %(default)s)",
     )
     add_dtype_option(group)
     group.add_argument(
@@ -65,6 +65,20 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="memory that KV cache and adapters share, as 512MiB or 4GiB; auto takes most of what is free "
         "(default %(default)s)",
+    )
+    group.add_argument(
+        "--gpu-memory-utilization",
+        type=float,
+        default=EngineConfig.gpu_memory_utilization,
+        metavar="X",
+        help="share of a GPU's memory that this process may use, where --memory is auto "
+        "(default %(default)s)",
+    )
+    group.add_argument(
+        "--no-cuda-graphs",
+        dest="cuda_graphs",
+        action="store_false",
+        help="do not capture decode steps on a GPU at start: a shorter start, longer steps",
     )
     add_max_lora_rank_option(group)
     group.add_argument(
@@ -114,6 +128,8 @@ def engine_config(args: argparse.Namespace, parser: argparse.ArgumentParser) -> 
         dtype=args.dtype,
         device=args.device,
         memory=args.memory,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        cuda_graphs=args.cuda_graphs,
         max_lora_rank=args.max_lora_rank,
         max_num_seqs=args.max_num_seqs,
         max_model_len=args.max_model_len,

@@ -11,6 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
+import torch
+
 from loraserve import _core
 from loraserve.backends import Backend
 from loraserve.config import EngineConfig
@@ -24,7 +27,7 @@ from loraserve.engine.thread import EngineThread
 from loraserve.errors import EngineStoppedError
 from loraserve.request import SHARED_CACHE, CacheScope, TokenLogprob
 from loraserve.sampling.grammar_compiler import GrammarCompiler, GrammarMatcher
-from loraserve.sampling.sampler import PendingSamples, SamplingState, sample
+from loraserve.sampling.sampler import FailedSamples, PendingSamples, SamplingState, sample
 from loraserve.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -297,8 +300,10 @@ class Engine:
 
     def _may_run_ahead(self, running: RunningStep) -> bool:
         """Whether the device can go on with what it has just sampled, unseen."""
-        return self.runner.backend.runs_ahead and not any(
-            sequence.sampling.depends_on_last_token for sequence in running.sequences
+        return (
+            self.runner.backend.runs_ahead
+            and not isinstance(running.samples, FailedSamples)
+            and not any(sequence.sampling.depends_on_last_token for sequence in running.sequences)
         )
 
     def _launch(self, planned: _core.SchedulerOutput | None) -> RunningStep | None:
@@ -321,14 +326,23 @@ class Engine:
             self._step_began = time.monotonic()
         request_ids = batch.sample_request_ids
         sequences = [self._sequences[request_id] for request_id in request_ids]
-        logits = self.runner.execute(batch)
         states = [sequence.sampling for sequence in sequences]
-        return RunningStep(planned, request_ids, sequences, sample(logits, states, self.runner.ops.argmax))
+        samples: PendingSamples
+        try:
+            samples = sample(self.runner.execute(batch), states, self.runner.ops.argmax)
+        except torch.OutOfMemoryError as error:
+            samples = FailedSamples(error.with_traceback(None))  # which would keep the step's tensors
+        return RunningStep(planned, request_ids, sequences, samples)
 
     def _commit(self, running: RunningStep) -> dict[int, TokenLogprob]:
         """Wait for the step's tokens and take them; the logprobs that were asked for, by request."""
-        sampled = running.samples.result()
-        self._step_began = None if self._running is None else time.monotonic()
+        try:
+            sampled = running.samples.result()
+        except torch.OutOfMemoryError as error:
+            self._end_step(running.planned, error)
+            return {}
+        finally:
+            self._step_began = None if self._running is None else time.monotonic()
         request_ids, sequences = running.request_ids, running.sequences
         with self._lock:
             for request_id, sequence, is_finite in zip(
@@ -351,6 +365,17 @@ class Engine:
                 for request_id, ending in endings:
                     self._scheduler.finish(request_id, ending)
         return {id_: lp for id_, lp in zip(request_ids, sampled.logprobs, strict=True) if lp is not None}
+
+    def _end_step(self, planned: _core.SchedulerOutput, shortage: torch.OutOfMemoryError) -> None:
+        """End the requests of a step that was not computed; nothing of it is kept."""
+        batch = planned.batch
+        assert batch is not None
+        error = self.runner.out_of_memory(batch, shortage)
+        logger.error("a step failed, its %d requests end: %s", batch.num_seqs, error)
+        with self._lock:
+            for request_id in batch.request_ids:
+                self._scheduler.finish(request_id, error)
+            self._scheduler.commit(planned, np.zeros(batch.num_samples, dtype=np.int32))
 
     def _end_expired(self) -> None:
         self._deadlines.forget_ended(self._sequences)

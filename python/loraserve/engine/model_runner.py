@@ -9,11 +9,12 @@ import torch
 from loraserve import _core
 from loraserve.backends import Backend, Extent, open_backend
 from loraserve.config import EngineConfig
-from loraserve.engine.memory_plan import plan_memory
-from loraserve.errors import InvalidRequestError
+from loraserve.errors import CapacityError, InvalidRequestError
 from loraserve.loader import LoadedModel, load_model
 from loraserve.models.config import ModelConfig
+from loraserve.models.decoder import Decoder
 from loraserve.models.ops import KvGeometry, Ops
+from loraserve.models.weights import BuildDecoder
 
 BLOCK_SIZE = 16  # tokens per page
 
@@ -31,15 +32,13 @@ class ModelRunner:
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self.backend = open_backend(config) if backend is None else backend
         self.device = self.backend.name
-        self.model: LoadedModel = load_model(
-            config.model, self._dtype, self._build_ops, config.generation_config
-        )
+        self.model: LoadedModel = load_model(config.model, self._dtype, self._place, config.generation_config)
         self.vocab_size = self.model.config.vocab_size
         eos = self.model.tokenizer.eos_token_ids
         self.eos_token_ids = [token_id for token_id in eos if 0 <= token_id < self.vocab_size]
 
-    def _build_ops(self, model_config: ModelConfig) -> tuple[Ops, int]:
-        """What the model computes with, and the context that its memory lets a request have."""
+    def _place(self, model_config: ModelConfig, build: BuildDecoder) -> tuple[Decoder, int]:
+        """The model on its device, and the context that its memory lets a request have."""
         geometry = KvGeometry(
             num_layers=model_config.num_layers,
             num_heads=model_config.num_heads,
@@ -47,11 +46,11 @@ class ModelRunner:
             head_dim=model_config.head_dim,
             block_size=BLOCK_SIZE,
         )
-        plan = plan_memory(self._config, model_config, geometry, self.backend.memory())
+        placed = self.backend.place(model_config, geometry, build)
         self.page_nbytes = geometry.page_nbytes(self._dtype)
-        self.num_pages = plan.num_pages
-        self.ops: Ops = self.backend.build_ops(model_config, geometry, self.num_pages)
-        return self.ops, plan.max_model_len
+        self.num_pages = placed.num_pages
+        self.ops: Ops = placed.ops
+        return placed.decoder, placed.max_model_len
 
     def check_token_ids(self, token_ids: Iterable[int]) -> None:
         """Raises InvalidRequestError: one is not in the vocabulary."""
@@ -99,5 +98,24 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, batch: _core.Batch) -> torch.Tensor:
-        """Logits of the rows the batch samples: float32 [L, vocab]."""
+        """Logits of the rows the batch samples: float32 [L, vocab].
+
+        Where the device's memory falls short, once more with what it keeps for later given back.
+
+        Raises:
+            torch.OutOfMemoryError: that did not help; `out_of_memory` makes it an answer.
+        """
+        try:
+            return self.backend.logits(self.model.decoder, batch)
+        except torch.OutOfMemoryError:
+            pass  # what the failed run has made is kept alive until here
+        self.backend.empty_caches()
         return self.backend.logits(self.model.decoder, batch)
+
+    def out_of_memory(self, batch: _core.Batch, error: torch.OutOfMemoryError) -> CapacityError:
+        """What a step's requests are told that found no memory; later steps have what it gave up."""
+        self.backend.empty_caches()
+        return CapacityError(
+            f"the device ran out of memory in a step of {batch.num_tokens} tokens of {batch.num_seqs} "
+            f"requests: lower max_batched_tokens, max_num_seqs or memory ({error})"
+        )

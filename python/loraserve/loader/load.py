@@ -14,8 +14,8 @@ from loraserve.loader.generation_config import FILE_NAME, read_sampling_defaults
 from loraserve.loader.resolve import open_checkpoint
 from loraserve.models.config import ModelConfig
 from loraserve.models.decoder import Decoder
-from loraserve.models.ops import Ops
-from loraserve.models.weights import build_decoder
+from loraserve.models.ops import Packer
+from loraserve.models.weights import BuildDecoder, build_decoder
 from loraserve.text.tokenizer import Tokenizer
 from loraserve.validation.files import expanded, is_regular_file
 
@@ -47,13 +47,14 @@ class LoadedModel:
 def load_model(
     path_or_id: str | Path,
     dtype: torch.dtype,
-    place: Callable[[ModelConfig], tuple[Ops, int]],
+    place: Callable[[ModelConfig, BuildDecoder], tuple[Decoder, int]],
     generation_config: str = "auto",
 ) -> LoadedModel:
     """Open, check, read and pack a model.
 
     Args:
-        place: called once the config is checked; gives the ops to pack with, and the context in tokens.
+        place: called once the config is checked; builds the decoder where it is to run, and gives it with its
+            context in tokens.
         generation_config: `EngineConfig`'s.
 
     Raises ModelError, and what `place` raises.
@@ -62,9 +63,13 @@ def load_model(
         config = checkpoint.config
         tokenizer = checkpoint.load_tokenizer()
         defaults = _sampling_defaults(checkpoint, generation_config)
-        ops, max_model_len = place(config)
-        decoder = build_decoder(config, checkpoint, ops, dtype, max_model_len)
-        checkpoint.check_all_used()
+
+        def build(packer: Packer, num_positions: int) -> Decoder:
+            decoder = build_decoder(config, checkpoint, packer, dtype, num_positions)
+            checkpoint.check_all_used()
+            return decoder
+
+        decoder, max_model_len = place(config, build)
         return LoadedModel(checkpoint.path, config, decoder, tokenizer, max_model_len, defaults)
 
 

@@ -115,8 +115,8 @@ class ForwardOps(Protocol[StepT_contra, ValueT]):
         ...
 
 
-class Ops(Protocol):
-    """What a backend does for loader and engine, over one page pool."""
+class Packer(Protocol):
+    """What a model's weights are loaded with."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -131,6 +131,10 @@ class Ops(Protocol):
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
         """Converts weight [out, in] (any float dtype) for `lora_linear`; the original may be freed."""
         ...
+
+
+class Ops(Packer, Protocol):
+    """What a backend does for loader and engine, over one page pool."""
 
     def set_adapter(self, slot: int, first_page: int, layout: _core.AdapterLayout) -> None:
         """Binds a slot to the adapter whose packed extent starts at `first_page`."""

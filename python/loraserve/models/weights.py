@@ -1,6 +1,7 @@
 """Builds a Decoder from named tensors: reads each once, fuses and packs it, frees the original."""
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -8,11 +9,15 @@ from tqdm import tqdm
 
 from loraserve.models.config import ModelConfig
 from loraserve.models.decoder import Decoder, Layer
-from loraserve.models.ops import Linear, Ops
+from loraserve.models.ops import Linear, Packer
 from loraserve.models.rope import cos_sin_table
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+
+
+# Packs the weights and bounds the rotary table, by its positions.
+BuildDecoder: TypeAlias = Callable[[Packer, int], Decoder]
 
 
 class Weights(Protocol):
@@ -28,15 +33,15 @@ class Weights(Protocol):
 
 
 def build_decoder(
-    config: ModelConfig, weights: Weights, ops: Ops, dtype: torch.dtype, num_positions: int
+    config: ModelConfig, weights: Weights, packer: Packer, dtype: torch.dtype, num_positions: int
 ) -> Decoder:
-    """Pack every weight through `ops`; `num_positions` bounds the rotary table. Raises ModelError."""
-    reader = _Reader(config, weights, ops, dtype)
+    """Pack every weight through `packer`; `num_positions` bounds the rotary table. Raises ModelError."""
+    reader = _Reader(config, weights, packer, dtype)
     embedding, lm_head = reader.embedding_and_head()
     indices = tqdm(range(config.num_layers), desc="loading layers", delay=1.0, leave=False, disable=None)
     layers = [reader.layer(index) for index in indices]
     final_norm = reader.norm("model.norm.weight", config.hidden_size)
-    cos_sin = cos_sin_table(config.rope, config.head_dim, num_positions).to(ops.device)
+    cos_sin = cos_sin_table(config.rope, config.head_dim, num_positions).to(packer.device)
     return Decoder(
         config,
         embedding=embedding,
@@ -48,10 +53,10 @@ def build_decoder(
 
 
 class _Reader:
-    def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, packer: Packer, dtype: torch.dtype) -> None:
         self._config = config
         self._weights = weights
-        self._ops = ops
+        self._packer = packer
         self._dtype = dtype
 
     def layer(self, index: int) -> Layer:
@@ -77,20 +82,20 @@ class _Reader:
         tied, has = self._config.tie_word_embeddings, self._weights.has
         only_head = tied and has(HEAD) and not has(EMBEDDING)
         embedding = self._weights.tensor(HEAD if only_head else EMBEDDING, shape)
-        packed = self._ops.pack(embedding)
+        packed = self._packer.pack(embedding)
         if only_head or (tied and not has(HEAD)):
             return packed, packed
         head = self._weights.tensor(HEAD, shape)
-        return packed, packed if tied and torch.equal(embedding, head) else self._ops.pack(head)
+        return packed, packed if tied and torch.equal(embedding, head) else self._packer.pack(head)
 
     def norm(self, name: str, size: int) -> Tensor:
-        return self._weights.tensor(name, (size,)).to(self._ops.device, self._dtype, copy=True)
+        return self._weights.tensor(name, (size,)).to(self._packer.device, self._dtype, copy=True)
 
     def _fused(self, parent: str, parts: list[tuple[str, int]], in_features: int, bias: bool) -> Linear:
         read = self._weights.tensor
         weights = [read(f"{parent}.{name}.weight", (size, in_features)) for name, size in parts]
         biases = [read(f"{parent}.{name}.bias", (size,)) for name, size in parts] if bias else []
-        return self._ops.pack(_join(weights), _join(biases) if bias else None)
+        return self._packer.pack(_join(weights), _join(biases) if bias else None)
 
 
 def _join(parts: list[Tensor]) -> Tensor:

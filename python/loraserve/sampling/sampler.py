@@ -92,6 +92,17 @@ class PendingSamples(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class FailedSamples:
+    """Of a step that found no memory when it was launched, as `PendingSamples`."""
+
+    error: torch.OutOfMemoryError
+
+    def result(self) -> Sampled:
+        """Raises the error: steps are committed in order, and only then does its turn come."""
+        raise self.error
+
+
 def sample(
     logits: torch.Tensor,
     states: Sequence[SamplingState],

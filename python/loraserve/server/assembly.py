@@ -63,6 +63,8 @@ def engine_config(
         max_waiting=settings.max_waiting,
         max_model_len=settings.max_model_len,
         generation_config=settings.generation_config,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        cuda_graphs=settings.cuda_graphs,
         prefix_caching=settings.prefix_caching,
         num_threads=settings.threads,
         on_adapter_error=settings.on_adapter_error,

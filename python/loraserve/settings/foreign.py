@@ -100,6 +100,15 @@ def _json_output(value: str) -> Mapping[str, Any]:
     return {"log_format": "json"} if value == "true" else {}
 
 
+def _eager(value: str) -> Mapping[str, Any]:
+    return {"cuda_graphs": False} if value == "true" else {}
+
+
+def _cuda_graphs(value: str) -> Mapping[str, Any]:
+    """Batch sizes with commas between, 0 is none."""
+    return {"cuda_graphs": False} if value.strip() == "0" else {}
+
+
 def _log_format(value: str) -> Mapping[str, Any]:
     return {"log_format": value.lower()}
 
@@ -194,8 +203,7 @@ TGI_AND_LORAX: tuple[ForeignSetting, ...] = (
     *_switches("download_only", "nothing is downloaded without serving: use `hf download MODEL`"),
     *_switches("env", "run `loraserve doctor` instead", **FLAG_ONLY),
     *_values("prometheus_port", "metrics are at /metrics of the HTTP port", "PORT", **NO_EFFECT),
-    *_values("cuda_memory_fraction memory_wiggle_room adapter_memory_fraction", MEMORY_SIZES, "X",
-             **NO_EFFECT),
+    *_values("memory_wiggle_room adapter_memory_fraction", MEMORY_SIZES, "X", **NO_EFFECT),
     *_values("max_batch_total_tokens", "--memory bounds the batch", "TOKENS", **NO_EFFECT),
     *_values("waiting_served_ratio max_waiting_tokens", "waiting requests join at every step", "X",
              **NO_EFFECT),
@@ -204,10 +212,13 @@ TGI_AND_LORAX: tuple[ForeignSetting, ...] = (
     *_values("speculate speculative_tokens speculation_max_batch_size", "no tokens are drafted ahead", "N",
              **NO_EFFECT),
     *_values("validation_workers", "tokenising takes a thread when it needs one", "N", **NO_EFFECT),
-    *_values("cuda_graphs compile_max_batch_size compile_max_rank compile_batch_size",
-             "it tunes another engine", "N", **NO_EFFECT),
+    *_values("compile_max_batch_size compile_max_rank compile_batch_size", "it tunes another engine", "N",
+             **NO_EFFECT),
+    *_values("cuda_graphs", "sizes are chosen by --max-num-seqs, 0 is --no-cuda-graphs", "SIZES",
+             meaning=_cuda_graphs, **VARIABLE_ONLY),
     *_values("backend attention embedding_dim", "it tunes another engine", **NO_EFFECT),
-    *_switches("compile eager disable_custom_kernels disable_sgmv", "it tunes another engine", **NO_EFFECT),
+    *_switches("eager", "the same as --no-cuda-graphs", meaning=_eager),
+    *_switches("compile disable_custom_kernels disable_sgmv", "it tunes another engine", **NO_EFFECT),
     *_values("eager_prefill chunked_prefill prefill_chunking", "long prompts are always prefilled in chunks",
              "BOOL", **NO_EFFECT),
     *_values("shard_uds_path master_addr master_port", "there are no shards", **NO_EFFECT),
@@ -233,7 +244,6 @@ VLLM: tuple[ForeignSetting, ...] = (
              **FLAG_ONLY),
     *_values("lora_extra_vocab_size", "adapters with tokens of their own are refused", "N",
              **(NO_EFFECT | FLAG_ONLY)),
-    *_values("gpu_memory_utilization", MEMORY_SIZES, "X", **(NO_EFFECT | FLAG_ONLY)),
     *_values("swap_space cpu_offload_gb block_size", MEMORY_SIZES, "N", **(NO_EFFECT | FLAG_ONLY)),
     *_values("tensor_parallel_size", ONE_DEVICE, "N", accepted=("1",), short=("-tp",), **FLAG_ONLY),
     *_values("pipeline_parallel_size", ONE_DEVICE, "N", accepted=("1",), short=("-pp",), **FLAG_ONLY),
@@ -258,7 +268,8 @@ VLLM: tuple[ForeignSetting, ...] = (
     *_switches("enable_auto_tool_choice", "answers are text, calls in them are not parsed", **FLAG_ONLY),
     *_switches("enable_chunked_prefill", "long prompts are always prefilled in chunks",
                **(NO_EFFECT | FLAG_ONLY)),
-    *_switches("enforce_eager disable_log_requests disable_log_stats enable_log_requests",
+    *_switches("enforce_eager", "the same as --no-cuda-graphs", meaning=_eager, **FLAG_ONLY),
+    *_switches("disable_log_requests disable_log_stats enable_log_requests",
                "it tunes another engine", **(NO_EFFECT | FLAG_ONLY)),
     *_values("uvicorn_log_level", "see --log-level", "LEVEL", **(NO_EFFECT | FLAG_ONLY)),
     *_values("task runner", "models generate text", "NAME", accepted=("auto", "generate"), **FLAG_ONLY),

@@ -20,6 +20,7 @@ from loraserve.settings.fields import (
     PositiveSeconds,
     Seconds,
     SettingsModel,
+    Share,
     Texts,
     YesNo,
     option,
@@ -64,7 +65,7 @@ class ServeSettings(SettingsModel):
     )
 
     device: Literal["auto", "cpu", "cuda"] = option(
-        EngineConfig.device, "engine", "where to compute; auto takes an NVIDIA GPU if torch sees one"
+        EngineConfig.device, "engine", "where to compute; auto takes an NVIDIA GPU that can run the kernels"
     )
     dtype: Literal["auto", "bfloat16", "half", "float16", "float", "float32"] = option(
         EngineConfig.dtype,
@@ -78,6 +79,19 @@ class ServeSettings(SettingsModel):
         "memory that KV cache and adapters share, as 512MiB or 4GiB; auto takes most of what is free",
         "SIZE",
         flags=("--kv-cache-memory-bytes",),
+    )
+    gpu_memory_utilization: Share = option(
+        EngineConfig.gpu_memory_utilization,
+        "engine",
+        "share of a GPU's memory that this process may use, weights and all, where --memory is auto",
+        "X",
+        flags=("--cuda-memory-fraction",),
+        env=("CUDA_MEMORY_FRACTION",),
+    )
+    cuda_graphs: YesNo = option(
+        EngineConfig.cuda_graphs,
+        "engine",
+        "capture decode steps on a GPU at start: a longer start, shorter steps",
     )
     max_lora_rank: Count = option(
         EngineConfig.max_lora_rank,

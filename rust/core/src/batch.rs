@@ -50,6 +50,8 @@ pub struct Batch {
     pub block_table_indptr: Vec<i32>,
     /// `[L]` rows of T.
     pub logits_indices: Vec<i32>,
+    /// `[S]` whose the sequences are.
+    pub request_ids: Vec<u64>,
     /// `[L]`
     pub sample_request_ids: Vec<u64>,
     /// `[W + 1]` first segment of each wave.
@@ -106,6 +108,7 @@ impl Batch {
         let num_tokens = self.token_ids.len() as i32;
         self.query_indptr.push(num_tokens);
         self.context_lens.push(end as i32);
+        self.request_ids.push(row.request.0);
         if row.samples() {
             self.logits_indices.push(num_tokens - 1);
             self.sample_request_ids.push(row.request.0);
@@ -187,6 +190,7 @@ mod tests {
         assert_eq!(batch.block_table, [7, 3, 9, 7, 3]);
         assert_eq!(batch.block_table_indptr, [0, 3, 5]);
         assert_eq!(batch.logits_indices, [0]);
+        assert_eq!(batch.request_ids, [1, 1]);
         assert_eq!(batch.sample_request_ids, [1]);
         assert_eq!((batch.num_prefill_tokens, batch.wave_indptr), (2, vec![0]));
     }

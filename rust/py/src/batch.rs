@@ -12,6 +12,8 @@ pub struct Batch {
     #[pyo3(get)]
     pub num_prefill_tokens: usize,
     #[pyo3(get)]
+    request_ids: Vec<u64>,
+    #[pyo3(get)]
     sample_request_ids: Vec<u64>,
 }
 
@@ -19,6 +21,7 @@ impl From<core::Batch> for Batch {
     fn from(batch: core::Batch) -> Self {
         Self {
             num_prefill_tokens: batch.num_prefill_tokens,
+            request_ids: batch.request_ids,
             sample_request_ids: batch.sample_request_ids,
             arrays: StepArrays {
                 token_ids: batch.token_ids,
@@ -46,6 +49,7 @@ impl Batch {
         Ok(Self {
             arrays: arrays.into_step()?,
             num_prefill_tokens,
+            request_ids: Vec::new(),
             sample_request_ids: Vec::new(),
         })
     }

@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING
 import torch
 
 from loraserve import _core
-from loraserve.backends.base import Extent
+from loraserve.backends.base import Extent, PlacedModel
 from loraserve.backends.cpu.ops import BLOCK_SIZE, CpuOps
 from loraserve.backends.cpu.program import CpuProgram
-from loraserve.backends.machine_memory import DeviceMemory, host_memory
+from loraserve.backends.machine_memory import host_memory
+from loraserve.backends.memory_plan import host_room, plan_pool
 from loraserve.errors import CapacityError
 
 if TYPE_CHECKING:
     from loraserve.config import EngineConfig
     from loraserve.models.config import ModelConfig
     from loraserve.models.decoder import Decoder
-    from loraserve.models.ops import KvGeometry, Ops
+    from loraserve.models.ops import KvGeometry
+    from loraserve.models.weights import BuildDecoder
 
 logger = logging.getLogger(__name__)
 
@@ -32,19 +34,20 @@ class CpuBackend:
     runs_ahead = False
 
     def __init__(self, config: EngineConfig, dtype: torch.dtype) -> None:
+        self._config = config
         self._num_threads = _usable(config.num_threads)
         self._dtype = dtype
         self._program: CpuProgram | None = None
         self._pretouch: _core.PoolPretouch | None = None
 
-    def memory(self) -> DeviceMemory:
-        return host_memory()
-
-    def build_ops(self, model: ModelConfig, geometry: KvGeometry, num_pages: int) -> Ops:
+    def place(self, model: ModelConfig, geometry: KvGeometry, build: BuildDecoder) -> PlacedModel:
+        plan = plan_pool(self._config, model, geometry, host_room(self._config, model, host_memory()))
         self._page_nbytes = geometry.page_nbytes(self._dtype)
-        self._pool = _allocate(num_pages * self._page_nbytes)
+        self._pool = _allocate(plan.num_pages * self._page_nbytes)
         self._ops = CpuOps(geometry, self._dtype, self._pool, num_threads=self._num_threads)
-        return self._ops
+        return PlacedModel(
+            build(self._ops, plan.max_model_len), self._ops, plan.num_pages, plan.max_model_len
+        )
 
     def max_num_slots(self, num_pages: int) -> int:
         return num_pages
@@ -79,6 +82,9 @@ class CpuBackend:
         if self._program is None:
             self._program = self._ops.record(decoder)
         return self._program.run(self._ops.begin_step(batch))
+
+    def empty_caches(self) -> None:
+        """Nothing is kept."""
 
 
 def _allocate(nbytes: int) -> torch.Tensor:

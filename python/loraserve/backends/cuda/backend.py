@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
 from loraserve import _core
-from loraserve.backends.base import Extent
+from loraserve.backends.base import Extent, PlacedModel
 from loraserve.backends.cuda.device import CudaDevice, TorchCudaDevice
+from loraserve.backends.cuda.dummy_batch import largest_batch
 from loraserve.backends.cuda.graphs import DecodeGraphs
-from loraserve.backends.cuda.ops import CudaLimits, CudaOps, CudaStep
+from loraserve.backends.cuda.ops import CudaLimits, CudaOps, CudaPacker, CudaStep
+from loraserve.backends.machine_memory import DeviceMemory
+from loraserve.backends.memory_plan import PoolRoom, check_weights, in_gib, plan_pool, weights_nbytes
 from loraserve.errors import CapacityError
 from loraserve.models.ops import NUM_GROUPS
 
 if TYPE_CHECKING:
-    from loraserve.backends.machine_memory import DeviceMemory
     from loraserve.config import EngineConfig
     from loraserve.models.config import ModelConfig
     from loraserve.models.decoder import Decoder
-    from loraserve.models.ops import KvGeometry, Ops
+    from loraserve.models.ops import KvGeometry
+    from loraserve.models.weights import BuildDecoder
 
+logger = logging.getLogger(__name__)
+
+REMEDY = "free some, raise gpu_memory_utilization, or take a smaller model or a larger GPU"
 MAX_NUM_SLOTS = 4096  # rows of the kernels' table of adapters, some kilobytes each
 
 
@@ -44,26 +51,108 @@ class CudaBackend:
         self._device = TorchCudaDevice() if device is None else device
         self._graphs: DecodeGraphs | None = None
 
-    def memory(self) -> DeviceMemory:
-        return self._device.memory()
+    def place(self, model: ModelConfig, geometry: KvGeometry, build: BuildDecoder) -> PlacedModel:
+        """Load the weights, run the largest step once, and size the pool by what it left."""
+        config, memory = self._config, self._device.memory()
+        budget = self._budget(memory)
+        check_weights(config, model, budget, REMEDY)
+        packer = CudaPacker(self._dtype, self._device)
+        try:
+            decoder = build(packer, model.resolve_max_model_len(config.max_model_len))
+        except torch.OutOfMemoryError as error:
+            weights = in_gib(weights_nbytes(model, self._dtype.itemsize))
+            raise CapacityError(
+                f"the weights of model {config.model} take {weights} in {config.dtype}, {budget.owner} has "
+                f"{in_gib(budget.free)} free of {in_gib(budget.total)}: {REMEDY} ({error})"
+            ) from None
+        taken = self._measure(decoder, model, geometry)
+        room = PoolRoom(
+            default=budget.free - taken,
+            free=memory.free - taken,
+            most=memory.free - taken,
+            beside=f"{in_gib(taken)} of weights and the largest step",
+            owner=f"{memory.owner} with {in_gib(memory.total)}",
+        )
+        plan = plan_pool(config, model, geometry, room)
+        ops = self.build_ops(model, geometry, plan.num_pages)
+        if config.cuda_graphs:
+            self._capture(decoder, ops)
+        return PlacedModel(decoder, ops, plan.num_pages, plan.max_model_len)
 
-    def build_ops(self, model: ModelConfig, geometry: KvGeometry, num_pages: int) -> Ops:
+    def _budget(self, memory: DeviceMemory) -> DeviceMemory:
+        """What this process may use of the device."""
+        share = self._config.gpu_memory_utilization
+        allowed = int(memory.total * share)
+        if allowed > memory.free:
+            logger.warning(
+                "gpu_memory_utilization is %g, which is %s of %s, but only %s are free: these are used",
+                share,
+                in_gib(allowed),
+                memory.owner,
+                in_gib(memory.free),
+            )
+        return DeviceMemory(memory.total, min(allowed, memory.free), memory.owner)
+
+    def _measure(self, decoder: Decoder, model: ModelConfig, geometry: KvGeometry) -> int:
+        """Bytes that this process takes beside the pool while the largest step runs."""
+        config = self._config
+        longest = model.resolve_max_model_len(config.max_model_len)
+        batch, num_pages = largest_batch(
+            config.max_batched_tokens, config.max_num_seqs, longest, geometry.block_size
+        )
+
+        def run() -> None:
+            ops = self.build_ops(model, geometry, num_pages)
+            with torch.inference_mode():
+                logits = decoder.logits(ops, ops.begin_step(batch))
+                torch.softmax(logits, dim=-1).sort()  # as much as sampling takes beside the logits
+
+        try:
+            peak = self._device.peak_nbytes(run)
+        except torch.OutOfMemoryError as error:
+            raise CapacityError(
+                f"the largest step, of {config.max_batched_tokens} tokens and {batch.num_samples} sampled "
+                f"rows, finds no memory beside the weights: lower max_batched_tokens or max_num_seqs, or "
+                f"{REMEDY} ({error})"
+            ) from None
+        finally:
+            vars(self).pop("_ops", None)
+            vars(self).pop("_pool", None)
+        return peak - num_pages * geometry.page_nbytes(self._dtype)
+
+    def _capture(self, decoder: Decoder, ops: CudaOps) -> None:
+        self._graphs = DecodeGraphs(ops, self._device, self._run(decoder), self._config.max_num_seqs)
+        try:
+            with torch.inference_mode():
+                self._graphs.capture()
+        except torch.OutOfMemoryError as error:
+            raise CapacityError(
+                f"no memory is left beside the pool to capture CUDA graphs: lower gpu_memory_utilization, "
+                f"memory or max_num_seqs, or do without them, --no-cuda-graphs ({error})"
+            ) from None
+
+    def build_ops(self, model: ModelConfig, geometry: KvGeometry, num_pages: int) -> CudaOps:
+        """Allocate the pool and what computes over it. Raises CapacityError, DeviceError, ModelError."""
         nbytes = num_pages * geometry.page_nbytes(self._dtype)
         try:
             self._pool = torch.empty(nbytes, dtype=torch.uint8, device=self._device.device)
         except torch.OutOfMemoryError as error:
-            raise CapacityError(f"memory is {nbytes} bytes, the GPU can't give that much: {error}") from None
+            raise CapacityError(
+                f"the pool takes {in_gib(nbytes)} beside the weights, {in_gib(self._device.memory().free)} "
+                f"are free: lower memory or gpu_memory_utilization ({error})"
+            ) from None
         self._ops = CudaOps(
             geometry,
             self._dtype,
             self._pool,
             groups=_group_shapes(model),
             limits=CudaLimits(
-                max_num_slots=self.max_num_slots(num_pages),
+                max_num_slots=MAX_NUM_SLOTS,
                 max_num_tokens=max(self._config.max_batched_tokens, self._config.max_num_seqs),
                 max_num_seqs=self._config.max_num_seqs,
                 max_lora_rank=self._config.max_lora_rank,
                 max_model_len=model.resolve_max_model_len(self._config.max_model_len),
+                vocab_size=model.vocab_size,
             ),
             device=self._device,
         )
@@ -95,14 +184,13 @@ class CudaBackend:
         """Nothing was started."""
 
     def logits(self, decoder: Decoder, batch: _core.Batch) -> torch.Tensor:
-        if self._graphs is None:
-            self._graphs = DecodeGraphs(
-                self._ops, self._device, self._run(decoder), self._config.max_num_seqs
-            )
-        bucket = self._graphs.bucket(batch)
-        if bucket is not None:
+        bucket = None if self._graphs is None else self._graphs.bucket(batch)
+        if self._graphs is not None and bucket is not None:
             return self._graphs.run(batch, bucket)
         return self._run(decoder)(self._ops.begin_step(batch))
+
+    def empty_caches(self) -> None:
+        self._device.empty_caches()
 
     def _run(self, decoder: Decoder) -> Callable[[CudaStep], torch.Tensor]:
         return lambda step: decoder.logits(self._ops, step)

@@ -32,8 +32,16 @@ class CudaDevice(Protocol):
         """int32 [length] over memory that somebody else owns and keeps."""
         ...
 
-    def matmul_float32(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """x [M, K] · weightᵀ [K, N] with float32 results that were never rounded to the storage dtype."""
+    def matmul_float32(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+        """out [M, N] = x [M, K] · weightᵀ [K, N], float32 and never rounded to the storage dtype."""
+        ...
+
+    def peak_nbytes(self, run: Callable[[], object]) -> int:
+        """Bytes of the device that this process has in use while `run` runs, at most; caches are emptied."""
+        ...
+
+    def empty_caches(self) -> None:
+        """Give back what torch keeps for later tensors."""
         ...
 
     def capture(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
@@ -47,6 +55,7 @@ class TorchCudaDevice:
     def __init__(self, index: int = 0) -> None:
         self._device = torch.device("cuda", index)
         self._pool = torch.cuda.graph_pool_handle()
+        self._free_at_start = self.memory().free
 
     @property
     def device(self) -> torch.device:
@@ -62,8 +71,25 @@ class TorchCudaDevice:
     def int32_view(self, address: int, length: int) -> torch.Tensor:
         return torch.as_tensor(_ForeignInt32(address, length), device=self._device)
 
-    def matmul_float32(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+    def matmul_float32(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+        torch.mm(x, weight.t(), out_dtype=torch.float32, out=out)
+
+    def peak_nbytes(self, run: Callable[[], object]) -> int:
+        self.empty_caches()
+        torch.cuda.reset_peak_memory_stats(self._device)
+        run()
+        torch.cuda.synchronize(self._device)
+        reserved, peak = (
+            torch.cuda.memory_reserved(self._device),
+            torch.cuda.max_memory_reserved(self._device),
+        )
+        beside_torch = self._free_at_start - self.memory().free - reserved
+        self.empty_caches()
+        return max(beside_torch, 0) + peak
+
+    def empty_caches(self) -> None:
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
 
     def capture(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         graph = torch.cuda.CUDAGraph()

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
+from tqdm import tqdm
+
+from loraserve.backends.cuda.dummy_batch import no_tokens
 
 if TYPE_CHECKING:
     from loraserve import _core
     from loraserve.backends.cuda.device import CudaDevice
     from loraserve.backends.cuda.ops import CudaOps, CudaStep
 
+logger = logging.getLogger(__name__)
+
 SMALL_BUCKETS = (1, 2, 4, 8)
 BUCKET_STEP = 16
 
 
 class DecodeGraphs:
-    """Runs steps that only decode by replaying a graph; the first step of a kind is run as it is, then
-    captured. A graph holds for any mix of adapters: the work list is data, the grids are the bucket's.
+    """Runs steps that only decode by replaying a graph, all of them captured ahead of the first step.
+
+    A graph holds for any mix of adapters: the work list is data, the grids are the bucket's.
 
     Args:
         ops, device: the backend.
@@ -40,6 +48,19 @@ class DecodeGraphs:
         """Graphs so far: one per bucket and whether there are adapters."""
         return len(self._graphs)
 
+    def capture(self) -> None:
+        """Capture every graph, the largest first, into whose memory the others fit; tells its progress."""
+        began = time.monotonic()
+        kinds = [(bucket, adapters) for bucket in reversed(self._buckets) for adapters in (True, False)]
+        for kind in tqdm(kinds, desc="capturing CUDA graphs", delay=1.0, leave=False, disable=None):
+            self._capture(*kind)
+        logger.info("captured %d CUDA graphs in %.1f s", len(kinds), time.monotonic() - began)
+
+    def _capture(self, bucket: int, has_adapters: bool) -> None:
+        self._step = self._ops.begin_padded_step(no_tokens(), bucket, has_adapters)
+        self._run_last_step()  # libraries set themselves up at a first run, which a capture can't hold
+        self._graphs[bucket, has_adapters] = self._device.capture(self._run_last_step)
+
     def bucket(self, batch: _core.Batch) -> int | None:
         """Rows of the graph for this batch; None if it does more than decode, or adds adapters up."""
         if batch.num_prefill_tokens or batch.num_waves > 1 or batch.num_samples != batch.num_tokens:
@@ -48,14 +69,8 @@ class DecodeGraphs:
 
     def run(self, batch: _core.Batch, bucket: int) -> torch.Tensor:
         """Logits of the batch's rows: float32 [L, vocab], good until the next step."""
-        self._step = step = self._ops.begin_padded_step(batch, bucket)
-        num_rows, kind = batch.num_samples, (bucket, step.core.has_adapters)
-        replay = self._graphs.get(kind)
-        if replay is not None:
-            return replay()[:num_rows]
-        logits = self._run(step)
-        self._graphs[kind] = self._device.capture(self._run_last_step)
-        return logits[:num_rows]
+        self._step = self._ops.begin_padded_step(batch, bucket)
+        return self._graphs[bucket, self._step.has_adapters]()[: batch.num_samples]
 
     def _run_last_step(self) -> torch.Tensor:
         """What is captured: the arrays of every step lie where those of the one begun last do."""

@@ -44,6 +44,7 @@ class CudaLimits:
     max_num_seqs: int
     max_lora_rank: int
     max_model_len: int
+    vocab_size: int
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class CudaStep:
     core: _core.CudaStep
     token_ids: torch.Tensor
     logits_indices: torch.Tensor
+    has_adapters: bool
 
     @property
     def num_tokens(self) -> int:
@@ -63,7 +65,29 @@ class CudaStep:
         return self.core.num_logits
 
 
-class CudaOps:
+class CudaPacker:
+    """Weights as they are, in the storage dtype on the device."""
+
+    def __init__(self, dtype: torch.dtype, device: CudaDevice) -> None:
+        self._dtype = dtype
+        self._device = device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._device.device
+
+    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> DenseLinear:
+        return DenseLinear(self._stored(weight), None if bias is None else self._stored(bias))
+
+    def _stored(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().to(device=self.device, dtype=self._dtype).contiguous()
+
+
+class CudaOps(CudaPacker):
     """`EagerOps` over a pool of pages in device memory.
 
     Args:
@@ -93,9 +117,12 @@ class CudaOps:
     ) -> None:
         if dtype not in STORAGE_DTYPES:
             raise ModelError(f"dtype is {dtype}, the CUDA backend stores bfloat16 or float16")
-        self._dtype = dtype
+        super().__init__(dtype, device)
         self._pool = pool
-        self._device = device
+        # Of every step: captured graphs would keep one each.
+        self._logits = torch.empty(
+            limits.max_num_seqs, limits.vocab_size, dtype=torch.float32, device=device.device
+        )
         self._qkv_features = geometry.qkv_features
         self._attention_features = geometry.num_heads * geometry.head_dim
         self._kernels = _core.CudaKernels(
@@ -115,20 +142,6 @@ class CudaOps:
             device=device.device.index or 0,
         )
         self._kernels.load_kernels()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self._device.device
-
-    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> DenseLinear:
-        return DenseLinear(self._stored(weight), None if bias is None else self._stored(bias))
-
-    def _stored(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.detach().to(device=self.device, dtype=self._dtype).contiguous()
 
     def set_adapter(self, slot: int, first_page: int, layout: _core.AdapterLayout) -> None:
         self._kernels.set_adapter(slot, first_page, layout, self._device.stream())
@@ -150,15 +163,22 @@ class CudaOps:
     def begin_step(self, batch: _core.Batch) -> CudaStep:
         return self._step(self._kernels.begin_step(batch, self._device.stream()))
 
-    def begin_padded_step(self, batch: _core.Batch, num_tokens: int) -> CudaStep:
-        """A step that only decodes, filled up to `num_tokens` rows that compute nothing anyone reads."""
-        return self._step(self._kernels.begin_step(batch, self._device.stream(), padded_tokens=num_tokens))
+    def begin_padded_step(
+        self, batch: _core.Batch, num_tokens: int, has_adapters: bool | None = None
+    ) -> CudaStep:
+        """A step that only decodes, filled up to `num_tokens` rows that compute nothing anyone reads.
 
-    def _step(self, core: _core.CudaStep) -> CudaStep:
+        `has_adapters`: whether adapters' kernels are launched; None looks whether the batch has any.
+        """
+        core = self._kernels.begin_step(batch, self._device.stream(), padded_tokens=num_tokens)
+        return self._step(core, has_adapters)
+
+    def _step(self, core: _core.CudaStep, has_adapters: bool | None = None) -> CudaStep:
         return CudaStep(
             core,
             token_ids=self._device.int32_view(core.token_ids_ptr, core.num_tokens),
             logits_indices=self._device.int32_view(core.logits_indices_ptr, core.num_logits),
+            has_adapters=core.has_adapters if has_adapters is None else has_adapters,
         )
 
     def embedding(self, step: StepHandle, table: Linear) -> torch.Tensor:
@@ -167,16 +187,19 @@ class CudaOps:
     def lora_linear(
         self, step: StepHandle, x: torch.Tensor, linear: Linear, layer: int, group: int
     ) -> torch.Tensor:
-        own, core = _own_linear(linear), _own_step(step).core
+        own, own_step = _own_linear(linear), _own_step(step)
         self._check("x", x, step.num_tokens, linear.in_features)
         out = F.linear(x, own.weight, own.bias)
-        if core.has_adapters:
+        if own_step.has_adapters:
+            core = own_step.core
             self._kernels.lora(core, x.data_ptr(), out.data_ptr(), layer, group, self._device.stream())
         return out
 
     def logits(self, step: StepHandle, hidden: torch.Tensor, lm_head: Linear) -> torch.Tensor:
         rows = hidden.index_select(0, _own_step(step).logits_indices)
-        return self._device.matmul_float32(rows, _own_linear(lm_head).weight)
+        out = self._logits[: step.num_logits]
+        self._device.matmul_float32(rows, _own_linear(lm_head).weight, out)
+        return out
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return self._norm(x, None, weight, eps)

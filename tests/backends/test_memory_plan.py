@@ -1,4 +1,4 @@
-"""plan_memory: the default pool, the context it lets a request have, and what is refused before an abort."""
+"""The default pool, the context it lets a request have, and what is refused before an abort."""
 
 import logging
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 from loraserve.backends.machine_memory import DeviceMemory
+from loraserve.backends.memory_plan import MemoryPlan, host_room, plan_pool, weights_nbytes
 from loraserve.config import EngineConfig
-from loraserve.engine.memory_plan import MemoryPlan, plan_memory, weights_nbytes
 from loraserve.errors import CapacityError
 from loraserve.models.config import ModelConfig
 from loraserve.models.ops import KvGeometry
@@ -59,7 +59,8 @@ def plan(shape: dict[str, Any], total: float, free: float, **settings: Any) -> M
     """On a machine with so many GiB."""
     model = ModelConfig.from_hf(shape)
     memory = DeviceMemory(int(total * GIB), int(free * GIB), "this machine")
-    return plan_memory(EngineConfig(model="m", **settings), model, geometry(model), memory)
+    config = EngineConfig(model="m", **settings)
+    return plan_pool(config, model, geometry(model), host_room(config, model, memory))
 
 
 @pytest.mark.parametrize(
@@ -95,12 +96,15 @@ def test_the_default_pool_is_no_larger_than_its_requests_can_use() -> None:
 
 
 def test_the_context_is_what_one_request_can_have(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "loraserve.engine.memory_plan")
+    caplog.set_level(logging.INFO, "loraserve.backends.memory_plan")
     found = plan(LLAMA_3_8B, 64, 60, memory="2GiB")
     assert found.max_model_len == found.num_pages * 16 == 16384
     assert "context is cut from the model's 131072 tokens to the 16384 that the pool holds" in caplog.text
     assert "all would take 16.0 GiB" in caplog.text
-    assert "weights 15.0 GiB, pool 2.0 GiB (16384 tokens of KV cache) of 60.0 GiB free" in caplog.text
+    assert (
+        "pool takes 2.0 GiB beside weights of 15.0 GiB and holds 16384 tokens of KV cache or" in caplog.text
+    )
+    assert "or 25 adapters of rank 16 on all modules; context 16384 tokens" in caplog.text
     assert plan(LLAMA_3_8B, 64, 60, memory="16GiB").max_model_len == 131072
     assert plan(LLAMA_3_8B, 64, 60, memory="2GiB", max_model_len=8192).max_model_len == 8192
 
@@ -120,9 +124,9 @@ REFUSED: list[tuple[dict[str, Any], float, float, dict[str, Any], str]] = [
         16,
         12,
         {"memory": "500GiB"},
-        r"memory is \d+ bytes \(500.0 GiB\), this machine can't give that",
+        r"memory is \d+ bytes \(500.0 GiB\), this machine with 16.0 GiB can't give that",
     ),
-    (QWEN3_06B, 16, 12, {"memory": "15GiB"}, "have room for 14.9 GiB"),
+    (QWEN3_06B, 16, 12, {"memory": "15GiB"}, "beside weights of 1.1 GiB there is room for 14.9 GiB"),
     (QWEN3_06B, 16, 12, {"memory": "2MiB"}, "memory is 2097152 bytes, this model needs at least 3670016"),
     (
         QWEN3_06B,
