@@ -11,11 +11,12 @@ import dataclasses
 import json
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from gpu_facts import copy_bandwidth, device
-from gpu_kernels import LLAMA_3_8B, Bench, Case
+from gpu_kernels import LLAMA_3_8B, Bench, Case, Run
 
 NUM_REPLAYS = 30
 FLUSH_NBYTES = 512 << 20  # more than any L2 cache
@@ -97,16 +98,14 @@ def measure(case: Case, num_launches: int, copy_gb_per_s: float) -> Timing:
     run = case.begin(torch.cuda.current_stream().cuda_stream)
     run(torch.cuda.current_stream().cuda_stream)  # compiles and loads
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run(torch.cuda.current_stream().cuda_stream)
+    replay = captured(run) if case.can_be_captured else lambda: run(torch.cuda.current_stream().cuda_stream)
     flush = torch.empty(FLUSH_NBYTES, dtype=torch.uint8, device="cuda")
     pairs = []
     for _ in range(NUM_REPLAYS):
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
         before.record()
-        graph.replay()
+        replay()
         after.record()
         pairs.append((before, after))
     torch.cuda.synchronize()
@@ -124,11 +123,18 @@ def measure(case: Case, num_launches: int, copy_gb_per_s: float) -> Timing:
     )
 
 
+def captured(run: Run) -> Callable[[], None]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(torch.cuda.current_stream().cuda_stream)
+    return graph.replay
+
+
 HEAD = """{device}. A large copy moves {copy:.0f} GB/s.
 
 Time of one launch: the median of replays of a graph of {layers} launches. GB/s counts what must move once.
-Weights and pages are not in the L2 cache; activations are, from the second launch on. torch's LoRA is bmm
-over stacked weights.
+Weights and pages are not in the L2 cache; activations are, from the second launch on. Sampling is launched
+one after another, not replayed: its copies are in the time. torch's LoRA is bmm over stacked weights.
 
 | op | rows | | µs | GB/s | of a copy | TFLOP/s |
 |---|---|---|---|---|---|---|"""

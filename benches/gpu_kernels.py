@@ -31,6 +31,7 @@ class Shapes:
     context_len: int
     batch_sizes: Sequence[int]
     prompt_tokens: int
+    vocab_size: int
 
     @property
     def geometry(self) -> KvGeometry:
@@ -63,12 +64,16 @@ LLAMA_3_8B = Shapes(
     context_len=2048,
     batch_sizes=(1, 8, 32, 64),
     prompt_tokens=2048,
+    vocab_size=128256,
 )
 
 
 @dataclass(frozen=True)
 class Case:
-    """`begin` prepares a step and returns what runs it; bytes and FLOP are those of one launch."""
+    """`begin` prepares a step and returns what runs it; bytes and FLOP are those of one launch.
+
+    What copies to the device or from it can't be captured.
+    """
 
     op: str
     num_rows: int
@@ -76,6 +81,7 @@ class Case:
     nbytes: int
     flop: int
     begin: Callable[[int], Run]
+    can_be_captured: bool = True
 
 
 @dataclass(frozen=True)
@@ -165,6 +171,7 @@ class Bench:
         width = max(2 * shapes.intermediate, geometry.qkv_features)
         self._x, self._y = (place(torch.randn(num_rows * width).bfloat16()) for _ in range(2))
         self._weight = place(torch.randn(shapes.hidden).bfloat16())
+        self._logits = place(5 * torch.randn(num_adapters, shapes.vocab_size))
         self._cos_sin = place(torch.rand(max(shapes.context_len, shapes.prompt_tokens), geometry.head_dim))
 
     def cases(self) -> Iterator[Case]:
@@ -176,6 +183,8 @@ class Bench:
             yield from self._rows(num_rows)
             yield self._rope(num_rows)
             yield self._attention(num_rows)
+            for mix, sampling in SAMPLINGS.items():
+                yield self._sample(num_rows, mix, sampling)
         for num_adapters in (1, 8):
             for group in range(NUM_GROUPS):
                 yield self._lora_prefill(group, num_adapters)
@@ -277,6 +286,19 @@ class Bench:
         begin = self._stepping(self._decode(num_rows), launch)
         return Case("attention", num_rows, f"context {context_len}", nbytes, flop, begin)
 
+    def _sample(self, num_rows: int, mix: str, sampling: dict[str, Any]) -> Case:
+        """Copies included: parameters to the device, tokens and logprobs back."""
+        arrays = sample_arrays(num_rows, self._shapes.vocab_size, sampling)
+        pending: list[_core.PendingSamples] = []  # dropped before it has arrived, one would be waited for
+
+        def launch(layer: int, stream: int) -> None:
+            if layer == 0:
+                pending.clear()
+            pending.append(self._kernels.sample(self._logits.data_ptr(), arrays, stream))
+
+        nbytes = num_rows * self._shapes.vocab_size * 4
+        return Case("sample", num_rows, mix, nbytes, 0, self._looping(launch), can_be_captured=False)
+
     def _decode(self, num_rows: int) -> Arrays:
         return arrays_of([(1, self._shapes.context_len)] * num_rows)
 
@@ -300,6 +322,43 @@ class Bench:
                 launch(layer, stream)
 
         return lambda _: run
+
+
+SAMPLINGS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "temperature": {"temperature": 1.0},
+    "top-p": {"temperature": 1.0, "top_p": 0.95},
+    "penalties, logprobs": {"repetition_penalty": 1.1, "frequency_penalty": 0.1, "num_logprobs": 5},
+}
+NUM_PENALISED = 512  # tokens of a row with penalties
+
+
+def sample_arrays(num_rows: int, vocab_size: int, sampling: dict[str, Any]) -> _core.SampleArrays:
+    """Rows that are all sampled in one way, each with random bits and lists of its own."""
+    num_listed = min(NUM_PENALISED, vocab_size) if "repetition_penalty" in sampling else 0
+    plain: dict[str, Any] = {
+        "temperature": 0.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "min_p": 0.0,
+        "typical_p": 1.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "num_logprobs": None,
+        "mask": None,
+        "biased": (0, 0),
+        "banned": (0, 0),
+    }
+    rng = np.random.default_rng(0)
+    rows = []
+    for row in range(num_rows):
+        part = row * num_listed, (row + 1) * num_listed
+        bits = int(rng.integers(0, 2**64, dtype=np.uint64))
+        rows.append(plain | {"bits": bits, "seen": part, "counted": part} | sampling)
+    ids = [token for _ in rows for token in rng.permutation(vocab_size)[:num_listed].tolist()]
+    lists: dict[str, Any] = {"seen_ids": ids, "counted_ids": ids, "counts": [1.0] * len(ids)}
+    return _core.SampleArrays(vocab_size, rows, **lists)
 
 
 def adapter_layout(shapes: Shapes) -> _core.AdapterLayout:

@@ -36,6 +36,9 @@ REQUIRED: Mapping[str, Sequence[str]] = {
     "rms_norm": (LOADS_128, STORES_128),
     "silu_mul": (LOADS_128, STORES_128),
     "rope_and_cache": (LOADS_128, STORES_128),
+    "scan_logits": (LOADS_128, STORES_128),
+    "draw_tokens": (LOADS_128,),
+    "take_sampled": (),
 }
 # Heads whose halves don't begin on 16 bytes move 8 at a time; none of HEAD_DIMS is one.
 LOCAL_MEMORY = r"\b(LDL|STL)\b"

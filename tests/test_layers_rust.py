@@ -59,7 +59,7 @@ CRATES: dict[str, tuple[set[str], str]] = {
         cuda::compiler cuda::model cuda::upload
         cuda::adapter_table cuda::facts cuda::modules
         cuda::staging
-        cuda::step
+        cuda::step cuda::sampling
         cuda::lora cuda::elementwise
         cuda::attention
         cuda::context

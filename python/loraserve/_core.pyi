@@ -25,9 +25,12 @@ __all__ = [
     "LoadPace",
     "MessageShape",
     "PackedLinear",
+    "PendingSamples",
     "PoolPretouch",
     "Receipt",
     "RequestOutput",
+    "SampleArrays",
+    "SampledRows",
     "Scheduler",
     "SchedulerOutput",
     "SchedulerStats",
@@ -624,6 +627,66 @@ class PoolPretouch:
     def stop(self) -> None:
         """End the thread, without the GIL, and wait for it."""
 
+# rust/py/src/sample_arrays.rs
+
+class _SampleRow(TypedDict):
+    bits: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    typical_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    num_logprobs: int | None
+    mask: int | None
+    seen: tuple[int, int]
+    counted: tuple[int, int]
+    biased: tuple[int, int]
+    banned: tuple[int, int]
+
+@final
+class SampleArrays:
+    """How the rows of one step are sampled: `RowParams` of each, and lists that they have parts of."""
+
+    def __new__(
+        cls,
+        vocab_size: int,
+        rows: Sequence[_SampleRow],
+        *,
+        seen_ids: Sequence[int] = (),
+        counted_ids: Sequence[int] = (),
+        counts: Sequence[float] = (),
+        biased_ids: Sequence[int] = (),
+        biases: Sequence[float] = (),
+        banned_ids: Sequence[int] = (),
+        masks: Sequence[int] = (),
+    ) -> SampleArrays:
+        """Ranges of rows are (start, end) in the lists; masks have ceil(vocab_size / 32) words each."""
+    @property
+    def num_rows(self) -> int:
+        """L"""
+    def reference(self, logits: NDArray[np.float32]) -> SampledRows:
+        """What the definition says of logits [L, vocab_size]: slow, for tests of the kernels.
+
+        Raises ValueError where shapes or indices don't fit.
+        """
+
+@final
+class SampledRows:
+    """What came of a step's rows."""
+
+    @property
+    def token_ids(self) -> NDArray[np.int32]:
+        """[L]; 0 where a row is not finite."""
+    @property
+    def is_finite(self) -> NDArray[np.bool_]:
+        """[L]: the largest of the logits is a finite number, and none is NaN."""
+    @property
+    def logprobs(self) -> list[tuple[float, list[tuple[int, float]]] | None]:
+        """[L]: of the token, and of the likeliest ones; None where not asked for."""
+
 # rust/py/src/cuda_kernels.rs
 
 @final
@@ -677,6 +740,13 @@ class CudaStep:
         """[L] rows of T that are sampled, ascending."""
 
 @final
+class PendingSamples:
+    """Sampled tokens on their way from the device; dropped unseen, they disturb nothing."""
+
+    def wait(self) -> SampledRows:
+        """Wait for them without the GIL; may be called again. Raises DeviceError where the device failed."""
+
+@final
 class CudaKernels:
     """Every CUDA kernel of one model over one page pool on one device.
 
@@ -727,6 +797,7 @@ class CudaKernels:
 
         `padded_tokens` adds rows to a step in which every sequence decodes one token, for a captured graph:
         they have slot mapping -1, context length 0 and no adapter, and are sampled like the others.
+        A token id -1 - j stands for the token that was sampled last in row j, which may still be on its way.
         """
     def lora(self, step: CudaStep, x_ptr: int, y_ptr: int, layer: int, group: int, stream: int) -> None:
         """y [T, out] += what the step's adapters add for x [T, in]."""
@@ -762,6 +833,11 @@ class CudaKernels:
         """
     def attention(self, step: CudaStep, qkv_ptr: int, layer: int, out_ptr: int, stream: int) -> None:
         """Causal paged attention of the q part of qkv, scale 1/sqrt(D): out [T, H·D]."""
+    def sample(self, logits_ptr: int, arrays: SampleArrays, stream: int) -> PendingSamples:
+        """Queue the choice of a token for each row of logits, float32 [L, vocab_size].
+
+        Rows change in place where their parameters say so. At most 20 logprobs a row and 327,680 tokens.
+        """
 
 # rust/py/src/cuda_kernels/facts.rs
 

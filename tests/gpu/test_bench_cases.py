@@ -23,6 +23,7 @@ SMALL = Shapes(
     context_len=40,
     batch_sizes=(1, 8),
     prompt_tokens=96,
+    vocab_size=1000,
 )
 
 

@@ -102,11 +102,11 @@ def test_layouts_that_do_not_fit_are_refused(gpu: Gpu) -> None:
 
 
 def test_streams_are_ordered_by_events_when_work_runs_as_late_as_it_may(gpu: Gpu) -> None:
-    """Runs the tests of `lazy_streams.py` and of the steps with the emulator's lazy streams."""
+    """Runs the tests of `lazy_streams.py`, of steps and of samples with the emulator's lazy streams."""
     if not gpu.is_emulated:
         pytest.skip("a GPU runs its work when it likes; lazy streams are the emulator's")
     here = Path(__file__).parent
-    files = [str(here / name) for name in ("lazy_streams.py", "test_step.py")]
+    files = [str(here / name) for name in ("lazy_streams.py", "test_step.py", "test_sampling_steps.py")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     outcome = subprocess.run(
         command, check=False, env=os.environ | {"CUEMU_LAZY": "1"}, capture_output=True, text=True

@@ -14,10 +14,13 @@ use pyo3::prelude::*;
 use crate::batch::Batch;
 use crate::errors::of_cuda;
 use crate::layout::AdapterLayout;
+use crate::sample_arrays::SampleArrays;
 
 mod facts;
+mod samples;
 mod step;
 
+use samples::PendingSamples;
 pub use step::CudaStep;
 
 /// Every CUDA kernel of one model over one page pool on one device.
@@ -265,6 +268,22 @@ impl CudaKernels {
         // SAFETY: the file's contract.
         launched(unsafe { self.inner.attention(step, qkv_ptr, layer, out_ptr, stream) })
     }
+
+    fn sample(
+        &self,
+        logits_ptr: u64,
+        arrays: &Bound<'_, SampleArrays>,
+        stream: usize,
+    ) -> PyResult<PendingSamples> {
+        let (arrays, stream) = (arrays.get(), Stream::new(stream));
+        // SAFETY: the file's contract.
+        let pending = unsafe {
+            self.inner
+                .sample(logits_ptr, arrays.vocab_size, &arrays.inner, stream)
+        };
+        let inner = pending.map_err(|error| of_cuda(&error))?;
+        Ok(PendingSamples::new(inner))
+    }
 }
 
 /// What only queues work takes microseconds, less than another thread needs to take the GIL and give it back.
@@ -282,6 +301,7 @@ where
 
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<CudaStep>()?;
+    m.add_class::<PendingSamples>()?;
     m.add_class::<CudaKernels>()?;
     facts::register(m)
 }

@@ -11,6 +11,7 @@ mod cuda_kernels;
 mod errors;
 mod layout;
 mod pool_pretouch;
+mod sample_arrays;
 mod scheduler;
 mod stats;
 
@@ -26,5 +27,6 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     cores::register(m)?;
     cpu_kernels::register(m)?;
     pool_pretouch::register(m)?;
+    sample_arrays::register(m)?;
     cuda_kernels::register(m)
 }

@@ -16,6 +16,7 @@ use super::memory::{DeviceAddress, DeviceBuffer, copy_on_device};
 use super::model::{GroupShape, Limits, Model, Pool};
 use super::modules::Modules;
 use super::page_moves::move_parts;
+use super::sampling::{PendingSamples, Sampler};
 use super::staging::{StagingRing, write};
 use super::step::{CudaStep, StepBuffers};
 use super::target::Target;
@@ -23,6 +24,7 @@ use super::upload::Uploader;
 use crate::KernelError;
 use crate::error::{check_below, check_end};
 use crate::geometry::{BLOCK_SIZE, KvGeometry};
+use crate::sampling::SampleArrays;
 use crate::step_arrays::StepArrays;
 
 /// Kernels read and write 16 bytes at a time.
@@ -51,6 +53,7 @@ pub struct CudaContext {
     table_staging: StagingRing,
     lora_scratch: DeviceBuffer,
     attention_scratch: DeviceBuffer,
+    sampler: Sampler,
     uploader: Uploader,
     modules: Modules,
     model: Model,
@@ -93,6 +96,7 @@ impl CudaContext {
             table_staging: StagingRing::new(&device, slot_nbytes(&model))?,
             lora_scratch: zeroed("LoRA partial sums", lora::scratch_nbytes(&model))?,
             attention_scratch: zeroed("attention partials", attention::scratch_nbytes(&model))?,
+            sampler: Sampler::new(&device, model.limits.max_num_seqs)?,
             uploader: Uploader::new(&device)?,
             modules: Modules::new(&device, model, &config.nvrtc_folders)?,
             model,
@@ -198,7 +202,8 @@ impl CudaContext {
         unsafe { self.uploader.upload(pool.page(first_page), bytes) }
     }
 
-    /// Checks a batch and queues the copy of its arrays; `padded_tokens`: see `CudaStep`.
+    /// Checks a batch and queues the copy of its arrays; `padded_tokens`: see `CudaStep`. A token id -1 - j
+    /// stands for the token that was sampled last in row j, known to the host or not.
     pub fn begin_step(
         &self,
         arrays: &StepArrays,
@@ -212,9 +217,43 @@ impl CudaContext {
         let slots = lock(&self.slots);
         let segments = arrays.segments(|slot| slots.get(slot).is_some_and(Option::is_some))?;
         drop(slots);
+        let takes_sampled = self.sampler.check_taken(&arrays.token_ids)?;
         self.device.bind()?;
-        self.steps
-            .begin(arrays, &segments, num_prefill_tokens, padded_tokens, stream)
+        let step =
+            self.steps
+                .begin(arrays, &segments, num_prefill_tokens, padded_tokens, stream)?;
+        if takes_sampled {
+            let (token_ids, num_tokens) = (step.arrays.token_ids, arrays.token_ids.len());
+            // SAFETY: the device is current; the step's arrays hold these ids, which were checked.
+            unsafe {
+                self.sampler
+                    .take(&self.modules, token_ids, num_tokens, stream)
+            }?;
+        }
+        Ok(step)
+    }
+
+    /// Queues the choice of a token for each row of `logits` [rows, vocab], which are changed where a row's
+    /// parameters say so.
+    ///
+    /// # Safety
+    /// `logits` is an f32 tensor of that shape, good until the kernels have run.
+    pub unsafe fn sample(
+        &self,
+        logits: DeviceAddress,
+        vocab_size: usize,
+        arrays: &SampleArrays,
+        stream: Stream,
+    ) -> Result<PendingSamples, CudaError> {
+        if !arrays.rows.is_empty() {
+            check_tensors(&[("logits", logits)])?;
+        }
+        self.device.bind()?;
+        // SAFETY: the device is current, the logits are aligned and the caller's.
+        unsafe {
+            self.sampler
+                .sample(&self.modules, logits, vocab_size, arrays, stream)
+        }
     }
 
     /// y [T, out] += what the step's adapters add at (layer, group) for x [T, in].

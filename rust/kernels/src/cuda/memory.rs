@@ -221,6 +221,21 @@ pub(super) unsafe fn copy_to_device(
         .doing("copying to the device")
 }
 
+/// Queues a copy from the device to page-locked memory.
+///
+/// # Safety
+/// `dst` is page-locked, has that length, and nobody looks at it until the copy is done; `src` is device memory.
+pub(super) unsafe fn copy_to_host(
+    dst: *mut u8,
+    src: DeviceAddress,
+    nbytes: usize,
+    stream: Stream,
+) -> Result<(), CudaError> {
+    // SAFETY: the caller's contract.
+    unsafe { sys::cuMemcpyDtoHAsync_v2(dst.cast::<c_void>(), src, nbytes, stream.raw()) }
+        .doing("copying from the device")
+}
+
 /// Queues a copy between two disjoint ranges of device memory.
 ///
 /// # Safety

@@ -9,16 +9,18 @@ pub(super) enum Source {
     Activation,
     Rope,
     Attention,
+    Sampling,
 }
 
 impl Source {
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::LoraDecode,
         Self::LoraPrefill,
         Self::Norm,
         Self::Activation,
         Self::Rope,
         Self::Attention,
+        Self::Sampling,
     ];
 
     /// Its file in `cuda/`.
@@ -30,6 +32,7 @@ impl Source {
             Self::Activation => "activation.cu",
             Self::Rope => "rope.cu",
             Self::Attention => "attention.cu",
+            Self::Sampling => "sampling.cu",
         }
     }
 
@@ -46,12 +49,13 @@ impl Source {
             Self::Activation => include_str!("../../../../cuda/activation.cu"),
             Self::Rope => include_str!("../../../../cuda/rope.cu"),
             Self::Attention => include_str!("../../../../cuda/attention.cu"),
+            Self::Sampling => include_str!("../../../../cuda/sampling.cu"),
         }
     }
 }
 
 /// (name in `#include`, text) of what sources may include.
-pub(super) const HEADERS: [(&str, &str); 5] = [
+pub(super) const HEADERS: [(&str, &str); 7] = [
     ("storage.cuh", include_str!("../../../../cuda/storage.cuh")),
     (
         "adapter_table.cuh",
@@ -66,4 +70,12 @@ pub(super) const HEADERS: [(&str, &str); 5] = [
         include_str!("../../../../cuda/attention_state.cuh"),
     ),
     ("lora.cuh", include_str!("../../../../cuda/lora.cuh")),
+    (
+        "sampling.cuh",
+        include_str!("../../../../cuda/sampling.cuh"),
+    ),
+    (
+        "sampling_select.cuh",
+        include_str!("../../../../cuda/sampling_select.cuh"),
+    ),
 ];

@@ -34,6 +34,10 @@ impl StagingRing {
         })
     }
 
+    pub fn nbytes(&self) -> usize {
+        self.nbytes
+    }
+
     /// Lets `fill` write a buffer and queues the copy of what it says it wrote, from the buffer's start.
     ///
     /// # Safety
@@ -74,6 +78,12 @@ pub(super) unsafe trait Plain: Copy {}
 
 // SAFETY: a number.
 unsafe impl Plain for i32 {}
+// SAFETY: a number.
+unsafe impl Plain for u32 {}
+// SAFETY: a number.
+unsafe impl Plain for f32 {}
+// SAFETY: its padding is a field; the size is asserted where it is defined.
+unsafe impl Plain for crate::sampling::RowParams {}
 // SAFETY: four numbers of four bytes.
 unsafe impl Plain for super::work_list::WorkItem {}
 // SAFETY: its padding is a field; the size is asserted where it is defined.
