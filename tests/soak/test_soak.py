@@ -75,10 +75,16 @@ async def _run(soak: Soak, disk: Disk, folder: Path) -> None:
 
 
 async def _begin(soak: Soak) -> None:
-    """Start the server, and learn from it what it took over from before."""
+    """Start the server, and learn from it what it took over from before.
+
+    What came from a directory that has changed since can't be told, and goes.
+    """
     await soak.server.start()
     async with httpx.AsyncClient(base_url=soak.server.url, timeout=READY_S) as client:
         listed = (await client.get("/adapters")).json()["adapters"]
+        for adapter in [one for one in listed if one["path"] not in soak.world.contents.values()]:
+            assert (await client.delete(f"/adapters/{adapter['name']}")).status_code in (204, 500)
+            listed.remove(adapter)
     soak.world.adopt({adapter["name"]: adapter["path"] for adapter in listed})
     soak.is_known.set()
 
