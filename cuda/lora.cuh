@@ -138,7 +138,6 @@ private:
 struct OutputTile {
     Storage* y = nullptr;  // in the item's first row; null: no module has the panel
     const float* gain = nullptr;
-    const float* s_unit = nullptr;  // of the panel's module, in the item's first row
     unsigned row_stride;
     unsigned num_rows;
     unsigned g;
@@ -154,7 +153,6 @@ struct OutputTile {
                 const size_t row = static_cast<size_t>(work.item.first_row) * row_stride;
                 y = args.y + row + panel * PANEL_WIDTH + column;
                 gain = module.gain == nullptr ? nullptr : module.gain + in_module * PANEL_WIDTH + column;
-                s_unit = args.s_units + static_cast<size_t>(work.item.first_row) * MAX_MODULES + i;
             }
         }
     }
@@ -174,27 +172,21 @@ struct OutputTile {
         }
     }
 
-    // y = gain · (values + unit of s · c)
+    // y = gain · (values + c)
     __device__ __forceinline__ void add_and_store(const Pairs (&values)[2], const float (&c)[4][4],
                                                   unsigned tile) const {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const unsigned row = tile * TILE_ROWS + half * 8 + g;
             if (has_row(row)) {
-#ifdef STORAGE_F16
-                const float unit = load_global_float(s_unit + row * MAX_MODULES);
-#else
-                const float unit = 1.0f;
-#endif
-                store_global(y + static_cast<size_t>(row) * row_stride, add(values[half], c, half, unit));
+                store_global(y + static_cast<size_t>(row) * row_stride, add(values[half], c, half));
             }
         }
     }
 
 private:
     // half 0: c's row g, 1: its row g + 8
-    __device__ __forceinline__ Pairs add(const Pairs& values, const float (&c)[4][4], int half,
-                                              float unit) const {
+    __device__ __forceinline__ Pairs add(const Pairs& values, const float (&c)[4][4], int half) const {
         Pairs sum;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -202,8 +194,8 @@ private:
             const int j = 2 * i % 4;
             const int column = 2 * half + i / 2;
             float2 pair = unpack(values.pair[i]);
-            pair.x += unit * c[j][column];
-            pair.y += unit * c[j + 1][column];
+            pair.x += c[j][column];
+            pair.y += c[j + 1][column];
             if (gain != nullptr) {
                 pair.x *= gain[2 * i];
                 pair.y *= gain[2 * i + 1];
@@ -213,6 +205,32 @@ private:
         return sum;
     }
 };
+
+// c in units of s becomes c: the lane's rows of each times the unit of the row and of the module whose panel the
+// lane has. `s_units`: [num_rows][MAX_MODULES] of the item.
+template <int ROW_TILES>
+__device__ __forceinline__ void apply_s_units(float (&c)[ROW_TILES][4][4], const Work& work, const Lane& lane,
+                                              unsigned first_panel, const float* s_units) {
+#ifdef STORAGE_F16
+    const unsigned panel = first_panel + lane.t / 2;
+    unsigned module = 0;
+    while (module + 1 < work.group.num_modules && panel >= work.group.modules[module + 1].first_panel) {
+        ++module;
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * ROW_TILES; ++i) {
+        const int tile = i / 2;
+        const int half = i % 2;
+        const unsigned row = tile * TILE_ROWS + half * 8 + lane.g;
+        const float unit = row < work.item.num_rows ? s_units[row * MAX_MODULES + module] : 1.0f;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            c[tile][j][2 * half] *= unit;
+            c[tile][j][2 * half + 1] *= unit;
+        }
+    }
+#endif
+}
 
 // Whether this block is the last of `num_splits` to have written partial sums of its item, which are then
 // visible to it. `is_last` is shared memory.

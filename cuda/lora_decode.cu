@@ -40,6 +40,9 @@ constexpr int BLOCK_PANELS = BLOCK_COLUMNS / PANEL_WIDTH;
 struct SharedMemory {
     Work work;
     bool is_last;
+#ifdef STORAGE_F16
+    float s_units[MAX_ITEM_ROWS][MAX_MODULES];
+#endif
     union {
         // Rows padded by 16 bytes: neighbouring rows' 16-byte parts lie in different banks.
         alignas(16) float sums[WARPS][TILE_ROWS][TILE_COLUMNS + 4];
@@ -200,6 +203,20 @@ __device__ __forceinline__ void stage_s(SharedMemory& shared, const LoraArgs& ar
     __syncthreads();
 }
 
+// The units of s of all rows; there once the first step's s is.
+__device__ __forceinline__ const float* stage_s_units(SharedMemory& shared, const LoraArgs& args) {
+#ifdef STORAGE_F16
+    const unsigned i = threadIdx.x;
+    if (i < shared.work.item.num_rows * MAX_MODULES) {
+        const size_t at = static_cast<size_t>(shared.work.item.first_row) * MAX_MODULES + i;
+        shared.s_units[i / MAX_MODULES][i % MAX_MODULES] = load_global_float(args.s_units + at);
+    }
+    return shared.s_units[0];
+#else
+    return nullptr;
+#endif
+}
+
 // Looks at a flag after which the blocks waited for will never run: seconds. Better a dead context than a hung GPU.
 constexpr unsigned MAX_LOOKS = 1U << 24;
 
@@ -252,6 +269,7 @@ __device__ __forceinline__ void expand(SharedMemory& shared, const LoraArgs& arg
         }
     }
     wait_until_ready(state);
+    const float* s_units = stage_s_units(shared, args);
     stage_s(shared, args, first);
     RankStep staged = first;
 #pragma unroll
@@ -274,6 +292,7 @@ __device__ __forceinline__ void expand(SharedMemory& shared, const LoraArgs& arg
             step = step.next(group, block_panel, BLOCK_PANELS);
             load_b(b[tile], group, lane, step, warp_panel + 2 * tile);
         }
+        apply_s_units(c, shared.work, lane, warp_panel + 2 * tile, s_units);
         const OutputTile output(args, shared.work, lane, warp_panel + 2 * tile);
 #pragma unroll
         for (int row_tile = 0; row_tile < ROW_TILES; ++row_tile) {

@@ -30,7 +30,7 @@ def assert_rows_match(lora: Lora, batch: HandBatch, x: torch.Tensor, group: int)
 
 @pytest.mark.parametrize("group", range(len(PROJECTIONS)))
 @pytest.mark.parametrize("phase", BATCHES)
-@pytest.mark.parametrize("gain", [2.0**16, 2.0**-12, 2.0**-16], ids=["overflow", "subnormal", "zero"])
+@pytest.mark.parametrize("gain", [2.0**16, 2.0**-16], ids=["overflow", "subnormal"])
 def test_s_outside_of_the_storage_types_range_is_exact_to_its_bits(
     gpu: Gpu, gain: float, phase: str, group: int
 ) -> None:
