@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import loraserve.engine.engine
 import loraserve.engine.model_runner
 import torch
 from llama_8b import LLAMA_3_8B, loader_of, write_adapters
@@ -223,7 +222,8 @@ class Bench:
         spent: dict[str, float] = {}
         with (
             timed(self.engine.runner, "execute", spent),
-            timed(loraserve.engine.engine, "sample", spent),
+            timed(self.engine.runner, "sample", spent),
+            timed(self.engine, "_commit", spent),
             timed(self.engine, "_deliver", spent),
         ):
             requests, _ = self.run(num_rows, num_adapters, GREEDY, self._plan.decode_tokens)
@@ -231,7 +231,7 @@ class Bench:
         parts = ", ".join(f"{name} {1e3 * seconds / num_steps:.2f} ms" for name, seconds in spent.items())
         say(
             f"### The engine's thread\n\n{num_rows} rows, {num_adapters} adapters, mean of a step: "
-            f"{parts} (sample waits for the device).\n"
+            f"{parts} (_commit waits for the device).\n"
         )
 
     def profile(self) -> None:

@@ -47,7 +47,7 @@ CRATES: dict[str, tuple[set[str], str]] = {
         cpu::threads
         cpu::element cpu::step
         cpu::linear cpu::panel_product
-        cpu::norm cpu::activation cpu::argmax
+        cpu::norm cpu::activation cpu::sampling
         cpu::rope cpu::lora cpu::attention
         cpu::gemm
         cpu::context

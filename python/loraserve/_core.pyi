@@ -22,6 +22,7 @@ __all__ = [
     "CpuStep",
     "CudaKernels",
     "CudaStep",
+    "HostSampler",
     "LoadPace",
     "MessageShape",
     "PackedLinear",
@@ -31,6 +32,7 @@ __all__ = [
     "RequestOutput",
     "SampleArrays",
     "SampledRows",
+    "Sampler",
     "Scheduler",
     "SchedulerOutput",
     "SchedulerStats",
@@ -472,6 +474,69 @@ def load_adapter(
     CapacityError if the extent is too small.
     """
 
+# rust/py/src/sampler.rs
+
+@final
+class Sampler:
+    """What sampling knows of every unfinished sequence, by request id; for any thread.
+
+    Raises KeyError for a request id that was not added or was removed, where nothing else is said.
+    """
+
+    def __new__(cls, vocab_size: int) -> Sampler: ...
+    def add(
+        self,
+        request_id: int,
+        *,
+        seed: int = 0,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        typical_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        num_logprobs: int | None = None,
+        prompt_token_ids: Sequence[int] = (),
+        biased_ids: Sequence[int] = (),
+        biases: Sequence[float] = (),
+        end_token_ids: Sequence[int] = (),
+        min_tokens: int = 0,
+        has_grammar: bool = False,
+    ) -> None:
+        """Take a sequence; its tokens are below `vocab_size`, its seed has 64 bits, temperature 0 is greedy.
+
+        Raises ValueError if there are not as many biases as tokens that have one.
+        """
+    def remove(self, request_id: int) -> None:
+        """Forget a sequence; unknown ones are left alone."""
+    def append(self, request_ids: Sequence[int], token_ids: Sequence[int]) -> None:
+        """Take one more token of each sequence into what is counted."""
+    def num_tokens(self, request_id: int) -> int | None:
+        """Tokens appended so far; None of one that was removed."""
+    def depend_on_last_token(self, request_ids: Sequence[int]) -> bool:
+        """Whether any of these can't be drawn for before the token drawn last is appended."""
+    def draw(
+        self,
+        request_ids: Sequence[int],
+        masks: Sequence[NDArray[np.uint32]] = (),
+        masked_rows: Sequence[int] = (),
+    ) -> SampleArrays:
+        """The rows of these sequences' next tokens, which then count as drawn.
+
+        `masks` are of the rows `masked_rows`, which ascend: bit i % 32 of word i / 32 allows token i. Raises
+        ValueError for a mask of another length.
+        """
+
+@final
+class HostSampler:
+    """Samples on threads of its own, where no backend's threads are at hand; as `CpuKernels` otherwise."""
+
+    def __new__(cls, num_threads: int | None = None, isa: str | None = None) -> HostSampler: ...
+    def sample(self, logits_ptr: int, num_rows: int, num_columns: int, arrays: SampleArrays) -> SampledRows:
+        """Choose a token for each row of float32 logits [num_rows, num_columns] in main memory."""
+
 # rust/py/src/cpu_kernels.rs
 
 @final
@@ -535,8 +600,8 @@ class CpuKernels:
         """Move a slot's pages inside the pool (ranges may overlap) and bind it to the new place."""
     def begin_step(self, batch: Batch) -> CpuStep:
         """Check a batch and plan its tasks; the step holds for these kernels alone."""
-    def argmax(self, logits_ptr: int, num_rows: int, num_columns: int) -> list[int]:
-        """The likeliest token of each row, as `Ops.argmax`; logits are [num_rows, num_columns]."""
+    def sample(self, logits_ptr: int, num_rows: int, num_columns: int, arrays: SampleArrays) -> SampledRows:
+        """Choose a token for each row of logits [num_rows, num_columns], which stay as they are."""
 
 # rust/py/src/cpu_kernels/program.rs
 
@@ -667,6 +732,9 @@ class SampleArrays:
     @property
     def num_rows(self) -> int:
         """L"""
+    @property
+    def vocab_size(self) -> int:
+        """Columns of the logits."""
     def reference(self, logits: NDArray[np.float32]) -> SampledRows:
         """What the definition says of logits [L, vocab_size]: slow, for tests of the kernels.
 

@@ -257,7 +257,7 @@ def test_an_engine_that_fails_tells_everyone(
     async def scenario(engine: AsyncEngine) -> None:
         stream = await engine.submit(request())
         await anext(stream)
-        monkeypatch.setattr("loraserve.engine.engine.sample", fail)
+        monkeypatch.setattr("loraserve.sampling.sampler.Sampler.sample", fail)
         with pytest.raises(EngineStoppedError, match="broken"):
             await tokens_of(stream)
         assert "broken" in await engine.wait_failed()

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import loraserve.engine.engine
 import pytest
 import torch
 from loraserve import AsyncEngine, GenerateRequest, SamplingParams, _core
 from loraserve.backends.cpu.backend import CpuBackend
 from loraserve.errors import CapacityError
+from loraserve.sampling.sampler import Sampler
 
 from tests.e2e.test_load_limits import drain, engine_of
 
@@ -94,7 +94,7 @@ def test_a_step_without_memory_ends_its_requests_and_leaves_nothing_behind(
 def test_sampling_that_finds_no_memory_ends_its_requests(
     tiny_model: tuple[Path, torch.nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sample = loraserve.engine.engine.sample
+    sample = Sampler.sample
     num_left = 1
 
     def failing(*args: Any) -> Any:
@@ -104,7 +104,7 @@ def test_sampling_that_finds_no_memory_ends_its_requests(
             raise torch.OutOfMemoryError("tried to allocate 3 GiB")
         return sample(*args)
 
-    monkeypatch.setattr(loraserve.engine.engine, "sample", failing)
+    monkeypatch.setattr(Sampler, "sample", failing)
 
     async def main() -> None:
         async with engine_of(tiny_model[0], {}) as engine:

@@ -1,7 +1,8 @@
-"""RMSNorm, residual + RMSNorm, SiLU·mul and argmax against the reference."""
+"""RMSNorm, residual + RMSNorm, SiLU·mul and the likeliest tokens against the reference."""
 
 import pytest
 import torch
+from loraserve import _core
 from loraserve.models.ops import KvGeometry
 
 from tests.ops.building import assert_close, make_backends
@@ -53,26 +54,37 @@ def test_silu_of_extreme_gates_is_finite(isa: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("num_rows", [0, 1, 2, 33])
 @pytest.mark.parametrize("num_columns", [1, 37, 512, 49152])
-def test_argmax_matches_reference_on_ties_and_nan(
+def test_the_likeliest_tokens_are_chosen_of_ties_the_first_and_of_nan_none(
     isa: str, generator: torch.Generator, num_rows: int, num_columns: int
 ) -> None:
-    backends = make_backends(GEOMETRY, torch.float32, isa)
+    ops = make_backends(GEOMETRY, torch.float32, isa).cpu
     rows = torch.randint(-9, 9, (num_rows, num_columns), generator=generator).float()
+    arrays = greedy_rows(num_rows, num_columns)
+    sampled = ops.sample(rows, arrays).wait()
+    assert sampled.token_ids.tolist() == rows.numpy().argmax(axis=-1).tolist()
+    assert sampled.is_finite.all()
     with_nan = rows.masked_fill(rows == 7, torch.nan)
-    for logits in (rows, with_nan):
-        token_ids = backends.cpu.argmax(logits)
-        assert token_ids == backends.reference.argmax(logits)
-        assert token_ids == logits.numpy().argmax(axis=-1).tolist()
+    has_nan = with_nan.isnan().any(-1)
+    sampled = ops.sample(with_nan, arrays).wait()
+    assert sampled.is_finite.tolist() == (~has_nan).tolist()
+    assert sampled.token_ids.tolist() == with_nan.argmax(-1).masked_fill(has_nan, 0).tolist()
 
 
-def test_argmax_refuses_logits_it_would_misread() -> None:
+def greedy_rows(num_rows: int, num_columns: int) -> _core.SampleArrays:
+    sequences = _core.Sampler(num_columns)
+    for request_id in range(num_rows):
+        sequences.add(request_id)
+    return sequences.draw(range(num_rows))
+
+
+def test_sampling_refuses_logits_it_would_misread() -> None:
     ops = make_backends(GEOMETRY, torch.float32).cpu
-    with pytest.raises(ValueError, match="logits are torch.bfloat16"):
-        ops.argmax(torch.zeros(2, 8, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=r"logits are torch.bfloat16"):
+        ops.sample(torch.zeros(2, 8, dtype=torch.bfloat16), greedy_rows(2, 8))
     with pytest.raises(ValueError, match="expected contiguous"):
-        ops.argmax(torch.zeros(8, 2).T)
-    with pytest.raises(ValueError, match="0 columns"):
-        ops.argmax(torch.zeros(2, 0))
+        ops.sample(torch.zeros(8, 2).T, greedy_rows(2, 8))
+    with pytest.raises(ValueError, match="the rows to sample are"):
+        ops.sample(torch.zeros(2, 7), greedy_rows(2, 8))
 
 
 def test_rows_of_another_dtype_are_refused(dtype: torch.dtype) -> None:

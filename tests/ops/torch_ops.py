@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from loraserve import _core
-from loraserve.models.ops import KvGeometry, Linear, StepHandle
+from loraserve.models.ops import KvGeometry, Linear, ReadyRows, StepHandle
 
 PANEL_WIDTH = 16  # rows of an adapter's matrix that lie together
 
@@ -245,9 +245,9 @@ class TorchOps:
         gate, up = gate_up.float().chunk(2, dim=-1)
         return (F.silu(gate) * up).to(self._dtype)
 
-    def argmax(self, logits: torch.Tensor) -> list[int]:
-        token_ids: list[int] = logits.argmax(dim=-1).tolist()
-        return token_ids
+    def sample(self, logits: torch.Tensor, arrays: _core.SampleArrays) -> ReadyRows:
+        logits = logits.cpu().contiguous()
+        return ReadyRows(_core.HostSampler().sample(logits.data_ptr(), *logits.shape, arrays))
 
 
 def _own_linear(linear: Linear) -> TorchLinear:

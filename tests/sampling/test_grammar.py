@@ -8,12 +8,19 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from loraserve import Grammar
 from loraserve.errors import InvalidRequestError
 from loraserve.loader import open_checkpoint
 from loraserve.sampling import grammar_compiler
-from loraserve.sampling.grammar_compiler import CACHE_SIZE, FREE_S, MAX_MEAN_STEP_S, GrammarCompiler
+from loraserve.sampling.grammar_compiler import (
+    CACHE_SIZE,
+    FREE_S,
+    MAX_MEAN_STEP_S,
+    GrammarCompiler,
+    GrammarMatcher,
+)
 from loraserve.text.tokenizer import Tokenizer
 
 SCHEMA = {
@@ -94,6 +101,18 @@ HOSTILE = [
 ]
 
 
+def allowed_by(
+    matcher: GrammarMatcher, vocab_size: int, *, without_end: bool = False
+) -> npt.NDArray[np.bool_] | None:
+    """The mask's bits, one by one."""
+    words = matcher.allowed(vocab_size, without_end=without_end)
+    if words is None:
+        return None
+    bits = np.unpackbits(words.view(np.uint8), bitorder="little").astype(np.bool_)
+    assert not bits[vocab_size:].any()
+    return bits[:vocab_size]
+
+
 @pytest.fixture(scope="module")
 def tokenizer(smollm2_path: str) -> Tokenizer:
     with open_checkpoint(smollm2_path) as checkpoint:
@@ -131,7 +150,7 @@ def test_any_walk_over_allowed_tokens_ends_in_valid_text(
     for seed in range(20):
         matcher, rng, token_ids = compiler.compile(grammar), random.Random(seed), list[int]()
         while not matcher.is_ended:
-            allowed = matcher.allowed(tokenizer.vocab_size)
+            allowed = allowed_by(matcher, tokenizer.vocab_size)
             assert allowed is not None
             token_ids.append(int(rng.choice(np.flatnonzero(allowed))))
             matcher.consume(token_ids[-1])
@@ -145,8 +164,8 @@ def test_end_tokens_are_left_out_while_there_are_others(
     matcher = compiler.compile(Grammar("choice", ["no", "no way"]))
     matcher.consume(tokenizer.encode("no")[0])
     end = tokenizer.eos_token_ids[0]
-    plain = matcher.allowed(tokenizer.vocab_size)
-    without_end = matcher.allowed(tokenizer.vocab_size, without_end=True)
+    plain = allowed_by(matcher, tokenizer.vocab_size)
+    without_end = allowed_by(matcher, tokenizer.vocab_size, without_end=True)
     assert plain is not None
     assert without_end is not None
     assert (plain[end], without_end[end]) == (True, False)
@@ -155,7 +174,7 @@ def test_end_tokens_are_left_out_while_there_are_others(
 
 def test_the_mask_is_as_long_as_the_logits(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
     matcher = compiler.compile(Grammar("json"))
-    short, exact, long = (matcher.allowed(tokenizer.vocab_size + extra) for extra in (-9, 0, 75))
+    short, exact, long = (allowed_by(matcher, tokenizer.vocab_size + extra) for extra in (-9, 0, 75))
     assert short is not None
     assert exact is not None
     assert long is not None
@@ -178,7 +197,7 @@ def test_a_hostile_grammar_costs_a_bounded_time_or_is_refused(
     assert time.thread_time() - started < 2.0
     for _ in range(300):
         started = time.thread_time()
-        allowed = matcher.allowed(tokenizer.vocab_size)
+        allowed = allowed_by(matcher, tokenizer.vocab_size)
         if allowed is None or matcher.is_ended:
             break
         matcher.consume(int(rng.choice(np.flatnonzero(allowed))))
@@ -193,7 +212,7 @@ def test_a_grammar_that_is_slow_at_every_token_is_given_up(
     matcher = compiler.compile(Grammar("regex", "[a-z]{50}q"))
     monkeypatch.setattr(grammar_compiler, "FREE_S", 0.0)
     monkeypatch.setattr(grammar_compiler, "MAX_MEAN_STEP_S", 1e-9)
-    assert matcher.allowed(tokenizer.vocab_size) is None
+    assert allowed_by(matcher, tokenizer.vocab_size) is None
     assert not matcher.is_ended
     assert "ms a token" in str(matcher.error)
 
@@ -205,10 +224,10 @@ def test_compiled_grammars_are_kept_and_copies_are_independent(
     matchers = [compiler.compile(grammar) for grammar in grammars]
     assert len(compiler._compiled) == CACHE_SIZE
     again = compiler.compile(grammars[-1])
-    allowed = again.allowed(tokenizer.vocab_size)
+    allowed = allowed_by(again, tokenizer.vocab_size)
     assert allowed is not None
     token_id = int(np.flatnonzero(allowed)[0])
     again.consume(token_id)
-    fresh = matchers[-1].allowed(tokenizer.vocab_size)
+    fresh = allowed_by(matchers[-1], tokenizer.vocab_size)
     assert fresh is not None
     assert fresh.tolist() == allowed.tolist()

@@ -7,7 +7,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -27,7 +27,7 @@ from loraserve.engine.thread import EngineThread
 from loraserve.errors import EngineStoppedError
 from loraserve.request import SHARED_CACHE, CacheScope, TokenLogprob
 from loraserve.sampling.grammar_compiler import GrammarCompiler, GrammarMatcher
-from loraserve.sampling.sampler import FailedSamples, PendingSamples, SamplingState, sample
+from loraserve.sampling.sampler import FailedSamples, PendingSamples, Sampler
 from loraserve.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -88,6 +88,7 @@ class Engine:
             config.num_threads is None or config.num_threads >= _core.usable_cores()
         )
         self.max_model_len = self.runner.model.max_model_len
+        self._sampler = Sampler(self.runner.sample, self.runner.vocab_size)
         self.grammars = GrammarCompiler(self.runner.model.tokenizer, self.runner.vocab_size)
         self._scheduler = _core.Scheduler(
             num_pages=self.runner.num_pages,
@@ -156,21 +157,14 @@ class Engine:
                 cache_scope,
                 needs_adapter,
             )
-            sampling = SamplingState(
-                params=params,
-                seed=secrets.randbits(64) if seed is None else seed,
-                prompt_token_ids=prompt,
-                banned_until_min_tokens=stop_token_ids,
-                matcher=matcher,
-            )
+            seed = secrets.randbits(64) if seed is None else seed
+            self._sampler.add(request_id, params, seed, prompt, stop_token_ids, matcher)
             clock = RequestClock(arrived_at, self._scheduler.has_its_adapters(request_id))
             names = tuple(name for name, _ in adapters)
             usage = self.adapters.usage.counters(names)
             for counter in usage:
                 counter.num_requests += 1
-            self._sequences[request_id] = SequenceState(
-                sampling, clock, deadline_s, len(prompt), usage, names
-            )
+            self._sequences[request_id] = SequenceState(clock, deadline_s, len(prompt), usage, names)
             if deadline_s is not None:
                 self._deadlines.add(arrived_at + deadline_s, request_id)
         self._wake.set()
@@ -303,7 +297,7 @@ class Engine:
         return (
             self.runner.backend.runs_ahead
             and not isinstance(running.samples, FailedSamples)
-            and not any(sequence.sampling.depends_on_last_token for sequence in running.sequences)
+            and not self._sampler.depend_on_last_token(running.request_ids)
         )
 
     def _launch(self, planned: _core.SchedulerOutput | None) -> RunningStep | None:
@@ -326,15 +320,14 @@ class Engine:
             self._step_began = time.monotonic()
         request_ids = batch.sample_request_ids
         sequences = [self._sequences[request_id] for request_id in request_ids]
-        states = [sequence.sampling for sequence in sequences]
         samples: PendingSamples
         try:
-            samples = sample(self.runner.execute(batch), states, self.runner.ops.argmax)
+            samples = self._sampler.sample(self.runner.execute(batch), request_ids)
         except torch.OutOfMemoryError as error:
             samples = FailedSamples(error.with_traceback(None))  # which would keep the step's tensors
         return RunningStep(planned, request_ids, sequences, samples)
 
-    def _commit(self, running: RunningStep) -> dict[int, TokenLogprob]:
+    def _commit(self, running: RunningStep) -> Mapping[int, TokenLogprob]:
         """Wait for the step's tokens and take them; the logprobs that were asked for, by request."""
         try:
             sampled = running.samples.result()
@@ -351,20 +344,20 @@ class Engine:
                 if not is_finite:  # ended before the commit, which then takes no token for it
                     self._end_not_finite(request_id, sequence)
             are_taken = self._scheduler.commit(running.planned, sampled.token_ids)
-        endings = []
+        taken_ids, taken_tokens = [], []
         for request_id, sequence, token_id, is_taken in zip(
             request_ids, sequences, sampled.token_ids.tolist(), are_taken, strict=True
         ):
             if is_taken:
-                sequence.append(token_id)
-                ending = sequence.grammar_ending()
-                if ending is not None:
-                    endings.append((request_id, ending))
+                sequence.note_token()
+                taken_ids.append(request_id)
+                taken_tokens.append(token_id)
+        endings = self._sampler.append(taken_ids, taken_tokens)
         if endings:
             with self._lock:
                 for request_id, ending in endings:
                     self._scheduler.finish(request_id, ending)
-        return {id_: lp for id_, lp in zip(request_ids, sampled.logprobs, strict=True) if lp is not None}
+        return sampled.logprobs
 
     def _end_step(self, planned: _core.SchedulerOutput, shortage: torch.OutOfMemoryError) -> None:
         """End the requests of a step that was not computed; nothing of it is kept."""
@@ -386,15 +379,19 @@ class Engine:
                 self._scheduler.finish(request_id, deadline_error(deadline_s))
 
     def _end_not_finite(self, request_id: int, sequence: SequenceState) -> None:
-        error = sequence.not_finite_error(self.config.dtype)
+        num_output_tokens = self._sampler.num_output_tokens(request_id)
+        if num_output_tokens is None:  # it ended while the step ran
+            return
+        error = sequence.not_finite_error(self.config.dtype, num_output_tokens)
         if self._scheduler.finish(request_id, error):
             logger.warning("a request failed: %s", error)
 
-    def _deliver(self, logprobs: dict[int, TokenLogprob]) -> int:
+    def _deliver(self, logprobs: Mapping[int, TokenLogprob]) -> int:
         with self._lock:
             outputs = [self._output(output, logprobs) for output in self._scheduler.drain_outputs()]
             ended = [output for output in outputs if output.is_last]
             for output in ended:
+                self._sampler.remove(output.request_id)
                 self._sequences.pop(output.request_id).end(output.num_cached_tokens)
             self._waiting_limit.add_ends(len(ended))
             if not self._sequences:
@@ -403,7 +400,7 @@ class Engine:
             self._on_outputs(outputs)
         return len(outputs)
 
-    def _output(self, output: _core.RequestOutput, logprobs: dict[int, TokenLogprob]) -> EngineOutput:
+    def _output(self, output: _core.RequestOutput, logprobs: Mapping[int, TokenLogprob]) -> EngineOutput:
         request_id, token_id, error = output.request_id, output.token_id, output.error
         return EngineOutput(
             request_id,

@@ -13,7 +13,7 @@ from loraserve.errors import CapacityError, InvalidRequestError
 from loraserve.loader import LoadedModel, load_model
 from loraserve.models.config import ModelConfig
 from loraserve.models.decoder import Decoder
-from loraserve.models.ops import KvGeometry, Ops
+from loraserve.models.ops import KvGeometry, Ops, PendingRows
 from loraserve.models.weights import BuildDecoder
 
 BLOCK_SIZE = 16  # tokens per page
@@ -119,3 +119,7 @@ class ModelRunner:
             f"the device ran out of memory in a step of {batch.num_tokens} tokens of {batch.num_seqs} "
             f"requests: lower max_batched_tokens, max_num_seqs or memory ({error})"
         )
+
+    def sample(self, logits: torch.Tensor, arrays: _core.SampleArrays) -> PendingRows:
+        """Begin to choose a token for each row of `logits`, where they are."""
+        return self.ops.sample(logits, arrays)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from loraserve.engine.stats import AdapterUsage
 from loraserve.errors import LoraserveError, NotFiniteError
 from loraserve.request import FinishReason, RequestTiming, TokenLogprob
-from loraserve.sampling.sampler import SamplingState
 
 
 @dataclass
@@ -67,7 +66,6 @@ class SequenceState:
     `deadline_s` is in seconds from its arrival; `usage` are the counters it counts in.
     """
 
-    sampling: SamplingState
     clock: RequestClock
     deadline_s: float | None
     num_prompt_tokens: int
@@ -80,9 +78,8 @@ class SequenceState:
         for counter in self.usage:
             counter.num_prompt_tokens += self.num_prompt_tokens
 
-    def append(self, token_id: int) -> None:
+    def note_token(self) -> None:
         """It was given one more token."""
-        self.sampling.append(token_id)
         self.clock.note_token()
         for counter in self.usage:
             counter.num_completion_tokens += 1
@@ -92,19 +89,12 @@ class SequenceState:
         for counter in self.usage:
             counter.num_cached_tokens += num_cached_tokens
 
-    def grammar_ending(self) -> Literal["stop"] | LoraserveError | None:
-        """What its grammar ends it with after the last token, if it does."""
-        matcher = self.sampling.matcher
-        if matcher is None:
-            return None
-        return matcher.error or ("stop" if matcher.is_ended else None)
-
-    def not_finite_error(self, dtype: str) -> NotFiniteError:
-        """Of logits that were no numbers, of a model stored as `dtype`."""
+    def not_finite_error(self, dtype: str, num_output_tokens: int) -> NotFiniteError:
+        """Of logits that were no numbers after as many tokens, of a model stored as `dtype`."""
         remedy = "use other weights" if dtype == "float32" else "use other weights, or dtype float32"
         adapters = ", ".join(repr(name) for name in self.adapter_names)
         where = f"with adapter {adapters}" if adapters else "of the base model"
         return NotFiniteError(
-            f"the logits {where} are not finite at token {self.sampling.num_output_tokens} of the "
+            f"the logits {where} are not finite at token {num_output_tokens} of the "
             f"answer: weights or their products overflow {dtype}; {remedy}"
         )

@@ -52,6 +52,24 @@ class Linear(Protocol):
         ...
 
 
+class PendingRows(Protocol):
+    """Rows being sampled."""
+
+    def wait(self) -> _core.SampledRows:
+        """Until they are there."""
+        ...
+
+
+@dataclass(frozen=True)
+class ReadyRows:
+    """Rows that were sampled at once."""
+
+    rows: _core.SampledRows
+
+    def wait(self) -> _core.SampledRows:
+        return self.rows
+
+
 class StepHandle(Protocol):
     """What a backend prepared for one step."""
 
@@ -148,8 +166,8 @@ class Ops(Packer, Protocol):
         """Checks and prepares a batch; every op of the step takes the handle."""
         ...
 
-    def argmax(self, logits: torch.Tensor) -> list[int]:
-        """The likeliest token of each row of `logits`; of equals the first, and NaN before any number."""
+    def sample(self, logits: torch.Tensor, arrays: _core.SampleArrays) -> PendingRows:
+        """Begins to choose a token for each row of `logits` (float32 [L, vocab]) as `arrays` say."""
         ...
 
 

@@ -11,6 +11,7 @@ import json
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,17 +38,17 @@ ANY_OBJECT = '{"type": "object"}'
 class GrammarMatcher:
     """One answer's place in its grammar."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, end_token_ids: npt.NDArray[np.int64]) -> None:
+    def __init__(self, matcher: llguidance.LLMatcher, end_token_ids: Sequence[int]) -> None:
         self._matcher = matcher
         self._end_token_ids = end_token_ids
         self._num_tokens = 0
         self._spent_s = 0.0
 
-    def allowed(self, vocab_size: int, *, without_end: bool = False) -> npt.NDArray[np.bool_] | None:
+    def allowed(self, vocab_size: int, *, without_end: bool = False) -> npt.NDArray[np.uint32] | None:
         """Which tokens may come next; None once the grammar has become too complex to follow.
 
         Args:
-            vocab_size: length of the result.
+            vocab_size: tokens of the result, 32 a word, the first in the lowest bit; bits beyond are 0.
             without_end: leave out the model's end tokens, if there are others.
         """
         started = time.thread_time()
@@ -55,15 +56,17 @@ class GrammarMatcher:
         self._spent_s += time.thread_time() - started
         if self.error is not None:
             return None
-        allowed = np.zeros(vocab_size, dtype=np.bool_)
-        unpacked = np.unpackbits(bits, bitorder="little", count=min(8 * bits.size, vocab_size))
-        allowed[: unpacked.size] = unpacked
+        num_words, num_bits_of_last = -(-vocab_size // 32), (vocab_size - 1) % 32 + 1
+        allowed = np.zeros(4 * num_words, dtype=np.uint8)
+        allowed[: bits.size] = bits[: allowed.size]
+        words = allowed.view("<u4")
+        words[-1] &= np.uint32(2**num_bits_of_last - 1)
         if without_end:
-            is_end_allowed = allowed[self._end_token_ids]
-            allowed[self._end_token_ids] = False
-            if not allowed.any():
-                allowed[self._end_token_ids] = is_end_allowed
-        return allowed
+            others = words.copy()
+            _clear(others, self._end_token_ids)
+            if others.any():
+                words = others
+        return words
 
     def consume(self, token_id: int) -> None:
         """Go past a token; one that may not come next, or takes too long, shows in `error`."""
@@ -149,17 +152,20 @@ class GrammarCompiler:
             )
         except ValueError as error:
             raise _refusal(grammar, str(error)) from None
-        end_token_ids = np.array(
-            [token_id for token_id in vocabulary.eos_tokens if token_id < self._vocab_size], dtype=np.int64
-        )
+        end_token_ids = [token_id for token_id in vocabulary.eos_tokens if token_id < self._vocab_size]
         compiled = GrammarMatcher(matcher, end_token_ids)
         allowed = None if matcher.is_error() else compiled.allowed(self._vocab_size)
         if allowed is None:
             raise _refusal(grammar, matcher.get_error() or str(compiled.error))
-        allowed[end_token_ids] = False
+        _clear(allowed, end_token_ids)
         if not allowed.any():
             raise _refusal(grammar, "nothing but the empty text matches it")
         return compiled
+
+
+def _clear(words: npt.NDArray[np.uint32], token_ids: Sequence[int]) -> None:
+    for token_id in token_ids:
+        words[token_id // 32] &= np.uint32(~(1 << token_id % 32) & 0xFFFFFFFF)
 
 
 def _source(grammar: Grammar) -> str:

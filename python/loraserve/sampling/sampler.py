@@ -1,87 +1,40 @@
-"""Logits to token ids, a row per sequence; a row's result depends on nothing else in the batch."""
+"""`Sampler`: logits to token ids, a row per sequence; a row's result depends on nothing else in the batch.
+
+What a row's parameters mean is written down in `rust/kernels/src/sampling/`, the same for every backend.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
-import torch
-
+from loraserve import _core
+from loraserve.errors import LoraserveError
 from loraserve.request import TokenLogprob
-from loraserve.sampling.grammar_compiler import GrammarMatcher
-from loraserve.sampling.token_counts import TokenCounts
-from loraserve.sampling_params import SamplingParams
 
-NUM_CANDIDATES = (
-    1024  # rows that truncate look at this many tokens, the first in question, before sorting all
-)
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import torch
+
+    from loraserve.models.ops import PendingRows
+    from loraserve.sampling.grammar_compiler import GrammarMatcher
+    from loraserve.sampling_params import SamplingParams
+
+Ending: TypeAlias = "Literal['stop'] | LoraserveError"
 _MASK64 = 2**64 - 1
 
 
-@dataclass
-class SamplingState:
-    """What the sampler knows of one sequence: its parameters, its seed and the tokens so far.
-
-    Counts are kept for the penalties in use only. Tokens are drawn before they are appended, by at most one.
-    """
-
-    params: SamplingParams
-    seed: int
-    prompt_token_ids: Sequence[int]
-    banned_until_min_tokens: Sequence[int]
-    num_output_tokens: int = 0
-    num_drawn: int = 0
-    matcher: GrammarMatcher | None = None
-
-    def __post_init__(self) -> None:
-        params = self.params
-        self.seen = TokenCounts(self.prompt_token_ids) if params.repetition_penalty != 1.0 else None
-        is_counted = params.presence_penalty or params.frequency_penalty
-        self.answered = TokenCounts() if is_counted else None
-        self.bias_ids = np.array(list(params.logit_bias), dtype=np.int64)
-        self.biases = np.array(list(params.logit_bias.values()), dtype=np.float32)
-        changes_logits = (
-            params.repetition_penalty != 1.0
-            or is_counted
-            or params.logit_bias
-            or params.min_tokens
-            or self.matcher is not None
-        )
-        # Whether the likeliest token of the logits as they come is all that is asked for.
-        self.is_plain = params.is_greedy and params.logprobs is None and not changes_logits
-        # Whether nothing can be drawn before the token drawn last is appended.
-        self.depends_on_last_token = bool(
-            params.repetition_penalty != 1.0 or is_counted or self.matcher is not None
-        )
-
-    def append(self, token_id: int) -> None:
-        """Take the token that was chosen into the counts and the grammar."""
-        self.num_output_tokens += 1
-        if self.seen is not None:
-            self.seen.add(token_id)
-        if self.answered is not None:
-            self.answered.add(token_id)
-        if self.matcher is not None:
-            self.matcher.consume(token_id)
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """token_ids: int32 [L]; logprobs: one per row, None where not asked for; is_finite: bool [L].
+class Sampled(NamedTuple):
+    """token_ids: int32 [L]; is_finite: bool [L]; logprobs: by request id, of the rows that want them.
 
     Where a row's logits have a NaN or an infinite maximum `is_finite` is False, and nothing was chosen.
     """
 
     token_ids: npt.NDArray[np.int32]
-    logprobs: list[TokenLogprob | None]
     is_finite: npt.NDArray[np.bool_]
-
-    def result(self) -> Sampled:
-        """These, as `PendingSamples`."""
-        return self
+    logprobs: Mapping[int, TokenLogprob]
 
 
 class PendingSamples(Protocol):
@@ -103,173 +56,145 @@ class FailedSamples:
         raise self.error
 
 
-def sample(
-    logits: torch.Tensor,
-    states: Sequence[SamplingState],
-    argmax: Callable[[torch.Tensor], Sequence[int]],
-) -> Sampled:
-    """Choose one token per row, and count it as drawn.
+@dataclass(frozen=True)
+class _RequestRows:
+    """The rows of these requests, as `PendingSamples`."""
+
+    request_ids: Sequence[int]
+    rows: PendingRows
+
+    def result(self) -> Sampled:
+        rows = self.rows.wait()
+        token_ids = rows.token_ids
+        logprobs = {
+            request_id: TokenLogprob(int(token_id), *logprob)
+            for request_id, token_id, logprob in zip(self.request_ids, token_ids, rows.logprobs, strict=True)
+            if logprob is not None
+        }
+        return Sampled(token_ids, rows.is_finite, logprobs)
+
+
+@dataclass
+class _Form:
+    """What a sequence's grammar is asked for."""
+
+    matcher: GrammarMatcher
+    min_tokens: int
+    ignore_eos: bool
+    num_tokens: int = 0
+
+    def allowed(self, vocab_size: int) -> npt.NDArray[np.uint32] | None:
+        is_too_short = self.num_tokens < self.min_tokens
+        return self.matcher.allowed(vocab_size, without_end=self.ignore_eos or is_too_short)
+
+    def append(self, token_id: int) -> Ending | None:
+        self.num_tokens += 1
+        self.matcher.consume(token_id)
+        return self.matcher.error or ("stop" if self.matcher.is_ended else None)
+
+
+class Sampler:
+    """What is known of each unfinished sequence, and the choice of its tokens; for any thread.
 
     Args:
-        logits: float32 [L, vocab]; modified in place.
-        states: one per row.
-        argmax: the likeliest token of each row, as `Ops.argmax`.
+        sample: of the model's ops, which sample where they compute.
+        vocab_size: columns of the logits.
     """
-    sampled = _sample(logits, states, argmax)
-    for state in states:
-        state.num_drawn += 1
-    return sampled
 
+    def __init__(
+        self, sample: Callable[[torch.Tensor, _core.SampleArrays], PendingRows], vocab_size: int
+    ) -> None:
+        self._sample = sample
+        self._vocab_size = vocab_size
+        self._sequences = _core.Sampler(vocab_size)
+        self._forms: dict[int, _Form] = {}
 
-def _sample(
-    logits: torch.Tensor,
-    states: Sequence[SamplingState],
-    argmax: Callable[[torch.Tensor], Sequence[int]],
-) -> Sampled:
-    if all(state.is_plain for state in states):
-        token_ids = np.array(argmax(logits), dtype=np.int32)
-        # NaN wins every argmax and infinity all others: one look per row tells.
-        likeliest = logits.gather(1, _on_device(token_ids[:, np.newaxis].astype(np.int64), logits))
-        return Sampled(token_ids, [None] * len(states), _are_finite(likeliest[:, 0]))
-    return _sample_mixed(logits, states, argmax)
+    def add(
+        self,
+        request_id: int,
+        params: SamplingParams,
+        seed: int,
+        prompt_token_ids: Sequence[int],
+        end_token_ids: Sequence[int],
+        matcher: GrammarMatcher | None = None,
+    ) -> None:
+        """Take a sequence whose ids were checked against the vocabulary.
 
+        Args:
+            request_id: of the sequence.
+            params: how to sample.
+            seed: of its draws, which depend on it and on the index of a token alone.
+            prompt_token_ids: what the repetition penalty finds in its prompt.
+            end_token_ids: what may not come before `params.min_tokens`; with a grammar, that says so.
+            matcher: of the grammar it follows, for this sequence alone.
+        """
+        if matcher is not None:
+            self._forms[request_id] = _Form(matcher, params.min_tokens, params.ignore_eos)
+        self._sequences.add(
+            request_id,
+            seed=seed & _MASK64,
+            temperature=0.0 if params.is_greedy else params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            min_p=params.min_p,
+            typical_p=params.typical_p,
+            repetition_penalty=params.repetition_penalty,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            num_logprobs=params.logprobs,
+            prompt_token_ids=prompt_token_ids if params.repetition_penalty != 1.0 else (),
+            biased_ids=list(params.logit_bias),
+            biases=list(params.logit_bias.values()),
+            end_token_ids=end_token_ids if params.min_tokens else (),
+            min_tokens=params.min_tokens,
+            has_grammar=matcher is not None,
+        )
 
-@torch.inference_mode()
-def _sample_mixed(
-    logits: torch.Tensor, states: Sequence[SamplingState], argmax: Callable[[torch.Tensor], Sequence[int]]
-) -> Sampled:
-    is_finite = _are_finite(logits.amax(dim=-1))
-    finite = [(row, state) for row, state in enumerate(states) if is_finite[row]]
-    raw_logprobs = {
-        row: torch.log_softmax(logits[row], dim=-1)
-        for row, state in finite
-        if state.params.logprobs is not None
-    }
-    for row, state in finite:
-        if not state.is_plain:
-            _change_logits(logits[row], state)
-    token_ids = np.zeros(len(states), dtype=np.int32)
-    random_rows = [row for row, state in finite if not state.params.is_greedy]
-    if len(random_rows) < len(states):
-        token_ids[:] = argmax(logits)
-    for row in random_rows:
-        token_ids[row] = _sample_row(logits[row], states[row])
-    logprobs = [
-        _token_logprob(raw_logprobs[row], int(token_ids[row]), state.params.logprobs)
-        if row in raw_logprobs
-        else None
-        for row, state in enumerate(states)
-    ]
-    return Sampled(token_ids, logprobs, is_finite)
+    def remove(self, request_id: int) -> None:
+        """Forget a sequence; unknown ones are left alone."""
+        self._forms.pop(request_id, None)
+        self._sequences.remove(request_id)
 
+    def sample(self, logits: torch.Tensor, request_ids: Sequence[int]) -> PendingSamples:
+        """Begin to choose one token per row; each counts as drawn.
 
-def _are_finite(values: torch.Tensor) -> npt.NDArray[np.bool_]:
-    return torch.isfinite(values).cpu().numpy()
+        Args:
+            logits: float32 [L, vocab] on the device of the ops, good until the result is there. A GPU changes
+                them in place.
+            request_ids: of the rows.
+        """
+        masks, masked_rows = [], []
+        if self._forms:
+            for row, request_id in enumerate(request_ids):
+                form = self._forms.get(request_id)
+                # All may come where a grammar can't be followed any further and its sequence is about to end.
+                allowed = None if form is None else form.allowed(self._vocab_size)
+                if allowed is not None:
+                    masks.append(allowed)
+                    masked_rows.append(row)
+        arrays = self._sequences.draw(request_ids, masks, masked_rows)
+        return _RequestRows(request_ids, self._sample(logits, arrays))
 
+    def append(self, request_ids: Sequence[int], token_ids: Sequence[int]) -> list[tuple[int, Ending]]:
+        """Take the tokens that sequences were given into their counts and grammars.
 
-def _change_logits(logits: torch.Tensor, state: SamplingState) -> None:
-    """Penalties and biases, then what must not come at all."""
-    params = state.params
-    if state.seen is not None:
-        ids = _on_device(state.seen.ids, logits)
-        values = logits[ids]
-        penalty = params.repetition_penalty
-        logits[ids] = torch.where(values > 0, values / penalty, values * penalty)
-    if state.answered is not None:
-        counts = _on_device(state.answered.counts, logits)
-        penalties = params.presence_penalty + params.frequency_penalty * counts
-        logits[_on_device(state.answered.ids, logits)] -= penalties
-    if state.bias_ids.size:
-        logits[_on_device(state.bias_ids, logits)] += _on_device(state.biases, logits)
-    is_too_short = state.num_drawn < params.min_tokens
-    if state.matcher is not None:
-        _apply_grammar(logits, state.matcher, without_end=params.ignore_eos or is_too_short)
-    elif is_too_short:
-        logits[list(state.banned_until_min_tokens)] = -torch.inf
+        Returns:
+            The sequences that their grammars end now, each with what ends it.
+        """
+        self._sequences.append(request_ids, token_ids)
+        endings = []
+        if self._forms:
+            for request_id, token_id in zip(request_ids, token_ids, strict=True):
+                form = self._forms.get(request_id)
+                ending = None if form is None else form.append(token_id)
+                if ending is not None:
+                    endings.append((request_id, ending))
+        return endings
 
+    def num_output_tokens(self, request_id: int) -> int | None:
+        """Tokens appended to a sequence so far; None of one that was removed."""
+        return self._sequences.num_tokens(request_id)
 
-def _apply_grammar(logits: torch.Tensor, matcher: GrammarMatcher, *, without_end: bool) -> None:
-    """Leave what the grammar allows; all, where it can't be followed and the sequence is about to end."""
-    allowed = matcher.allowed(logits.numel(), without_end=without_end)
-    if allowed is not None:
-        logits.masked_fill_(_on_device(~allowed, logits), -torch.inf)
-
-
-def _on_device(values: npt.NDArray[Any], logits: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(values).to(logits.device)
-
-
-def _sample_row(logits: torch.Tensor, state: SamplingState) -> int:
-    """Inverse-CDF draw after temperature, top-k, top-p, min-p and typical-p, in this order."""
-    params = state.params
-    # Less the maximum first: however low the temperature, the quotients don't overflow.
-    probs = torch.softmax((logits - logits.max()) / params.temperature, dim=-1)
-    threshold = uniform(state.seed, state.num_drawn)
-    if params.top_k == 0 and params.top_p == 1.0 and params.min_p == 0.0:
-        return _draw(_typical(probs, params.typical_p), threshold)
-    values, ids = _candidates(probs, params)
-    if params.top_k:
-        values = values[: params.top_k]
-    mass = values.cumsum(0)
-    total = mass[-1] if params.top_k else 1.0
-    keep = (mass - values < params.top_p * total) & (values >= params.min_p * values[0])
-    return int(ids[_draw(_typical(values * keep, params.typical_p), threshold)])
-
-
-def _typical(weights: torch.Tensor, typical_p: float) -> torch.Tensor:
-    """The weights whose surprise is nearest to the entropy, up to `typical_p` of the total; others 0."""
-    if typical_p == 1.0:
-        return weights
-    probs = weights / weights.sum()
-    distance = (-probs.log() - torch.special.entr(probs).sum()).abs()
-    order = distance.topk(min(NUM_CANDIDATES, probs.numel()), largest=False).indices
-    if float(probs[order].sum()) < typical_p:
-        order = distance.argsort(stable=True)
-    ordered = probs[order]
-    is_kept = ordered.cumsum(0) - ordered < typical_p
-    return torch.zeros_like(weights).index_copy(0, order, weights[order] * is_kept)
-
-
-def _candidates(probs: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
-    """The likeliest tokens, best first: enough of them to decide every truncation exactly."""
-    k = min(NUM_CANDIDATES, probs.numel())
-    values, ids = probs.topk(k)
-    if params.top_k:
-        is_decided = params.top_k <= k
-    else:
-        is_decided = params.top_p < 1.0 and float(values.sum()) > params.top_p
-        is_decided |= float(values[-1]) < params.min_p * float(values[0])
-    if is_decided:
-        return values, ids
-    return probs.sort(descending=True, stable=True)
-
-
-def _draw(weights: torch.Tensor, threshold: float) -> int:
-    """Index at which the cumulative weight passes `threshold` (in [0, 1)) of the total."""
-    cumulative = weights.cumsum(0, dtype=torch.float64)
-    index = int(torch.searchsorted(cumulative, threshold * cumulative[-1], right=True))
-    return min(index, weights.numel() - 1)
-
-
-def uniform(seed: int, index: int) -> float:
-    """A number in [0, 1) that depends only on (seed, index): SplitMix64 as a counter-based generator.
-
-    Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
-    """
-    state = _mix64((_mix64(seed & _MASK64) + (index + 1) * 0x9E3779B97F4A7C15) & _MASK64)
-    return (state >> 11) / 2**53
-
-
-def _mix64(z: int) -> int:
-    z = (z + 0x9E3779B97F4A7C15) & _MASK64
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return z ^ (z >> 31)
-
-
-def _token_logprob(logprobs: torch.Tensor, token_id: int, k: int | None) -> TokenLogprob:
-    top: list[tuple[int, float]] = []
-    if k:
-        values, ids = logprobs.topk(min(k, logprobs.numel()))
-        top = list(zip(ids.tolist(), values.tolist(), strict=True))
-    return TokenLogprob(token_id, float(logprobs[token_id]), top)
+    def depend_on_last_token(self, request_ids: Sequence[int]) -> bool:
+        """Whether for any of these nothing can be drawn before the token drawn last is appended."""
+        return self._sequences.depend_on_last_token(request_ids)

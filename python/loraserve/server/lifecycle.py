@@ -7,6 +7,7 @@ drains: running requests finish, and new ones are told that the server is stoppi
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -63,6 +64,8 @@ class Servers:
             await self.http.start()
         self.engine.get_ready()
         self.sources.get_ready()
+        gc.collect()
+        gc.freeze()  # libraries and the model: a collection would look at all of it again and again
 
     async def stop(self, drain_s: float) -> None:
         """Refuses new requests, lets running ones finish within `drain_s`, closes.

@@ -6,7 +6,6 @@
 use std::sync::Arc;
 
 use loraserve_kernels::KernelError;
-use loraserve_kernels::cpu::argmax::argmax;
 use loraserve_kernels::cpu::context::CpuContext;
 use loraserve_kernels::cpu::element::{Bf16, Element};
 use loraserve_kernels::cpu::linear;
@@ -21,6 +20,8 @@ use loraserve_adapters::StorageDtype;
 use crate::batch::Batch;
 use crate::errors::of_kernel;
 use crate::layout::AdapterLayout;
+use crate::sample_arrays::{SampleArrays, SampledRows};
+use crate::sampler::sample_on;
 
 /// Runs `$body` with `$E` the element type of the storage dtype.
 macro_rules! with_element {
@@ -186,26 +187,18 @@ impl CpuKernels {
         Ok(CpuStep { inner })
     }
 
-    fn argmax(
+    fn sample(
         &self,
         py: Python<'_>,
         logits_ptr: usize,
         num_rows: usize,
         num_columns: usize,
-    ) -> PyResult<Vec<i32>> {
-        let mut out = vec![0; num_rows];
-        detached(py, || {
-            // SAFETY: the file's contract.
-            let logits = unsafe { tensor::<f32>(logits_ptr, num_rows * num_columns) };
-            argmax(
-                &self.inner.pool,
-                self.inner.isa,
-                logits,
-                num_columns,
-                &mut out,
-            )
-        })?;
-        Ok(out)
+        arrays: &Bound<'_, SampleArrays>,
+    ) -> PyResult<SampledRows> {
+        let (pool, isa) = (&self.inner.pool, self.inner.isa);
+        let (arrays, shape) = (arrays.get(), (num_rows, num_columns));
+        // SAFETY: the file's contract.
+        unsafe { sample_on(py, pool, isa, logits_ptr, shape, arrays) }
     }
 }
 

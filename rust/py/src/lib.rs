@@ -12,6 +12,7 @@ mod errors;
 mod layout;
 mod pool_pretouch;
 mod sample_arrays;
+mod sampler;
 mod scheduler;
 mod stats;
 
@@ -28,5 +29,6 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     cpu_kernels::register(m)?;
     pool_pretouch::register(m)?;
     sample_arrays::register(m)?;
+    sampler::register(m)?;
     cuda_kernels::register(m)
 }

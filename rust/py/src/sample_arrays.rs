@@ -93,6 +93,11 @@ impl SampleArrays {
         self.inner.rows.len()
     }
 
+    #[getter]
+    fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+
     #[expect(clippy::needless_pass_by_value, reason = "what Python hands over")]
     fn reference(
         &self,

@@ -9,7 +9,7 @@ import torch
 from loraserve import _core
 from loraserve.backends.cpu.program import CpuProgram, record
 from loraserve.errors import ModelError
-from loraserve.models.ops import KvGeometry
+from loraserve.models.ops import KvGeometry, ReadyRows
 
 if TYPE_CHECKING:
     from loraserve.models.decoder import Decoder
@@ -105,10 +105,10 @@ class CpuOps:
         """The model's forward pass as one call."""
         return record(self._kernels, decoder, self._dtype, self._attention_features)
 
-    def argmax(self, logits: torch.Tensor) -> list[int]:
+    def sample(self, logits: torch.Tensor, arrays: _core.SampleArrays) -> ReadyRows:
         if logits.dtype != torch.float32 or not logits.is_contiguous() or not logits.is_cpu:
             raise ValueError(
                 f"logits are {logits.dtype} on {logits.device}, expected contiguous float32 on cpu"
             )
         num_rows, num_columns = logits.shape
-        return self._kernels.argmax(logits.data_ptr(), num_rows, num_columns)
+        return ReadyRows(self._kernels.sample(logits.data_ptr(), num_rows, num_columns, arrays))

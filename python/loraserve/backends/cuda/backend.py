@@ -43,7 +43,7 @@ class CudaBackend:
 
     name = "cuda"
     computes_on_cpu = False
-    runs_ahead = False
+    runs_ahead = True
 
     def __init__(self, config: EngineConfig, dtype: torch.dtype, device: CudaDevice | None = None) -> None:
         self._config = config
@@ -104,8 +104,7 @@ class CudaBackend:
         def run() -> None:
             ops = self.build_ops(model, geometry, num_pages)
             with torch.inference_mode():
-                logits = decoder.logits(ops, ops.begin_step(batch))
-                torch.softmax(logits, dim=-1).sort()  # as much as sampling takes beside the logits
+                decoder.logits(ops, ops.begin_step(batch))
 
         try:
             peak = self._device.peak_nbytes(run)

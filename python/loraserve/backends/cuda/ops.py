@@ -269,9 +269,15 @@ class CudaOps(CudaPacker):
         self._kernels.silu_mul(gate_up.data_ptr(), out.data_ptr(), num_rows, width // 2, stream)
         return out
 
-    def argmax(self, logits: torch.Tensor) -> list[int]:
-        token_ids: list[int] = logits.argmax(dim=-1).tolist()
-        return token_ids
+    def sample(self, logits: torch.Tensor, arrays: _core.SampleArrays) -> _core.PendingSamples:
+        expected = arrays.num_rows, arrays.vocab_size
+        is_float32 = logits.dtype == torch.float32 and logits.device == self.device
+        if logits.shape != expected or not is_float32 or not logits.is_contiguous():
+            raise ValueError(
+                f"logits are {logits.dtype} {list(logits.shape)} on {logits.device}, expected contiguous "
+                f"float32 {list(expected)} on {self.device}"
+            )
+        return self._kernels.sample(logits.data_ptr(), arrays, self._device.stream())
 
     def _check(self, name: str, tensor: torch.Tensor, *shape: int) -> None:
         """Refuses what the kernels would read past or misread; they only get an address."""

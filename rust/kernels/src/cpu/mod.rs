@@ -1,7 +1,6 @@
 //! CPU backend: every hot op of a decoder layer on one thread pool.
 
 pub mod activation;
-pub mod argmax;
 pub mod attention;
 pub mod context;
 pub mod element;
@@ -13,6 +12,7 @@ pub mod norm;
 mod panel_product;
 pub mod program;
 pub mod rope;
+pub mod sampling;
 pub mod simd;
 pub mod step;
 mod sync;

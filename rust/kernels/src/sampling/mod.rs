@@ -6,6 +6,7 @@
 
 pub mod random;
 pub mod reference;
+pub mod sequence;
 pub mod weight;
 
 use crate::KernelError;

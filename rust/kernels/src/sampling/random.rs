@@ -1,6 +1,6 @@
 //! The random bits of a draw, a function of (seed, index of the answer's token) alone.
 
-/// 64 random bits: SplitMix64 as a counter-based generator.
+/// 64 random bits: `SplitMix64` as a counter-based generator.
 ///
 /// Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
 pub fn random_bits(seed: u64, index: u64) -> u64 {

@@ -4,7 +4,7 @@ use super::weight::{MAX_WEIGHT, mass_limit, place, scaled_exponent, target, weig
 use super::{RowParams, SampleArrays, part};
 
 /// What comes of one row.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct SampledRow {
     /// 0 where the row is not finite.
     pub token_id: i32,

@@ -20,6 +20,7 @@ pub const SURPRISE_SCALE: f32 = 65536.0;
 
 /// round(2³⁰·eʸ), of the exponent y = (x − max) / temperature ≤ 0.
 #[inline(always)]
+#[expect(clippy::manual_clamp, reason = "a NaN would stay one")]
 pub fn weight(y: f32) -> u32 {
     let y = y.max(LOWEST).min(0.0);
     let n = (y * LOG2E).round_ties_even();
@@ -44,8 +45,9 @@ pub fn place(x: f32) -> u32 {
     bits ^ (!((bits as i32) >> 31) as u32 & 0x7FFF_FFFF)
 }
 
-/// −ln of a token's probability relative to the likeliest one's, negated: ≤ 0, scaled and rounded.
+/// An exponent y ≤ 0, scaled and rounded.
 #[inline(always)]
+#[expect(clippy::manual_clamp, reason = "a NaN would stay one")]
 pub fn scaled_exponent(y: f32) -> i32 {
     let y = y.max(LOWEST).min(0.0);
     // SAFETY: |y| ≤ 23.
