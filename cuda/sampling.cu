@@ -200,7 +200,8 @@ extern "C" __global__ void __launch_bounds__(SCAN_THREADS)
     own.for_each([&](float value, int) { has_nan |= isnan(value); });
     has_nan = __syncthreads_or(has_nan);
     u64 own_first = own.first(), first = first_of_block(scan, own_first);
-    Partial partial = {first, has_nan ? __int_as_float(0x7fffffff) : logit_of(first), 0.0f, x[own.start], 0.0f};
+    Partial partial = {first, has_nan ? __int_as_float(0x7fffffff) : logit_of(first), 0.0f, x[own.start],
+                       0.0f};
     if (row.num_logprobs >= 0) {
         float sum = 0;
         own.for_each([&](float value, int) { sum += expf(value - partial.raw_max); });
@@ -352,8 +353,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS)
             }
             const Lists lists = {ids, nullptr, saved, num_seen, num_counted, 0};
             // Where no token is left the first is chosen, which no list may have saved.
-            const float raw = max > -infinity() ? raw_logit(shared, x, token, row, lists)
-                                                : partials[first_split].raw_start;
+            const float raw =
+                max > -infinity() ? raw_logit(shared, x, token, row, lists) : partials[first_split].raw_start;
             if (threadIdx.x == 0) {
                 out.chosen = raw - merged.max - log_sum;
             }

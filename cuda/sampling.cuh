@@ -30,9 +30,9 @@ static_assert(sizeof(RowParams) == 96, "RowParams must be as Rust has it");
 
 // What one block of `scan_logits` found.
 struct Partial {
-    u64 first;      // position of its first token, logits changed
-    float raw_max;  // of the logits as they came; NaN if one of them is
-    float raw_sum;  // Σ exp(x - raw_max), where logprobs are asked for
+    u64 first;                // position of its first token, logits changed
+    float raw_max;            // of the logits as they came; NaN if one of them is
+    float raw_sum;            // Σ exp(x - raw_max), where logprobs are asked for
     float raw_start, unused;  // the logit of its lowest id
 };
 

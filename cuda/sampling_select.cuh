@@ -21,7 +21,7 @@ struct Histogram {
 
 // Where a histogram's count or mass reaches a limit.
 struct Crossing {
-    int bucket;  // -1: nowhere
+    int bucket;      // -1: nowhere
     unsigned count;  // in the bucket
     u64 before;      // count or mass of the buckets before it
 };
@@ -373,7 +373,8 @@ __device__ int draw(Shared& shared, const Row& row, const RowParams& params) {
             limit = ceiling(__dmul_rn(share, static_cast<double>(mass)));
         }
         const u64 last = cut(shared, selection, limit);
-        (stage == TYPICAL_P ? kept.last_typical : kept.last) = min_of(last, stage == TYPICAL_P ? last : kept.last);
+        (stage == TYPICAL_P ? kept.last_typical : kept.last) =
+            min_of(last, stage == TYPICAL_P ? last : kept.last);
     }
     const auto weight = [&](float x, int id) { return selection.weight(x, id); };
     return first_passing(shared, row, weight, [&](u64 mass) { return __umul64hi(params.bits, mass); });

@@ -498,10 +498,10 @@ class Sampler:
         presence_penalty: float = 0.0,
         frequency_penalty: float = 0.0,
         num_logprobs: int | None = None,
-        prompt_token_ids: Sequence[int] = (),
-        biased_ids: Sequence[int] = (),
-        biases: Sequence[float] = (),
-        end_token_ids: Sequence[int] = (),
+        prompt_token_ids: Sequence[int] = ...,
+        biased_ids: Sequence[int] = ...,
+        biases: Sequence[float] = ...,
+        end_token_ids: Sequence[int] = ...,
         min_tokens: int = 0,
         has_grammar: bool = False,
     ) -> None:
@@ -520,8 +520,8 @@ class Sampler:
     def draw(
         self,
         request_ids: Sequence[int],
-        masks: Sequence[NDArray[np.uint32]] = (),
-        masked_rows: Sequence[int] = (),
+        masks: Sequence[NDArray[np.uint32]] = ...,
+        masked_rows: Sequence[int] = ...,
     ) -> SampleArrays:
         """The rows of these sequences' next tokens, which then count as drawn.
 
@@ -720,13 +720,13 @@ class SampleArrays:
         vocab_size: int,
         rows: Sequence[_SampleRow],
         *,
-        seen_ids: Sequence[int] = (),
-        counted_ids: Sequence[int] = (),
-        counts: Sequence[float] = (),
-        biased_ids: Sequence[int] = (),
-        biases: Sequence[float] = (),
-        banned_ids: Sequence[int] = (),
-        masks: Sequence[int] = (),
+        seen_ids: Sequence[int] = ...,
+        counted_ids: Sequence[int] = ...,
+        counts: Sequence[float] = ...,
+        biased_ids: Sequence[int] = ...,
+        biases: Sequence[float] = ...,
+        banned_ids: Sequence[int] = ...,
+        masks: Sequence[int] = ...,
     ) -> SampleArrays:
         """Ranges of rows are (start, end) in the lists; masks have ceil(vocab_size / 32) words each."""
     @property
