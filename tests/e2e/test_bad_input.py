@@ -218,10 +218,9 @@ def test_an_adapter_name_out_of_the_alphabet_is_refused(
         llm_float32.load_adapter(name, adapter_paths["r8-qv"])
 
 
-@pytest.mark.parametrize("path", ["/tmp/\ud800", "/tmp/\0"])
-def test_an_adapter_path_that_is_no_text_is_refused(llm_float32: LLM, path: str) -> None:
+def test_an_adapter_path_that_is_no_text_is_refused(llm_float32: LLM) -> None:
     with pytest.raises(InvalidRequestError, match="the path of adapter 'a' "):
-        llm_float32.load_adapter("a", path)
+        llm_float32.load_adapter("a", "/tmp/\ud800")
 
 
 def test_a_taken_name_with_other_content_is_refused(llm_float32: LLM, adapter_paths: dict[str, str]) -> None:

@@ -51,5 +51,3 @@ def check_path(path: str | os.PathLike[str], what: str) -> None:
         os.fspath(path).encode()
     except UnicodeEncodeError:
         raise InvalidRequestError(f"{what} is not valid Unicode, rename what it names") from None
-    if "\0" in os.fspath(path):
-        raise InvalidRequestError(f"{what} has a NUL character")
