@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import cProfile
 import dataclasses
+import gc
 import pstats
 import statistics
 import tempfile
@@ -57,7 +58,7 @@ class InstantRows:
     def __init__(self, num_rows: int, vocab_size: int) -> None:
         self.token_ids = np.full(num_rows, vocab_size - 1, dtype=np.int32)
         self.is_finite = np.ones(num_rows, dtype=np.bool_)
-        self.logprobs: list[tuple[int, float, list[tuple[int, float]]]] = []
+        self.logprobs = [None] * num_rows
 
     def wait(self) -> InstantRows:
         """These, as `_core.PendingSamples`."""
@@ -170,6 +171,8 @@ def main() -> None:
 
         async def run() -> None:
             engine = AsyncEngine(config)
+            gc.collect()
+            gc.freeze()  # as servers do
             engine._engine._sampler = Sampler(engine._engine.runner.sample, args.vocab)
             await measure(engine, clock, args)
             await engine.shutdown(0.0)

@@ -65,13 +65,12 @@ class _RequestRows:
 
     def result(self) -> Sampled:
         rows = self.rows.wait()
-        token_ids = rows.token_ids
         logprobs = {
-            request_id: TokenLogprob(int(token_id), *logprob)
-            for request_id, token_id, logprob in zip(self.request_ids, token_ids, rows.logprobs, strict=True)
+            self.request_ids[row]: TokenLogprob(int(rows.token_ids[row]), *logprob)
+            for row, logprob in enumerate(rows.logprobs)
             if logprob is not None
         }
-        return Sampled(token_ids, rows.is_finite, logprobs)
+        return Sampled(rows.token_ids, rows.is_finite, logprobs)
 
 
 @dataclass
