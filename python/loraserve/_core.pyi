@@ -422,10 +422,13 @@ class Receipt:
     def base_copies(self) -> list[str]:
         """Modules of the base whose own weights the file repeats bit by bit; nothing is kept of those."""
     @property
+    def notes(self) -> list[str]:
+        """What was understood beyond the plain case, in words, in the order found."""
+    @property
     def not_used(self) -> list[str]:
         """What lies beside the weights, differs from the base model's and is not used, in words."""
-    def with_not_used(self, not_used: list[str]) -> Receipt:
-        """The same receipt, naming what is not used."""
+    def with_beside(self, notes: list[str], not_used: list[str]) -> Receipt:
+        """The same receipt with what lies beside the weights: further notes, and what is not used."""
 
 @final
 class LoadPace:

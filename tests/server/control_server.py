@@ -37,6 +37,7 @@ RECEIPT = SimpleNamespace(
     base_check="fits",
     base_model=None,
     base_copies=[],
+    notes=[],
     not_used=[],
 )
 

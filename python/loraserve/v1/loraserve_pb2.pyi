@@ -223,7 +223,7 @@ class LoadAdapterResponse(_message.Message):
     def __init__(self, receipt: _Optional[_Union[Receipt, _Mapping]] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("tensors", "modules", "layers", "rank", "ranks", "nbytes", "hash", "base_check", "base_model", "base_copies", "not_used")
+    __slots__ = ("tensors", "modules", "layers", "rank", "ranks", "nbytes", "hash", "base_check", "base_model", "base_copies", "not_used", "notes")
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     MODULES_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
@@ -235,6 +235,7 @@ class Receipt(_message.Message):
     BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
     BASE_COPIES_FIELD_NUMBER: _ClassVar[int]
     NOT_USED_FIELD_NUMBER: _ClassVar[int]
+    NOTES_FIELD_NUMBER: _ClassVar[int]
     tensors: int
     modules: _containers.RepeatedScalarFieldContainer[str]
     layers: _containers.RepeatedScalarFieldContainer[int]
@@ -246,7 +247,8 @@ class Receipt(_message.Message):
     base_model: str
     base_copies: _containers.RepeatedScalarFieldContainer[str]
     not_used: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, tensors: _Optional[int] = ..., modules: _Optional[_Iterable[str]] = ..., layers: _Optional[_Iterable[int]] = ..., rank: _Optional[int] = ..., ranks: _Optional[_Iterable[int]] = ..., nbytes: _Optional[int] = ..., hash: _Optional[str] = ..., base_check: _Optional[str] = ..., base_model: _Optional[str] = ..., base_copies: _Optional[_Iterable[str]] = ..., not_used: _Optional[_Iterable[str]] = ...) -> None: ...
+    notes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, tensors: _Optional[int] = ..., modules: _Optional[_Iterable[str]] = ..., layers: _Optional[_Iterable[int]] = ..., rank: _Optional[int] = ..., ranks: _Optional[_Iterable[int]] = ..., nbytes: _Optional[int] = ..., hash: _Optional[str] = ..., base_check: _Optional[str] = ..., base_model: _Optional[str] = ..., base_copies: _Optional[_Iterable[str]] = ..., not_used: _Optional[_Iterable[str]] = ..., notes: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class UnloadAdapterRequest(_message.Message):
     __slots__ = ("name",)

@@ -303,6 +303,7 @@ def receipt_to_wire(receipt: Receipt) -> pb.Receipt:
         base_model=receipt.base_model or "",
         base_copies=receipt.base_copies,
         not_used=receipt.not_used,
+        notes=receipt.notes,
     )
 
 

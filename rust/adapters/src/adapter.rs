@@ -186,6 +186,7 @@ impl Adapter {
             nbytes: layout_of(&self.bindings, shape, self.dtype).nbytes,
             hash,
             base_model: self.base_model,
+            notes: Vec::new(),
             not_used: Vec::new(),
         }
     }

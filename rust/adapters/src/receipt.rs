@@ -21,6 +21,8 @@ pub struct Receipt {
     pub base_check: String,
     /// `base_model_name_or_path` as recorded; not compared.
     pub base_model: Option<String>,
+    /// What was understood beyond the plain case, one line each, in the order found.
+    pub notes: Vec<String>,
     /// What lies beside the weights, differs from the base model's and is not used, in words; for the
     /// caller to fill, who knows the base's tokenizer.
     pub not_used: Vec<String>,

@@ -87,16 +87,20 @@ impl Receipt {
     }
 
     #[getter]
+    fn notes(&self) -> Vec<String> {
+        self.inner.notes.clone()
+    }
+
+    #[getter]
     fn not_used(&self) -> Vec<String> {
         self.inner.not_used.clone()
     }
 
-    /// The same receipt, naming what is not used.
-    fn with_not_used(&self, not_used: Vec<String>) -> Self {
-        let inner = adapters::Receipt {
-            not_used,
-            ..self.inner.clone()
-        };
+    /// The same receipt with what lies beside the weights: further notes, and what is not used.
+    fn with_beside(&self, notes: Vec<String>, not_used: Vec<String>) -> Self {
+        let mut inner = self.inner.clone();
+        inner.notes.extend(notes);
+        inner.not_used = not_used;
         Self { inner }
     }
 

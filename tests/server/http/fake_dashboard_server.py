@@ -191,6 +191,7 @@ def adapter(name: str, *, rank: int, state: str = "resident") -> dict[str, Any]:
             "base_check": "shapes",
             "base_model": BASE,
             "base_copies": [],
+            "notes": [],
             "not_used": [],
         },
     }

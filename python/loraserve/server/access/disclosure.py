@@ -36,6 +36,7 @@ def shown_adapter_message(message: pb.Adapter, caller: Caller) -> pb.Adapter:
     if not caller.sees_paths:
         message.ClearField("path")
         message.receipt.ClearField("base_model")
+        message.receipt.ClearField("notes")
         message.receipt.ClearField("not_used")
     if not caller.sees_load:
         for field, _ in message.ListFields():

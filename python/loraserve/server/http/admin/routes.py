@@ -234,6 +234,7 @@ def _adapter_body(adapter: AdapterInfo, caller: Caller) -> AdapterBody:
             base_check=receipt.base_check,
             base_model=receipt.base_model if caller.sees_paths else None,
             base_copies=receipt.base_copies,
+            notes=receipt.notes if caller.sees_paths else [],
             not_used=receipt.not_used if caller.sees_paths else [],
         ),
         **(load if caller.sees_load else dict.fromkeys(load)),

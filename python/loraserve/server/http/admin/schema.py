@@ -77,6 +77,7 @@ class ReceiptBody(BaseModel):
     base_copies: list[str] = Field(
         description="Modules whose weights repeat the base model's and are left out."
     )
+    notes: list[str] = Field(description="What was understood beyond the plain case, in the order found.")
     not_used: list[str] = Field(
         description="What lies beside the weights, differs from the base model's and is not used."
     )

@@ -55,6 +55,7 @@ export function readReceipt({ name, rank, nbytes, receipt, last_load_s: loadS })
     ["Layers", layerText(receipt.layers)],
     ["Base model", receipt.base_model ?? "not named"],
     ["Base check", receipt.base_check],
+    ...receipt.notes.map((what) => ["Notes", what]),
     ...receipt.not_used.map((what) => ["Not used", what]),
     ["Loaded in", loadS === null ? "on its first request" : format.seconds(loadS)],
   ];
