@@ -224,7 +224,8 @@ def run(case: Case) -> None:
     layout = adapter_layout(_core, projection)
     for slot in range(case.num_adapters):
         kernels.set_adapter(slot, slot * extent_pages, layout, 0)
-    step = kernels.begin_step(batch_of(_core, case), 0)
+    batch = batch_of(_core, case.num_rows, case.num_adapters, is_decode=case.is_decode)
+    step = kernels.begin_step(batch, 0)
     x = aligned_zeros(2 * case.num_rows * projection.in_features)
     y = aligned_zeros(2 * case.num_rows * projection.out_features)
     kernels.lora(step, x.ctypes.data, y.ctypes.data, 0, projection.group, 0)
@@ -246,30 +247,29 @@ def adapter_layout(core, projection: Projection):
     return core.AdapterLayout.from_groups([place], 1, end + 1024)
 
 
-def batch_of(core, case: Case):
+def batch_of(core, num_rows: int, num_adapters: int, *, is_decode: bool = True):
     """Sequences of one token, or one prompt; row r has adapter r · adapters / rows."""
-    num_rows, num_adapters = case.num_rows, case.num_adapters
-    num_seqs = num_rows if case.is_decode else 1
-    bounds = np.arange(num_adapters + 1) * num_rows // num_adapters
+    num_seqs = num_rows if is_decode else 1
+    bounds = np.arange(num_adapters + 1) * num_rows // max(num_adapters, 1)
     zeros = np.zeros(num_rows, dtype=np.int32)
-    query_indptr = np.linspace(0, num_rows, num_seqs + 1)
+    query_indptr = np.linspace(0, num_rows, num_seqs + 1).astype(np.int32)
     num_blocks = -(-num_rows // num_seqs // 16)
     arrays = dict(
         token_ids=zeros,
         positions=zeros,
         slot_mapping=zeros,
-        query_indptr=query_indptr.astype(np.int32),
+        query_indptr=query_indptr,
         context_lens=np.full(num_seqs, num_rows // num_seqs, dtype=np.int32),
         block_table=np.zeros(num_seqs * num_blocks, dtype=np.int32),
         block_table_indptr=np.arange(num_seqs + 1, dtype=np.int32) * num_blocks,
-        logits_indices=zeros[:1],
-        wave_indptr=np.asarray([0, num_adapters], dtype=np.int32),
+        logits_indices=query_indptr[1:] - 1,
+        wave_indptr=np.asarray([0, num_adapters] if num_adapters else [0], dtype=np.int32),
         seg_start=bounds[:-1].astype(np.int32),
         seg_end=bounds[1:].astype(np.int32),
         seg_slot=np.arange(num_adapters, dtype=np.int32),
         seg_weight=np.ones(num_adapters, dtype=np.float32),
     )
-    return core.Batch(arrays, 0 if case.is_decode else num_rows)
+    return core.Batch(arrays, 0 if is_decode else num_rows)
 
 
 if __name__ == "__main__":

@@ -90,6 +90,9 @@ class Batch:
     def num_waves(self) -> int:
         """W, the most adapters of one request."""
     @property
+    def num_items(self) -> int:
+        """Pieces of up to 64 rows of one adapter, all waves together, of a step that only decodes."""
+    @property
     def num_prefill_tokens(self) -> int:
         """Tokens of sequences that do not merely decode; they come last."""
     @property
@@ -781,7 +784,7 @@ class CudaStep:
         """Most adapters of one request; a captured graph serves one at most."""
     @property
     def has_adapters(self) -> bool:
-        """Whether any row has one; a graph is captured for either."""
+        """Whether any row has one, or padding makes room for those of later steps."""
     @property
     def is_decode(self) -> bool:
         """Whether every sequence decodes one token."""
@@ -863,11 +866,20 @@ class CudaKernels:
         """Let uploads that begin later wait for what is on `stream` by now, because it uses their pages."""
     def upload(self, host_ptr: int, nbytes: int, first_page: int) -> None:
         """Copy host bytes to pages, beside the caller's streams and without the GIL; returns when done."""
-    def begin_step(self, batch: Batch, stream: int, *, padded_tokens: int | None = None) -> CudaStep:
+    def begin_step(
+        self,
+        batch: Batch,
+        stream: int,
+        *,
+        padded_tokens: int | None = None,
+        padded_items: int | None = None,
+    ) -> CudaStep:
         """Check a batch and queue the copy of its arrays over the last step's.
 
         `padded_tokens` adds rows to a step in which every sequence decodes one token, for a captured graph:
         they have slot mapping -1, context length 0 and no adapter, and are sampled like the others.
+        `padded_items` makes LoRA launches of such a step as large as for so many items (`Batch.num_items`), 0
+        launches none; without it they are as large as the step's own.
         A token id -1 - j stands for the token that was sampled last in row j, which may still be on its way.
         """
     def lora(self, step: CudaStep, x_ptr: int, y_ptr: int, layer: int, group: int, stream: int) -> None:

@@ -53,7 +53,7 @@ class FakeOps:
     def begin_step(self, batch: _core.Batch) -> _core.Batch:
         return batch
 
-    def begin_padded_step(self, batch: _core.Batch, num_tokens: int, has_adapters: bool) -> None:
+    def begin_padded_step(self, batch: _core.Batch, num_tokens: int, num_items: int) -> None:
         assert batch.num_tokens == 0
 
 

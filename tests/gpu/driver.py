@@ -62,9 +62,12 @@ class Graph:
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
         self._executable = ctypes.c_void_p()
+        self.num_nodes = 0
 
     def instantiate(self, recorded: ctypes.c_void_p) -> None:
-        flags = ctypes.c_ulonglong(0)
+        num_nodes, flags = ctypes.c_size_t(), ctypes.c_ulonglong(0)
+        self._driver.call("cuGraphGetNodes", recorded, None, ctypes.byref(num_nodes))
+        self.num_nodes = num_nodes.value
         self._driver.call("cuGraphInstantiateWithFlags", ctypes.byref(self._executable), recorded, flags)
         self._driver.call("cuGraphDestroy", recorded)
 

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from loraserve import _core
 
+from tests.batches import HandBatch
 from tests.gpu.device import Gpu
 from tests.gpu.lora_building import (
     MIXES,
@@ -68,14 +70,18 @@ def test_a_captured_graph_serves_every_mix(lora: Lora) -> None:
     stream, capacity = lora.gpu.stream, 12
     x, y = lora.random(capacity, 640), lora.random(capacity, 1104)
     out = lora.gpu.place(y)
-    lora.run(lora.kernels.begin_step(decode_batch(1).build(), stream, padded_tokens=capacity), x, y, 0)
-    step = lora.kernels.begin_step(decode_batch(capacity).build(), stream, padded_tokens=capacity)
+
+    def begin(batch: HandBatch) -> _core.CudaStep:
+        return lora.kernels.begin_step(batch.build(), stream, padded_tokens=capacity, padded_items=capacity)
+
+    lora.run(begin(decode_batch(1)), x, y, 0)
+    step = begin(decode_batch(capacity))
     with lora.gpu.driver.capture(stream) as graph:
         lora.kernels.lora(step, x.data_ptr(), out.data_ptr(), 1, 0, stream)
     for mix in (*MIXES, "distinct", "empty"):
         batch = decode_batch(7, segments_of(mix, 7))
         out.copy_(y)
-        lora.kernels.begin_step(batch.build(), stream, padded_tokens=capacity)
+        begin(batch)
         graph.replay(stream)
         lora.gpu.synchronize()
         eager = lora.apply(batch, lora.gpu.place(x[:7]), lora.gpu.place(y[:7]), 0)

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from loraserve import _core
 
+from tests.batches import HandBatch
 from tests.gpu.device import Gpu
 from tests.gpu.lora_building import GEOMETRY, LAYER, PROJECTIONS, Lora, decode_batch, make_lora
 
@@ -26,10 +28,16 @@ class Replay:
             lora.random(CAPACITY, IN_FEATURES),
             lora.gpu.zeros(CAPACITY, OUT_FEATURES, dtype=lora.dtype),
         )
-        step = lora.kernels.begin_step(decode_batch(1).build(), stream, padded_tokens=CAPACITY)
+        step = self._begin(decode_batch(1))
         self._launch(step)  # loads the kernel, which a capture can't
         with lora.gpu.driver.capture(stream) as self._graph:
             self._launch(step)
+
+    def _begin(self, batch: HandBatch) -> _core.CudaStep:
+        lora = self._lora
+        return lora.kernels.begin_step(
+            batch.build(), lora.gpu.stream, padded_tokens=CAPACITY, padded_items=CAPACITY
+        )
 
     def _launch(self, step: object) -> None:
         lora = self._lora
@@ -41,7 +49,7 @@ class Replay:
         gpu = self._lora.gpu
         self._y.zero_()
         batch = decode_batch(num_rows, [(0, num_rows, slot, 1.0)])
-        self._lora.kernels.begin_step(batch.build(), gpu.stream, padded_tokens=CAPACITY)
+        self._begin(batch)
         self._graph.replay(gpu.stream)
         gpu.synchronize()
         return self._y.clone()
@@ -74,3 +82,29 @@ def test_waves_have_a_limit_that_is_told(lora: Lora) -> None:
         lora.kernels.begin_step(decode_batch(1, *waves).build(), lora.gpu.stream)
     step = lora.kernels.begin_step(decode_batch(1, *waves[:16]).build(), lora.gpu.stream)
     assert (step.num_waves, step.has_adapters) == (16, True)
+
+
+@pytest.mark.parametrize(("num_items", "num_launches"), [(0, 0), (2, 1), (None, 0)])
+def test_a_graph_holds_launches_for_adapters_only_where_it_makes_room_for_them(
+    lora: Lora, num_items: int | None, num_launches: int
+) -> None:
+    x, y = lora.random(CAPACITY, IN_FEATURES), lora.gpu.zeros(CAPACITY, OUT_FEATURES, dtype=lora.dtype)
+    batch, stream = decode_batch(1).build(), lora.gpu.stream
+    step = lora.kernels.begin_step(batch, stream, padded_tokens=CAPACITY, padded_items=num_items)
+    assert step.has_adapters == (num_launches > 0)
+    lora.run(step, x, y, GROUP)
+    with lora.gpu.driver.capture(stream) as graph:
+        lora.kernels.lora(step, x.data_ptr(), y.data_ptr(), LAYER, GROUP, stream)
+    assert graph.num_nodes == num_launches
+
+
+def test_a_step_of_more_work_than_it_makes_room_for_is_refused(lora: Lora) -> None:
+    batch = decode_batch(3, [(row, row + 1, row, 1.0) for row in range(3)]).build()
+    assert batch.num_items == 3
+    begin, stream = lora.kernels.begin_step, lora.gpu.stream
+    with pytest.raises(ValueError, match="decode items of a wave is 3, limit is 3"):
+        begin(batch, stream, padded_tokens=CAPACITY, padded_items=2)
+    with pytest.raises(ValueError, match="items that padding makes room for is 161, limit is 161"):
+        begin(batch, stream, padded_tokens=CAPACITY, padded_items=161)
+    with pytest.raises(ValueError, match="padded_items is given without padded_tokens"):
+        begin(batch, stream, padded_items=3)

@@ -1,6 +1,7 @@
 //! `Batch`: a step's arrays on their way from the scheduler to the kernels; Python holds it and looks at its sizes.
 
 use loraserve_core as core;
+use loraserve_kernels::cuda::work_list::num_items;
 use loraserve_kernels::step_arrays::StepArrays;
 use numpy::{Element, IntoPyArray, PyArray1, PyReadonlyArray1};
 use pyo3::prelude::*;
@@ -72,6 +73,11 @@ impl Batch {
     #[getter]
     fn num_waves(&self) -> usize {
         self.arrays.wave_indptr.len().saturating_sub(1)
+    }
+
+    #[getter]
+    fn num_items(&self) -> usize {
+        num_items(&self.arrays)
     }
 
     #[getter]

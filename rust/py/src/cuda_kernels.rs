@@ -6,6 +6,7 @@
 use loraserve_adapters::{NUM_GROUPS, StorageDtype};
 use loraserve_kernels::cuda::context::CudaConfig;
 use loraserve_kernels::cuda::model::{GroupShape, Limits};
+use loraserve_kernels::cuda::step::Padding;
 use loraserve_kernels::cuda::{CudaContext, CudaError, HeadTransform, Stream};
 use loraserve_kernels::geometry::KvGeometry;
 use pyo3::exceptions::PyValueError;
@@ -150,21 +151,26 @@ impl CudaKernels {
         })
     }
 
-    #[pyo3(signature = (batch, stream, *, padded_tokens=None))]
+    #[pyo3(signature = (batch, stream, *, padded_tokens=None, padded_items=None))]
     fn begin_step(
         &self,
         batch: &Bound<'_, Batch>,
         stream: usize,
         padded_tokens: Option<usize>,
+        padded_items: Option<usize>,
     ) -> PyResult<CudaStep> {
+        if padded_tokens.is_none() && padded_items.is_some() {
+            let message = "padded_items is given without padded_tokens: only padded steps take it";
+            return Err(PyValueError::new_err(message));
+        }
+        let padding = padded_tokens.map(|tokens| Padding {
+            tokens,
+            items: padded_items,
+        });
         let (py, batch, stream) = (batch.py(), batch.get(), Stream::new(stream));
         let step = py.detach(|| {
-            self.inner.begin_step(
-                &batch.arrays,
-                batch.num_prefill_tokens,
-                padded_tokens,
-                stream,
-            )
+            self.inner
+                .begin_step(&batch.arrays, batch.num_prefill_tokens, padding, stream)
         });
         let inner = step.map_err(|error| of_cuda(&error))?;
         Ok(CudaStep { inner })

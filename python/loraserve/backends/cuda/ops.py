@@ -54,7 +54,6 @@ class CudaStep:
     core: _core.CudaStep
     token_ids: torch.Tensor
     logits_indices: torch.Tensor
-    has_adapters: bool
 
     @property
     def num_tokens(self) -> int:
@@ -163,22 +162,21 @@ class CudaOps(CudaPacker):
     def begin_step(self, batch: _core.Batch) -> CudaStep:
         return self._step(self._kernels.begin_step(batch, self._device.stream()))
 
-    def begin_padded_step(
-        self, batch: _core.Batch, num_tokens: int, has_adapters: bool | None = None
-    ) -> CudaStep:
+    def begin_padded_step(self, batch: _core.Batch, num_tokens: int, num_items: int) -> CudaStep:
         """A step that only decodes, filled up to `num_tokens` rows that compute nothing anyone reads.
 
-        `has_adapters`: whether adapters' kernels are launched; None looks whether the batch has any.
+        `num_items`: pieces of adapters' work (`Batch.num_items`) that launches make room for, 0 for none.
         """
-        core = self._kernels.begin_step(batch, self._device.stream(), padded_tokens=num_tokens)
-        return self._step(core, has_adapters)
+        stream = self._device.stream()
+        return self._step(
+            self._kernels.begin_step(batch, stream, padded_tokens=num_tokens, padded_items=num_items)
+        )
 
-    def _step(self, core: _core.CudaStep, has_adapters: bool | None = None) -> CudaStep:
+    def _step(self, core: _core.CudaStep) -> CudaStep:
         return CudaStep(
             core,
             token_ids=self._device.int32_view(core.token_ids_ptr, core.num_tokens),
             logits_indices=self._device.int32_view(core.logits_indices_ptr, core.num_logits),
-            has_adapters=core.has_adapters if has_adapters is None else has_adapters,
         )
 
     def embedding(self, step: StepHandle, table: Linear) -> torch.Tensor:
@@ -190,8 +188,8 @@ class CudaOps(CudaPacker):
         own, own_step = _own_linear(linear), _own_step(step)
         self._check("x", x, step.num_tokens, linear.in_features)
         out = F.linear(x, own.weight, own.bias)
-        if own_step.has_adapters:
-            core = own_step.core
+        core = own_step.core
+        if core.has_adapters:
             self._kernels.lora(core, x.data_ptr(), out.data_ptr(), layer, group, self._device.stream())
         return out
 

@@ -18,7 +18,7 @@ use super::modules::Modules;
 use super::page_moves::move_parts;
 use super::sampling::{PendingSamples, Sampler};
 use super::staging::{StagingRing, write};
-use super::step::{CudaStep, StepBuffers};
+use super::step::{CudaStep, Padding, StepBuffers};
 use super::target::Target;
 use super::upload::Uploader;
 use crate::KernelError;
@@ -202,13 +202,13 @@ impl CudaContext {
         unsafe { self.uploader.upload(pool.page(first_page), bytes) }
     }
 
-    /// Checks a batch and queues the copy of its arrays; `padded_tokens`: see `CudaStep`. A token id -1 - j
-    /// stands for the token that was sampled last in row j, known to the host or not.
+    /// Checks a batch and queues the copy of its arrays. A token id -1 - j stands for the token that was
+    /// sampled last in row j, known to the host or not.
     pub fn begin_step(
         &self,
         arrays: &StepArrays,
         num_prefill_tokens: usize,
-        padded_tokens: Option<usize>,
+        padding: Option<Padding>,
         stream: Stream,
     ) -> Result<CudaStep, CudaError> {
         arrays.check(self.model.pool.num_pages())?;
@@ -219,9 +219,9 @@ impl CudaContext {
         drop(slots);
         let takes_sampled = self.sampler.check_taken(&arrays.token_ids)?;
         self.device.bind()?;
-        let step =
-            self.steps
-                .begin(arrays, &segments, num_prefill_tokens, padded_tokens, stream)?;
+        let step = self
+            .steps
+            .begin(arrays, &segments, num_prefill_tokens, padding, stream)?;
         if takes_sampled {
             let (token_ids, num_tokens) = (step.arrays.token_ids, arrays.token_ids.len());
             // SAFETY: the device is current; the step's arrays hold these ids, which were checked.

@@ -43,6 +43,14 @@ pub struct StepAddresses {
     pub logits_indices: DeviceAddress,
 }
 
+/// What a step that only decodes is filled up to, for a captured graph.
+#[derive(Clone, Copy, Debug)]
+pub struct Padding {
+    pub tokens: usize,
+    /// Items that launches for adapters make room for; those there are when `None`.
+    pub items: Option<usize>,
+}
+
 /// A work list in device memory.
 #[derive(Clone, Copy, Debug)]
 pub struct WorkList {
@@ -74,7 +82,7 @@ pub struct CudaStep {
     pub max_context_len: usize,
     pub max_position: i32,
     pub arrays: StepAddresses,
-    /// One for each of `num_waves`; a padded step has one at least, maybe of no items.
+    /// One for each of `num_waves`; where padding makes room for items one at least, maybe without any.
     pub waves: Vec<Wave>,
     ticket: Ticket,
 }
@@ -129,20 +137,21 @@ impl StepBuffers {
         arrays: &StepArrays,
         segments: &[Segment],
         num_prefill_tokens: usize,
-        padded_tokens: Option<usize>,
+        padding: Option<Padding>,
         stream: Stream,
     ) -> Result<CudaStep, CudaError> {
-        let padded = padded_tokens
-            .map(|padded| pad(arrays, num_prefill_tokens, padded))
+        let padded = padding
+            .map(|padding| pad(arrays, num_prefill_tokens, padding.tokens))
             .transpose()?;
+        let padded_items = padding.and_then(|padding| padding.items);
         let arrays = padded.as_ref().unwrap_or(arrays);
         let num_tokens = arrays.token_ids.len();
         let num_decode_tokens = num_tokens - num_prefill_tokens;
         self.check_capacity(arrays, num_decode_tokens)?;
         let mut waves = waves(segments, num_decode_tokens)?;
-        self.check_lists(&waves)?;
+        self.check_lists(&waves, padded_items)?;
         let num_waves = waves.len();
-        if padded.is_some() && waves.is_empty() {
+        if padded_items.is_some_and(|items| items > 0) && waves.is_empty() {
             // What is captured from this step has to serve steps with adapters.
             waves.push(WaveItems::default());
         }
@@ -166,7 +175,7 @@ impl StepBuffers {
             max_context_len: max_context_len.unwrap_or(0) as usize,
             max_position: max_position.unwrap_or(0),
             arrays: self.addresses(),
-            waves: self.lists(&waves, &places, padded_tokens),
+            waves: self.lists(&waves, &places, padded_items),
             ticket: Ticket {
                 begun: Arc::clone(&self.begun),
                 number,
@@ -201,16 +210,24 @@ impl StepBuffers {
         below("pages of a step", arrays.block_table.len(), capacity.blocks)
     }
 
-    /// A wave has no more segments than a step has sequences, or its lists might not fit.
-    fn check_lists(&self, waves: &[WaveItems]) -> Result<(), KernelError> {
+    /// A wave has no more segments than a step has sequences, or its lists might not fit; nor more items than
+    /// padding makes room for, nor does that make room for more than fit.
+    fn check_lists(
+        &self,
+        waves: &[WaveItems],
+        padded_items: Option<usize>,
+    ) -> Result<(), KernelError> {
         let Capacity {
             decode_items,
             prefill_items,
             ..
         } = self.capacity;
+        let padded = padded_items.unwrap_or(decode_items);
+        let what = "items that padding makes room for";
+        check_below(what, padded as i64, decode_items as i64 + 1)?;
         waves.iter().try_for_each(|wave| {
             let (decode, prefill) = (wave.decode.len() as i64, wave.prefill.len() as i64);
-            check_below("decode items of a wave", decode, decode_items as i64 + 1)?;
+            check_below("decode items of a wave", decode, padded as i64 + 1)?;
             check_below("prefill items of a wave", prefill, prefill_items as i64 + 1)
         })
     }
@@ -287,12 +304,12 @@ impl StepBuffers {
         self.device.address() + offset as u64
     }
 
-    /// Where kernels find the lists. A padded step's launches make room for an item in every row.
+    /// Where kernels find the lists.
     fn lists(
         &self,
         waves: &[WaveItems],
         places: &[(usize, usize)],
-        padded_tokens: Option<usize>,
+        padded_items: Option<usize>,
     ) -> Vec<Wave> {
         let list = |count: usize, offset: usize, capacity: usize| WorkList {
             num_items: self.at(self.offsets.counts + count * size_of::<i32>()),
@@ -302,11 +319,7 @@ impl StepBuffers {
         let lists = waves.iter().zip(places).enumerate();
         lists
             .map(|(index, (wave, &(decode, prefill)))| Wave {
-                decode: list(
-                    2 * index,
-                    decode,
-                    padded_tokens.unwrap_or(wave.decode.len()),
-                ),
+                decode: list(2 * index, decode, padded_items.unwrap_or(wave.decode.len())),
                 prefill: list(2 * index + 1, prefill, wave.prefill.len()),
             })
             .collect()

@@ -9,6 +9,8 @@
 
 use std::ops::Range;
 
+use crate::step_arrays::StepArrays;
+
 /// Most rows of an item.
 pub const ITEM_ROWS: usize = 64;
 
@@ -51,6 +53,13 @@ fn cut(items: &mut Vec<WorkItem>, rows: Range<usize>, slot: i32, weight: f32) {
     }
 }
 
+/// Items of a step that only decodes, all waves together. The arrays need no check.
+pub fn num_items(arrays: &StepArrays) -> usize {
+    let segments = arrays.seg_start.iter().zip(&arrays.seg_end);
+    let rows = segments.map(|(&start, &end)| usize::try_from(i64::from(end) - i64::from(start)));
+    rows.map(|rows| rows.unwrap_or(0).div_ceil(ITEM_ROWS)).sum()
+}
+
 /// Most items a list can need for `num_rows` rows in at most `num_segments` segments.
 pub fn capacity(num_rows: usize, num_segments: usize) -> usize {
     num_rows.min(num_rows / ITEM_ROWS + num_segments)
@@ -77,6 +86,21 @@ mod tests {
                 .iter()
                 .all(|item| item.weight.to_bits() == 0.5_f32.to_bits())
         );
+    }
+
+    #[test]
+    fn items_are_counted_as_they_are_cut() {
+        let arrays = StepArrays {
+            seg_start: vec![0, 2, 4, 70],
+            seg_end: vec![2, 2, 70, 134],
+            ..StepArrays::default()
+        };
+        let mut wave = WaveItems::default();
+        for (&start, &end) in arrays.seg_start.iter().zip(&arrays.seg_end) {
+            wave.push(start as usize..end as usize, 134, 0, 1.0);
+        }
+        assert_eq!(wave.decode.len(), 4);
+        assert_eq!(num_items(&arrays), 4);
     }
 
     #[test]

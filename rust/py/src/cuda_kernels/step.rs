@@ -33,7 +33,7 @@ impl CudaStep {
 
     #[getter]
     fn has_adapters(&self) -> bool {
-        self.inner.num_waves > 0
+        !self.inner.waves.is_empty()
     }
 
     #[getter]
