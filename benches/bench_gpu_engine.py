@@ -28,7 +28,7 @@ import torch
 from llama_8b import LLAMA_3_8B, loader_of, write_adapters
 from loraserve.config import EngineConfig
 from loraserve.engine.engine import Engine
-from loraserve.engine.sequence import EngineOutput
+from loraserve.engine.sequence import EngineOutputs
 from loraserve.sampling_params import SamplingParams
 
 RANK = 16
@@ -75,17 +75,13 @@ class Requests:
         self._ended: set[int] = set()
         self._errors: list[Exception] = []
 
-    def on_outputs(self, outputs: list[EngineOutput]) -> None:
+    def on_outputs(self, outputs: EngineOutputs) -> None:
         now = time.perf_counter()
         with self._condition:
-            self.events.append(
-                (now, [output.request_id for output in outputs if output.token_id is not None])
-            )
-            for output in outputs:
-                if output.is_last:
-                    self._ended.add(output.request_id)
-                if output.error is not None:
-                    self._errors.append(output.error)
+            last = [end.request_id for end in outputs.ends if end.token_id is not None]
+            self.events.append((now, [*outputs.request_ids, *last]))
+            self._ended.update(end.request_id for end in outputs.ends)
+            self._errors += [end.error for end in outputs.ends if end.error is not None]
             self._condition.notify_all()
 
     def wait(self, ids: Sequence[int]) -> None:
@@ -136,7 +132,7 @@ class Bench:
             f"{len(paths)} adapters of rank {RANK} checked in {checked - opened:.1f} s.\n"
         )
 
-    def _on_outputs(self, outputs: list[EngineOutput]) -> None:
+    def _on_outputs(self, outputs: EngineOutputs) -> None:
         self._requests.on_outputs(outputs)
 
     def submit(self, num_tokens: int, adapter: str | None, params: SamplingParams) -> int:

@@ -32,7 +32,7 @@ import uvloop
 from adapter_files import write_adapters
 from loraserve.async_engine import AsyncEngine, RequestStream
 from loraserve.config import EngineConfig
-from loraserve.engine.sequence import EngineOutput
+from loraserve.engine.sequence import EngineOutputs
 from loraserve.request import GenerateRequest
 from loraserve.server.access.keys import AccessControl
 from loraserve.server.http.server import HttpServer
@@ -65,11 +65,11 @@ class StampedEngine(AsyncEngine):
         """Of the last request with this prompt."""
         return self._moments[self._prompts[tuple(prompt)]]
 
-    def _on_outputs(self, outputs: list[EngineOutput]) -> None:
+    def _on_outputs(self, outputs: EngineOutputs) -> None:
         moment = time.perf_counter()
-        for output in outputs:
-            if output.token_id is not None:
-                self._moments[output.request_id].append(moment)
+        last = [end.request_id for end in outputs.ends if end.token_id is not None]
+        for request_id in (*outputs.request_ids, *last):
+            self._moments[request_id].append(moment)
         super()._on_outputs(outputs)
 
 

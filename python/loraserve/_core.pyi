@@ -29,7 +29,8 @@ __all__ = [
     "PendingSamples",
     "PoolPretouch",
     "Receipt",
-    "RequestOutput",
+    "RequestEnd",
+    "RequestOutputs",
     "SampleArrays",
     "SampledRows",
     "Sampler",
@@ -210,31 +211,42 @@ class SchedulerOutput:
     def loads(self) -> list[tuple[int, int, int, int]]:
         """(adapter_id, slot, first_page, num_pages); each is answered once."""
     @property
-    def admitted(self) -> list[int]:
-        """Ids of the requests that begin with this step."""
+    def admitted(self) -> list[tuple[int, int]]:
+        """(request id, prompt tokens found in the prefix cache) of requests that begin with this step."""
     @property
     def batch(self) -> Batch | None:
         """What to run; None if nothing can run now."""
 
 @final
-class RequestOutput:
-    """One event of one request: a token, its end, or both. Its last has a finish reason or an error."""
+class RequestOutputs:
+    """What has come of requests: tokens that were not their last ones, then ends."""
+
+    @property
+    def request_ids(self) -> list[int]:
+        """Of the requests that were given a token and go on, as `submit` gave them."""
+    @property
+    def token_ids(self) -> list[int]:
+        """The token of each of `request_ids`."""
+    @property
+    def ends(self) -> list[RequestEnd]:
+        """Of requests that have ended."""
+
+@final
+class RequestEnd:
+    """The end of a request, by a finish reason or an error, with the token that came with it."""
 
     @property
     def request_id(self) -> int:
         """As `submit` gave it."""
     @property
     def token_id(self) -> int | None:
-        """The token of this step, None where there is none."""
+        """Its last token, None where it ended between two."""
     @property
     def finish_reason(self) -> Literal["stop", "length", "abort"] | None:
-        """Why it ended, None while it goes on or where `error` says why."""
+        """Why it ended, None where `error` says why."""
     @property
     def error(self) -> LoraserveError | None:
         """The object that `finish` or `adapter_load_failed` was given; requests may share it."""
-    @property
-    def num_cached_tokens(self) -> int:
-        """Prompt tokens whose KV was found in the prefix cache."""
 
 @final
 class Scheduler:
@@ -328,8 +340,8 @@ class Scheduler:
         """
     def adapter_load_failed(self, adapter_id: int, error: LoraserveError) -> None:
         """End the waiting requests that asked for it; a later request tries again."""
-    def drain_outputs(self) -> list[RequestOutput]:
-        """Events since the last call, in order."""
+    def drain_outputs(self) -> RequestOutputs:
+        """Of all requests since the last call, each in order."""
     def num_waiting(self) -> int:
         """Accepted requests that are not running."""
     def num_waiting_for_adapters(self) -> int:

@@ -7,7 +7,7 @@ import os
 import time
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import ParamSpec
 
@@ -18,7 +18,7 @@ from loraserve.config import EngineConfig
 from loraserve.engine.engine import Engine
 from loraserve.engine.frontend import Frontend, PreparedRequest, check_deadline
 from loraserve.engine.queue import deadline_error
-from loraserve.engine.sequence import EngineOutput
+from loraserve.engine.sequence import EngineOutputs
 from loraserve.engine.stats import AdapterInfo, EngineInfo, EngineStats
 from loraserve.engine.workers import Workers
 from loraserve.errors import AdapterUnavailableError, EngineStoppedError
@@ -54,7 +54,10 @@ class RequestStream(AsyncIterator[Delta]):
     async def __anext__(self) -> Delta:
         if self._num_open == 0:
             raise StopAsyncIteration
-        event = await self.inbox.get()
+        events = self.inbox.events
+        while not events:
+            await self.inbox.arrival()
+        event = events.popleft()
         if event is None:
             raise StopAsyncIteration
         if isinstance(event, Exception):
@@ -76,27 +79,25 @@ class RequestStream(AsyncIterator[Delta]):
 
 
 class Inbox:
-    """Where the engine leaves what a stream gives out; it does not keep the stream."""
+    """Where the engine leaves what a stream gives out, for one reader; it does not keep the stream."""
 
     def __init__(self) -> None:
-        self._events: deque[Delta | Exception | None] = deque()  # None: aborted
-        self._waiter: asyncio.Future[None] | None = None
+        self.events: deque[Delta | Exception | None] = deque()  # None: aborted
+        self._reader: asyncio.Future[None] | None = None
 
     def put(self, event: Delta | Exception | None) -> None:
         """Leave an event; on the engine's loop only."""
-        self._events.append(event)
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        self.events.append(event)
+        reader = self._reader
+        if reader is not None:
+            self._reader = None
+            if not reader.done():
+                reader.set_result(None)
 
-    async def get(self) -> Delta | Exception | None:
-        """The next event, waiting for it; for one reader at a time."""
-        while not self._events:
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        return self._events.popleft()
+    def arrival(self) -> asyncio.Future[None]:
+        """Done when there is one more event."""
+        self._reader = asyncio.get_running_loop().create_future()
+        return self._reader
 
 
 class AsyncEngine:
@@ -261,7 +262,7 @@ class AsyncEngine:
         await self._failed.wait()
         return self._engine.refusal or "the engine failed"
 
-    def _on_outputs(self, outputs: list[EngineOutput]) -> None:
+    def _on_outputs(self, outputs: EngineOutputs) -> None:
         self._call_on_loop(self._route, outputs)
 
     def _on_failure(self) -> None:
@@ -274,8 +275,8 @@ class AsyncEngine:
         with suppress(RuntimeError):  # the loop is closed: nobody waits any more
             self._loop.call_soon_threadsafe(function, *args)
 
-    def _route(self, outputs: Sequence[EngineOutput]) -> None:
-        self._frontend.route(outputs, _put, _put)
+    def _route(self, outputs: EngineOutputs) -> None:
+        self._frontend.route(outputs, Inbox.put, Inbox.put)
 
 
 def _weak(method: Callable[P, None]) -> Callable[P, None]:
@@ -288,7 +289,3 @@ def _weak(method: Callable[P, None]) -> Callable[P, None]:
             method(*args, **kwargs)
 
     return call
-
-
-def _put(inbox: Inbox, event: Delta | Exception) -> None:
-    inbox.put(event)

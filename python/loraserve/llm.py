@@ -17,7 +17,7 @@ from loraserve.adapters.manifest import AdapterManifest
 from loraserve.config import EngineConfig
 from loraserve.engine.engine import Engine
 from loraserve.engine.frontend import Frontend, PreparedRequest
-from loraserve.engine.sequence import EngineOutput
+from loraserve.engine.sequence import EngineOutputs
 from loraserve.engine.stats import AdapterInfo, EngineInfo, EngineStats
 from loraserve.errors import InvalidRequestError
 from loraserve.request import AdapterSpec, ChatOptions, Completion, Delta, GenerateRequest, RequestOutput
@@ -44,7 +44,7 @@ class LLM:
     def __init__(self, model: str, adapters: Mapping[str, str] | None = None, **settings: Any) -> None:
         self._turn = _Turn()
         self._call = threading.Lock()  # calls from several threads take turns
-        self._events: queue.SimpleQueue[list[EngineOutput]] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[EngineOutputs] = queue.SimpleQueue()
         settings.setdefault("max_waiting", None)  # a batch is as long as its caller made it
         config = EngineConfig(model=model, adapters={} if adapters is None else adapters, **settings)
         self._engine = Engine(config, self._events.put)

@@ -213,19 +213,19 @@ def test_aborting_a_stream_ends_whoever_iterates_it(run: Callable[[Scenario], No
 def test_an_error_in_one_answers_text_ends_that_request_alone(
     run: Callable[[Scenario], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    push = IncrementalDetokenizer.push
+    push_one = IncrementalDetokenizer.push_one
 
     async def scenario(engine: AsyncEngine) -> None:
         other, failing = await engine.submit(request()), await engine.submit(request("a1"))
         active = engine._frontend._active.values()
         owners = [sequence._detokenizer for sequence, inbox in active if inbox is failing.inbox]
 
-        def fail_once(self: IncrementalDetokenizer, token_ids: Any) -> str:
+        def fail_once(self: IncrementalDetokenizer, token: int) -> str:
             if self in owners:
                 raise ZeroDivisionError
-            return push(self, token_ids)
+            return push_one(self, token)
 
-        monkeypatch.setattr(IncrementalDetokenizer, "push", fail_once)
+        monkeypatch.setattr(IncrementalDetokenizer, "push_one", fail_once)
         with pytest.raises(ZeroDivisionError):
             await tokens_of(failing)
         assert len(await tokens_of(other)) == LONG.max_tokens

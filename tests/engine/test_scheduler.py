@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from loraserve._core import RequestOutput, Scheduler, SchedulerOutput
+from loraserve._core import RequestEnd, Scheduler, SchedulerOutput
 from loraserve.errors import (
     AdapterNotFoundError,
     AdapterUnavailableError,
@@ -39,7 +39,7 @@ def test_a_step_planned_ahead_awaits_the_tokens_of_the_one_before(scheduler: Sch
     assert second.batch.arrays()["token_ids"].tolist() == [-1]
     assert scheduler.commit(first, np.array([7], dtype=np.int32)) == [True]
     assert scheduler.commit(second, np.array([8], dtype=np.int32)) == [False]
-    assert [output.finish_reason for output in scheduler.drain_outputs()] == ["stop"]
+    assert [end.finish_reason for end in scheduler.drain_outputs().ends] == ["stop"]
 
 
 def test_mixed_batch_crosses_as_flat_arrays(scheduler: Scheduler) -> None:
@@ -98,11 +98,30 @@ def test_a_batch_made_of_arrays_has_copies_of_them() -> None:
         replace(made, positions=np.zeros(6, dtype=np.int32)[::2]).build()
 
 
-def events(outputs: list[RequestOutput]) -> list[tuple[object, ...]]:
-    return [(o.request_id, o.token_id, o.finish_reason, o.error, o.num_cached_tokens) for o in outputs]
+def as_tuples(ends: list[RequestEnd]) -> list[tuple[object, ...]]:
+    return [(end.request_id, end.token_id, end.finish_reason, end.error) for end in ends]
 
 
-def test_the_last_output_of_a_request_says_why(scheduler: Scheduler) -> None:
+def test_tokens_cross_as_lists_and_ends_as_objects(scheduler: Scheduler) -> None:
+    short, long = scheduler.submit([1], [], 2, 0, []), scheduler.submit([2], [], 8, 0, [])
+    for token_id in (5, 6):
+        commit(scheduler, scheduler.schedule(), token_id)
+    outputs = scheduler.drain_outputs()
+    assert (outputs.request_ids, outputs.token_ids) == ([short, long, long], [5, 5, 6])
+    assert as_tuples(outputs.ends) == [(short, 6, "length", None)]
+
+
+def test_a_request_is_admitted_once_with_what_the_prefix_cache_has_of_it(scheduler: Scheduler) -> None:
+    admitted = []
+    for _ in range(2):
+        request = scheduler.submit([1] * 9, [], 1, 0, [])
+        step = scheduler.schedule()
+        admitted.append((step.admitted, request))
+        commit(scheduler, step)
+    assert admitted == [([(0, 0)], 0), ([(1, 8)], 1)]
+
+
+def test_the_end_of_a_request_says_why(scheduler: Scheduler) -> None:
     stopped = scheduler.submit([1], [], 8, 0, [9])
     limited = scheduler.submit([1], [], 1, 0, [])
     aborted = scheduler.submit([1], [], 8, 0, [])
@@ -116,14 +135,14 @@ def test_the_last_output_of_a_request_says_why(scheduler: Scheduler) -> None:
     with pytest.raises(ValueError, match="reason is 'length', expected 'abort', 'stop' or an error"):
         scheduler.finish(stopped, "length")  # type: ignore[arg-type]
     commit(scheduler, scheduler.schedule(), token_id=9)
-    assert events(scheduler.drain_outputs()) == [
-        (aborted, None, "abort", None, 0),
-        (ended, None, "stop", None, 0),
-        (failed, None, None, error, 0),
-        (stopped, 9, "stop", None, 0),
-        (limited, 9, "length", None, 0),
+    assert as_tuples(scheduler.drain_outputs().ends) == [
+        (aborted, None, "abort", None),
+        (ended, None, "stop", None),
+        (failed, None, None, error),
+        (stopped, 9, "stop", None),
+        (limited, 9, "length", None),
     ]
-    assert scheduler.drain_outputs() == []
+    assert scheduler.drain_outputs().ends == []
     assert not scheduler.has_work()
 
 
@@ -133,9 +152,9 @@ def test_failed_load_hands_its_error_on(scheduler: Scheduler) -> None:
     commit(scheduler, scheduler.schedule())
     error = AdapterUnavailableError("files are gone")
     scheduler.adapter_load_failed(adapter, error)
-    outputs = scheduler.drain_outputs()
-    assert events(outputs) == [(request, None, None, error, 0)]
-    assert outputs[0].error is error
+    [end] = scheduler.drain_outputs().ends
+    assert as_tuples([end]) == [(request, None, None, error)]
+    assert end.error is error
     [stats] = scheduler.adapters()
     assert {name: getattr(stats, name) for name in dir(stats) if not name.startswith("_")} == {
         "name": "sql",

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import cast
 
 import numpy as np
@@ -21,7 +22,7 @@ from loraserve.engine.adapters import EngineAdapters
 from loraserve.engine.lock import EngineLock
 from loraserve.engine.model_runner import BLOCK_SIZE, ModelRunner
 from loraserve.engine.queue import Deadlines, Intake, WaitingLimit, deadline_error
-from loraserve.engine.sequence import EngineOutput, RequestClock, SequenceState
+from loraserve.engine.sequence import EngineOutputs, SequenceEnd, SequenceRecord, SequenceState
 from loraserve.engine.stats import EngineInfo, EngineStats
 from loraserve.engine.thread import EngineThread
 from loraserve.errors import EngineStoppedError
@@ -39,7 +40,6 @@ class RunningStep:
 
     planned: _core.SchedulerOutput
     request_ids: Sequence[int]
-    sequences: Sequence[SequenceState]
     samples: PendingSamples
 
 
@@ -51,7 +51,7 @@ class Engine:
 
     Args:
         config: what to load and how much memory it may use.
-        on_outputs: called on the engine's thread with all events of a step, in order.
+        on_outputs: called on the engine's thread with what each step gave, in order.
         on_failure: called on the engine's thread if it ends by an error, after everyone was told.
         backend: the device; the one `config.device` means unless given.
     """
@@ -59,7 +59,7 @@ class Engine:
     def __init__(
         self,
         config: EngineConfig,
-        on_outputs: Callable[[list[EngineOutput]], None],
+        on_outputs: Callable[[EngineOutputs], None],
         on_failure: Callable[[], None] = lambda: None,
         *,
         backend: Backend | None = None,
@@ -114,7 +114,7 @@ class Engine:
         params: SamplingParams,
         seed: int | None,
         *,
-        arrived_at: float | None = None,
+        record: SequenceRecord | None = None,
         deadline_s: float | None = None,
         cache_scope: CacheScope = SHARED_CACHE,
         needs_adapter: bool = False,
@@ -127,7 +127,7 @@ class Engine:
             adapters: (name, weight) pairs.
             params: how to sample.
             seed: of this sequence; None draws one.
-            arrived_at: when the request came, on `time.monotonic`; None is now.
+            record: what becomes of it is noted there; None makes one of a request that comes now.
             deadline_s: seconds from arrival after which it ends with DeadlineError.
             cache_scope: whose cached prompts it finds and adds to.
             needs_adapter: refuse it if the weights leave only the base model.
@@ -140,8 +140,8 @@ class Engine:
         """
         for token_ids in (prompt, params.stop_token_ids, params.logit_bias):
             self.runner.check_token_ids(token_ids)
-        arrived_at = time.monotonic() if arrived_at is None else arrived_at
-        if deadline_s is not None and time.monotonic() >= arrived_at + deadline_s:
+        record = record or SequenceRecord(time.monotonic())
+        if deadline_s is not None and time.monotonic() >= record.arrived_at + deadline_s:
             raise deadline_error(deadline_s)
         eos = () if params.ignore_eos else self.runner.eos_token_ids
         stop_token_ids = [*eos, *params.stop_token_ids]
@@ -159,14 +159,14 @@ class Engine:
             )
             seed = secrets.randbits(64) if seed is None else seed
             self._sampler.add(request_id, params, seed, prompt, stop_token_ids, matcher)
-            clock = RequestClock(arrived_at, self._scheduler.has_its_adapters(request_id))
+            record.adapter_was_resident = self._scheduler.has_its_adapters(request_id)
             names = tuple(name for name, _ in adapters)
             usage = self.adapters.usage.counters(names)
             for counter in usage:
                 counter.num_requests += 1
-            self._sequences[request_id] = SequenceState(clock, deadline_s, len(prompt), usage, names)
+            self._sequences[request_id] = SequenceState(record, deadline_s, len(prompt), usage, names)
             if deadline_s is not None:
-                self._deadlines.add(arrived_at + deadline_s, request_id)
+                self._deadlines.add(record.arrived_at + deadline_s, request_id)
         self._wake.set()
         return request_id
 
@@ -270,8 +270,7 @@ class Engine:
         if running is not None and self._may_run_ahead(running):
             self._running = self._launch(self._plan_ahead())
         logprobs = {} if running is None else self._commit(running)
-        num_delivered = self._deliver(logprobs)
-        return running is not None or num_delivered > 0
+        return self._deliver(logprobs) or running is not None
 
     def _plan(self) -> _core.SchedulerOutput:
         with self._lock:
@@ -288,8 +287,8 @@ class Engine:
             return None if planned is None else self._admit(planned)
 
     def _admit(self, planned: _core.SchedulerOutput) -> _core.SchedulerOutput:
-        for request_id in planned.admitted:
-            self._sequences[request_id].admit()
+        for request_id, num_cached_tokens in planned.admitted:
+            self._sequences[request_id].admit(num_cached_tokens)
         return planned
 
     def _may_run_ahead(self, running: RunningStep) -> bool:
@@ -319,13 +318,12 @@ class Engine:
         if self._step_began is None:
             self._step_began = time.monotonic()
         request_ids = batch.sample_request_ids
-        sequences = [self._sequences[request_id] for request_id in request_ids]
         samples: PendingSamples
         try:
             samples = self._sampler.sample(self.runner.execute(batch), request_ids)
         except torch.OutOfMemoryError as error:
             samples = FailedSamples(error.with_traceback(None))  # which would keep the step's tensors
-        return RunningStep(planned, request_ids, sequences, samples)
+        return RunningStep(planned, request_ids, samples)
 
     def _commit(self, running: RunningStep) -> Mapping[int, TokenLogprob]:
         """Wait for the step's tokens and take them; the logprobs that were asked for, by request."""
@@ -336,23 +334,16 @@ class Engine:
             return {}
         finally:
             self._step_began = None if self._running is None else time.monotonic()
-        request_ids, sequences = running.request_ids, running.sequences
+        request_ids, token_ids = running.request_ids, sampled.token_ids
         with self._lock:
-            for request_id, sequence, is_finite in zip(
-                request_ids, sequences, sampled.is_finite.tolist(), strict=True
-            ):
-                if not is_finite:  # ended before the commit, which then takes no token for it
-                    self._end_not_finite(request_id, sequence)
-            are_taken = self._scheduler.commit(running.planned, sampled.token_ids)
-        taken_ids, taken_tokens = [], []
-        for request_id, sequence, token_id, is_taken in zip(
-            request_ids, sequences, sampled.token_ids.tolist(), are_taken, strict=True
-        ):
-            if is_taken:
-                sequence.note_token()
-                taken_ids.append(request_id)
-                taken_tokens.append(token_id)
-        endings = self._sampler.append(taken_ids, taken_tokens)
+            for row in np.flatnonzero(~sampled.is_finite).tolist():
+                self._end_not_finite(request_ids[row])  # before the commit, which then takes no token for it
+            are_taken = self._scheduler.commit(running.planned, token_ids)
+        if not all(are_taken):
+            request_ids, token_ids = list(compress(request_ids, are_taken)), token_ids[are_taken]
+        for request_id in request_ids:
+            self._sequences[request_id].note_token()
+        endings = self._sampler.append(request_ids, token_ids.tolist())
         if endings:
             with self._lock:
                 for request_id, ending in endings:
@@ -378,38 +369,38 @@ class Engine:
                 assert deadline_s is not None
                 self._scheduler.finish(request_id, deadline_error(deadline_s))
 
-    def _end_not_finite(self, request_id: int, sequence: SequenceState) -> None:
+    def _end_not_finite(self, request_id: int) -> None:
         num_output_tokens = self._sampler.num_output_tokens(request_id)
         if num_output_tokens is None:  # it ended while the step ran
             return
-        error = sequence.not_finite_error(self.config.dtype, num_output_tokens)
+        error = self._sequences[request_id].not_finite_error(self.config.dtype, num_output_tokens)
         if self._scheduler.finish(request_id, error):
             logger.warning("a request failed: %s", error)
 
-    def _deliver(self, logprobs: Mapping[int, TokenLogprob]) -> int:
+    def _deliver(self, logprobs: Mapping[int, TokenLogprob]) -> bool:
+        """Hand out what has come since the last time; False if that was nothing."""
         with self._lock:
-            outputs = [self._output(output, logprobs) for output in self._scheduler.drain_outputs()]
-            ended = [output for output in outputs if output.is_last]
-            for output in ended:
-                self._sampler.remove(output.request_id)
-                self._sequences.pop(output.request_id).end(output.num_cached_tokens)
-            self._waiting_limit.add_ends(len(ended))
+            drained = self._scheduler.drain_outputs()
+            ends = [self._end(end, logprobs) for end in drained.ends]
+            self._waiting_limit.add_ends(len(ends))
             if not self._sequences:
                 self._idle.notify_all()
-        if outputs:
-            self._on_outputs(outputs)
-        return len(outputs)
+        outputs = EngineOutputs(drained.request_ids, drained.token_ids, logprobs, ends)
+        if not (outputs.request_ids or ends):
+            return False
+        self._on_outputs(outputs)
+        return True
 
-    def _output(self, output: _core.RequestOutput, logprobs: Mapping[int, TokenLogprob]) -> EngineOutput:
-        request_id, token_id, error = output.request_id, output.token_id, output.error
-        return EngineOutput(
+    def _end(self, end: _core.RequestEnd, logprobs: Mapping[int, TokenLogprob]) -> SequenceEnd:
+        request_id, token_id, error = end.request_id, end.token_id, end.error
+        self._sampler.remove(request_id)
+        del self._sequences[request_id]
+        return SequenceEnd(
             request_id,
             token_id,
             None if token_id is None else logprobs.get(request_id),
-            output.finish_reason,
+            end.finish_reason,
             None if error is None else copy.copy(error),  # one failed load ends several, each raises its own
-            output.num_cached_tokens,
-            self._sequences[request_id].clock,
         )
 
     def _fail(self, message: str) -> None:
@@ -422,9 +413,6 @@ class Engine:
             self._idle.notify_all()
         self.adapters.refuse_waiters(message)
         error = EngineStoppedError(message)
-        outputs = [
-            EngineOutput(request_id, None, None, None, error, 0, sequence.clock)
-            for request_id, sequence in sequences.items()
-        ]
-        self._on_outputs(outputs)
+        ends = [SequenceEnd(request_id, None, None, None, error) for request_id in sequences]
+        self._on_outputs(EngineOutputs((), (), {}, ends))
         self._on_failure()

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from loraserve.adapters.registry import RegisteredAdapter
 from loraserve.engine.engine import Engine
-from loraserve.engine.sequence import EngineOutput
+from loraserve.engine.sequence import EngineOutputs, SequenceEnd, SequenceRecord
 from loraserve.errors import InvalidRequestError
 from loraserve.request import (
     SHARED_CACHE,
@@ -148,70 +148,60 @@ def resolve_adapters(spec: AdapterSpec) -> list[tuple[str, float]]:
 
 
 class ActiveSequence:
-    """One of the n answers to a request: turns its engine outputs into deltas of text."""
+    """One of the n answers to a request: turns what the engine gives it into deltas of text."""
 
-    def __init__(self, request_id: int, index: int, prepared: PreparedRequest, tokenizer: Tokenizer) -> None:
-        self.request_id = request_id
+    def __init__(
+        self, index: int, prepared: PreparedRequest, tokenizer: Tokenizer, record: SequenceRecord
+    ) -> None:
         self._index = index
-        self._prompt_tokens = len(prepared.prompt_token_ids)
-        self._completion_tokens = 0
+        self._num_prompt_tokens = len(prepared.prompt_token_ids)
+        self._num_tokens = 0
         self._end_ids = {*tokenizer.eos_token_ids, *prepared.params.stop_token_ids}
         self._detokenizer = IncrementalDetokenizer(tokenizer, prepared.prompt_token_ids)
         self._stop_strings = StopStrings(prepared.params.stop_strings)
-        self.is_finished = False
+        self._record = record
 
-    def push(self, output: EngineOutput) -> Delta | None:
-        """The delta that `output` adds, None where nothing can be shown yet.
+    def push(self, token_id: int, logprob: TokenLogprob | None) -> Delta:
+        """What a token adds behind which the engine goes on; the last delta if it ends a stop string."""
+        self._num_tokens += 1
+        text = self._detokenizer.push_one(token_id)
+        logprobs = None if logprob is None else [logprob]
+        if self._stop_strings.stops:
+            text = self._stop_strings.push(text)
+            if self._stop_strings.is_matched:
+                return self._last(text, [token_id], logprobs, "stop")
+        return Delta(self._index, text, [token_id], logprobs, None, None)
+
+    def end(self, end: SequenceEnd) -> Delta:
+        """The last delta.
 
         Raises:
-            LoraserveError: the sequence failed; this is its end.
+            LoraserveError: the sequence failed.
         """
-        if output.error is not None:
-            self.is_finished = True
-            raise output.error
-        if output.finish_reason is None and output.token_id is not None and not self._stop_strings.stops:
-            return self._push_token(output.token_id, output.logprob)
-        token_ids = [] if output.token_id is None else [output.token_id]
-        self._completion_tokens += len(token_ids)
-        finish = output.finish_reason
-        text = self._text(token_ids, finish)
-        if self._stop_strings.is_matched:
-            finish = "stop"
-        self.is_finished = finish is not None
-        return self._delta(text, token_ids, finish, output)
+        if end.error is not None:
+            raise end.error
+        token_ids = [] if end.token_id is None else [end.token_id]
+        self._num_tokens += len(token_ids)
+        text = self._last_text(token_ids, end.finish_reason)
+        finish = "stop" if self._stop_strings.is_matched else end.finish_reason
+        return self._last(text, token_ids, None if end.logprob is None else [end.logprob], finish)
 
-    def _push_token(self, token_id: int, logprob: TokenLogprob | None) -> Delta:
-        """What all tokens but the last are in an answer without stop strings."""
-        self._completion_tokens += 1
-        token_ids = [token_id]
-        logprobs = None if logprob is None else [logprob]
-        return Delta(self._index, self._detokenizer.push(token_ids), token_ids, logprobs, None, None)
-
-    def _text(self, token_ids: list[int], finish: FinishReason | None) -> str:
-        """New text, without the end token and without what may yet become a stop string."""
+    def _last_text(self, token_ids: list[int], finish: FinishReason | None) -> str:
+        """New text without the end token, and what was held back."""
         is_end_token = finish == "stop" and bool(token_ids) and token_ids[-1] in self._end_ids
-        text = self._detokenizer.push([] if is_end_token else token_ids)
-        if finish is not None:
-            text += self._detokenizer.flush()
+        text = self._detokenizer.push([] if is_end_token else token_ids) + self._detokenizer.flush()
         text = self._stop_strings.push(text)
-        if finish is not None and not self._stop_strings.is_matched:
-            text += self._stop_strings.flush()
-        return text
+        return text if self._stop_strings.is_matched else text + self._stop_strings.flush()
 
-    def _delta(
+    def _last(
         self,
         text: str,
         token_ids: list[int],
+        logprobs: list[TokenLogprob] | None,
         finish: FinishReason | None,
-        output: EngineOutput,
-    ) -> Delta | None:
-        if not (text or token_ids or finish):
-            return None
-        logprobs = None if output.logprob is None else [output.logprob]
-        if finish is None:
-            return Delta(self._index, text, token_ids, logprobs, None, None)
-        usage = Usage(self._prompt_tokens, self._completion_tokens, output.num_cached_tokens)
-        return Delta(self._index, text, token_ids, logprobs, finish, usage, output.clock.timing())
+    ) -> Delta:
+        usage = Usage(self._num_prompt_tokens, self._num_tokens, self._record.num_cached_tokens)
+        return Delta(self._index, text, token_ids, logprobs, finish, usage, self._record.timing())
 
 
 class Frontend(Generic[Owner]):
@@ -253,19 +243,20 @@ class Frontend(Generic[Owner]):
         try:
             for index in range(params.n):
                 seed = None if params.seed is None else params.seed + index
+                record = SequenceRecord(prepared.arrived_at)
                 request_id = self._engine.submit(
                     prepared.prompt_token_ids,
                     prepared.adapters,
                     params,
                     seed,
-                    arrived_at=prepared.arrived_at,
+                    record=record,
                     deadline_s=prepared.deadline_s,
                     cache_scope=prepared.cache_scope,
                     needs_adapter=prepared.needs_adapter,
                     matcher=prepared.matcher and prepared.matcher.copy(),
                 )
                 request_ids.append(request_id)
-                sequence = ActiveSequence(request_id, index, prepared, self._tokenizer)
+                sequence = ActiveSequence(index, prepared, self._tokenizer, record)
                 self._active[request_id] = (sequence, owner)
         except BaseException:
             self.abort(request_ids)
@@ -280,29 +271,37 @@ class Frontend(Generic[Owner]):
 
     def route(
         self,
-        outputs: Sequence[EngineOutput],
-        on_delta: Callable[[Owner, Delta], None],
-        on_error: Callable[[Owner, Exception], None],
+        outputs: EngineOutputs,
+        on_delta: Callable[[Owner, Delta], object],
+        on_error: Callable[[Owner, Exception], object],
     ) -> None:
-        """Turn engine outputs into deltas; a sequence ended by a stop string is aborted in the engine."""
-        for output in outputs:
-            sequence, owner = self._active.get(output.request_id, (None, None))
-            if sequence is None or owner is None:
+        """Turn what a step gave into deltas; a sequence ended by a stop string is aborted in the engine."""
+        active, logprobs = self._active, outputs.logprobs
+        for request_id, token_id in zip(outputs.request_ids, outputs.token_ids, strict=True):
+            found = active.get(request_id)
+            if found is None:
                 continue  # aborted: nobody waits for it
+            sequence, owner = found
             try:
-                delta = sequence.push(output)
+                delta = sequence.push(token_id, logprobs.get(request_id))
             except Exception as error:
-                self._active.pop(output.request_id, None)
-                if not output.is_last:
-                    self._engine.abort(output.request_id)
+                self.abort([request_id])
                 on_error(owner, error)
                 continue
-            if sequence.is_finished:
-                self._active.pop(output.request_id, None)
-                if not output.is_last:
-                    self._engine.abort(output.request_id)
-            if delta is not None:
-                on_delta(owner, delta)
+            if delta.finish_reason is not None:
+                self.abort([request_id])
+            on_delta(owner, delta)
+        for end in outputs.ends:
+            found = active.pop(end.request_id, None)
+            if found is None:
+                continue
+            sequence, owner = found
+            try:
+                delta = sequence.end(end)
+            except Exception as error:
+                on_error(owner, error)
+                continue
+            on_delta(owner, delta)
 
 
 def check_deadline(deadline_s: Any) -> None:

@@ -1,8 +1,9 @@
-"""What the engine knows of an unfinished sequence, the moments of its life, and the events it gives out."""
+"""What the engine knows of an unfinished sequence, what it notes of its life, and what a step gives out."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,22 +13,17 @@ from loraserve.request import FinishReason, RequestTiming, TokenLogprob
 
 
 @dataclass
-class RequestClock:
-    """Moments of one sequence on `time.monotonic`; the engine's thread notes them as they come."""
+class SequenceRecord:
+    """Of one sequence, as it goes on: moments on `time.monotonic`, and what was there for it already.
+
+    Whoever submits it makes it; the engine's thread notes the rest.
+    """
 
     arrived_at: float
-    adapter_was_resident: bool
+    adapter_was_resident: bool = True
+    num_cached_tokens: int = 0  # of its prompt
     admitted_at: float | None = None
     first_token_at: float | None = None
-
-    def admit(self) -> None:
-        """The model begins with its prompt now."""
-        self.admitted_at = time.monotonic()
-
-    def note_token(self) -> None:
-        """A token has come now; only the first one's moment is kept."""
-        if self.first_token_at is None:
-            self.first_token_at = time.monotonic()
 
     def timing(self) -> RequestTiming:
         """What it took, if it ends now."""
@@ -42,21 +38,27 @@ class RequestClock:
         )
 
 
-class EngineOutput(NamedTuple):
-    """One event of one sequence: a token, its end, or both; `error` only with the end."""
+class SequenceEnd(NamedTuple):
+    """The end of one sequence, by a reason or an error, with the token that came with it."""
 
     request_id: int
     token_id: int | None
     logprob: TokenLogprob | None
     finish_reason: FinishReason | None
     error: LoraserveError | None
-    num_cached_tokens: int
-    clock: RequestClock
 
-    @property
-    def is_last(self) -> bool:
-        """Whether nothing more comes of this sequence."""
-        return self.finish_reason is not None or self.error is not None
+
+class EngineOutputs(NamedTuple):
+    """What a step gave: a token to each of `request_ids`, which go on, and then ends.
+
+    `logprobs` are by request id, of those that asked for them. Most sequences of a step are given a token and
+    nothing else, so there is no object for each.
+    """
+
+    request_ids: Sequence[int]
+    token_ids: Sequence[int]
+    logprobs: Mapping[int, TokenLogprob]
+    ends: Sequence[SequenceEnd]
 
 
 @dataclass(frozen=True)
@@ -66,28 +68,26 @@ class SequenceState:
     `deadline_s` is in seconds from its arrival; `usage` are the counters it counts in.
     """
 
-    clock: RequestClock
+    record: SequenceRecord
     deadline_s: float | None
     num_prompt_tokens: int
     usage: list[AdapterUsage]
     adapter_names: tuple[str, ...]
 
-    def admit(self) -> None:
-        """Its prompt is computed from now on."""
-        self.clock.admit()
+    def admit(self, num_cached_tokens: int) -> None:
+        """Its prompt is computed from now on, but for as many tokens that came from the prefix cache."""
+        self.record.admitted_at = time.monotonic()
+        self.record.num_cached_tokens = num_cached_tokens
         for counter in self.usage:
             counter.num_prompt_tokens += self.num_prompt_tokens
+            counter.num_cached_tokens += num_cached_tokens
 
     def note_token(self) -> None:
         """It was given one more token."""
-        self.clock.note_token()
+        if self.record.first_token_at is None:
+            self.record.first_token_at = time.monotonic()
         for counter in self.usage:
             counter.num_completion_tokens += 1
-
-    def end(self, num_cached_tokens: int) -> None:
-        """It is over; as many tokens of its prompt came from the prefix cache."""
-        for counter in self.usage:
-            counter.num_cached_tokens += num_cached_tokens
 
     def not_finite_error(self, dtype: str, num_output_tokens: int) -> NotFiniteError:
         """Of logits that were no numbers after as many tokens, of a model stored as `dtype`."""

@@ -8,6 +8,7 @@ REPLACEMENT = "\ufffd"
 # Tokens that are decoded again before new ones: as many as may hold the bytes of an unfinished character, and
 # one more, which takes what a decoder does to the first token of a text.
 NUM_CONTEXT = 4
+MAX_WHOLE = 64  # tokens kept, of which the last NUM_CONTEXT are needed
 
 
 class IncrementalDetokenizer:
@@ -17,34 +18,49 @@ class IncrementalDetokenizer:
 
     Decoding begins a few tokens back, never at the beginning, so the cost is linear. Text is held back as
     long as a coming token may change it: an unfinished character of a byte-level vocabulary, and a run of
-    byte tokens of a byte-fallback one, which is decoded as a whole where it ends.
+    byte tokens of a byte-fallback one, which is decoded as a whole where it ends. Tokens that are whole
+    characters by themselves only gather behind the window, until one comes that is decoded.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
+        self._whole_texts = tokenizer.whole_texts
         self._window = _context(tokenizer, prompt_token_ids)
         self._shown = tokenizer.decode(self._window)  # what of the window's text is out
         self._is_whole = not self._shown.endswith(REPLACEMENT)  # all of it is out, and may be added to
+        self._whole: list[int] = []  # tokens behind the window, whose texts are out
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Text that is complete with these tokens and was not before."""
-        return "".join([self._push_one(token) for token in token_ids])
+        return "".join([self.push_one(token) for token in token_ids])
+
+    def push_one(self, token: int) -> str:
+        """As `push`, of one token."""
+        if self._is_whole:
+            text = self._whole_texts[token]
+            if text is not None:
+                self._whole.append(token)
+                if len(self._whole) >= MAX_WHOLE:
+                    self._take_whole()
+                return text
+        return self._decode_one(token) if self._tokenizer.is_text(token) else ""
 
     def flush(self) -> str:
         """What is left if no more tokens come: an unfinished character, as U+FFFD."""
+        self._take_whole()
         return self._added(self._tokenizer.decode(self._window))
 
-    def _push_one(self, token: int) -> str:
-        whole = self._tokenizer.whole_text(token) if self._is_whole else None
-        if whole is not None:
-            self._window.append(token)
-            self._shown += whole
-            if len(self._window) >= 2 * NUM_CONTEXT:
-                self._shorten()
-            return whole
-        return self._decode_one(token) if self._tokenizer.is_text(token) else ""
+    def _take_whole(self) -> None:
+        """Into the window go the last of the tokens behind it; enough of them are context alone."""
+        taken = self._whole[-NUM_CONTEXT:]
+        if len(taken) == NUM_CONTEXT:
+            self._window, self._shown = [], ""
+        self._window += taken
+        self._shown += "".join([self._whole_texts[token] or "" for token in taken])
+        self._whole = []
 
     def _decode_one(self, token: int) -> str:
+        self._take_whole()
         self._window.append(token)
         if token in self._tokenizer.byte_ids:
             self._is_whole = False
@@ -68,8 +84,7 @@ class IncrementalDetokenizer:
 
     def _shorten(self) -> None:
         kept = self._window[-NUM_CONTEXT:]
-        wholes = [self._tokenizer.whole_text(token) for token in kept] if self._is_whole else [None]
-        text = self._tokenizer.decode(kept) if None in wholes else "".join(filter(None, wholes))
+        text = self._tokenizer.decode(kept)
         if text:  # else what a decoder strips from the beginning of a text would be taken from the next token
             self._window, self._shown = kept, text.removesuffix(REPLACEMENT)
 

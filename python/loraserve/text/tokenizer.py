@@ -40,6 +40,21 @@ DECODING = BackendCall("the model's tokenizer can't decode these tokens", ModelE
 SETTING_UP = BackendCall("the model's tokenizer can't be used", ModelError)
 
 
+class WholeTexts(dict[int, "str | None"]):
+    """By token id, text that the token adds behind any whole characters; None where that is not certain.
+
+    In a byte-level vocabulary most tokens are whole characters, and nothing is decoded to stream them.
+    """
+
+    def __init__(self, tokenizer: "Tokenizer") -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
+
+    def __missing__(self, token_id: int) -> str | None:
+        text = self[token_id] = self._tokenizer.find_whole_text(token_id)
+        return text
+
+
 class Tokenizer:
     """Wraps a `tokenizers` tokenizer; safe to use from several threads."""
 
@@ -70,7 +85,7 @@ class Tokenizer:
             self._adds_bos_itself = backend.encode("").ids[:1] == [self.bos_token_id]
         self._add_bos = self._adds_bos_itself if add_bos is None else add_bos
         self.special_tokens = dict(special_tokens)
-        self._whole_texts: dict[int, str | None] = {}
+        self.whole_texts: Mapping[int, str | None] = WholeTexts(self)
         self.chat_template = self.build_chat_template(chat_template) if chat_template else None
 
     @classmethod
@@ -192,18 +207,8 @@ class Tokenizer:
             return self.decode([token_id], skip_special_tokens=False)
         return self.decode([token_id, token_id]).removeprefix(self.decode([token_id]))
 
-    def whole_text(self, token_id: int) -> str | None:
-        """Text that the token adds behind any whole characters; None where that is not certain.
-
-        In a byte-level vocabulary most tokens are whole characters, and nothing is decoded to stream them.
-        """
-        try:
-            return self._whole_texts[token_id]
-        except KeyError:
-            text = self._whole_texts[token_id] = self._find_whole_text(token_id)
-            return text
-
-    def _find_whole_text(self, token_id: int) -> str | None:
+    def find_whole_text(self, token_id: int) -> str | None:
+        """As of `whole_texts`, which remembers it."""
         token = self._backend.id_to_token(token_id)
         if token is None or not self._is_byte_level or token_id in self._added_ids:
             return None

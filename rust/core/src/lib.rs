@@ -21,4 +21,4 @@ pub use batch::Batch;
 pub use error::{Error, ErrorKind};
 pub use ids::{AdapterId, AdapterKey, CacheScope, PageId, PrefixIdentity, RequestId, SlotId};
 pub use request::{Failure, FinishReason, NewRequest, RequestOutput};
-pub use scheduler::{Load, Scheduler, SchedulerConfig, SchedulerOutput, SchedulerStats};
+pub use scheduler::{Admission, Load, Scheduler, SchedulerConfig, SchedulerOutput, SchedulerStats};

@@ -121,8 +121,6 @@ pub struct RequestOutput {
     pub request: RequestId,
     pub token: Option<i32>,
     pub finish: Option<FinishReason>,
-    /// Prompt tokens whose KV was found in the prefix cache.
-    pub num_cached_tokens: usize,
 }
 
 #[cfg(test)]

@@ -10,8 +10,8 @@ pub struct Sequence {
     /// Prompt, then what was generated.
     pub tokens: Vec<i32>,
     pub prompt_len: usize,
-    /// Prompt tokens found in the prefix cache at first admission; `None` before it.
-    pub num_cached: Option<usize>,
+    /// Whether it ran before; it may wait again since.
+    pub was_admitted: bool,
 }
 
 #[derive(Debug)]
@@ -68,7 +68,6 @@ impl Sequence {
             request: self.request.id,
             token,
             finish,
-            num_cached_tokens: self.num_cached.unwrap_or(0),
         }
     }
 }
@@ -134,7 +133,7 @@ mod tests {
             request,
             tokens: vec![7],
             prompt_len: 1,
-            num_cached: None,
+            was_admitted: false,
         }
     }
 

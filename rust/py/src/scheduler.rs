@@ -21,7 +21,7 @@ pub struct SchedulerOutput {
     #[pyo3(get)]
     loads: Vec<(u32, u32, u32, usize)>,
     #[pyo3(get)]
-    admitted: Vec<u64>,
+    admitted: Vec<(u64, usize)>,
     #[pyo3(get)]
     batch: Option<Py<Batch>>,
 }
@@ -30,6 +30,10 @@ impl SchedulerOutput {
     fn new(py: Python<'_>, output: core::SchedulerOutput) -> PyResult<Self> {
         let moves = output.moves.iter();
         let loads = output.loads.iter();
+        let admitted = output
+            .admitted
+            .iter()
+            .map(|a| (a.request.0, a.num_cached_tokens));
         let batch = output.batch.map(|batch| Py::new(py, Batch::from(batch)));
         Ok(Self {
             id: output.id,
@@ -39,38 +43,69 @@ impl SchedulerOutput {
             loads: loads
                 .map(|l| (l.adapter.0, l.slot.0, l.first_page.0, l.num_pages))
                 .collect(),
-            admitted: output.admitted.iter().map(|id| id.0).collect(),
+            admitted: admitted.collect(),
             batch: batch.transpose()?,
         })
     }
 }
 
-/// One event of a request; with a reason or an error it is the last.
+/// What has come of requests: tokens that were not their last ones, as two lists, and ends.
 #[pyclass(frozen, get_all, module = "loraserve._core")]
-pub struct RequestOutput {
+pub struct RequestOutputs {
+    request_ids: Vec<u64>,
+    token_ids: Vec<i32>,
+    ends: Vec<Py<RequestEnd>>,
+}
+
+impl RequestOutputs {
+    /// A request's end is behind all its tokens, so the two may be told apart.
+    fn new(py: Python<'_>, outputs: Vec<core::RequestOutput>) -> PyResult<Self> {
+        let mut all = Self {
+            request_ids: Vec::with_capacity(outputs.len()),
+            token_ids: Vec::with_capacity(outputs.len()),
+            ends: Vec::new(),
+        };
+        for output in outputs {
+            match (output.token, output.finish) {
+                (token_id, Some(finish)) => {
+                    let (finish_reason, error) = reason_and_error(py, finish);
+                    let end = RequestEnd {
+                        request_id: output.request.0,
+                        token_id,
+                        finish_reason,
+                        error,
+                    };
+                    all.ends.push(Py::new(py, end)?);
+                }
+                (Some(token_id), None) => {
+                    all.request_ids.push(output.request.0);
+                    all.token_ids.push(token_id);
+                }
+                (None, None) => unreachable!("invariant: an event is a token, an end, or both"),
+            }
+        }
+        Ok(all)
+    }
+}
+
+/// A request's end, with the token that came with it.
+#[pyclass(frozen, get_all, module = "loraserve._core")]
+pub struct RequestEnd {
     request_id: u64,
     token_id: Option<i32>,
     finish_reason: Option<&'static str>,
     error: Option<Py<PyBaseException>>,
-    num_cached_tokens: usize,
 }
 
-impl RequestOutput {
-    fn new(py: Python<'_>, output: core::RequestOutput) -> Self {
-        let (finish_reason, error) = match output.finish {
-            None => (None, None),
-            Some(FinishReason::Stop) => (Some("stop"), None),
-            Some(FinishReason::Length) => (Some("length"), None),
-            Some(FinishReason::Abort) => (Some("abort"), None),
-            Some(FinishReason::Error(failure)) => (None, Some(exception(py, &failure))),
-        };
-        Self {
-            request_id: output.request.0,
-            token_id: output.token,
-            finish_reason,
-            error,
-            num_cached_tokens: output.num_cached_tokens,
-        }
+fn reason_and_error(
+    py: Python<'_>,
+    finish: FinishReason,
+) -> (Option<&'static str>, Option<Py<PyBaseException>>) {
+    match finish {
+        FinishReason::Stop => (Some("stop"), None),
+        FinishReason::Length => (Some("length"), None),
+        FinishReason::Abort => (Some("abort"), None),
+        FinishReason::Error(failure) => (None, Some(exception(py, &failure))),
     }
 }
 
@@ -210,11 +245,8 @@ impl Scheduler {
         answered.map_err(of_core)
     }
 
-    fn drain_outputs(&mut self, py: Python<'_>) -> Vec<RequestOutput> {
-        let outputs = self.inner.drain_outputs().into_iter();
-        outputs
-            .map(|output| RequestOutput::new(py, output))
-            .collect()
+    fn drain_outputs(&mut self, py: Python<'_>) -> PyResult<RequestOutputs> {
+        RequestOutputs::new(py, self.inner.drain_outputs())
     }
 
     fn num_waiting(&self) -> usize {
@@ -297,5 +329,6 @@ fn exception(py: Python<'_>, failure: &Failure) -> Py<PyBaseException> {
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<Scheduler>()?;
     m.add_class::<SchedulerOutput>()?;
-    m.add_class::<RequestOutput>()
+    m.add_class::<RequestOutputs>()?;
+    m.add_class::<RequestEnd>()
 }

@@ -1,6 +1,6 @@
 //! Waiting requests: in order of arrival, loads started ahead of need, admission when everything is there.
 
-use super::{Load, Plan, Scheduler, shield_adapters};
+use super::{Admission, Load, Plan, Scheduler, shield_adapters};
 use crate::adapter_cache::AdapterState;
 use crate::ids::AdapterId;
 use crate::sequence::{InFlightTokens, Running};
@@ -125,9 +125,12 @@ impl Scheduler {
             .remove(index)
             .expect("invariant: the request waits");
         let mut sequence = waiting.sequence;
-        if sequence.num_cached.is_none() {
-            sequence.num_cached = Some(num_computed);
-            plan.admitted.push(sequence.request.id);
+        if !sequence.was_admitted {
+            sequence.was_admitted = true;
+            plan.admitted.push(Admission {
+                request: sequence.request.id,
+                num_cached_tokens: num_computed,
+            });
         }
         self.num_prefix_hit_tokens += num_computed as u64;
         let adapters = sequence

@@ -42,6 +42,14 @@ pub struct Load {
     pub num_pages: usize,
 }
 
+/// A request that the model begins with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Admission {
+    pub request: RequestId,
+    /// Prompt tokens whose KV was found in the prefix cache.
+    pub num_cached_tokens: usize,
+}
+
 /// What to do next: the moves, in order; then start the loads; then run the batch and commit it.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct SchedulerOutput {
@@ -49,7 +57,7 @@ pub struct SchedulerOutput {
     pub moves: Vec<Move>,
     pub loads: Vec<Load>,
     /// Requests that begin with this step; one that comes back after preemption is not among them.
-    pub admitted: Vec<RequestId>,
+    pub admitted: Vec<Admission>,
     pub batch: Option<Batch>,
 }
 
@@ -118,7 +126,7 @@ struct Plan {
     rows: Vec<(usize, usize)>,
     moves: Vec<Move>,
     loads: Vec<Load>,
-    admitted: Vec<RequestId>,
+    admitted: Vec<Admission>,
     has_preempted: bool,
     is_short_of_memory: bool,
 }

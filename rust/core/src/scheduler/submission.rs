@@ -108,7 +108,7 @@ impl Scheduler {
         let sequence = Sequence {
             prompt_len: new.prompt.len(),
             tokens: new.prompt,
-            num_cached: None,
+            was_admitted: false,
             request: Request {
                 id,
                 identity: self.identity(new.scope, &adapters),

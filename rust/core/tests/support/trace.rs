@@ -32,7 +32,11 @@ impl Trace {
             let ids = [load.adapter.0, load.slot.0, load.first_page.0].map(u64::from);
             self.add_all(ids.into_iter().chain([load.num_pages as u64]));
         }
-        self.add_all(step.admitted.iter().map(|request| request.0));
+        self.add_all(
+            step.admitted
+                .iter()
+                .flat_map(|a| [a.request.0, a.num_cached_tokens as u64]),
+        );
         let Some(batch) = &step.batch else { return };
         let arrays = [
             &batch.token_ids,
@@ -64,8 +68,7 @@ impl Trace {
             Some(FinishReason::Error(_)) => 4,
         };
         let token = output.token.map_or(u64::MAX, |token| token as u64);
-        let num_cached = output.num_cached_tokens as u64;
-        self.add_all([output.request.0, token, finish, num_cached]);
+        self.add_all([output.request.0, token, finish]);
     }
 
     pub fn add_stats(&mut self, stats: &SchedulerStats) {

@@ -51,11 +51,26 @@ fn commit(scheduler: &mut Scheduler, step: &SchedulerOutput) {
 fn step(scheduler: &mut Scheduler) -> Option<Batch> {
     let step = scheduler.schedule();
     scheduler.check_invariants();
-    commit(scheduler, &step);
+    finish_step(scheduler, &step);
+    step.batch
+}
+
+fn finish_step(scheduler: &mut Scheduler, step: &SchedulerOutput) {
+    commit(scheduler, step);
     for load in &step.loads {
         scheduler.adapter_loaded(load.adapter).unwrap();
     }
-    step.batch
+}
+
+/// Prompt tokens found in the prefix cache, of each request admitted until the queue is empty.
+fn num_cached(scheduler: &mut Scheduler) -> Vec<usize> {
+    let mut all = Vec::new();
+    while scheduler.has_work() {
+        let planned = scheduler.schedule();
+        all.extend(planned.admitted.iter().map(|a| a.num_cached_tokens));
+        finish_step(scheduler, &planned);
+    }
+    all
 }
 
 fn drain(scheduler: &mut Scheduler) {

@@ -5,15 +5,11 @@ use super::*;
 #[test]
 fn second_request_reuses_the_prefix_but_recomputes_its_last_token() {
     let mut s = scheduler(|_| ());
+    let mut cached = Vec::new();
     for _ in 0..2 {
         s.submit(request(&[1; 8], &[], 1)).unwrap();
-        drain(&mut s);
+        cached.extend(num_cached(&mut s));
     }
-    let cached: Vec<_> = s
-        .drain_outputs()
-        .iter()
-        .map(|output| output.num_cached_tokens)
-        .collect();
     assert_eq!(cached, [0, 4]);
 }
 
@@ -41,8 +37,7 @@ fn a_prompt_cached_in_one_scope_is_computed_again_in_another() {
             ..request(&[1; 9], &[(adapter, 1.0)], 1)
         })
         .unwrap();
-        drain(&mut s);
-        cached.push(s.drain_outputs()[0].num_cached_tokens);
+        cached.extend(num_cached(&mut s));
     }
     assert_eq!(cached, [0, 0, 0, 0, 8, 8]);
 }
@@ -54,8 +49,7 @@ fn name_bound_to_other_content_never_meets_the_old_prefix() {
     for content_hash in ["h1", "h2", "h1"] {
         s.register_adapter("a", content_hash, 100).unwrap();
         s.submit(request(&[1; 9], &[("a", 1.0)], 1)).unwrap();
-        drain(&mut s);
-        cached.push(s.drain_outputs()[0].num_cached_tokens);
+        cached.extend(num_cached(&mut s));
         s.unregister_adapter("a").unwrap();
     }
     assert_eq!(cached, [0, 0, 8]);
