@@ -27,7 +27,9 @@ CRATES: dict[str, tuple[set[str], str]] = {
         """
         error foreign layout pace receipt
         fields pattern read shape
-        target tensor_name
+        shards
+        weights
+        alpha initialisation names target tensor_name
         config
         bind
         content matrix

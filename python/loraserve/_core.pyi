@@ -407,6 +407,9 @@ class Receipt:
     """What a checked adapter turned out to be."""
 
     @property
+    def directory(self) -> str:
+        """Where it was read from: the directory given, or the only one with an adapter below that."""
+    @property
     def tensors(self) -> int:
         """Tensors applied; every tensor in the file is, but for `base_copies`."""
     @property

@@ -44,4 +44,4 @@ class AdapterCheck:
     def check(self, path: str, pace: _core.LoadPace | None = None) -> _core.Receipt:
         """`check_weights`, and what lies beside the weights and is not used. Raises AdapterFormatError."""
         receipt = self.check_weights(path, pace)
-        return receipt.with_beside([], self._beside.find_unused(path))
+        return receipt.with_beside([], self._beside.find_unused(receipt.directory))

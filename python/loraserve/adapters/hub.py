@@ -13,6 +13,8 @@ from loraserve.loader.hub import OnProgress, hub_errors, snapshot
 ADAPTER_FILES = [
     "adapter_config.json",
     "adapter_model.safetensors",
+    "adapter_model.safetensors.index.json",
+    "adapter_model-*-of-*.safetensors",
     "loraserve.json",
     *BESIDE_FILES,
     *VOCABULARY_FILES,
@@ -37,7 +39,10 @@ def download_adapter(
             allow_patterns=ADAPTER_FILES,
             on_progress=on_progress,
         )
-    for name in ADAPTER_FILES[:2]:
-        if not (path / name).is_file():
+    for name, pattern in (
+        ("adapter_config.json", "adapter_config.json"),
+        ("adapter_model.safetensors", "adapter_model*.safetensors"),
+    ):
+        if not any(file.is_file() for file in path.glob(pattern)):
             raise AdapterFormatError(f"Hub repository {repo_id!r} has no {name}, adapters need it")
     return path

@@ -129,8 +129,10 @@ class EngineAdapters:
         check_path(path, f"the path of adapter {name!r}")
         path = os.path.abspath(path)  # it is read again at every load, wherever the process is then
         receipt = self.loader.check(path)
-        manifest = (manifest or AdapterManifest()).merged_over(read_manifest(path))
-        return CheckedAdapter(name, path, receipt, manifest, self._checked_chat_template(name, manifest))
+        own = read_manifest(path) or read_manifest(receipt.directory)
+        manifest = (manifest or AdapterManifest()).merged_over(own)
+        template = self._checked_chat_template(name, manifest)
+        return CheckedAdapter(name, receipt.directory, receipt, manifest, template)
 
     def register(self, checked: CheckedAdapter, *, replace: bool = False, turn: int) -> _core.Receipt:
         """Serve an adapter under its name; its bytes enter the pool on first use.

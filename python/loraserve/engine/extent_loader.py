@@ -29,7 +29,7 @@ MAX_LOADER_THREADS = 32
 REST_S = 0.008
 MAX_OPEN_LOADS_AT_REST = 4
 
-Stamp: TypeAlias = "tuple[int, int] | None"
+Stamp: TypeAlias = "tuple[tuple[int, int], ...] | None"
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class ExtentLoader:
         stamp = _stamp(path)
         receipt = self._check.check(path, self._pace)
         if receipt.base_copies:
-            self._compared[path] = stamp
+            self._compared[receipt.directory] = stamp if receipt.directory == path else None
         return receipt
 
     def set_contended(self, is_contended: bool) -> None:
@@ -161,7 +161,7 @@ class ExtentLoader:
         return self._load(sources[-1], extent)
 
     def _load(self, source: RegisteredAdapter, extent: Extent) -> _core.AdapterLayout:
-        if source.path in self._compared and self._compared[source.path] != _stamp(source.path):
+        if source.path in self._compared and not _is_as(self._compared[source.path], source.path):
             self._check.check_weights(source.path, self._pace)
 
         def load(address: int) -> _core.AdapterLayout:
@@ -196,12 +196,18 @@ def _end_threads(jobs: _Jobs) -> None:
 
 
 def _stamp(path: str) -> Stamp:
-    """When an adapter's weights were last changed, and their size; None if they are not there."""
+    """When the files of an adapter's weights were last changed, and their sizes; None if none are there."""
     try:
-        stat = os.stat(os.path.join(path, "adapter_model.safetensors"))
+        names = sorted(name for name in os.listdir(path) if name.endswith(".safetensors"))
+        stats = [os.stat(os.path.join(path, name)) for name in names]
     except (OSError, ValueError):
         return None
-    return stat.st_mtime_ns, stat.st_size
+    return tuple((stat.st_mtime_ns, stat.st_size) for stat in stats) or None
+
+
+def _is_as(stamp: Stamp, path: str) -> bool:
+    """Whether the weights are as they were when `stamp` was taken of them."""
+    return stamp is not None and stamp == _stamp(path)
 
 
 def rest_s(num_open: int) -> float:

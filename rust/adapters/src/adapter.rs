@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use crate::alpha::read_alphas;
 use crate::base_copy::{BaseCopy, BaseWeights, take_copies};
 use crate::bind::{Binding, bind};
 use crate::config::Config;
@@ -10,11 +11,13 @@ use crate::content::ContentHash;
 use crate::error::{Error, Result};
 use crate::layout::{AdapterLayout, StorageDtype};
 use crate::matrix::Matrix;
+use crate::names::Names;
 use crate::pace::{Bursts, Pace};
 use crate::pack::{Packer, layout_of};
-use crate::read::{WeightsFile, read_config};
+use crate::read::{locate, read_config};
 use crate::receipt::Receipt;
 use crate::shape::BaseShape;
+use crate::weights::Weights;
 
 /// What the server accepts and how it stores it.
 #[derive(Clone, Copy, Debug)]
@@ -83,40 +86,47 @@ struct Adapter {
     directory: PathBuf,
     dtype: StorageDtype,
     base_model: Option<String>,
-    file: WeightsFile,
+    weights: Weights,
     /// In order of (layer, path).
     bindings: Vec<Binding>,
     copies: Vec<BaseCopy>,
+    notes: Vec<String>,
 }
 
 impl Adapter {
     fn open(directory: &Path, shape: &BaseShape, limits: Limits) -> Result<Self> {
-        let (path, text) = read_config(directory)?;
+        let (directory, located) = locate(directory);
+        let (path, text) = read_config(&directory)?;
         let config = Config::parse(&path, &text)?;
-        let file = WeightsFile::open(directory)?;
-        let mut tensors = file.tensors();
-        let copies = take_copies(&mut tensors, &config)?;
-        if tensors.is_empty() {
+        let (mut weights, sharded) = Weights::open(&directory)?;
+        let mut names = Names::read(weights.sources()?)?;
+        let copies = take_copies(&mut names.tensors, &config)?;
+        if names.tensors.is_empty() {
             return Err(Error::NoTensors {
-                path: file.path().into(),
+                path: weights.path().into(),
             });
         }
-        let bindings = bind(tensors, &config, shape, limits.max_lora_rank);
+        let mut notes: Vec<String> = located.into_iter().chain(sharded).collect();
+        notes.append(&mut names.notes);
+        let alphas = read_alphas(&mut weights, std::mem::take(&mut names.alphas))?;
+        let bindings = bind(names, alphas, &config, shape, limits.max_lora_rank);
         let bindings = bindings.map_err(|error| error.trained_on(config.base_model.as_deref()))?;
+        notes.extend(config.notes);
         Ok(Self {
-            directory: directory.into(),
+            directory,
             dtype: limits.dtype,
             base_model: config.base_model,
-            file,
+            weights,
             bindings,
             copies,
+            notes,
         })
     }
 
     fn check_copies(&mut self, base: Option<&dyn BaseWeights>, pace: &Pace) -> Result<()> {
         let mut bursts = Bursts::new(pace);
         let mut checks = self.copies.iter();
-        checks.try_for_each(|copy| copy.check(&mut self.file, self.dtype, base, &mut bursts))
+        checks.try_for_each(|copy| copy.check(&mut self.weights, self.dtype, base, &mut bursts))
     }
 
     fn load(
@@ -160,8 +170,8 @@ impl Adapter {
         let mut bursts = Bursts::new(pace);
         let (mut a, mut b) = (Vec::new(), Vec::new());
         for binding in &self.bindings {
-            let a = self.file.read(&binding.a.info, &mut a)?;
-            let b = self.file.read(&binding.b.info, &mut b)?;
+            let a = self.weights.read(&binding.a, &mut a)?;
+            let b = self.weights.read(&binding.b, &mut b)?;
             let nbytes = a.len() + b.len();
             hash.update(binding, a, b);
             let a = Matrix::new(&binding.a, a, self.dtype)?;
@@ -177,6 +187,7 @@ impl Adapter {
         let layers: BTreeSet<_> = bindings().map(|binding| binding.layer).collect();
         let ranks: BTreeSet<_> = bindings().map(|binding| binding.rank).collect();
         Receipt {
+            directory: self.directory,
             tensors: self.bindings.len() * 2,
             modules: module_names(bindings(), shape),
             base_check: base_check(self.bindings.len(), layers.len(), shape.num_layers),
@@ -186,7 +197,7 @@ impl Adapter {
             nbytes: layout_of(&self.bindings, shape, self.dtype).nbytes,
             hash,
             base_model: self.base_model,
-            notes: Vec::new(),
+            notes: self.notes,
             not_used: Vec::new(),
         }
     }

@@ -7,14 +7,13 @@ use blake3::Hasher;
 use safetensors::Dtype;
 use safetensors::tensor::TensorInfo;
 
-use crate::bind::Source;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::layout::StorageDtype;
 use crate::matrix::store;
 use crate::pace::Bursts;
-use crate::read::WeightsFile;
 use crate::tensor_name::BASE_COPIES;
+use crate::weights::{Source, Weights};
 
 /// Bytes of a copy read at a time: a burst.
 const PIECE_NBYTES: usize = 512 << 10;
@@ -47,13 +46,12 @@ pub(crate) struct BaseCopy {
 
 /// Takes the possible copies out of a file's tensors.
 pub(crate) fn take_copies(
-    tensors: &mut BTreeMap<String, TensorInfo>,
+    tensors: &mut BTreeMap<String, Source>,
     config: &Config,
 ) -> Result<Vec<BaseCopy>> {
     let mut copies = Vec::new();
     for (name, module) in BASE_COPIES {
-        if let Some((name, info)) = tensors.remove_entry(*name) {
-            let source = Source { name, info };
+        if let Some(source) = tensors.remove(*name) {
             copies.push(BaseCopy { module, source });
         }
     }
@@ -71,7 +69,7 @@ impl BaseCopy {
     /// Compares with the base, both as they are stored.
     pub(crate) fn check(
         &self,
-        file: &mut WeightsFile,
+        weights: &mut Weights,
         storage: StorageDtype,
         base: Option<&dyn BaseWeights>,
         bursts: &mut Bursts<'_>,
@@ -82,7 +80,7 @@ impl BaseCopy {
             .stored(self.module)
             .map_err(|reason| self.unchecked(reason))?;
         self.check_shape(stored.shape)?;
-        if self.digest(file, storage, bursts)? != stored.digest {
+        if self.digest(weights, storage, bursts)? != stored.digest {
             return Err(self.differs(format!("its values differ in {}", storage.name())));
         }
         Ok(())
@@ -106,14 +104,14 @@ impl BaseCopy {
 
     fn digest(
         &self,
-        file: &mut WeightsFile,
+        weights: &mut Weights,
         storage: StorageDtype,
         bursts: &mut Bursts<'_>,
     ) -> Result<String> {
         let (mut hasher, mut buffer, mut stored) = (Hasher::new(), Vec::new(), Vec::new());
         for piece in self.pieces() {
-            let bytes = file.read(&piece, &mut buffer)?;
-            store(piece.dtype, bytes, storage, &mut stored);
+            let bytes = weights.read(&piece, &mut buffer)?;
+            store(piece.info.dtype, bytes, storage, &mut stored);
             hasher.update(&stored);
             bursts.advance(bytes.len());
         }
@@ -121,15 +119,16 @@ impl BaseCopy {
     }
 
     /// The tensor's bytes, a piece at a time; a piece ends between elements.
-    fn pieces(&self) -> impl Iterator<Item = TensorInfo> + use<'_> {
+    fn pieces(&self) -> impl Iterator<Item = Source> + use<'_> {
         let info = &self.source.info;
         let (start, end) = info.data_offsets;
-        (start..end)
-            .step_by(PIECE_NBYTES)
-            .map(move |start| TensorInfo {
+        (start..end).step_by(PIECE_NBYTES).map(move |start| Source {
+            info: TensorInfo {
                 data_offsets: (start, end.min(start + PIECE_NBYTES)),
                 ..info.clone()
-            })
+            },
+            ..self.source.clone()
+        })
     }
 
     fn differs(&self, difference: String) -> Error {

@@ -3,19 +3,14 @@
 use std::collections::BTreeMap;
 
 use safetensors::Dtype;
-use safetensors::tensor::TensorInfo;
 
+use crate::alpha::{Alphas, StoredAlpha, refuse_unused};
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::names::Names;
 use crate::shape::{BaseShape, ModuleShape};
 use crate::tensor_name::{Half, TensorName, module_key, refuse_unsupported};
-
-/// A tensor of the file: its name and where it lies.
-#[derive(Clone, Debug)]
-pub(crate) struct Source {
-    pub(crate) name: String,
-    pub(crate) info: TensorInfo,
-}
+use crate::weights::Source;
 
 /// One adapted module, both halves found and fitting.
 #[derive(Debug)]
@@ -32,58 +27,115 @@ type Halves = (Option<Source>, Option<Source>);
 
 /// Bindings in order of (layer, path); fails on the first tensor that has no place.
 pub(crate) fn bind(
-    tensors: BTreeMap<String, TensorInfo>,
+    names: Names,
+    mut alphas: Alphas,
     config: &Config,
     shape: &BaseShape,
     max_lora_rank: usize,
 ) -> Result<Vec<Binding>> {
-    refuse_unsupported(&tensors.keys())?;
+    refuse_unsupported(&names.tensors)?;
     let mut halves: BTreeMap<(usize, String), Halves> = BTreeMap::new();
-    for (name, info) in tensors {
-        let parsed = TensorName::parse(&name, shape)?;
+    for (name, source) in names.tensors {
+        let parsed = TensorName::parse(&name, &source.name, shape)?;
         let pair = halves.entry((parsed.layer, parsed.path)).or_default();
-        let half = if parsed.half == Half::A {
-            &mut pair.0
-        } else {
-            &mut pair.1
-        };
-        if let Some(Source { name, .. }) = half.replace(Source { name, info }) {
-            return Err(Error::Duplicate { tensor: name });
+        match parsed.half {
+            Half::A => pair.0 = Some(source),
+            Half::B => pair.1 = Some(source),
         }
     }
-    let bindings = halves
-        .into_iter()
-        .map(|((layer, path), halves)| bind_module(layer, path, halves, config, shape))
-        .collect::<Result<Vec<_>>>()?;
+    let mut bindings = Vec::new();
+    let mut module_alphas = Vec::new();
+    for ((layer, path), halves) in halves {
+        let binding = bind_module(layer, path, halves, shape)?;
+        let alpha = alphas.remove(&format!("base_model.model.{}", binding.key()));
+        if names.has_down_and_up && alpha.is_none() && !config.has_alpha() {
+            return Err(without_alpha(&binding));
+        }
+        bindings.push(binding);
+        module_alphas.push(alpha);
+    }
+    refuse_unused(alphas)?;
     check_limit(&bindings, max_lora_rank)?;
-    check_targets(&bindings, config, shape)?;
+    configure(&mut bindings, &module_alphas, &names.roots, config, shape)?;
     Ok(bindings)
 }
 
-fn bind_module(
-    layer: usize,
-    path: String,
-    halves: Halves,
+/// Scales of the first root under which the config says what the tensors say; the first one's error else.
+fn configure(
+    bindings: &mut [Binding],
+    alphas: &[Option<StoredAlpha>],
+    roots: &[String],
     config: &Config,
     shape: &BaseShape,
-) -> Result<Binding> {
-    let (a, b) = pair(halves)?;
-    let key = module_key(layer, &path);
-    let rank = check_shapes(&key, &a, &b, &shape.modules[&path])?;
-    let expected = config.rank(&key)?;
-    if rank != expected {
-        return Err(Error::RankConfig {
-            module: key,
-            rank,
-            expected,
-        });
+) -> Result<()> {
+    let mut first_error = None;
+    for root in roots {
+        match scales(bindings, alphas, root, config, shape) {
+            Ok(scales) => {
+                for (binding, scale) in bindings.iter_mut().zip(scales) {
+                    binding.scale = scale;
+                }
+                return Ok(());
+            }
+            Err(error) => first_error = first_error.or(Some(error)),
+        }
     }
-    let scale = config.scale(&key, rank)?;
+    Err(first_error.expect("invariant: there is a root"))
+}
+
+fn scales(
+    bindings: &[Binding],
+    alphas: &[Option<StoredAlpha>],
+    root: &str,
+    config: &Config,
+    shape: &BaseShape,
+) -> Result<Vec<f32>> {
+    let mut scales = Vec::new();
+    for (binding, alpha) in bindings.iter().zip(alphas) {
+        let key = path_under(root, binding.layer, &binding.path);
+        let expected = config.rank(&key)?;
+        if binding.rank != expected {
+            return Err(Error::RankConfig {
+                module: binding.key(),
+                rank: binding.rank,
+                expected,
+            });
+        }
+        scales.push(config.scale(&key, binding.rank, alpha.as_ref())?);
+    }
+    check_targets(bindings, root, config, shape)?;
+    Ok(scales)
+}
+
+/// The path that a config's patterns are matched against.
+fn path_under(root: &str, layer: usize, path: &str) -> String {
+    format!("{root}layers.{layer}.{path}")
+}
+
+fn without_alpha(binding: &Binding) -> Error {
+    let reason = format!(
+        "is missing, and tensor {} has no alpha beside it: say how the adapter is scaled",
+        binding.a.name
+    );
+    Error::field("lora_alpha", reason)
+}
+
+impl Binding {
+    /// `model.layers.0.self_attn.q_proj`
+    pub(crate) fn key(&self) -> String {
+        module_key(self.layer, &self.path)
+    }
+}
+
+/// Not scaled yet.
+fn bind_module(layer: usize, path: String, halves: Halves, shape: &BaseShape) -> Result<Binding> {
+    let (a, b) = pair(halves)?;
+    let rank = check_shapes(&module_key(layer, &path), &a, &b, &shape.modules[&path])?;
     Ok(Binding {
         layer,
         path,
         rank,
-        scale,
+        scale: 1.0,
         a,
         b,
     })
@@ -159,7 +211,7 @@ fn check_features(key: &str, side: &'static str, adapter: usize, base: usize) ->
 fn check_limit(bindings: &[Binding], limit: usize) -> Result<()> {
     match bindings.iter().max_by_key(|binding| binding.rank) {
         Some(largest) if largest.rank > limit => Err(Error::RankLimit {
-            module: module_key(largest.layer, &largest.path),
+            module: largest.key(),
             rank: largest.rank,
             limit,
         }),
@@ -168,17 +220,27 @@ fn check_limit(bindings: &[Binding], limit: usize) -> Result<()> {
 }
 
 /// The modules with tensors are exactly those the config targets.
-fn check_targets(bindings: &[Binding], config: &Config, shape: &BaseShape) -> Result<()> {
+fn check_targets(
+    bindings: &[Binding],
+    root: &str,
+    config: &Config,
+    shape: &BaseShape,
+) -> Result<()> {
     let bound: BTreeMap<_, _> = bindings
         .iter()
         .map(|b| ((b.layer, b.path.as_str()), b))
         .collect();
     for layer in 0..shape.num_layers {
         for path in shape.modules.keys() {
-            let key = module_key(layer, path);
-            let targeted = config.targets.contains(&key, layer)?;
+            let targeted = config
+                .targets
+                .contains(&path_under(root, layer, path), layer)?;
             match (targeted, bound.get(&(layer, path.as_str()))) {
-                (Some(true), None) => return Err(Error::TargetWithoutTensors { module: key }),
+                (Some(true), None) => {
+                    return Err(Error::TargetWithoutTensors {
+                        module: module_key(layer, path),
+                    });
+                }
                 (Some(false), Some(binding)) => {
                     return Err(Error::Untargeted {
                         tensor: binding.a.name.clone(),

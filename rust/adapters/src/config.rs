@@ -4,8 +4,10 @@ use std::path::Path;
 
 use serde_json::Value;
 
+use crate::alpha::StoredAlpha;
 use crate::error::{Error, Result};
 use crate::fields::Fields;
+use crate::initialisation;
 use crate::pattern::PatternMap;
 use crate::target::Targets;
 use crate::tensor_name::BASE_COPIES;
@@ -14,18 +16,17 @@ use crate::tensor_name::BASE_COPIES;
 const DEFAULT_RANK: usize = 8;
 const DEFAULT_ALPHA: f64 = 8.0;
 
-/// Initialisations that leave the base weights as they are; the others train against altered ones.
-const PLAIN_INITIALISATIONS: &[&str] = &["eva", "gaussian", "mica", "orthogonal"];
-
 /// The parts of the config that decide what the adapter computes.
 pub(crate) struct Config {
     pub(crate) base_model: Option<String>,
     pub(crate) targets: Targets,
     /// `modules_to_save`: names of modules, or ends of their paths.
     pub(crate) saved_modules: Vec<String>,
+    pub(crate) notes: Vec<String>,
     rank: usize,
     rank_pattern: PatternMap<usize>,
-    alpha: f64,
+    /// `None` where the config does not say.
+    alpha: Option<f64>,
     alpha_pattern: PatternMap<f64>,
     use_rslora: bool,
 }
@@ -46,16 +47,17 @@ impl Config {
     fn new(fields: &Fields) -> Result<Self> {
         check_type(fields)?;
         fields.refuse_unsupported()?;
-        check_initialisation(fields)?;
+        let note = initialisation::check(fields)?;
         let rank_pattern = fields.ranks_by_pattern("rank_pattern")?;
         let alpha_pattern = fields.numbers_by_pattern("alpha_pattern")?;
         Ok(Self {
             base_model: fields.string("base_model_name_or_path").map(String::from),
             targets: Targets::new(fields)?,
             saved_modules: saved_modules(fields)?,
+            notes: note.into_iter().collect(),
             rank: fields.rank("r", DEFAULT_RANK)?,
             rank_pattern: PatternMap::new("rank_pattern", rank_pattern)?,
-            alpha: fields.number("lora_alpha", DEFAULT_ALPHA)?,
+            alpha: fields.number("lora_alpha")?,
             alpha_pattern: PatternMap::new("alpha_pattern", alpha_pattern)?,
             use_rslora: fields.flag("use_rslora")?,
         })
@@ -66,9 +68,30 @@ impl Config {
         Ok(self.rank_pattern.get(key)?.unwrap_or(self.rank))
     }
 
-    /// alpha/r, or alpha/√r for rsLoRA, of the module at `key`.
-    pub(crate) fn scale(&self, key: &str, rank: usize) -> Result<f32> {
-        let alpha = self.alpha_pattern.get(key)?.unwrap_or(self.alpha);
+    /// Whether it says how modules are scaled.
+    pub(crate) fn has_alpha(&self) -> bool {
+        self.alpha.is_some()
+    }
+
+    /// alpha/r, or alpha/√r for rsLoRA, of the module at `key`; an alpha among the tensors may not contradict.
+    pub(crate) fn scale(
+        &self,
+        key: &str,
+        rank: usize,
+        stored: Option<&StoredAlpha>,
+    ) -> Result<f32> {
+        let configured = self.alpha_pattern.get(key)?.or(self.alpha);
+        let alpha = match (stored, configured) {
+            (Some(stored), Some(configured)) if stored.alpha.total_cmp(&configured).is_ne() => {
+                return Err(Error::AlphaConfig {
+                    tensor: stored.tensor.clone(),
+                    alpha: stored.alpha,
+                    configured,
+                });
+            }
+            (Some(stored), _) => stored.alpha,
+            (None, configured) => configured.unwrap_or(DEFAULT_ALPHA),
+        };
         let rank = rank as f64;
         let scale = alpha / if self.use_rslora { rank.sqrt() } else { rank };
         let rounded = scale as f32;
@@ -114,19 +137,4 @@ fn saved_modules(fields: &Fields) -> Result<Vec<String>> {
 fn is_copied(path: &str) -> bool {
     let last = path.rsplit('.').next().unwrap_or(path);
     BASE_COPIES.iter().any(|(_, module)| *module == last)
-}
-
-/// PEFT rewrites `init_lora_weights` when it converts such an adapter back to the plain base.
-fn check_initialisation(fields: &Fields) -> Result<()> {
-    match fields.value("init_lora_weights") {
-        None | Some(Value::Bool(_)) => Ok(()),
-        Some(Value::String(name)) if PLAIN_INITIALISATIONS.contains(&name.as_str()) => Ok(()),
-        Some(value) => Err(Error::field(
-            "init_lora_weights",
-            format!(
-                "is {value}, which trains against altered base weights: save the adapter with \
-                 path_initial_model_for_weight_conversion"
-            ),
-        )),
-    }
 }

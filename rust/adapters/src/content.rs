@@ -2,8 +2,8 @@
 
 use blake3::Hasher;
 
-use crate::bind::{Binding, Source};
-use crate::tensor_name::module_key;
+use crate::bind::Binding;
+use crate::weights::Source;
 
 /// Names what is hashed and how; changes whenever that does.
 const DOMAIN: &[u8] = b"loraserve adapter content 2";
@@ -19,7 +19,7 @@ impl ContentHash {
     }
 
     pub(crate) fn update(&mut self, binding: &Binding, a: &[u8], b: &[u8]) {
-        self.bytes(module_key(binding.layer, &binding.path).as_bytes());
+        self.bytes(binding.key().as_bytes());
         self.bytes(&binding.scale.to_le_bytes());
         self.tensor(&binding.a, a);
         self.tensor(&binding.b, b);

@@ -82,8 +82,28 @@ pub enum Error {
     },
     #[error("tensor {tensor} fits no module of the base model: {reason}")]
     Unbound { tensor: String, reason: String },
-    #[error("tensor {tensor} appears twice, with and without '.default'")]
-    Duplicate { tensor: String },
+    #[error("tensors {first} and {second} are the same one: take out what was saved twice")]
+    Duplicate { first: String, second: String },
+    #[error(
+        "tensors {first} and {second} are {what}, in one file: save each adapter by itself, under one kind of names"
+    )]
+    MixedNames {
+        what: &'static str,
+        first: String,
+        second: String,
+    },
+    #[error("{} does not say which shards are this adapter's: {reason}", path.display())]
+    Shards { path: PathBuf, reason: String },
+    #[error(
+        "tensor {tensor} says alpha {alpha}, adapter_config.json {configured}: take the wrong one out"
+    )]
+    AlphaConfig {
+        tensor: String,
+        alpha: f64,
+        configured: f64,
+    },
+    #[error("tensor {tensor} is no alpha: {reason}")]
+    Alpha { tensor: String, reason: String },
     #[error("tensor {tensor} has no matching {missing}")]
     Unpaired {
         tensor: String,

@@ -160,10 +160,11 @@ impl Fields {
             .map_or(Ok(default), |value| rank_of(field, value))
     }
 
-    pub(crate) fn number(&self, field: &str, default: f64) -> Result<f64> {
+    pub(crate) fn number(&self, field: &str) -> Result<Option<f64>> {
         self.0
             .get(field)
-            .map_or(Ok(default), |value| number_of(field, value))
+            .map(|value| number_of(field, value))
+            .transpose()
     }
 
     pub(crate) fn ranks_by_pattern(&self, field: &str) -> Result<Vec<(&str, usize)>> {

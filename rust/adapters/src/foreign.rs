@@ -150,7 +150,6 @@ pub(crate) fn instead_of(missing: &str, directory: &Path) -> String {
     entries
         .misspelt(missing)
         .or_else(|| entries.below(directory))
-        .or_else(|| entries.sharded())
         .or_else(|| entries.pickled())
         .or_else(|| entries.foreign())
         .or_else(|| entries.whole_model())
@@ -158,13 +157,13 @@ pub(crate) fn instead_of(missing: &str, directory: &Path) -> String {
 }
 
 /// Names in a directory, ascending.
-struct Entries {
+pub(crate) struct Entries {
     files: Vec<String>,
     directories: Vec<String>,
 }
 
 impl Entries {
-    fn of(directory: &Path) -> Self {
+    pub(crate) fn of(directory: &Path) -> Self {
         let (mut files, mut directories) = (Vec::new(), Vec::new());
         let entries = fs::read_dir(directory).into_iter().flatten().flatten();
         for entry in entries.take(MAX_ENTRIES) {
@@ -180,6 +179,29 @@ impl Entries {
         files.sort();
         directories.sort();
         Self { files, directories }
+    }
+
+    pub(crate) fn files(&self) -> impl Iterator<Item = &str> {
+        self.files.iter().map(String::as_str)
+    }
+
+    /// Whether an adapter, or a part of one, lies in the directory itself.
+    pub(crate) fn has_files_of_an_adapter(&self) -> bool {
+        let is_of_one = |file: &str| file.starts_with("adapter_") || file.ends_with(".safetensors");
+        self.files().any(is_of_one)
+    }
+
+    /// Names of directories in `directory` that hold an adapter, those of the last steps last; a link may lead
+    /// anywhere, and is not followed.
+    pub(crate) fn adapters_below(&self, directory: &Path) -> Vec<&str> {
+        let has_adapter = |name: &&str| {
+            let path = directory.join(name);
+            !path.is_symlink() && path.join(CONFIG_FILE).is_file()
+        };
+        let directories = self.directories.iter().map(String::as_str);
+        let mut adapters: Vec<_> = directories.filter(has_adapter).collect();
+        adapters.sort_by_key(|name| step_of(name));
+        adapters
     }
 
     fn has(&self, name: &str) -> bool {
@@ -202,9 +224,7 @@ impl Entries {
 
     /// Trainers leave checkpoints below their output, PEFT puts an adapter with a name of its own there.
     fn below(&self, directory: &Path) -> Option<String> {
-        let has_adapter = |name: &&String| directory.join(name).join(CONFIG_FILE).is_file();
-        let mut adapters: Vec<_> = self.directories.iter().filter(has_adapter).collect();
-        adapters.sort_by_key(|name| step_of(name));
+        let adapters = self.adapters_below(directory);
         let last = adapters.last()?;
         let listed = adapters.iter().rev().take(MAX_QUOTED);
         let listed: Vec<_> = listed.map(|name| format!("{name}/")).collect();
@@ -215,24 +235,17 @@ impl Entries {
         ))
     }
 
-    fn sharded(&self) -> Option<String> {
-        let is_shard = |file: &&String| file.starts_with("adapter_model-") && file.contains("-of-");
-        let shard = self.files.iter().find(is_shard);
-        let index = self.ending(&[
-            "adapter_model.safetensors.index.json",
-            "adapter_model.bin.index.json",
-        ]);
-        let found = shard.map(String::as_str).or(index)?;
-        Some(format!(
-            "{found:?} is part of a sharded adapter: put the tensors of all shards into one {WEIGHTS_FILE}, \
-             with load_file and save_file of safetensors.torch"
-        ))
-    }
-
     fn pickled(&self) -> Option<String> {
-        let found = self.ending(&["adapter_model.bin", "adapter_model.pt", "adapter_model.pth"])?;
+        let ends = [
+            "adapter_model.bin",
+            "adapter_model.pt",
+            "adapter_model.pth",
+            "adapter_model.bin.index.json",
+        ];
+        let found = self.ending(&ends)?;
         Some(format!(
-            "{found}: pickle files are not loaded; convert to safetensors ({WEIGHTS_FILE})"
+            "{found}: pickle files are not loaded; convert to safetensors, with \
+             safetensors.torch.save_file(torch.load({found:?}, weights_only=True), {WEIGHTS_FILE:?})"
         ))
     }
 

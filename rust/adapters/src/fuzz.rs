@@ -1,9 +1,16 @@
 //! Doors for the fuzz targets to what is not public.
 
+use std::collections::BTreeMap;
+
+use safetensors::Dtype;
+use safetensors::tensor::TensorInfo;
+
 use crate::error::Result;
+use crate::names::Names;
 use crate::pattern::PatternMap;
 use crate::shape::BaseShape;
 use crate::tensor_name::{Half, TensorName};
+use crate::weights::Source;
 
 /// The index of the first pattern that matches each module path.
 pub fn match_patterns<'a>(
@@ -19,7 +26,18 @@ pub fn match_patterns<'a>(
 
 /// (layer, path inside it, "A" or "B") of a tensor's name.
 pub fn bind_name(name: &str, shape: &BaseShape) -> Option<(usize, String, &'static str)> {
-    let bound = TensorName::parse(name, shape).ok()?;
+    let source = Source {
+        name: name.into(),
+        info: TensorInfo {
+            dtype: Dtype::F32,
+            shape: Vec::new(),
+            data_offsets: (0, 0),
+        },
+        shard: 0,
+    };
+    let names = Names::read(BTreeMap::from([(name.into(), source)])).ok()?;
+    let (canonical, _) = names.tensors.first_key_value()?;
+    let bound = TensorName::parse(canonical, name, shape).ok()?;
     let half = match bound.half {
         Half::A => "A",
         Half::B => "B",

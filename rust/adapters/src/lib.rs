@@ -1,11 +1,12 @@
 //! Adapter files: parsed, checked against the base model, packed for the kernels.
 //!
 //! ```text
-//! read → config (fields, pattern, target) → bind (tensor_name) → matrix, content → pack → layout
+//! read → config (fields, pattern, target) → weights (shards) → names → bind (tensor_name) → matrix, content → pack → layout
 //! ```
 #![forbid(unsafe_code)]
 
 mod adapter;
+mod alpha;
 mod base_copy;
 mod bind;
 mod config;
@@ -15,16 +16,20 @@ mod fields;
 mod foreign;
 #[cfg(fuzzing)]
 pub mod fuzz;
+mod initialisation;
 mod layout;
 mod matrix;
+mod names;
 mod pace;
 mod pack;
 mod pattern;
 mod read;
 mod receipt;
 mod shape;
+mod shards;
 mod target;
 mod tensor_name;
+mod weights;
 
 pub use adapter::{Limits, check, check_paced, load, load_paced};
 pub use base_copy::{BaseWeights, StoredWeight, digest};

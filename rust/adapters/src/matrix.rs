@@ -3,9 +3,9 @@
 use half::{bf16, f16};
 use safetensors::Dtype;
 
-use crate::bind::Source;
 use crate::error::{Error, Result};
 use crate::layout::{Panels, StorageDtype};
+use crate::weights::Source;
 
 /// A row-major matrix whose values are finite in the storage dtype it was checked for.
 #[derive(Clone, Copy, Debug)]

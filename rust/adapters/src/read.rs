@@ -1,14 +1,11 @@
-//! The two files of a PEFT directory; nothing is read beyond what their headers promise.
+//! Where an adapter lies, and its config: the text of `adapter_config.json`, within a bound.
 
-use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{self, ErrorKind, Read, Seek, SeekFrom};
+use std::fs;
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
-use safetensors::tensor::{Metadata, TensorInfo};
-
 use crate::error::{Error, Result};
-use crate::foreign::{self, CONFIG_FILE, Expected, WEIGHTS_FILE, recognise, recognise_file};
+use crate::foreign::{self, CONFIG_FILE, Entries, Expected, recognise, recognise_file};
 
 /// Weights other than the two files' that change what an adapter computes, and whose they are.
 const OTHER_WEIGHTS: &[(&str, &str)] = &[
@@ -19,10 +16,25 @@ const OTHER_WEIGHTS: &[(&str, &str)] = &[
 
 /// Longest accepted config in bytes; real ones are a few kilobytes.
 const MAX_CONFIG_NBYTES: u64 = 1 << 20;
-/// Longest accepted safetensors header in bytes, far above any adapter's.
-const MAX_HEADER_NBYTES: u64 = 16 << 20;
-/// A safetensors file opens with its header's length, a little-endian u64.
-const LENGTH_NBYTES: u64 = 8;
+
+/// The directory that holds the adapter given as `directory`, and a note where that is one below it.
+///
+/// Trainers leave checkpoints below their output: the only one is meant, of several none.
+pub(crate) fn locate(directory: &Path) -> (PathBuf, Option<String>) {
+    let entries = Entries::of(directory);
+    if entries.has_files_of_an_adapter() {
+        return (directory.into(), None);
+    }
+    match entries.adapters_below(directory)[..] {
+        [only] => (
+            directory.join(only),
+            Some(format!(
+                "read from {only:?}, the only adapter in the directory given"
+            )),
+        ),
+        _ => (directory.into(), None),
+    }
+}
 
 /// Checks that `directory` is one and returns its config's path and text.
 pub(crate) fn read_config(directory: &Path) -> Result<(PathBuf, String)> {
@@ -63,113 +75,7 @@ fn refuse_other_weights(directory: &Path) -> Result<()> {
     Ok(())
 }
 
-/// An open `adapter_model.safetensors` whose header agrees with its length.
-pub(crate) struct WeightsFile {
-    path: PathBuf,
-    file: File,
-    /// Bytes before the first tensor's data.
-    data_start: u64,
-    header: Metadata,
-}
-
-impl WeightsFile {
-    pub(crate) fn open(directory: &Path) -> Result<Self> {
-        let path = directory.join(WEIGHTS_FILE);
-        let nbytes = file_nbytes(&path)
-            .map_err(|error| say_what_is_there(directory, WEIGHTS_FILE, error))?;
-        let mut file = File::open(&path).map_err(|error| io_error(&path, error))?;
-        let opened = read_header_length(&path, &mut file, nbytes).and_then(|header_nbytes| {
-            let header = read_header(&path, &mut file, header_nbytes)?;
-            Ok((header_nbytes, header))
-        });
-        let (header_nbytes, header) = opened.map_err(|error| {
-            recognise_file(&path, Expected::Binary).map_or(error, |what| foreign(&path, what))
-        })?;
-        let data_start = LENGTH_NBYTES + header_nbytes;
-        let expected = data_start.checked_add(header.data_len() as u64);
-        if expected != Some(nbytes) {
-            let expected = expected.map_or_else(|| "more".into(), |expected| expected.to_string());
-            let reason = format!("it has {nbytes} bytes, its header promises {expected}");
-            return Err(Error::Weights { path, reason });
-        }
-        Ok(Self {
-            path,
-            file,
-            data_start,
-            header,
-        })
-    }
-
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
-    }
-
-    pub(crate) fn tensors(&self) -> BTreeMap<String, TensorInfo> {
-        let tensors = self.header.tensors().into_iter();
-        tensors.map(|(name, info)| (name, info.clone())).collect()
-    }
-
-    /// Reads the bytes of one tensor into `buffer`, which grows to the largest and is meant to be
-    /// used again: fresh memory would cost a page fault every 4 KiB.
-    pub(crate) fn read<'a>(
-        &mut self,
-        info: &TensorInfo,
-        buffer: &'a mut Vec<u8>,
-    ) -> Result<&'a [u8]> {
-        let (start, end) = info.data_offsets;
-        buffer.resize(buffer.len().max(end - start), 0);
-        let bytes = &mut buffer[..end - start];
-        let position = SeekFrom::Start(self.data_start + start as u64);
-        let read = self
-            .file
-            .seek(position)
-            .and_then(|_| self.file.read_exact(bytes));
-        read.map_err(|error| io_error(&self.path, error))?;
-        Ok(bytes)
-    }
-}
-
-fn read_header_length(path: &Path, file: &mut File, nbytes: u64) -> Result<u64> {
-    let mut length = [0; LENGTH_NBYTES as usize];
-    let weights = |reason: String| Error::Weights {
-        path: path.into(),
-        reason,
-    };
-    if nbytes < LENGTH_NBYTES {
-        return Err(weights(format!(
-            "it has {nbytes} bytes, a header needs {LENGTH_NBYTES}"
-        )));
-    }
-    file.read_exact(&mut length)
-        .map_err(|error| io_error(path, error))?;
-    let length = u64::from_le_bytes(length);
-    if length > MAX_HEADER_NBYTES {
-        return Err(weights(format!(
-            "header of {length} bytes, limit is {MAX_HEADER_NBYTES}"
-        )));
-    }
-    if length > nbytes - LENGTH_NBYTES {
-        return Err(weights(format!(
-            "header of {length} bytes in a file of {nbytes}: truncated"
-        )));
-    }
-    Ok(length)
-}
-
-fn read_header(path: &Path, file: &mut File, nbytes: u64) -> Result<Metadata> {
-    let mut header = vec![0; nbytes as usize];
-    file.read_exact(&mut header)
-        .map_err(|error| io_error(path, error))?;
-    serde_json::from_slice(&header).map_err(|error| {
-        let reason = format!("bad header: {error}");
-        Error::Weights {
-            path: path.into(),
-            reason,
-        }
-    })
-}
-
-fn file_nbytes(path: &Path) -> Result<u64> {
+pub(crate) fn file_nbytes(path: &Path) -> Result<u64> {
     let metadata = fs::metadata(path).map_err(|error| io_error(path, error))?;
     if !metadata.is_file() {
         return Err(Error::NotAFile { path: path.into() });
@@ -178,7 +84,7 @@ fn file_nbytes(path: &Path) -> Result<u64> {
 }
 
 /// A missing file, with what lies there instead.
-fn say_what_is_there(directory: &Path, name: &str, error: Error) -> Error {
+pub(crate) fn say_what_is_there(directory: &Path, name: &str, error: Error) -> Error {
     match error {
         Error::Missing { path } => Error::Absent {
             path,
@@ -188,14 +94,14 @@ fn say_what_is_there(directory: &Path, name: &str, error: Error) -> Error {
     }
 }
 
-fn foreign(path: &Path, what: String) -> Error {
+pub(crate) fn foreign(path: &Path, what: String) -> Error {
     Error::Foreign {
         path: path.into(),
         what,
     }
 }
 
-fn io_error(path: &Path, error: io::Error) -> Error {
+pub(crate) fn io_error(path: &Path, error: io::Error) -> Error {
     let path = path.into();
     match error.kind() {
         ErrorKind::NotFound => Error::Missing { path },

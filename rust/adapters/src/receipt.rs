@@ -1,8 +1,12 @@
 //! What a checked adapter turned out to be.
 
+use std::path::PathBuf;
+
 /// Facts about an adapter that fits the base model.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Receipt {
+    /// The directory it was read from: the one given, or the only one with an adapter below that.
+    pub directory: PathBuf,
     /// Tensors applied; every tensor in the file is, but for `base_copies`.
     pub tensors: usize,
     /// Last part of each adapted module's path, in the order they run in a layer.

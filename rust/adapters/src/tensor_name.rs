@@ -1,7 +1,10 @@
-//! Names of PEFT tensors: which half of which module in which layer.
+//! PEFT's names of tensors: which half of which module in which layer.
+
+use std::collections::BTreeMap;
 
 use crate::error::{Error, Result};
 use crate::shape::BaseShape;
+use crate::weights::Source;
 
 /// `lora_A` [rank, in] or `lora_B` [out, rank].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,12 +25,7 @@ pub(crate) struct TensorName {
 const PREFIX: &str = "base_model.model.model.layers.";
 const EXPECTED: &str = "names look like base_model.model.model.layers.0.<module>.lora_A.weight";
 
-const SUFFIXES: &[(&str, Half)] = &[
-    (".lora_A.weight", Half::A),
-    (".lora_A.default.weight", Half::A),
-    (".lora_B.weight", Half::B),
-    (".lora_B.default.weight", Half::B),
-];
+const SUFFIXES: &[(&str, Half)] = &[(".lora_A.weight", Half::A), (".lora_B.weight", Half::B)];
 
 /// Tensors that are no adapter's, by name, and the modules of the base they may be copies of.
 pub(crate) const BASE_COPIES: &[(&str, &str)] = &[
@@ -62,7 +60,6 @@ const UNSUPPORTED: &[(&str, &str)] = &[
         "a whole module, modules_to_save: train without it",
     ),
     ("lora_B.bias", "lora_bias: train without it"),
-    ("lora_B.default.bias", "lora_bias: train without it"),
     (
         ".base_layer.bias",
         "trained bias, bias: train with bias=\"none\"",
@@ -76,16 +73,8 @@ const UNSUPPORTED: &[(&str, &str)] = &[
 /// Parts of names that other tools write, and what to do.
 const MISNAMED: &[(&str, &str)] = &[
     (
-        "_orig_mod.",
-        "it was saved from a model under torch.compile: take '_orig_mod.' out of the names",
-    ),
-    (
         "base_model.model.base_model.model.",
         "it was trained over another adapter: merge that one into the base first",
-    ),
-    (
-        "_fsdp_wrapped_module.",
-        "it was saved from an FSDP wrapper: take '_fsdp_wrapped_module.' out of the names",
     ),
     (
         ".lora_down.",
@@ -103,10 +92,6 @@ const MISNAMED: &[(&str, &str)] = &[
         ".lora_b",
         "MLX's or torchtune's names: convert it to PEFT's",
     ),
-    (
-        "language_model.",
-        "it was trained on a model for images or audio, whose language model is inside",
-    ),
     ("vision", "it was trained on a model for images"),
     ("visual", "it was trained on a model for images"),
 ];
@@ -117,13 +102,12 @@ pub(crate) fn module_key(layer: usize, path: &str) -> String {
 }
 
 /// Refuses a file for the most telling of its unsupported tensors.
-pub(crate) fn refuse_unsupported<'a>(
-    tensors: &(impl Iterator<Item = &'a String> + Clone),
-) -> Result<()> {
+pub(crate) fn refuse_unsupported(tensors: &BTreeMap<String, Source>) -> Result<()> {
     for (part, feature) in UNSUPPORTED {
-        if let Some(tensor) = tensors.clone().find(|tensor| tensor.contains(part)) {
+        let found = tensors.iter().find(|(name, _)| name.contains(part));
+        if let Some((_, source)) = found {
             return Err(Error::UnsupportedTensor {
-                tensor: tensor.clone(),
+                tensor: source.name.clone(),
                 feature,
             });
         }
@@ -132,9 +116,10 @@ pub(crate) fn refuse_unsupported<'a>(
 }
 
 impl TensorName {
-    /// Binds a tensor's name to a module of the base, or refuses it.
-    pub(crate) fn parse(tensor: &str, shape: &BaseShape) -> Result<Self> {
-        let (module, half) = split_half(tensor)?;
+    /// Binds a tensor by PEFT's name for it to a module of the base, or refuses it by the name `tensor` that it
+    /// has in the file.
+    pub(crate) fn parse(name: &str, tensor: &str, shape: &BaseShape) -> Result<Self> {
+        let (module, half) = split_half(name).ok_or_else(|| refuse_unpaired_name(tensor))?;
         let unbound = |reason: String| Error::Unbound {
             tensor: tensor.into(),
             reason,
@@ -157,12 +142,9 @@ impl TensorName {
     }
 }
 
-fn split_half(tensor: &str) -> Result<(&str, Half)> {
-    let split = |(suffix, half): &(&str, Half)| Some((tensor.strip_suffix(suffix)?, *half));
-    SUFFIXES
-        .iter()
-        .find_map(split)
-        .ok_or_else(|| refuse_unpaired_name(tensor))
+fn split_half(name: &str) -> Option<(&str, Half)> {
+    let split = |(suffix, half): &(&str, Half)| Some((name.strip_suffix(suffix)?, *half));
+    SUFFIXES.iter().find_map(split)
 }
 
 /// Without `lora_` in its name a tensor replaces one of the base model's own.
@@ -184,21 +166,10 @@ fn refuse_unpaired_name(tensor: &str) -> Error {
 /// What is wrong with a name, and what names look like.
 fn expected_name(tensor: &str) -> String {
     let misnamed = MISNAMED.iter().find(|(part, _)| tensor.contains(part));
-    match (misnamed, adapter_name(tensor)) {
-        (Some((_, what)), _) => format!("{what}; {EXPECTED}"),
-        (None, Some(name)) => format!(
-            "it was saved under the adapter name {name:?}: take '.{name}' out of the names; {EXPECTED}"
-        ),
-        (None, None) => EXPECTED.into(),
+    match misnamed {
+        Some((_, what)) => format!("{what}; {EXPECTED}"),
+        None => EXPECTED.into(),
     }
-}
-
-/// `x` of `….lora_A.x.weight`.
-fn adapter_name(tensor: &str) -> Option<&str> {
-    let rest = [".lora_A.", ".lora_B."]
-        .iter()
-        .find_map(|half| tensor.split_once(half));
-    rest?.1.strip_suffix(".weight")
 }
 
 /// `base_model.model.model.layers.3.self_attn.q_proj` → (3, `self_attn.q_proj`).

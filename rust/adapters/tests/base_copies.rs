@@ -64,6 +64,7 @@ fn copies_of_the_base_cost_nothing_and_change_nothing() {
     assert_eq!(receipt.base_copies, ["embed_tokens", "lm_head"]);
     let same = Receipt {
         base_copies: vec![],
+        directory: plain.directory.clone(),
         ..receipt.clone()
     };
     assert_eq!(same, plain);

@@ -140,20 +140,16 @@ fn what_lies_in_the_directory_instead_is_named_with_its_remedy() {
             "adapters lie below it in checkpoint-1000/, checkpoint-500/: give one of those",
         ),
         (
-            below(&["my-adapter"]),
-            "adapters lie below it in my-adapter/",
+            below(&["my-adapter", "my-adapter-2"]),
+            "adapters lie below it in my-adapter-2/, my-adapter/",
         ),
         (
-            rename(WEIGHTS, "adapter_model-00001-of-00002.safetensors"),
-            "is part of a sharded adapter: put the tensors of all shards into one",
-        ),
-        (
-            rename(WEIGHTS, "adapter_model.safetensors.index.json"),
-            "is part of a sharded adapter",
+            rename(WEIGHTS, "adapter_model.bin.index.json"),
+            "pickle files are not loaded; convert to safetensors",
         ),
         (
             rename(WEIGHTS, "adapter_model.pt"),
-            "pickle files are not loaded; convert to safetensors",
+            "save_file(torch.load(\"adapter_model.pt\", weights_only=True), \"adapter_model.safetensors\")",
         ),
         (
             rename(WEIGHTS, "Adapter_Model.safetensors"),

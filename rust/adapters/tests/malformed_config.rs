@@ -82,17 +82,39 @@ fn fields_that_change_nothing_are_accepted() {
 
 #[test]
 fn initialisations_that_alter_the_base_are_refused() {
-    for name in [
-        "pissa",
-        "pissa_niter_16",
-        "olora",
-        "corda",
-        "loftq",
-        "lora_ga",
-    ] {
-        let fragment = "save the adapter with path_initial_model_for_weight_conversion";
-        assert_field_refused("init_lora_weights", json!(name), fragment);
+    let field = "init_lora_weights";
+    for name in ["pissa", "pissa_niter_16", "OLoRA", "olora", "corda"] {
+        let fragment = "save it with model.save_pretrained(DIRECTORY, path_initial_model_for_weight_conversion=";
+        assert_field_refused(field, json!(name), fragment);
     }
+    assert_field_refused(
+        field,
+        json!("loftq"),
+        ".merge_and_unload().save_pretrained(",
+    );
+    assert_refused(
+        |peft| {
+            peft.config[field] = json!("pissa");
+            peft.config["use_rslora"] = json!(true);
+            peft.config["alpha_pattern"] = json!({"q_proj": 4});
+        },
+        ".merge_and_unload().save_pretrained(",
+    );
+    for value in [json!("EVA"), json!("telepathy"), json!(3), json!(["eva"])] {
+        assert_field_refused(field, value, "which is no initialisation known here");
+    }
+}
+
+#[test]
+fn an_initialisation_that_peft_loads_onto_the_unaltered_base_is_served_so_and_told() {
+    let mut peft = Peft::new();
+    let plain = peft.check().unwrap();
+    peft.config["init_lora_weights"] = json!("lora_ga");
+    let receipt = peft.check().unwrap();
+    assert_eq!(receipt.hash, plain.hash);
+    assert!(
+        receipt.notes[0].starts_with("init_lora_weights: trained as \"lora_ga\" against altered")
+    );
 }
 
 #[test]
@@ -101,6 +123,8 @@ fn initialisations_that_keep_the_base_are_accepted() {
         json!(true),
         json!(false),
         json!("gaussian"),
+        json!("Gaussian"),
+        json!("mica"),
         json!("eva"),
         json!("orthogonal"),
     ] {

@@ -62,10 +62,6 @@ fn tensors_of_modules_the_base_lacks_are_refused_by_name() {
             "base has 2 layers",
         ),
         (
-            "model.layers.0.self_attn.q_proj.lora_A.weight",
-            "names look like",
-        ),
-        (
             "base_model.model.model.layers.00.self_attn.q_proj.lora_A.weight",
             "names look like",
         ),
@@ -74,20 +70,12 @@ fn tensors_of_modules_the_base_lacks_are_refused_by_name() {
             "names look like",
         ),
         (
-            "base_model.model.model.layers.0.self_attn.q_proj.lora_A.other.weight",
-            "under the adapter name \"other\": take '.other' out of the names",
-        ),
-        (
-            "base_model.model._orig_mod.model.layers.0.self_attn.q_proj.lora_A.weight",
-            "torch.compile: take '_orig_mod.' out of the names",
-        ),
-        (
             "base_model.model.base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
             "trained over another adapter: merge that one",
         ),
         (
-            "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight",
-            "a model for images or audio",
+            "base_model.model.model.visual.layers.0.self_attn.q_proj.lora_A.weight",
+            "a model for images",
         ),
         (
             "model.layers.0.self_attn.q_proj.lora_a",
@@ -108,17 +96,6 @@ fn tensors_of_modules_the_base_lacks_are_refused_by_name() {
         );
         assert_refused(|peft| peft.rename(Q_A, name), reason);
     }
-}
-
-#[test]
-fn a_tensor_given_under_both_names_is_refused() {
-    assert_refused(
-        |peft| {
-            let twin = Q_A.replace("lora_A.weight", "lora_A.default.weight");
-            peft.tensors.insert(twin, Tensor::f32(&[4, 16], |_| 1.0));
-        },
-        "appears twice",
-    );
 }
 
 #[test]

@@ -36,6 +36,12 @@ pub struct Receipt {
 
 #[pymethods]
 impl Receipt {
+    /// Lossless: it is the path given, which was text, and what was found below it by a name that is.
+    #[getter]
+    fn directory(&self) -> String {
+        self.inner.directory.to_string_lossy().into_owned()
+    }
+
     #[getter]
     fn tensors(&self) -> usize {
         self.inner.tensors

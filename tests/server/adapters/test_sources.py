@@ -13,13 +13,16 @@ from loraserve.server.adapters.sources import AdapterSources
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """root/good, and ways out of root: links of folders and of files."""
-    for name in ("root/good", "root/linked-file", "outside", "rootless"):
+    adapters = ("good", "linked-file", "linked-shard", "output/checkpoint-1", "linked-below/checkpoint-1")
+    for name in (*(f"root/{adapter}" for adapter in adapters), "outside", "rootless"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "adapter_config.json").write_text("{}")
     (tmp_path / "root/inside").symlink_to("good")
     (tmp_path / "root/out").symlink_to(tmp_path / "outside")
     (tmp_path / "root/out-chain").symlink_to("out")
     (tmp_path / "root/linked-file/adapter_model.safetensors").symlink_to("/etc/passwd")
+    (tmp_path / "root/linked-shard/model-1.safetensors").symlink_to("/etc/passwd")
+    (tmp_path / "root/linked-below/checkpoint-1/adapter_model.safetensors").symlink_to("/etc/passwd")
     (tmp_path / "alias").symlink_to("root")
     return tmp_path
 
@@ -32,6 +35,7 @@ def folder(tmp_path: Path) -> Path:
         ("root/inside", "root/good"),
         ("alias/good", "root/good"),
         ("root/missing", "root/missing"),
+        ("root/output", "root/output"),
     ],
 )
 def test_paths_under_a_root_are_resolved(folder: Path, path: str, resolved: str) -> None:
@@ -48,6 +52,8 @@ def test_paths_under_a_root_are_resolved(folder: Path, path: str, resolved: str)
         ("root/out", PermissionDeniedError),
         ("root/out-chain", PermissionDeniedError),
         ("root/linked-file", PermissionDeniedError),
+        ("root/linked-shard", PermissionDeniedError),
+        ("root/linked-below", PermissionDeniedError),
         ("rootless", PermissionDeniedError),
         ("", PermissionDeniedError),
         ("/etc", PermissionDeniedError),

@@ -199,7 +199,7 @@ async def _keep(engine: AsyncEngine, request: LoadRequest, path: str, kept: Adap
     if kept is None:
         return
     for adapter in engine.adapters():
-        if adapter.name == request.name and adapter.path == os.path.abspath(path):
+        if adapter.name == request.name and _is_from(adapter.path, os.path.abspath(path)):
             is_hub = request.source.kind == "hub"
             settings = AdapterSettings(
                 path=None if is_hub else adapter.path,
@@ -209,6 +209,11 @@ async def _keep(engine: AsyncEngine, request: LoadRequest, path: str, kept: Adap
                 manifest=None if request.manifest is None else request.manifest.to_fields(),
             )
             await kept.keep(request.name, settings)
+
+
+def _is_from(directory: str, path: str) -> bool:
+    """Whether an adapter that lies in `directory` was loaded from `path`: that, or what holds it alone."""
+    return path in (directory, os.path.dirname(directory))
 
 
 async def _fetch(sources: AdapterSources | None, request: LoadRequest, on_progress: OnLoadProgress) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import errno
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import Path
 
-from loraserve.adapters.hub import ADAPTER_FILES, download_adapter
+from loraserve.adapters.hub import download_adapter
 from loraserve.adapters.source import AdapterSource, parse_source
 from loraserve.engine.workers import Workers
 from loraserve.errors import AdapterFormatError, InvalidRequestError, PermissionDeniedError
@@ -16,6 +19,7 @@ from loraserve.validation.files import expanded
 
 MAX_DOWNLOADS = 8
 MAX_WAITING_DOWNLOADS = 64
+MAX_ENTRIES = 4096  # of a directory, and of each below it that may hold the adapter
 
 
 class AdapterSources:
@@ -88,16 +92,19 @@ class AdapterSources:
             raise InvalidRequestError("adapter path contains a zero byte")
         try:
             directory = (self._below_roots(path) or expanded(path)).resolve()
-            files = [(directory / name).resolve() for name in ADAPTER_FILES]
+            self._check_within(directory, path)
+            for link in _links(directory):
+                self._check_within(link.resolve(), path)
         except (OSError, RuntimeError) as error:
             raise AdapterFormatError(f"adapter path {path!r} can't be followed: {error}") from None
-        for resolved in (directory, *files):
-            if not any(resolved.is_relative_to(root) for root in self._roots):
-                raise PermissionDeniedError(
-                    f"adapter path {path!r} is not under {self._described_roots()}, "
-                    "start the server with --adapter-root DIRECTORY"
-                )
         return directory
+
+    def _check_within(self, resolved: Path, path: str) -> None:
+        if not any(resolved.is_relative_to(root) for root in self._roots):
+            raise PermissionDeniedError(
+                f"adapter path {path!r} is not under {self._described_roots()}, "
+                "start the server with --adapter-root DIRECTORY"
+            )
 
     def _below_roots(self, path: str) -> Path | None:
         """The directory that a relative path means from one of the roots."""
@@ -116,6 +123,29 @@ class AdapterSources:
             raise PermissionDeniedError(
                 f"Hub repository {repo_id!r} is not allowed, start the server with --hub-repo PATTERN"
             )
+
+
+def _links(directory: Path) -> Iterator[Path]:
+    """Symbolic links in a directory, and in those below it where it holds no adapter itself.
+
+    Raises OSError: one has more entries than are looked at.
+    """
+    entries = _entries(directory)
+    below: list[Path] = []
+    if not (directory / "adapter_config.json").exists():
+        below = [entry for entry in entries if not entry.is_symlink()]
+    for listed in (entries, *map(_entries, below)):
+        yield from (entry for entry in listed if entry.is_symlink())
+
+
+def _entries(directory: Path) -> list[Path]:
+    if not directory.is_dir():
+        return []
+    with os.scandir(directory) as entries:
+        paths = [Path(entry.path) for entry in islice(entries, MAX_ENTRIES + 1)]
+    if len(paths) > MAX_ENTRIES:
+        raise OSError(errno.E2BIG, f"it has more than {MAX_ENTRIES} entries", str(directory))
+    return paths
 
 
 def _is_directory(path: Path) -> bool:
