@@ -10,7 +10,9 @@
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
-use loraserve_core::{Batch, FinishReason, NewRequest, RequestId, Scheduler, SchedulerConfig};
+use loraserve_core::{
+    AdapterContent, Batch, FinishReason, NewRequest, RequestId, Scheduler, SchedulerConfig,
+};
 
 const NUM_RUNNING: usize = 256;
 const NUM_REGISTERED: [usize; 3] = [100, 1_000, 10_000];
@@ -60,7 +62,7 @@ impl Server {
         for index in 0..num_registered {
             let (name, hash) = (format!("adapter-{index}"), format!("hash-{index}"));
             scheduler
-                .register_adapter(&name, &hash, ADAPTER_NBYTES)
+                .register_adapter(&name, AdapterContent::new(&hash, ADAPTER_NBYTES))
                 .expect("names are distinct");
         }
         let num_asked_for = match work {

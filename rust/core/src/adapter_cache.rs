@@ -12,6 +12,7 @@ mod names;
 mod tests;
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use crate::error::Error;
 use crate::ids::{AdapterId, AdapterKey, SlotId};
@@ -43,10 +44,38 @@ pub struct AdapterStats {
     pub num_evictions: u64,
 }
 
-#[derive(Debug)]
-pub struct Entry {
+/// What a name is registered for.
+#[derive(Debug, Clone)]
+pub struct AdapterContent {
     pub key: AdapterKey,
     pub nbytes: usize,
+    /// Tokens of a prompt from whose last occurrence on the adapter acts; empty, it acts on all.
+    pub invocation: Arc<[i32]>,
+}
+
+impl AdapterContent {
+    /// Of an adapter that acts on every token.
+    pub fn new(content_hash: &str, nbytes: usize) -> Self {
+        Self {
+            key: AdapterKey::new(content_hash),
+            nbytes,
+            invocation: Arc::default(),
+        }
+    }
+
+    /// Where in `prompt` the adapter begins to act, if it does at all.
+    pub fn first_token(&self, prompt: &[i32]) -> Option<usize> {
+        if self.invocation.is_empty() {
+            return Some(0);
+        }
+        let mut windows = prompt.windows(self.invocation.len());
+        windows.rposition(|window| *window == *self.invocation)
+    }
+}
+
+#[derive(Debug)]
+pub struct Entry {
+    pub content: AdapterContent,
     pub num_pages: usize,
     pub state: AdapterState,
     /// Unfinished requests, waiting or running.
@@ -220,7 +249,7 @@ impl AdapterCache {
             return None;
         }
         let entry = self.entries.remove(&adapter)?;
-        self.by_key.remove(&entry.key);
+        self.by_key.remove(&entry.content.key);
         for name in &entry.unloading {
             self.names.remove(name);
         }
@@ -252,8 +281,8 @@ impl AdapterCache {
         AdapterStats {
             name: name.to_owned(),
             id: bound.adapter,
-            content_hash: entry.key.clone(),
-            nbytes: entry.nbytes,
+            content_hash: entry.content.key.clone(),
+            nbytes: entry.content.nbytes,
             state: if bound.is_unloading {
                 "unloading"
             } else {

@@ -7,6 +7,7 @@
 //! ```
 
 use crate::ids::{PageId, RequestId, SlotId};
+use crate::request::Applied;
 
 /// What a step does for one sequence.
 #[derive(Debug, Clone, Copy)]
@@ -19,7 +20,7 @@ pub struct Scheduled<'a> {
     /// The last token is this sample of the step before, which is not known yet.
     pub awaited: Option<usize>,
     pub pages: &'a [PageId],
-    pub adapters: &'a [(SlotId, f32)],
+    pub adapters: &'a [Applied<SlotId>],
     pub is_decoding: bool,
 }
 
@@ -128,17 +129,30 @@ impl Batch {
         for wave in 0..num_waves {
             let first = self.seg_start.len();
             for (index, row) in rows.iter().enumerate() {
-                if let Some(&(slot, weight)) = row.adapters.get(wave) {
-                    self.push_segment(first, index, slot, weight);
+                if let Some(applied) = row.adapters.get(wave) {
+                    self.push_segment(first, index, row.num_computed, applied);
                 }
             }
             self.wave_indptr.push(self.seg_start.len() as i32);
         }
     }
 
-    /// Adds the tokens of sequence `index`, joining the segment before it in this wave if they belong together.
-    fn push_segment(&mut self, first: usize, index: usize, slot: SlotId, weight: f32) {
-        let (start, end) = (self.query_indptr[index], self.query_indptr[index + 1]);
+    /// Adds those tokens of sequence `index`, the first of which is its token `num_computed`, that the adapter acts on,
+    /// joining the segment before them in this wave if they belong together.
+    fn push_segment(
+        &mut self,
+        first: usize,
+        index: usize,
+        num_computed: usize,
+        applied: &Applied<SlotId>,
+    ) {
+        let (slot, weight) = (applied.adapter, applied.weight);
+        let end = self.query_indptr[index + 1];
+        let num_before = applied.first_token.saturating_sub(num_computed);
+        let start = self.query_indptr[index] + num_before as i32;
+        if start >= end {
+            return;
+        }
         if let Some(last) = self
             .seg_start
             .len()
@@ -166,7 +180,15 @@ mod tests {
     const TOKENS: [i32; 5] = [10, 11, 12, 13, 14];
     const PAGES: [PageId; 3] = [PageId(7), PageId(3), PageId(9)];
 
-    fn row(num_computed: usize, num_tokens: usize, adapters: &[(SlotId, f32)]) -> Scheduled<'_> {
+    fn on_all(slot: u32, weight: f32) -> Applied<SlotId> {
+        Applied {
+            adapter: SlotId(slot),
+            weight,
+            first_token: 0,
+        }
+    }
+
+    fn row(num_computed: usize, num_tokens: usize, adapters: &[Applied<SlotId>]) -> Scheduled<'_> {
         Scheduled {
             request: RequestId(1),
             tokens: &TOKENS,
@@ -209,8 +231,8 @@ mod tests {
 
     #[test]
     fn neighbours_with_one_adapter_and_weight_share_a_segment() {
-        let (a, b) = ([(SlotId(4), 1.0)], [(SlotId(5), 1.0)]);
-        let half = [(SlotId(4), 0.5)];
+        let (a, b) = ([on_all(4, 1.0)], [on_all(5, 1.0)]);
+        let half = [on_all(4, 0.5)];
         let rows = [&[][..], &a, &a, &half, &b].map(|adapters| row(4, 1, adapters));
         let batch = Batch::build(&rows, 2);
         assert_eq!(batch.wave_indptr, [0, 3]);
@@ -222,12 +244,29 @@ mod tests {
 
     #[test]
     fn several_adapters_go_into_waves_and_a_gap_splits_a_segment() {
-        let both = [(SlotId(0), 0.7), (SlotId(1), 0.3)];
+        let both = [on_all(0, 0.7), on_all(1, 0.3)];
         let rows = [&both[..], &both[..1], &both].map(|adapters| row(3, 2, adapters));
         let batch = Batch::build(&rows, 2);
         assert_eq!(batch.wave_indptr, [0, 1, 3]);
         assert_eq!(batch.seg_start, [0, 0, 4]);
         assert_eq!(batch.seg_end, [6, 2, 6]);
         assert_eq!(batch.seg_slot, [0, 1, 1]);
+    }
+
+    #[test]
+    fn segment_begins_where_its_adapter_begins_to_act() {
+        let from = |first_token| {
+            let applied = on_all(0, 1.0);
+            [Applied {
+                first_token,
+                ..applied
+            }]
+        };
+        let (third, fourth, later) = (from(2), from(3), from(5));
+        let rows = [&third[..], &fourth, &later].map(|adapters| row(1, 3, adapters));
+        let batch = Batch::build(&rows, 2);
+        assert_eq!(batch.wave_indptr, [0, 2]);
+        assert_eq!(batch.seg_start, [1, 5]);
+        assert_eq!(batch.seg_end, [3, 6]);
     }
 }

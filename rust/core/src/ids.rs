@@ -1,5 +1,6 @@
 //! The names of things: pages, slots, requests, adapters, what an adapter *is*, and whose KV it is.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 /// A page of the pool: one KV block over all layers, or a piece of an adapter.
@@ -49,9 +50,32 @@ pub struct CacheScope {
 }
 
 /// What equal tokens need besides to have equal KV that may be shared.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct PrefixIdentity {
-    pub scope: CacheScope,
-    /// With the bits of their weights; empty is the base model.
-    pub adapters: Vec<(AdapterKey, u32)>,
+    pub scope: Arc<CacheScope>,
+    /// Ascending by first token; empty is the base model.
+    adapters: Vec<ActingAdapter>,
+}
+
+/// An adapter that acts on a sequence from its first token on.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct ActingAdapter {
+    pub key: AdapterKey,
+    pub weight_bits: u32,
+    pub first_token: usize,
+}
+
+impl PrefixIdentity {
+    pub fn new(scope: CacheScope, adapters: impl IntoIterator<Item = ActingAdapter>) -> Self {
+        let mut adapters: Vec<_> = adapters.into_iter().collect();
+        adapters.sort_by_key(|adapter| adapter.first_token);
+        let scope = Arc::new(scope);
+        Self { scope, adapters }
+    }
+
+    /// The adapters that begin to act at one of `tokens`.
+    pub fn beginning_in(&self, tokens: Range<usize>) -> &[ActingAdapter] {
+        let before = |end| self.adapters.partition_point(|a| a.first_token < end);
+        &self.adapters[before(tokens.start)..before(tokens.end)]
+    }
 }

@@ -16,7 +16,7 @@ pub mod scheduler;
 pub mod sequence;
 pub mod slot_table;
 
-pub use adapter_cache::AdapterStats;
+pub use adapter_cache::{AdapterContent, AdapterStats};
 pub use batch::Batch;
 pub use error::{Error, ErrorKind};
 pub use ids::{AdapterId, AdapterKey, CacheScope, PageId, PrefixIdentity, RequestId, SlotId};

@@ -1,12 +1,11 @@
 //! `Memory`: one pool for KV blocks and adapters; makes room by giving up what is idle and worth least.
 
 use std::ops::Range;
-use std::sync::Arc;
 
 use crate::adapter_cache::AdapterCache;
 use crate::ids::{AdapterId, PageId, PrefixIdentity, SlotId};
 use crate::page_pool::{Extent, Move, PagePool, PageState};
-use crate::prefix_cache::{Parent, PrefixCache, Published};
+use crate::prefix_cache::{Content, Parent, PrefixCache, Published};
 use crate::slot_table::Shield;
 
 /// A sequence's pages in token order. Given back with `Memory::release_table`.
@@ -70,7 +69,7 @@ impl Memory {
     /// Pages for all of `tokens`, cached ones first, if `headroom` pages stay available; and how many tokens were cached.
     pub fn take_table(
         &mut self,
-        identity: &Arc<PrefixIdentity>,
+        identity: &PrefixIdentity,
         tokens: &[i32],
         headroom: usize,
     ) -> Option<(BlockTable, usize)> {
@@ -103,15 +102,21 @@ impl Memory {
     }
 
     /// Makes the full blocks among the first `num_computed` tokens findable, and shares those that others computed too.
-    pub fn publish(&mut self, table: &mut BlockTable, tokens: &[i32], num_computed: usize) {
+    pub fn publish(
+        &mut self,
+        table: &mut BlockTable,
+        identity: &PrefixIdentity,
+        tokens: &[i32],
+        num_computed: usize,
+    ) {
         while (table.num_published + 1) * self.block_size <= num_computed {
             let Some(parent) = &table.last_published else {
                 return;
             };
             let index = table.num_published;
-            let tokens = &tokens[index * self.block_size..][..self.block_size];
+            let content = Content::of_block(identity, tokens, index, self.block_size);
             let page = table.pages[index];
-            table.last_published = match self.prefix.publish(parent, tokens, page) {
+            table.last_published = match self.prefix.publish(parent, content, page) {
                 Published::Inserted(block) => Some(Parent::Block(block)),
                 Published::Existing(block) => {
                     self.share(block.page);
@@ -199,13 +204,13 @@ impl Memory {
         }
     }
 
-    fn take_cached(&mut self, identity: &Arc<PrefixIdentity>, tokens: &[i32]) -> BlockTable {
+    fn take_cached(&mut self, identity: &PrefixIdentity, tokens: &[i32]) -> BlockTable {
         let found = if self.prefix_caching {
             self.prefix.find(identity, tokens)
         } else {
             Vec::new()
         };
-        let root = Parent::Root(identity.clone());
+        let root = Parent::Root(identity.scope.clone());
         let last = found.last().map_or(root, |&block| Parent::Block(block));
         for block in &found {
             self.share(block.page);

@@ -1,21 +1,46 @@
-//! `PrefixCache`: full KV blocks found again by whose they are and what computed them: adapters, then tokens.
+//! `PrefixCache`: full KV blocks found again by whose they are and what computed them: tokens, and adapters from where
+//! they act. Blocks before the first token of every adapter are the base model's.
 //!
 //! A block is found by a 64-bit hash and believed only after its parent and its tokens compare equal, so a
 //! collision costs a miss, never wrong KV. The hash is keyed at random: a caller who could make its blocks
-//! collide with a guess at another's would learn from the miss whether the other's is there. A parent is named by a number that is never reused. Whoever refers to
-//! a block refers to its parents too, and releases children first: an idle block's descendants are idle and older.
+//! collide with a guess at another's would learn from the miss whether the other's is there. A parent is named by a
+//! number that is never reused. Whoever refers to a block refers to its parents too, and releases children first: an idle block's descendants are idle and older.
 
 use std::collections::{BTreeMap, HashMap};
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 
-use crate::ids::{PageId, PrefixIdentity};
+use crate::ids::{ActingAdapter, CacheScope, PageId, PrefixIdentity};
 
 /// What comes before a block.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Parent {
-    Root(Arc<PrefixIdentity>),
+    Root(Arc<CacheScope>),
     Block(BlockRef),
+}
+
+/// What computed a block that comes after its parent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Content<'a> {
+    /// The adapters that begin to act in it.
+    pub beginning: &'a [ActingAdapter],
+    pub tokens: &'a [i32],
+}
+
+impl<'a> Content<'a> {
+    /// Block `index` of a sequence of `tokens`.
+    pub fn of_block(
+        identity: &'a PrefixIdentity,
+        tokens: &'a [i32],
+        index: usize,
+        size: usize,
+    ) -> Self {
+        let range = index * size..(index + 1) * size;
+        Self {
+            beginning: identity.beginning_in(range.clone()),
+            tokens: &tokens[range],
+        }
+    }
 }
 
 /// A published block; `serial` is never reused, its page is.
@@ -39,9 +64,19 @@ struct Block {
     hash: u64,
     serial: u64,
     parent: Parent,
+    beginning: Box<[ActingAdapter]>,
     tokens: Box<[i32]>,
     children: Vec<PageId>,
     idle_since: Option<u64>,
+}
+
+impl Block {
+    fn content(&self) -> Content<'_> {
+        Content {
+            beginning: &self.beginning,
+            tokens: &self.tokens,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -84,12 +119,13 @@ impl<S: BuildHasher> PrefixCache<S> {
     }
 
     /// The cached blocks `tokens` start with. The last token is left out: its logits are needed.
-    pub fn find(&self, identity: &Arc<PrefixIdentity>, tokens: &[i32]) -> Vec<BlockRef> {
-        let reusable = &tokens[..tokens.len().saturating_sub(1)];
-        let mut parent = Parent::Root(identity.clone());
+    pub fn find(&self, identity: &PrefixIdentity, tokens: &[i32]) -> Vec<BlockRef> {
+        let num_reusable = tokens.len().saturating_sub(1) / self.block_size;
+        let mut parent = Parent::Root(identity.scope.clone());
         let mut found = Vec::new();
-        for tokens in reusable.chunks_exact(self.block_size) {
-            let Some(Ok(block)) = self.lookup(&parent, tokens) else {
+        for index in 0..num_reusable {
+            let content = Content::of_block(identity, tokens, index, self.block_size);
+            let Some(Ok(block)) = self.lookup(&parent, content) else {
                 break;
             };
             found.push(block);
@@ -99,11 +135,11 @@ impl<S: BuildHasher> PrefixCache<S> {
     }
 
     /// Makes the computed block in `page` findable.
-    pub fn publish(&mut self, parent: &Parent, tokens: &[i32], page: PageId) -> Published {
-        match self.lookup(parent, tokens) {
+    pub fn publish(&mut self, parent: &Parent, content: Content<'_>, page: PageId) -> Published {
+        match self.lookup(parent, content) {
             Some(Ok(existing)) => Published::Existing(existing),
             Some(Err(())) => Published::Collision,
-            None => Published::Inserted(self.insert(parent, tokens, page)),
+            None => Published::Inserted(self.insert(parent, content, page)),
         }
     }
 
@@ -211,12 +247,12 @@ impl<S: BuildHasher> PrefixCache<S> {
     }
 
     /// `None` if the hash is unknown, `Err` if it belongs to another block.
-    fn lookup(&self, parent: &Parent, tokens: &[i32]) -> Option<Result<BlockRef, ()>> {
-        let &page = self.by_hash.get(&self.hasher.hash_one((parent, tokens)))?;
+    fn lookup(&self, parent: &Parent, content: Content<'_>) -> Option<Result<BlockRef, ()>> {
+        let &page = self.by_hash.get(&self.hasher.hash_one((parent, content)))?;
         let block = self.blocks[page.index()]
             .as_ref()
             .expect("invariant: a found block is cached");
-        let is_same = block.parent == *parent && *block.tokens == *tokens;
+        let is_same = block.parent == *parent && block.content() == content;
         Some(
             is_same
                 .then_some(BlockRef {
@@ -227,12 +263,13 @@ impl<S: BuildHasher> PrefixCache<S> {
         )
     }
 
-    fn insert(&mut self, parent: &Parent, tokens: &[i32], page: PageId) -> BlockRef {
+    fn insert(&mut self, parent: &Parent, content: Content<'_>, page: PageId) -> BlockRef {
         let block = Block {
-            hash: self.hasher.hash_one((parent, tokens)),
+            hash: self.hasher.hash_one((parent, content)),
             serial: self.next_serial,
             parent: parent.clone(),
-            tokens: tokens.into(),
+            beginning: content.beginning.into(),
+            tokens: content.tokens.into(),
             children: Vec::new(),
             idle_since: None,
         };
@@ -275,34 +312,39 @@ mod tests {
         }
     }
 
-    fn identity(content_hash: &str, weight: f32) -> Arc<PrefixIdentity> {
-        Arc::new(PrefixIdentity {
-            adapters: vec![(AdapterKey::new(content_hash), weight.to_bits())],
-            ..PrefixIdentity::default()
-        })
+    fn identity(content_hash: &str, weight: f32) -> PrefixIdentity {
+        acting_from(0, content_hash, weight)
     }
 
-    fn scoped(tenant: &str, salt: &str) -> Arc<PrefixIdentity> {
-        Arc::new(PrefixIdentity {
-            scope: CacheScope {
-                tenant: tenant.into(),
-                salt: salt.into(),
-            },
-            ..PrefixIdentity::default()
-        })
+    fn acting_from(first_token: usize, content_hash: &str, weight: f32) -> PrefixIdentity {
+        let adapter = ActingAdapter {
+            key: AdapterKey::new(content_hash),
+            weight_bits: weight.to_bits(),
+            first_token,
+        };
+        PrefixIdentity::new(CacheScope::default(), [adapter])
+    }
+
+    fn scoped(tenant: &str, salt: &str) -> PrefixIdentity {
+        let scope = CacheScope {
+            tenant: tenant.into(),
+            salt: salt.into(),
+        };
+        PrefixIdentity::new(scope, [])
     }
 
     /// Publishes `tokens` in blocks of 2 into pages from `first_page` on.
     fn publish<S: BuildHasher>(
         cache: &mut PrefixCache<S>,
-        identity: &Arc<PrefixIdentity>,
+        identity: &PrefixIdentity,
         tokens: &[i32],
         first_page: u32,
     ) {
-        let mut parent = Parent::Root(identity.clone());
-        for (index, tokens) in tokens.chunks_exact(2).enumerate() {
+        let mut parent = Parent::Root(identity.scope.clone());
+        for index in 0..tokens.len() / 2 {
             let page = PageId(first_page + index as u32);
-            match cache.publish(&parent, tokens, page) {
+            let content = Content::of_block(identity, tokens, index, 2);
+            match cache.publish(&parent, content, page) {
                 Published::Inserted(block) | Published::Existing(block) => {
                     parent = Parent::Block(block);
                 }
@@ -318,7 +360,7 @@ mod tests {
     #[test]
     fn prefix_is_found_block_by_block_and_never_the_last_token() {
         let mut cache = PrefixCache::new(8, 2);
-        let base = Arc::default();
+        let base = PrefixIdentity::default();
         publish(&mut cache, &base, &[1, 2, 3, 4], 0);
         assert_eq!(pages(&cache.find(&base, &[1, 2, 3, 4, 5])), [0, 1]);
         assert_eq!(pages(&cache.find(&base, &[1, 2, 3, 4])), [0]);
@@ -331,7 +373,11 @@ mod tests {
         let mut cache = PrefixCache::new(8, 2);
         publish(&mut cache, &identity("aa", 1.0), &[1, 2], 0);
         assert_eq!(pages(&cache.find(&identity("aa", 1.0), &[1, 2, 3])), [0]);
-        for other in [identity("bb", 1.0), identity("aa", 0.5), Arc::default()] {
+        for other in [
+            identity("bb", 1.0),
+            identity("aa", 0.5),
+            PrefixIdentity::default(),
+        ] {
             assert!(cache.find(&other, &[1, 2, 3]).is_empty());
         }
     }
@@ -349,6 +395,30 @@ mod tests {
     }
 
     #[test]
+    fn blocks_before_an_adapter_acts_are_shared_and_those_from_there_on_are_not() {
+        let mut cache = PrefixCache::new(8, 2);
+        let (base, tokens) = (PrefixIdentity::default(), [1, 2, 3, 4, 5, 6, 7]);
+        let from_fourth = acting_from(3, "aa", 1.0);
+        publish(&mut cache, &from_fourth, &tokens, 0);
+        assert_eq!(pages(&cache.find(&from_fourth, &tokens)), [0, 1, 2]);
+        for other in [
+            base.clone(),
+            acting_from(2, "aa", 1.0),
+            acting_from(3, "aa", 0.5),
+            acting_from(3, "bb", 1.0),
+            acting_from(4, "aa", 1.0),
+        ] {
+            assert_eq!(pages(&cache.find(&other, &tokens)), [0], "{other:?}");
+        }
+        assert!(cache.find(&acting_from(1, "aa", 1.0), &tokens).is_empty());
+        publish(&mut cache, &base, &[1, 2, 3, 4], 3);
+        assert_eq!(
+            pages(&cache.find(&acting_from(4, "bb", 1.0), &tokens)),
+            [0, 4]
+        );
+    }
+
+    #[test]
     fn blocks_are_hashed_with_a_key_of_their_own_cache() {
         let root = Parent::Root(Arc::default());
         let hash = |cache: PrefixCache| cache.hasher.hash_one((&root, &[1, 2]));
@@ -362,12 +432,16 @@ mod tests {
     #[test]
     fn colliding_hashes_miss_instead_of_returning_wrong_blocks() {
         let mut cache = PrefixCache::with_hasher(8, 2, BuildHasherDefault::<Colliding>::default());
-        let base = Arc::default();
+        let base = PrefixIdentity::default();
         publish(&mut cache, &base, &[1, 2], 0);
         assert!(cache.find(&base, &[8, 9, 1]).is_empty());
         assert!(cache.find(&identity("aa", 1.0), &[1, 2, 3]).is_empty());
         assert_eq!(
-            cache.publish(&Parent::Root(base.clone()), &[8, 9], PageId(1)),
+            cache.publish(
+                &Parent::Root(base.scope.clone()),
+                Content::of_block(&base, &[8, 9], 0, 2),
+                PageId(1)
+            ),
             Published::Collision
         );
         assert_eq!(pages(&cache.find(&base, &[1, 2, 3])), [0]);
@@ -376,7 +450,7 @@ mod tests {
     #[test]
     fn evicting_a_parent_evicts_its_descendants() {
         let mut cache = PrefixCache::new(8, 2);
-        let base = Arc::default();
+        let base = PrefixIdentity::default();
         publish(&mut cache, &base, &[1, 2, 3, 4, 5, 6], 0);
         publish(&mut cache, &base, &[1, 2, 7, 8], 4);
         for (tick, page) in [2, 1, 5, 0].into_iter().enumerate() {

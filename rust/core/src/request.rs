@@ -71,13 +71,23 @@ impl NewRequest {
     }
 }
 
+/// An adapter, by id or slot, as it acts on one sequence.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Applied<A> {
+    pub adapter: A,
+    /// Not zero.
+    pub weight: f32,
+    /// Tokens before it are computed without the adapter.
+    pub first_token: usize,
+}
+
 /// An accepted request.
 #[derive(Debug, Clone)]
 pub struct Request {
     pub id: RequestId,
-    /// Ordered by id, weights not zero; the w-th goes into wave w.
-    pub adapters: Vec<(AdapterId, f32)>,
-    pub identity: Arc<PrefixIdentity>,
+    /// Ordered by id; the w-th goes into wave w.
+    pub adapters: Vec<Applied<AdapterId>>,
+    pub identity: PrefixIdentity,
     pub max_tokens: usize,
     pub min_tokens: usize,
     pub stop_token_ids: Vec<i32>,
@@ -89,6 +99,12 @@ pub enum FinishReason {
     Length,
     Abort,
     Error(Failure),
+}
+
+impl Request {
+    pub fn adapter_ids(&self) -> impl Iterator<Item = AdapterId> + '_ {
+        self.adapters.iter().map(|applied| applied.adapter)
+    }
 }
 
 /// The error a request ended with after it was accepted: whoever failed gives it, the last output hands it on.

@@ -2,7 +2,7 @@
 
 use crate::ids::SlotId;
 use crate::memory::BlockTable;
-use crate::request::{FinishReason, Request, RequestOutput};
+use crate::request::{Applied, FinishReason, Request, RequestOutput};
 
 #[derive(Debug)]
 pub struct Sequence {
@@ -33,8 +33,8 @@ pub struct Running {
     /// Tokens whose KV is in the pages.
     pub num_computed: usize,
     pub in_flight: InFlightTokens,
-    /// Slot and weight of each adapter, in wave order.
-    pub adapters: Vec<(SlotId, f32)>,
+    /// In wave order.
+    pub adapters: Vec<Applied<SlotId>>,
 }
 
 /// What steps in flight do for a sequence.
@@ -117,14 +117,13 @@ impl Running {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ids::RequestId;
-    use std::sync::Arc;
+    use crate::ids::{PrefixIdentity, RequestId};
 
     fn sequence(min_tokens: usize, max_tokens: usize) -> Sequence {
         let request = Request {
             id: RequestId(0),
             adapters: Vec::new(),
-            identity: Arc::default(),
+            identity: PrefixIdentity::default(),
             max_tokens,
             min_tokens,
             stop_token_ids: vec![7],

@@ -23,10 +23,11 @@ const PROGRESS_EVERY: Duration = Duration::from_secs(30);
 
 /// What must happen at least this often in as many operations as are run without being asked for more.
 const AT_LEAST: u64 = 100;
-const SEEN: [&str; 19] = [
+const SEEN: [&str; 20] = [
     "accepted to the last page",
     "adapters evicted",
     "adapters loaded",
+    "adapters that act from within a prompt",
     "answered late",
     "ended beside stuck loads",
     "ended between schedule and commit",

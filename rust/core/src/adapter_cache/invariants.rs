@@ -13,7 +13,7 @@ impl AdapterCache {
             "one entry per content"
         );
         for (&adapter, entry) in &self.entries {
-            assert_eq!(self.by_key.get(&entry.key), Some(&adapter));
+            assert_eq!(self.by_key.get(&entry.content.key), Some(&adapter));
             let is_loading = matches!(entry.state, AdapterState::Loading(_));
             assert!(
                 !entry.names.is_empty() || entry.users > 0 || is_loading,

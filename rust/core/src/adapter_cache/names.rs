@@ -1,6 +1,6 @@
 //! Names bound to adapters: registered, replaced, unregistered, resolved and pinned.
 
-use super::{AdapterCache, AdapterState, Entry, Name, Pinned};
+use super::{AdapterCache, AdapterContent, AdapterState, Entry, Name, Pinned};
 use crate::error::Error;
 use crate::ids::{AdapterId, AdapterKey, SlotId};
 
@@ -9,24 +9,23 @@ impl AdapterCache {
     pub fn register(
         &mut self,
         name: &str,
-        key: AdapterKey,
-        nbytes: usize,
+        content: AdapterContent,
         num_pages: usize,
     ) -> Result<AdapterId, Error> {
         check_name(name)?;
         if let Some(bound) = self.names.get(name) {
-            let (adapter, registered) = (bound.adapter, &self.entries[&bound.adapter].key);
-            if !bound.is_unloading && *registered == key {
+            let (adapter, registered) = (bound.adapter, &self.entry(bound.adapter).content.key);
+            if !bound.is_unloading && *registered == content.key {
                 return Ok(adapter);
             }
             if !bound.is_unloading {
-                return Err(name_taken(name, registered, &key));
+                return Err(name_taken(name, registered, &content.key));
             }
             self.entry_mut(adapter)
                 .unloading
                 .retain(|other| other != name);
         }
-        let adapter = self.find_or_insert(key, nbytes, num_pages);
+        let adapter = self.find_or_insert(content, num_pages);
         self.bind(name, adapter, false);
         Ok(adapter)
     }
@@ -37,17 +36,16 @@ impl AdapterCache {
     pub fn replace(
         &mut self,
         name: &str,
-        key: AdapterKey,
-        nbytes: usize,
+        content: AdapterContent,
         num_pages: usize,
     ) -> Result<(AdapterId, Option<SlotId>), Error> {
         let Some((old, is_pinned)) = self.bound(name) else {
-            return Ok((self.register(name, key, nbytes, num_pages)?, None));
+            return Ok((self.register(name, content, num_pages)?, None));
         };
-        if self.entry(old).key == key {
+        if self.entry(old).content.key == content.key {
             return Ok((old, None));
         }
-        let adapter = self.find_or_insert(key, nbytes, num_pages);
+        let adapter = self.find_or_insert(content, num_pages);
         self.entry_mut(old).names.retain(|other| other != name);
         self.bind(name, adapter, is_pinned);
         if is_pinned {
@@ -132,15 +130,15 @@ impl AdapterCache {
         );
     }
 
-    fn find_or_insert(&mut self, key: AdapterKey, nbytes: usize, num_pages: usize) -> AdapterId {
-        if let Some(adapter) = self.find(&key) {
+    fn find_or_insert(&mut self, content: AdapterContent, num_pages: usize) -> AdapterId {
+        if let Some(adapter) = self.find(&content.key) {
             return adapter;
         }
         let adapter = AdapterId(self.next_id);
         self.next_id += 1;
+        self.by_key.insert(content.key.clone(), adapter);
         let entry = Entry {
-            key: key.clone(),
-            nbytes,
+            content,
             num_pages,
             state: AdapterState::Registered,
             users: 0,
@@ -152,7 +150,6 @@ impl AdapterCache {
             unloading: Vec::new(),
         };
         self.entries.insert(adapter, entry);
-        self.by_key.insert(key, adapter);
         adapter
     }
 

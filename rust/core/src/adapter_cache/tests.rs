@@ -2,7 +2,7 @@ use super::*;
 use crate::slot_table::Shield;
 
 fn register(cache: &mut AdapterCache, name: &str, content_hash: &str) -> Result<AdapterId, Error> {
-    cache.register(name, AdapterKey::new(content_hash), 100, 1)
+    cache.register(name, AdapterContent::new(content_hash, 100), 1)
 }
 
 #[test]
@@ -115,7 +115,9 @@ fn replaced_adapter_stays_for_its_users_and_its_pin_goes_over() {
     cache.add_user(old);
     cache.begin_load(old, SlotId(0));
     cache.finish_load(old, 1).unwrap();
-    let (new, slot) = cache.replace("a", AdapterKey::new("h2"), 100, 3).unwrap();
+    let (new, slot) = cache
+        .replace("a", AdapterContent::new("h2", 100), 3)
+        .unwrap();
     assert_eq!((cache.resolve("a"), slot), (Ok(new), None));
     assert_ne!(old, new);
     let pinned = Pinned {
@@ -137,7 +139,7 @@ fn replacing_frees_what_nobody_uses_and_leaves_what_others_name() {
     cache.begin_load(old, SlotId(0));
     cache.finish_load(old, 1).unwrap();
     let mut replace = |name, content_hash| {
-        let replaced = cache.replace(name, AdapterKey::new(content_hash), 100, 1);
+        let replaced = cache.replace(name, AdapterContent::new(content_hash, 100), 1);
         cache.check_invariants();
         replaced.unwrap()
     };

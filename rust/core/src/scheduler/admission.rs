@@ -3,6 +3,7 @@
 use super::{Admission, Load, Plan, Scheduler, shield_adapters};
 use crate::adapter_cache::AdapterState;
 use crate::ids::AdapterId;
+use crate::request::Applied;
 use crate::sequence::{InFlightTokens, Running};
 
 /// What became of a waiting request that was looked at.
@@ -72,7 +73,7 @@ impl Scheduler {
 
     fn adapters_of_waiting(&self, index: usize) -> Vec<AdapterId> {
         let request = &self.waiting[index].sequence.request;
-        request.adapters.iter().map(|&(id, _)| id).collect()
+        request.adapter_ids().collect()
     }
 
     /// Starts what is neither resident nor loading; true if all are resident, `None` if there is no room.
@@ -133,11 +134,11 @@ impl Scheduler {
             });
         }
         self.num_prefix_hit_tokens += num_computed as u64;
-        let adapters = sequence
-            .request
-            .adapters
-            .iter()
-            .map(|&(id, weight)| (self.memory.adapters.acquire(id), weight));
+        let adapters = sequence.request.adapters.iter().map(|applied| Applied {
+            adapter: self.memory.adapters.acquire(applied.adapter),
+            weight: applied.weight,
+            first_token: applied.first_token,
+        });
         let running = Running {
             adapters: adapters.collect(),
             overtaken: waiting.overtaken,

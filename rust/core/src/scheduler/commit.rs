@@ -54,7 +54,8 @@ impl Scheduler {
             num_computed,
             ..
         } = running;
-        self.memory.publish(table, &sequence.tokens, *num_computed);
+        let (identity, tokens) = (&sequence.request.identity, &sequence.tokens);
+        self.memory.publish(table, identity, tokens, *num_computed);
         if let Some(token) = token {
             match sequence.append(token) {
                 Some(finish) => self.finish_running(index, Some(token), finish),
@@ -77,8 +78,8 @@ impl Scheduler {
             ..
         } = self.running.remove(index);
         self.memory.release_table(table);
-        for (slot, _) in adapters {
-            self.memory.release_adapter(slot);
+        for applied in adapters {
+            self.memory.release_adapter(applied.adapter);
         }
         self.finish_sequence(&sequence, token, finish);
     }
@@ -90,7 +91,7 @@ impl Scheduler {
         token: Option<i32>,
         finish: FinishReason,
     ) {
-        for &(adapter, _) in &sequence.request.adapters {
+        for adapter in sequence.request.adapter_ids() {
             let slot = self.memory.adapters.remove_user(adapter);
             self.memory.free_slot(slot);
         }

@@ -70,8 +70,8 @@ impl Scheduler {
             ..
         } = newest;
         self.memory.release_table(table);
-        for (slot, _) in adapters {
-            self.memory.release_adapter(slot);
+        for applied in adapters {
+            self.memory.release_adapter(applied.adapter);
         }
         self.num_preemptions += 1;
         let place = self

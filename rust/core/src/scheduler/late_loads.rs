@@ -22,11 +22,8 @@ impl Scheduler {
         if waiting.unfit_at == Some(slots.num_returns()) {
             return true;
         }
-        let adapters = &waiting.sequence.request.adapters;
-        slots.num_late() > 0
-            && adapters
-                .iter()
-                .any(|&(id, _)| self.memory.adapters.is_late(id))
+        let mut adapters = waiting.sequence.request.adapter_ids();
+        slots.num_late() > 0 && adapters.any(|adapter| self.memory.adapters.is_late(adapter))
     }
 
     /// Whether a request that was denied memory is stranded: nobody runs who could give some back, and no load will be

@@ -27,7 +27,7 @@ use crate::error::Error;
 use crate::ids::{AdapterId, PageId, RequestId, SlotId};
 use crate::memory::Memory;
 use crate::page_pool::Move;
-use crate::request::{Failure, FinishReason, RequestOutput};
+use crate::request::{Applied, Failure, FinishReason, Request, RequestOutput};
 use crate::sequence::{Running, Sequence, Waiting};
 
 pub use config::SchedulerConfig;
@@ -230,13 +230,7 @@ impl Scheduler {
     ) -> Result<(), Error> {
         let slot = self.memory.adapters.fail_load(adapter)?;
         self.memory.free_slot(Some(slot));
-        let names = |w: &Waiting| {
-            w.sequence
-                .request
-                .adapters
-                .iter()
-                .any(|&(id, _)| id == adapter)
-        };
+        let names = |w: &Waiting| w.sequence.request.adapter_ids().any(|id| id == adapter);
         let (failed, kept): (VecDeque<_>, VecDeque<_>) = self.waiting.drain(..).partition(names);
         self.waiting = kept;
         for waiting in failed {
@@ -274,7 +268,7 @@ impl Scheduler {
 
     /// Waiting requests that an adapter is missing for.
     pub fn num_waiting_for_adapters(&self) -> usize {
-        let lacks_adapter = |w: &&Waiting| !self.are_resident(&w.sequence.request.adapters);
+        let lacks_adapter = |w: &&Waiting| !self.are_resident(&w.sequence.request);
         self.waiting.iter().filter(lacks_adapter).count()
     }
 
@@ -284,7 +278,7 @@ impl Scheduler {
             .waiting
             .binary_search_by_key(&request, |w| w.sequence.request.id);
         waiting.map_or(true, |index| {
-            self.are_resident(&self.waiting[index].sequence.request.adapters)
+            self.are_resident(&self.waiting[index].sequence.request)
         })
     }
 
@@ -324,7 +318,7 @@ impl Scheduler {
         let mut uses = std::collections::HashMap::<AdapterId, (usize, usize)>::new();
         let running = self.running.iter().map(|r| (&r.sequence, 1));
         for (sequence, runs) in self.waiting.iter().map(|w| (&w.sequence, 0)).chain(running) {
-            for &(adapter, _) in &sequence.request.adapters {
+            for adapter in sequence.request.adapter_ids() {
                 let (users, num_running) = uses.entry(adapter).or_default();
                 (*users, *num_running) = (*users + 1, *num_running + runs);
             }
@@ -339,9 +333,11 @@ impl Scheduler {
         let mut readers = std::collections::HashMap::new();
         for running in &self.running {
             let identity = &running.sequence.request.identity;
-            for &page in &running.table.pages {
-                let first = readers.entry(page).or_insert(identity);
-                assert_eq!(*first, identity, "who share {page:?} have one identity");
+            for (index, &page) in running.table.pages.iter().enumerate() {
+                let end = (index + 1) * self.config.block_size;
+                let shared_by = (&identity.scope, identity.beginning_in(0..end));
+                let first = readers.entry(page).or_insert(shared_by);
+                assert_eq!(*first, shared_by, "who share {page:?} have one identity");
             }
         }
     }
@@ -391,12 +387,11 @@ impl Scheduler {
         }
     }
 
-    fn are_resident(&self, adapters: &[(AdapterId, f32)]) -> bool {
-        let is_resident = |&(adapter, _): &(AdapterId, f32)| {
+    fn are_resident(&self, request: &Request) -> bool {
+        request.adapter_ids().all(|adapter| {
             let state = self.memory.adapters.entry(adapter).state;
             matches!(state, AdapterState::Resident(_))
-        };
-        adapters.iter().all(is_resident)
+        })
     }
 
     fn scheduled(&self, (index, num_tokens): (usize, usize)) -> Scheduled<'_> {
@@ -415,12 +410,12 @@ impl Scheduler {
 }
 
 fn shield_adapters(memory: &mut Memory, sequence: &Sequence) {
-    for &(adapter, _) in &sequence.request.adapters {
+    for adapter in sequence.request.adapter_ids() {
         memory.adapters.shield(adapter);
     }
 }
 
-fn compare_adapters(a: &[(SlotId, f32)], b: &[(SlotId, f32)]) -> std::cmp::Ordering {
-    let key = |&(slot, weight): &(SlotId, f32)| (slot, weight.to_bits());
+fn compare_adapters(a: &[Applied<SlotId>], b: &[Applied<SlotId>]) -> std::cmp::Ordering {
+    let key = |applied: &Applied<SlotId>| (applied.adapter, applied.weight.to_bits());
     a.iter().map(key).cmp(b.iter().map(key))
 }

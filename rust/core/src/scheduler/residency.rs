@@ -219,7 +219,7 @@ impl Scheduler {
 
     fn demand_of(&self, sequence: &Sequence, change: PinChange) -> Demand {
         let request = &sequence.request;
-        let adapters: Vec<_> = request.adapters.iter().map(|&(id, _)| id).collect();
+        let adapters: Vec<_> = request.adapter_ids().collect();
         self.demand(sequence.prompt_len + request.max_tokens, &adapters, change)
     }
 

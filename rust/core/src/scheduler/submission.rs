@@ -1,12 +1,11 @@
 //! What comes in from outside: adapters under their names, and requests, refused here or sure to end.
 
-use std::sync::Arc;
-
 use super::Scheduler;
 use super::residency::PinChange;
+use crate::adapter_cache::AdapterContent;
 use crate::error::Error;
-use crate::ids::{AdapterId, AdapterKey, CacheScope, PrefixIdentity, RequestId};
-use crate::request::{NewRequest, Request};
+use crate::ids::{ActingAdapter, AdapterId, CacheScope, PrefixIdentity, RequestId};
+use crate::request::{Applied, NewRequest, Request};
 use crate::sequence::{Sequence, Waiting};
 
 /// The weights of one content, under all its names.
@@ -41,13 +40,10 @@ impl Scheduler {
     pub fn register_adapter(
         &mut self,
         name: &str,
-        content_hash: &str,
-        nbytes: usize,
+        content: AdapterContent,
     ) -> Result<AdapterId, Error> {
-        let num_pages = self.adapter_pages(name, nbytes)?;
-        self.memory
-            .adapters
-            .register(name, AdapterKey::new(content_hash), nbytes, num_pages)
+        let num_pages = self.adapter_pages(name, content.nbytes)?;
+        self.memory.adapters.register(name, content, num_pages)
     }
 
     /// As `register_adapter`, and takes the name from other content, at once and with its pin.
@@ -56,13 +52,11 @@ impl Scheduler {
     pub fn replace_adapter(
         &mut self,
         name: &str,
-        content_hash: &str,
-        nbytes: usize,
+        content: AdapterContent,
     ) -> Result<AdapterId, Error> {
-        let num_pages = self.adapter_pages(name, nbytes)?;
-        let key = AdapterKey::new(content_hash);
-        self.check_pin_passes_on(name, &key, num_pages)?;
-        let replaced = self.memory.adapters.replace(name, key, nbytes, num_pages);
+        let num_pages = self.adapter_pages(name, content.nbytes)?;
+        self.check_pin_passes_on(name, &content.key, num_pages)?;
+        let replaced = self.memory.adapters.replace(name, content, num_pages);
         let (adapter, slot) = replaced?;
         self.memory.free_slot(slot);
         if self.memory.adapters.entry(adapter).is_pinned() {
@@ -95,15 +89,15 @@ impl Scheduler {
 
     pub fn submit(&mut self, mut new: NewRequest) -> Result<RequestId, Error> {
         new.validate(self.config.max_model_len)?;
-        let adapters = self.resolve_adapters(&new.adapters)?;
+        let adapters = self.resolve_adapters(&new)?;
         if new.needs_adapter && adapters.is_empty() {
             return Err(Error::OnlyBaseModelLeft);
         }
         let max_tokens = self.max_tokens(&new, &adapters)?;
         let id = RequestId(self.next_request);
         self.next_request += 1;
-        for &(adapter, _) in &adapters {
-            self.memory.adapters.add_user(adapter);
+        for applied in &adapters {
+            self.memory.adapters.add_user(applied.adapter);
         }
         let sequence = Sequence {
             prompt_len: new.prompt.len(),
@@ -126,10 +120,11 @@ impl Scheduler {
         Ok(id)
     }
 
-    /// Checked names as what will run: one weight per content, ordered by id, without what adds up to zero.
-    fn resolve_adapters(&self, named: &[(String, f32)]) -> Result<Vec<(AdapterId, f32)>, Error> {
-        let mut sums: Vec<(AdapterId, WeightSum)> = Vec::with_capacity(named.len());
-        for (name, weight) in named {
+    /// Checked names as what will run: one weight per content, ordered by id, without what adds up to zero and what the
+    /// prompt does not invoke.
+    fn resolve_adapters(&self, new: &NewRequest) -> Result<Vec<Applied<AdapterId>>, Error> {
+        let mut sums: Vec<(AdapterId, WeightSum)> = Vec::with_capacity(new.adapters.len());
+        for (name, weight) in &new.adapters {
             let adapter = self.memory.adapters.resolve(name)?;
             let index = sums.iter().position(|&(other, _)| other == adapter);
             let index = index.unwrap_or_else(|| {
@@ -145,34 +140,47 @@ impl Scheduler {
                 });
             }
         }
-        let weighted = sums.iter().map(|&(adapter, sum)| (adapter, sum.weight()));
-        let mut adapters: Vec<_> = weighted.filter(|&(_, weight)| weight != 0.0).collect();
-        adapters.sort_by_key(|&(adapter, _)| adapter);
+        let applied = sums.iter().filter_map(|&(adapter, sum)| {
+            let content = &self.memory.adapters.entry(adapter).content;
+            Some(Applied {
+                adapter,
+                weight: sum.weight(),
+                first_token: content.first_token(&new.prompt)?,
+            })
+        });
+        let mut adapters: Vec<_> = applied.filter(|applied| applied.weight != 0.0).collect();
+        adapters.sort_by_key(|applied| applied.adapter);
         Ok(adapters)
     }
 
-    fn identity(&self, scope: CacheScope, adapters: &[(AdapterId, f32)]) -> Arc<PrefixIdentity> {
-        let keyed = adapters.iter().map(|&(adapter, weight)| {
-            (
-                self.memory.adapters.entry(adapter).key.clone(),
-                weight.to_bits(),
-            )
+    fn identity(&self, scope: CacheScope, adapters: &[Applied<AdapterId>]) -> PrefixIdentity {
+        let acting = adapters.iter().map(|applied| ActingAdapter {
+            key: self
+                .memory
+                .adapters
+                .entry(applied.adapter)
+                .content
+                .key
+                .clone(),
+            weight_bits: applied.weight.to_bits(),
+            first_token: applied.first_token,
         });
-        Arc::new(PrefixIdentity {
-            scope,
-            adapters: keyed.collect(),
-        })
+        PrefixIdentity::new(scope, acting)
     }
 
     /// How many tokens the answer may have: as many as asked for, or else as fit.
-    fn max_tokens(&self, new: &NewRequest, adapters: &[(AdapterId, f32)]) -> Result<usize, Error> {
+    fn max_tokens(
+        &self,
+        new: &NewRequest,
+        adapters: &[Applied<AdapterId>],
+    ) -> Result<usize, Error> {
         let prompt = new.prompt.len();
         if let Some(max_tokens) = new.max_tokens {
             self.check_capacity(prompt + max_tokens, adapters)?;
             return Ok(max_tokens);
         }
         self.check_capacity(prompt + new.min_tokens.max(1), adapters)?;
-        let ids: Vec<_> = adapters.iter().map(|&(adapter, _)| adapter).collect();
+        let ids: Vec<_> = adapters.iter().map(|applied| applied.adapter).collect();
         let taken = self.memory.adapters.pinned().num_pages
             + self.demand(0, &ids, PinChange::default()).adapter_pages;
         let num_tokens = (self.config.num_pages - taken) * self.config.block_size;
@@ -183,7 +191,7 @@ impl Scheduler {
     fn check_capacity(
         &self,
         num_tokens: usize,
-        adapters: &[(AdapterId, f32)],
+        adapters: &[Applied<AdapterId>],
     ) -> Result<(), Error> {
         let limit = self.config.max_num_slots;
         if adapters.len() > limit {
@@ -193,7 +201,7 @@ impl Scheduler {
         let kv_pages = num_tokens.div_ceil(self.config.block_size);
         let extents = adapters
             .iter()
-            .map(|&(adapter, _)| self.memory.adapters.entry(adapter).num_pages);
+            .map(|applied| self.memory.adapters.entry(applied.adapter).num_pages);
         let adapter_pages: usize = extents.sum();
         if kv_pages + adapter_pages <= self.config.num_pages {
             return self.check_room_beside_pinned(num_tokens, adapters);
@@ -210,9 +218,9 @@ impl Scheduler {
     fn check_room_beside_pinned(
         &self,
         num_tokens: usize,
-        adapters: &[(AdapterId, f32)],
+        adapters: &[Applied<AdapterId>],
     ) -> Result<(), Error> {
-        let ids: Vec<_> = adapters.iter().map(|&(adapter, _)| adapter).collect();
+        let ids: Vec<_> = adapters.iter().map(|applied| applied.adapter).collect();
         let pinned = self.memory.adapters.pinned();
         let demand = self.demand(num_tokens, &ids, PinChange::default());
         if self.fits(demand, pinned) {

@@ -15,6 +15,7 @@ use super::weights::{Operation, Weights};
 /// A request as it must turn out.
 struct Expected {
     kv: u64,
+    /// Weight and word of those that act on its last token, and so on what it generates.
     adapters: Vec<(f32, u64)>,
     hashes: Vec<String>,
     num_generated: usize,

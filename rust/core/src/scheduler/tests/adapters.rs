@@ -11,7 +11,8 @@ fn weights_that_leave_only_the_base_model_are_refused_to_who_may_not_use_it() {
         ("again-a", "one"),
         ("b", "two"),
     ] {
-        s.register_adapter(name, content, 100).unwrap();
+        s.register_adapter(name, AdapterContent::new(content, 100))
+            .unwrap();
     }
     let cases: [(&[(&str, f32)], bool); 11] = [
         (&[], true),
@@ -47,7 +48,9 @@ fn weights_that_leave_only_the_base_model_are_refused_to_who_may_not_use_it() {
 #[test]
 fn failed_load_fails_only_the_requests_that_named_it_and_is_tried_again() {
     let mut s = scheduler(|_| ());
-    let bad = s.register_adapter("bad", "h1", 100).unwrap();
+    let bad = s
+        .register_adapter("bad", AdapterContent::new("h1", 100))
+        .unwrap();
     s.submit(request(&[1], &[("bad", 1.0)], 3)).unwrap();
     s.submit(request(&[1], &[], 3)).unwrap();
     let first = s.schedule();
@@ -71,7 +74,9 @@ fn failed_load_fails_only_the_requests_that_named_it_and_is_tried_again() {
 #[test]
 fn waiting_for_a_load_lets_others_pass_a_bounded_number_of_times() {
     let mut s = scheduler(|c| c.max_overtakes = 3);
-    let slow = s.register_adapter("slow", "h1", 100).unwrap();
+    let slow = s
+        .register_adapter("slow", AdapterContent::new("h1", 100))
+        .unwrap();
     s.submit(request(&[1], &[("slow", 1.0)], 1)).unwrap();
     for _ in 0..6 {
         s.submit(request(&[1], &[], 1)).unwrap();
@@ -89,7 +94,8 @@ fn waiting_for_a_load_lets_others_pass_a_bounded_number_of_times() {
 #[test]
 fn warm_adapter_is_resident_before_its_first_request() {
     let mut s = scheduler(|_| ());
-    s.register_adapter("a", "h1", 300).unwrap();
+    s.register_adapter("a", AdapterContent::new("h1", 300))
+        .unwrap();
     assert_eq!(s.warm_adapter("a"), Ok(false));
     assert_eq!(s.warm_adapter("a"), Ok(false));
     step(&mut s);
@@ -105,7 +111,8 @@ fn warm_adapter_is_resident_before_its_first_request() {
 #[test]
 fn warm_adapter_takes_no_memory_that_a_request_waits_for() {
     let mut s = scheduler(|c| (c.num_pages, c.prefix_caching) = (8, false));
-    s.register_adapter("a", "h1", 400).unwrap();
+    s.register_adapter("a", AdapterContent::new("h1", 400))
+        .unwrap();
     s.submit(request(&[1; 19], &[], 1)).unwrap();
     s.submit(request(&[2; 16], &[], 1)).unwrap();
     s.warm_adapter("a").unwrap();
@@ -123,7 +130,8 @@ fn warm_adapter_takes_no_memory_that_a_request_waits_for() {
 fn pinned_adapter_is_loaded_and_stays_while_others_are_evicted() {
     let mut s = scheduler(|c| c.prefix_caching = false);
     for name in ["a", "b", "c", "d"] {
-        s.register_adapter(name, name, 500).unwrap();
+        s.register_adapter(name, AdapterContent::new(name, 500))
+            .unwrap();
     }
     s.pin_adapter("a", true).unwrap();
     step(&mut s);
@@ -150,7 +158,8 @@ fn pinned_adapter_is_loaded_and_stays_while_others_are_evicted() {
 fn pins_leave_room_for_what_was_accepted_and_requests_are_refused_beside_them() {
     let mut s = scheduler(|_| ());
     for (name, nbytes) in [("a", 600), ("b", 300), ("big", 1200)] {
-        s.register_adapter(name, name, nbytes).unwrap();
+        s.register_adapter(name, AdapterContent::new(name, nbytes))
+            .unwrap();
     }
     let message = |error: Error| error.to_string();
     assert!(message(s.pin_adapter("big", true).unwrap_err()).contains("may take 8 and take 0"));
@@ -180,7 +189,8 @@ fn pins_leave_room_for_what_was_accepted_and_requests_are_refused_beside_them() 
 fn adapter_with_two_names_stays_until_both_let_it_go() {
     let mut s = scheduler(|_| ());
     for name in ["a", "alias"] {
-        s.register_adapter(name, "h1", 300).unwrap();
+        s.register_adapter(name, AdapterContent::new("h1", 300))
+            .unwrap();
         s.pin_adapter(name, true).unwrap();
         s.pin_adapter(name, true).unwrap();
     }

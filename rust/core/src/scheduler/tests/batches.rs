@@ -31,7 +31,8 @@ fn decodes_come_before_prefills_in_budget_and_batch() {
 fn segments_follow_the_adapter_not_the_order_of_arrival() {
     let mut s = scheduler(|_| ());
     for (name, content_hash) in [("a", "h1"), ("b", "h2"), ("alias", "h1")] {
-        s.register_adapter(name, content_hash, 100).unwrap();
+        s.register_adapter(name, AdapterContent::new(content_hash, 100))
+            .unwrap();
     }
     let mixes: [&[(&str, f32)]; 6] = [
         &[("a", 1.0)],

@@ -4,7 +4,9 @@ use super::*;
 
 /// Registers an adapter of `num_pages`, asks for it and has its load begin, to be late.
 fn begin_late_load(s: &mut Scheduler, name: &str, num_pages: usize) -> AdapterId {
-    let adapter = s.register_adapter(name, name, num_pages * 100).unwrap();
+    let adapter = s
+        .register_adapter(name, AdapterContent::new(name, num_pages * 100))
+        .unwrap();
     s.submit(request(&[1], &[(name, 1.0)], 1)).unwrap();
     let planned = s.schedule();
     assert_eq!(planned.loads.len(), 1, "{name} is loaded");
@@ -46,7 +48,8 @@ fn waiting_for_late_loads_takes_no_place_of_the_lookahead() {
     for name in ["l1", "l2", "l3"] {
         begin_late_load(&mut s, name, 1);
     }
-    s.register_adapter("a", "a", 100).unwrap();
+    s.register_adapter("a", AdapterContent::new("a", 100))
+        .unwrap();
     s.submit(request(&[1], &[("a", 1.0)], 1)).unwrap();
     step(&mut s);
     step(&mut s);
@@ -86,10 +89,13 @@ fn a_sequence_that_outgrows_what_late_loads_leave_makes_way() {
 #[test]
 fn resident_adapters_of_a_stranded_request_make_room_for_others() {
     let mut s = scheduler(|_| ());
-    s.register_adapter("resident", "resident", 600).unwrap();
+    s.register_adapter("resident", AdapterContent::new("resident", 600))
+        .unwrap();
     s.submit(request(&[1], &[("resident", 1.0)], 1)).unwrap();
     drain(&mut s);
-    let late = s.register_adapter("late", "late", 600).unwrap();
+    let late = s
+        .register_adapter("late", AdapterContent::new("late", 600))
+        .unwrap();
     s.submit(request(&[1], &[("resident", 1.0), ("late", 1.0)], 1))
         .unwrap();
     let planned = s.schedule();
@@ -108,8 +114,10 @@ fn resident_adapters_of_a_stranded_request_make_room_for_others() {
 fn a_prefetch_too_large_beside_a_late_load_lets_smaller_ones_pass() {
     let mut s = scheduler(|_| ());
     begin_late_load(&mut s, "late", 10);
-    s.register_adapter("large", "large", 800).unwrap();
-    s.register_adapter("small", "small", 100).unwrap();
+    s.register_adapter("large", AdapterContent::new("large", 800))
+        .unwrap();
+    s.register_adapter("small", AdapterContent::new("small", 100))
+        .unwrap();
     s.warm_adapter("large").unwrap();
     s.warm_adapter("small").unwrap();
     step(&mut s);
@@ -119,7 +127,9 @@ fn a_prefetch_too_large_beside_a_late_load_lets_smaller_ones_pass() {
 #[test]
 fn only_a_load_under_way_can_be_late() {
     let mut s = scheduler(|_| ());
-    let adapter = s.register_adapter("a", "a", 100).unwrap();
+    let adapter = s
+        .register_adapter("a", AdapterContent::new("a", 100))
+        .unwrap();
     let refused = Err(Error::NotLoading { id: adapter.0 });
     assert_eq!(s.adapter_load_late(adapter), refused);
     s.warm_adapter("a").unwrap();

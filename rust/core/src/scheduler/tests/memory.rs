@@ -5,7 +5,8 @@ use super::*;
 #[test]
 fn request_that_could_never_fit_is_refused_with_what_it_needs() {
     let mut s = scheduler(|_| ());
-    s.register_adapter("a", "h1", 950).unwrap();
+    s.register_adapter("a", AdapterContent::new("h1", 950))
+        .unwrap();
     let message = s
         .submit(request(&[1; 10], &[("a", 1.0)], 20))
         .unwrap_err()
@@ -14,7 +15,9 @@ fn request_that_could_never_fit_is_refused_with_what_it_needs() {
         message,
         "request needs 1800 bytes (8 pages of KV cache, 10 pages of adapters), the pool has 1600 bytes (16 pages); lower max_tokens or raise the memory budget"
     );
-    let too_large = s.register_adapter("b", "h2", 1600).unwrap_err();
+    let too_large = s
+        .register_adapter("b", AdapterContent::new("h2", 1600))
+        .unwrap_err();
     assert_eq!(too_large.kind(), crate::ErrorKind::Capacity);
     assert!(s.submit(request(&[1; 10], &[("a", 1.0)], 14)).is_ok());
 }
@@ -27,8 +30,10 @@ fn request_without_a_limit_gets_what_fits_beside_its_and_the_pinned_adapters() {
     };
     // 16 pages of 4 tokens; the context is longer than the pool
     let mut s = scheduler(|config| config.max_model_len = 100);
-    s.register_adapter("own", "h1", 300).unwrap();
-    s.register_adapter("pinned", "h2", 500).unwrap();
+    s.register_adapter("own", AdapterContent::new("h1", 300))
+        .unwrap();
+    s.register_adapter("pinned", AdapterContent::new("h2", 500))
+        .unwrap();
     for (adapters, expected) in [(&[][..], 64 - 5), (&[("own", 1.0)][..], 64 - 5 - 3 * 4)] {
         s.submit(unlimited(&[1; 5], adapters)).unwrap();
         assert_eq!(num_generated(&mut s), expected);
@@ -63,7 +68,8 @@ fn newest_is_preempted_when_memory_is_short_and_both_finish() {
 #[test]
 fn running_sequences_are_preempted_before_the_next_request_loses_its_adapter() {
     let mut s = scheduler(|c| (c.num_pages, c.prefix_caching) = (8, false));
-    s.register_adapter("a", "h1", 300).unwrap();
+    s.register_adapter("a", AdapterContent::new("h1", 300))
+        .unwrap();
     for _ in 0..2 {
         s.submit(request(&[1; 3], &[], 16)).unwrap();
     }
@@ -94,8 +100,10 @@ fn admission_leaves_each_running_sequence_a_block_to_grow() {
 #[test]
 fn evicted_adapter_is_reloaded_on_next_request() {
     let mut s = scheduler(|c| c.prefix_caching = false);
-    s.register_adapter("a", "h1", 1000).unwrap();
-    s.register_adapter("b", "h2", 1000).unwrap();
+    s.register_adapter("a", AdapterContent::new("h1", 1000))
+        .unwrap();
+    s.register_adapter("b", AdapterContent::new("h2", 1000))
+        .unwrap();
     for name in ["a", "b", "a"] {
         s.submit(request(&[1, 2], &[(name, 1.0)], 1)).unwrap();
         drain(&mut s);
@@ -111,9 +119,11 @@ fn evicted_adapter_is_reloaded_on_next_request() {
 fn idle_extents_move_to_make_room_and_running_ones_stay() {
     let mut s = scheduler(|c| c.prefix_caching = false);
     for (index, name) in ["a", "b", "c", "d", "e"].into_iter().enumerate() {
-        s.register_adapter(name, &format!("h{index}"), 300).unwrap();
+        s.register_adapter(name, AdapterContent::new(&format!("h{index}"), 300))
+            .unwrap();
     }
-    s.register_adapter("big", "big", 600).unwrap();
+    s.register_adapter("big", AdapterContent::new("big", 600))
+        .unwrap();
     for name in ["a", "b", "c", "d", "e"] {
         s.submit(request(&[1], &[(name, 1.0)], 1)).unwrap();
         drain(&mut s);
@@ -133,7 +143,8 @@ fn idle_extents_move_to_make_room_and_running_ones_stay() {
 fn adapters_beyond_the_slots_take_turns() {
     let mut s = scheduler(|c| c.max_num_slots = 2);
     for name in ["a", "b", "c"] {
-        s.register_adapter(name, name, 100).unwrap();
+        s.register_adapter(name, AdapterContent::new(name, 100))
+            .unwrap();
         s.submit(request(&[1, 2, 3], &[(name, 1.0)], 3)).unwrap();
     }
     drain(&mut s);

@@ -8,6 +8,7 @@ mod memory;
 mod prefixes;
 
 use super::*;
+use crate::adapter_cache::AdapterContent;
 use crate::ids::CacheScope;
 use crate::request::{FinishReason, NewRequest};
 

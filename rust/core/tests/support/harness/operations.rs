@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use loraserve_core::{
-    AdapterId, AdapterStats, CacheScope, Error, Failure, FinishReason, NewRequest, RequestId,
+    AdapterContent, AdapterId, AdapterStats, CacheScope, Error, Failure, FinishReason, NewRequest,
+    RequestId,
 };
 
 use super::{Expected, Harness};
@@ -19,7 +20,13 @@ impl Harness {
 
     /// With what is pinned, it takes the pool to the last page, or one page less, or would take one more.
     pub(super) fn submit_tight(&mut self) {
-        let names: Vec<_> = self.names.keys().cloned().collect();
+        let acts_on_all = |(_, hash): &(&String, &String)| invocation(hash).is_empty();
+        let names: Vec<_> = self
+            .names
+            .iter()
+            .filter(acts_on_all)
+            .map(|(name, _)| name.clone())
+            .collect();
         let name = self.rng.pick(&names).cloned();
         let listed = self.scheduler.adapters();
         let info = listed.iter().find(|info| Some(&info.name) == name.as_ref());
@@ -134,7 +141,7 @@ impl Harness {
         adapters.into_iter().collect()
     }
 
-    /// Sums per content, in order of adapter id, without zeros.
+    /// Sums per content, in order of adapter id, without zeros and what the prompt does not invoke.
     fn weights(&self, new: &NewRequest) -> BTreeMap<u32, f32> {
         let mut weights = BTreeMap::<u32, f32>::new();
         for (name, weight) in &new.adapters {
@@ -142,7 +149,9 @@ impl Harness {
             let info = listed.iter().find(|info| info.name == *name).unwrap();
             *weights.entry(info.id.0).or_default() += weight;
         }
-        weights.retain(|_, weight| *weight != 0.0);
+        weights.retain(|id, weight| {
+            *weight != 0.0 && first_token(&self.hash_of[id], &new.prompt).is_some()
+        });
         weights
     }
 
@@ -162,14 +171,21 @@ impl Harness {
             self.count("weights of zero beside others", 1);
         }
         let hashes: Vec<_> = weights.keys().map(|id| self.hash_of[id].clone()).collect();
+        let firsts = hashes.iter().map(|hash| first_token(hash, &new.prompt));
+        let firsts: Vec<_> = firsts.map(|first| first.expect("it is invoked")).collect();
         let adapters: Vec<_> = weights
             .values()
             .copied()
             .zip(hashes.iter().map(|h| adapter_word(h)))
             .collect();
         let mut before = 0;
-        for &token in &new.prompt {
-            before = kv(before, token, adapters.iter().copied());
+        for (position, &token) in new.prompt.iter().enumerate() {
+            let acting = adapters.iter().zip(&firsts);
+            let acting = acting.filter(|&(_, &first)| first <= position);
+            before = kv(before, token, acting.map(|(&adapter, _)| adapter));
+        }
+        if firsts.iter().any(|&first| first > 0) {
+            self.count("adapters that act from within a prompt", 1);
         }
         let (own_pages, room) = self.needs(weights.keys().copied());
         let max_tokens = new
@@ -236,7 +252,10 @@ impl Harness {
         let name = format!("n{}", self.rng.range(0, 7));
         let content = self.rng.range(0, 9);
         let (hash, nbytes) = (format!("h{content}"), content * self.config.num_pages + 1);
-        match self.scheduler.register_adapter(&name, &hash, nbytes) {
+        match self
+            .scheduler
+            .register_adapter(&name, adapter(&hash, nbytes))
+        {
             Ok(adapter) => {
                 assert_eq!(*self.hash_of.entry(adapter.0).or_insert(hash.clone()), hash);
                 assert_eq!(self.names.entry(name).or_insert(hash.clone()), &hash);
@@ -257,7 +276,10 @@ impl Harness {
         let content = self.rng.range(0, 9);
         let (hash, nbytes) = (format!("h{content}"), content * self.config.num_pages + 1);
         let before = self.listed(&name);
-        match self.scheduler.replace_adapter(&name, &hash, nbytes) {
+        match self
+            .scheduler
+            .replace_adapter(&name, adapter(&hash, nbytes))
+        {
             Ok(adapter) => {
                 assert_eq!(*self.hash_of.entry(adapter.0).or_insert(hash.clone()), hash);
                 let after = self.listed(&name).expect("a replaced name is known");
@@ -385,6 +407,34 @@ impl Harness {
             .iter()
             .filter_map(|(step, _)| step.batch.as_ref());
         batches.any(|batch| batch.sample_request_ids.contains(&request))
+    }
+}
+
+/// What must be in a prompt for some contents to act.
+fn invocation(hash: &str) -> &'static [i32] {
+    match hash {
+        "h2" => &[1],
+        "h3" => &[1, 1],
+        "h5" => &[4, 1],
+        _ => &[],
+    }
+}
+
+/// Where the last invocation begins.
+fn first_token(hash: &str, prompt: &[i32]) -> Option<usize> {
+    let tokens = invocation(hash);
+    if tokens.is_empty() {
+        return Some(0);
+    }
+    (0..prompt.len())
+        .rev()
+        .find(|&start| prompt[start..].starts_with(tokens))
+}
+
+fn adapter(hash: &str, nbytes: usize) -> AdapterContent {
+    AdapterContent {
+        invocation: invocation(hash).into(),
+        ..AdapterContent::new(hash, nbytes)
     }
 }
 
