@@ -197,6 +197,9 @@ class AdapterStats:
     @property
     def num_evictions(self) -> int:
         """Times it made room for others."""
+    @property
+    def num_uninvoked(self) -> int:
+        """Requests that named it and whose prompt did not invoke it."""
 
 # rust/py/src/scheduler.rs
 
@@ -267,13 +270,22 @@ class Scheduler:
         prefix_caching: bool = True,
         max_num_slots: int | None = None,
     ) -> Scheduler: ...
-    def register_adapter(self, name: str, content_hash: str, nbytes: int, *, replace: bool = False) -> int:
+    def register_adapter(
+        self,
+        name: str,
+        content_hash: str,
+        nbytes: int,
+        *,
+        replace: bool = False,
+        invocation_tokens: list[int] = ...,
+    ) -> int:
         """Make an adapter known and return its id; the same name with the same hash again is a no-op.
 
-        Adapters are identified by hash: several names may share one id. With `replace` a name of other
-        content passes over at once, pin and all, and accepted requests finish with what they had. Raises
-        InvalidRequestError for a bad or taken name, CapacityError if the pool could never hold it or its pin
-        has no room; then nothing has changed.
+        Adapters are identified by hash: several names may share one id. With `invocation_tokens` it acts from
+        the last place of these in a prompt on, and on nothing if they are not there. With `replace` a name
+        of other content passes over at once, pin and all, and accepted requests finish with what they had.
+        Raises InvalidRequestError for a bad or taken name, CapacityError if the pool could never hold it or
+        its pin has no room; then nothing has changed.
         """
     def unregister_adapter(self, name: str) -> None:
         """Refuse new requests; accepted ones finish, then the memory is freed. Raises AdapterNotFoundError.
@@ -439,6 +451,9 @@ class Receipt:
     @property
     def base_copies(self) -> list[str]:
         """Modules of the base whose own weights the file repeats bit by bit; nothing is kept of those."""
+    @property
+    def invocation_tokens(self) -> list[int]:
+        """Tokens of a prompt from whose last occurrence on the adapter acts; empty, it acts on all."""
     @property
     def notes(self) -> list[str]:
         """What was understood beyond the plain case, in words, in the order found."""

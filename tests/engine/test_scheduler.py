@@ -168,6 +168,7 @@ def test_failed_load_hands_its_error_on(scheduler: Scheduler) -> None:
         "num_loads": 1,
         "num_load_failures": 1,
         "num_evictions": 0,
+        "num_uninvoked": 0,
     }
 
 

@@ -82,6 +82,7 @@ class ControlEngine(FakeEngine):
                 usage=self.usage,
                 num_loads=2,
                 num_evictions=1,
+                num_uninvoked=0,
                 num_load_failures=0,
                 load_s=0.25,
                 last_load_s=0.1,

@@ -129,6 +129,7 @@ class EngineAdapters:
         check_path(path, f"the path of adapter {name!r}")
         path = os.path.abspath(path)  # it is read again at every load, wherever the process is then
         receipt = self.loader.check(path)
+        self._check_invocation(name, receipt)
         own = read_manifest(path) or read_manifest(receipt.directory)
         manifest = (manifest or AdapterManifest()).merged_over(own)
         template = self._checked_chat_template(name, manifest)
@@ -154,7 +155,13 @@ class EngineAdapters:
             old = self._registry.get(name)
             if replace and old is not None and old.turn > turn:
                 return receipt  # asked for earlier, and replaced already
-            adapter_id = self._scheduler.register_adapter(name, receipt.hash, receipt.nbytes, replace=replace)
+            adapter_id = self._scheduler.register_adapter(
+                name,
+                receipt.hash,
+                receipt.nbytes,
+                replace=replace,
+                invocation_tokens=receipt.invocation_tokens,
+            )
             self._registry.add(
                 RegisteredAdapter(
                     name, checked.path, receipt, adapter_id, checked.manifest, checked.chat_template, turn
@@ -293,6 +300,7 @@ class EngineAdapters:
             num_loads=stats.num_loads,
             num_load_failures=stats.num_load_failures,
             num_evictions=stats.num_evictions,
+            num_uninvoked=stats.num_uninvoked,
             load_s=times.load_s,
             last_load_s=times.last_load_s,
             usage=copy.copy(self.usage.of(adapter.name)),
@@ -317,6 +325,12 @@ class EngineAdapters:
         adapter = self._registry.get(name)
         assert adapter is not None, "invariant: the scheduler and the registry know the same names"
         return adapter
+
+    def _check_invocation(self, name: str, receipt: _core.Receipt) -> None:
+        try:
+            self._runner.check_token_ids(receipt.invocation_tokens)
+        except InvalidRequestError as error:
+            raise AdapterFormatError(f"alora_invocation_tokens of adapter {name!r}: {error}") from error
 
     def _checked_chat_template(self, name: str, manifest: AdapterManifest) -> ChatTemplate | None:
         """The manifest's template; what a manifest asks for is tried out here, not on a request."""

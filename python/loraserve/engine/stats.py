@@ -33,7 +33,8 @@ class AdapterStats:
     """One registered name now, and its past since it was registered.
 
     State is "registered", "loading", "resident" or "failed". `load_s` is the time of all loads together,
-    `last_load_s` is None before the first. Names of the same content share its loads.
+    `last_load_s` is None before the first. `num_uninvoked` counts requests that an adapter with invocation
+    tokens did nothing for, as their prompts lack them. Names of the same content share its loads.
     """
 
     state: str
@@ -44,6 +45,7 @@ class AdapterStats:
     num_loads: int
     num_load_failures: int
     num_evictions: int
+    num_uninvoked: int
     load_s: float
     last_load_s: float | None
     usage: AdapterUsage

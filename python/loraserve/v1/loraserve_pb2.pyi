@@ -295,7 +295,7 @@ class ListAdaptersResponse(_message.Message):
     def __init__(self, adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ...) -> None: ...
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "path", "state", "num_running", "receipt", "num_waiting", "is_pinned", "description", "num_loads", "num_evictions", "last_load_s")
+    __slots__ = ("name", "path", "state", "num_running", "receipt", "num_waiting", "is_pinned", "description", "num_loads", "num_evictions", "last_load_s", "num_uninvoked")
     NAME_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -307,6 +307,7 @@ class Adapter(_message.Message):
     NUM_LOADS_FIELD_NUMBER: _ClassVar[int]
     NUM_EVICTIONS_FIELD_NUMBER: _ClassVar[int]
     LAST_LOAD_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_UNINVOKED_FIELD_NUMBER: _ClassVar[int]
     name: str
     path: str
     state: str
@@ -318,7 +319,8 @@ class Adapter(_message.Message):
     num_loads: int
     num_evictions: int
     last_load_s: float
-    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., state: _Optional[str] = ..., num_running: _Optional[int] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ..., num_waiting: _Optional[int] = ..., is_pinned: _Optional[bool] = ..., description: _Optional[str] = ..., num_loads: _Optional[int] = ..., num_evictions: _Optional[int] = ..., last_load_s: _Optional[float] = ...) -> None: ...
+    num_uninvoked: int
+    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., state: _Optional[str] = ..., num_running: _Optional[int] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ..., num_waiting: _Optional[int] = ..., is_pinned: _Optional[bool] = ..., description: _Optional[str] = ..., num_loads: _Optional[int] = ..., num_evictions: _Optional[int] = ..., last_load_s: _Optional[float] = ..., num_uninvoked: _Optional[int] = ...) -> None: ...
 
 class GetServerInfoRequest(_message.Message):
     __slots__ = ()

@@ -325,6 +325,7 @@ def _adapter_to_wire(adapter: AdapterInfo) -> pb.Adapter:
         description=adapter.description,
         num_loads=adapter.num_loads,
         num_evictions=adapter.num_evictions,
+        num_uninvoked=adapter.num_uninvoked,
         last_load_s=adapter.last_load_s,
     )
 

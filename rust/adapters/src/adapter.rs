@@ -86,6 +86,7 @@ struct Adapter {
     directory: PathBuf,
     dtype: StorageDtype,
     base_model: Option<String>,
+    invocation_tokens: Vec<i32>,
     weights: Weights,
     /// In order of (layer, path).
     bindings: Vec<Binding>,
@@ -112,10 +113,12 @@ impl Adapter {
         let bindings = bind(names, alphas, &config, shape, limits.max_lora_rank);
         let bindings = bindings.map_err(|error| error.trained_on(config.base_model.as_deref()))?;
         notes.extend(config.notes);
+        notes.extend(invocation_note(&config.invocation_tokens));
         Ok(Self {
             directory,
             dtype: limits.dtype,
             base_model: config.base_model,
+            invocation_tokens: config.invocation_tokens,
             weights,
             bindings,
             copies,
@@ -179,6 +182,7 @@ impl Adapter {
             visit(binding, a, b);
             bursts.advance(nbytes);
         }
+        hash.invocation(&self.invocation_tokens);
         Ok(hash.finish())
     }
 
@@ -196,11 +200,19 @@ impl Adapter {
             base_copies: self.copies.iter().map(|copy| copy.module.into()).collect(),
             nbytes: layout_of(&self.bindings, shape, self.dtype).nbytes,
             hash,
+            invocation_tokens: self.invocation_tokens,
             base_model: self.base_model,
             notes: self.notes,
             not_used: Vec::new(),
         }
     }
+}
+
+fn invocation_note(tokens: &[i32]) -> Option<String> {
+    let listed: Vec<_> = tokens.iter().map(i32::to_string).collect();
+    let listed = listed.join(", ");
+    let note = format!("aLoRA: acts from the last place in the prompt where tokens {listed} are");
+    (!tokens.is_empty()).then_some(note)
 }
 
 /// Last parts of the adapted paths, in the order the modules run.

@@ -16,6 +16,9 @@ use crate::tensor_name::BASE_COPIES;
 const DEFAULT_RANK: usize = 8;
 const DEFAULT_ALPHA: f64 = 8.0;
 
+/// Tokens of an invocation, which is a few words.
+const MAX_INVOCATION_TOKENS: usize = 1024;
+
 /// The parts of the config that decide what the adapter computes.
 pub(crate) struct Config {
     pub(crate) base_model: Option<String>,
@@ -29,6 +32,8 @@ pub(crate) struct Config {
     alpha: Option<f64>,
     alpha_pattern: PatternMap<f64>,
     use_rslora: bool,
+    /// Tokens of a prompt from whose last occurrence on the adapter acts; empty, it acts on all.
+    pub(crate) invocation_tokens: Vec<i32>,
 }
 
 impl Config {
@@ -60,6 +65,7 @@ impl Config {
             alpha: fields.number("lora_alpha")?,
             alpha_pattern: PatternMap::new("alpha_pattern", alpha_pattern)?,
             use_rslora: fields.flag("use_rslora")?,
+            invocation_tokens: invocation_tokens(fields)?,
         })
     }
 
@@ -137,4 +143,30 @@ fn saved_modules(fields: &Fields) -> Result<Vec<String>> {
 fn is_copied(path: &str) -> bool {
     let last = path.rsplit('.').next().unwrap_or(path);
     BASE_COPIES.iter().any(|(_, module)| *module == last)
+}
+
+fn invocation_tokens(fields: &Fields) -> Result<Vec<i32>> {
+    let field = "alora_invocation_tokens";
+    if fields.value(field).is_none() {
+        return Ok(Vec::new()); // as PEFT takes an empty list
+    }
+    if fields.flag("use_dora")? {
+        return Err(Error::field(
+            field,
+            "can't be used with use_dora, nor does PEFT",
+        ));
+    }
+    let tokens = fields.integers(field)?;
+    if tokens.len() > MAX_INVOCATION_TOKENS {
+        let reason = format!(
+            "has {} tokens, limit is {MAX_INVOCATION_TOKENS}",
+            tokens.len()
+        );
+        return Err(Error::field(field, reason));
+    }
+    let token_id = |token: i64| {
+        let id = i32::try_from(token).ok().filter(|id| *id >= 0);
+        id.ok_or_else(|| Error::field(field, format!("has {token}, which is no token id")))
+    };
+    tokens.into_iter().map(token_id).collect()
 }

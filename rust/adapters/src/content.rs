@@ -25,6 +25,18 @@ impl ContentHash {
         self.tensor(&binding.b, b);
     }
 
+    /// Of an adapter that acts from an invocation on; without one nothing is hashed.
+    pub(crate) fn invocation(&mut self, tokens: &[i32]) {
+        if !tokens.is_empty() {
+            let tokens: Vec<u8> = tokens
+                .iter()
+                .flat_map(|token| token.to_le_bytes())
+                .collect();
+            self.bytes(b"alora_invocation_tokens");
+            self.bytes(&tokens);
+        }
+    }
+
     /// BLAKE3 in hex.
     pub(crate) fn finish(self) -> String {
         self.0.finalize().to_hex().to_string()

@@ -30,10 +30,6 @@ const HARMLESS: &[&str] = &[
 /// What to do about fields that are refused.
 const REMEDIES: &[(&str, &str)] = &[
     (
-        "alora_invocation_tokens",
-        "an activated LoRA, use one that is always on",
-    ),
-    (
         "bias",
         "train with bias=\"none\", or merge the adapter into its base and serve that",
     ),
@@ -74,6 +70,7 @@ const PROMPT_TYPES: &[&str] = &[
 
 /// Fields this crate interprets.
 const READ: &[&str] = &[
+    "alora_invocation_tokens",
     "alpha_pattern",
     "bias",
     "exclude_modules",

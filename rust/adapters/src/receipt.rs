@@ -25,6 +25,8 @@ pub struct Receipt {
     pub base_check: String,
     /// `base_model_name_or_path` as recorded; not compared.
     pub base_model: Option<String>,
+    /// Tokens of a prompt from whose last occurrence on the adapter acts; empty, it acts on all.
+    pub invocation_tokens: Vec<i32>,
     /// What was understood beyond the plain case, one line each, in the order found.
     pub notes: Vec<String>,
     /// What lies beside the weights, differs from the base model's and is not used, in words; for the

@@ -45,7 +45,6 @@ fn config_fields_that_change_the_result_are_refused_by_name() {
         ("modules_to_save", json!(["lm_head", "score"])),
         ("layer_replication", json!([[0, 1]])),
         ("trainable_token_indices", json!([1, 2])),
-        ("alora_invocation_tokens", json!([7])),
         ("megatron_config", json!({"a": 1})),
         ("target_parameters", json!(["experts.w1"])),
         ("use_qalora", json!(true)),
@@ -56,6 +55,50 @@ fn config_fields_that_change_the_result_are_refused_by_name() {
     ] {
         assert_field_refused(field, value, &format!("not supported yet: field '{field}'"));
     }
+}
+
+#[test]
+fn invocation_tokens_that_are_none_are_refused() {
+    let field = "alora_invocation_tokens";
+    assert_field_refused(
+        field,
+        json!("<|run|>"),
+        "expected an integer or a list of integers",
+    );
+    assert_field_refused(
+        field,
+        json!([1.5]),
+        "expected an integer or a list of integers",
+    );
+    assert_field_refused(field, json!([7, -1]), "has -1, which is no token id");
+    assert_field_refused(
+        field,
+        json!([1_u64 << 40]),
+        "has 1099511627776, which is no token id",
+    );
+    assert_field_refused(
+        field,
+        json!(vec![7; 1025]),
+        "has 1025 tokens, limit is 1024",
+    );
+}
+
+#[test]
+fn invocation_tokens_are_part_of_what_an_adapter_is() {
+    let receipt_with = |tokens: Value| {
+        let mut peft = Peft::new();
+        peft.config["alora_invocation_tokens"] = tokens;
+        peft.check().unwrap()
+    };
+    let plain = receipt_with(Value::Null);
+    assert_eq!(receipt_with(json!([])), plain);
+    let (invoked, other) = (receipt_with(json!([7, 8])), receipt_with(json!([7, 9])));
+    assert_eq!(invoked.invocation_tokens, [7, 8]);
+    assert_eq!(
+        invoked.notes,
+        ["aLoRA: acts from the last place in the prompt where tokens 7, 8 are"]
+    );
+    assert!(invoked.hash != plain.hash && invoked.hash != other.hash);
 }
 
 #[test]

@@ -42,6 +42,8 @@ pub struct AdapterStats {
     pub num_loads: u64,
     pub num_load_failures: u64,
     pub num_evictions: u64,
+    /// Requests that named it and whose prompt did not invoke it.
+    pub num_uninvoked: u64,
 }
 
 /// What a name is registered for.
@@ -85,6 +87,7 @@ pub struct Entry {
     num_loads: u64,
     num_load_failures: u64,
     num_evictions: u64,
+    num_uninvoked: u64,
     names: Vec<String>,
     unloading: Vec<String>,
 }
@@ -143,6 +146,11 @@ impl AdapterCache {
         if entry.state == AdapterState::Failed {
             entry.state = AdapterState::Registered;
         }
+    }
+
+    /// A request was accepted that names the adapter and does not invoke it.
+    pub fn count_uninvoked(&mut self, adapter: AdapterId) {
+        self.entry_mut(adapter).num_uninvoked += 1;
     }
 
     /// A request ended; returns the slot to free if the adapter is now unused.
@@ -294,6 +302,7 @@ impl AdapterCache {
             num_loads: entry.num_loads,
             num_load_failures: entry.num_load_failures,
             num_evictions: entry.num_evictions,
+            num_uninvoked: entry.num_uninvoked,
         }
     }
 

@@ -88,6 +88,11 @@ impl Receipt {
     }
 
     #[getter]
+    fn invocation_tokens(&self) -> Vec<i32> {
+        self.inner.invocation_tokens.clone()
+    }
+
+    #[getter]
     fn base_copies(&self) -> Vec<String> {
         self.inner.base_copies.clone()
     }

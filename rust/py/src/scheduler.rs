@@ -1,8 +1,8 @@
 //! The scheduler for Python: `Scheduler`, what it plans and what it tells of requests.
 
 use loraserve_core::{
-    self as core, AdapterId, CacheScope, Failure, FinishReason, NewRequest, RequestId,
-    SchedulerConfig,
+    self as core, AdapterContent, AdapterId, CacheScope, Failure, FinishReason, NewRequest,
+    RequestId, SchedulerConfig,
 };
 use numpy::{PyArray1, PyArrayMethods, PyReadonlyArray1};
 use pyo3::exceptions::{PyBaseException, PyValueError};
@@ -143,18 +143,23 @@ impl Scheduler {
         Ok(Self { inner })
     }
 
-    #[pyo3(signature = (name, content_hash, nbytes, *, replace=false))]
+    #[pyo3(signature = (name, content_hash, nbytes, *, replace=false, invocation_tokens=Vec::new()))]
     fn register_adapter(
         &mut self,
         name: &str,
         content_hash: &str,
         nbytes: usize,
         replace: bool,
+        invocation_tokens: Vec<i32>,
     ) -> PyResult<u32> {
+        let content = AdapterContent {
+            invocation: invocation_tokens.into(),
+            ..AdapterContent::new(content_hash, nbytes)
+        };
         let registered = if replace {
-            self.inner.replace_adapter(name, content_hash, nbytes)
+            self.inner.replace_adapter(name, content)
         } else {
-            self.inner.register_adapter(name, content_hash, nbytes)
+            self.inner.register_adapter(name, content)
         };
         Ok(registered.map_err(of_core)?.0)
     }

@@ -60,6 +60,7 @@ pub struct AdapterStats {
     num_loads: u64,
     num_load_failures: u64,
     num_evictions: u64,
+    num_uninvoked: u64,
 }
 
 impl From<core::AdapterStats> for AdapterStats {
@@ -76,6 +77,7 @@ impl From<core::AdapterStats> for AdapterStats {
             num_loads: stats.num_loads,
             num_load_failures: stats.num_load_failures,
             num_evictions: stats.num_evictions,
+            num_uninvoked: stats.num_uninvoked,
         }
     }
 }

@@ -133,6 +133,7 @@ def stats_of(counts: dict[str, int]) -> dict[str, AdapterStats]:
             usage=usage,
             num_loads=0,
             num_evictions=0,
+            num_uninvoked=0,
             num_load_failures=0,
             load_s=0.0,
             last_load_s=None,

@@ -22,6 +22,7 @@ class AdapterCounts:
     load_seconds: float = 0
     load_failures: float = 0
     evictions: float = 0
+    uninvoked: float = 0
 
     @classmethod
     def of(cls, stats: AdapterStats) -> AdapterCounts:
@@ -36,6 +37,7 @@ class AdapterCounts:
             load_seconds=stats.load_s,
             load_failures=stats.num_load_failures,
             evictions=stats.num_evictions,
+            uninvoked=stats.num_uninvoked,
         )
 
     def add_growth(self, before: AdapterCounts, now: AdapterCounts) -> None:

@@ -34,6 +34,7 @@ _ADAPTER_COUNTERS = (
     ("load_seconds", "Time that loads took together"),
     ("load_failures", "Loads that failed"),
     ("evictions", "Times the adapter was given up for others"),
+    ("uninvoked", "Requests whose prompt lacked the adapter's invocation tokens, so that it did nothing"),
 )
 _STATES = ("registered", "loading", "resident", "failed")
 

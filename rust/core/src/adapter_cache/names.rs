@@ -146,6 +146,7 @@ impl AdapterCache {
             num_loads: 0,
             num_load_failures: 0,
             num_evictions: 0,
+            num_uninvoked: 0,
             names: Vec::new(),
             unloading: Vec::new(),
         };

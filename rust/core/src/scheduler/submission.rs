@@ -96,6 +96,7 @@ impl Scheduler {
         let max_tokens = self.max_tokens(&new, &adapters)?;
         let id = RequestId(self.next_request);
         self.next_request += 1;
+        self.count_uninvoked(&new);
         for applied in &adapters {
             self.memory.adapters.add_user(applied.adapter);
         }
@@ -151,6 +152,19 @@ impl Scheduler {
         let mut adapters: Vec<_> = applied.filter(|applied| applied.weight != 0.0).collect();
         adapters.sort_by_key(|applied| applied.adapter);
         Ok(adapters)
+    }
+
+    fn count_uninvoked(&mut self, new: &NewRequest) {
+        let adapters = &mut self.memory.adapters;
+        for (name, _) in &new.adapters {
+            let Some((adapter, _)) = adapters.bound(name) else {
+                continue;
+            };
+            let is_invoked = adapters.entry(adapter).content.first_token(&new.prompt);
+            if is_invoked.is_none() {
+                adapters.count_uninvoked(adapter);
+            }
+        }
     }
 
     fn identity(&self, scope: CacheScope, adapters: &[Applied<AdapterId>]) -> PrefixIdentity {

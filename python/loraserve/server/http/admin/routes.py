@@ -215,6 +215,7 @@ def _adapter_body(adapter: AdapterInfo, caller: Caller) -> AdapterBody:
         "tokens": adapter.usage.num_completion_tokens,
         "loads": adapter.num_loads,
         "evictions": adapter.num_evictions,
+        "uninvoked": adapter.num_uninvoked,
         "last_load_s": adapter.last_load_s,
     }
     return AdapterBody(

@@ -102,6 +102,7 @@ class AdapterBody(BaseModel):
     tokens: int | None
     loads: int | None
     evictions: int | None
+    uninvoked: int | None = Field(description="Requests whose prompt lacked its invocation tokens.")
     last_load_s: float | None
     description: str | None
     receipt: ReceiptBody

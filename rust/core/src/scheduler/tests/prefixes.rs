@@ -88,7 +88,11 @@ fn an_adapter_invoked_late_shares_what_is_before_with_the_base_and_with_its_like
         8,
         "the last invocation counts"
     );
-    assert_eq!(cached(None, &[]), 16, "what it computed before its invocation");
+    assert_eq!(
+        cached(None, &[]),
+        16,
+        "what it computed before its invocation"
+    );
     assert_eq!(
         cached(Some("b"), &[3, 3]),
         16,
@@ -116,4 +120,5 @@ fn an_adapter_that_the_prompt_does_not_invoke_leaves_the_base() {
         assert!(batch.seg_start.is_empty());
     }
     assert_eq!(state_of(&s, "a"), "registered");
+    assert_eq!(s.adapters()[0].num_uninvoked, 3);
 }
