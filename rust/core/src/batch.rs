@@ -6,8 +6,7 @@
 //! wave 1                    | slot 2      |              segment  (4, 8, 2)
 //! ```
 
-use crate::ids::{PageId, RequestId, SlotId};
-use crate::request::Applied;
+use crate::ids::{Applied, PageId, RequestId, SlotId};
 
 /// What a step does for one sequence.
 #[derive(Debug, Clone, Copy)]

@@ -1,4 +1,4 @@
-//! The names of things: pages, slots, requests, adapters, what an adapter *is*, and whose KV it is.
+//! The names of things: pages, slots, requests, adapters, what an adapter *is* and does, and whose KV it is.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -30,6 +30,16 @@ pub struct RequestId(pub u64);
 /// A registered adapter; never reused, so a late answer cannot reach another adapter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct AdapterId(pub u32);
+
+/// An adapter, by id or slot, as it acts on one sequence.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Applied<A> {
+    pub adapter: A,
+    /// Not zero.
+    pub weight: f32,
+    /// Tokens before it are computed without the adapter.
+    pub first_token: usize,
+}
 
 /// The content hash of an adapter's tensors and config: its identity, whatever it is called.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]

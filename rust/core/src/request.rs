@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::error::Error;
-use crate::ids::{AdapterId, CacheScope, PrefixIdentity, RequestId};
+use crate::ids::{AdapterId, Applied, CacheScope, PrefixIdentity, RequestId};
 
 /// A request as the caller words it.
 #[derive(Debug, Clone, Default)]
@@ -69,16 +69,6 @@ impl NewRequest {
         }
         Ok(())
     }
-}
-
-/// An adapter, by id or slot, as it acts on one sequence.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Applied<A> {
-    pub adapter: A,
-    /// Not zero.
-    pub weight: f32,
-    /// Tokens before it are computed without the adapter.
-    pub first_token: usize,
 }
 
 /// An accepted request.

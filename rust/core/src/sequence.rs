@@ -1,8 +1,8 @@
 //! A sequence: a request and its tokens so far. `Waiting` holds no memory; `Running` owns pages and uses slots.
 
-use crate::ids::SlotId;
+use crate::ids::{Applied, SlotId};
 use crate::memory::BlockTable;
-use crate::request::{Applied, FinishReason, Request, RequestOutput};
+use crate::request::{FinishReason, Request, RequestOutput};
 
 #[derive(Debug)]
 pub struct Sequence {

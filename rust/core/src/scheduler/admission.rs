@@ -2,8 +2,7 @@
 
 use super::{Admission, Load, Plan, Scheduler, shield_adapters};
 use crate::adapter_cache::AdapterState;
-use crate::ids::AdapterId;
-use crate::request::Applied;
+use crate::ids::{AdapterId, Applied};
 use crate::sequence::{InFlightTokens, Running};
 
 /// What became of a waiting request that was looked at.

@@ -24,10 +24,10 @@ use std::collections::VecDeque;
 use crate::adapter_cache::{AdapterState, AdapterStats};
 use crate::batch::{Batch, Scheduled};
 use crate::error::Error;
-use crate::ids::{AdapterId, PageId, RequestId, SlotId};
+use crate::ids::{AdapterId, Applied, PageId, RequestId, SlotId};
 use crate::memory::Memory;
 use crate::page_pool::Move;
-use crate::request::{Applied, Failure, FinishReason, Request, RequestOutput};
+use crate::request::{Failure, FinishReason, Request, RequestOutput};
 use crate::sequence::{Running, Sequence, Waiting};
 
 pub use config::SchedulerConfig;

@@ -4,8 +4,8 @@ use super::Scheduler;
 use super::residency::PinChange;
 use crate::adapter_cache::AdapterContent;
 use crate::error::Error;
-use crate::ids::{ActingAdapter, AdapterId, CacheScope, PrefixIdentity, RequestId};
-use crate::request::{Applied, NewRequest, Request};
+use crate::ids::{ActingAdapter, AdapterId, Applied, CacheScope, PrefixIdentity, RequestId};
+use crate::request::{NewRequest, Request};
 use crate::sequence::{Sequence, Waiting};
 
 /// The weights of one content, under all its names.
