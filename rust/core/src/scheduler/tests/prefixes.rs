@@ -72,8 +72,7 @@ fn an_adapter_invoked_late_shares_what_is_before_with_the_base_and_with_its_like
         prompt.extend(added);
         let adapters: Vec<_> = adapter.map(|name| (name, 1.0)).into_iter().collect();
         s.submit(request(&prompt, &adapters, 1)).unwrap();
-        drain(&mut s);
-        s.drain_outputs()[0].num_cached_tokens
+        num_cached(&mut s)[0]
     };
     assert_eq!(cached(None, &[1]), 0);
     assert_eq!(
