@@ -91,7 +91,7 @@ fn invocation_tokens_are_part_of_what_an_adapter_is() {
         peft.check().unwrap()
     };
     let plain = receipt_with(Value::Null);
-    assert_eq!(receipt_with(json!([])), plain);
+    assert_eq!(receipt_with(json!([])).hash, plain.hash);
     let (invoked, other) = (receipt_with(json!([7, 8])), receipt_with(json!([7, 9])));
     assert_eq!(invoked.invocation_tokens, [7, 8]);
     assert_eq!(
