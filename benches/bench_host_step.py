@@ -6,6 +6,9 @@ step are CPU time, of the engine's thread and of the whole process: not the cloc
 changes little. What the engine's thread takes beyond the device's own time for a step is lost; the rest runs
 beside it. With `--sampler host` the CPU's own sampler is in it.
 
+The loop falls behind a device that answers at once, and then reads several deltas at a wake-up. With `--device-ms` a
+step takes as long, asleep, and each delta of each stream has a wake-up of its own.
+
     python benches/bench_host_step.py
     python benches/bench_host_step.py --rows 256 --steps 200 --profile engine
 """
@@ -55,13 +58,16 @@ WARM_STEPS = 10
 class InstantRows:
     """What a device has sampled: the last token of the vocabulary for each row."""
 
-    def __init__(self, num_rows: int, vocab_size: int) -> None:
+    def __init__(self, num_rows: int, vocab_size: int, device_s: float) -> None:
+        self._device_s = device_s
         self.token_ids = np.full(num_rows, vocab_size - 1, dtype=np.int32)
         self.is_finite = np.ones(num_rows, dtype=np.bool_)
         self.logprobs = [None] * num_rows
 
     def wait(self) -> InstantRows:
         """These, as `_core.PendingSamples`."""
+        if self._device_s:
+            time.sleep(self._device_s)
         return self
 
 
@@ -70,17 +76,24 @@ class InstantBackend(CpuBackend):
 
     vocab_size = 259
     samples_at_once = True
+    device_s = 0.0
+
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(config, torch.bfloat16)
+        self._logits: dict[int, torch.Tensor] = {}  # by the number of rows
 
     def place(self, model: ModelConfig, geometry: KvGeometry, build: BuildDecoder) -> PlacedModel:
         placed = super().place(model, geometry, build)
         if self.samples_at_once:
             ops: Any = placed.ops
-            ops.sample = lambda _, arrays: InstantRows(arrays.num_rows, self.vocab_size)
+            ops.sample = lambda _, arrays: InstantRows(arrays.num_rows, self.vocab_size, self.device_s)
         return placed
 
     def logits(self, decoder: Decoder, batch: _core.Batch) -> torch.Tensor:
-        row = torch.linspace(0.0, 4.0, self.vocab_size)
-        return row.repeat(batch.num_samples, 1)
+        if batch.num_samples not in self._logits:
+            row = torch.linspace(0.0, 4.0, self.vocab_size)
+            self._logits[batch.num_samples] = row.repeat(batch.num_samples, 1)
+        return self._logits[batch.num_samples]
 
 
 class StepClock:
@@ -160,7 +173,8 @@ def main() -> None:
     print(machine.title())
     InstantBackend.vocab_size = args.vocab
     InstantBackend.samples_at_once = args.sampler == "device"
-    loraserve.engine.model_runner.open_backend = lambda config: InstantBackend(config, torch.bfloat16)
+    InstantBackend.device_s = args.device_ms / 1000
+    loraserve.engine.model_runner.open_backend = InstantBackend
     clock = StepClock()
     clock.install()
     with tempfile.TemporaryDirectory() as directory:
@@ -196,6 +210,7 @@ def parse_args() -> argparse.Namespace:
         default="device",
         help="who samples",
     )
+    parser.add_argument("--device-ms", type=float, default=0.0, help="that the device takes for a step")
     parser.add_argument("--profile", choices=["engine", "loop"], help="print where the time goes")
     return parser.parse_args()
 

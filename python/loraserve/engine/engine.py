@@ -341,8 +341,9 @@ class Engine:
             are_taken = self._scheduler.commit(running.planned, token_ids)
         if not all(are_taken):
             request_ids, token_ids = list(compress(request_ids, are_taken)), token_ids[are_taken]
+        now, sequences = time.monotonic(), self._sequences
         for request_id in request_ids:
-            self._sequences[request_id].note_token()
+            sequences[request_id].note_token(now)
         endings = self._sampler.append(request_ids, token_ids.tolist())
         if endings:
             with self._lock:

@@ -12,7 +12,7 @@ from loraserve.errors import LoraserveError, NotFiniteError
 from loraserve.request import FinishReason, RequestTiming, TokenLogprob
 
 
-@dataclass
+@dataclass(slots=True)
 class SequenceRecord:
     """Of one sequence, as it goes on: moments on `time.monotonic`, and what was there for it already.
 
@@ -61,7 +61,7 @@ class EngineOutputs(NamedTuple):
     ends: Sequence[SequenceEnd]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SequenceState:
     """One unfinished sequence, besides what the scheduler knows of it.
 
@@ -82,10 +82,10 @@ class SequenceState:
             counter.num_prompt_tokens += self.num_prompt_tokens
             counter.num_cached_tokens += num_cached_tokens
 
-    def note_token(self) -> None:
+    def note_token(self, now: float) -> None:
         """It was given one more token."""
         if self.record.first_token_at is None:
-            self.record.first_token_at = time.monotonic()
+            self.record.first_token_at = now
         for counter in self.usage:
             counter.num_completion_tokens += 1
 

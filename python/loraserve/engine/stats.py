@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from loraserve.engine.model_runner import ModelRunner
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class AdapterUsage:
     """What a name has been asked and has answered, since it was registered; each of n answers counts.
 
