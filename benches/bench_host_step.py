@@ -6,8 +6,8 @@ step are CPU time, of the engine's thread and of the whole process: not the cloc
 changes little. What the engine's thread takes beyond the device's own time for a step is lost; the rest runs
 beside it. With `--sampler host` the CPU's own sampler is in it.
 
-The loop falls behind a device that answers at once, and then reads several deltas at a wake-up. With `--device-ms` a
-step takes as long, asleep, and each delta of each stream has a wake-up of its own.
+The loop falls behind a device that answers at once, and then reads several deltas at a wake-up. With
+`--device-ms` a step takes as long, asleep, and each delta of each stream has a wake-up of its own.
 
     python benches/bench_host_step.py
     python benches/bench_host_step.py --rows 256 --steps 200 --profile engine
