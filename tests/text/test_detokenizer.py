@@ -5,7 +5,7 @@ import random
 import pytest
 import tokenizers
 from loraserve.loader import open_checkpoint
-from loraserve.text.detokenizer import IncrementalDetokenizer, StopStrings
+from loraserve.text.detokenizer import MAX_WHOLE, IncrementalDetokenizer, StopStrings
 from loraserve.text.tokenizer import Tokenizer
 
 
@@ -88,6 +88,15 @@ def test_byte_fallback_vocabularies_stream_whole_characters(sentencepiece: Token
     deltas = stream(sentencepiece, [[token] for token in ids])
     assert "".join(deltas) == sentencepiece.decode(ids)
     assert all("\ufffd" not in delta for delta in deltas)
+
+
+def test_characters_in_several_tokens_come_out_whole_behind_long_runs_of_others(tokenizer: Tokenizer) -> None:
+    words, emoji = tokenizer.encode(" one two three"), tokenizer.encode("👩‍🚀")
+    for num_runs in range(2 * MAX_WHOLE // len(words)):
+        ids = words * num_runs + emoji + words
+        deltas = stream(tokenizer, [[token] for token in ids])
+        assert "".join(deltas) == tokenizer.decode(ids)
+        assert all("\ufffd" not in delta for delta in deltas)
 
 
 def test_an_unfinished_character_comes_out_when_flushed(tokenizer: Tokenizer, byte_ids: list[int]) -> None:
