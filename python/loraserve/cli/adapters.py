@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from loraserve.cli import adapters_verify
 from loraserve.cli.options import (
     MODEL_HELP,
     Subparsers,
@@ -25,7 +26,7 @@ Every tensor must fit a module of the model: the exit code is 0 only if all of t
 
 
 def add_parser(commands: Subparsers) -> None:
-    """Add `adapters`, whose only action is `check`."""
+    """Add `adapters` with its actions."""
     summary = "look at adapters without serving them"
     parser = commands.add_parser("adapters", help=summary, description=f"{summary.capitalize()}.")
     actions = parser.add_subparsers(metavar="ACTION", required=True)
@@ -37,6 +38,7 @@ def add_parser(commands: Subparsers) -> None:
     add_dtype_option(check)
     add_max_lora_rank_option(check)
     check.set_defaults(run=run_check)
+    adapters_verify.add_parser(actions)
 
 
 def run_check(args: argparse.Namespace) -> int:
