@@ -206,31 +206,42 @@ private:
     }
 };
 
-// c in units of s becomes c: the lane's rows of each times the unit of the row and of the module whose panel the
-// lane has. `s_units`: [num_rows][MAX_MODULES] of the item.
-template <int ROW_TILES>
-__device__ __forceinline__ void apply_s_units(float (&c)[ROW_TILES][4][4], const Work& work, const Lane& lane,
-                                              unsigned first_panel, const float* s_units) {
+// What 1 in c stands for: the units of s of the item's rows, for the module whose panel the lane has. `s_units`:
+// [num_rows][MAX_MODULES] of the item.
+struct OutputUnits {
 #ifdef STORAGE_F16
-    const unsigned panel = first_panel + lane.t / 2;
-    unsigned module = 0;
-    while (module + 1 < work.group.num_modules && panel >= work.group.modules[module + 1].first_panel) {
-        ++module;
+    const float* of_rows;
+    unsigned num_rows;
+    unsigned g;
+
+    __device__ OutputUnits(const Work& work, const Lane& lane, unsigned first_panel, const float* s_units)
+        : num_rows(work.item.num_rows), g(lane.g) {
+        const unsigned panel = first_panel + lane.t / 2;
+        unsigned module = 0;
+        while (module + 1 < work.group.num_modules && panel >= work.group.modules[module + 1].first_panel) {
+            ++module;
+        }
+        of_rows = s_units + module;
     }
+
+    // c of a row tile, in units, becomes c.
+    __device__ __forceinline__ void apply(float (&c)[4][4], unsigned tile) const {
 #pragma unroll
-    for (int i = 0; i < 2 * ROW_TILES; ++i) {
-        const int tile = i / 2;
-        const int half = i % 2;
-        const unsigned row = tile * TILE_ROWS + half * 8 + lane.g;
-        const float unit = row < work.item.num_rows ? s_units[row * MAX_MODULES + module] : 1.0f;
+        for (int half = 0; half < 2; ++half) {
+            const unsigned row = tile * TILE_ROWS + half * 8 + g;
+            const float unit = row < num_rows ? of_rows[row * MAX_MODULES] : 1.0f;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            c[tile][j][2 * half] *= unit;
-            c[tile][j][2 * half + 1] *= unit;
+            for (int j = 0; j < 4; ++j) {
+                c[j][2 * half] *= unit;
+                c[j][2 * half + 1] *= unit;
+            }
         }
     }
+#else
+    __device__ OutputUnits(const Work&, const Lane&, unsigned, const float*) {}
+    __device__ __forceinline__ void apply(float (&)[4][4], unsigned) const {}
 #endif
-}
+};
 
 // Whether this block is the last of `num_splits` to have written partial sums of its item, which are then
 // visible to it. `is_last` is shared memory.
@@ -244,6 +255,11 @@ __device__ __forceinline__ bool is_last_split(ItemState* state, unsigned num_spl
     __syncthreads();
     return is_last;
 }
+
+// A sum over splits is that of eight chains, in pairs:
+//   chain j = Σ split j, j + 8, …        ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7))
+// One thread adds them all, or eight lanes take one each: the order, and so the bits, are the same.
+constexpr int CHAINS = 8;
 
 // Four ranks of a row of an item.
 struct RankQuad {
@@ -262,19 +278,55 @@ struct RankQuad {
         }
     }
 
-    // weight · scale · Σ over splits, in their order, of the partial sums
+    // weight · scale · Σ over splits of the partial sums: LANES neighbouring lanes call it and get it.
+    template <int LANES>
     __device__ __forceinline__ float4 sum(const LoraArgs& args, const Work& work, unsigned num_splits) const {
+        constexpr int OWN =
+            CHAINS / LANES;  // chains of a lane, of which ROUNDS splits each are under way at once
+        constexpr int ROUNDS = LANES == 1 ? 1 : 4;
+        const unsigned first_chain = threadIdx.x % LANES * OWN;
         const size_t split_stride = static_cast<size_t>(args.max_rows) * args.rank_stride;
-        float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 8
-        for (unsigned split = 0; split < num_splits; ++split) {
-            sum = add(sum, load_global(args.partial_sums + split * split_stride + at));
+        float4 chains[OWN] = {};
+        for (unsigned first = first_chain; first < num_splits; first += ROUNDS * CHAINS) {
+            Pairs parts[ROUNDS * OWN];
+#pragma unroll
+            for (int i = 0; i < ROUNDS * OWN; ++i) {
+                const unsigned split = first + i / OWN * CHAINS + i % OWN;
+                parts[i] = Pairs{};
+                if (split < num_splits) {
+                    parts[i] = load_global(args.partial_sums + split * split_stride + at);
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < ROUNDS * OWN; ++i) {
+                chains[i % OWN] = add(chains[i % OWN], parts[i]);
+            }
         }
-        return scaled(sum, work.item.weight * work.group.modules[module].scale);
+#pragma unroll
+        for (int width = 1; width < OWN; width *= 2) {
+#pragma unroll
+            for (int i = 0; i < OWN; i += 2 * width) {
+                chains[i] = add(chains[i], to_pairs(chains[i + width]));
+            }
+        }
+#pragma unroll
+        for (int width = 1; width < LANES; width *= 2) {
+            chains[0] = add(chains[0], of_other_lane<LANES>(chains[0], width));
+        }
+        return scaled(chains[0], work.item.weight * work.group.modules[module].scale);
     }
 
     __device__ __forceinline__ void store(const LoraArgs& args, float4 s) const {
         *reinterpret_cast<uint2*>(args.s + at) = make_uint2(pack(s.x, s.y), pack(s.z, s.w));
+    }
+
+    // Of the lane `distance` away among LANES.
+    template <int LANES>
+    __device__ static __forceinline__ Pairs of_other_lane(float4 v, int distance) {
+        const unsigned lanes = ((1U << LANES) - 1) << (threadIdx.x % 32 / LANES * LANES);
+        return to_pairs(
+            make_float4(__shfl_xor_sync(lanes, v.x, distance), __shfl_xor_sync(lanes, v.y, distance),
+                        __shfl_xor_sync(lanes, v.z, distance), __shfl_xor_sync(lanes, v.w, distance)));
     }
 
     __device__ static __forceinline__ float4 scaled(float4 v, float scale) {
@@ -282,14 +334,37 @@ struct RankQuad {
     }
 };
 
+// Calls take(quad, s) once for each quad of an item.
+template <int LANES, class Take>
+__device__ __forceinline__ void sum_quads(const LoraArgs& args, const Work& work, unsigned num_splits,
+                                          Take take) {
+    const unsigned num_quads = work.item.num_rows * (work.group.rank / 4);
+    for (unsigned i = threadIdx.x / LANES; i < num_quads; i += blockDim.x / LANES) {
+        const RankQuad quad(args, work, i);
+        const float4 s = quad.sum<LANES>(args, work, num_splits);
+        if (threadIdx.x % LANES == 0) {
+            take(quad, s);
+        }
+    }
+}
+
+// Many splits of few quads, as down has them of few rows, take a thread four times as long as eight lanes.
+template <class Take>
+__device__ __forceinline__ void sum_all_quads(const LoraArgs& args, const Work& work, unsigned num_splits,
+                                              Take take) {
+    const unsigned num_quads = work.item.num_rows * (work.group.rank / 4);
+    if (num_splits > CHAINS && num_quads * CHAINS <= 2 * blockDim.x) {
+        sum_quads<CHAINS>(args, work, num_splits, take);
+    } else {
+        sum_quads<1>(args, work, num_splits, take);
+    }
+}
+
 #ifdef STORAGE_BF16
 
 // s [row, rank] of an item from its partial sums.
 __device__ __forceinline__ void sum_splits(const LoraArgs& args, const Work& work, unsigned num_splits) {
-    for (unsigned i = threadIdx.x; i < work.item.num_rows * (work.group.rank / 4); i += blockDim.x) {
-        const RankQuad quad(args, work, i);
-        quad.store(args, quad.sum(args, work, num_splits));
-    }
+    sum_all_quads(args, work, num_splits, [&](const RankQuad& quad, float4 s) { quad.store(args, s); });
 }
 
 #else
@@ -316,16 +391,15 @@ __device__ __forceinline__ void sum_splits(const LoraArgs& args, const Work& wor
         (&largest[0][0])[i] = 0;
     }
     __syncthreads();
-    const unsigned num_quads = work.item.num_rows * (work.group.rank / 4);
-    for (unsigned i = threadIdx.x; i < num_quads; i += blockDim.x) {
-        const RankQuad quad(args, work, i);
-        const Pairs s = to_pairs(quad.sum(args, work, num_splits));
+    sum_all_quads(args, work, num_splits, [&](const RankQuad& quad, float4 sum) {
+        const Pairs s = to_pairs(sum);
         const unsigned low = max(s.pair[0] & 0x7fffffffu, s.pair[1] & 0x7fffffffu);
         const unsigned high = max(s.pair[2] & 0x7fffffffu, s.pair[3] & 0x7fffffffu);
         atomicMax(&largest[quad.row][quad.module], max(low, high));
-        store_global(args.partial_sums + quad.at, s);  // in place of the first split's, for this thread
-    }
+        store_global(args.partial_sums + quad.at, s);  // in place of the first split's, which was read here
+    });
     __syncthreads();
+    const unsigned num_quads = work.item.num_rows * (work.group.rank / 4);
     for (unsigned i = threadIdx.x; i < num_quads; i += blockDim.x) {
         const RankQuad quad(args, work, i);
         const Unit unit(largest[quad.row][quad.module]);

@@ -11,8 +11,8 @@
 // An item is up to 64 rows of one adapter, so that each weight crosses the memory bus once for all of them.
 //
 // Shrink: warp w of split i keeps columns 512·i + 64·w … + 64 of x in registers and goes over the ranks. The
-// block adds its warps' sums in their order; the block that comes last adds the splits in theirs. A row's
-// bits depend on in_features and rank only.
+// block adds its warps' sums in their order; the block that comes last adds the splits, in the chains of lora.cuh.
+// A row's bits depend on in_features and rank only.
 //
 // Expand: warp w of chunk i has columns 512·i + 64·w … + 64 of y. It asks for its weights before it waits for
 // s, so that they travel meanwhile. Waiting can't deadlock as long as blocks start in the order of their
@@ -39,6 +39,8 @@ constexpr int BLOCK_PANELS = BLOCK_COLUMNS / PANEL_WIDTH;
 
 struct SharedMemory {
     Work work;
+    ItemState* state;  // the item's, for thread 0
+    unsigned part;     // the block's split of x or chunk of y
     bool is_last;
 #ifdef STORAGE_F16
     float s_units[MAX_ITEM_ROWS][MAX_MODULES];
@@ -104,8 +106,7 @@ __device__ __forceinline__ void load_a(Pairs (&a)[K_STEPS][4], const Group& grou
 
 // Adds the warps' c of one tile and writes it as partial sums of this split.
 __device__ __forceinline__ void sum_warps(SharedMemory& shared, const LoraArgs& args, const Lane& lane,
-                                          const float (&c)[4][4], unsigned split, unsigned tile_row,
-                                          unsigned first_rank) {
+                                          const float (&c)[4][4], unsigned tile_row, unsigned first_rank) {
     const unsigned warp = threadIdx.x / 32;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -123,7 +124,7 @@ __device__ __forceinline__ void sum_warps(SharedMemory& shared, const LoraArgs& 
             sum = add(sum, load_shared(&shared.sums[other][row][column]));
         }
         const size_t at =
-            static_cast<size_t>(split) * args.max_rows + shared.work.item.first_row + tile_row + row;
+            static_cast<size_t>(shared.part) * args.max_rows + shared.work.item.first_row + tile_row + row;
         store_global(args.partial_sums + at * args.rank_stride + first_rank + column, to_pairs(sum));
     }
     __syncthreads();
@@ -133,13 +134,25 @@ __device__ __forceinline__ unsigned num_splits(const LoraArgs& args) {
     return (args.in_features + BLOCK_K - 1) / BLOCK_K;
 }
 
-// Block item · num_splits + split. What can be had again from blockIdx is not kept: registers are scarce.
+// threadIdx.x, read anew rather than kept: registers are scarce.
+__device__ __forceinline__ unsigned thread_index() {
+    unsigned index;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+    return index;
+}
+
+// The warp's first column of x.
+__device__ __forceinline__ unsigned first_k(const SharedMemory& shared) {
+    return shared.part * BLOCK_K + thread_index() / 32 * WARP_K;
+}
+
+// Block item · num_splits + split.
 __device__ __forceinline__ void shrink(SharedMemory& shared, const LoraArgs& args) {
     const Work& work = shared.work;
     const Lane lane;
-    const unsigned k = blockIdx.x % num_splits(args) * BLOCK_K + threadIdx.x / 32 * WARP_K;
     Pairs x[MAX_ROW_TILES][K_STEPS][2];
     Pairs a[K_STEPS][4];
+    const unsigned k = first_k(shared);
     load_a(a, work.group, lane, args.in_features, 0, k);
     load_x(x, args, work.item, lane, k);
     for (unsigned first_rank = 0; first_rank < work.group.rank; first_rank += TILE_COLUMNS) {
@@ -152,19 +165,18 @@ __device__ __forceinline__ void shrink(SharedMemory& shared, const LoraArgs& arg
                     mma_step(c, x[tile][step][0], x[tile][step][1], a[step]);
                 }
                 if ((tile + 1) * TILE_ROWS >= work.item.num_rows) {
-                    load_a(a, work.group, lane, args.in_features, first_rank + TILE_COLUMNS, k);
+                    load_a(a, work.group, lane, args.in_features, first_rank + TILE_COLUMNS, first_k(shared));
                 }
-                sum_warps(shared, args, lane, c, k / BLOCK_K, tile * TILE_ROWS, first_rank);
+                sum_warps(shared, args, lane, c, tile * TILE_ROWS, first_rank);
             }
         }
     }
-    ItemState* state = args.states + blockIdx.x / num_splits(args);
-    if (is_last_split(state, num_splits(args), shared.is_last)) {
+    if (is_last_split(shared.state, num_splits(args), shared.is_last)) {
         sum_splits(args, work, num_splits(args));
         __syncthreads();
         if (threadIdx.x == 0) {
             __threadfence();
-            atomicExch(&state->is_ready, 1);
+            atomicExch(&shared.state->is_ready, 1);
         }
     }
 }
@@ -235,20 +247,19 @@ __device__ __noinline__ void look_until_ready(const ItemState* state) {
     assert(!"lora_decode waited for the shrink of its item in vain");
 }
 
-__device__ __forceinline__ void wait_until_ready(const ItemState* state) {
+__device__ __forceinline__ void wait_until_ready(const SharedMemory& shared) {
     if (threadIdx.x == 0) {
-        look_until_ready(state);
+        look_until_ready(shared.state);
         __threadfence();
     }
     __syncthreads();
 }
 
 template <int ROW_TILES>
-__device__ __forceinline__ void expand(SharedMemory& shared, const LoraArgs& args, const ItemState* state,
-                                       unsigned chunk) {
+__device__ __forceinline__ void expand(SharedMemory& shared, const LoraArgs& args) {
     const Group& group = shared.work.group;
     const Lane lane;
-    const unsigned block_panel = chunk * BLOCK_PANELS;
+    const unsigned block_panel = shared.part * BLOCK_PANELS;
     const RankStep first = RankStep::first(group, block_panel, BLOCK_PANELS);
     if (first.is_end(group)) {
         return;
@@ -268,7 +279,7 @@ __device__ __forceinline__ void expand(SharedMemory& shared, const LoraArgs& arg
             OutputTile(args, shared.work, lane, warp_panel + 2 * tile).load(early_y[tile], 0);
         }
     }
-    wait_until_ready(state);
+    wait_until_ready(shared);
     const float* s_units = stage_s_units(shared, args);
     stage_s(shared, args, first);
     RankStep staged = first;
@@ -292,22 +303,23 @@ __device__ __forceinline__ void expand(SharedMemory& shared, const LoraArgs& arg
             step = step.next(group, block_panel, BLOCK_PANELS);
             load_b(b[tile], group, lane, step, warp_panel + 2 * tile);
         }
-        apply_s_units(c, shared.work, lane, warp_panel + 2 * tile, s_units);
+        const OutputUnits units(shared.work, lane, warp_panel + 2 * tile, s_units);
         const OutputTile output(args, shared.work, lane, warp_panel + 2 * tile);
 #pragma unroll
         for (int row_tile = 0; row_tile < ROW_TILES; ++row_tile) {
             if (!IS_Y_EARLY) {
                 output.load(early_y[0], row_tile);
             }
+            units.apply(c[row_tile], row_tile);
             output.add_and_store(early_y[IS_Y_EARLY ? tile : 0], c[row_tile], row_tile);
         }
     }
 }
 
 // The last expand block of an item leaves its state as the next launch wants it.
-__device__ __forceinline__ void finish_expand(ItemState* state, unsigned num_chunks) {
-    if (threadIdx.x == 0 && atomicAdd(&state->num_expanded, 1) == num_chunks - 1) {
-        *state = ItemState{};
+__device__ __forceinline__ void finish_expand(const SharedMemory& shared, unsigned num_chunks) {
+    if (thread_index() == 0 && atomicAdd(&shared.state->num_expanded, 1) == num_chunks - 1) {
+        *shared.state = ItemState{};
     }
 }
 
@@ -319,7 +331,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) lora_decode(const LoraA
     const unsigned block = is_shrink ? blockIdx.x : blockIdx.x - num_shrink_blocks;
     const unsigned blocks_per_item = is_shrink ? num_splits(args) : num_chunks;
     const unsigned index = block / blocks_per_item;
-    const unsigned part = block % blocks_per_item;
+    if (threadIdx.x == 0) {
+        shared.state = args.states + index;
+        shared.part = block % blocks_per_item;
+    }
     if (!read_work(args, index, shared.work)) {
         return;
     }
@@ -327,11 +342,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) lora_decode(const LoraA
         shrink(shared, args);
         return;
     }
-    ItemState* state = args.states + index;
     if (shared.work.item.num_rows <= TILE_ROWS) {
-        expand<1>(shared, args, state, part);
+        expand<1>(shared, args);
     } else {
-        expand<MAX_ROW_TILES>(shared, args, state, part);
+        expand<MAX_ROW_TILES>(shared, args);
     }
-    finish_expand(state, num_chunks);
+    finish_expand(shared, num_chunks);
 }

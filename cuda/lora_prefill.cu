@@ -263,10 +263,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) lora_prefill_expand(con
         }
         __syncthreads();
     }
-    apply_s_units(c, work, lane, first_panel + 2 * warp,
-                  args.s_units + static_cast<size_t>(work.item.first_row) * MAX_MODULES);
+    const OutputUnits units(work, lane, first_panel + 2 * warp,
+                            args.s_units + static_cast<size_t>(work.item.first_row) * MAX_MODULES);
 #pragma unroll
     for (int tile = 0; tile < MAX_ROW_TILES; ++tile) {
+        units.apply(c[tile], tile);
         output.add_and_store(y[tile], c[tile], tile);
     }
 }

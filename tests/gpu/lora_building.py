@@ -19,7 +19,8 @@ LAYER = 1
 NUM_PAGES = 640
 MAX_GROUP_RANK = 480
 # in_features, and the modules' out_features: panels of 16 columns that no block of a kernel's grid ends with.
-PROJECTIONS = ((640, (576, 272, 256)), (544, (640,)), (640, (784, 784)), (1568, (640,)))
+# Decode splits the last one's in ten: sums of more than eight splits have eight lanes where rows are few.
+PROJECTIONS = ((640, (576, 272, 256)), (544, (640,)), (640, (784, 784)), (4704, (640,)))
 # Ranks of each adapter's modules by projection; 0 or nothing: absent.
 ADAPTERS: tuple[Sequence[Sequence[int]], ...] = (
     ((8, 8, 8), (8,), (8, 8), (8,)),
