@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import loraserve.engine.model_runner
-from loraserve import LLM, SamplingParams
+import torch
+from loraserve import LLM, SamplingParams, _core
 from loraserve.backends.cuda.backend import CudaBackend
 from loraserve.config import EngineConfig
+from loraserve.models.decoder import Decoder
 from loraserve.request import TokenLogprob
 
 from tests.gpu.device import open_driver
@@ -20,6 +22,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     driver, reason = open_driver()
     assert driver is not None, reason
     backends: list[CudaBackend] = []
+    steps_ahead: list[int] = []
     open_real = loraserve.engine.model_runner.open_backend
 
     def open_backend(config: EngineConfig) -> CudaBackend:
@@ -27,11 +30,29 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         opened = EmulatedBackend(config, driver) if driver.is_emulated else open_real(config)
         assert isinstance(opened, CudaBackend)
         backends.append(opened)
+        _count_steps_ahead(opened, steps_ahead)
         return opened
 
     loraserve.engine.model_runner.open_backend = open_backend
     answers = answer(job, "cuda")
-    return answers | {"captures": _captures(backends), "pool_nbytes": backends[0].pool.numel()}
+    return answers | {
+        "captures": _captures(backends),
+        "pool_nbytes": backends[0].pool.numel(),
+        "steps_ahead": len(steps_ahead),
+    }
+
+
+def _count_steps_ahead(backend: CudaBackend, steps_ahead: list[int]) -> None:
+    """Adds to the list the tokens of each step that the host had not seen when it launched the step."""
+    logits = backend.logits
+
+    def counted(decoder: Decoder, batch: _core.Batch) -> torch.Tensor:
+        num_unseen = int((batch.arrays()["token_ids"] < 0).sum())
+        if num_unseen > 0:
+            steps_ahead.append(num_unseen)
+        return logits(decoder, batch)
+
+    vars(backend)["logits"] = counted
 
 
 def _captures(backends: list[CudaBackend]) -> int:
