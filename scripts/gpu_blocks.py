@@ -131,7 +131,10 @@ class Replay:
         num_items = num_items if batch.num_tokens > 0 else 0  # what precedes a capture need not be counted
         return self._kernels.begin_step(batch, 0, padded_tokens=num_tokens, padded_items=num_items)
 
-    def capture(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    def graph_memory(self) -> None:
+        """Nothing is shared."""
+
+    def capture(self, run: Callable[[], torch.Tensor], memory: None) -> Callable[[], torch.Tensor]:
         """A graph repeats the launches of the step it was captured with, and so does this."""
         return run
 

@@ -57,7 +57,10 @@ class FakeDevice:
     def __init__(self) -> None:
         self.captured: list[tuple[int, int]] = []
 
-    def capture(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    def graph_memory(self) -> None:
+        """Nothing is shared."""
+
+    def capture(self, run: Callable[[], torch.Tensor], memory: None) -> Callable[[], torch.Tensor]:
         recorded = run()
         self.captured.append((len(recorded), int(recorded[0, 0]) // 1000))
         return lambda: recorded

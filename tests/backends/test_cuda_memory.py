@@ -32,6 +32,8 @@ class Card:
         self._memory = DeviceMemory(int(total * GIB), int(free * GIB), "the GPU")
         self.num_captures = 0
         self.capture_fails = False
+        self.first_graph_nbytes, self.graph_nbytes = 0, 0
+        self._held_nbytes = 0
 
     def memory(self) -> DeviceMemory:
         return self._memory
@@ -40,9 +42,23 @@ class Card:
         run()
         return TAKEN
 
-    def capture(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    def growth_nbytes(self, run: Callable[[], object]) -> int:
+        before = self._held_nbytes
+        run()
+        return self._held_nbytes - before
+
+    def empty_caches(self) -> None:
+        """Nothing is kept."""
+
+    def graph_memory(self) -> list[int]:
+        """What was captured in it."""
+        return []
+
+    def capture(self, run: Callable[[], torch.Tensor], memory: list[int]) -> Callable[[], torch.Tensor]:
         if self.capture_fails:
             raise torch.OutOfMemoryError("tried to allocate 1 GiB")
+        self._held_nbytes += self.graph_nbytes if memory else self.first_graph_nbytes
+        memory.append(self.num_captures)
         self.num_captures += 1
         return run
 
@@ -139,10 +155,41 @@ def test_memory_that_is_given_is_taken_if_it_is_there() -> None:
 
 def test_graphs_are_captured_at_start_unless_they_are_switched_off() -> None:
     card = Card(80, 79)
-    FakeBackend(card, max_num_seqs=4).run()
-    assert card.num_captures == 6  # 1, 2 and 4 rows, with and without adapters
+    backend = FakeBackend(card, max_num_seqs=4)
+    backend.run()
+    assert backend._graphs is not None
+    assert backend._graphs.num_captured == 6  # 1, 2 and 4 rows, with and without adapters
+    num_captures = card.num_captures
     FakeBackend(card, max_num_seqs=4, cuda_graphs=False).run()
-    assert card.num_captures == 6
+    assert card.num_captures == num_captures
+
+
+def test_the_pool_leaves_room_for_the_graphs_captured_after_it() -> None:
+    def num_pages(**settings: Any) -> int:
+        card = Card(80, 79)
+        card.first_graph_nbytes, card.graph_nbytes = GIB, GIB // 16
+        backend = FakeBackend(card, max_num_seqs=256, **settings)
+        num_pages = backend.run().num_pages
+        assert (backend._graphs is None) == (not settings.get("cuda_graphs", True))
+        assert backend._graphs is None or backend._graphs.num_captured == 78
+        return num_pages
+
+    room = (num_pages(cuda_graphs=False) - num_pages()) * PAGE_NBYTES
+    assert abs(room - (GIB + 77 * GIB // 16)) <= PAGE_NBYTES
+
+
+def test_graphs_that_take_more_than_was_measured_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    class Growing(Card):
+        def capture(self, *arguments: Any) -> Callable[[], torch.Tensor]:
+            self.graph_nbytes += 2**20
+            return super().capture(*arguments)
+
+    FakeBackend(Growing(80, 79), max_num_seqs=256).run()
+    assert "CUDA graphs take" in caplog.text
+    assert "lower gpu_memory_utilization if steps run out of memory" in caplog.text
+    caplog.clear()
+    FakeBackend(Card(80, 79), max_num_seqs=256).run()
+    assert "CUDA graphs take" not in caplog.text
 
 
 def test_each_shortage_is_a_typed_error_with_sizes_and_remedy() -> None:

@@ -49,7 +49,15 @@ class EmulatedDevice:
     def empty_caches(self) -> None:
         """Nothing is kept."""
 
-    def capture(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    def growth_nbytes(self, run: Callable[[], object]) -> int:
+        """Nor what captured graphs would take: they are run again."""
+        run()
+        return 0
+
+    def graph_memory(self) -> None:
+        """Graphs take none."""
+
+    def capture(self, run: Callable[[], torch.Tensor], memory: None) -> Callable[[], torch.Tensor]:
         self.num_captures += 1
 
         def replay() -> torch.Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,7 +53,7 @@ class CudaBackend:
         self._graphs: DecodeGraphs | None = None
 
     def place(self, model: ModelConfig, geometry: KvGeometry, build: BuildDecoder) -> PlacedModel:
-        """Load the weights, run the largest step once, and size the pool by what it left."""
+        """Load the weights, try the largest step and some graphs, and size the pool by what they leave."""
         config, memory = self._config, self._device.memory()
         budget = self._budget(memory)
         check_weights(config, model, budget, REMEDY)
@@ -65,18 +66,19 @@ class CudaBackend:
                 f"the weights of model {config.model} take {weights} in {config.dtype}, {budget.owner} has "
                 f"{in_gib(budget.free)} free of {in_gib(budget.total)}: {REMEDY} ({error})"
             ) from None
-        taken = self._measure(decoder, model, geometry)
+        step, graphs = self._measure(decoder, model, geometry)
+        taken = step + graphs
         room = PoolRoom(
             default=budget.free - taken,
             free=memory.free - taken,
             most=memory.free - taken,
-            beside=f"{in_gib(taken)} of weights and the largest step",
+            beside=f"{in_gib(taken)} of weights, the largest step and graphs",
             owner=f"{memory.owner} with {in_gib(memory.total)}",
         )
         plan = plan_pool(config, model, geometry, room)
         ops = self.build_ops(model, geometry, plan.num_pages)
         if config.cuda_graphs:
-            self._capture(decoder, ops)
+            self._capture(decoder, ops, graphs)
         return PlacedModel(decoder, ops, plan.num_pages, plan.max_model_len)
 
     def _budget(self, memory: DeviceMemory) -> DeviceMemory:
@@ -93,8 +95,8 @@ class CudaBackend:
             )
         return DeviceMemory(memory.total, min(allowed, memory.free), memory.owner)
 
-    def _measure(self, decoder: Decoder, model: ModelConfig, geometry: KvGeometry) -> int:
-        """Bytes that this process takes beside the pool while the largest step runs."""
+    def _measure(self, decoder: Decoder, model: ModelConfig, geometry: KvGeometry) -> tuple[int, int]:
+        """Bytes that this process takes beside the pool while the largest step runs, and what graphs add."""
         config = self._config
         longest = model.resolve_max_model_len(config.max_model_len)
         batch, num_pages = largest_batch(
@@ -108,6 +110,7 @@ class CudaBackend:
 
         try:
             peak = self._device.peak_nbytes(run)
+            graphs = self._measure_graphs(decoder) if config.cuda_graphs else 0
         except torch.OutOfMemoryError as error:
             raise CapacityError(
                 f"the largest step, of {config.max_batched_tokens} tokens and {batch.num_samples} sampled "
@@ -117,18 +120,28 @@ class CudaBackend:
         finally:
             vars(self).pop("_ops", None)
             vars(self).pop("_pool", None)
-        return peak - num_pages * geometry.page_nbytes(self._dtype)
+        return peak - num_pages * geometry.page_nbytes(self._dtype), graphs
 
-    def _capture(self, decoder: Decoder, ops: CudaOps) -> None:
-        self._graphs = DecodeGraphs(ops, self._device, self._run(decoder), self._config.max_num_seqs)
-        try:
-            with torch.inference_mode():
-                self._graphs.capture()
-        except torch.OutOfMemoryError as error:
-            raise CapacityError(
-                f"no memory is left beside the pool to capture CUDA graphs: lower gpu_memory_utilization, "
-                f"memory or max_num_seqs, or do without them, --no-cuda-graphs ({error})"
-            ) from None
+    def _measure_graphs(self, decoder: Decoder) -> int:
+        with _capturing():
+            nbytes = self._new_graphs(decoder, self._ops).measure_nbytes()
+        self._device.empty_caches()
+        return nbytes
+
+    def _capture(self, decoder: Decoder, ops: CudaOps, expected_nbytes: int) -> None:
+        self._graphs = self._new_graphs(decoder, ops)
+        with _capturing():
+            nbytes = self._device.growth_nbytes(self._graphs.capture)
+        if nbytes > expected_nbytes:
+            logger.warning(
+                "CUDA graphs take %s, %s were kept for them: lower gpu_memory_utilization if steps run out "
+                "of memory",
+                in_gib(nbytes),
+                in_gib(expected_nbytes),
+            )
+
+    def _new_graphs(self, decoder: Decoder, ops: CudaOps) -> DecodeGraphs:
+        return DecodeGraphs(ops, self._device, self._run(decoder), self._config.max_num_seqs)
 
     def build_ops(self, model: ModelConfig, geometry: KvGeometry, num_pages: int) -> CudaOps:
         """Allocate the pool and what computes over it. Raises CapacityError, DeviceError, ModelError."""
@@ -193,6 +206,19 @@ class CudaBackend:
 
     def _run(self, decoder: Decoder) -> Callable[[CudaStep], torch.Tensor]:
         return lambda step: decoder.logits(self._ops, step)
+
+
+@contextmanager
+def _capturing() -> Iterator[None]:
+    """Steps without gradients. Raises CapacityError: their graphs find no memory."""
+    try:
+        with torch.inference_mode():
+            yield
+    except torch.OutOfMemoryError as error:
+        raise CapacityError(
+            "no memory is left to capture CUDA graphs: lower gpu_memory_utilization, memory or max_num_seqs, "
+            f"or do without them, --no-cuda-graphs ({error})"
+        ) from None
 
 
 def _group_shapes(model: ModelConfig) -> list[tuple[int, int]]:

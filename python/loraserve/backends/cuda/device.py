@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from loraserve.backends.machine_memory import DeviceMemory
 
 _INT32 = "<i4"
+GraphMemory = Any  # torch's handle of a memory pool
 
 
 class CudaDevice(Protocol):
@@ -44,7 +45,15 @@ class CudaDevice(Protocol):
         """Give back what torch keeps for later tensors."""
         ...
 
-    def capture(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    def growth_nbytes(self, run: Callable[[], object]) -> int:
+        """Bytes of the device that this process holds more after `run` than before; caches are emptied."""
+        ...
+
+    def graph_memory(self) -> GraphMemory:
+        """Memory for graphs to share, freed with the last of them."""
+        ...
+
+    def capture(self, run: Callable[[], torch.Tensor], memory: GraphMemory) -> Callable[[], torch.Tensor]:
         """Record what `run` queues; the result queues it again and returns the same tensor, refilled."""
         ...
 
@@ -54,7 +63,6 @@ class TorchCudaDevice:
 
     def __init__(self, index: int = 0) -> None:
         self._device = torch.device("cuda", index)
-        self._pool = torch.cuda.graph_pool_handle()
         self._free_at_start = self.memory().free
 
     @property
@@ -91,10 +99,20 @@ class TorchCudaDevice:
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
 
-    def capture(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    def growth_nbytes(self, run: Callable[[], object]) -> int:
+        self.empty_caches()
+        before = self.memory().free
+        run()
+        self.empty_caches()
+        return max(before - self.memory().free, 0)
+
+    def graph_memory(self) -> GraphMemory:
+        return torch.cuda.graph_pool_handle()
+
+    def capture(self, run: Callable[[], torch.Tensor], memory: GraphMemory) -> Callable[[], torch.Tensor]:
         graph = torch.cuda.CUDAGraph()
         # Loader threads allocate and copy meanwhile: only what this thread does may fail the capture.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
             out = run()
 
         def replay() -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ SMALL_BUCKETS = (1, 2, 4, 8)
 BUCKET_STEP = 16
 # Factors of four: beyond the first bucket at most three of four blocks have no work.
 ITEM_BUCKETS = (8, 32, 128)
+NUM_MEASURED = 8  # of graphs after the largest: drivers take memory in pieces of some graphs
 
 
 class Bucket(NamedTuple):
@@ -51,6 +52,10 @@ class DecodeGraphs:
         self._device = device
         self._run = run
         self._items = {num_rows: item_buckets(num_rows) for num_rows in row_buckets(max_num_seqs)}
+        self._largest_first = [
+            Bucket(rows, items) for rows in reversed(self._items) for items in reversed(self._items[rows])
+        ]
+        self._memory = device.graph_memory()
         self._graphs: dict[Bucket, Callable[[], torch.Tensor]] = {}
 
     @property
@@ -61,17 +66,27 @@ class DecodeGraphs:
     def capture(self) -> None:
         """Capture every graph, the largest first, into whose memory the others fit; tells its progress."""
         began = time.monotonic()
-        largest_first = [
-            Bucket(rows, items) for rows in reversed(self._items) for items in reversed(self._items[rows])
-        ]
-        for bucket in tqdm(largest_first, desc="capturing CUDA graphs", delay=1.0, leave=False, disable=None):
-            self._capture(bucket)
-        logger.info("captured %d CUDA graphs in %.1f s", len(largest_first), time.monotonic() - began)
+        told = tqdm(self._largest_first, desc="capturing CUDA graphs", delay=1.0, leave=False, disable=None)
+        self._capture(told)
+        logger.info("captured %d CUDA graphs in %.1f s", len(self._graphs), time.monotonic() - began)
 
-    def _capture(self, bucket: Bucket) -> None:
-        self._step = self._ops.begin_padded_step(no_tokens(), *bucket)
-        self._run_last_step()  # libraries set themselves up at a first run, which a capture can't hold
-        self._graphs[bucket] = self._device.capture(self._run_last_step)
+    def measure_nbytes(self) -> int:
+        """Bytes of the device that all graphs will take: the largest and some others are captured, not kept.
+
+        What the largest needs for its tensors the others share; each has launches of its own.
+        """
+        first, *others = self._largest_first
+        some = others[:NUM_MEASURED]
+        largest = self._device.growth_nbytes(lambda: self._capture([first]))
+        more = self._device.growth_nbytes(lambda: self._capture(some))
+        self._graphs.clear()
+        return largest + (-(-more * len(others) // len(some)) if some else 0)
+
+    def _capture(self, buckets: Iterable[Bucket]) -> None:
+        for bucket in buckets:
+            self._step = self._ops.begin_padded_step(no_tokens(), *bucket)
+            self._run_last_step()  # libraries set themselves up at a first run, which a capture can't hold
+            self._graphs[bucket] = self._device.capture(self._run_last_step, self._memory)
 
     def bucket(self, batch: _core.Batch) -> Bucket | None:
         """The graph for this batch; None if it does more than decode, or adds adapters up."""
