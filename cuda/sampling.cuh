@@ -92,7 +92,8 @@ __device__ __forceinline__ float4 load_logits(const float* row, int len, int id)
 
 // log2(e) in two parts, and 2^r for |r| ≤ 1/2 as 1 + r·(C0 + r·(C1 + …)).
 constexpr float LOG2E = 0x1.715476p+0f, LOG2E_LOW = 0x1.4ae0c0p-26f;
-__device__ constexpr float POW2[5] = {0x1.62e42ap-1f, 0x1.ebf9bcp-3f, 0x1.c6b752p-5f, 0x1.3cea88p-7f, 0x1.5bba14p-10f};
+__device__ constexpr float POW2[5] = {0x1.62e42ap-1f, 0x1.ebf9bcp-3f, 0x1.c6b752p-5f, 0x1.3cea88p-7f,
+                                      0x1.5bba14p-10f};
 
 // round(2^30 · e^y) for y ≤ 0, as an integer; 0 where y is below -23.
 __device__ __forceinline__ unsigned weight_of(float y) {
