@@ -61,10 +61,13 @@ stage() {
     echo "gpu_check: $name: $result"
 }
 
+# An emulator takes many times as long as a GPU.
+limit() { if [ -n "$rehearse" ]; then echo 3600; else echo "$1"; fi; }
+
 # pytest's own settings turn warnings of other package versions into errors; parallel where xdist is there.
 tests=("$python" -m pytest -W default -p no:cacheprovider)
 has() { "$python" -c "import $1" 2>/dev/null; }
-has pytest_timeout && tests+=(--timeout 60 --timeout-method thread) # a wait in the driver hears no signal
+has pytest_timeout && tests+=(--timeout "$(limit 60)" --timeout-method thread) # a wait in the driver hears no signal
 parallel=()
 if has xdist; then parallel=(-n "$([ -n "$rehearse" ] && echo 2 || echo 8)" --dist worksteal); fi
 # Eight processes with a thread per core each would mostly wait for one another.
@@ -94,8 +97,6 @@ sanitized() { # stray accesses; then races in shared memory, where prefill's cop
 export -f facts sanitized
 export python rehearse
 
-# An emulator takes many times as long as a GPU.
-limit() { if [ -n "$rehearse" ]; then echo 3600; else echo "$1"; fi; }
 
 stage facts "$(limit 60)" facts.txt bash -c facts
 stage smoke "$(limit 90)" smoke.txt "${tests[@]}" -x tests/gpu/test_norm.py tests/gpu/test_lora_decode.py
