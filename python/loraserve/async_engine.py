@@ -22,7 +22,7 @@ from loraserve.engine.sequence import EngineOutputs
 from loraserve.engine.stats import AdapterInfo, EngineInfo, EngineStats
 from loraserve.engine.workers import Workers
 from loraserve.errors import AdapterUnavailableError, EngineStoppedError
-from loraserve.request import Delta, GenerateRequest
+from loraserve.request import AdapterSpec, Delta, GenerateRequest
 from loraserve.text.tokenizer import Tokenizer
 
 PREPARATION_LIMIT_S = 60.0  # of a request: templates, tokens, grammar
@@ -42,12 +42,13 @@ class RequestStream(AsyncIterator[Delta]):
     One that is dropped before its end aborts the request.
     """
 
-    def __init__(self, engine: AsyncEngine, num_answers: int) -> None:
+    def __init__(self, engine: AsyncEngine, prepared: PreparedRequest) -> None:
         self.request_ids: list[int] = []
-        self.prompt_token_ids: list[int] = []
+        self.prompt_token_ids = prepared.prompt_token_ids
+        self.tokenizer = prepared.tokenizer
         self.inbox = Inbox()
         self._engine = engine
-        self._num_open = num_answers
+        self._num_open = prepared.params.n
         self._on_drop = weakref.finalize(self, engine.abort_soon, self.request_ids)
         self._on_drop.atexit = False
 
@@ -148,8 +149,7 @@ class AsyncEngine:
         """
         self._loop = asyncio.get_running_loop()
         prepared = request if isinstance(request, PreparedRequest) else await self.prepare(request)
-        stream = RequestStream(self, prepared.params.n)
-        stream.prompt_token_ids = prepared.prompt_token_ids
+        stream = RequestStream(self, prepared)
         stream.request_ids += self._frontend.submit(prepared, stream.inbox)
         return stream
 
@@ -191,8 +191,17 @@ class AsyncEngine:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The one that prompts are tokenised with; safe to use from any thread."""
+        """The model's, for prompts of adapters without one of their own; safe to use from any thread."""
         return self._engine.runner.model.tokenizer
+
+    def tokenizer_for(self, adapter: AdapterSpec) -> Tokenizer:
+        """What prompts of requests with this adapter are tokenised with; safe to use from any thread.
+
+        Raises:
+            AdapterNotFoundError: there is no adapter of this name.
+            InvalidRequestError: it is no adapter, or several that bring different tokens.
+        """
+        return self._frontend.tokenizer_for(adapter)
 
     async def load_adapter(
         self, name: str, path: str, manifest: AdapterManifest | None = None, *, replace: bool = False

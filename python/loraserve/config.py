@@ -58,9 +58,9 @@ class EngineConfig:
             None sets no limit.
         max_model_len: context limit in tokens; None takes the model's own, or what the pool holds if that is
             less.
-        generation_config: where defaults of sampling come from, for what neither a request nor its adapter's
-            manifest gives: "auto" is the model's own generation_config.json, "none" (vLLM's "vllm") is
-            nowhere, else a directory with such a file.
+        generation_config: where defaults of sampling come from, for what neither a request nor its adapter
+            gives: "auto" is the model's own generation_config.json, "none" (vLLM's "vllm") is nowhere, and an
+            adapter's own file does not count either; else a directory with such a file.
         prefix_caching: keep KV blocks of finished requests for later ones with the same prefix and adapter.
         num_threads: CPU threads of the kernels; None uses every core this process may run on.
         on_adapter_error: what an adapter that can't be served does to the start: "fail" raises one error that

@@ -88,3 +88,28 @@ def test_generate_streams_into_a_pipe_and_survives_its_end() -> None:
         process.stdout.close()
         assert process.wait(20.0) == 1
         assert process.stderr.read() == b""
+
+
+def test_adapters_check_says_what_of_the_files_beside_the_weights_is_used(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = shutil.copytree(adapter, tmp_path / "adapter")
+    (adapter / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (adapter / "generation_config.json").write_text('{"eos_token_id": [0, 2], "temperature": 0.5}')
+    (adapter / "loraserve.json").write_text('{"stop": [";"], "system_prompt": "Be brief."}')
+    assert main(["adapters", "check", str(adapter), "--model", "smollm2"]) == 0
+    out = capsys.readouterr().out
+    for line in (
+        "template   of chat_template.jinja",
+        "tokens     the model's",
+        "ends with  '<|endoftext|>' (0), '<|im_end|>' (2)",
+        "sampling   temperature 0.5, unless a request says otherwise",
+        "manifest   loraserve.json: system_prompt, stop",
+        "note       template: chat_template.jinja renders this adapter's chats",
+        "note       end of sequence: '<|endoftext|>' (0), '<|im_end|>' (2), of generation_config.json",
+    ):
+        assert f"{line}\n" in out
+    (adapter / "chat_template.jinja").unlink()
+    (adapter / "loraserve.json").write_text('{"chat_template": "{% if %}"}')
+    assert main(["adapters", "check", str(adapter), "--model", "smollm2"]) == 1
+    assert "the chat template is malformed" in capsys.readouterr().err

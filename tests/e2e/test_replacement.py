@@ -173,11 +173,11 @@ def test_the_later_of_two_replacements_lasts_however_long_each_takes(
 ) -> None:
     check, later_is_there = ExtentLoader.check, threading.Event()
 
-    def slow_check(self: ExtentLoader, path: str) -> Any:
-        receipt = check(self, path)
+    def slow_check(self: ExtentLoader, path: str, manifest: Any) -> Any:
+        checked = check(self, path, manifest)
         if path == tiny_adapters["a1"]:
             assert later_is_there.wait(30)
-        return receipt
+        return checked
 
     async def scenario(engine: AsyncEngine) -> None:
         monkeypatch.setattr(ExtentLoader, "check", slow_check)

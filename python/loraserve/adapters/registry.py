@@ -5,14 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from loraserve._core import Receipt
 from loraserve.adapters.manifest import AdapterManifest
+from loraserve.adapters.text import AdapterText
 from loraserve.errors import AdapterNotFoundError, InvalidRequestError
-
-if TYPE_CHECKING:
-    from loraserve.text.chat_template import ChatTemplate
 
 MAX_NAME_CHARS = 256
 NAME_PATTERN = re.compile(r"[a-zA-Z0-9_\-.:]+")
@@ -26,11 +23,20 @@ RESERVED_NAMES = {
 
 
 @dataclass(frozen=True)
-class RegisteredAdapter:
-    """One name; several names may share one adapter id, which stands for the content.
+class WeightsSource:
+    """A directory that has an adapter's weights, and the name and receipt it was registered with."""
 
-    `chat_template` is the manifest's, None where the model's own applies; `turn` is when it was asked for,
-    among all loads.
+    name: str
+    path: str
+    receipt: Receipt
+
+
+@dataclass(frozen=True)
+class RegisteredAdapter:
+    """One name; several names may share one adapter id, which stands for the content of the weights.
+
+    `text` is how its requests become tokens and its tokens text; `turn` is when it was asked for, among all
+    loads.
     """
 
     name: str
@@ -38,7 +44,7 @@ class RegisteredAdapter:
     receipt: Receipt
     adapter_id: int
     manifest: AdapterManifest
-    chat_template: ChatTemplate | None
+    text: AdapterText
     turn: int
 
 
@@ -47,12 +53,13 @@ class AdapterRegistry:
 
     def __init__(self) -> None:
         self._by_name: dict[str, RegisteredAdapter] = {}
-        self._sources: dict[int, dict[str, RegisteredAdapter]] = {}
+        self._sources: dict[int, dict[str, WeightsSource]] = {}
 
     def add(self, adapter: RegisteredAdapter) -> None:
         """Bind its name to it, whatever had the name before; its path becomes a source of its content."""
         self._by_name[adapter.name] = adapter
-        self._sources.setdefault(adapter.adapter_id, {})[adapter.path] = adapter
+        source = WeightsSource(adapter.name, adapter.path, adapter.receipt)
+        self._sources.setdefault(adapter.adapter_id, {})[adapter.path] = source
 
     def get(self, name: str) -> RegisteredAdapter | None:
         """What has this name, None if nothing has; `remove` raises there."""
@@ -76,7 +83,7 @@ class AdapterRegistry:
         """Drop the sources of all other contents; `sources` may not be asked for them any more."""
         self._sources = {id_: source for id_, source in self._sources.items() if id_ in adapter_ids}
 
-    def sources(self, adapter_id: int) -> list[RegisteredAdapter]:
+    def sources(self, adapter_id: int) -> list[WeightsSource]:
         """Everywhere this content was registered from, newest first."""
         return list(reversed(self._sources[adapter_id].values()))
 

@@ -14,9 +14,10 @@ from loraserve.cli.options import (
     add_max_lora_rank_option,
 )
 from loraserve.config import EngineConfig
+from loraserve.errors import AdapterFormatError, InvalidRequestError
 
 if TYPE_CHECKING:
-    from loraserve._core import Receipt
+    from loraserve.adapters.check import CheckedFiles
 
 EXAMPLES = """\
   loraserve adapters check adapters/sql --model smollm2
@@ -53,7 +54,7 @@ def run_check(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check(config: EngineConfig, path: str) -> Receipt:
+def _check(config: EngineConfig, path: str) -> CheckedFiles:
     """Reads the model's config, its tokenizer and the adapter; of the model's weights only what the adapter
     has copies of.
     """
@@ -61,10 +62,16 @@ def _check(config: EngineConfig, path: str) -> Receipt:
     from loraserve.loader.resolve import open_checkpoint  # noqa: PLC0415
 
     with open_checkpoint(config.model) as checkpoint:
-        return open_check(checkpoint, config.dtype, config.max_lora_rank).check(path)
+        checked = open_check(checkpoint, config.dtype, config.max_lora_rank).check(path)
+    try:
+        checked.try_chat()
+    except InvalidRequestError as error:
+        raise AdapterFormatError(f"{path}: manifest: {error}") from error
+    return checked
 
 
-def _describe(receipt: Receipt) -> str:
+def _describe(checked: CheckedFiles) -> str:
+    receipt = checked.receipt
     rows = {
         "tensors": f"{receipt.tensors}, all applied",
         "modules": ", ".join(receipt.modules),
@@ -74,11 +81,31 @@ def _describe(receipt: Receipt) -> str:
         "hash": f"blake3 {receipt.hash}",
         "trained on": receipt.base_model or "not named in its config",
         "base check": receipt.base_check,
+        **_describe_text(checked),
     }
     if receipt.base_copies:
         rows["copies"] = f"{', '.join(receipt.base_copies)}, bit-equal to the model's own and left out"
-    lines = [f"{name:<11}{value}" for name, value in rows.items()]
+    lines = [f"{name:<11}{what}" for name, what in rows.items() if what]
+    lines += [f"{'note':<11}{what}" for what in receipt.notes]
     return "\n".join([*lines, *(f"{'not used':<11}{what}" for what in receipt.not_used)])
+
+
+def _describe_text(checked: CheckedFiles) -> dict[str, str]:
+    """How its chats are written and its answers read and ended, and what fills the gaps of a request."""
+    text, manifest = checked.text, checked.manifest.to_fields()
+    tokenizer = text.tokenizer
+    template = "the model's" if tokenizer.chat_template else "none, and the model has none: prompts alone"
+    ends = (f"{tokenizer.token_name(token_id)!r:.60} ({token_id})" for token_id in tokenizer.eos_token_ids)
+    defaults = (f"{name} {value!r:.60}" for name, value in text.sampling_defaults.items())
+    return {
+        "template": f"of {text.template_from}" if text.template_from else template,
+        "tokens": f"the model's and {text.num_added} of its own" if text.num_added else "the model's",
+        "ends with": ", ".join(ends) or "nothing: answers are as long as they may be",
+        "sampling": f"{', '.join(defaults)}, unless a request says otherwise"
+        if text.sampling_defaults
+        else "",
+        "manifest": f"loraserve.json: {', '.join(manifest)}" if manifest else "",
+    }
 
 
 def ranges(numbers: list[int]) -> str:

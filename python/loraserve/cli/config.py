@@ -107,7 +107,7 @@ def _check_adapters(settings: ServeSettings, config: EngineConfig) -> dict[str, 
     starting = StartingAdapters(config.failed_adapters)
 
     def check(name: str, path: str) -> None:
-        receipt = adapter_check.check(path)
+        receipt = adapter_check.check(path, manifest=config.manifests.get(name)).receipt
         rows[f"adapter {name}"] = f"{path}: rank {receipt.rank}, {receipt.nbytes / 2**20:.2f} MiB"
         if receipt.not_used:
             rows[f"adapter {name}"] += f"; not used: {'; '.join(receipt.not_used)}"

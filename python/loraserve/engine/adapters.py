@@ -11,8 +11,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from loraserve import _core
-from loraserve.adapters.check import AdapterCheck
-from loraserve.adapters.manifest import AdapterManifest, read_manifest
+from loraserve.adapters.beside import BesideReader
+from loraserve.adapters.check import AdapterCheck, CheckedFiles
+from loraserve.adapters.manifest import AdapterManifest
 from loraserve.adapters.registry import AdapterRegistry, RegisteredAdapter, check_adapter_name
 from loraserve.adapters.startup import AdapterFailure, StartingAdapters
 from loraserve.config import EngineConfig
@@ -23,8 +24,8 @@ from loraserve.engine.model_runner import ModelRunner
 from loraserve.engine.queue import Intake
 from loraserve.engine.stats import AdapterInfo, UsageCounters
 from loraserve.errors import AdapterFormatError, EngineStoppedError, InvalidRequestError, LoraserveError
+from loraserve.loader.base_weights import BaseWeights
 from loraserve.sampling.grammar_compiler import GrammarCompiler
-from loraserve.text.chat_template import ChatTemplate
 from loraserve.validation.files import check_path
 
 logger = logging.getLogger(__name__)
@@ -36,9 +37,7 @@ class CheckedAdapter:
 
     name: str
     path: str
-    receipt: _core.Receipt
-    manifest: AdapterManifest
-    chat_template: ChatTemplate | None
+    files: CheckedFiles
 
 
 class EngineAdapters:
@@ -76,12 +75,19 @@ class EngineAdapters:
         self._registry = AdapterRegistry()
         self._loads = AdapterLoads()
         self._turns = itertools.count()
+        model = runner.model
+        beside = BesideReader(
+            model.path,
+            model.tokenizer,
+            runner.vocab_size,
+            None if config.generation_config == "none" else model.sampling_defaults,
+        )
         self._check = AdapterCheck(
             runner.base_shape,
             config.dtype,
             config.max_lora_rank,
-            runner.model.path,
-            runner.model.tokenizer,
+            BaseWeights(model.path, config.dtype),
+            beside,
         )
         self.loader = ExtentLoader(runner.backend, self._check, wake.set)
 
@@ -128,12 +134,10 @@ class EngineAdapters:
         check_adapter_name(name, self._config.base_names)
         check_path(path, f"the path of adapter {name!r}")
         path = os.path.abspath(path)  # it is read again at every load, wherever the process is then
-        receipt = self.loader.check(path)
-        self._check_invocation(name, receipt)
-        own = read_manifest(path) or read_manifest(receipt.directory)
-        manifest = (manifest or AdapterManifest()).merged_over(own)
-        template = self._checked_chat_template(name, manifest)
-        return CheckedAdapter(name, receipt.directory, receipt, manifest, template)
+        files = self.loader.check(path, manifest)
+        self._check_invocation(name, files.receipt)
+        self._try_manifest(name, files)
+        return CheckedAdapter(name, files.receipt.directory, files)
 
     def register(self, checked: CheckedAdapter, *, replace: bool = False, turn: int) -> _core.Receipt:
         """Serve an adapter under its name; its bytes enter the pool on first use.
@@ -149,7 +153,8 @@ class EngineAdapters:
             InvalidRequestError: the name is taken by other content and `replace` is not set.
             CapacityError, EngineStoppedError: the adapter can't be served.
         """
-        name, receipt = checked.name, checked.receipt
+        name, files = checked.name, checked.files
+        receipt = files.receipt
         with self._lock:
             self._intake.check()
             old = self._registry.get(name)
@@ -163,13 +168,13 @@ class EngineAdapters:
                 invocation_tokens=receipt.invocation_tokens,
             )
             self._registry.add(
-                RegisteredAdapter(
-                    name, checked.path, receipt, adapter_id, checked.manifest, checked.chat_template, turn
-                )
+                RegisteredAdapter(name, checked.path, receipt, adapter_id, files.manifest, files.text, turn)
             )
             if old is not None and old.adapter_id != adapter_id:
                 self._forget_replaced(old.adapter_id, name)
         self._wake.set()  # a pinned one is loaded soon
+        for what in receipt.notes:
+            logger.info("adapter %s: %s", name, what)
         for what in receipt.not_used:
             logger.warning("beside adapter %s, not used: %s", name, what)
         return receipt
@@ -332,21 +337,14 @@ class EngineAdapters:
         except InvalidRequestError as error:
             raise AdapterFormatError(f"alora_invocation_tokens of adapter {name!r}: {error}") from error
 
-    def _checked_chat_template(self, name: str, manifest: AdapterManifest) -> ChatTemplate | None:
-        """The manifest's template; what a manifest asks for is tried out here, not on a request."""
-        tokenizer = self._runner.model.tokenizer
-        source = manifest.chat_template
-        own = None if source is None else tokenizer.build_chat_template(source)
+    def _try_manifest(self, name: str, files: CheckedFiles) -> None:
+        """What a manifest asks for is tried out here, not on a request. Raises AdapterFormatError."""
+        manifest, tokenizer = files.manifest, files.text.tokenizer
         try:
             self._runner.check_token_ids(manifest.sampling.get("stop_token_ids", ()))
             self._runner.check_token_ids(manifest.sampling.get("logit_bias", ()))
-            if own is not None:
-                own.check()
-            if manifest.system_prompt is not None:
-                messages = manifest.with_system_prompt([{"role": "user", "content": "hello"}])
-                tokenizer.apply_chat_template(messages, template=own)
+            files.try_chat()
             if manifest.grammar is not None:
-                self._grammars.compile(manifest.grammar)
+                self._grammars.compile(manifest.grammar, tokenizer=tokenizer)
         except InvalidRequestError as error:
             raise AdapterFormatError(f"manifest of adapter {name!r}: {error}") from error
-        return own

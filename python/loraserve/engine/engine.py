@@ -119,6 +119,7 @@ class Engine:
         cache_scope: CacheScope = SHARED_CACHE,
         needs_adapter: bool = False,
         matcher: GrammarMatcher | None = None,
+        eos_token_ids: Sequence[int] | None = None,
     ) -> int:
         """Queue one sequence and return its request id.
 
@@ -132,6 +133,7 @@ class Engine:
             cache_scope: whose cached prompts it finds and adds to.
             needs_adapter: refuse it if the weights leave only the base model.
             matcher: of the grammar it follows, for this sequence alone.
+            eos_token_ids: what ends it by itself, unless `params` ignores that; None is as the model's.
 
         Raises:
             InvalidRequestError, PermissionDeniedError, AdapterNotFoundError, AdapterUnavailableError,
@@ -143,8 +145,8 @@ class Engine:
         record = record or SequenceRecord(time.monotonic())
         if deadline_s is not None and time.monotonic() >= record.arrived_at + deadline_s:
             raise deadline_error(deadline_s)
-        eos = () if params.ignore_eos else self.runner.eos_token_ids
-        stop_token_ids = [*eos, *params.stop_token_ids]
+        ends = self.runner.eos_token_ids if eos_token_ids is None else self.runner.producible(eos_token_ids)
+        stop_token_ids = [*(() if params.ignore_eos else ends), *params.stop_token_ids]
         with self._lock:
             self._intake.check()
             self._waiting_limit.check(self._scheduler)

@@ -13,8 +13,9 @@ from functools import partial
 from typing import TypeAlias
 
 from loraserve import _core
-from loraserve.adapters.check import AdapterCheck
-from loraserve.adapters.registry import RegisteredAdapter
+from loraserve.adapters.check import AdapterCheck, CheckedFiles
+from loraserve.adapters.manifest import AdapterManifest
+from loraserve.adapters.registry import WeightsSource
 from loraserve.backends import Backend, Extent
 from loraserve.errors import AdapterUnavailableError, LoraserveError
 
@@ -77,19 +78,20 @@ class ExtentLoader:
         self._end.atexit = False  # the engine's thread, which the exit waits for, ends them
         self._results: queue.SimpleQueue[LoadResult] = queue.SimpleQueue()
 
-    def check(self, path: str) -> _core.Receipt:
+    def check(self, path: str, manifest: AdapterManifest | None = None) -> CheckedFiles:
         """Read and check the adapter at `path` against the base model, without loading it."""
         stamp = _stamp(path)
-        receipt = self._check.check(path, self._pace)
+        checked = self._check.check(path, self._pace, manifest)
+        receipt = checked.receipt
         if receipt.base_copies:
             self._compared[receipt.directory] = stamp if receipt.directory == path else None
-        return receipt
+        return checked
 
     def set_contended(self, is_contended: bool) -> None:
         """Say whether the model computes now on the cores that adapters are read with."""
         self._pace.set_rest(rest_s(self._num_open) if is_contended else 0.0)
 
-    def start(self, adapter_id: int, sources: Sequence[RegisteredAdapter], extent: Extent) -> None:
+    def start(self, adapter_id: int, sources: Sequence[WeightsSource], extent: Extent) -> None:
         """Read an adapter into `extent` from the first source that has it; only on the engine's thread."""
         if not self._threads:
             self._start_threads()
@@ -132,7 +134,7 @@ class ExtentLoader:
         self._threads.append(threading.Thread(target=_work, args=(self._jobs,), name=name, daemon=True))
         self._threads[-1].start()
 
-    def _run(self, adapter_id: int, sources: Sequence[RegisteredAdapter], extent: Extent) -> bool:
+    def _run(self, adapter_id: int, sources: Sequence[WeightsSource], extent: Extent) -> bool:
         """Whether the thread is to go on: not if another has taken its place."""
         read = _Read(time.monotonic())
         with self._reads_lock:
@@ -150,9 +152,7 @@ class ExtentLoader:
         self._on_done()
         return not read.is_replaced
 
-    def _load_first_readable(
-        self, sources: Sequence[RegisteredAdapter], extent: Extent
-    ) -> _core.AdapterLayout:
+    def _load_first_readable(self, sources: Sequence[WeightsSource], extent: Extent) -> _core.AdapterLayout:
         for source in sources[:-1]:
             try:
                 return self._load(source, extent)
@@ -160,7 +160,7 @@ class ExtentLoader:
                 continue  # the same content was registered from another path as well
         return self._load(sources[-1], extent)
 
-    def _load(self, source: RegisteredAdapter, extent: Extent) -> _core.AdapterLayout:
+    def _load(self, source: WeightsSource, extent: Extent) -> _core.AdapterLayout:
         if source.path in self._compared and not _is_as(self._compared[source.path], source.path):
             self._check.check_weights(source.path, self._pace)
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import operator
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from numbers import Real
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
+from loraserve.adapters.manifest import AdapterManifest
 from loraserve.adapters.registry import RegisteredAdapter
+from loraserve.adapters.text import common_text, without_weightless
 from loraserve.engine.engine import Engine
 from loraserve.engine.sequence import EngineOutputs, SequenceEnd, SequenceRecord
-from loraserve.errors import InvalidRequestError
+from loraserve.errors import AdapterNotFoundError, InvalidRequestError
 from loraserve.request import (
     SHARED_CACHE,
     AdapterSpec,
@@ -36,17 +38,22 @@ MAX_TRUNCATED_CONTEXTS = 8  # prompts of more contexts than this are refused, ev
 MAX_CACHE_SALT_CHARS = 256
 MAX_ADAPTER_WEIGHT = 1000.0  # beyond, sums of deltas lose all meaning in bfloat16
 MIN_ADAPTER_WEIGHT = 0.001  # below, a delta is lost in the rounding of what it is added to
+ALL_PARAMETERS = frozenset(parameter.name for parameter in fields(SamplingParams))
 
 Owner = TypeVar("Owner")
 
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """A request the engine understands: token ids, (adapter, weight) pairs, checked parameters."""
+    """A request the engine understands: token ids, (adapter, weight) pairs, checked parameters.
+
+    `tokenizer` has its tokens and their ends, those of its adapters or the model's.
+    """
 
     prompt_token_ids: list[int]
     adapters: list[tuple[str, float]]
     params: SamplingParams
+    tokenizer: Tokenizer
     arrived_at: float
     deadline_s: float | None
     cache_scope: CacheScope = SHARED_CACHE
@@ -64,10 +71,12 @@ def prepare(
 ) -> PreparedRequest:
     """Tokenise and resolve a request, which arrived at that time on `time.monotonic`; None is now.
 
-    The manifest of its one adapter fills the gaps of its parameters, then the model's `sampling_defaults`.
+    The manifest of its one adapter fills the gaps of its parameters, then what lies beside its adapters, then
+    the model's `sampling_defaults`. `tokenizer` is the model's; adapters may have another (`common_text`).
 
     Raises:
-        InvalidRequestError: not exactly one of prompt and messages, an empty prompt, a bad adapter spec.
+        InvalidRequestError: not exactly one of prompt and messages, an empty prompt, a bad adapter spec, or
+            adapters that bring different tokens, templates or defaults.
     """
     arrived_at = time.monotonic() if arrived_at is None else arrived_at
     check_deadline(request.deadline_s)
@@ -78,11 +87,21 @@ def prepare(
         raise InvalidRequestError("chat options are given with a prompt, they need messages")
     max_num_tokens = _max_prompt_tokens(request.truncate, max_model_len)
     adapters = resolve_adapters(request.adapter)
-    adapter = find_adapter(adapters[0][0]) if len(adapters) == 1 else None
+    named = {name: found for name in without_weightless(adapters) if (found := find_adapter(name))}
+    adapter = named.get(adapters[0][0]) if len(adapters) == 1 else None
+    text_of_adapters = common_text(
+        tokenizer,
+        {name: found.text for name, found in named.items()},
+        needs_template=request.messages is not None and request.chat.chat_template is None,
+        given=request.params.given if request.uses_model_defaults else ALL_PARAMETERS,
+    )
+    tokenizer = text_of_adapters.tokenizer
     if request.messages is not None:
         if not request.messages:
             raise InvalidRequestError("messages is empty, give at least one message")
-        text = _render_chat(request.messages, request.chat, tokenizer, adapter)
+        manifest = AdapterManifest() if adapter is None else adapter.manifest
+        messages = manifest.with_system_prompt(request.messages)
+        text = _render_chat(messages, request.chat, tokenizer)
         tokenizer.check_fits(text, max_num_tokens - 1, "prompt")
         token_ids = tokenizer.encode(text, add_special_tokens=False)
     elif isinstance(request.prompt, str):
@@ -99,7 +118,9 @@ def prepare(
             f"prompt has {len(token_ids)} tokens, limit is {max_model_len - 1}: "
             "the context length less one token to generate"
         )
-    defaults = dict(sampling_defaults) if request.uses_model_defaults else {}
+    defaults = (
+        {**sampling_defaults, **text_of_adapters.sampling_defaults} if request.uses_model_defaults else {}
+    )
     if adapter is not None:
         defaults |= adapter.manifest.request_defaults
     params = request.params.with_defaults(defaults) if defaults else request.params
@@ -108,6 +129,7 @@ def prepare(
         token_ids,
         adapters,
         params,
+        tokenizer,
         arrived_at,
         request.deadline_s,
         cache_scope,
@@ -150,9 +172,8 @@ def resolve_adapters(spec: AdapterSpec) -> list[tuple[str, float]]:
 class ActiveSequence:
     """One of the n answers to a request: turns what the engine gives it into deltas of text."""
 
-    def __init__(
-        self, index: int, prepared: PreparedRequest, tokenizer: Tokenizer, record: SequenceRecord
-    ) -> None:
+    def __init__(self, index: int, prepared: PreparedRequest, record: SequenceRecord) -> None:
+        tokenizer = prepared.tokenizer
         self._index = index
         self._num_prompt_tokens = len(prepared.prompt_token_ids)
         self._num_tokens = 0
@@ -231,7 +252,23 @@ class Frontend(Generic[Owner]):
         grammar = prepared.params.grammar
         if grammar is None:
             return prepared
-        return replace(prepared, matcher=self._engine.grammars.compile(grammar, prepared.cache_scope))
+        matcher = self._engine.grammars.compile(grammar, prepared.cache_scope, prepared.tokenizer)
+        return replace(prepared, matcher=matcher)
+
+    def tokenizer_for(self, spec: AdapterSpec) -> Tokenizer:
+        """What `prepare` tokenises prompts for these adapters with.
+
+        Raises:
+            AdapterNotFoundError: an adapter does not exist.
+            InvalidRequestError: as of `resolve_adapters`, or several bring different tokens.
+        """
+        texts = {}
+        for name in without_weightless(resolve_adapters(spec)):
+            found = self._engine.adapters.find(name)
+            if found is None:
+                raise AdapterNotFoundError(f"adapter {name!r} is not registered")
+            texts[name] = found.text
+        return common_text(self._tokenizer, texts, needs_template=False, given=ALL_PARAMETERS).tokenizer
 
     def submit(self, prepared: PreparedRequest, owner: Owner) -> list[int]:
         """Queue all n sequences of a request, or none; their request ids. Raises what `Engine.submit` does.
@@ -254,9 +291,10 @@ class Frontend(Generic[Owner]):
                     cache_scope=prepared.cache_scope,
                     needs_adapter=prepared.needs_adapter,
                     matcher=prepared.matcher and prepared.matcher.copy(),
+                    eos_token_ids=prepared.tokenizer.eos_token_ids,
                 )
                 request_ids.append(request_id)
-                sequence = ActiveSequence(index, prepared, self._tokenizer, record)
+                sequence = ActiveSequence(index, prepared, record)
                 self._active[request_id] = (sequence, owner)
         except BaseException:
             self.abort(request_ids)
@@ -341,11 +379,8 @@ def _render_chat(
     messages: Sequence[Mapping[str, Any]],
     options: ChatOptions,
     tokenizer: Tokenizer,
-    adapter: RegisteredAdapter | None,
 ) -> str:
     template = None
-    if adapter is not None:
-        messages, template = adapter.manifest.with_system_prompt(messages), adapter.chat_template
     if options.chat_template is not None:
         template = tokenizer.build_chat_template(options.chat_template)
         template.check()

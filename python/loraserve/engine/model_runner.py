@@ -34,8 +34,7 @@ class ModelRunner:
         self.device = self.backend.name
         self.model: LoadedModel = load_model(config.model, self._dtype, self._place, config.generation_config)
         self.vocab_size = self.model.config.vocab_size
-        eos = self.model.tokenizer.eos_token_ids
-        self.eos_token_ids = [token_id for token_id in eos if 0 <= token_id < self.vocab_size]
+        self.eos_token_ids = self.producible(self.model.tokenizer.eos_token_ids)
 
     def _place(self, model_config: ModelConfig, build: BuildDecoder) -> tuple[Decoder, int]:
         """The model on its device, and the context that its memory lets a request have."""
@@ -51,6 +50,10 @@ class ModelRunner:
         self.num_pages = placed.num_pages
         self.ops: Ops = placed.ops
         return placed.decoder, placed.max_model_len
+
+    def producible(self, token_ids: Iterable[int]) -> list[int]:
+        """Those that the model has logits for."""
+        return [token_id for token_id in token_ids if 0 <= token_id < self.vocab_size]
 
     def check_token_ids(self, token_ids: Iterable[int]) -> None:
         """Raises InvalidRequestError: one is not in the vocabulary."""

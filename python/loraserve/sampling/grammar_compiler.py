@@ -24,9 +24,10 @@ from loraserve.sampling.grammar import Grammar
 if TYPE_CHECKING:
     import llguidance
 
-    from loraserve.text.tokenizer import Tokenizer
+    from loraserve.text.tokenizer import Tokenizer, TokensIdentity
 
 CACHE_SIZE = 64  # compiled grammars kept
+MAX_VOCABULARIES = 4  # of adapters with tokens or ends of their own, kept beside the model's
 MAX_STEP_ITEMS = 10_000  # parser items of one token
 MAX_MEAN_STEP_S = 0.002  # CPU time of a token, on average
 FREE_S = 0.05  # CPU time that is not counted: states are built as they are met
@@ -98,23 +99,34 @@ class GrammarMatcher:
 
 
 class GrammarCompiler:
-    """Compiles grammars for one model, keeps the last ones; may be called from several threads."""
+    """Compiles grammars for a model and its adapters, keeps the last; may be called from several threads."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._lock = threading.Lock()
-        self._vocabulary: llguidance.LLTokenizer | None = None
-        self._compiled: OrderedDict[tuple[CacheScope, Grammar], GrammarMatcher] = OrderedDict()
+        self._vocabularies: OrderedDict[TokensIdentity, llguidance.LLTokenizer] = OrderedDict()
+        self._compiled: OrderedDict[tuple[TokensIdentity, CacheScope, Grammar], GrammarMatcher] = (
+            OrderedDict()
+        )
 
-    def compile(self, grammar: Grammar, scope: CacheScope = SHARED_CACHE) -> GrammarMatcher:
+    def compile(
+        self, grammar: Grammar, scope: CacheScope = SHARED_CACHE, tokenizer: Tokenizer | None = None
+    ) -> GrammarMatcher:
         """A matcher at the start of the grammar; what was kept for another scope is compiled again.
+
+        Args:
+            grammar: the form of an answer.
+            scope: who asks.
+            tokenizer: an adapter's, the model's unless given.
 
         Raises:
             InvalidRequestError: it is malformed, not supported, too complex, or matches nothing but "".
         """
-        key = scope, grammar  # a compilation can be timed, so it must not tell what others asked for
-        vocabulary = self.vocabulary()
+        tokenizer = tokenizer or self._tokenizer
+        # A compilation can be timed, so it must not tell what others asked for.
+        key = tokenizer.identity, scope, grammar
+        vocabulary = self.vocabulary(tokenizer)
         with self._lock:
             known = self._compiled.get(key)
             if known is not None:
@@ -127,18 +139,27 @@ class GrammarCompiler:
                 self._compiled.popitem(last=False)
             return matcher.copy()
 
-    def vocabulary(self) -> llguidance.LLTokenizer:
+    def vocabulary(self, tokenizer: Tokenizer | None = None) -> llguidance.LLTokenizer:
         """Made at the first call: it takes a fifth of a second, and the GIL all the while."""
         import llguidance  # noqa: PLC0415 (engines run without it until a grammar is asked for)
 
+        tokenizer = tokenizer or self._tokenizer
         with self._lock:
-            if self._vocabulary is None:
-                self._vocabulary = llguidance.LLTokenizer(
-                    self._tokenizer.to_json(),
-                    n_vocab=max(self._vocab_size, self._tokenizer.vocab_size),
-                    eos_token=list(self._tokenizer.eos_token_ids) or None,
+            found = self._vocabularies.get(tokenizer.identity)
+            if found is None:
+                found = self._vocabularies[tokenizer.identity] = llguidance.LLTokenizer(
+                    tokenizer.to_json(),
+                    n_vocab=max(self._vocab_size, tokenizer.vocab_size),
+                    eos_token=list(tokenizer.eos_token_ids) or None,
                 )
-            return self._vocabulary
+                self._forget_vocabularies()
+            self._vocabularies.move_to_end(tokenizer.identity)
+            return found
+
+    def _forget_vocabularies(self) -> None:
+        others = [identity for identity in self._vocabularies if identity != self._tokenizer.identity]
+        for identity in others[:-MAX_VOCABULARIES]:
+            del self._vocabularies[identity]
 
     def _compile(self, grammar: Grammar, vocabulary: llguidance.LLTokenizer) -> GrammarMatcher:
         import llguidance  # noqa: PLC0415 (as above)

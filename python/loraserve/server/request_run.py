@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from loraserve.server.access.keys import Caller
     from loraserve.server.access.request_limits import RequestLimits
     from loraserve.server.observe.metrics import Metrics, RequestMetrics
+    from loraserve.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,11 @@ class RequestRun:
     def num_prompt_tokens(self) -> int:
         """Of all prompts submitted; a prompt counts once however many answers it has."""
         return sum(len(stream.prompt_token_ids) for stream in self.streams)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Whose tokens all answers are made of; a call has one adapter."""
+        return self.streams[0].tokenizer
 
     @property
     def usage(self) -> Usage | None:

@@ -42,6 +42,11 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         self._pool = pool
 
+    @property
+    def identity(self) -> tuple[str, frozenset[tuple[str, str]]]:
+        """Equal where all chats are rendered alike."""
+        return self.source, frozenset(self._special_tokens.items())
+
     def check(self) -> None:
         """Raises InvalidRequestError if it is no template."""
         _ = self._variables

@@ -1,12 +1,13 @@
 """Tokenizer: text to token ids and back for one model, with its stop tokens and chat template."""
 
+import copy
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 
 import tokenizers
 
@@ -35,6 +36,9 @@ GGUF_TOKENS: Mapping[str, str] = {
     "mask_token": "mask",
 }
 
+TokensIdentity: TypeAlias = "tuple[bytes, tuple[int, ...]]"
+"""Which tokens there are and which of them end a sequence; what else differs are templates."""
+
 ENCODING = BackendCall("the model's tokenizer can't encode this text", InvalidRequestError)
 DECODING = BackendCall("the model's tokenizer can't decode these tokens", ModelError)
 SETTING_UP = BackendCall("the model's tokenizer can't be used", ModelError)
@@ -43,16 +47,34 @@ SETTING_UP = BackendCall("the model's tokenizer can't be used", ModelError)
 class WholeTexts(dict[int, "str | None"]):
     """By token id, text that the token adds behind any whole characters; None where that is not certain.
 
-    In a byte-level vocabulary most tokens are whole characters, and nothing is decoded to stream them.
+    In a byte-level vocabulary most tokens are whole characters, and nothing is decoded to stream them. It has
+    the backend and not the `Tokenizer`, which would be freed late if both had each other.
     """
 
-    def __init__(self, tokenizer: "Tokenizer") -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, added_ids: Collection[int]) -> None:
         super().__init__()
-        self._tokenizer = tokenizer
+        self._backend = backend
+        self._added_ids = added_ids
 
     def __missing__(self, token_id: int) -> str | None:
-        text = self[token_id] = self._tokenizer.find_whole_text(token_id)
+        text = self[token_id] = self._find(token_id)
         return text
+
+    def _find(self, token_id: int) -> str | None:
+        token = self._backend.id_to_token(token_id)
+        if token is None or not self._is_byte_level or token_id in self._added_ids:
+            return None
+        values = [BYTE_OF_CHAR.get(char) for char in token]
+        if None in values:
+            return None
+        text = bytes(value for value in values if value is not None).decode(errors="replace")
+        return None if "\ufffd" in text else text
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        """Whether tokens are joined as bytes, and nothing else is done to them."""
+        decoder = self._backend.decoder
+        return decoder is not None and json.loads(decoder.__getstate__()).get("type") == "ByteLevel"
 
 
 class Tokenizer:
@@ -74,6 +96,8 @@ class Tokenizer:
         backend.no_padding()
         backend.no_truncation()
         self._backend = backend
+        self._added_content = b""
+        self._origin: Tokenizer | None = None
         self.vocab_size: int = backend.get_vocab_size()
         self.bos_token_id = self.id_of(special_tokens.get("bos_token"))
         eos = self.id_of(special_tokens.get("eos_token"))
@@ -85,26 +109,13 @@ class Tokenizer:
             self._adds_bos_itself = backend.encode("").ids[:1] == [self.bos_token_id]
         self._add_bos = self._adds_bos_itself if add_bos is None else add_bos
         self.special_tokens = dict(special_tokens)
-        self.whole_texts: Mapping[int, str | None] = WholeTexts(self)
+        self.whole_texts: Mapping[int, str | None] = WholeTexts(backend, self._added_ids)
         self.chat_template = self.build_chat_template(chat_template) if chat_template else None
 
     @classmethod
     def from_directory(cls, path: Path) -> "Tokenizer":
         """Read tokenizer.json and what stands beside it. Raises ModelError."""
-        file = path / "tokenizer.json"
-        if not file.is_file():
-            raise ModelError(f"{file} is missing: {without_tokenizer(path)}")
-        try:
-            with BackendCall(f"{file} can't be read", ModelError):
-                backend = tokenizers.Tokenizer.from_file(str(file))
-        except ModelError:
-            foreign = _core.recognise_file(str(file), is_json=True)
-            if foreign is not None:
-                raise ModelError(f"{file} is {foreign}") from None
-            raise
-        highest = max(backend.get_vocab().values(), default=0)
-        if highest > MAX_TOKEN_ID:  # the library walks over all ids below
-            raise ModelError(f"{file} has the token id {highest}, the limit is {MAX_TOKEN_ID}")
+        backend = _read_backend(path)
         config = TokenizerConfig.from_directory(path, backend.padding)
         with SETTING_UP:
             config.add_tokens_to(backend)
@@ -117,6 +128,71 @@ class Tokenizer:
             eos_token_ids=token_ids(eos),
             chat_template=config.chat_template,
         )
+
+    def extended(
+        self,
+        tokens: Sequence[tokenizers.AddedToken],
+        content: bytes,
+        renamed: Mapping[str, str] | None = None,
+    ) -> "Tokenizer":
+        """A copy with further tokens, or tokens that match in another way; as large as this one.
+
+        Args:
+            tokens: new ones get the ids that follow, in order.
+            content: tells it from other copies of this one.
+            renamed: by their names here, tokens that nothing is cut into and that are now called otherwise.
+
+        Raises ModelError.
+        """
+        text = self._backend.to_str()
+        if renamed:
+            fields = json.loads(text)
+            vocab = fields["model"]["vocab"]
+            vocab |= {new: vocab.pop(old) for old, new in renamed.items()}
+            text = json.dumps(fields)
+        with SETTING_UP:
+            backend = tokenizers.Tokenizer.from_str(text)
+            backend.add_tokens(list(tokens))
+        other = Tokenizer(
+            backend,
+            special_tokens=self.special_tokens,
+            eos_token_ids=self.eos_token_ids,
+            add_bos=self._add_bos,
+        )
+        other.chat_template, other._added_content = self.chat_template, content
+        return other
+
+    def variant(
+        self,
+        *,
+        eos_token_ids: Sequence[int],
+        special_tokens: Mapping[str, str],
+        chat_template: ChatTemplate | None,
+    ) -> "Tokenizer":
+        """The same tokens with other ends, other names of special tokens and another template.
+
+        What is costly is shared; where prompts begin with a token of their own, they still do.
+        """
+        other = copy.copy(self)
+        other._origin = self._origin or self
+        other.eos_token_ids = tuple(eos_token_ids)
+        other.special_tokens = dict(special_tokens)
+        other.chat_template = chat_template
+        return other
+
+    @property
+    def identity(self) -> TokensIdentity:
+        """Of tokenizers of one model, equal where tokens and ends are."""
+        return self._added_content, self.eos_token_ids
+
+    @property
+    def has_own_tokens(self) -> bool:
+        """Whether it is, or stems from, an `extended` one."""
+        return self._added_content != b""
+
+    def added_tokens(self) -> dict[int, tokenizers.AddedToken]:
+        """Tokens that are matched whole, by id."""
+        return dict(self._backend.get_added_tokens_decoder())
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], eos_token_ids: Sequence[int]) -> "Tokenizer":
@@ -207,16 +283,9 @@ class Tokenizer:
             return self.decode([token_id], skip_special_tokens=False)
         return self.decode([token_id, token_id]).removeprefix(self.decode([token_id]))
 
-    def find_whole_text(self, token_id: int) -> str | None:
-        """As of `whole_texts`, which remembers it."""
-        token = self._backend.id_to_token(token_id)
-        if token is None or not self._is_byte_level or token_id in self._added_ids:
-            return None
-        values = [BYTE_OF_CHAR.get(char) for char in token]
-        if None in values:
-            return None
-        text = bytes(value for value in values if value is not None).decode(errors="replace")
-        return None if "\ufffd" in text else text
+    def token_name(self, token_id: int) -> str:
+        """The token's text, special or not; "" where there is no such token."""
+        return self.decode([token_id], skip_special_tokens=False)
 
     def is_text(self, token_id: int) -> bool:
         """Whether the token is part of a text: it is known, and no special one."""
@@ -280,12 +349,6 @@ class Tokenizer:
         vocab = self._backend.get_vocab()
         return frozenset(vocab[name] for byte in range(256) if (name := f"<0x{byte:02X}>") in vocab)
 
-    @cached_property
-    def _is_byte_level(self) -> bool:
-        """Whether tokens are joined as bytes, and nothing else is done to them."""
-        decoder = self._backend.decoder
-        return decoder is not None and json.loads(decoder.__getstate__()).get("type") == "ByteLevel"
-
     def id_of(self, token: str | None) -> int | None:
         """The id of one token's text, None if there is none."""
         return None if token is None else self._backend.token_to_id(token)
@@ -293,6 +356,24 @@ class Tokenizer:
     def vocabulary(self) -> dict[str, int]:
         """Ids by text, added tokens among them."""
         return self._backend.get_vocab(with_added_tokens=True)
+
+
+def _read_backend(path: Path) -> tokenizers.Tokenizer:
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        raise ModelError(f"{file} is missing: {without_tokenizer(path)}")
+    try:
+        with BackendCall(f"{file} can't be read", ModelError):
+            backend = tokenizers.Tokenizer.from_file(str(file))
+    except ModelError:
+        foreign = _core.recognise_file(str(file), is_json=True)
+        if foreign is not None:
+            raise ModelError(f"{file} is {foreign}") from None
+        raise
+    highest = max(backend.get_vocab().values(), default=0)
+    if highest > MAX_TOKEN_ID:  # the library walks over all ids below
+        raise ModelError(f"{file} has the token id {highest}, the limit is {MAX_TOKEN_ID}")
+    return backend
 
 
 def _token_at(tokens: Sequence[str], key: str, token_id: int) -> str:

@@ -34,16 +34,22 @@ class TokenizerConfig:
         listed_tokens: how added tokens match, whatever the vocabulary says of them.
         other_tokens: tokens that are added where the vocabulary does not have them as such.
         chat_template: the template, None if there is none.
+        other_templates: names of further templates, which render nothing.
     """
 
     special_tokens: Mapping[str, str]
     listed_tokens: tuple[AddedToken, ...]
     other_tokens: tuple[AddedToken, ...]
     chat_template: str | None
+    other_templates: tuple[str, ...] = ()
 
     @classmethod
-    def from_directory(cls, path: Path, padding: Mapping[str, Any] | None = None) -> "TokenizerConfig":
+    def from_directory(
+        cls, path: Path, padding: Mapping[str, Any] | None = None, *, with_template: bool = True
+    ) -> "TokenizerConfig":
         """Read what stands in a directory; `padding` is that of its tokenizer.json.
+
+        Without its template nothing of that is looked at, and `chat_template` is None.
 
         Raises ModelError: a file can't be read, or a token in it is none.
         """
@@ -59,11 +65,13 @@ class TokenizerConfig:
             older = [] if "added_tokens_decoder" in config else _older_tokens(path, special)
         except (TypeError, ValueError, AttributeError) as error:
             raise ModelError(f"{file}: {error}") from error
+        templates = _chat_templates(path, config) if with_template else {}
         return cls(
             special_tokens={name: token.content for name, token in named.items()},
             listed_tokens=tuple(listed),
             other_tokens=(*older, *special),
-            chat_template=_chat_template(path, config),
+            chat_template=templates.pop("default", None),
+            other_templates=tuple(sorted(templates)),
         )
 
     def add_tokens_to(self, tokenizer: Tokenizer) -> None:
@@ -148,20 +156,20 @@ def _fields(token: Mapping[str, Any]) -> dict[str, Any]:
     return {name: token[name] for name in TOKEN_FIELDS if name in token}
 
 
-def _chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
-    """Template files win over tokenizer_config.json; of several named ones, `default`."""
+def _chat_templates(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """By name, one of them `default`, or none at all; template files win over tokenizer_config.json."""
     named = _template_files(path)
     if not named:
         template = config.get("chat_template")
         if template is None or isinstance(template, str):
-            return template
+            return {} if template is None else {"default": template}
         named = _named_templates(path, template)
     if "default" not in named:
         raise ModelError(
             f"{path} has the chat templates {', '.join(sorted(named))} and no default, "
             "name the one to use in chat_template.jinja"
         )
-    return named["default"]
+    return named
 
 
 def _template_files(path: Path) -> dict[str, str]:

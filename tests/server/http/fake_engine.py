@@ -16,11 +16,27 @@ from tests.server.fake_engine import error_named
 FLOOD_TEXT = "x" * 65536
 
 
+class FakeTokenizer:
+    special_ids: frozenset[int] = frozenset()
+    eos_token_ids: tuple[int, ...] = ()
+    max_token_len = 8
+
+    def check_fits(self, text: str, max_num_tokens: int, what: str) -> None:
+        pass
+
+    def decode(self, ids: Any, skip_special_tokens: bool = True) -> str:
+        return " ".join(f"<{token_id}>" for token_id in ids)
+
+
+TOKENIZER = FakeTokenizer()
+
+
 class FakeStream:
     """Words of the prompt as deltas; "late CLASS" fails after one, "hang" waits, "flood" never stops, "cut"
     is aborted."""
 
     prompt_token_ids = (1, 2, 3)
+    tokenizer = TOKENIZER
 
     def __init__(self, request: GenerateRequest) -> None:
         self._words = request.prompt.split() if isinstance(request.prompt, str) else ["token", "ids"]
@@ -54,18 +70,6 @@ class FakeStream:
         self.aborted.set()
 
 
-class FakeTokenizer:
-    special_ids: frozenset[int] = frozenset()
-    eos_token_ids: tuple[int, ...] = ()
-    max_token_len = 8
-
-    def check_fits(self, text: str, max_num_tokens: int, what: str) -> None:
-        pass
-
-    def decode(self, ids: Any, skip_special_tokens: bool = True) -> str:
-        return " ".join(f"<{token_id}>" for token_id in ids)
-
-
 @dataclass
 class FakePrepared:
     """A word is a token."""
@@ -81,7 +85,7 @@ class FakePrepared:
 class FakeEngine:
     """Refuses "refuse CLASS" prompts with that error; remembers its streams and its requests."""
 
-    tokenizer = FakeTokenizer()
+    tokenizer = TOKENIZER
 
     def __init__(self) -> None:
         self.streams: list[FakeStream] = []

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from loraserve.server.adapters.sources import AdapterSources
     from loraserve.server.adapters.state import AdapterState
     from loraserve.server.observe.metrics import Metrics
+    from loraserve.text.tokenizer import Tokenizer
 
 NUM_TOKENIZERS = 1
 MAX_TOKENIZATIONS = 256
@@ -80,10 +81,14 @@ class HttpState:
         info = self.engine.info()
         self.max_model_len = info.max_model_len
         self.device = info.device
-        self.token_texts = TokenTexts(self.engine.tokenizer)
+        self._token_texts = TokenTexts(self.engine.tokenizer)
         self.parsing = Workers("request bodies", NUM_TOKENIZERS, MAX_TOKENIZATIONS)
         self.tokenizations = Workers("tokenizations", NUM_TOKENIZERS, MAX_TOKENIZATIONS)
         self.runner = RequestRunner(self.engine, self.metrics, self.limits)
+
+    def texts_of(self, tokenizer: Tokenizer) -> TokenTexts:
+        """Texts of single tokens of a request's tokenizer; the model's are kept from request to request."""
+        return self._token_texts.of(tokenizer)
 
     def missing_adapters(self) -> list[AdapterFailure]:
         """Of the failures at start, those whose name is still not served and has not been unloaded."""

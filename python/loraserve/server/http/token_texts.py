@@ -15,6 +15,15 @@ class TokenTexts:
         self._tokenizer = tokenizer
         self._texts: dict[int, str] = {}
 
+    def of(self, tokenizer: Tokenizer) -> TokenTexts:
+        """Those of another tokenizer of the same model; what is known is shared where tokens are."""
+        if tokenizer is self._tokenizer:
+            return self
+        other = TokenTexts(tokenizer)
+        if not tokenizer.has_own_tokens:
+            other._texts = self._texts
+        return other
+
     def text(self, token_id: int) -> str:
         """The token alone; U+FFFD stands for bytes that are no whole character."""
         text = self._texts.get(token_id)
@@ -39,10 +48,10 @@ class TokenTexts:
         return token_id in self._tokenizer.special_ids
 
     def ends_sequence(self, token_id: int) -> bool:
-        """Whether it is one of the model's own end tokens."""
+        """Whether it is one of the model's or its adapter's own end tokens."""
         return token_id in self._tokenizer.eos_token_ids
 
     @property
     def end_id(self) -> int:
-        """The model's own end token; 0 where it has none."""
+        """The first of those; 0 where there is none."""
         return next(iter(self._tokenizer.eos_token_ids), 0)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import orjson
 
@@ -15,8 +15,12 @@ from loraserve.server.http.answer import DONE
 from loraserve.server.http.openai.logprobs import chat_logprobs, completion_logprobs
 from loraserve.server.http.token_texts import TokenTexts
 from loraserve.server.request_run import RequestRun
+from loraserve.text.tokenizer import Tokenizer
 
 SYSTEM_FINGERPRINT = f"loraserve-{__version__}"  # text_generation's client wants a string
+
+
+Prompt: TypeAlias = str | Sequence[int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +32,7 @@ class AnswerHead:
     num_answers: int
     wants_logprobs: bool
     wants_usage: bool
-    texts: TokenTexts
+    texts_of: Callable[[Tokenizer], TokenTexts]
     created: int = field(default_factory=lambda: int(time.time()))
 
     def fields(self, kind: str) -> dict[str, Any]:
@@ -49,17 +53,17 @@ class WholeChat:
         self._head = head
 
     def body(self, run: RequestRun, answers: Sequence[Sequence[Completion]]) -> dict[str, Any]:
-        choices = [self._choice(index, answer) for index, answer in enumerate(answers[0])]
+        choices = [self._choice(index, answer, run) for index, answer in enumerate(answers[0])]
         return {
             **self._head.fields("chat.completion"),
             "choices": choices,
             "usage": usage_body(run.usage),
         }
 
-    def _choice(self, index: int, answer: Completion) -> dict[str, Any]:
-        logprobs = (
-            chat_logprobs(answer.logprobs or [], self._head.texts) if self._head.wants_logprobs else None
-        )
+    def _choice(self, index: int, answer: Completion, run: RequestRun) -> dict[str, Any]:
+        logprobs = None
+        if self._head.wants_logprobs:
+            logprobs = chat_logprobs(answer.logprobs or [], self._head.texts_of(run.tokenizer))
         return {
             "index": index,
             "message": {"role": "assistant", "content": answer.text, "refusal": None},
@@ -69,28 +73,34 @@ class WholeChat:
 
 
 class WholeCompletion:
-    """`text_completion`; of the answers to a prompt, the likeliest `num_answers` are sent."""
+    """`text_completion`; of the answers to a prompt, the likeliest `num_answers` are sent.
 
-    def __init__(self, head: AnswerHead, echoes: Sequence[str]) -> None:
+    `echoed` are the prompts that answers begin with, None where they don't.
+    """
+
+    def __init__(self, head: AnswerHead, echoed: Sequence[Prompt | None]) -> None:
         self._head = head
-        self._echoes = echoes
+        self._echoed = echoed
 
     def body(self, run: RequestRun, answers: Sequence[Sequence[Completion]]) -> dict[str, Any]:
         chosen = [
             (echo, answer)
-            for echo, of_prompt in zip(self._echoes, answers, strict=True)
+            for echo, of_prompt in zip(_echoes(self._echoed, run), answers, strict=True)
             for answer in likeliest(of_prompt, self._head.num_answers)
         ]
         return {
             **self._head.fields("text_completion"),
-            "choices": [self._choice(index, echo, answer) for index, (echo, answer) in enumerate(chosen)],
+            "choices": [
+                self._choice(index, echo, answer, run) for index, (echo, answer) in enumerate(chosen)
+            ],
             "usage": usage_body(run.usage),
         }
 
-    def _choice(self, index: int, echo: str, answer: Completion) -> dict[str, Any]:
+    def _choice(self, index: int, echo: str, answer: Completion, run: RequestRun) -> dict[str, Any]:
         logprobs = None
         if self._head.wants_logprobs:
-            logprobs = completion_logprobs(answer.logprobs or [], self._head.texts, len(echo))
+            texts = self._head.texts_of(run.tokenizer)
+            logprobs = completion_logprobs(answer.logprobs or [], texts, len(echo))
         return {
             "index": index,
             "text": echo + answer.text,
@@ -121,6 +131,11 @@ class ChunkWriter:
         """The error as a chunk, and `[DONE]`."""
         return b"data: " + orjson.dumps(body) + b"\n\n" + DONE
 
+    def _note_texts(self, run: RequestRun) -> None:
+        """What log-probabilities are told in, once it is known who answers."""
+        if self._head.wants_logprobs:
+            self._texts = self._head.texts_of(run.tokenizer)
+
     def _chunk(self, index: int, content: bytes, logprobs: bytes, finish: str | None) -> bytes:
         reason = b"null" if finish is None else b'"' + finish.encode() + b'"'
         return b'%b%d,%b,%b"finish_reason":%b}]%b' % (
@@ -139,13 +154,14 @@ class ChatChunks(ChunkWriter):
     kind = "chat.completion.chunk"
 
     def first(self, run: RequestRun) -> bytes:
+        self._note_texts(run)
         role = b'"delta":{"role":"assistant","content":""}'
         return b"".join(self._chunk(index, role, b"", None) for index in range(self._head.num_answers))
 
     def delta(self, prompt: int, delta: Delta) -> bytes:
         logprobs = b""
         if self._head.wants_logprobs and delta.logprobs:
-            logprobs = b'"logprobs":' + orjson.dumps(chat_logprobs(delta.logprobs, self._head.texts)) + b","
+            logprobs = b'"logprobs":' + orjson.dumps(chat_logprobs(delta.logprobs, self._texts)) + b","
         if not (delta.text or logprobs or delta.finish_reason):
             return b""
         content = b'"delta":{"content":' + orjson.dumps(delta.text) + b"}" if delta.text else b'"delta":{}'
@@ -153,18 +169,19 @@ class ChatChunks(ChunkWriter):
 
 
 class CompletionChunks(ChunkWriter):
-    """`text_completion` chunks; answer i of prompt p is choice p * n + i."""
+    """`text_completion` chunks; answer i of prompt p is choice p * n + i, begun with `echoed[p]`, if any."""
 
     kind = "text_completion"
 
-    def __init__(self, head: AnswerHead, echoes: Sequence[str]) -> None:
+    def __init__(self, head: AnswerHead, echoed: Sequence[Prompt | None]) -> None:
         super().__init__(head)
-        self._echoes = echoes
-        self._offsets = [len(echo) for echo in echoes for _ in range(head.num_answers)]
+        self._echoed = echoed
 
     def first(self, run: RequestRun) -> bytes:
+        self._note_texts(run)
         n = self._head.num_answers
-        texts = [echo for echo in self._echoes for _ in range(n)]
+        texts = [echo for echo in _echoes(self._echoed, run) for _ in range(n)]
+        self._offsets = [len(text) for text in texts]
         return b"".join(
             self._chunk(index, b'"text":' + orjson.dumps(text), b'"logprobs":null,', None)
             for index, text in enumerate(texts)
@@ -181,9 +198,18 @@ class CompletionChunks(ChunkWriter):
         return self._chunk(index, b'"text":' + orjson.dumps(delta.text), logprobs, delta.finish_reason)
 
     def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-        fields = completion_logprobs(logprobs, self._head.texts, self._offsets[index])
+        fields = completion_logprobs(logprobs, self._texts, self._offsets[index])
         self._offsets[index] += sum(map(len, fields["tokens"]))
         return fields
+
+
+def _echoes(prompts: Sequence[Prompt | None], run: RequestRun) -> list[str]:
+    def echo(prompt: Prompt | None) -> str:
+        if prompt is None or isinstance(prompt, str):
+            return prompt or ""
+        return run.tokenizer.decode(prompt, skip_special_tokens=False)
+
+    return [echo(prompt) for prompt in prompts]
 
 
 def likeliest(answers: Sequence[Completion], count: int) -> list[Completion]:

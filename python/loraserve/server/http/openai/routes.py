@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
 from fastapi.responses import Response
 
 from loraserve.errors import AdapterNotFoundError, InvalidRequestError
-from loraserve.request import AdapterSpec, GenerateRequest
+from loraserve.request import AdapterSpec
 from loraserve.server.access.keys import Caller
 from loraserve.server.http.answer import StreamResponse, WholeResponse
 from loraserve.server.http.auth import current_caller
@@ -58,11 +57,11 @@ async def completions(body: CompletionBody, call: Annotated[Call, Depends(curren
     """Continues one prompt or many, each `n` times."""
     requests = completion_requests(call, body)
     adapter = requests[0].adapter
-    echoes = [_echo(call, request) if body.echo else "" for request in requests]
+    echoed = [request.prompt if body.echo else None for request in requests]
     head = _head(call, body, "cmpl", adapter, wants_logprobs=body.logprobs is not None)
     if body.stream:
-        return StreamResponse(call, requests, CompletionChunks(head, echoes), Family.OPENAI)
-    return WholeResponse(call, requests, WholeCompletion(head, echoes))
+        return StreamResponse(call, requests, CompletionChunks(head, echoed), Family.OPENAI)
+    return WholeResponse(call, requests, WholeCompletion(head, echoed))
 
 
 @router.post("/chat/completions", responses=GENERATION_RESPONSES)
@@ -88,7 +87,7 @@ def _head(
         num_answers=1 if body.n is None else body.n,
         wants_logprobs=wants_logprobs,
         wants_usage=body.stream_options is not None and body.stream_options.include_usage,
-        texts=call.state.token_texts,
+        texts_of=call.state.texts_of,
     )
 
 
@@ -99,10 +98,3 @@ def _answering_model(state: HttpState, model: str | None, adapter: AdapterSpec) 
     if isinstance(adapter, str):
         return adapter
     return model if model in state.served_names else state.served_names[0]
-
-
-def _echo(call: Call, request: GenerateRequest) -> str:
-    prompt: str | Sequence[int] | None = request.prompt
-    if isinstance(prompt, str):
-        return prompt
-    return call.state.engine.tokenizer.decode(prompt or [], skip_special_tokens=False)

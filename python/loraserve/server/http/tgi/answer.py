@@ -36,6 +36,7 @@ class WholeGenerate:
         body: dict[str, Any] = {"generated_text": self._text(best)}
         if self._given.details:
             prompt_ids = run.streams[0].prompt_token_ids
+            self._texts = self._state.texts_of(run.tokenizer)
             body["details"] = self._details(best, place, prompt_ids)
             if others:
                 body["details"]["best_of_sequences"] = [
@@ -49,7 +50,7 @@ class WholeGenerate:
         return f"{prompt}{answer.text}"
 
     def _details(self, answer: Completion, index: int, prompt_ids: Sequence[int]) -> dict[str, Any]:
-        texts = self._state.token_texts
+        texts = self._texts
         details: dict[str, Any] = {
             "finish_reason": tgi_finish(
                 answer.finish_reason, answer.token_ids[-1:], self._request.params, texts
@@ -70,13 +71,13 @@ class WholeGenerate:
         """Prompt tokens, where asked for; their log-probabilities are not computed."""
         if not self._given.decoder_input_details:
             return []
-        texts = self._state.token_texts
+        texts = self._texts
         pairs = zip(prompt_ids, texts.texts(prompt_ids), strict=True)
         return [{"id": id_, "text": text, "logprob": None} for id_, text in pairs]
 
     def _tokens(self, answer: Completion, prompt_ids: Sequence[int]) -> list[dict[str, Any]]:
         """Each token with the text that it completes; joined, these are the text."""
-        texts, logprobs = self._state.token_texts, answer.logprobs or []
+        texts, logprobs = self._texts, answer.logprobs or []
         completed = texts.texts([one.token_id for one in logprobs], prompt_ids)
         return [
             _token(one, text, texts.is_special(one.token_id), self._given, texts)
@@ -91,12 +92,12 @@ class GenerateEvents:
         self._state = state
         self._params = request.params
         self._given = given
-        self._texts = state.token_texts
         self._parts: list[str] = [str(request.prompt)] if given.return_full_text else []
         self._index = 0
 
     def first(self, run: RequestRun) -> bytes:
         self._num_prompt_tokens = run.num_prompt_tokens
+        self._texts = self._state.texts_of(run.tokenizer)
         return b""
 
     def delta(self, prompt: int, delta: Delta) -> bytes:

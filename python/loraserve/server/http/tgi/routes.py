@@ -10,6 +10,7 @@ from fastapi.responses import Response
 
 from loraserve.errors import InvalidRequestError
 from loraserve.server.access.keys import Caller
+from loraserve.server.http.adapter_selectors import adapter_of
 from loraserve.server.http.answer import StreamResponse, WholeResponse
 from loraserve.server.http.auth import current_caller
 from loraserve.server.http.call import Call, current_call
@@ -36,6 +37,7 @@ from loraserve.server.http.tgi.schema import (
     Parameters,
     TokenizeBody,
 )
+from loraserve.text.tokenizer import Tokenizer
 
 router = APIRouter(tags=["TGI"], route_class=JsonRoute)
 
@@ -74,26 +76,34 @@ async def invocations(
 async def tokenize(
     body: TokenizeBody,
     state: Annotated[HttpState, Depends(http_state)],
-    _caller: Annotated[Caller, Depends(current_caller)],
+    caller: Annotated[Caller, Depends(current_caller)],
 ) -> Response:
-    """The tokens of a text, with the characters `start` to `stop` that each stands for."""
-    truncate = None if body.parameters is None else body.parameters.truncate
-    answer = await state.tokenizations.run(_tokens, state, body.inputs, body.add_special_tokens, truncate)
+    """The tokens of a text, as an adapter has them, with the characters `start` to `stop` of each."""
+    parameters = body.parameters or Parameters()
+    adapter = adapter_of(state, caller, None, body, parameters)
+    if adapter is not None:
+        caller.check_use(adapter)
+    tokenizer = state.engine.tokenizer if adapter is None else state.engine.tokenizer_for(adapter)
+    answer = await state.tokenizations.run(
+        _tokens, state, tokenizer, body.inputs, body.add_special_tokens, parameters.truncate
+    )
     return Response(answer, media_type="application/json")
 
 
-def _tokens(state: HttpState, text: str, add_special_tokens: bool, truncate: int | None) -> bytes:
+def _tokens(
+    state: HttpState, tokenizer: Tokenizer, text: str, add_special_tokens: bool, truncate: int | None
+) -> bytes:
     """The answer's JSON; for long texts slow, so not for the loop."""
-    tokenizer = state.engine.tokenizer
     tokenizer.check_fits(text, state.max_model_len, "inputs")
     spans = tokenizer.encode_with_offsets(text, add_special_tokens)
     if len(spans) > state.max_model_len:
         raise InvalidRequestError(
             f"inputs has {len(spans)} tokens, the limit is {state.max_model_len}: the context length"
         )
+    texts = state.texts_of(tokenizer)
     return orjson.dumps(
         [
-            {"id": token_id, "text": text[start:stop] or state.token_texts.text(token_id)}
+            {"id": token_id, "text": text[start:stop] or texts.text(token_id)}
             | {"start": start, "stop": stop}
             for token_id, start, stop in (spans if truncate is None else spans[-truncate:])
         ]

@@ -100,10 +100,14 @@ class CompatGenerateBody(AnyGenerateBody):
     stream: bool | None = None
 
 
-class TokenizeBody(RequestBody):
-    """POST /tokenize; of `parameters`, `truncate` keeps the last tokens."""
+class TokenizeBody(AdapterSelectors):
+    """POST /tokenize; of `parameters`, `truncate` keeps the last tokens; adapters may have their own."""
 
-    elsewhere: ClassVar[Elsewhere] = {"prompt": "inputs", "text": "inputs", "content": "inputs"}
+    elsewhere: ClassVar[Elsewhere] = SELECTORS_ELSEWHERE | {
+        "prompt": "inputs",
+        "text": "inputs",
+        "content": "inputs",
+    }
 
     inputs: Text
     parameters: Parameters | None = None
