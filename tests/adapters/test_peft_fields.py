@@ -18,6 +18,7 @@ from tests.adapters.test_matches_peft import load as load_packed
 
 # Values that PEFT saves and reloads: modules, ranks and scales are then its own.
 EXACT: dict[str, list[Any]] = {
+    "alora_invocation_tokens": [None, [], [1, 2]],  # where it acts: tests/e2e/test_alora.py
     "alpha_pattern": [{}, {"q_proj": 3}],
     "auto_mapping": [None],
     "base_model_name_or_path": [None, "some/base"],
@@ -49,7 +50,6 @@ EXACT: dict[str, list[Any]] = {
 }
 # Other values, as adapter_config.json has them, and words of the refusal beside the field's name.
 REFUSED: dict[str, tuple[Any, str]] = {
-    "alora_invocation_tokens": ([1, 2], "activated LoRA"),
     "arrow_config": ({"top_k": 3}, "not supported yet"),
     "bias": ("all", "bias"),
     "fan_in_fan_out": (True, "not supported yet"),
