@@ -11,8 +11,8 @@ constexpr int MAX_MODULES = 3;
 // One adapted module of a fused projection.
 struct Module {
     const char* b;
-    const float* gain;  // [16 · num_panels], y = gain · (y + delta); null: none
-    unsigned rank;      // padded to 8
+    const float* columns;  // [num_panels][gain, shift][16], y = gain · (y + delta) + weight · shift; null: none
+    unsigned rank;         // padded to 8; 0: no A and no B
     unsigned rank_offset;
     unsigned first_panel;  // of the fused output
     unsigned num_panels;

@@ -137,7 +137,7 @@ private:
 // The lane's eight columns of y in two panels, over the item's rows: its part of c as Lane says.
 struct OutputTile {
     Storage* y = nullptr;  // in the item's first row; null: no module has the panel
-    const float* gain = nullptr;
+    const float* gain = nullptr;  // of the lane's first column; its shift is a panel's width further
     unsigned row_stride;
     unsigned num_rows;
     unsigned g;
@@ -152,7 +152,8 @@ struct OutputTile {
             if (in_module < module.num_panels) {
                 const size_t row = static_cast<size_t>(work.item.first_row) * row_stride;
                 y = args.y + row + panel * PANEL_WIDTH + column;
-                gain = module.gain == nullptr ? nullptr : module.gain + in_module * PANEL_WIDTH + column;
+                gain = module.columns == nullptr ? nullptr
+                                                 : module.columns + in_module * 2 * PANEL_WIDTH + column;
             }
         }
     }
@@ -172,21 +173,22 @@ struct OutputTile {
         }
     }
 
-    // y = gain · (values + c)
+    // y = gain · (values + c) + weight · shift
     __device__ __forceinline__ void add_and_store(const Pairs (&values)[2], const float (&c)[4][4],
-                                                  unsigned tile) const {
+                                                  unsigned tile, const float& weight) const {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const unsigned row = tile * TILE_ROWS + half * 8 + g;
             if (has_row(row)) {
-                store_global(y + static_cast<size_t>(row) * row_stride, add(values[half], c, half));
+                store_global(y + static_cast<size_t>(row) * row_stride, add(values[half], c, half, weight));
             }
         }
     }
 
 private:
     // half 0: c's row g, 1: its row g + 8
-    __device__ __forceinline__ Pairs add(const Pairs& values, const float (&c)[4][4], int half) const {
+    __device__ __forceinline__ Pairs add(const Pairs& values, const float (&c)[4][4], int half,
+                                         const float& weight) const {
         Pairs sum;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -197,8 +199,9 @@ private:
             pair.x += c[j][column];
             pair.y += c[j + 1][column];
             if (gain != nullptr) {
-                pair.x *= gain[2 * i];
-                pair.y *= gain[2 * i + 1];
+                const float* shift = gain + PANEL_WIDTH;
+                pair.x = gain[2 * i] * pair.x + weight * shift[2 * i];
+                pair.y = gain[2 * i + 1] * pair.y + weight * shift[2 * i + 1];
             }
             sum.pair[i] = pack(pair.x, pair.y);
         }

@@ -1,7 +1,7 @@
 // LoRA of decoding rows, one launch per fused projection: shrink and expand.
 //
 //   s[row, rank] = weight · scale · Σ_k x[row, k] · A[rank, k]        f32, rounded to storage (fp16: in units)
-//   y[row, n]    = gain · (y[row, n] + Σ_rank s[row, rank] · B[n, rank])
+//   y[row, n]    = gain · (y[row, n] + Σ_rank s[row, rank] · B[n, rank]) + weight · shift
 //
 // Grid    capacity_items · num_splits blocks shrink, then capacity_items · num_chunks blocks expand;
 //         num_splits = ⌈in_features / 512⌉, num_chunks = ⌈out_features / 512⌉
@@ -311,7 +311,8 @@ __device__ __forceinline__ void expand(SharedMemory& shared, const LoraArgs& arg
                 output.load(early_y[0], row_tile);
             }
             units.apply(c[row_tile], row_tile);
-            output.add_and_store(early_y[IS_Y_EARLY ? tile : 0], c[row_tile], row_tile);
+            output.add_and_store(early_y[IS_Y_EARLY ? tile : 0], c[row_tile], row_tile,
+                                 shared.work.item.weight);
         }
     }
 }

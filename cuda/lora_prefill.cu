@@ -1,7 +1,7 @@
 // LoRA of prompts' rows, two launches per fused projection.
 //
 //   lora_prefill_shrink   s[row, rank] = weight · scale · Σ_k x[row, k] · A[rank, k]  (f32, then storage)
-//   lora_prefill_expand   y[row, n]    = gain · (y[row, n] + Σ_rank s[row, rank] · B[n, rank])
+//   lora_prefill_expand   y[row, n]    = gain · (y[row, n] + Σ_rank s[row, rank] · B[n, rank]) + weight · shift
 //
 // Grid    shrink: capacity_items · num_splits; a split has max(256, in_features / 4) columns, a multiple of 32
 //         expand: capacity_items · ⌈out_features / 128⌉
@@ -268,6 +268,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) lora_prefill_expand(con
 #pragma unroll
     for (int tile = 0; tile < MAX_ROW_TILES; ++tile) {
         units.apply(c[tile], tile);
-        output.add_and_store(y[tile], c[tile], tile);
+        output.add_and_store(y[tile], c[tile], tile, work.item.weight);
     }
 }

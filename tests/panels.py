@@ -27,3 +27,8 @@ def pack_panels(matrix: torch.Tensor) -> torch.Tensor:
 def unpack_panels(data: torch.Tensor, rows: int, k: int) -> torch.Tensor:
     """The matrix [rows, k] whose panels begin at `data`."""
     return data[panel_index(rows, k, 4 // data.dtype.itemsize)]
+
+
+def pack_columns(values: torch.Tensor) -> torch.Tensor:
+    """Gains and shifts [2, columns] by panels of 16: [columns / 16][2][16]."""
+    return values.view(2, -1, 16).transpose(0, 1).contiguous().view(-1)

@@ -44,11 +44,16 @@ def write_adapter(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     use_rslora: bool = False,
+    use_dora: bool = False,
+    lora_bias: bool = False,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     scale: float = 0.02,
 ) -> Path:
-    """Write adapter_config.json and adapter_model.safetensors into `path`; `scale` is the deviation of B."""
+    """Write adapter_config.json and adapter_model.safetensors into `path`; `scale` is the deviation of B.
+
+    Magnitudes are about those of rows whose elements have a deviation of 1 / √in_features.
+    """
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -63,7 +68,8 @@ def write_adapter(
         "rank_pattern": dict(rank_pattern or {}),
         "alpha_pattern": dict(alpha_pattern or {}),
         "use_rslora": use_rslora,
-        "use_dora": False,
+        "use_dora": use_dora,
+        "lora_bias": lora_bias,
         "init_lora_weights": True,
         "modules_to_save": None,
     }
@@ -75,6 +81,12 @@ def write_adapter(
         b = torch.randn(out_features, r, generator=generator) * scale
         tensors[f"base_model.model.{key}.lora_A.weight"] = a.to(dtype)
         tensors[f"base_model.model.{key}.lora_B.weight"] = b.to(dtype)
+        if use_dora:
+            magnitude = 0.75 + 0.5 * torch.rand(out_features, generator=generator)
+            tensors[f"base_model.model.{key}.lora_magnitude_vector"] = magnitude.to(dtype)
+        if lora_bias:
+            bias = torch.randn(out_features, generator=generator) * scale
+            tensors[f"base_model.model.{key}.lora_B.bias"] = bias.to(dtype)
     write_files(path, config, tensors)
     return path
 

@@ -25,7 +25,7 @@ CRATES: dict[str, tuple[set[str], str]] = {
     "adapters": (
         set(),
         """
-        error foreign layout pace receipt
+        base_linears error foreign layout pace receipt
         fields pattern read shape
         shards
         weights
@@ -33,6 +33,7 @@ CRATES: dict[str, tuple[set[str], str]] = {
         config
         bind
         content matrix
+        columns
         pack base_copy
         adapter
         fuzz
@@ -49,7 +50,7 @@ CRATES: dict[str, tuple[set[str], str]] = {
         cpu::threads
         cpu::element cpu::step
         cpu::linear cpu::panel_product
-        cpu::norm cpu::activation cpu::sampling
+        cpu::norm cpu::activation cpu::sampling cpu::base_linears
         cpu::rope cpu::lora cpu::attention
         cpu::gemm
         cpu::context

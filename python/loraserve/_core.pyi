@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TypedDict, final
+from typing import Literal, Protocol, TypedDict, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ __all__ = [
     "AdapterStats",
     "BaseShape",
     "Batch",
+    "CpuBaseLinears",
     "CpuKernels",
     "CpuProgram",
     "CpuRecording",
@@ -375,16 +376,20 @@ class Scheduler:
 
 _ModulePlace = tuple[int, int, int, int, int, float]
 _GroupPlace = tuple[int, int, int, int, int, list[_ModulePlace]]
+_ColumnsPlace = tuple[int, int, int, int, bool, bool]
 
 @final
 class BaseShape:
     """The base model's linear layers an adapter may bind to, the same in every layer.
 
     `modules`: (path inside a layer, group, in_features, out_features, first column of the fused output);
-    groups: 0 qkv, 1 o, 2 gate_up, 3 down. Raises ValueError if they contradict each other.
+    groups: 0 qkv, 1 o, 2 gate_up, 3 down. `biased`: paths of those that have a bias. Raises ValueError if
+    they contradict each other.
     """
 
-    def __new__(cls, num_layers: int, modules: list[tuple[str, int, int, int, int]]) -> BaseShape: ...
+    def __new__(
+        cls, num_layers: int, modules: list[tuple[str, int, int, int, int]], biased: list[str] = ...
+    ) -> BaseShape: ...
     @property
     def num_layers(self) -> int:
         """Layers, each with all of the modules."""
@@ -394,10 +399,12 @@ class AdapterLayout:
     """Where an adapter's packed weights lie inside its extent; offsets are bytes from the extent's base."""
 
     @staticmethod
-    def from_groups(groups: list[_GroupPlace], num_layers: int, nbytes: int) -> AdapterLayout:
-        """What `groups` returns, for an adapter that was not loaded from files.
+    def from_groups(
+        groups: list[_GroupPlace], num_layers: int, nbytes: int, columns: list[_ColumnsPlace] = ...
+    ) -> AdapterLayout:
+        """What `groups` and `columns` return, for an adapter that was not loaded from files.
 
-        Raises ValueError for a layer or group that does not exist.
+        Raises ValueError for a layer, group or module that does not exist.
         """
     @property
     def nbytes(self) -> int:
@@ -410,6 +417,12 @@ class AdapterLayout:
 
         Each module: (rank_offset, rank, b_offset, out_offset, out_features, scale). A is
         [group rank, in_features]; a module's B is stored transposed, [module rank, out_features].
+        """
+    def columns(self) -> list[_ColumnsPlace]:
+        """Modules with gains or shifts: (layer, group, out_offset, offset, has_gain, has_shift).
+
+        They are float32 [panels of B][gain, shift][16], 1 and 0 beside the module's columns; its output is
+        gain · (base + adapters) + weight · shift.
         """
 
 # rust/py/src/adapters.rs
@@ -458,6 +471,9 @@ class Receipt:
     def notes(self) -> list[str]:
         """What was understood beyond the plain case, in words, in the order found."""
     @property
+    def alone(self) -> str | None:
+        """Why its weight must be 1 and no other adapter beside it in a request; None: it need not."""
+    @property
     def not_used(self) -> list[str]:
         """What lies beside the weights, differs from the base model's and is not used, in words."""
     def with_beside(self, notes: list[str], not_used: list[str]) -> Receipt:
@@ -470,6 +486,25 @@ class LoadPace:
     def __new__(cls) -> LoadPace: ...
     def set_rest(self, seconds: float) -> None:
         """Zero, the default, is full speed. Raises ValueError if negative."""
+
+class _BaseLinears(Protocol):
+    """The base's linears where they are; bytes are little-endian float32, what is raised fails the load."""
+
+    def row_norms(
+        self, layer: int, group: int, first: int, count: int, rank: int, at: bytes, b: bytes
+    ) -> bytes:
+        """Lengths of the rows `first` … `first + count` of the fused weight plus B·A.
+
+        `at`: A transposed [in_features, rank]; `b`: B [count, rank], scaled.
+        """
+    def rows_per_call(self, in_features: int, rank: int) -> int:
+        """Rows that one call of `row_norms` takes at most."""
+    def bias(self, layer: int, group: int, first: int, count: int) -> bytes:
+        """The bias of these rows as it is stored."""
+
+@final
+class CpuBaseLinears:
+    """The same of a model on the CPU, computed without the GIL."""
 
 def check_adapter(
     path: str,
@@ -501,13 +536,14 @@ def load_adapter(
     dst_ptr: int,
     dst_nbytes: int,
     pace: LoadPace | None = None,
+    base_linears: CpuBaseLinears | _BaseLinears | None = None,
 ) -> AdapterLayout:
     """Pack a registered adapter into `dst_nbytes` writable bytes at `dst_ptr`, without the GIL.
 
     Writes all of them, or anything where it raises; the caller keeps them alive and to itself until the
-    call returns. Raises
-    AdapterUnavailableError if the files are gone or changed, AdapterFormatError if they are malformed,
-    CapacityError if the extent is too small.
+    call returns. `base_linears` is asked where DoRA or trained biases need it. Raises
+    AdapterUnavailableError if the files are gone or changed, or the base's linears can't be had,
+    AdapterFormatError if the files are malformed, CapacityError if the extent is too small.
     """
 
 # rust/py/src/sampler.rs
@@ -630,6 +666,8 @@ class CpuKernels:
         self, weight_ptr: int, bias_ptr: int | None, in_features: int, out_features: int
     ) -> PackedLinear:
         """Copy weight [out, in] and bias [out] into the products' layout; both may be freed afterwards."""
+    def base_linears(self, linears: list[PackedLinear]) -> CpuBaseLinears:
+        """What adapters' gains and shifts are computed from: the linears of each layer in order of groups."""
     def set_adapter(self, slot: int, first_page: int, layout: AdapterLayout) -> None:
         """Bind a slot to the adapter packed from `first_page` on; `layout` says where its weights lie."""
     def move_extent(self, slot: int, src_page: int, dst_page: int, num_pages: int) -> None:

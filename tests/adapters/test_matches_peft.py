@@ -118,8 +118,6 @@ def test_patterns_that_peft_reorders_on_saving_are_refused(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("fields", "fragment"),
     [
-        ({"use_dora": True}, "not supported yet: field 'use_dora'"),
-        ({"bias": "lora_only"}, "not supported yet: field 'bias'"),
         (
             {"modules_to_save": ["lm_head"]},
             "base_model.model.lm_head.weight: the base's weights are not at hand",

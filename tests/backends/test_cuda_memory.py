@@ -80,6 +80,9 @@ class FakeDecoder:
         self.batches: list[_core.Batch] = []
         self.most_tokens = 10**9
 
+    def linears(self) -> list[Any]:
+        return []
+
     def logits(self, ops: Any, batch: _core.Batch | None) -> torch.Tensor:
         if batch is not None:
             self.batches.append(batch)

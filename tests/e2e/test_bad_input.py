@@ -176,7 +176,7 @@ ADAPTERS: list[tuple[str, Callable[[Path], None], type[LoraserveError], str]] = 
     ("rank 0", _edit_config(r=0), AdapterFormatError, "rank"),
     ("no such directory", shutil.rmtree, LoraserveError, "broken"),
     ("dora", _edit_config(use_dora=True), AdapterFormatError, "use_dora"),
-    ("bias", _edit_config(bias="all"), AdapterFormatError, "bias"),
+    ("lora_bias", _edit_config(lora_bias=True), AdapterFormatError, "lora_bias"),
     ("modules_to_save", _edit_config(modules_to_save=["lm_head"]), AdapterFormatError, "modules_to_save"),
 ]
 

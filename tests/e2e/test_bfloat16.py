@@ -45,6 +45,7 @@ def our_last_logits(
                 config.max_lora_rank,
                 receipt.hash,
                 dst_nbytes=extent.nbytes,
+                base_linears=runner.backend.base_linears,
             )
             runner.bind(extent, runner.backend.fill(extent, load))
             scheduler.adapter_loaded(adapter_id)

@@ -111,6 +111,19 @@ def test_mutated_bytes_of_a_file_are_served_or_refused(name: str, llm: LLM, dire
     )
 
 
+@pytest.mark.parametrize("feature", ["lora_bias", "use_dora"])
+def test_mutated_weights_with_gains_and_shifts_are_served_or_refused(
+    feature: str, llm: LLM, tmp_path: Path
+) -> None:
+    path = write_adapter(tmp_path / "adapter", SHAPE, rank=2, **{feature: True})
+    serve(llm, path)
+    file = path / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    (num_header,) = struct.unpack_from("<Q", whole)
+    kind = f"bytes of weights with {feature}"
+    _run(kind, llm, file, lambda random: mutate_bytes(random, whole, 8 + num_header))
+
+
 def test_mutated_headers_of_its_weights_are_served_or_refused(llm: LLM, directory: Path) -> None:
     file = directory / "adapter_model.safetensors"
     whole = file.read_bytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,9 @@ class EmulatedDevice:
 
     def stream(self) -> int:
         return self._stream
+
+    def beside_steps(self) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def int32_view(self, address: int, length: int) -> torch.Tensor:
         memory = (ctypes.c_int32 * length).from_address(address)

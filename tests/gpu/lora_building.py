@@ -12,7 +12,7 @@ from tests.batches import HandBatch, one_sequence, token_batch
 from tests.gpu.device import Gpu
 from tests.ops.building import OVERREAD, with_waves
 from tests.ops.torch_ops import TorchOps
-from tests.panels import pack_panels
+from tests.panels import pack_columns, pack_panels
 
 GEOMETRY = KvGeometry(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=64)
 LAYER = 1
@@ -28,8 +28,16 @@ ADAPTERS: tuple[Sequence[Sequence[int]], ...] = (
     ((24, 0, 64), (64,), (0, 40), (24,)),
     ((0, 8, 0), (), (16, 0), (72,)),
     ((), (24,), (), ()),
+    ((8, 24, 72), (16,), (16, 16), (8,)),
     ((64, 24, 256), (256,), (96, 128), (8,)),
 )
+# Of slot, projection and module: whether there is a gain, and a shift.
+COLUMNS: Mapping[tuple[int, int, int], tuple[bool, bool]] = {
+    (5, 0, 0): (True, True),
+    (5, 0, 1): (False, True),
+    (5, 1, 0): (True, True),
+    (5, 2, 1): (True, False),
+}
 # Of the largest value: the reference rounds its output only, the kernels round s and the output.
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 
@@ -68,6 +76,10 @@ class Lora:
             for module in self.reference.modules(int(batch.seg_slot[segment]), LAYER, group):
                 columns = slice(module.out_offset, module.out_offset + module.bt.shape[1])
                 out[rows, columns] += (x[rows].float() @ module.a.T * (weight * module.scale)) @ module.bt
+                if module.gain is not None:
+                    out[rows, columns] *= module.gain
+                if module.shift is not None:
+                    out[rows, columns] += weight * module.shift
         return out
 
     def assert_matches(self, batch: HandBatch, group: int) -> None:
@@ -98,7 +110,7 @@ def make_lora(gpu: Gpu, dtype: torch.dtype, gain: float = 1.0) -> Lora:
     )
     reference, first_page = TorchOps(GEOMETRY, dtype, pool), 0
     for slot, ranks in enumerate(ADAPTERS):
-        extent, layout = _random_adapter(dtype, dict(enumerate(ranks)), generator, gain)
+        extent, layout = _random_adapter(slot, dtype, dict(enumerate(ranks)), generator, gain)
         start = first_page * page_nbytes
         assert start + len(extent) <= len(pool), "the test's pool is too small"
         pool[start : start + len(extent)] = extent.to(pool.device)
@@ -109,7 +121,11 @@ def make_lora(gpu: Gpu, dtype: torch.dtype, gain: float = 1.0) -> Lora:
 
 
 def _random_adapter(
-    dtype: torch.dtype, ranks: Mapping[int, Sequence[int]], generator: torch.Generator, gain: float
+    slot: int,
+    dtype: torch.dtype,
+    ranks: Mapping[int, Sequence[int]],
+    generator: torch.Generator,
+    gain: float,
 ) -> tuple[torch.Tensor, _core.AdapterLayout]:
     """The bytes of an extent, and their layout; `ranks` of modules by projection."""
     blocks: list[torch.Tensor] = []
@@ -117,27 +133,43 @@ def _random_adapter(
     def block(rows: int, columns: int, size: float = 1.0) -> int:
         """Appends a random matrix, aligned; returns its offset."""
         values = torch.randn(rows, columns, generator=generator) / max(rows, columns) ** 0.5 * size
-        data = pack_panels(values.to(dtype)).view(torch.uint8)
+        return place(pack_panels(values.to(dtype)).view(torch.uint8))
+
+    def columns_of(has: tuple[bool, bool], columns: int) -> int:
+        """Appends random gains and shifts around 1 where there are some, 1 and 0 elsewhere."""
+        values = torch.tensor([[1.0], [0.0]]).repeat(1, columns)
+        for row, is_there in zip(values, has, strict=True):
+            if is_there:
+                row[:] = 1 + 0.5 * torch.randn(columns, generator=generator)
+        return place(pack_columns(values).view(torch.uint8))
+
+    def place(data: torch.Tensor) -> int:
         offset = sum(len(earlier) for earlier in blocks)
         blocks.extend((data, torch.zeros(-len(data) % 64, dtype=torch.uint8)))
         return offset
 
-    places = []
+    places, column_places = [], []
     for group, module_ranks in ranks.items():
         in_features, out_features = PROJECTIONS[group]
-        if not any(module_ranks):
+        has_columns = [
+            COLUMNS.get((slot, group, index), (False, False)) for index in range(len(module_ranks))
+        ]
+        if not any(module_ranks) and not any(map(any, has_columns)):
             continue
         a_offset, rank_offset, out_offset, modules = block(sum(module_ranks), in_features), 0, 0, []
-        for rank, columns in zip(module_ranks, out_features, strict=True):
-            if rank > 0:
+        for rank, columns, has in zip(module_ranks, out_features, has_columns, strict=True):
+            if rank > 0 or any(has):
                 scale = (2.0 + rank_offset / 64) * gain
                 modules.append(
                     (rank_offset, rank, block(columns, rank, 1 / gain), out_offset, columns, scale)
                 )
+                if any(has):
+                    column_places.append((LAYER, group, out_offset, columns_of(has, columns), *has))
             rank_offset, out_offset = rank_offset + rank, out_offset + columns
         places.append((LAYER, group, a_offset, rank_offset, in_features, modules))
     extent = torch.cat([*blocks, torch.zeros(OVERREAD, dtype=torch.uint8)])
-    return extent, _core.AdapterLayout.from_groups(places, GEOMETRY.num_layers, len(extent))
+    layout = _core.AdapterLayout.from_groups(places, GEOMETRY.num_layers, len(extent), column_places)
+    return extent, layout
 
 
 def decode_batch(num_rows: int, *waves: Sequence[Segment]) -> HandBatch:

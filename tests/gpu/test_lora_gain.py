@@ -1,6 +1,6 @@
-"""The LoRA kernels' column gain, y = gain · (y + delta), which no adapter of the Rust core has (DoRA would).
+"""The LoRA kernels' gains and shifts of columns, y = gain · (y + delta) + weight · shift.
 
-The kernels are compiled and launched here, so that the table can name gains.
+The kernels are compiled and launched here, with a table made by hand.
 """
 
 import ctypes
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.gpu.device import Gpu
-from tests.panels import pack_panels
+from tests.panels import pack_columns, pack_panels
 
 SOURCES = Path(__file__).parents[2] / "cuda"
 HEADERS = ("storage.cuh", "adapter_table.cuh", "lora.cuh")
@@ -60,7 +60,7 @@ def launch(gpu: Gpu, source: str, kernel: str, threads: int, blocks: int, argume
 
 @pytest.mark.parametrize("num_rows", [5, 40])
 @pytest.mark.parametrize("phase", LAUNCHES)
-def test_gain_scales_the_columns_of_its_module(gpu: Gpu, phase: str, num_rows: int) -> None:
+def test_gain_scales_and_shift_moves_the_columns_of_its_module(gpu: Gpu, phase: str, num_rows: int) -> None:
     generator = torch.Generator().manual_seed(num_rows)
 
     def random(*shape: int) -> torch.Tensor:
@@ -77,10 +77,13 @@ def test_gain_scales_the_columns_of_its_module(gpu: Gpu, phase: str, num_rows: i
         random(80),
     )
     packed_a, packed_b = gpu.place(pack_panels(a)), [gpu.place(pack_panels(each)) for each in b]
-    placed_x, placed_y, placed_gain = gpu.place(x), gpu.place(y), gpu.place(gain)
+    shift = random(48)
+    placed_x, placed_y = gpu.place(x), gpu.place(y)
+    placed_gain = gpu.place(pack_columns(torch.stack((gain, torch.zeros(80)))))
+    placed_shift = gpu.place(pack_columns(torch.stack((torch.ones(48), shift))))
     module = struct.Struct("QQIIIIfI")
     group = struct.pack("QII", packed_a.data_ptr(), 2 * RANK, 2)
-    group += module.pack(packed_b[0].data_ptr(), 0, RANK, 0, 0, 3, 0.5, 0)
+    group += module.pack(packed_b[0].data_ptr(), placed_shift.data_ptr(), RANK, 0, 0, 3, 0.5, 0)
     group += module.pack(packed_b[1].data_ptr(), placed_gain.data_ptr(), RANK, RANK, 3, 5, 2.0, 0)
     table = placed_bytes(group.ljust(144, b"\0"))
     # One item of three there is room for; the rest of the list is no item.
@@ -105,6 +108,7 @@ def test_gain_scales_the_columns_of_its_module(gpu: Gpu, phase: str, num_rows: i
     expected[:, :48] += (sums[:, :RANK] * 0.5) @ b[0].float().T
     expected[:, 48:] += (sums[:, RANK:] * 2.0) @ b[1].float().T
     expected[:, 48:] *= gain
+    expected[:, :48] += 1.5 * shift
     error = (placed_y.cpu().float() - expected).abs().max() / expected.abs().max()
     assert error < 1.2e-2
     assert not states.cpu().any(), "the next launch finds other than zeros"

@@ -13,7 +13,7 @@ from loraserve.models.ops import KvGeometry
 from tests.batches import HandBatch
 from tests.ops.stepwise_ops import StepwiseOps
 from tests.ops.torch_ops import TorchOps
-from tests.panels import pack_panels
+from tests.panels import pack_columns, pack_panels
 
 BLOCK_SIZE = 16
 OVERREAD = 1024  # zero bytes at the end of an extent
@@ -77,12 +77,16 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtyp
 
 @dataclass(frozen=True)
 class ModuleSpec:
-    """A module of a fused projection: its columns, and the rank an adapter gives it (multiple of 8)."""
+    """A module of a fused projection: its columns, and what an adapter gives it: a rank (multiple of 8), and
+    perhaps a gain and a shift.
+    """
 
     rank: int
     out_offset: int
     out_features: int
     scale: float
+    has_gain: bool = False
+    has_shift: bool = False
 
 
 def write_adapter(
@@ -98,16 +102,29 @@ def write_adapter(
     `groups`: (layer, group) -> (in_features, modules).
     """
     dtype, base = backends.cpu.dtype, first_page * backends.page_nbytes
-    end, places = 0, []
+    end, places, column_places = 0, [], []
 
     def block(rows: int, columns: int, first_row: int, padded_rows: int) -> int:
-        nonlocal end
-        start = end
         """A random matrix in panels; what lies around the rows in use is zero."""
         values = torch.zeros(padded_rows, columns)
         values[first_row : first_row + rows] = torch.randn(rows, columns, generator=generator)
-        values /= max(rows, columns) ** 0.5
-        data = pack_panels(values.to(dtype)).view(torch.uint8)
+        values /= max(rows, columns, 1) ** 0.5
+        return place(pack_panels(values.to(dtype)).view(torch.uint8))
+
+    def columns(module: ModuleSpec) -> int:
+        """Gains and shifts around 1 where the module has them, 1 and 0 elsewhere, by panels."""
+        lane = module.out_offset % 16
+        used = slice(lane, lane + module.out_features)
+        values = torch.zeros(2, -(-used.stop // 16) * 16)
+        values[0] = 1.0
+        for row, is_there in enumerate((module.has_gain, module.has_shift)):
+            if is_there:
+                values[row, used] = 1 + 0.5 * torch.randn(module.out_features, generator=generator)
+        return place(pack_columns(values).view(torch.uint8))
+
+    def place(data: torch.Tensor) -> int:
+        nonlocal end
+        start = end
         end = start + -(-data.numel() // 64) * 64
         for pool in (backends.cpu_pool, backends.reference_pool):
             assert base + end <= pool.numel(), "the test's pool is too small"
@@ -121,11 +138,13 @@ def write_adapter(
             lane = m.out_offset % 16
             b_offset = block(m.out_features, m.rank, lane, -(-(lane + m.out_features) // 16) * 16)
             entries.append((rank_offset, m.rank, b_offset, m.out_offset, m.out_features, m.scale))
+            if m.has_gain or m.has_shift:
+                column_places.append((layer, group, m.out_offset, columns(m), m.has_gain, m.has_shift))
             rank_offset += m.rank
         places.append((layer, group, a_offset, rank, in_features, entries))
     for pool in (backends.cpu_pool, backends.reference_pool):
         pool[base + end : base + end + OVERREAD] = 0
-    layout = _core.AdapterLayout.from_groups(places, num_layers, end + OVERREAD)
+    layout = _core.AdapterLayout.from_groups(places, num_layers, end + OVERREAD, column_places)
     backends.cpu.set_adapter(slot, first_page, layout)
     backends.reference.set_adapter(slot, first_page, layout)
 

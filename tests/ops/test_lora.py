@@ -184,6 +184,74 @@ def test_adapter_of_another_shape_is_refused(
         cpu.lora_linear(step, x, linear, 0, 0)
 
 
+SHIFTING = (
+    (16, True, False),
+    (8, False, True),
+    (0, True, True),
+    (40, True, True),
+    (0, False, True),
+    (24, False, False),
+)
+
+
+@pytest.fixture
+def shifting(isa: str, dtype: torch.dtype, generator: torch.Generator, in_features: int) -> Backends:
+    """Adapters with gains and shifts, in panels that two modules share; slot 3 has no A and no B."""
+    backends = make_backends(GEOMETRY, dtype, isa, num_pages=4 * PAGES_PER_SLOT)
+    for slot, kinds in enumerate([(0, 1, 2), (3, 4, 5), (5, 2, 0), (2, 4, 2)]):
+        specs = [
+            ModuleSpec(*(SHIFTING[kind][0], *place, 0.5 + index), *SHIFTING[kind][1:])
+            for index, (kind, place) in enumerate(zip(kinds, PLACES, strict=True))
+        ]
+        groups = {(0, 0): (in_features, specs)}
+        write_adapter(backends, slot, PAGES_PER_SLOT * slot, groups, GEOMETRY.num_layers, generator)
+    return backends
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gains_and_shifts_match_reference(
+    shifting: Backends, dtype: torch.dtype, generator: torch.Generator, in_features: int, case: str
+) -> None:
+    num_tokens, waves = CASES[case]
+    x = torch.randn(num_tokens, in_features, generator=generator).to(dtype)
+    weight = torch.randn(OUT_FEATURES, in_features, generator=generator)
+    for bias in (None, torch.randn(OUT_FEATURES, generator=generator)):
+        batch = with_waves(token_batch(num_tokens), waves)
+        actual, expected = (
+            ops.lora_linear(ops.begin_step(batch.build()), x, ops.pack(weight, bias), 0, 0)
+            for ops in (shifting.cpu, shifting.reference)
+        )
+        assert_close(actual, expected, dtype)
+
+
+def test_gains_and_shifts_keep_to_their_rows_with_the_same_bits_alone_and_mixed(
+    shifting: Backends, dtype: torch.dtype, generator: torch.Generator, in_features: int
+) -> None:
+    x = torch.randn(60, in_features, generator=generator).to(dtype)
+    linear = shifting.cpu.pack(torch.randn(OUT_FEATURES, in_features, generator=generator))
+    plain = run_cpu(shifting, x, linear, [])
+    wave = [(0, 1, 3, 1.0), (1, 38, 0, 1.0), (40, 41, 1, 1.0), (45, 60, 2, 0.5)]
+    together = run_cpu(shifting, x, linear, [wave])
+    changed = (plain != together).any(dim=1)
+    assert changed.tolist() == [*[True] * 38, False, False, True, *[False] * 4, *[True] * 15]
+    for start, end, slot, weight in wave:
+        rows = x[start:end].contiguous()
+        alone = run_cpu(shifting, rows, linear, [[(0, end - start, slot, weight)]])
+        assert torch.equal(alone, together[start:end])
+
+
+def test_a_gain_or_shift_outside_its_extent_is_refused(backends: Backends) -> None:
+    place = (0, 0, 0, 0, 75, [(0, 0, 0, 0, 60, 1.0)])
+    for offset, message in ((4096, "end of columns"), (8, "64-byte aligned"), (3072 - 64, "end of columns")):
+        layout = _core.AdapterLayout.from_groups([place], 3, 4096, [(0, 0, 0, offset, False, True)])
+        with pytest.raises(ValueError, match=message):
+            backends.cpu.set_adapter(0, 0, layout)
+    with pytest.raises(ValueError, match="no module of group 0 of layer 0 begins at column 16"):
+        _core.AdapterLayout.from_groups([place], 3, 4096, [(0, 0, 16, 0, True, True)])
+    with pytest.raises(ValueError, match="module is empty"):
+        backends.cpu.set_adapter(0, 0, _core.AdapterLayout.from_groups([place], 3, 4096))
+
+
 def test_random_mixtures_match_reference(isa: str, dtype: torch.dtype, generator: torch.Generator) -> None:
     rng = np.random.default_rng(1)
     for _ in range(6):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,12 +54,14 @@ class TorchStep:
 
 @dataclass(frozen=True)
 class Module:
-    """One adapted module as float32 matrices: A [rank, in], Bᵀ [rank, out]."""
+    """One adapted module in float32: A [rank, in], Bᵀ [rank, out], gain and shift [out] where it has them."""
 
     a: torch.Tensor
     bt: torch.Tensor
     out_offset: int
     scale: float
+    gain: torch.Tensor | None
+    shift: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -137,20 +139,32 @@ class TorchOps:
         out = F.linear(x.float(), own.weight.float())
         if own.bias is not None:
             out += own.bias.float()
-        arrays = _own_step(step).arrays
+        adapted = list(self._adapted(_own_step(step).arrays, layer, group))
+        for rows, weight, module, columns in adapted:
+            shrunk = x[rows].float() @ module.a.T
+            out[rows, columns] += (shrunk * (weight * module.scale)) @ module.bt
+        for rows, weight, module, columns in adapted:
+            if module.gain is not None:
+                out[rows, columns] *= module.gain
+            if module.shift is not None:
+                out[rows, columns] += weight * module.shift
+        return out.to(self._dtype)
+
+    def _adapted(
+        self, arrays: Mapping[str, npt.NDArray[Any]], layer: int, group: int
+    ) -> Iterator[tuple[slice, float, Module, slice]]:
+        """Rows, weight, module and its columns, wave after wave."""
         for segment in range(len(arrays["seg_start"])):
             rows = slice(int(arrays["seg_start"][segment]), int(arrays["seg_end"][segment]))
             weight = float(arrays["seg_weight"][segment])
             for module in self.modules(int(arrays["seg_slot"][segment]), layer, group):
-                columns = slice(module.out_offset, module.out_offset + module.bt.shape[1])
-                shrunk = x[rows].float() @ module.a.T
-                out[rows, columns] += (shrunk * (weight * module.scale)) @ module.bt
-        return out.to(self._dtype)
+                yield rows, weight, module, slice(module.out_offset, module.out_offset + module.bt.shape[1])
 
     def modules(self, slot: int, layer: int, group: int) -> list[Module]:
         """The modules a slot's adapter has at (layer, group), read from the pool."""
         bound = self._slots[slot]
         base = bound.first_page * self._page_nbytes
+        offsets = {place[:3]: place[3:] for place in bound.layout.columns()}
         for entry_layer, entry_group, a_offset, rank, in_features, places in bound.layout.groups():
             if (entry_layer, entry_group) == (layer, group):
                 a = self._matrix(base + a_offset, rank, in_features)
@@ -160,7 +174,14 @@ class TorchOps:
                     rows = -(-(lane + out_features) // PANEL_WIDTH) * PANEL_WIDTH
                     b = self._matrix(base + b_offset, rows, module_rank)[lane : lane + out_features]
                     ranks = slice(rank_offset, rank_offset + module_rank)
-                    modules.append(Module(a=a[ranks], bt=b.T, out_offset=out_offset, scale=scale))
+                    gain = shift = None
+                    if (layer, group, out_offset) in offsets:
+                        offset, *has = offsets[layer, group, out_offset]
+                        gain, shift = (
+                            values[lane : lane + out_features] if is_there else None
+                            for values, is_there in zip(self._columns(base + offset, rows), has, strict=True)
+                        )
+                    modules.append(Module(a[ranks], b.T, out_offset, scale, gain, shift))
                 return modules
         return []
 
@@ -168,12 +189,17 @@ class TorchOps:
         """The matrix [rows, k] at `offset`, from panels [k/pack][16 rows][pack]; the last may have 8 rows."""
         pack = 4 // self._dtype.itemsize
         packs, values = -(-k // pack), self._pool[offset:].view(self._dtype)
-        panels = []
+        panels = [torch.zeros(0, packs * pack, dtype=self._dtype, device=self._pool.device)]
         for first in range(0, rows, PANEL_WIDTH):
             width = min(PANEL_WIDTH, rows - first)
             panel = values[first * packs * pack :][: packs * width * pack].view(packs, width, pack)
             panels.append(panel.transpose(0, 1).reshape(width, packs * pack))
         return torch.cat(panels)[:, :k].float()
+
+    def _columns(self, offset: int, count: int) -> torch.Tensor:
+        """Gains and shifts [2, count] at `offset`."""
+        values = self._pool[offset : offset + 8 * count].view(torch.float32)
+        return values.view(-1, 2, PANEL_WIDTH).transpose(0, 1).reshape(2, count)
 
     def logits(self, step: StepHandle, hidden: torch.Tensor, lm_head: Linear) -> torch.Tensor:
         rows = hidden[_own_step(step).logits_indices].float()

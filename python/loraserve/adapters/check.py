@@ -39,7 +39,7 @@ def open_check(checkpoint: Checkpoint, dtype: str, max_lora_rank: int) -> Adapte
         checkpoint.config.vocab_size,
         checkpoint.sampling_defaults(),
     )
-    shape = _core.BaseShape(*checkpoint.config.base_shape())
+    shape = _core.BaseShape(*checkpoint.config.base_shape(), checkpoint.config.biased_modules)
     return AdapterCheck(shape, dtype, max_lora_rank, BaseWeights(checkpoint.path, dtype), beside)
 
 

@@ -35,6 +35,27 @@ class PlacedModel:
     max_model_len: int
 
 
+class BaseLinears(Protocol):
+    """The model's linears as `_core.load_adapter` asks for them; bytes are float32."""
+
+    def row_norms(
+        self, layer: int, group: int, first: int, count: int, rank: int, at: bytes, b: bytes
+    ) -> bytes:
+        """Lengths of the rows `first` … `first + count` of the fused weight plus B·A: float32 [count].
+
+        `at`: A transposed [in_features, rank]; `b`: B [count, rank], scaled.
+        """
+        ...
+
+    def rows_per_call(self, in_features: int, rank: int) -> int:
+        """Rows that one call of `row_norms` takes at most."""
+        ...
+
+    def bias(self, layer: int, group: int, first: int, count: int) -> bytes:
+        """The bias of these rows: float32 [count]."""
+        ...
+
+
 class Backend(Protocol):
     """One device: its pool of pages, the ops over it, adapters on their way in."""
 
@@ -58,6 +79,11 @@ class Backend(Protocol):
     @property
     def pool(self) -> torch.Tensor:
         """The pages: uint8, on the device."""
+        ...
+
+    @property
+    def base_linears(self) -> _core.CpuBaseLinears | BaseLinears:
+        """What DoRA's gains and trained biases are computed from, on loader threads, once it is placed."""
         ...
 
     def order_loads(self) -> None:

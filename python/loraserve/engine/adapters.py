@@ -7,6 +7,7 @@ import itertools
 import logging
 import os
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -231,6 +232,25 @@ class EngineAdapters:
         """What has this name now, None if nothing has; a name may change its content at any time."""
         with self._lock:
             return self._registry.get(name)
+
+    def check_combination(self, adapters: Sequence[tuple[str, float]]) -> None:
+        """Whether these (name, weight) pairs may be used together; for the engine, under its lock.
+
+        Raises:
+            InvalidRequestError: one can't be weighted or summed with others.
+        """
+        active = [(name, weight) for name, weight in adapters if weight != 0.0]
+        if not active or (len(active) == 1 and active[0][1] == 1.0):
+            return
+        for name, weight in active:
+            adapter = self._registry.get(name)
+            reason = None if adapter is None else adapter.receipt.alone
+            if reason is not None:
+                what = f"has weight {weight:g}" if len(active) == 1 else f"is one of {len(active)} adapters"
+                raise InvalidRequestError(
+                    f"adapter {name!r} {what}, but {reason}, which is no delta that could be weighted or "
+                    "summed: use it alone with weight 1"
+                )
 
     def infos(self) -> list[AdapterInfo]:
         """All registered adapters, in order of registration."""

@@ -150,6 +150,7 @@ class Engine:
         with self._lock:
             self._intake.check()
             self._waiting_limit.check(self._scheduler)
+            self.adapters.check_combination(adapters)
             request_id = self._scheduler.submit(
                 list(prompt),
                 list(adapters),

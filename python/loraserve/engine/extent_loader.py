@@ -164,6 +164,9 @@ class ExtentLoader:
         if source.path in self._compared and not _is_as(self._compared[source.path], source.path):
             self._check.check_weights(source.path, self._pace)
 
+        assert self._backend is not None, "invariant: a load is over before the loader is shut down"
+        base_linears = self._backend.base_linears
+
         def load(address: int) -> _core.AdapterLayout:
             return _core.load_adapter(
                 source.path,
@@ -174,9 +177,9 @@ class ExtentLoader:
                 address,
                 extent.nbytes,
                 self._pace,
+                base_linears,
             )
 
-        assert self._backend is not None, "invariant: a load is over before the loader is shut down"
         return self._backend.fill(extent, load)
 
 

@@ -37,7 +37,7 @@ class LoadedModel:
     @property
     def base_shape(self) -> _core.BaseShape:
         """What adapters are checked against."""
-        return _core.BaseShape(*self.decoder.base_shape())
+        return _core.BaseShape(*self.config.base_shape(), self.config.biased_modules)
 
     def release(self) -> None:
         """Give up the decoder, which has the weights; what else is known of the model stays."""

@@ -139,6 +139,12 @@ class ModelConfig:
             ("mlp.down_proj", DOWN, inter, hidden, 0),
         ]
 
+    @property
+    def biased_modules(self) -> list[str]:
+        """Paths of `base_shape` of the linears that have a bias."""
+        groups = {QKV: self.qkv_bias, O: self.o_bias, GATE_UP: self.mlp_bias, DOWN: self.mlp_bias}
+        return [path for path, group, *_ in self.base_shape()[1] if groups[group]]
+
 
 class _Fields:
     """Typed reads of a config.json; a field left out has its architecture's default."""

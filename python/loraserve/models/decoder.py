@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from loraserve.models.config import ModelConfig, ModuleShape
+from loraserve.models.config import ModelConfig
 from loraserve.models.ops import (
     DOWN,
     GATE_UP,
@@ -82,9 +82,9 @@ class Decoder:
         """Scores of the step's sampled rows, float32 [L, vocab]."""
         return ops.logits(step, self.forward(ops, step), self.lm_head)
 
-    def base_shape(self) -> tuple[int, list[ModuleShape]]:
-        """Arguments of `_core.BaseShape`."""
-        return self.config.base_shape()
+    def linears(self) -> list[Linear]:
+        """Those that adapters attach to: of each layer qkv, o, gate_up and down."""
+        return [linear for layer in self.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
 
     def _attention(
         self,

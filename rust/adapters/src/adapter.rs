@@ -5,19 +5,21 @@ use std::path::{Path, PathBuf};
 
 use crate::alpha::read_alphas;
 use crate::base_copy::{BaseCopy, BaseWeights, take_copies};
+use crate::base_linears::BaseLinears;
 use crate::bind::{Binding, bind};
+use crate::columns::{Columns, Tensors};
 use crate::config::Config;
 use crate::content::ContentHash;
 use crate::error::{Error, Result};
 use crate::layout::{AdapterLayout, StorageDtype};
-use crate::matrix::Matrix;
+use crate::matrix::{Matrix, finite_values};
 use crate::names::Names;
 use crate::pace::{Bursts, Pace};
 use crate::pack::{Packer, layout_of};
 use crate::read::{locate, read_config};
 use crate::receipt::Receipt;
 use crate::shape::BaseShape;
-use crate::weights::Weights;
+use crate::weights::{Source, Weights};
 
 /// What the server accepts and how it stores it.
 #[derive(Clone, Copy, Debug)]
@@ -42,7 +44,7 @@ pub fn check_paced(
 ) -> Result<Receipt> {
     let mut adapter = Adapter::open(directory, shape, limits)?;
     adapter.check_copies(base, pace)?;
-    let hash = adapter.read_modules(pace, |_, _, _| {})?;
+    let hash = adapter.read_modules(pace, |_, _, _| Ok(()))?;
     Ok(adapter.receipt(shape, hash))
 }
 
@@ -63,21 +65,23 @@ pub fn load(
         limits,
         expected_hash,
         extent,
+        None,
         &Pace::default(),
     )
 }
 
-/// `load`, at a pace.
+/// `load`, at a pace; `base` is asked where gains or shifts depend on it.
 pub fn load_paced(
     directory: &Path,
     shape: &BaseShape,
     limits: Limits,
     expected_hash: &str,
     extent: &mut [u8],
+    base: Option<&dyn BaseLinears>,
     pace: &Pace,
 ) -> Result<AdapterLayout> {
     let opened = Adapter::open(directory, shape, limits);
-    let loaded = opened.and_then(|adapter| adapter.load(shape, expected_hash, extent, pace));
+    let loaded = opened.and_then(|adapter| adapter.load(shape, expected_hash, extent, base, pace));
     loaded.map_err(Error::since_registered)
 }
 
@@ -114,6 +118,7 @@ impl Adapter {
         let bindings = bindings.map_err(|error| error.trained_on(config.base_model.as_deref()))?;
         notes.extend(config.notes);
         notes.extend(invocation_note(&config.invocation_tokens));
+        notes.extend(column_notes(&bindings));
         Ok(Self {
             directory,
             dtype: limits.dtype,
@@ -137,17 +142,22 @@ impl Adapter {
         shape: &BaseShape,
         expected_hash: &str,
         extent: &mut [u8],
+        base: Option<&dyn BaseLinears>,
         pace: &Pace,
     ) -> Result<AdapterLayout> {
+        let dtype = self.dtype;
         let layout = layout_of(&self.bindings, shape, self.dtype);
         let (needed, available) = (layout.nbytes, extent.len());
         let fits = needed <= available;
         // Packed while it is hashed: each tensor is read once, and is in the cache for both.
         let mut packer = fits.then(|| Packer::new(&layout, shape, self.dtype, extent));
-        let hash = self.read_modules(pace, |binding, a, b| {
+        let hash = self.read_modules(pace, |binding, tensors, bursts| {
             if let Some(packer) = &mut packer {
-                packer.write(binding, a, b);
+                let module = &shape.modules[&binding.path];
+                let columns = Columns::of(binding, &tensors, module, dtype, base, bursts)?;
+                packer.write(binding, tensors.factors, &columns);
             }
+            Ok(())
         })?;
         if hash != expected_hash {
             return Err(Error::Changed {
@@ -161,25 +171,50 @@ impl Adapter {
         Ok(layout)
     }
 
-    /// Hands the weights of every module to `visit`, in order, and returns the content's hash.
+    /// Hands the tensors of every module to `visit`, in order, and returns the content's hash.
     ///
-    /// One module's weights are in memory at a time.
+    /// One module's tensors are in memory at a time.
     fn read_modules(
         &mut self,
         pace: &Pace,
-        mut visit: impl FnMut(&Binding, Matrix<'_>, Matrix<'_>),
+        mut visit: impl FnMut(&Binding, Tensors<'_>, &mut Bursts<'_>) -> Result<()>,
     ) -> Result<String> {
         let mut hash = ContentHash::new();
         let mut bursts = Bursts::new(pace);
-        let (mut a, mut b) = (Vec::new(), Vec::new());
+        let (mut a, mut b, mut vector) = (Vec::new(), Vec::new(), Vec::new());
+        let (weights, dtype) = (&mut self.weights, self.dtype);
         for binding in &self.bindings {
-            let a = self.weights.read(&binding.a, &mut a)?;
-            let b = self.weights.read(&binding.b, &mut b)?;
-            let nbytes = a.len() + b.len();
-            hash.update(binding, a, b);
-            let a = Matrix::new(&binding.a, a, self.dtype)?;
-            let b = Matrix::new(&binding.b, b, self.dtype)?;
-            visit(binding, a, b);
+            let mut nbytes = 0;
+            hash.module(binding);
+            let mut factors = None;
+            if let Some(pair) = &binding.factors {
+                let a = weights.read(&pair.a, &mut a)?;
+                let b = weights.read(&pair.b, &mut b)?;
+                nbytes += a.len() + b.len();
+                hash.tensor(&pair.a, a);
+                hash.tensor(&pair.b, b);
+                factors = Some((
+                    Matrix::new(&pair.a, a, dtype)?,
+                    Matrix::new(&pair.b, b, dtype)?,
+                ));
+            }
+            let mut values = |what, source: &Option<Source>| match source {
+                Some(source) => {
+                    let bytes = weights.read(source, &mut vector)?;
+                    nbytes += bytes.len();
+                    hash.vector(what, source, bytes);
+                    finite_values(source, bytes).map(Some)
+                }
+                None => Ok(None),
+            };
+            let tensors = Tensors {
+                factors,
+                b_bias: values("bias of B", &binding.b_bias)?,
+                magnitude: values("magnitude", &binding.magnitude)?,
+                bias: values("bias", &binding.bias)?,
+            };
+            check_magnitude(binding, &tensors)?;
+            visit(binding, tensors, &mut bursts)?;
             bursts.advance(nbytes);
         }
         hash.invocation(&self.invocation_tokens);
@@ -192,17 +227,18 @@ impl Adapter {
         let ranks: BTreeSet<_> = bindings().map(|binding| binding.rank).collect();
         Receipt {
             directory: self.directory,
-            tensors: self.bindings.len() * 2,
+            tensors: bindings().flat_map(Binding::sources).count(),
             modules: module_names(bindings(), shape),
             base_check: base_check(self.bindings.len(), layers.len(), shape.num_layers),
             layers: layers.into_iter().collect(),
-            ranks: ranks.into_iter().collect(),
+            ranks: ranks.into_iter().filter(|rank| *rank > 0).collect(),
             base_copies: self.copies.iter().map(|copy| copy.module.into()).collect(),
             nbytes: layout_of(&self.bindings, shape, self.dtype).nbytes,
             hash,
             invocation_tokens: self.invocation_tokens,
             base_model: self.base_model,
             notes: self.notes,
+            alone: alone(&self.bindings),
             not_used: Vec::new(),
         }
     }
@@ -213,6 +249,49 @@ fn invocation_note(tokens: &[i32]) -> Option<String> {
     let listed = listed.join(", ");
     let note = format!("aLoRA: acts from the last place in the prompt where tokens {listed} are");
     (!tokens.is_empty()).then_some(note)
+}
+
+fn check_magnitude(binding: &Binding, tensors: &Tensors<'_>) -> Result<()> {
+    let (Some(source), Some(values)) = (&binding.magnitude, &tensors.magnitude) else {
+        return Ok(());
+    };
+    match values.iter().position(|value| *value <= 0.0) {
+        Some(index) => Err(Error::NotPositive {
+            tensor: source.name.clone(),
+            index,
+            value: values[index],
+        }),
+        None => Ok(()),
+    }
+}
+
+/// What the adapter has beyond A and B.
+fn column_notes(bindings: &[Binding]) -> Vec<String> {
+    let count = |has: fn(&Binding) -> bool| bindings.iter().filter(|binding| has(binding)).count();
+    let kinds = [
+        (count(|b| b.magnitude.is_some()), "DoRA on"),
+        (count(|b| b.b_bias.is_some()), "lora_bias on"),
+        (
+            count(|b| b.bias.is_some()),
+            "trained biases in place of the base's on",
+        ),
+    ];
+    let found = kinds.into_iter().filter(|(count, _)| *count > 0);
+    found
+        .map(|(count, what)| format!("{what} {count} modules"))
+        .collect()
+}
+
+/// A gain depends on the weight and on the order of adapters, and of two biases one replaces the other.
+fn alone(bindings: &[Binding]) -> Option<&'static str> {
+    let has = |has: fn(&Binding) -> bool| bindings.iter().any(has);
+    if has(|binding| binding.magnitude.is_some()) {
+        Some("it has DoRA (use_dora)")
+    } else if has(|binding| binding.bias.is_some()) {
+        Some("it has biases in place of the base's (bias)")
+    } else {
+        None
+    }
 }
 
 /// Last parts of the adapted paths, in the order the modules run.

@@ -19,6 +19,25 @@ const DEFAULT_ALPHA: f64 = 8.0;
 /// Tokens of an invocation, which is a few words.
 const MAX_INVOCATION_TOKENS: usize = 1024;
 
+/// Which of the base's biases were trained.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum TrainedBias {
+    None,
+    /// Those of the modules that LoRA targets.
+    LoraOnly,
+    All,
+}
+
+impl TrainedBias {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::LoraOnly => "lora_only",
+            Self::All => "all",
+        }
+    }
+}
+
 /// The parts of the config that decide what the adapter computes.
 pub(crate) struct Config {
     pub(crate) base_model: Option<String>,
@@ -26,6 +45,9 @@ pub(crate) struct Config {
     /// `modules_to_save`: names of modules, or ends of their paths.
     pub(crate) saved_modules: Vec<String>,
     pub(crate) notes: Vec<String>,
+    pub(crate) use_dora: bool,
+    pub(crate) lora_bias: bool,
+    pub(crate) bias: TrainedBias,
     rank: usize,
     rank_pattern: PatternMap<usize>,
     /// `None` where the config does not say.
@@ -53,6 +75,10 @@ impl Config {
         check_type(fields)?;
         fields.refuse_unsupported()?;
         let note = initialisation::check(fields)?;
+        let (use_dora, lora_bias) = (fields.flag("use_dora")?, fields.flag("lora_bias")?);
+        if use_dora && lora_bias {
+            return Err(fields.unsupported("lora_bias"));
+        }
         let rank_pattern = fields.ranks_by_pattern("rank_pattern")?;
         let alpha_pattern = fields.numbers_by_pattern("alpha_pattern")?;
         Ok(Self {
@@ -60,6 +86,9 @@ impl Config {
             targets: Targets::new(fields)?,
             saved_modules: saved_modules(fields)?,
             notes: note.into_iter().collect(),
+            use_dora,
+            lora_bias,
+            bias: trained_bias(fields)?,
             rank: fields.rank("r", DEFAULT_RANK)?,
             rank_pattern: PatternMap::new("rank_pattern", rank_pattern)?,
             alpha: fields.number("lora_alpha")?,
@@ -122,10 +151,19 @@ fn check_type(fields: &Fields) -> Result<()> {
         }
         None => return Err(Error::field("peft_type", "is missing, expected \"LORA\"")),
     }
+    Ok(())
+}
+
+fn trained_bias(fields: &Fields) -> Result<TrainedBias> {
+    use TrainedBias::{All, LoraOnly, None};
+    let kinds = [None, LoraOnly, All];
     match fields.value("bias") {
-        None => Ok(()),
-        Some(Value::String(bias)) if bias == "none" => Ok(()),
-        Some(_) => Err(fields.unsupported("bias")),
+        Option::None => Ok(None),
+        Some(value) => {
+            let named = |kind: &TrainedBias| value.as_str() == Some(kind.name());
+            let kind = kinds.into_iter().find(named);
+            kind.ok_or_else(|| fields.unsupported("bias"))
+        }
     }
 }
 

@@ -18,11 +18,16 @@ impl ContentHash {
         Self(hasher)
     }
 
-    pub(crate) fn update(&mut self, binding: &Binding, a: &[u8], b: &[u8]) {
+    /// Begins a module, whose tensors follow.
+    pub(crate) fn module(&mut self, binding: &Binding) {
         self.bytes(binding.key().as_bytes());
         self.bytes(&binding.scale.to_le_bytes());
-        self.tensor(&binding.a, a);
-        self.tensor(&binding.b, b);
+    }
+
+    /// A tensor of one of the module's columns; `what` tells it from the module's other tensors.
+    pub(crate) fn vector(&mut self, what: &str, source: &Source, data: &[u8]) {
+        self.bytes(what.as_bytes());
+        self.tensor(source, data);
     }
 
     /// Of an adapter that acts from an invocation on; without one nothing is hashed.
@@ -42,7 +47,8 @@ impl ContentHash {
         self.0.finalize().to_hex().to_string()
     }
 
-    fn tensor(&mut self, source: &Source, data: &[u8]) {
+    /// A or B.
+    pub(crate) fn tensor(&mut self, source: &Source, data: &[u8]) {
         self.bytes(source.info.dtype.to_string().as_bytes());
         for dimension in &source.info.shape {
             self.0.update(&(*dimension as u64).to_le_bytes());

@@ -120,6 +120,64 @@ pub enum Error {
         /// Empty, or begins with ": ".
         remedy: &'static str,
     },
+    #[error(
+        "tensor {tensor} has shape {shape:?}, expected one number for each of {expected} columns{remedy}"
+    )]
+    Vector {
+        tensor: String,
+        shape: Vec<usize>,
+        expected: usize,
+        /// Empty, or begins with ": ".
+        remedy: &'static str,
+    },
+    #[error(
+        "tensor {tensor} is not in the file, but field '{field}' is true in adapter_config.json: the file is \
+         incomplete, save the adapter again, or set '{field}' to false if it was trained without"
+    )]
+    MissingPart { tensor: String, field: &'static str },
+    #[error(
+        "tensor {tensor} is in the file, but field '{field}' is {value} in adapter_config.json: set it as the \
+         adapter was trained, or take the tensor out"
+    )]
+    UnwantedPart {
+        tensor: String,
+        field: &'static str,
+        value: &'static str,
+    },
+    #[error(
+        "tensor {tensor} is a bias where the base model has none, PEFT would leave it out: take it out"
+    )]
+    NoBias { tensor: String },
+    #[error(
+        "tensor {tensor} is a bias that PEFT would leave out, because adapter_config.json {why}: \
+         rename it to {expected}"
+    )]
+    MisplacedBias {
+        tensor: String,
+        why: &'static str,
+        expected: String,
+    },
+    #[error(
+        "tensor {tensor} holds {value} at element {index}, a DoRA magnitude is a length and must be positive: \
+         train again, or merge the adapter into its base and serve that"
+    )]
+    NotPositive {
+        tensor: String,
+        index: usize,
+        value: f32,
+    },
+    #[error(
+        "tensor {tensor} holds {magnitude} at element {index}, which over the length {norm} of that row of base \
+         and adapter is no finite gain: train again, or merge the adapter into its base and serve that"
+    )]
+    Gain {
+        tensor: String,
+        index: usize,
+        magnitude: f32,
+        norm: f32,
+    },
+    #[error("the base model's weights, which DoRA and trained biases need, can't be had: {reason}")]
+    NoBase { reason: String },
     #[error("{module}: adapter wants {side} {adapter}, base has {base}")]
     Features {
         module: String,
@@ -178,7 +236,9 @@ pub enum Error {
 impl Error {
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::Gone { .. } | Self::Changed { .. } => ErrorKind::Unavailable,
+            Self::Gone { .. } | Self::Changed { .. } | Self::NoBase { .. } => {
+                ErrorKind::Unavailable
+            }
             Self::ExtentTooSmall { .. } => ErrorKind::Capacity,
             _ => ErrorKind::Format,
         }
@@ -198,7 +258,11 @@ impl Error {
     pub(crate) fn trained_on(self, base_model: Option<&str>) -> Self {
         let is_mismatch = matches!(
             self,
-            Self::Features { .. } | Self::Unbound { .. } | Self::TargetWithoutTensors { .. }
+            Self::Features { .. }
+                | Self::Vector { .. }
+                | Self::NoBias { .. }
+                | Self::Unbound { .. }
+                | Self::TargetWithoutTensors { .. }
         );
         match base_model {
             Some(trained_on) if is_mismatch => Self::OtherBase {

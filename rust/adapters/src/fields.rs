@@ -29,13 +29,10 @@ const HARMLESS: &[&str] = &[
 
 /// What to do about fields that are refused.
 const REMEDIES: &[(&str, &str)] = &[
-    (
-        "bias",
-        "train with bias=\"none\", or merge the adapter into its base and serve that",
-    ),
+    ("bias", "expected \"none\", \"all\" or \"lora_only\""),
     (
         "lora_bias",
-        "train without it, or merge the adapter into its base and serve that",
+        "PEFT knows no lora_bias with use_dora, set the one that it was trained with",
     ),
     (
         "layer_replication",
@@ -51,10 +48,6 @@ const REMEDIES: &[(&str, &str)] = &[
         "train without added tokens, or merge the adapter into its base and serve that",
     ),
     ("target_parameters", "name linear layers in target_modules"),
-    (
-        "use_dora",
-        "train without DoRA, or merge the adapter into its base and serve that",
-    ),
 ];
 
 /// PEFT's types that are learned prompts: nothing a weight could take up.
@@ -78,11 +71,13 @@ const READ: &[&str] = &[
     "layers_pattern",
     "layers_to_transform",
     "lora_alpha",
+    "lora_bias",
     "modules_to_save",
     "peft_type",
     "r",
     "rank_pattern",
     "target_modules",
+    "use_dora",
     "use_rslora",
 ];
 
@@ -144,8 +139,8 @@ impl Fields {
     }
 
     pub(crate) fn flag(&self, field: &str) -> Result<bool> {
-        match self.0.get(field) {
-            None | Some(Value::Null) => Ok(false),
+        match self.value(field) {
+            None => Ok(false),
             Some(Value::Bool(flag)) => Ok(*flag),
             Some(_) => Err(self.wrong(field, "true or false")),
         }

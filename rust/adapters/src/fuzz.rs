@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::names::Names;
 use crate::pattern::PatternMap;
 use crate::shape::BaseShape;
-use crate::tensor_name::{Half, TensorName};
+use crate::tensor_name::{Part, TensorName};
 use crate::weights::Source;
 
 /// The index of the first pattern that matches each module path.
@@ -24,7 +24,7 @@ pub fn match_patterns<'a>(
     keys.map(|key| map.get(key)).collect()
 }
 
-/// (layer, path inside it, "A" or "B") of a tensor's name.
+/// (layer, path inside it, what PEFT's name has behind it) of a tensor's name.
 pub fn bind_name(name: &str, shape: &BaseShape) -> Option<(usize, String, &'static str)> {
     let source = Source {
         name: name.into(),
@@ -38,9 +38,13 @@ pub fn bind_name(name: &str, shape: &BaseShape) -> Option<(usize, String, &'stat
     let names = Names::read(BTreeMap::from([(name.into(), source)])).ok()?;
     let (canonical, _) = names.tensors.first_key_value()?;
     let bound = TensorName::parse(canonical, name, shape).ok()?;
-    let half = match bound.half {
-        Half::A => "A",
-        Half::B => "B",
+    let rest = match bound.part {
+        Part::A => "lora_A.weight",
+        Part::B => "lora_B.weight",
+        Part::BBias => "lora_B.bias",
+        Part::Magnitude => "lora_magnitude_vector",
+        Part::WrappedBias => "base_layer.bias",
+        Part::Bias => "bias",
     };
-    Some((bound.layer, bound.path, half))
+    Some((bound.layer, bound.path, rest))
 }

@@ -1,9 +1,11 @@
 //! Where an adapter's packed weights lie inside its extent.
 //!
 //! ```text
-//! extent: | A of group | B of module | B of module | A of group | … | zeros      blocks 64-byte aligned
+//! extent: | A of group | B of module | columns of module | B of module | A of group | … | zeros
+//!         blocks 64-byte aligned; a module has B and columns where it needs them
 //! A  [Σ padded ranks of the group's modules, in_features]   in panels of 16 ranks, the last may have 8
 //! B  [out_features, padded rank of the module]              in panels of the 16 columns of the fused output
+//! columns [panels of B][gain, shift][16]                    f32, as B's columns; 1 and 0 beside the module's
 //! panel [K/pack][width][pack]                               pack: 2 bf16 or f16, 1 f32 along K, zero-padded
 //! ```
 //! A panel has the layout of a packed dense weight, so that adapters run through its kernels. Ranks are
@@ -91,15 +93,31 @@ impl Panels {
     }
 }
 
+/// Where a module's gains and shifts lie: y = gain ⊙ (base and adapters) + weight · shift.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ColumnsLayout {
+    /// Bytes from the extent's base.
+    pub offset: usize,
+    /// Whether gains are other than 1, and shifts other than 0.
+    pub has_gain: bool,
+    pub has_shift: bool,
+}
+
+/// Bytes of a panel's gains and shifts.
+pub const COLUMNS_NBYTES: usize = 2 * SHIFT_NBYTES;
+/// Bytes from a panel's gains to its shifts.
+pub const SHIFT_NBYTES: usize = PANEL_WIDTH * size_of::<f32>();
+
 /// One module's place in its group; B's first panel starts at column `out_offset / 16 * 16`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModuleLayout {
     /// First row of the module in the group's A.
     pub rank_offset: usize,
-    /// Padded rank.
+    /// Padded rank; 0 without A and B.
     pub rank: usize,
     /// Bytes from the extent's base to B.
     pub b_offset: usize,
+    pub columns: Option<ColumnsLayout>,
     /// First column in the group's fused output.
     pub out_offset: usize,
     pub out_features: usize,
@@ -108,11 +126,20 @@ pub struct ModuleLayout {
 }
 
 impl ModuleLayout {
+    /// Panels of 16 columns of the fused output that B and columns have.
+    pub fn num_panels(&self) -> usize {
+        (self.out_offset % PANEL_WIDTH + self.out_features).div_ceil(PANEL_WIDTH)
+    }
+
+    /// Bytes of gains and shifts.
+    pub fn columns_nbytes(&self) -> usize {
+        self.num_panels() * COLUMNS_NBYTES
+    }
+
     /// B: rows are columns of the fused output, from the first of a whole panel on.
     pub fn b_panels(&self, dtype: StorageDtype) -> Panels {
-        let end = self.out_offset % PANEL_WIDTH + self.out_features;
         Panels {
-            rows: end.next_multiple_of(PANEL_WIDTH),
+            rows: self.num_panels() * PANEL_WIDTH,
             k: self.rank,
             dtype,
         }
@@ -124,7 +151,7 @@ impl ModuleLayout {
 pub struct GroupLayout {
     /// Bytes from the extent's base to A.
     pub a_offset: usize,
-    /// Sum of the modules' padded ranks: the rows of A.
+    /// Sum of the modules' padded ranks: the rows of A, of which there may be none.
     pub rank: usize,
     pub in_features: usize,
     pub modules: Vec<ModuleLayout>,
@@ -180,9 +207,9 @@ pub(crate) struct ExtentBuilder {
 
 impl ExtentBuilder {
     /// Reserves a block and returns its offset in bytes.
-    pub(crate) fn block(&mut self, panels: Panels) -> usize {
+    pub(crate) fn block(&mut self, nbytes: usize) -> usize {
         let offset = self.nbytes;
-        self.nbytes = (offset + panels.nbytes()).next_multiple_of(BLOCK_ALIGN);
+        self.nbytes = (offset + nbytes).next_multiple_of(BLOCK_ALIGN);
         offset
     }
 

@@ -37,6 +37,18 @@ impl<'a> Matrix<'a> {
         })
     }
 
+    /// The values as they are stored, row by row.
+    pub(crate) fn stored_values(&self, storage: StorageDtype) -> Vec<f32> {
+        let mut bytes = Vec::new();
+        store(self.dtype, self.bytes, storage, &mut bytes);
+        let dtype = match storage {
+            StorageDtype::Float32 => Dtype::F32,
+            StorageDtype::BFloat16 => Dtype::BF16,
+            StorageDtype::Float16 => Dtype::F16,
+        };
+        widened(dtype, &bytes)
+    }
+
     /// Writes the matrix into `panels`, its first row as row `first_row` of theirs; bytes of other
     /// rows stay.
     pub(crate) fn write(&self, panels: Panels, first_row: usize, dst: &mut [u8]) {
@@ -93,6 +105,35 @@ impl<'a> Matrix<'a> {
                 elements[start + packs.len() * stride] = encode(*value);
             }
         }
+    }
+}
+
+/// The values of a vector, all finite.
+pub(crate) fn finite_values(source: &Source, bytes: &[u8]) -> Result<Vec<f32>> {
+    let values = widened(source.info.dtype, bytes);
+    match values.iter().position(|value| !value.is_finite()) {
+        Some(index) => Err(Error::NotFinite {
+            tensor: source.name.clone(),
+            index,
+            value: values[index],
+            dtype: StorageDtype::Float32.name(),
+        }),
+        None => Ok(values),
+    }
+}
+
+fn widened(dtype: Dtype, bytes: &[u8]) -> Vec<f32> {
+    let halves = || bytes.as_chunks().0.iter().copied();
+    match dtype {
+        Dtype::F32 => bytes
+            .as_chunks()
+            .0
+            .iter()
+            .map(|value| f32::from_le_bytes(*value))
+            .collect(),
+        Dtype::F16 => halves().map(widen_f16).collect(),
+        Dtype::BF16 => halves().map(widen_bf16).collect(),
+        other => unreachable!("a bound tensor is never {other}"),
     }
 }
 

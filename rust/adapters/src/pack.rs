@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 
 use crate::bind::Binding;
+use crate::columns::{Columns, has_shift};
 use crate::layout::{
-    AdapterLayout, ExtentBuilder, GroupLayout, ModuleLayout, NUM_GROUPS, PANEL_WIDTH, StorageDtype,
-    padded_rank,
+    AdapterLayout, COLUMNS_NBYTES, ColumnsLayout, ExtentBuilder, GroupLayout, ModuleLayout,
+    NUM_GROUPS, PANEL_WIDTH, SHIFT_NBYTES, StorageDtype, padded_rank,
 };
 use crate::matrix::Matrix;
 use crate::shape::BaseShape;
@@ -59,7 +60,12 @@ impl<'a> Packer<'a> {
     }
 
     /// Writes one module; modules come in order of layers.
-    pub(crate) fn write(&mut self, binding: &Binding, a: Matrix<'_>, b: Matrix<'_>) {
+    pub(crate) fn write(
+        &mut self,
+        binding: &Binding,
+        factors: Option<(Matrix<'_>, Matrix<'_>)>,
+        columns: &Columns,
+    ) {
         self.clear_until(layer_end(self.layout, binding.layer));
         let base = &self.shape.modules[&binding.path];
         let group = self.layout.group(binding.layer, base.group);
@@ -67,15 +73,21 @@ impl<'a> Packer<'a> {
         let of_module = |place: &&ModuleLayout| place.out_offset == base.out_offset;
         let place = group.modules.iter().find(of_module);
         let place = place.expect("the layout has every module");
-        let panels = group.a_panels(self.dtype);
-        a.write(
-            panels,
-            place.rank_offset,
-            &mut self.extent[group.a_offset..],
-        );
         let first_row = place.out_offset % PANEL_WIDTH;
-        let panels = place.b_panels(self.dtype);
-        b.write(panels, first_row, &mut self.extent[place.b_offset..]);
+        if let Some((a, b)) = factors {
+            let panels = group.a_panels(self.dtype);
+            a.write(
+                panels,
+                place.rank_offset,
+                &mut self.extent[group.a_offset..],
+            );
+            let panels = place.b_panels(self.dtype);
+            b.write(panels, first_row, &mut self.extent[place.b_offset..]);
+        }
+        if let Some(layout) = place.columns {
+            let block = &mut self.extent[layout.offset..][..place.columns_nbytes()];
+            write_columns(block, first_row, columns);
+        }
     }
 
     pub(crate) fn finish(mut self) {
@@ -86,6 +98,24 @@ impl<'a> Packer<'a> {
         if end > self.num_cleared {
             self.extent[self.num_cleared..end].fill(0);
             self.num_cleared = end;
+        }
+    }
+}
+
+/// Writes a module's gains and shifts from column `first` of a block on, 1 and 0 beside them.
+fn write_columns(block: &mut [u8], first: usize, columns: &Columns) {
+    let value = |values: &Option<Vec<f32>>, column: usize, padding: f32| {
+        let index = column.checked_sub(first);
+        let value = index.and_then(|index| values.as_ref()?.get(index).copied());
+        value.unwrap_or(padding).to_le_bytes()
+    };
+    for (panel, block) in block.chunks_exact_mut(COLUMNS_NBYTES).enumerate() {
+        let (gains, shifts) = block.split_at_mut(SHIFT_NBYTES);
+        let places = gains.as_chunks_mut().0.iter_mut();
+        for (lane, (gain, shift)) in places.zip(shifts.as_chunks_mut().0).enumerate() {
+            let column = panel * PANEL_WIDTH + lane;
+            *gain = value(&columns.gain, column, 1.0);
+            *shift = value(&columns.shift, column, 0.0);
         }
     }
 }
@@ -128,7 +158,7 @@ fn group_layout(
         in_features: shape.modules[&members[0].path].in_features,
         modules: Vec::with_capacity(members.len()),
     };
-    group.a_offset = extent.block(group.a_panels(dtype));
+    group.a_offset = extent.block(group.a_panels(dtype).nbytes());
     let mut rank_offset = 0;
     for binding in members {
         let base = &shape.modules[&binding.path];
@@ -136,11 +166,18 @@ fn group_layout(
             rank_offset,
             rank: padded_rank(binding.rank),
             b_offset: 0,
+            columns: None,
             out_offset: base.out_offset,
             out_features: base.out_features,
             scale: binding.scale,
         };
-        place.b_offset = extent.block(place.b_panels(dtype));
+        place.b_offset = extent.block(place.b_panels(dtype).nbytes());
+        let (has_gain, has_shift) = (binding.magnitude.is_some(), has_shift(binding, base));
+        place.columns = (has_gain || has_shift).then(|| ColumnsLayout {
+            offset: extent.block(place.columns_nbytes()),
+            has_gain,
+            has_shift,
+        });
         rank_offset += place.rank;
         group.modules.push(place);
     }

@@ -29,6 +29,8 @@ pub struct Receipt {
     pub invocation_tokens: Vec<i32>,
     /// What was understood beyond the plain case, one line each, in the order found.
     pub notes: Vec<String>,
+    /// Why its weight must be 1 and no other adapter beside it in a request, if so.
+    pub alone: Option<&'static str>,
     /// What lies beside the weights, differs from the base model's and is not used, in words; for the
     /// caller to fill, who knows the base's tokenizer.
     pub not_used: Vec<String>,

@@ -13,6 +13,7 @@ pub struct ModuleShape {
     pub out_features: usize,
     /// First column in the fused output.
     pub out_offset: usize,
+    pub has_bias: bool,
 }
 
 /// Layers and modules of a base model, by path inside a layer (`self_attn.q_proj`).

@@ -1,4 +1,4 @@
-//! PEFT's names of tensors: which half of which module in which layer.
+//! PEFT's names of tensors: which part of which module in which layer.
 
 use std::collections::BTreeMap;
 
@@ -6,11 +6,21 @@ use crate::error::{Error, Result};
 use crate::shape::BaseShape;
 use crate::weights::Source;
 
-/// `lora_A` [rank, in] or `lora_B` [out, rank].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Half {
+/// What a tensor is of its module.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Part {
+    /// `lora_A` [rank, in].
     A,
+    /// `lora_B` [out, rank].
     B,
+    /// `lora_B`'s bias [out], `lora_bias`.
+    BBias,
+    /// `DoRA`'s magnitude [out].
+    Magnitude,
+    /// The base's bias, trained [out], under its name in a module that LoRA wraps.
+    WrappedBias,
+    /// The same of a module that LoRA leaves alone.
+    Bias,
 }
 
 /// A tensor of a module that exists in the base model.
@@ -19,13 +29,22 @@ pub(crate) struct TensorName {
     pub(crate) layer: usize,
     /// Path inside the layer, `self_attn.q_proj`.
     pub(crate) path: String,
-    pub(crate) half: Half,
+    pub(crate) part: Part,
 }
 
 const PREFIX: &str = "base_model.model.model.layers.";
 const EXPECTED: &str = "names look like base_model.model.model.layers.0.<module>.lora_A.weight";
 
-const SUFFIXES: &[(&str, Half)] = &[(".lora_A.weight", Half::A), (".lora_B.weight", Half::B)];
+/// Ends of names; one that ends another comes after it.
+const SUFFIXES: &[(&str, Part)] = &[
+    (".lora_A.weight", Part::A),
+    (".lora_B.weight", Part::B),
+    (".lora_B.bias", Part::BBias),
+    (".lora_magnitude_vector", Part::Magnitude),
+    (".lora_magnitude_vector.weight", Part::Magnitude),
+    (".base_layer.bias", Part::WrappedBias),
+    (".bias", Part::Bias),
+];
 
 /// Tensors that are no adapter's, by name, and the modules of the base they may be copies of.
 pub(crate) const BASE_COPIES: &[(&str, &str)] = &[
@@ -35,10 +54,6 @@ pub(crate) const BASE_COPIES: &[(&str, &str)] = &[
 
 /// Parts of names that only tensors of unsupported features have, most telling first.
 const UNSUPPORTED: &[(&str, &str)] = &[
-    (
-        "lora_magnitude_vector",
-        "DoRA magnitude, use_dora: train without DoRA",
-    ),
     (
         "token_adapter",
         "trained tokens, trainable_token_indices: train without added tokens",
@@ -58,11 +73,6 @@ const UNSUPPORTED: &[(&str, &str)] = &[
     (
         "modules_to_save",
         "a whole module, modules_to_save: train without it",
-    ),
-    ("lora_B.bias", "lora_bias: train without it"),
-    (
-        ".base_layer.bias",
-        "trained bias, bias: train with bias=\"none\"",
     ),
     (
         ".base_layer.weight",
@@ -119,12 +129,18 @@ impl TensorName {
     /// Binds a tensor by PEFT's name for it to a module of the base, or refuses it by the name `tensor` that it
     /// has in the file.
     pub(crate) fn parse(name: &str, tensor: &str, shape: &BaseShape) -> Result<Self> {
-        let (module, half) = split_half(name).ok_or_else(|| refuse_unpaired_name(tensor))?;
+        let (module, part) = split_part(name).ok_or_else(|| refuse_unpaired_name(tensor))?;
         let unbound = |reason: String| Error::Unbound {
             tensor: tensor.into(),
             reason,
         };
-        let (layer, path) = split_layer(module).ok_or_else(|| unbound(expected_name(tensor)))?;
+        let is_bias = matches!(part, Part::Bias | Part::WrappedBias);
+        let place = split_layer(module);
+        let place = place.filter(|(_, path)| !is_bias || shape.modules.contains_key(*path));
+        let (layer, path) = place.ok_or_else(|| match is_bias {
+            true => refuse_unpaired_name(tensor),
+            false => unbound(expected_name(tensor)),
+        })?;
         if layer >= shape.num_layers {
             return Err(unbound(format!(
                 "layer {layer}, base has {} layers",
@@ -137,13 +153,13 @@ impl TensorName {
         Ok(Self {
             layer,
             path: path.into(),
-            half,
+            part,
         })
     }
 }
 
-fn split_half(name: &str) -> Option<(&str, Half)> {
-    let split = |(suffix, half): &(&str, Half)| Some((name.strip_suffix(suffix)?, *half));
+fn split_part(name: &str) -> Option<(&str, Part)> {
+    let split = |(suffix, part): &(&str, Part)| Some((name.strip_suffix(suffix)?, *part));
     SUFFIXES.iter().find_map(split)
 }
 

@@ -37,10 +37,8 @@ fn other_peft_types_are_refused() {
 #[test]
 fn config_fields_that_change_the_result_are_refused_by_name() {
     for (field, value) in [
-        ("use_dora", json!(true)),
-        ("bias", json!("lora_only")),
-        ("bias", json!("all")),
-        ("lora_bias", json!(true)),
+        ("bias", json!("some")),
+        ("bias", json!(true)),
         ("fan_in_fan_out", json!(true)),
         ("modules_to_save", json!(["lm_head", "score"])),
         ("layer_replication", json!([[0, 1]])),
@@ -80,6 +78,17 @@ fn invocation_tokens_that_are_none_are_refused() {
         field,
         json!(vec![7; 1025]),
         "has 1025 tokens, limit is 1024",
+    );
+}
+
+#[test]
+fn what_peft_can_not_combine_is_refused() {
+    assert_refused(
+        |peft| {
+            peft.config["use_dora"] = json!(true);
+            peft.config["lora_bias"] = json!(true);
+        },
+        "field 'lora_bias' is true in adapter_config.json: PEFT knows no lora_bias with use_dora",
     );
 }
 
@@ -187,6 +196,8 @@ fn config_fields_of_the_wrong_type_are_refused_by_name() {
         ("r", Value::Null),
         ("lora_alpha", json!("16")),
         ("use_rslora", json!("yes")),
+        ("use_dora", json!(1)),
+        ("lora_bias", json!("all")),
         ("rank_pattern", json!([4])),
         ("rank_pattern", json!({"q_proj": 0})),
         ("rank_pattern", json!({"q_proj": "4"})),

@@ -13,14 +13,18 @@ use serde_json::{Value, json};
 fn tensors_of_unsupported_features_are_refused_by_name() {
     let layer = "base_model.model.model.layers.0.self_attn.q_proj";
     for (name, feature) in [
-        (format!("{layer}.lora_magnitude_vector"), "DoRA"),
-        (format!("{layer}.lora_B.bias"), "lora_bias"),
-        (format!("{layer}.base_layer.bias"), "trained bias"),
         (
             format!("{layer}.base_layer.weight"),
             "save only the adapter, with PeftModel.save_pretrained",
         ),
-        (format!("{layer}.bias"), "modules_to_save or bias"),
+        (
+            "base_model.model.model.norm.bias".into(),
+            "modules_to_save or bias",
+        ),
+        (
+            "base_model.model.lm_head.bias".into(),
+            "modules_to_save or bias",
+        ),
         (
             "base_model.model.model.embed_tokens.lora_embedding_A".into(),
             "LoRA on an embedding",

@@ -30,7 +30,7 @@ pub fn parts(data: &[u8]) -> impl Iterator<Item = &[u8]> {
     data.split(|&byte| byte == 0xff)
 }
 
-/// Of a small Llama: hidden 16, kv 8, intermediate 24, two layers.
+/// Of a small Qwen2: hidden 16, kv 8, intermediate 24, two layers, biases of q, k and v.
 ///
 /// # Panics
 ///
@@ -51,6 +51,7 @@ pub fn base() -> BaseShape {
             in_features,
             out_features,
             out_offset,
+            has_bias: group == 0,
         };
         (path.to_string(), shape)
     });

@@ -36,6 +36,14 @@ pub fn check_length(what: &'static str, value: usize, expected: usize) -> Result
     })
 }
 
+/// Refuses what has nothing in it.
+pub fn check_not_empty(has_some: bool, what: &str) -> Result<(), KernelError> {
+    if has_some {
+        return Ok(());
+    }
+    Err(KernelError::Invalid(format!("{what} is empty")))
+}
+
 /// Refuses a value outside `0..limit`.
 pub fn check_below(what: &'static str, value: i64, limit: i64) -> Result<(), KernelError> {
     if (0..limit).contains(&value) {

@@ -10,6 +10,7 @@ use loraserve_adapters::{
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
+use crate::base_linears::BaseLinears;
 use crate::errors::of_adapter;
 use crate::layout::{AdapterLayout, BaseShape};
 
@@ -107,6 +108,11 @@ impl Receipt {
         self.inner.not_used.clone()
     }
 
+    #[getter]
+    fn alone(&self) -> Option<&'static str> {
+        self.inner.alone
+    }
+
     /// The same receipt with what lies beside the weights: further notes, and what is not used.
     fn with_beside(&self, notes: Vec<String>, not_used: Vec<String>) -> Self {
         let mut inner = self.inner.clone();
@@ -187,7 +193,7 @@ fn check_adapter(
 ///
 /// The caller keeps that memory alive and to itself until the call returns.
 #[pyfunction]
-#[pyo3(signature = (path, shape, dtype, max_lora_rank, expected_hash, dst_ptr, dst_nbytes, pace=None))]
+#[pyo3(signature = (path, shape, dtype, max_lora_rank, expected_hash, dst_ptr, dst_nbytes, pace=None, base_linears=None))]
 fn load_adapter(
     py: Python<'_>,
     path: &str,
@@ -198,6 +204,7 @@ fn load_adapter(
     dst_ptr: usize,
     dst_nbytes: usize,
     pace: Option<&LoadPace>,
+    base_linears: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<AdapterLayout> {
     let limits = limits(dtype, max_lora_rank)?;
     if dst_ptr == 0 || isize::try_from(dst_nbytes).is_err() {
@@ -206,6 +213,8 @@ fn load_adapter(
         )));
     }
     let pace = LoadPace::of(pace);
+    let base = base_linears.map(BaseLinears::new);
+    let base = base.as_ref().map(|base| base as &dyn adapters::BaseLinears);
     let loaded = py.detach(|| {
         // SAFETY: the caller guarantees dst_nbytes writable bytes at dst_ptr that nobody else
         // reads or writes until this call returns; null and oversized lengths are refused above.
@@ -216,6 +225,7 @@ fn load_adapter(
             limits,
             expected_hash,
             extent,
+            base,
             &pace,
         )
     });

@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use loraserve_kernels::KernelError;
+use loraserve_kernels::cpu::base_linears;
 use loraserve_kernels::cpu::context::CpuContext;
 use loraserve_kernels::cpu::element::{Bf16, Element};
 use loraserve_kernels::cpu::linear;
@@ -17,6 +18,7 @@ use pyo3::prelude::*;
 
 use loraserve_adapters::StorageDtype;
 
+use crate::base_linears::CpuBaseLinears;
 use crate::batch::Batch;
 use crate::errors::of_kernel;
 use crate::layout::AdapterLayout;
@@ -154,6 +156,13 @@ impl CpuKernels {
         Ok(PackedLinear {
             inner: Arc::new(inner),
         })
+    }
+
+    fn base_linears(&self, linears: Vec<PyRef<'_, PackedLinear>>) -> PyResult<CpuBaseLinears> {
+        let linears = linears.iter().map(|linear| linear.inner.clone()).collect();
+        let inner = base_linears::CpuBaseLinears::new(self.inner.isa, linears);
+        let inner = inner.map_err(|error| of_kernel(&error))?;
+        Ok(CpuBaseLinears { inner })
     }
 
     fn set_adapter(

@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use loraserve_adapters::{self as adapters, GroupLayout, ModuleLayout, ModuleShape, NUM_GROUPS};
+use loraserve_adapters::{
+    self as adapters, ColumnsLayout, GroupLayout, ModuleLayout, ModuleShape, NUM_GROUPS,
+};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -12,6 +14,8 @@ type ModuleTuple = (String, usize, usize, usize, usize);
 type ModuleLayoutTuple = (usize, usize, usize, usize, usize, f32);
 /// (layer, group, `a_offset`, rank, `in_features`, modules).
 type GroupTuple = (usize, usize, usize, usize, usize, Vec<ModuleLayoutTuple>);
+/// (layer, group, `out_offset`, offset, `has_gain`, `has_shift`).
+type ColumnsTuple = (usize, usize, usize, usize, bool, bool);
 
 /// The base model's linear layers an adapter may bind to.
 #[pyclass(frozen, module = "loraserve._core")]
@@ -22,7 +26,8 @@ pub struct BaseShape {
 #[pymethods]
 impl BaseShape {
     #[new]
-    fn new(num_layers: usize, modules: Vec<ModuleTuple>) -> PyResult<Self> {
+    #[pyo3(signature = (num_layers, modules, biased=Vec::new()))]
+    fn new(num_layers: usize, modules: Vec<ModuleTuple>, biased: Vec<String>) -> PyResult<Self> {
         let modules =
             modules
                 .into_iter()
@@ -32,6 +37,7 @@ impl BaseShape {
                         in_features,
                         out_features,
                         out_offset,
+                        has_bias: biased.contains(&path),
                     };
                     (path, shape)
                 });
@@ -53,9 +59,15 @@ pub struct AdapterLayout {
 
 #[pymethods]
 impl AdapterLayout {
-    /// Builds a layout from the tuples `groups()` returns.
+    /// Builds a layout from the tuples `groups()` and `columns()` return.
     #[staticmethod]
-    fn from_groups(groups: Vec<GroupTuple>, num_layers: usize, nbytes: usize) -> PyResult<Self> {
+    #[pyo3(signature = (groups, num_layers, nbytes, columns=Vec::new()))]
+    fn from_groups(
+        groups: Vec<GroupTuple>,
+        num_layers: usize,
+        nbytes: usize,
+        columns: Vec<ColumnsTuple>,
+    ) -> PyResult<Self> {
         let mut slots = vec![None; num_layers * NUM_GROUPS];
         for group in groups {
             let (layer, index) = (group.0, group.1);
@@ -66,6 +78,25 @@ impl AdapterLayout {
                 return Err(PyValueError::new_err(message));
             }
             slots[layer * NUM_GROUPS + index] = Some(group_layout(group));
+        }
+        for (layer, group, out_offset, offset, has_gain, has_shift) in columns {
+            let slot = slots.get_mut(layer * NUM_GROUPS + group);
+            let modules = slot
+                .and_then(Option::as_mut)
+                .map(|group| &mut group.modules);
+            let module = modules
+                .and_then(|modules| modules.iter_mut().find(|m| m.out_offset == out_offset))
+                .ok_or_else(|| {
+                    let message = format!(
+                        "no module of group {group} of layer {layer} begins at column {out_offset}"
+                    );
+                    PyValueError::new_err(message)
+                })?;
+            module.columns = Some(ColumnsLayout {
+                offset,
+                has_gain,
+                has_shift,
+            });
         }
         let inner = Arc::new(adapters::AdapterLayout {
             groups: slots,
@@ -87,6 +118,25 @@ impl AdapterLayout {
     fn groups(&self) -> Vec<GroupTuple> {
         self.inner.present().map(group_tuple).collect()
     }
+
+    fn columns(&self) -> Vec<ColumnsTuple> {
+        let groups = self.inner.present();
+        let tuples = groups.flat_map(|(layer, group, layout)| {
+            layout.modules.iter().filter_map(move |m| {
+                let columns = m.columns?;
+                let (has_gain, has_shift) = (columns.has_gain, columns.has_shift);
+                Some((
+                    layer,
+                    group,
+                    m.out_offset,
+                    columns.offset,
+                    has_gain,
+                    has_shift,
+                ))
+            })
+        });
+        tuples.collect()
+    }
 }
 
 fn group_layout((_, _, a_offset, rank, in_features, modules): GroupTuple) -> GroupLayout {
@@ -97,6 +147,7 @@ fn group_layout((_, _, a_offset, rank, in_features, modules): GroupTuple) -> Gro
                 rank_offset,
                 rank,
                 b_offset,
+                columns: None,
                 out_offset,
                 out_features,
                 scale,

@@ -3,6 +3,7 @@
 use pyo3::prelude::*;
 
 mod adapters;
+mod base_linears;
 mod batch;
 mod bounds;
 mod cores;
@@ -24,6 +25,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     stats::register(m)?;
     layout::register(m)?;
     adapters::register(m)?;
+    base_linears::register(m)?;
     bounds::register(m)?;
     cores::register(m)?;
     cpu_kernels::register(m)?;

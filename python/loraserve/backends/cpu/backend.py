@@ -45,9 +45,9 @@ class CpuBackend:
         self._page_nbytes = geometry.page_nbytes(self._dtype)
         self._pool = _allocate(plan.num_pages * self._page_nbytes)
         self._ops = CpuOps(geometry, self._dtype, self._pool, num_threads=self._num_threads)
-        return PlacedModel(
-            build(self._ops, plan.max_model_len), self._ops, plan.num_pages, plan.max_model_len
-        )
+        decoder = build(self._ops, plan.max_model_len)
+        self._base_linears = self._ops.base_linears(decoder)
+        return PlacedModel(decoder, self._ops, plan.num_pages, plan.max_model_len)
 
     def max_num_slots(self, num_pages: int) -> int:
         return num_pages
@@ -55,6 +55,10 @@ class CpuBackend:
     @property
     def pool(self) -> torch.Tensor:
         return self._pool
+
+    @property
+    def base_linears(self) -> _core.CpuBaseLinears:
+        return self._base_linears
 
     def order_loads(self) -> None:
         """Nothing is queued on a CPU: ops return when they are done."""

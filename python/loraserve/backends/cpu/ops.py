@@ -9,7 +9,7 @@ import torch
 from loraserve import _core
 from loraserve.backends.cpu.program import CpuProgram, record
 from loraserve.errors import ModelError
-from loraserve.models.ops import KvGeometry, ReadyRows
+from loraserve.models.ops import KvGeometry, Linear, ReadyRows
 
 if TYPE_CHECKING:
     from loraserve.models.decoder import Decoder
@@ -92,6 +92,10 @@ class CpuOps:
             bias_ptr = bias.data_ptr()
         return self._kernels.pack(weight.data_ptr(), bias_ptr, in_features, out_features)
 
+    def base_linears(self, decoder: Decoder) -> _core.CpuBaseLinears:
+        """What adapters' gains and shifts are computed from."""
+        return self._kernels.base_linears([_own_linear(linear) for linear in decoder.linears()])
+
     def set_adapter(self, slot: int, first_page: int, layout: _core.AdapterLayout) -> None:
         self._kernels.set_adapter(slot, first_page, layout)
 
@@ -112,3 +116,8 @@ class CpuOps:
             )
         num_rows, num_columns = logits.shape
         return ReadyRows(self._kernels.sample(logits.data_ptr(), num_rows, num_columns, arrays))
+
+
+def _own_linear(linear: Linear) -> _core.PackedLinear:
+    assert isinstance(linear, _core.PackedLinear), "invariant: the decoder was packed by these ops"
+    return linear

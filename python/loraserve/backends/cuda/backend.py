@@ -11,6 +11,7 @@ import torch
 
 from loraserve import _core
 from loraserve.backends.base import Extent, PlacedModel
+from loraserve.backends.cuda.base_linears import CudaBaseLinears
 from loraserve.backends.cuda.device import CudaDevice, TorchCudaDevice
 from loraserve.backends.cuda.dummy_batch import largest_batch
 from loraserve.backends.cuda.graphs import DecodeGraphs
@@ -66,6 +67,7 @@ class CudaBackend:
                 f"the weights of model {config.model} take {weights} in {config.dtype}, {budget.owner} has "
                 f"{in_gib(budget.free)} free of {in_gib(budget.total)}: {REMEDY} ({error})"
             ) from None
+        self._base_linears = CudaBaseLinears(decoder.linears(), self._device)
         step, graphs = self._measure(decoder, model, geometry)
         taken = step + graphs
         room = PoolRoom(
@@ -176,6 +178,10 @@ class CudaBackend:
     @property
     def pool(self) -> torch.Tensor:
         return self._pool
+
+    @property
+    def base_linears(self) -> CudaBaseLinears:
+        return self._base_linears
 
     def order_loads(self) -> None:
         self._ops.order_uploads()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +28,10 @@ class CudaDevice(Protocol):
 
     def stream(self) -> int:
         """The CUstream that torch's ops go to now."""
+        ...
+
+    def beside_steps(self) -> AbstractContextManager[object]:
+        """torch's ops inside go to a stream of their own, which waits for no step."""
         ...
 
     def int32_view(self, address: int, length: int) -> torch.Tensor:
@@ -63,6 +68,7 @@ class TorchCudaDevice:
 
     def __init__(self, index: int = 0) -> None:
         self._device = torch.device("cuda", index)
+        self._beside = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._free_at_start = self.memory().free
 
     @property
@@ -75,6 +81,9 @@ class TorchCudaDevice:
 
     def stream(self) -> int:
         return torch.cuda.current_stream(self._device).cuda_stream
+
+    def beside_steps(self) -> AbstractContextManager[object]:
+        return torch.cuda.stream(self._beside)
 
     def int32_view(self, address: int, length: int) -> torch.Tensor:
         return torch.as_tensor(_ForeignInt32(address, length), device=self._device)

@@ -53,6 +53,7 @@ pub fn base() -> BaseShape {
                     in_features,
                     out_features,
                     out_offset,
+                    has_bias: false,
                 },
             )
         });

@@ -85,6 +85,7 @@ pub fn base_shape() -> BaseShape {
             in_features,
             out_features,
             out_offset,
+            has_bias: false,
         };
         (path.to_owned(), shape)
     });

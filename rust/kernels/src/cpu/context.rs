@@ -3,7 +3,8 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use loraserve_adapters::{
-    AdapterLayout, BLOCK_ALIGN, GroupLayout, NUM_GROUPS, OVERREAD, RANK_MULTIPLE, StorageDtype,
+    AdapterLayout, BLOCK_ALIGN, COLUMNS_NBYTES, GroupLayout, NUM_GROUPS, OVERREAD, PANEL_WIDTH,
+    RANK_MULTIPLE, StorageDtype,
 };
 
 use super::attention;
@@ -17,7 +18,7 @@ use super::simd::Isa;
 use super::step::{BoundAdapter, CpuStep, Owner, StepArrays};
 use super::threads::ThreadPool;
 use crate::KernelError;
-use crate::error::{check_below, check_end, check_length, check_product};
+use crate::error::{check_below, check_end, check_length, check_not_empty, check_product};
 use crate::geometry::KvGeometry;
 
 /// The CPU backend of one model.
@@ -233,26 +234,38 @@ impl CpuContext {
     }
 }
 
-/// Checks that every block lies aligned inside the extent and that modules write columns of their
+/// Checks that every block that is there lies aligned inside the extent and that modules write columns of their
 /// own, so that kernels may trust the offsets.
 fn check_layout(layout: &AdapterLayout, dtype: StorageDtype) -> Result<(), KernelError> {
     // Kernels read a little past a block.
     let limit = layout.nbytes.saturating_sub(OVERREAD);
     for group in layout.groups.iter().flatten() {
-        let sizes = [group.rank, group.in_features, dtype.size()];
-        check_block("end of A", group.a_offset, &sizes, limit)?;
-        check_block(
-            "end of A",
-            group.a_offset,
-            &[group.a_panels(dtype).nbytes()],
-            limit,
-        )?;
+        check_not_empty(!group.modules.is_empty(), "group")?;
+        if group.rank > 0 {
+            let sizes = [group.rank, group.in_features, dtype.size()];
+            check_block("end of A", group.a_offset, &sizes, limit)?;
+            check_block(
+                "end of A",
+                group.a_offset,
+                &[group.a_panels(dtype).nbytes()],
+                limit,
+            )?;
+        }
         let mut next_rank = 0;
         for module in &group.modules {
-            let sizes = [module.rank, module.out_features, dtype.size()];
-            check_block("end of B", module.b_offset, &sizes, limit)?;
-            let nbytes = module.b_panels(dtype).nbytes();
-            check_block("end of B", module.b_offset, &[nbytes], limit)?;
+            if module.rank > 0 {
+                let sizes = [module.rank, module.out_features, dtype.size()];
+                check_block("end of B", module.b_offset, &sizes, limit)?;
+                let nbytes = module.b_panels(dtype).nbytes();
+                check_block("end of B", module.b_offset, &[nbytes], limit)?;
+            }
+            if let Some(columns) = module.columns {
+                let sizes = [module.out_features, COLUMNS_NBYTES / PANEL_WIDTH];
+                check_block("end of columns", columns.offset, &sizes, limit)?;
+                let nbytes = module.columns_nbytes();
+                check_block("end of columns", columns.offset, &[nbytes], limit)?;
+            }
+            check_not_empty(module.rank > 0 || module.columns.is_some(), "module")?;
             check_length("module's rank offset", module.rank_offset, next_rank)?;
             check_length("module's rank modulo 8", module.rank % RANK_MULTIPLE, 0)?;
             next_rank = check_end(

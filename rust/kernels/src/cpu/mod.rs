@@ -2,6 +2,7 @@
 
 pub mod activation;
 pub mod attention;
+pub mod base_linears;
 pub mod context;
 pub mod element;
 pub mod gemm;

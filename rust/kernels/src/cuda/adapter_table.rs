@@ -1,13 +1,13 @@
 //! The device's table of adapters, `[slot][layer][group]`; `cuda/adapter_table.cuh` mirrors the structs.
 
 use loraserve_adapters::{
-    AdapterLayout, BLOCK_ALIGN, GroupLayout, NUM_GROUPS, OVERREAD, RANK_MULTIPLE,
+    AdapterLayout, BLOCK_ALIGN, COLUMNS_NBYTES, GroupLayout, NUM_GROUPS, OVERREAD, RANK_MULTIPLE,
 };
 
 use super::memory::DeviceAddress;
 use super::model::{Model, check_multiple};
 use crate::KernelError;
-use crate::error::{check_below, check_end, check_length, check_product};
+use crate::error::{check_below, check_end, check_length, check_not_empty, check_product};
 
 /// Modules of the largest group: q, k and v.
 pub const MAX_MODULES: usize = 3;
@@ -20,9 +20,9 @@ const PANEL_WIDTH: usize = 16;
 pub struct Module {
     /// Address of B's first panel.
     pub b: u64,
-    /// Address of f32 gains of the module's columns, 0 for none.
-    pub gain: u64,
-    /// Padded to 8.
+    /// Address of the gains and shifts of B's panels, 0 for none.
+    pub columns: u64,
+    /// Padded to 8; 0 without A and B.
     pub rank: u32,
     /// First row of the module in the group's A.
     pub rank_offset: u32,
@@ -58,12 +58,12 @@ pub(super) fn slot_nbytes(model: &Model) -> usize {
 pub(super) fn entries(layout: &AdapterLayout, model: &Model, base: DeviceAddress) -> Vec<Group> {
     let mut groups = vec![Group::default(); model.geometry.num_layers * NUM_GROUPS];
     for (layer, group, layout) in layout.present() {
-        groups[layer * NUM_GROUPS + group] = entry(layout, model, base);
+        groups[layer * NUM_GROUPS + group] = entry(layout, base);
     }
     groups
 }
 
-fn entry(layout: &GroupLayout, model: &Model, base: DeviceAddress) -> Group {
+fn entry(layout: &GroupLayout, base: DeviceAddress) -> Group {
     let mut group = Group {
         a: base + layout.a_offset as u64,
         rank: layout.rank as u32,
@@ -73,10 +73,13 @@ fn entry(layout: &GroupLayout, model: &Model, base: DeviceAddress) -> Group {
     for (place, module) in group.modules.iter_mut().zip(&layout.modules) {
         *place = Module {
             b: base + module.b_offset as u64,
+            columns: module
+                .columns
+                .map_or(0, |columns| base + columns.offset as u64),
             rank: module.rank as u32,
             rank_offset: module.rank_offset as u32,
             first_panel: (module.out_offset / PANEL_WIDTH) as u32,
-            num_panels: (module.b_panels(model.dtype).rows / PANEL_WIDTH) as u32,
+            num_panels: module.num_panels() as u32,
             scale: module.scale,
             ..Module::default()
         };
@@ -84,7 +87,7 @@ fn entry(layout: &GroupLayout, model: &Model, base: DeviceAddress) -> Group {
     group
 }
 
-/// Checks that an adapter fits the model and that every block lies aligned inside the extent, so
+/// Checks that an adapter fits the model and that every block that is there lies aligned inside the extent, so
 /// that kernels may trust the table.
 pub(super) fn check_layout(layout: &AdapterLayout, model: &Model) -> Result<(), KernelError> {
     let num_groups = model.geometry.num_layers * NUM_GROUPS;
@@ -101,12 +104,11 @@ pub(super) fn check_layout(layout: &AdapterLayout, model: &Model) -> Result<(), 
             group.modules.len() as i64,
             MAX_MODULES as i64 + 1,
         )?;
-        check_block(
-            "end of A",
-            group.a_offset,
-            &[group.rank, group.in_features, 2],
-            limit,
-        )?;
+        check_not_empty(!group.modules.is_empty(), "group")?;
+        if group.rank > 0 {
+            let sizes = [group.rank, group.in_features, 2];
+            check_block("end of A", group.a_offset, &sizes, limit)?;
+        }
         check_modules(group, shape.out_features, limit)?;
     }
     Ok(())
@@ -120,7 +122,9 @@ fn check_modules(
 ) -> Result<(), KernelError> {
     let (mut next_rank, mut next_column) = (0, 0);
     for module in &group.modules {
-        check_multiple("rank of a module", module.rank, RANK_MULTIPLE)?;
+        if module.rank > 0 {
+            check_multiple("rank of a module", module.rank, RANK_MULTIPLE)?;
+        }
         check_length("module's rank offset", module.rank_offset, next_rank)?;
         next_rank = check_end("module's ranks", next_rank, module.rank, group.rank)?;
         check_multiple(
@@ -138,7 +142,14 @@ fn check_modules(
         }
         let (start, len) = (module.out_offset, module.out_features);
         next_column = check_end("module's columns", start, len, out_features)?;
-        check_block("end of B", module.b_offset, &[module.rank, len, 2], limit)?;
+        if module.rank > 0 {
+            check_block("end of B", module.b_offset, &[module.rank, len, 2], limit)?;
+        }
+        if let Some(columns) = module.columns {
+            let sizes = [module.num_panels(), COLUMNS_NBYTES];
+            check_block("end of columns", columns.offset, &sizes, limit)?;
+        }
+        check_not_empty(module.rank > 0 || module.columns.is_some(), "module")?;
     }
     check_length("sum of the modules' ranks", next_rank, group.rank)
 }

@@ -1,5 +1,5 @@
-//! The dense product: y [M, N] = x [M, K] · Wᵀ + what adapters add + bias, in one rounding, and what an
-//! `Epilogue` makes of y.
+//! The dense product: y [M, N] = gain ⊙ (x [M, K] · Wᵀ + what adapters add + bias) + shift, in one rounding,
+//! and what an `Epilogue` makes of y.
 //!
 //! An output element is one accumulator that runs over K in order, whatever tile it falls in, so
 //! a row does not depend on how many rows there are.
@@ -15,7 +15,7 @@ pub use self::epilogue::Epilogue;
 use self::epilogue::Target;
 use super::element::{Element, store_first};
 use super::linear::PackedLinear;
-use super::lora::Lora;
+use super::lora::{ColumnTerms, Lora};
 #[cfg(target_arch = "x86_64")]
 use super::simd::amx;
 use super::simd::{Isa, LANES, Simd};
@@ -38,6 +38,8 @@ struct Gemm<'a, E: Element, O: Element> {
     x: &'a [E],
     weight: &'a PackedLinear,
     lora: Option<&'a Lora<'a, E>>,
+    /// The adapters' gains and shifts.
+    columns: Option<&'a ColumnTerms>,
     epilogue: Epilogue,
     out: Shareable<O>,
     num_rows: usize,
@@ -87,6 +89,7 @@ pub fn gemm<E: Element, O: Element>(
         x,
         weight,
         lora,
+        columns: lora.and_then(Lora::columns),
         epilogue,
         out: Shareable::new(out),
         num_rows,
@@ -154,7 +157,7 @@ struct Part<'a, E: Element, O: Element> {
 }
 
 impl<E: Element, O: Element> Part<'_, E, O> {
-    /// Adds the bias, rounds, stores.
+    /// Adds the bias, applies gains and shifts, rounds, stores.
     #[inline(always)]
     unsafe fn finish<S: Simd>(&self, row: usize, panel: usize, acc: S::V) {
         let weight = self.job.weight;
@@ -165,6 +168,9 @@ impl<E: Element, O: Element> Part<'_, E, O> {
         unsafe {
             if let Some(bias) = weight.bias() {
                 value = S::add(value, S::load(bias.as_ptr().add(column)));
+            }
+            if let Some(columns) = self.job.columns {
+                value = columns.apply::<S>(row, panel, value);
             }
             store_first::<S, O>(self.target.at(row, column), width, value);
         }

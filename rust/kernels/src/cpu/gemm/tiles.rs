@@ -178,7 +178,7 @@ impl<E: Element, O: Element> Part<'_, E, O> {
         Term::new(x, k * size_of::<E>(), panels, TILE, k / TILE_K)
     }
 
-    /// Adds the bias, rounds and stores the sums of `rows` and `panels` at `acc`, rows `stride` floats
+    /// Adds the bias, applies gains and shifts, rounds and stores the sums of `rows` and `panels` at `acc`, rows `stride` floats
     /// apart.
     #[inline(always)]
     unsafe fn finish_rows<S: Simd>(
@@ -189,7 +189,9 @@ impl<E: Element, O: Element> Part<'_, E, O> {
         stride: usize,
     ) {
         let num_columns = self.job.weight.out_features();
-        let is_plain = self.job.weight.bias().is_none() && panels.end * TILE <= num_columns;
+        let is_plain = self.job.weight.bias().is_none()
+            && self.job.columns.is_none()
+            && panels.end * TILE <= num_columns;
         // SAFETY: rows and panels are the task's, with 16 sums each; whole panels lie in the output.
         unsafe {
             for (r, row) in rows.enumerate() {

@@ -1,4 +1,4 @@
-//! y += Σ over waves of weight·scale·(x·Aᵀ)·Bᵀ, per segment of tokens and module.
+//! y += Σ over waves of weight·scale·(x·Aᵀ)·Bᵀ, per segment of tokens and module, then gains and shifts.
 //!
 //! ```text
 //! shrink   s [tokens, Σ rank] = weight·scale · x [tokens, K] · Aᵀ      rounded to the storage dtype
@@ -7,6 +7,7 @@
 //! A row's sums run in a fixed order, the dense product first, then its waves, whatever else is in
 //! the batch. Shrink tasks come first in the GEMM's job; the tasks after them wait for the last one.
 
+mod columns;
 #[cfg(target_arch = "x86_64")]
 mod mixed;
 mod plan;
@@ -17,6 +18,7 @@ use std::hint::spin_loop;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+pub(super) use self::columns::ColumnTerms;
 pub use self::plan::{LoraScratch, Projection};
 use self::plan::{RANK_BLOCK, ShrinkTask};
 use super::element::{Element, load_first, load_raw, splat_pack, splat_partial_pack, store_first};
@@ -60,7 +62,7 @@ impl<'a, E: Element> Lora<'a, E> {
         let in_features = projection.in_features;
         check_length("x", x.len(), step.num_tokens() * in_features)?;
         scratch.plan(step, projection, E::DTYPE, num_threads * TASKS_PER_THREAD)?;
-        if scratch.items.is_empty() {
+        if scratch.items.is_empty() && scratch.columns.is_empty() {
             return Ok(None);
         }
         let s = Shareable::from_ptr(scratch.s.as_mut_ptr());
@@ -76,6 +78,11 @@ impl<'a, E: Element> Lora<'a, E> {
 
     pub(super) fn num_tasks(&self) -> usize {
         self.plan.shrink_tasks.len()
+    }
+
+    /// What becomes of the sums of its columns, if anything.
+    pub(super) fn columns(&self) -> Option<&ColumnTerms> {
+        Some(&self.plan.columns).filter(|columns| !columns.is_empty())
     }
 
     /// Whether all its rows, `num_rows`, have so many adapters that their weights, and not the dense

@@ -10,6 +10,7 @@ use std::ops::Range;
 
 use loraserve_adapters::{GroupLayout, PANEL_WIDTH, StorageDtype};
 
+use super::columns::ColumnTerms;
 use crate::KernelError;
 use crate::cpu::memory::AlignedBytes;
 use crate::cpu::step::{CpuStep, Segment};
@@ -90,6 +91,7 @@ pub struct LoraScratch {
     /// Item of each row, wave after wave.
     row_items: Vec<u32>,
     pub(super) shrink_tasks: Vec<ShrinkTask>,
+    pub(super) columns: ColumnTerms,
     num_rows: usize,
     num_waves: usize,
 }
@@ -103,6 +105,7 @@ impl Default for LoraScratch {
             expansions: Vec::new(),
             row_items: Vec::new(),
             shrink_tasks: Vec::new(),
+            columns: ColumnTerms::default(),
             num_rows: 0,
             num_waves: 0,
         }
@@ -123,15 +126,20 @@ impl LoraScratch {
         self.row_items.clear();
         self.shrink_tasks.clear();
         self.num_rows = step.num_tokens();
-        self.num_waves = step.segments.last().map_or(0, |segment| segment.wave + 1);
+        self.columns.clear(self.num_rows);
+        self.num_waves = 0;
         for segment in &step.segments {
             let layout = &segment.adapter.layout;
             if let Some(group) = layout.group(projection.layer, projection.group) {
                 check_group(group, projection)?;
-                self.add_item(segment, group, dtype);
+                if group.rank > 0 {
+                    self.add_item(segment, group, dtype);
+                }
+                self.columns.add(segment, group);
             }
         }
         if !self.items.is_empty() {
+            self.num_waves = step.segments.last().map_or(0, |segment| segment.wave + 1);
             self.place_items(dtype);
             self.cut_shrink(tasks_wanted);
         }
@@ -165,11 +173,10 @@ impl LoraScratch {
     fn add_item(&mut self, segment: &Segment, group: &GroupLayout, dtype: StorageDtype) {
         let (base, first) = (segment.adapter.base, self.expansions.len());
         let mut s_column = 0;
-        for module in &group.modules {
+        for module in group.modules.iter().filter(|module| module.rank > 0) {
             let first_panel = module.out_offset / PANEL_WIDTH;
-            let end = module.out_offset + module.out_features;
             let expansion = Expansion {
-                panels: first_panel..end.div_ceil(PANEL_WIDTH),
+                panels: first_panel..first_panel + module.num_panels(),
                 b: base + module.b_offset,
                 panel_nbytes: module.rank * PANEL_WIDTH * dtype.size(),
                 rank: module.rank,
