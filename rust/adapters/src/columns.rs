@@ -98,7 +98,9 @@ fn row_norms(
     let (rank, in_features) = (binding.rank, module.in_features);
     let at = transposed(&a.stored_values(storage), in_features);
     let mut b = b.stored_values(storage);
-    b.iter_mut().for_each(|value| *value *= binding.scale);
+    for value in &mut b {
+        *value *= binding.scale;
+    }
     let rows_per_call = base.rows_per_call(in_features, rank).max(1);
     let mut norms = Vec::with_capacity(module.out_features);
     for b in b.chunks(rows_per_call * rank) {

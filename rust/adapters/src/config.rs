@@ -23,7 +23,7 @@ const MAX_INVOCATION_TOKENS: usize = 1024;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum TrainedBias {
     None,
-    /// Those of the modules that LoRA targets.
+    /// Those of the modules that are targeted.
     LoraOnly,
     All,
 }

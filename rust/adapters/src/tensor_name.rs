@@ -17,9 +17,9 @@ pub(crate) enum Part {
     BBias,
     /// `DoRA`'s magnitude [out].
     Magnitude,
-    /// The base's bias, trained [out], under its name in a module that LoRA wraps.
+    /// The base's bias, trained [out], under its name in a targeted module.
     WrappedBias,
-    /// The same of a module that LoRA leaves alone.
+    /// The same of a module that is not targeted.
     Bias,
 }
 
@@ -137,9 +137,12 @@ impl TensorName {
         let is_bias = matches!(part, Part::Bias | Part::WrappedBias);
         let place = split_layer(module);
         let place = place.filter(|(_, path)| !is_bias || shape.modules.contains_key(*path));
-        let (layer, path) = place.ok_or_else(|| match is_bias {
-            true => refuse_unpaired_name(tensor),
-            false => unbound(expected_name(tensor)),
+        let (layer, path) = place.ok_or_else(|| {
+            if is_bias {
+                refuse_unpaired_name(tensor)
+            } else {
+                unbound(expected_name(tensor))
+            }
         })?;
         if layer >= shape.num_layers {
             return Err(unbound(format!(

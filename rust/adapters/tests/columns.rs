@@ -1,4 +1,4 @@
-//! DoRA, `lora_bias` and trained biases: what of them reaches an extent, and how they are refused.
+//! `DoRA`, `lora_bias` and trained biases: what of them reaches an extent, and how they are refused.
 
 #![allow(clippy::float_cmp)] // sums of small integers are exact
 
@@ -298,7 +298,7 @@ fn parts_that_miss_or_contradict_the_config_are_refused() {
     let magnitude = format!("{Q}.lora_magnitude_vector");
     let b_bias = format!("{Q}.lora_B.bias");
     let wrapped = format!("{Q}.base_layer.bias");
-    let cases: Vec<(Peft, Box<dyn Fn(&mut Peft)>, String)> = vec![
+    let cases: Vec<(Peft, Change, String)> = vec![
         (
             dora(),
             Box::new(|p| p.drop(&format!("{Q}.lora_magnitude_vector"))),
@@ -412,6 +412,9 @@ fn bad_vectors_are_refused_by_name() {
         assert_error(check_biased(&peft), &format!("tensor {name} has shape [3]"));
     }
 }
+
+/// What is done to an adapter that was well.
+type Change = Box<dyn Fn(&mut Peft)>;
 
 /// A base whose rows the delta takes back, and one that is gone.
 struct Vanishing(Option<f32>);

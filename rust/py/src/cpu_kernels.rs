@@ -159,7 +159,8 @@ impl CpuKernels {
     }
 
     fn base_linears(&self, linears: Vec<PyRef<'_, PackedLinear>>) -> PyResult<CpuBaseLinears> {
-        let linears = linears.iter().map(|linear| linear.inner.clone()).collect();
+        let linears = linears.into_iter().map(|linear| linear.inner.clone());
+        let linears = linears.collect();
         let inner = base_linears::CpuBaseLinears::new(self.inner.isa, linears);
         let inner = inner.map_err(|error| of_kernel(&error))?;
         Ok(CpuBaseLinears { inner })

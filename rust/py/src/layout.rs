@@ -1,5 +1,6 @@
 //! Where weights lie, for Python: `BaseShape` of the model's linears, `AdapterLayout` of an adapter's extent.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use loraserve_adapters::{
@@ -28,6 +29,7 @@ impl BaseShape {
     #[new]
     #[pyo3(signature = (num_layers, modules, biased=Vec::new()))]
     fn new(num_layers: usize, modules: Vec<ModuleTuple>, biased: Vec<String>) -> PyResult<Self> {
+        let biased: HashSet<String> = biased.into_iter().collect();
         let modules =
             modules
                 .into_iter()
