@@ -27,12 +27,14 @@ ADAPTERS: tuple[Sequence[Sequence[int]], ...] = (
     ((16, 16, 16), (16,), (16, 16), (16,)),
     ((24, 0, 64), (64,), (0, 40), (24,)),
     ((0, 8, 0), (), (16, 0), (72,)),
-    ((), (24,), (), ()),
+    ((0, 0, 0), (24,), (), ()),
     ((8, 24, 72), (16,), (16, 16), (8,)),
     ((64, 24, 256), (256,), (96, 128), (8,)),
 )
 # Of slot, projection and module: whether there is a gain, and a shift.
 COLUMNS: Mapping[tuple[int, int, int], tuple[bool, bool]] = {
+    (3, 0, 2): (False, True),  # of a module without a rank, as a trained bias is
+    (4, 0, 1): (False, True),  # and nothing else in its projection
     (5, 0, 0): (True, True),
     (5, 0, 1): (False, True),
     (5, 1, 0): (True, True),

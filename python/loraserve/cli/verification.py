@@ -67,7 +67,7 @@ def serve(config: EngineConfig, prompts: Sequence[Sequence[int]], num_tokens: in
     answers = []
     for prompt, output in zip(prompts, outputs, strict=True):
         completion = output.completions[0]
-        likeliest = [logprob.top for logprob in completion.logprobs]
+        likeliest = [logprob.top for logprob in completion.logprobs or ()]
         answers.append(Answer(list(prompt), list(completion.token_ids), likeliest))
     return answers
 
