@@ -57,7 +57,6 @@ struct Shared {
     Pairs q[K_STEPS][2][32];                 // as lanes take it: row g, then row g + 8
     float o[NUM_WARPS][TILE_ROWS][O_PITCH];  // 64 columns of every warp, see `swizzled`
     float max[NUM_WARPS][TILE_ROWS], sum[NUM_WARPS][TILE_ROWS];
-    Plan plan;
     Unit unit;
     Tile tile;
     bool is_last;
@@ -343,18 +342,20 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, HEAD_DIM <= 64 ? 3 : 2
     paged_attention(const Storage* __restrict__ qkv, const Storage* __restrict__ layer,
                     unsigned long long page_len, const int* __restrict__ query_indptr,
                     const int* __restrict__ context_lens, const int* __restrict__ block_table,
-                    const int* __restrict__ block_table_indptr, Storage* __restrict__ out, float* partial_o,
-                    float2* partial_max_sum, unsigned* arrivals, int num_partial_rows, int num_seqs,
-                    int num_heads, int num_kv_heads, float scale_log2) {
+                    const int* __restrict__ block_table_indptr, const int* __restrict__ unit_ends,
+                    const int* __restrict__ first_partials, Storage* __restrict__ out, float* partial_o,
+                    float2* partial_max_sum, unsigned* arrivals, int num_seqs, int num_heads,
+                    int num_kv_heads, float scale_log2) {
     __shared__ Shared shared;
     extern __shared__ int plan_memory[];
     const Batch batch = {query_indptr, context_lens, num_seqs, num_heads / num_kv_heads};
-    make_plan(batch, num_partial_rows, plan_memory, shared.plan);
+    const Plan plan = load_plan(unit_ends, first_partials, num_seqs, plan_memory);
+    const int num_items = plan.unit_ends[num_seqs - 1] * num_kv_heads;
 
-    for (int item = blockIdx.x; item < shared.plan.num_units * num_kv_heads; item += gridDim.x) {
+    for (int item = blockIdx.x; item < num_items; item += gridDim.x) {
         const int kv_head = item % num_kv_heads;
         if (threadIdx.x == 0) {
-            shared.unit = find_unit(batch, shared.plan, item / num_kv_heads);
+            shared.unit = find_unit(batch, plan, item / num_kv_heads);
             const Sequence seq = batch.sequence(shared.unit.sequence);
             const size_t block_len = BLOCK_SIZE * HEAD_DIM;
             shared.tile.k = layer + kv_head * block_len;

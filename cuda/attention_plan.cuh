@@ -1,4 +1,4 @@
-// How paged attention cuts a batch into units of work; every block finds the same.
+// The units of work that paged attention cuts a step into; the host has planned them (attention_plan.rs).
 //
 //   row     query r / G, head r % G of the G heads that share a kv head
 //   tile    16 rows of one sequence: the M of an mma
@@ -8,7 +8,6 @@
 
 constexpr int TILE_ROWS = 16;
 constexpr int SPLIT_KEYS = 256;
-constexpr int MAX_SPLIT_TILES = 8;  // sequences with more tiles fill the GPU without splitting
 
 // The query rows of a sequence, for one kv head.
 struct Sequence {
@@ -52,9 +51,8 @@ struct Batch {
 
 // [num_seqs] each, in shared memory.
 struct Plan {
-    int* unit_ends;
-    int* first_partials;  // the sequence's first row in `Partials`, -1 where its units are whole tiles
-    int num_units;
+    const int* unit_ends;       // units of this and all earlier sequences
+    const int* first_partials;  // the sequence's first row in `Partials`, -1 where its units are whole tiles
 };
 
 struct Unit {
@@ -66,59 +64,14 @@ struct Unit {
         partial_rows;  // rows of the tile in `Partials`: the first (-1 for a whole tile), and per split
 };
 
-// Returns `total` plus the values of the threads before, and adds all values to `total`. Block of 128
-// threads.
-__device__ int scan(int value, int& total) {
-    __shared__ int warp_totals[4];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int sum = value;
-#pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-        const int other = __shfl_up_sync(0xffffffffu, sum, offset);
-        sum += lane >= offset ? other : 0;
-    }
-    if (lane == 31) {
-        warp_totals[warp] = sum;
+// The plan in global memory, copied to `memory`: two ints per sequence. For all threads of a block.
+__device__ Plan load_plan(const int* unit_ends, const int* first_partials, int num_seqs, int* memory) {
+    for (int i = threadIdx.x; i < num_seqs; i += blockDim.x) {
+        memory[i] = unit_ends[i];
+        memory[num_seqs + i] = first_partials[i];
     }
     __syncthreads();
-    int before = total + sum - value;
-    for (int i = 0; i < 4; ++i) {
-        before += i < warp ? warp_totals[i] : 0;
-        total += warp_totals[i];
-    }
-    __syncthreads();
-    return before;
-}
-
-// Fills `plan`, in shared memory as is its `memory`, two ints per sequence. Sequences get rows of `Partials`
-// in their order, as long as there are.
-__device__ void make_plan(const Batch& batch, int num_partial_rows, int* memory, Plan& plan) {
-    int *unit_ends = memory, *first_partials = memory + batch.num_seqs;
-    int num_units = 0, num_rows = 0;
-    for (int first = 0; first < batch.num_seqs; first += blockDim.x) {
-        const int i = first + threadIdx.x;
-        int num_tiles = 0, num_splits = 0, wanted = 0;
-        if (i < batch.num_seqs) {
-            const Sequence seq = batch.sequence(i);
-            num_tiles = seq.num_tiles();
-            num_splits = num_tiles > 0 ? seq.num_splits() : 0;
-            wanted = num_splits > 1 && num_tiles <= MAX_SPLIT_TILES
-                         ? num_tiles * num_splits * seq.rows_of_split()
-                         : 0;
-        }
-        const int first_partial = scan(wanted, num_rows);
-        const bool is_split = wanted > 0 && first_partial + wanted <= num_partial_rows;
-        const int units = is_split ? num_tiles * num_splits : num_tiles;
-        const int first_unit = scan(units, num_units);
-        if (i < batch.num_seqs) {
-            unit_ends[i] = first_unit + units;
-            first_partials[i] = is_split ? first_partial : -1;
-        }
-    }
-    if (threadIdx.x == 0) {
-        plan = {unit_ends, first_partials, num_units};
-    }
-    __syncthreads();
+    return {memory, memory + num_seqs};
 }
 
 __device__ int find_sequence(const Plan& plan, int num_seqs, int unit) {

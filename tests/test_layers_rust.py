@@ -61,7 +61,7 @@ CRATES: dict[str, tuple[set[str], str]] = {
         cuda::module cuda::nvrtc
         cuda::compiler cuda::model cuda::upload
         cuda::adapter_table cuda::facts cuda::modules
-        cuda::staging
+        cuda::staging cuda::attention_plan
         cuda::step cuda::sampling
         cuda::lora cuda::elementwise
         cuda::attention

@@ -6,6 +6,7 @@
 
 use std::f64::consts::LOG2_E;
 
+use super::attention_plan::partial_rows;
 use super::elementwise::{layer_address, page_len};
 use super::error::CudaError;
 use super::launch::{Grid, Stream};
@@ -15,19 +16,12 @@ use super::modules::Modules;
 use super::sources::Source;
 use super::step::CudaStep;
 
-// As in cuda/attention.cu and cuda/attention_plan.cuh.
+// As in cuda/attention.cu.
 const THREADS: u32 = 128;
-const TILE_ROWS: usize = 16;
-/// Bytes of results that are kept for all splits of a step at most. Half a million tokens of context
-/// for 32 heads of 128; sequences beyond it are not split.
-const MAX_SCRATCH_NBYTES: usize = 32 << 20;
-/// Splits that fill any GPU, whatever the model.
-const MAX_SPLITS: usize = 4096;
 const SCRATCH_ALIGN: usize = 256;
 
 /// Offsets into the scratch.
 struct Scratch {
-    partial_rows: usize,
     max_sum: usize,
     o: usize,
     nbytes: usize,
@@ -36,14 +30,10 @@ struct Scratch {
 impl Scratch {
     fn of(model: &Model) -> Self {
         let (kv_heads, head_dim) = (model.geometry.num_kv_heads, model.geometry.head_dim);
-        let row_nbytes = kv_heads * (head_dim + 3) * size_of::<f32>();
-        let rows_of_split = model.geometry.group_size().min(TILE_ROWS);
-        let partial_rows = (MAX_SPLITS * rows_of_split).min(MAX_SCRATCH_NBYTES / row_nbytes);
-        let len = partial_rows * kv_heads * size_of::<f32>();
+        let len = partial_rows(model) * kv_heads * size_of::<f32>();
         let max_sum = len.next_multiple_of(SCRATCH_ALIGN);
         let o = max_sum + (2 * len).next_multiple_of(SCRATCH_ALIGN);
         Self {
-            partial_rows,
             max_sum,
             o,
             nbytes: o + len * head_dim,
@@ -93,11 +83,12 @@ pub(super) fn attention(
                 &arrays.context_lens,
                 &arrays.block_table,
                 &arrays.block_table_indptr,
+                &arrays.unit_ends,
+                &arrays.first_partials,
                 &out,
                 &(scratch + places.o as u64),
                 &(scratch + places.max_sum as u64),
                 &scratch,
-                &(places.partial_rows as i32),
                 &(step.num_seqs as i32),
                 &(geometry.num_heads as i32),
                 &(geometry.num_kv_heads as i32),

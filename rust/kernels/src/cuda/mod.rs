@@ -2,6 +2,7 @@
 
 pub mod adapter_table;
 mod attention;
+mod attention_plan;
 mod cache;
 mod compiler;
 pub mod context;

@@ -10,6 +10,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::attention_plan::{AttentionPlan, partial_rows};
 use super::driver::Device;
 use super::error::CudaError;
 use super::launch::Stream;
@@ -40,6 +41,8 @@ pub struct StepAddresses {
     pub context_lens: DeviceAddress,
     pub block_table: DeviceAddress,
     pub block_table_indptr: DeviceAddress,
+    pub unit_ends: DeviceAddress,
+    pub first_partials: DeviceAddress,
     pub logits_indices: DeviceAddress,
 }
 
@@ -111,6 +114,9 @@ pub(super) struct StepBuffers {
     staging: StagingRing,
     capacity: Capacity,
     offsets: Offsets,
+    /// What attention plans with.
+    group_size: usize,
+    partial_rows: usize,
     begun: Arc<AtomicU64>,
 }
 
@@ -127,6 +133,8 @@ impl StepBuffers {
             staging: StagingRing::new(device, offsets.end)?,
             capacity,
             offsets,
+            group_size: model.geometry.group_size(),
+            partial_rows: partial_rows(model),
             begun: Arc::default(),
         })
     }
@@ -277,6 +285,14 @@ impl StepBuffers {
             offsets.block_table_indptr,
             &arrays.block_table_indptr,
         );
+        let plan = AttentionPlan::new(
+            &arrays.query_indptr,
+            &arrays.context_lens,
+            self.group_size,
+            self.partial_rows,
+        );
+        write(bytes, offsets.unit_ends, &plan.unit_ends);
+        write(bytes, offsets.first_partials, &plan.first_partials);
         write(bytes, offsets.logits_indices, &arrays.logits_indices);
         let mut end = write(bytes, offsets.block_table, &arrays.block_table);
         for (wave, &(decode, prefill)) in waves.iter().zip(places) {
@@ -296,6 +312,8 @@ impl StepBuffers {
             context_lens: at(offsets.context_lens),
             block_table: at(offsets.block_table),
             block_table_indptr: at(offsets.block_table_indptr),
+            unit_ends: at(offsets.unit_ends),
+            first_partials: at(offsets.first_partials),
             logits_indices: at(offsets.logits_indices),
         }
     }

@@ -19,6 +19,8 @@ pub(super) struct Offsets {
     pub query_indptr: usize,
     pub context_lens: usize,
     pub block_table_indptr: usize,
+    pub unit_ends: usize,
+    pub first_partials: usize,
     pub logits_indices: usize,
     pub block_table: usize,
     pub end: usize,
@@ -69,6 +71,8 @@ impl Offsets {
             query_indptr: take(seqs + 1, int),
             context_lens: take(seqs, int),
             block_table_indptr: take(seqs + 1, int),
+            unit_ends: take(seqs, int),
+            first_partials: take(seqs, int),
             logits_indices: take(tokens, int),
             block_table: take(capacity.blocks, int),
             end: {
