@@ -91,6 +91,7 @@ def test_the_commands_parse() -> None:
         ["loraserve", "serve"],
         ["loraserve", "generate"],
         ["loraserve", "adapters"],
+        ["loraserve", "adapters"],
         ["loraserve", "doctor"],
     ]
     for line in lines:

@@ -22,7 +22,6 @@ EXACT: dict[str, list[Any]] = {
     "alpha_pattern": [{}, {"q_proj": 3}],
     "auto_mapping": [None],
     "base_model_name_or_path": [None, "some/base"],
-    "bias": ["none"],
     "corda_config": [None],
     "ensure_weight_tying": [False, True],
     "eva_config": [None],
@@ -48,15 +47,19 @@ EXACT: dict[str, list[Any]] = {
     "task_type": [None, "CAUSAL_LM"],
     "use_rslora": [False, True],
 }
+# Served as well; what is computed is compared with PEFT elsewhere, since it takes the base's weights.
+ON_A_BASE: dict[str, list[Any]] = {
+    "bias": ["none", "all", "lora_only"],
+    "lora_bias": [False, True],
+    "use_dora": [False, True],
+}
 # Other values, as adapter_config.json has them, and words of the refusal beside the field's name.
 REFUSED: dict[str, tuple[Any, str]] = {
     "arrow_config": ({"top_k": 3}, "not supported yet"),
-    "bias": ("all", "bias"),
     "fan_in_fan_out": (True, "not supported yet"),
     "init_lora_weights": ("pissa", "path_initial_model_for_weight_conversion"),
     "kasa_config": ({"beta": 1.0}, "not supported yet"),
     "layer_replication": ([[0, 2]], "merge the adapter"),
-    "lora_bias": (True, "train without it"),
     "megatron_config": ({"a": 1}, "not supported yet"),
     "modules_to_save": (["norm"], "only embed_tokens and lm_head"),
     "monteclora_config": ({"a": 1}, "not supported yet"),
@@ -64,7 +67,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "target_parameters": (["experts.gate_up_proj"], "name linear layers"),
     "trainable_token_indices": ([1], "without added tokens"),
     "use_bdlora": ({"nblocks": 2}, "not supported yet"),
-    "use_dora": (True, "train without DoRA"),
     "use_qalora": (True, "not supported yet"),
     "velora_config": ({"a": 1}, "not supported yet"),
 }
@@ -86,14 +88,14 @@ def save(path: Path, fields: dict[str, Any]) -> Path:
             setattr(config, name, value)
     model = get_peft_model(tiny_llama(), config)
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
+        if "lora_" in name and "magnitude" not in name:
             torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(str(path))
     return path
 
 
 def test_every_field_of_lora_config_is_known() -> None:
-    known = EXACT.keys() | REFUSED.keys()
+    known = EXACT.keys() | ON_A_BASE.keys() | REFUSED.keys()
     assert set(FIELDS) == known, "a field of PEFT's that nobody looked at: serve it exactly or refuse it"
 
 
@@ -110,6 +112,17 @@ def test_a_field_that_is_served_is_pefts(tmp_path: Path, field: str, value: Any)
     for key, (rank, scale) in ours.items():
         assert rank == theirs[key][0], key
         assert scale == pytest.approx(theirs[key][1], rel=1e-7), key
+
+
+@pytest.mark.filterwarnings("ignore:.lora_bias=True. was passed")
+@pytest.mark.parametrize(
+    ("field", "value"), [(field, value) for field in ON_A_BASE for value in ON_A_BASE[field]], ids=str
+)
+def test_a_field_that_takes_the_base_to_compute_is_served(tmp_path: Path, field: str, value: Any) -> None:
+    receipt = check_adapter(str(save(tmp_path, {field: value})), BaseShape(*SHAPE), "float32", 64)
+    assert receipt.modules == ["q_proj", "v_proj"]
+    e2e = Path(__file__).parents[1] / "e2e/test_dora_and_biases.py"
+    assert field in e2e.read_text(), "its answers are compared with PEFT's"
 
 
 @pytest.mark.parametrize("field", sorted(REFUSED))
@@ -177,7 +190,7 @@ def test_the_call_that_the_refusal_names_gives_an_adapter_that_computes_the_same
     model.save_pretrained(str(tmp_path / "initial"))
     model.peft_config["default"].init_lora_weights = kind
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
+        if "lora_" in name and "magnitude" not in name:
             torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(str(tmp_path / "raw"))
     with pytest.raises(AdapterFormatError, match="path_initial_model_for_weight_conversion=INITIAL"):

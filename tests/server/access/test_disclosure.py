@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def test_no_route_tells_a_key_where_files_lie_or_what_others_do(server: ControlS
         engine.paths["other"] = "/adapters/other"
         engine.resident.update(("sql", "law"))
         engine.pinned.add("sql")
-        engine.usage = type(usage)(**{name: value + 5 for name, value in vars(usage).items()})
+        engine.usage = type(usage)(**{name: value + 5 for name, value in asdict(usage).items()})
         assert json.dumps(get(server, path, "sales-key")) == before
         seen = json.dumps(get(server, path, "root-key"))
     finally:
