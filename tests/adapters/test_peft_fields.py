@@ -114,7 +114,9 @@ def test_a_field_that_is_served_is_pefts(tmp_path: Path, field: str, value: Any)
         assert scale == pytest.approx(theirs[key][1], rel=1e-7), key
 
 
+@pytest.mark.filterwarnings("ignore:Adapter .* invalid shape")
 @pytest.mark.filterwarnings("ignore:.lora_bias=True. was passed")
+@pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers")
 @pytest.mark.parametrize(
     ("field", "value"), [(field, value) for field in ON_A_BASE for value in ON_A_BASE[field]], ids=str
 )
