@@ -11,8 +11,9 @@ constexpr int MAX_MODULES = 3;
 // One adapted module of a fused projection.
 struct Module {
     const char* b;
-    const float* columns;  // [num_panels][gain, shift][16], y = gain · (y + delta) + weight · shift; null: none
-    unsigned rank;         // padded to 8; 0: no A and no B
+    const float*
+        columns;    // [num_panels][gain, shift][16], y = gain · (y + delta) + weight · shift; null: none
+    unsigned rank;  // padded to 8; 0: no A and no B
     unsigned rank_offset;
     unsigned first_panel;  // of the fused output
     unsigned num_panels;

@@ -136,7 +136,7 @@ private:
 
 // The lane's eight columns of y in two panels, over the item's rows: its part of c as Lane says.
 struct OutputTile {
-    Storage* y = nullptr;  // in the item's first row; null: no module has the panel
+    Storage* y = nullptr;         // in the item's first row; null: no module has the panel
     const float* gain = nullptr;  // of the lane's first column; its shift is a panel's width further
     unsigned row_stride;
     unsigned num_rows;

@@ -12,7 +12,10 @@ static SHAPE: LazyLock<BaseShape> = LazyLock::new(base);
 fuzz_target!(|name: &str| {
     let bound = bounded(|| loraserve_adapters::fuzz::bind_name(name, &SHAPE));
     if let Some((layer, path, rest)) = bound {
-        assert!(name.contains(&format!("layers.{layer}.")) || name.contains("_mod"), "{name}");
+        assert!(
+            name.contains(&format!("layers.{layer}.")) || name.contains("_mod"),
+            "{name}"
+        );
         let last = path.rsplit('.').next().unwrap_or_default();
         assert!(name.contains(last), "{name}");
         let (part, end) = rest.split_once('.').unwrap_or((rest, ""));
@@ -21,7 +24,10 @@ fuzz_target!(|name: &str| {
             ("lora_B", "weight") => ["lora_B.", "lora_up."],
             _ => [part; 2],
         };
-        assert!(parts.iter().any(|part| name.contains(part)) && name.ends_with(end), "{name}");
+        assert!(
+            parts.iter().any(|part| name.contains(part)) && name.ends_with(end),
+            "{name}"
+        );
         let plain = format!("base_model.model.model.layers.{layer}.{path}.{rest}");
         let again = loraserve_adapters::fuzz::bind_name(&plain, &SHAPE);
         assert_eq!(again, Some((layer, path, rest)), "{name}");
