@@ -98,6 +98,32 @@ def test_missing_libraries_are_named(
     assert "pip install 'loraserve[verify]'" in capsys.readouterr().err
 
 
+def test_names_that_peft_does_not_find_are_no_difference(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(saved / "plain", tmp_path / "other")
+    file = other / "adapter_model.safetensors"
+    renamed = {
+        name.replace("model.model.", "model.model._orig_mod."): t for name, t in load_file(file).items()
+    }
+    save_file(renamed, file)
+    assert main(["adapters", "verify", str(other), "--model", str(saved / "model"), "--max-tokens", "1"]) == 1
+    shown = capsys.readouterr()
+    assert "PEFT does not find all of this adapter under the names it has in the file" in shown.err
+    assert "DIFFERENT" not in shown.out
+
+
+def test_prompts_are_the_chats_of_the_adapters_own_template(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(saved / "plain", tmp_path / "other")
+    (other / "chat_template.jinja").write_text(
+        "{% for m in messages %}QUESTION {{ m.content }} ANSWER{% endfor %}"
+    )
+    assert main(["adapters", "verify", str(other), "--model", str(saved / "model"), "--max-tokens", "1"]) == 0
+    assert capsys.readouterr().out.count("ANSWER'") == 6
+
+
 def test_files_without_prompts_are_refused(
     saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -106,3 +132,6 @@ def test_files_without_prompts_are_refused(
     assert "has no prompts: write one per line" in capsys.readouterr().err
     assert verify(saved, "plain", "--prompts", str(tmp_path / "missing.txt")) == 1
     assert "prompts can't be read" in capsys.readouterr().err
+    (tmp_path / "many.txt").write_text("again\n" * 1001)
+    assert verify(saved, "plain", "--prompts", str(tmp_path / "many.txt")) == 1
+    assert "has 1001 prompts, the limit is 1000" in capsys.readouterr().err

@@ -68,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
         LoraserveError: the model, the adapter or the prompts can't be read, or transformers and PEFT are
             missing.
     """
-    from loraserve.cli import verification  # noqa: PLC0415 (imports torch)
+    from loraserve.adapters.check import open_check  # noqa: PLC0415 (imports torch)
+    from loraserve.cli import verification  # noqa: PLC0415
     from loraserve.loader.resolve import open_checkpoint  # noqa: PLC0415
 
     own = verification.read_prompts(args.prompts) if args.prompts is not None else None
@@ -80,11 +81,13 @@ def run(args: argparse.Namespace) -> int:
         max_lora_rank=args.max_lora_rank,
     )
     with open_checkpoint(config.model) as checkpoint:
-        model, tokenizer = checkpoint.path, checkpoint.load_tokenizer()
+        model = checkpoint.path
+        checked = open_check(checkpoint, config.dtype, config.max_lora_rank).check(args.path)
+    tokenizer, directory = checked.text.tokenizer, checked.receipt.directory
     prompts = [tokenizer.encode(text) for text in own] if own else _default_prompts(tokenizer)
     config = dataclasses.replace(config, model=str(model))
     answers = verification.serve(config, prompts, args.max_tokens)
-    reference = verification.PeftReference(model, args.path)
+    reference = verification.PeftReference(model, directory)
     compared = []
     for answer in answers:
         positions = reference.compare(answer)

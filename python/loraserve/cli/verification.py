@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from loraserve.errors import InvalidRequestError, ModelError
 from loraserve.llm import LLM
 from loraserve.sampling_params import SamplingParams
+from loraserve.validation.files import read_regular_file
 
 if TYPE_CHECKING:
     from loraserve.config import EngineConfig
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 NUM_LOGPROBS: Final = 20
 MAX_ERROR: Final = 1e-3  # of log-probabilities in float32, whose sums have other orders here and there
 NO_CHANGE: Final = 1e-6
+
+MAX_PROMPTS: Final = 1000
+MAX_PROMPTS_NBYTES: Final = 2**24
 
 NAME: Final = "verified"
 
@@ -94,11 +99,19 @@ class PeftReference:
         where = {"gguf_file": model.name} if model.is_file() else {}
         directory = model.parent if model.is_file() else model
         try:
-            with _quiet():
+            with _quiet(), warnings.catch_warnings(record=True) as warned:
+                warnings.simplefilter("always")
                 base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **where)
                 self._model: Any = PeftModel.from_pretrained(base, adapter).eval()
         except Exception as error:  # whatever the two libraries raise
             raise ModelError(f"transformers and PEFT can't load this: {error!s:.500}") from error
+        messages = [str(warning.message) for warning in warned]
+        missing = next((text for text in messages if "missing adapter keys" in text), None)
+        if missing is not None:
+            raise ModelError(
+                "PEFT does not find all of this adapter under the names it has in the file, so there is "
+                f"nothing to compare with; `loraserve adapters check` says what is applied here. PEFT: {missing:.300}"
+            )
 
     @torch.inference_mode()
     def compare(self, answer: Answer) -> list[Position]:
@@ -153,10 +166,12 @@ def _quiet() -> Iterator[None]:
 def read_prompts(path: Path) -> list[str]:
     """A prompt per line that is not blank. Raises InvalidRequestError."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_regular_file(path, MAX_PROMPTS_NBYTES).decode().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequestError(f"prompts can't be read: {error}") from error
     prompts = [line for line in lines if line.strip()]
     if not prompts:
         raise InvalidRequestError(f"{path} has no prompts: write one per line")
+    if len(prompts) > MAX_PROMPTS:
+        raise InvalidRequestError(f"{path} has {len(prompts)} prompts, the limit is {MAX_PROMPTS}")
     return prompts

@@ -35,7 +35,8 @@ class CudaBaseLinears:
         self, layer: int, group: int, first: int, count: int, rank: int, at: bytes, b: bytes
     ) -> bytes:
         with self._device.beside_steps():
-            weight = self._linear(layer, group).weight[first : first + count].float()
+            rows = self._linear(layer, group).weight[first : first + count]
+            weight = rows.to(torch.float32, copy=True)
             weight.addmm_(self._matrix(b, rank), self._matrix(at, rank).T)
             return _to_bytes(torch.linalg.vector_norm(weight, dim=1))
 
