@@ -96,6 +96,21 @@ class PeftOracle:
         return torch.no_grad()
 
 
+@torch.inference_mode()
+def generate_greedy(model: Any, prompt: list[int], max_new_tokens: int, **options: Any) -> list[int]:
+    """The tokens behind the prompt, of the model's own `generate`."""
+    ids = torch.tensor([prompt])
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+        **options,
+    )
+    return output[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
+
+
 def greedy_tokens(model: torch.nn.Module, prompt: list[int], answer: list[int]) -> list[int]:
     logits = model(input_ids=torch.tensor([prompt + answer[:-1]])).logits[0, len(prompt) - 1 :]
     return logits.argmax(-1).tolist()

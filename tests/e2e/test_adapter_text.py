@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from loraserve import LLM, SamplingParams
 from loraserve.adapters.manifest import AdapterManifest
 from loraserve.errors import AdapterFormatError, InvalidRequestError
@@ -25,6 +24,7 @@ from tests.e2e.beside_layouts import (
     make_weights,
     write_json,
 )
+from tests.e2e.oracle import generate_greedy
 
 SETTINGS: dict[str, Any] = {"dtype": "float32", "device": "cpu", "memory": "32MiB", "num_threads": 1}
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -64,18 +64,7 @@ class Beside:
         peft = PeftModel.from_pretrained(copy.deepcopy(self.model), str(path)).eval()
         has_config = (path / "generation_config.json").is_file()
         config = GenerationConfig.from_pretrained(path) if has_config else None
-        ids = torch.tensor([prompt])
-        with torch.inference_mode():
-            out = peft.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                generation_config=config,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=0,
-                **changes,
-            )
-        return out[0, len(prompt) :].tolist()
+        return generate_greedy(peft, prompt, max_new_tokens, generation_config=config, **changes)
 
 
 @pytest.fixture(scope="module")

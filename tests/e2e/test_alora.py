@@ -13,6 +13,7 @@ from loraserve.errors import AdapterFormatError
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from tests.e2e.oracle import generate_greedy
 from tests.models.tiny import make_model, save_model
 
 NUM_TOKENS = 6
@@ -79,19 +80,8 @@ def expected(saved: Path) -> dict[tuple[str | None, str], list[int]]:
     return answers
 
 
-@torch.inference_mode()
 def generate(model: Any, prompt: list[int]) -> list[int]:
-    ids = torch.tensor([prompt])
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=NUM_TOKENS,
-        min_new_tokens=NUM_TOKENS,
-        do_sample=False,
-        pad_token_id=0,
-        eos_token_id=None,
-    )
-    return output[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
+    return generate_greedy(model, prompt, NUM_TOKENS, min_new_tokens=NUM_TOKENS, eos_token_id=None)
 
 
 @pytest.fixture

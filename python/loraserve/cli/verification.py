@@ -110,7 +110,8 @@ class PeftReference:
         if missing is not None:
             raise ModelError(
                 "PEFT does not find all of this adapter under the names it has in the file, so there is "
-                f"nothing to compare with; `loraserve adapters check` says what is applied here. PEFT: {missing:.300}"
+                "nothing to compare with; `loraserve adapters check` says what is applied. PEFT: "
+                f"{missing:.300}"
             )
 
     @torch.inference_mode()

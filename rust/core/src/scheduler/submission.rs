@@ -89,14 +89,16 @@ impl Scheduler {
 
     pub fn submit(&mut self, mut new: NewRequest) -> Result<RequestId, Error> {
         new.validate(self.config.max_model_len)?;
-        let adapters = self.resolve_adapters(&new)?;
+        let (adapters, uninvoked) = self.resolve_adapters(&new)?;
         if new.needs_adapter && adapters.is_empty() {
             return Err(Error::OnlyBaseModelLeft);
         }
         let max_tokens = self.max_tokens(&new, &adapters)?;
         let id = RequestId(self.next_request);
         self.next_request += 1;
-        self.count_uninvoked(&new);
+        for adapter in uninvoked {
+            self.memory.adapters.count_uninvoked(adapter);
+        }
         for applied in &adapters {
             self.memory.adapters.add_user(applied.adapter);
         }
@@ -121,9 +123,12 @@ impl Scheduler {
         Ok(id)
     }
 
-    /// Checked names as what will run: one weight per content, ordered by id, without what adds up to zero and what the
-    /// prompt does not invoke.
-    fn resolve_adapters(&self, new: &NewRequest) -> Result<Vec<Applied<AdapterId>>, Error> {
+    /// Checked names as what will run: one weight per content, ordered by id, without what adds up to zero; and apart
+    /// from them what the prompt does not invoke.
+    fn resolve_adapters(
+        &self,
+        new: &NewRequest,
+    ) -> Result<(Vec<Applied<AdapterId>>, Vec<AdapterId>), Error> {
         let mut sums: Vec<(AdapterId, WeightSum)> = Vec::with_capacity(new.adapters.len());
         for (name, weight) in &new.adapters {
             let adapter = self.memory.adapters.resolve(name)?;
@@ -141,30 +146,22 @@ impl Scheduler {
                 });
             }
         }
-        let applied = sums.iter().filter_map(|&(adapter, sum)| {
+        let (mut adapters, mut uninvoked) = (Vec::with_capacity(sums.len()), Vec::new());
+        for (adapter, sum) in sums {
+            let weight = sum.weight();
             let content = &self.memory.adapters.entry(adapter).content;
-            Some(Applied {
-                adapter,
-                weight: sum.weight(),
-                first_token: content.first_token(&new.prompt)?,
-            })
-        });
-        let mut adapters: Vec<_> = applied.filter(|applied| applied.weight != 0.0).collect();
-        adapters.sort_by_key(|applied| applied.adapter);
-        Ok(adapters)
-    }
-
-    fn count_uninvoked(&mut self, new: &NewRequest) {
-        let adapters = &mut self.memory.adapters;
-        for (name, _) in &new.adapters {
-            let Some((adapter, _)) = adapters.bound(name) else {
-                continue;
-            };
-            let is_invoked = adapters.entry(adapter).content.first_token(&new.prompt);
-            if is_invoked.is_none() {
-                adapters.count_uninvoked(adapter);
+            match content.first_token(&new.prompt) {
+                _ if weight == 0.0 => {}
+                None => uninvoked.push(adapter),
+                Some(first_token) => adapters.push(Applied {
+                    adapter,
+                    weight,
+                    first_token,
+                }),
             }
         }
+        adapters.sort_by_key(|applied| applied.adapter);
+        Ok((adapters, uninvoked))
     }
 
     fn identity(&self, scope: CacheScope, adapters: &[Applied<AdapterId>]) -> PrefixIdentity {
