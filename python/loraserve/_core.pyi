@@ -513,8 +513,12 @@ def check_adapter(
     max_lora_rank: int,
     pace: LoadPace | None = None,
     base_weights: Callable[[str], tuple[tuple[int, int], str]] | None = None,
+    stored: tuple[str, str] | None = None,
 ) -> Receipt:
     """Read and check all of a PEFT directory, without the GIL.
+
+    With `stored`, the text of an adapter_config.json and the path of a safetensors file, those are read, and
+    `path` is what errors call the file.
 
     `dtype`: storage dtype, "float32", "bfloat16" or "float16"; `pace` None is full speed. `base_weights`
     gives (rows, columns) and `weight_digest` of the base's "embed_tokens" or "lm_head" in that dtype; it is
@@ -537,12 +541,13 @@ def load_adapter(
     dst_nbytes: int,
     pace: LoadPace | None = None,
     base_linears: CpuBaseLinears | _BaseLinears | None = None,
+    stored: tuple[str, str] | None = None,
 ) -> AdapterLayout:
     """Pack a registered adapter into `dst_nbytes` writable bytes at `dst_ptr`, without the GIL.
 
-    Writes all of them, or anything where it raises; the caller keeps them alive and to itself until the
-    call returns. `base_linears` is asked where DoRA or trained biases need it. Raises
-    AdapterUnavailableError if the files are gone or changed, or the base's linears can't be had,
+    `stored` is as in `check_adapter`. Writes all of them, or anything where it raises; the caller keeps them
+    alive and to itself until the call returns. `base_linears` is asked where DoRA or trained biases need it.
+    Raises AdapterUnavailableError if the files are gone or changed, or the base's linears can't be had,
     AdapterFormatError if the files are malformed, CapacityError if the extent is too small.
     """
 

@@ -7,14 +7,16 @@ import os
 import time
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
-from typing import ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 from loraserve._core import Receipt
 from loraserve.adapters.manifest import AdapterManifest
 from loraserve.adapters.startup import AdapterFailure
+from loraserve.adapters.stored import StoredAdapter, config_text, memory_source
 from loraserve.config import EngineConfig
+from loraserve.engine.adapters import CheckedAdapter
 from loraserve.engine.engine import Engine
 from loraserve.engine.frontend import Frontend, PreparedRequest, check_deadline
 from loraserve.engine.queue import deadline_error
@@ -25,6 +27,9 @@ from loraserve.errors import AdapterUnavailableError, EngineStoppedError
 from loraserve.request import AdapterSpec, Delta, GenerateRequest
 from loraserve.text.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 PREPARATION_LIMIT_S = 60.0  # of a request: templates, tokens, grammar
 MIN_PREPARERS = 4  # so that some that hang leave others
 MAX_PREPARATIONS = 1024
@@ -32,6 +37,7 @@ STEP_LIMIT_S = 300.0  # a large prompt of a large model takes a CPU minutes
 LOAD_LIMIT_S = 300.0  # of an adapter's files: read, hashed and compared
 NUM_LOADS = 4
 MAX_WAITING_LOADS = 256
+UPLOAD_WRITE_NBYTES = 2**20
 
 P = ParamSpec("P")
 
@@ -116,6 +122,7 @@ class AsyncEngine:
         num_preparers = max(MIN_PREPARERS, os.cpu_count() or 1)
         self._preparations = Workers("request preparations", num_preparers, MAX_PREPARATIONS)
         self._loads = Workers("adapter loads", NUM_LOADS, MAX_WAITING_LOADS)
+        self._uploads = Workers("writes of adapters", NUM_LOADS, MAX_WAITING_LOADS)
         self._shutdowns = Workers("shutdowns", 1, MAX_WAITING_LOADS)
         self._engine = Engine(config, _weak(self._on_outputs), _weak(self._on_failure))
         self._frontend: Frontend[Inbox] = Frontend(self._engine)
@@ -204,22 +211,69 @@ class AsyncEngine:
         return self._frontend.tokenizer_for(adapter)
 
     async def load_adapter(
-        self, name: str, path: str, manifest: AdapterManifest | None = None, *, replace: bool = False
+        self,
+        name: str,
+        path: str | StoredAdapter | None = None,
+        manifest: AdapterManifest | None = None,
+        *,
+        tensors: Mapping[str, Tensor] | None = None,
+        config: Mapping[str, Any] | None = None,
+        replace: bool = False,
     ) -> Receipt:
-        """Check and register an adapter off the loop, or replace one; see `EngineAdapters.load`.
+        """Check and register an adapter off the loop, or replace one; see `LLM.load_adapter`.
 
-        Replacements of one name last in the order of the calls.
+        Replacements of one name last in the order of the calls. `path` may be what `receive_adapter` gave.
         """
         adapters = self._engine.adapters
         turn = adapters.take_turn()
-        checking = self._loads.run(adapters.check, name, path, manifest)
+
+        def check() -> CheckedAdapter:
+            if isinstance(path, StoredAdapter):
+                return adapters.check(name, path, manifest)
+            return adapters.check(name, adapters.source_of(name, path, tensors, config), manifest)
+
+        is_served = False
         try:
-            checked = await asyncio.wait_for(checking, LOAD_LIMIT_S)
+            checked = await asyncio.wait_for(self._loads.run(check), LOAD_LIMIT_S)
+            receipt = adapters.register(checked, replace=replace, turn=turn)
+            is_served = True
+            return receipt
         except asyncio.TimeoutError:
             raise AdapterUnavailableError(
                 f"adapter {name!r} was not read within {LOAD_LIMIT_S:g} s, see whether its disk answers"
             ) from None
-        return adapters.register(checked, replace=replace, turn=turn)
+        finally:
+            if not is_served and isinstance(path, StoredAdapter):
+                path.discard()
+
+    async def receive_adapter(self, name: str, config: str, chunks: AsyncIterator[bytes]) -> StoredAdapter:
+        """Keep the bytes of a safetensors file, as they come, for `load_adapter`.
+
+        Args:
+            name: what it will be called.
+            config: the text of its adapter_config.json.
+            chunks: the file's content; as much of it is in memory as one of them, and 1 MiB.
+
+        Raises:
+            InvalidRequestError: the name is not allowed, or the config too long.
+            CapacityError: there is no room for it, or it is too large.
+        """
+        adapters = self._engine.adapters
+        adapters.check_name(name)
+        text = config_text(config)
+        upload = await self._uploads.run(adapters.tensor_store.begin, memory_source(name))
+        waiting = bytearray()
+        try:
+            async for chunk in chunks:
+                waiting += chunk
+                if len(waiting) >= UPLOAD_WRITE_NBYTES:
+                    await self._uploads.run(upload.write, bytes(waiting))
+                    waiting.clear()
+            await self._uploads.run(upload.write, bytes(waiting))
+        except BaseException:
+            upload.discard()
+            raise
+        return upload.finish(text)
 
     async def unload_adapter(self, name: str) -> None:
         """Refuse new requests for an adapter; accepted ones finish.

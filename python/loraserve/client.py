@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from types import TracebackType
@@ -21,6 +22,7 @@ from loraserve.wire.messages import delta_from_wire, request_to_wire
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 READY_POLL_S = 0.1
+UPLOAD_PART_NBYTES = 2**20
 
 _CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", 16 * 2**20),
@@ -133,6 +135,21 @@ class Client:
         """
         request = pb.LoadAdapterRequest(name=name, path=path, replace=replace)
         response: pb.LoadAdapterResponse = self._call(self._stub.LoadAdapter, request)
+        return response.receipt
+
+    def upload_adapter(
+        self, name: str, weights: bytes, config: Mapping[str, Any], *, replace: bool = False
+    ) -> pb.Receipt:
+        """Register an adapter that is sent: the bytes of a safetensors file, 2 GiB at most.
+
+        Args:
+            name: what requests are to call it.
+            weights: as `safetensors.torch.save` makes them, under the names that PEFT gives tensors.
+            config: what adapter_config.json would hold.
+            replace: as of `load_adapter`.
+        """
+        parts = _upload(name, weights, config, replace)
+        response: pb.LoadAdapterResponse = self._call(self._stub.UploadAdapter, parts)
         return response.receipt
 
     def unload_adapter(self, name: str) -> None:
@@ -271,6 +288,14 @@ class AsyncClient:
         response: pb.LoadAdapterResponse = await self._call(self._stub.LoadAdapter, request)
         return response.receipt
 
+    async def upload_adapter(
+        self, name: str, weights: bytes, config: Mapping[str, Any], *, replace: bool = False
+    ) -> pb.Receipt:
+        """As `Client.upload_adapter`."""
+        parts = _upload(name, weights, config, replace)
+        response: pb.LoadAdapterResponse = await self._call(self._stub.UploadAdapter, parts)
+        return response.receipt
+
     async def unload_adapter(self, name: str) -> None:
         """As `Client.unload_adapter`."""
         await self._call(self._stub.UnloadAdapter, pb.UnloadAdapterRequest(name=name))
@@ -328,6 +353,15 @@ class AsyncClient:
             return await method(request, timeout=self._timeout, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             raise _error_of(error, self._address) from None
+
+
+def _upload(
+    name: str, weights: bytes, config: Mapping[str, Any], replace: bool
+) -> Iterator[pb.UploadAdapterRequest]:
+    head = pb.UploadAdapterHead(name=name, config_json=json.dumps(dict(config)), replace=replace)
+    yield pb.UploadAdapterRequest(head=head)
+    for start in range(0, len(weights), UPLOAD_PART_NBYTES):
+        yield pb.UploadAdapterRequest(data=weights[start : start + UPLOAD_PART_NBYTES])
 
 
 def _request(

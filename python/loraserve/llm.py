@@ -8,7 +8,7 @@ import queue
 import threading
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
@@ -23,6 +23,9 @@ from loraserve.errors import InvalidRequestError
 from loraserve.request import AdapterSpec, ChatOptions, Completion, Delta, GenerateRequest, RequestOutput
 from loraserve.sampling_params import SamplingParams
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 PROGRESS_DELAY_S = 1.0  # batches that end sooner show no progress bar
 
 Prompt = str | Sequence[int]
@@ -34,7 +37,7 @@ class LLM:
 
     Args:
         model: a Hugging Face directory, a Hub id, a `.gguf` file, or "smollm2" (the embedded default).
-        adapters: name → PEFT directory.
+        adapters: name → PEFT directory, or another place that `load_adapter` takes.
         **settings: the other fields of `EngineConfig` (dtype, device, memory, max_lora_rank, …).
 
     Raises:
@@ -129,14 +132,29 @@ class LLM:
     def load_adapter(
         self,
         name: str,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | None = None,
         manifest: AdapterManifest | None = None,
         *,
+        tensors: Mapping[str, Tensor] | None = None,
+        config: Mapping[str, Any] | None = None,
         replace: bool = False,
     ) -> Receipt:
-        """Check and register an adapter, or replace the one of this name; see `EngineAdapters.load`."""
+        """Check and register an adapter, or replace the one of this name; see `EngineAdapters.load`.
+
+        Args:
+            name: what requests are to call it.
+            path: a PEFT directory, a GGUF adapter, or a directory of TensorRT-LLM's arrays.
+            manifest: goes over the directory's own `loraserve.json`.
+            tensors: in place of `path`: torch tensors under PEFT's names, with their `config`, what
+                adapter_config.json would hold. They are copied to a file without a name, at most 2 GiB of one
+                adapter and 8 GiB of all, and are gone with the adapter.
+            config: of `tensors`.
+            replace: whether the name may have other content, which this takes the place of.
+        """
         with self._one_call():
-            return self._engine.adapters.load(name, path, manifest, replace=replace)
+            adapters = self._engine.adapters
+            source = adapters.source_of(name, path, tensors, config)
+            return adapters.load(name, source, manifest, replace=replace)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter; AdapterNotFoundError if there is none of this name."""

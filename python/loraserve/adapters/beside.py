@@ -91,11 +91,11 @@ class BesideReader:
         self._shared = SharedTokenizers(tokenizer)
         self._known: dict[bytes, _Tokens] = {}  # by what the files hold
 
-    def read(self, directory: str, manifest_template: str | None = None) -> AdapterText:
+    def read(self, directory: str | None, manifest_template: str | None = None) -> AdapterText:
         """What holds for requests of the adapter in `directory`.
 
         Args:
-            directory: of the adapter.
+            directory: of the adapter; None where nothing lies beside its weights.
             manifest_template: of its manifest, which wins over the directory's.
 
         Raises:
@@ -104,6 +104,8 @@ class BesideReader:
             CapacityError, OverloadedError: no room for its tokenizer, or its template can't be tried.
         """
         try:
+            if directory is None:
+                return self._of_manifest(manifest_template)
             return self._read(Path(directory), manifest_template)
         except (
             ModelError,
@@ -115,6 +117,19 @@ class BesideReader:
             RecursionError,
         ) as error:
             raise AdapterFormatError(f"beside the weights: {error!s:.2000}") from error
+
+    def _of_manifest(self, template: str | None) -> AdapterText:
+        """Where there is nothing else."""
+        lines = _Lines()
+        own = self._template(template, self._base.special_tokens, MANIFEST_FILE, lines)
+        if own is None:
+            return AdapterText(tokenizer=self._base)
+        tokenizer = self._base.variant(
+            eos_token_ids=self._base.eos_token_ids,
+            special_tokens=self._base.special_tokens,
+            chat_template=own,
+        )
+        return AdapterText(tokenizer=tokenizer, template_from=MANIFEST_FILE, notes=_printable(lines.notes))
 
     def _read(self, path: Path, manifest_template: str | None) -> AdapterText:
         _check_sizes(path)

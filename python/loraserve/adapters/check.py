@@ -1,24 +1,33 @@
-"""`AdapterCheck`: adapters on disk, compared with all of one base model."""
+"""`AdapterCheck`: adapters on disk, or kept in the store, compared with all of one base model."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from loraserve import _core
 from loraserve.adapters.beside import BesideReader, has_files
+from loraserve.adapters.containers import convert
 from loraserve.adapters.manifest import AdapterManifest, read_manifest
+from loraserve.adapters.stored import AdapterStore, StoredAdapter
 from loraserve.adapters.text import AdapterText
 from loraserve.loader.base_weights import BaseWeights
 from loraserve.loader.checkpoint import Checkpoint
+from loraserve.models.config import ModelConfig
 
 
 @dataclass(frozen=True)
 class CheckedFiles:
-    """All of an adapter's directory: its weights' receipt, its manifest, and what holds for its requests."""
+    """All of an adapter: its weights' receipt, its manifest, and what holds for its requests.
 
+    `path` is where it lies, or what stands for that; `stored` has the weights where they are not read there.
+    """
+
+    path: str
     receipt: _core.Receipt
     manifest: AdapterManifest
     text: AdapterText
+    stored: StoredAdapter | None = None
 
     def try_chat(self) -> None:
         """Try out what the manifest asks of chats. Raises InvalidRequestError."""
@@ -39,15 +48,14 @@ def open_check(checkpoint: Checkpoint, dtype: str, max_lora_rank: int) -> Adapte
         checkpoint.config.vocab_size,
         checkpoint.sampling_defaults(),
     )
-    shape = _core.BaseShape(*checkpoint.config.base_shape(), checkpoint.config.biased_modules)
-    return AdapterCheck(shape, dtype, max_lora_rank, BaseWeights(checkpoint.path, dtype), beside)
+    return AdapterCheck(checkpoint.config, dtype, max_lora_rank, BaseWeights(checkpoint.path, dtype), beside)
 
 
 class AdapterCheck:
     """Checks adapters; safe to use from several threads.
 
     Args:
-        shape: the base model's modules.
+        config: the base model's.
         dtype: in which weights are stored.
         max_lora_rank: adapters of a higher rank are refused.
         base_weights: the base model's, to compare copies with.
@@ -56,36 +64,67 @@ class AdapterCheck:
 
     def __init__(
         self,
-        shape: _core.BaseShape,
+        config: ModelConfig,
         dtype: str,
         max_lora_rank: int,
         base_weights: BaseWeights,
         beside: BesideReader,
     ) -> None:
-        self.shape = shape
+        self.shape = _core.BaseShape(*config.base_shape(), config.biased_modules)
+        self.store = AdapterStore()
         self.dtype = dtype
         self.max_lora_rank = max_lora_rank
+        self._config = config
         self._base_weights = base_weights
         self._beside = beside
 
-    def check_weights(self, path: str, pace: _core.LoadPace | None = None) -> _core.Receipt:
-        """Read and check what is applied. Raises AdapterFormatError."""
-        return _core.check_adapter(path, self.shape, self.dtype, self.max_lora_rank, pace, self._base_weights)
+    def check_weights(
+        self, path: str, pace: _core.LoadPace | None = None, stored: StoredAdapter | None = None
+    ) -> _core.Receipt:
+        """Read and check what is applied: of the directory `path`, or what is stored for it.
+
+        Raises AdapterFormatError.
+        """
+        files = None if stored is None else stored.files
+        return _core.check_adapter(
+            path, self.shape, self.dtype, self.max_lora_rank, pace, self._base_weights, files
+        )
 
     def check(
-        self, path: str, pace: _core.LoadPace | None = None, manifest: AdapterManifest | None = None
+        self,
+        source: str | StoredAdapter,
+        pace: _core.LoadPace | None = None,
+        manifest: AdapterManifest | None = None,
     ) -> CheckedFiles:
-        """The weights and all that lies beside them; `manifest` goes over the directory's own.
+        """The weights and all that lies beside them.
+
+        Args:
+            source: a PEFT directory, a GGUF adapter, TensorRT-LLM's arrays, or what the store has.
+            pace: how fast files are read.
+            manifest: goes over the directory's own.
 
         Raises:
             AdapterFormatError: something of it can't be read, or can't be used with this model.
-            CapacityError, OverloadedError: as of `BesideReader.read`.
+            CapacityError: as of `BesideReader.read`, or there is no room to store what it becomes.
+            OverloadedError: as of `BesideReader.read`.
         """
-        receipt = self.check_weights(path, pace)
-        own = read_manifest(path) or read_manifest(receipt.directory)
+        stored = source if isinstance(source, StoredAdapter) else convert(source, self._config, self.store)
+        path = source.source if isinstance(source, StoredAdapter) else source
+        receipt = self.check_weights(path, pace, stored)
+        directories = _directories(receipt, path, stored)
+        own = next(filter(None, map(read_manifest, directories)), None)
         manifest = (manifest or AdapterManifest()).merged_over(own)
-        beside = (
-            receipt.directory if has_files(receipt.directory) else path
-        )  # of a checkpoint below, or above
+        beside = next(filter(has_files, reversed(directories)), directories[0] if directories else None)
         text = self._beside.read(beside, manifest.chat_template)
-        return CheckedFiles(receipt.with_beside(list(text.notes), list(text.not_used)), manifest, text)
+        notes = [*(() if stored is None else stored.notes), *text.notes]
+        receipt = receipt.with_beside(notes, list(text.not_used))
+        return CheckedFiles(
+            path if stored is not None else receipt.directory, receipt, manifest, text, stored
+        )
+
+
+def _directories(receipt: _core.Receipt, path: str, stored: StoredAdapter | None) -> list[str]:
+    """Where what lies beside the weights is looked for: above a checkpoint, then in it."""
+    if stored is None:
+        return [path, receipt.directory] if receipt.directory != path else [path]
+    return [path] if os.path.isdir(path) and not stored.is_given else []

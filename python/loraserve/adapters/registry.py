@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from loraserve._core import Receipt
 from loraserve.adapters.manifest import AdapterManifest
 from loraserve.adapters.text import AdapterText
 from loraserve.errors import AdapterNotFoundError, InvalidRequestError
+
+if TYPE_CHECKING:
+    from loraserve.adapters.stored import StoredAdapter
 
 MAX_NAME_CHARS = 256
 NAME_PATTERN = re.compile(r"[a-zA-Z0-9_\-.:]+")
@@ -26,9 +30,15 @@ RESERVED_NAMES = {
 class WeightsSource:
     """A directory that has an adapter's weights, and the name and receipt it was registered with."""
 
+    """Where an adapter's weights are, and the name and receipt it was registered with.
+
+    `stored` has the weights that are read, None where the PEFT directory at `path` has them.
+    """
+
     name: str
     path: str
     receipt: Receipt
+    stored: StoredAdapter | None
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,7 @@ class RegisteredAdapter:
     """One name; several names may share one adapter id, which stands for the content of the weights.
 
     `text` is how its requests become tokens and its tokens text; `turn` is when it was asked for, among all
-    loads.
+    loads; `stored` is as of its `WeightsSource`.
     """
 
     name: str
@@ -46,6 +56,7 @@ class RegisteredAdapter:
     manifest: AdapterManifest
     text: AdapterText
     turn: int
+    stored: StoredAdapter | None = None
 
 
 class AdapterRegistry:
@@ -58,7 +69,7 @@ class AdapterRegistry:
     def add(self, adapter: RegisteredAdapter) -> None:
         """Bind its name to it, whatever had the name before; its path becomes a source of its content."""
         self._by_name[adapter.name] = adapter
-        source = WeightsSource(adapter.name, adapter.path, adapter.receipt)
+        source = WeightsSource(adapter.name, adapter.path, adapter.receipt, adapter.stored)
         self._sources.setdefault(adapter.adapter_id, {})[adapter.path] = source
 
     def get(self, name: str) -> RegisteredAdapter | None:

@@ -21,10 +21,12 @@ _HUB_SCHEMES = ("hf://", "hub:")
 class AdapterSource:
     """`location` is a directory, or a repository of the Hub at a branch, tag or commit (`revision`).
 
+    "memory" is for adapters that were sent: then `location` only names them.
+
     `sought` says in words where a directory was looked for first, None where it was not.
     """
 
-    kind: Literal["local", "hub"]
+    kind: Literal["local", "hub", "memory"]
     location: str
     revision: str | None = None
     sought: str | None = field(default=None, compare=False)

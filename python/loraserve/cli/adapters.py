@@ -34,7 +34,8 @@ def add_parser(commands: Subparsers) -> None:
     check = add_command(
         actions, "check", "check an adapter against a model and print what it changes", EXAMPLES
     )
-    check.add_argument("path", metavar="PATH", help="PEFT directory")
+    help_ = "PEFT directory, GGUF adapter, or directory of TensorRT-LLM's arrays"
+    check.add_argument("path", metavar="PATH", help=help_)
     check.add_argument("--model", required=True, help=MODEL_HELP)
     add_dtype_option(check)
     add_max_lora_rank_option(check)
@@ -62,7 +63,8 @@ def _check(config: EngineConfig, path: str) -> CheckedFiles:
     from loraserve.loader.resolve import open_checkpoint  # noqa: PLC0415
 
     with open_checkpoint(config.model) as checkpoint:
-        checked = open_check(checkpoint, config.dtype, config.max_lora_rank).check(path)
+        check = open_check(checkpoint, config.dtype, config.max_lora_rank)
+        checked = check.check(path)
     try:
         checked.try_chat()
     except InvalidRequestError as error:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from loraserve.cli.options import MODEL_HELP, Subparsers, add_command, add_max_lora_rank_option
 from loraserve.config import EngineConfig
-from loraserve.errors import ModelError
+from loraserve.errors import AdapterFormatError, ModelError
 
 if TYPE_CHECKING:
     from loraserve.cli.verification import Position
@@ -83,6 +83,10 @@ def run(args: argparse.Namespace) -> int:
     with open_checkpoint(config.model) as checkpoint:
         model = checkpoint.path
         checked = open_check(checkpoint, config.dtype, config.max_lora_rank).check(args.path)
+    if checked.stored is not None:
+        raise AdapterFormatError(
+            f"{args.path}: PEFT reads no such adapter, so there is nothing to compare with"
+        )
     tokenizer, directory = checked.text.tokenizer, checked.receipt.directory
     prompts = [tokenizer.encode(text) for text in own] if own else _default_prompts(tokenizer)
     config = dataclasses.replace(config, model=str(model))

@@ -7,9 +7,10 @@ import itertools
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from loraserve import _core
 from loraserve.adapters.beside import BesideReader
@@ -17,6 +18,7 @@ from loraserve.adapters.check import AdapterCheck, CheckedFiles
 from loraserve.adapters.manifest import AdapterManifest
 from loraserve.adapters.registry import AdapterRegistry, RegisteredAdapter, check_adapter_name
 from loraserve.adapters.startup import AdapterFailure, StartingAdapters
+from loraserve.adapters.stored import StoredAdapter, memory_source
 from loraserve.config import EngineConfig
 from loraserve.engine.adapter_loads import AdapterLoads
 from loraserve.engine.extent_loader import ExtentLoader
@@ -28,6 +30,9 @@ from loraserve.errors import AdapterFormatError, EngineStoppedError, InvalidRequ
 from loraserve.loader.base_weights import BaseWeights
 from loraserve.sampling.grammar_compiler import GrammarCompiler
 from loraserve.validation.files import check_path
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -84,12 +89,13 @@ class EngineAdapters:
             None if config.generation_config == "none" else model.sampling_defaults,
         )
         self._check = AdapterCheck(
-            runner.base_shape,
+            runner.model.config,
             config.dtype,
             config.max_lora_rank,
             BaseWeights(model.path, config.dtype),
             beside,
         )
+        self.tensor_store = self._check.store
         self.loader = ExtentLoader(runner.backend, self._check, wake.set)
 
     def load_configured(self) -> None:
@@ -109,36 +115,72 @@ class EngineAdapters:
     def load(
         self,
         name: str,
-        path: str | os.PathLike[str],
+        source: str | os.PathLike[str] | StoredAdapter,
         manifest: AdapterManifest | None = None,
         *,
         replace: bool = False,
     ) -> _core.Receipt:
         """`check`, then `register`."""
         turn = self.take_turn()
-        return self.register(self.check(name, path, manifest), replace=replace, turn=turn)
+        return self.register(self.check(name, source, manifest), replace=replace, turn=turn)
+
+    def check_name(self, name: str) -> None:
+        """Raises InvalidRequestError: no request could ask for an adapter of this name."""
+        check_adapter_name(name, self._config.base_names)
+
+    def source_of(
+        self,
+        name: str,
+        path: str | os.PathLike[str] | None,
+        tensors: Mapping[str, Tensor] | None,
+        config: Mapping[str, Any] | None,
+    ) -> str | os.PathLike[str] | StoredAdapter:
+        """What `check` and `load` take: the path, or the tensors, kept in the store.
+
+        Args:
+            name: what it will be called.
+            path: where the adapter lies, None if it is given.
+            tensors: under the names that a PEFT directory has them under.
+            config: what its adapter_config.json would hold.
+
+        Raises:
+            InvalidRequestError: it is given twice or not at all, or tensors or config are none.
+            CapacityError: there is no room for what is given as tensors.
+        """
+        if path is not None and tensors is None and config is None:
+            return path
+        if path is not None or tensors is None or config is None:
+            raise InvalidRequestError(
+                "give a path, or tensors and what their adapter_config.json holds as config"
+            )
+        self.check_name(name)
+        return self.tensor_store.put(memory_source(name), config, tensors)
 
     def check(
-        self, name: str, path: str | os.PathLike[str], manifest: AdapterManifest | None = None
+        self,
+        name: str,
+        source: str | os.PathLike[str] | StoredAdapter,
+        manifest: AdapterManifest | None = None,
     ) -> CheckedAdapter:
         """Read an adapter and check it against the model; as slow as its files, and nothing is changed.
 
         Args:
             name: what requests are to call it.
-            path: a PEFT directory.
+            source: a PEFT directory, a GGUF adapter, TensorRT-LLM's arrays, or what `store` gave.
             manifest: goes over the directory's own `loraserve.json`.
 
         Raises:
             InvalidRequestError: the name is not allowed, or the path is no text.
             AdapterFormatError, AdapterUnavailableError: the adapter can't be served.
         """
-        check_adapter_name(name, self._config.base_names)
-        check_path(path, f"the path of adapter {name!r}")
-        path = os.path.abspath(path)  # it is read again at every load, wherever the process is then
-        files = self.loader.check(path, manifest)
+        self.check_name(name)
+        if not isinstance(source, StoredAdapter):
+            check_path(source, f"the path of adapter {name!r}")
+            source = os.path.abspath(source)  # it is read again at every load, wherever the process is then
+        files = self.loader.check(source, manifest)
         self._check_invocation(name, files.receipt)
         self._try_manifest(name, files)
-        return CheckedAdapter(name, files.receipt.directory, files)
+        return CheckedAdapter(name, files.path, files)
 
     def register(self, checked: CheckedAdapter, *, replace: bool = False, turn: int) -> _core.Receipt:
         """Serve an adapter under its name; its bytes enter the pool on first use.
@@ -169,7 +211,16 @@ class EngineAdapters:
                 invocation_tokens=receipt.invocation_tokens,
             )
             self._registry.add(
-                RegisteredAdapter(name, checked.path, receipt, adapter_id, files.manifest, files.text, turn)
+                RegisteredAdapter(
+                    name,
+                    checked.path,
+                    receipt,
+                    adapter_id,
+                    files.manifest,
+                    files.text,
+                    turn,
+                    files.stored,
+                )
             )
             if old is not None and old.adapter_id != adapter_id:
                 self._forget_replaced(old.adapter_id, name)

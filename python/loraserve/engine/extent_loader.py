@@ -16,6 +16,7 @@ from loraserve import _core
 from loraserve.adapters.check import AdapterCheck, CheckedFiles
 from loraserve.adapters.manifest import AdapterManifest
 from loraserve.adapters.registry import WeightsSource
+from loraserve.adapters.stored import StoredAdapter
 from loraserve.backends import Backend, Extent
 from loraserve.errors import AdapterUnavailableError, LoraserveError
 
@@ -78,13 +79,13 @@ class ExtentLoader:
         self._end.atexit = False  # the engine's thread, which the exit waits for, ends them
         self._results: queue.SimpleQueue[LoadResult] = queue.SimpleQueue()
 
-    def check(self, path: str, manifest: AdapterManifest | None = None) -> CheckedFiles:
-        """Read and check the adapter at `path` against the base model, without loading it."""
-        stamp = _stamp(path)
-        checked = self._check.check(path, self._pace, manifest)
+    def check(self, source: str | StoredAdapter, manifest: AdapterManifest | None = None) -> CheckedFiles:
+        """Read and check an adapter, of a path or of the store, without loading it."""
+        stamp = _stamp(source) if isinstance(source, str) else None
+        checked = self._check.check(source, self._pace, manifest)
         receipt = checked.receipt
-        if receipt.base_copies:
-            self._compared[receipt.directory] = stamp if receipt.directory == path else None
+        if receipt.base_copies and checked.stored is None:
+            self._compared[receipt.directory] = stamp if receipt.directory == source else None
         return checked
 
     def set_contended(self, is_contended: bool) -> None:
@@ -161,7 +162,8 @@ class ExtentLoader:
         return self._load(sources[-1], extent)
 
     def _load(self, source: WeightsSource, extent: Extent) -> _core.AdapterLayout:
-        if source.path in self._compared and not _is_as(self._compared[source.path], source.path):
+        is_compared = source.stored is None and source.path in self._compared
+        if is_compared and not _is_as(self._compared[source.path], source.path):
             self._check.check_weights(source.path, self._pace)
 
         assert self._backend is not None, "invariant: a load is over before the loader is shut down"
@@ -178,6 +180,7 @@ class ExtentLoader:
                 extent.nbytes,
                 self._pace,
                 base_linears,
+                None if source.stored is None else source.stored.files,
             )
 
         return self._backend.fill(extent, load)

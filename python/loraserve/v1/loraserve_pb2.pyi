@@ -206,6 +206,24 @@ class Timing(_message.Message):
     adapter_was_resident: bool
     def __init__(self, queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., total_s: _Optional[float] = ..., adapter_was_resident: _Optional[bool] = ...) -> None: ...
 
+class UploadAdapterRequest(_message.Message):
+    __slots__ = ("head", "data")
+    HEAD_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    head: UploadAdapterHead
+    data: bytes
+    def __init__(self, head: _Optional[_Union[UploadAdapterHead, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class UploadAdapterHead(_message.Message):
+    __slots__ = ("name", "config_json", "replace")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_JSON_FIELD_NUMBER: _ClassVar[int]
+    REPLACE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    config_json: str
+    replace: bool
+    def __init__(self, name: _Optional[str] = ..., config_json: _Optional[str] = ..., replace: _Optional[bool] = ...) -> None: ...
+
 class LoadAdapterRequest(_message.Message):
     __slots__ = ("name", "path", "replace")
     NAME_FIELD_NUMBER: _ClassVar[int]

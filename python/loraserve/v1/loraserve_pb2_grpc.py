@@ -44,6 +44,11 @@ class LoraServeStub:
                 request_serializer=loraserve_dot_v1_dot_loraserve__pb2.LoadAdapterRequest.SerializeToString,
                 response_deserializer=loraserve_dot_v1_dot_loraserve__pb2.LoadAdapterResponse.FromString,
                 _registered_method=True)
+        self.UploadAdapter = channel.stream_unary(
+                '/loraserve.v1.LoraServe/UploadAdapter',
+                request_serializer=loraserve_dot_v1_dot_loraserve__pb2.UploadAdapterRequest.SerializeToString,
+                response_deserializer=loraserve_dot_v1_dot_loraserve__pb2.LoadAdapterResponse.FromString,
+                _registered_method=True)
         self.UnloadAdapter = channel.unary_unary(
                 '/loraserve.v1.LoraServe/UnloadAdapter',
                 request_serializer=loraserve_dot_v1_dot_loraserve__pb2.UnloadAdapterRequest.SerializeToString,
@@ -85,6 +90,14 @@ class LoraServeServicer:
         """Checks an adapter on the server's disk and registers it under a name. Its weights enter the
         memory pool with the first request that uses it. The same name and content again is no error; a name
         of other content is one, unless it is to be replaced.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UploadAdapter(self, request_iterator, context):
+        """Registers an adapter that is sent: a head, then the bytes of a safetensors file in parts, 2 GiB at most. It
+        is kept until it is unloaded or the server ends.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -134,6 +147,11 @@ def add_LoraServeServicer_to_server(servicer, server):
             'LoadAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.LoadAdapter,
                     request_deserializer=loraserve_dot_v1_dot_loraserve__pb2.LoadAdapterRequest.FromString,
+                    response_serializer=loraserve_dot_v1_dot_loraserve__pb2.LoadAdapterResponse.SerializeToString,
+            ),
+            'UploadAdapter': grpc.stream_unary_rpc_method_handler(
+                    servicer.UploadAdapter,
+                    request_deserializer=loraserve_dot_v1_dot_loraserve__pb2.UploadAdapterRequest.FromString,
                     response_serializer=loraserve_dot_v1_dot_loraserve__pb2.LoadAdapterResponse.SerializeToString,
             ),
             'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
@@ -215,6 +233,33 @@ class LoraServe:
             target,
             '/loraserve.v1.LoraServe/LoadAdapter',
             loraserve_dot_v1_dot_loraserve__pb2.LoadAdapterRequest.SerializeToString,
+            loraserve_dot_v1_dot_loraserve__pb2.LoadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UploadAdapter(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/loraserve.v1.LoraServe/UploadAdapter',
+            loraserve_dot_v1_dot_loraserve__pb2.UploadAdapterRequest.SerializeToString,
             loraserve_dot_v1_dot_loraserve__pb2.LoadAdapterResponse.FromString,
             options,
             channel_credentials,

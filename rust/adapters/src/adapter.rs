@@ -29,20 +29,35 @@ pub struct Limits {
     pub max_lora_rank: usize,
 }
 
+/// Where an adapter's files lie.
+#[derive(Clone, Copy, Debug)]
+pub enum Place<'a> {
+    /// A PEFT directory.
+    Directory(&'a Path),
+    /// Weights in one safetensors file, and what would lie beside them as `adapter_config.json`.
+    File {
+        weights: &'a Path,
+        config: &'a str,
+        /// What errors call the file.
+        name: &'a str,
+    },
+}
+
 /// Reads and checks all of an adapter and says what it is.
 pub fn check(directory: &Path, shape: &BaseShape, limits: Limits) -> Result<Receipt> {
-    check_paced(directory, shape, limits, None, &Pace::default())
+    let place = Place::Directory(directory);
+    check_paced(place, shape, limits, None, &Pace::default())
 }
 
 /// `check`, at a pace; copies of the base's weights are compared with `base`, and refused without it.
 pub fn check_paced(
-    directory: &Path,
+    place: Place<'_>,
     shape: &BaseShape,
     limits: Limits,
     base: Option<&dyn BaseWeights>,
     pace: &Pace,
 ) -> Result<Receipt> {
-    let mut adapter = Adapter::open(directory, shape, limits)?;
+    let mut adapter = Adapter::open(place, shape, limits)?;
     adapter.check_copies(base, pace)?;
     let hash = adapter.read_modules(pace, |_, _, _| Ok(()))?;
     Ok(adapter.receipt(shape, hash))
@@ -60,7 +75,7 @@ pub fn load(
     extent: &mut [u8],
 ) -> Result<AdapterLayout> {
     load_paced(
-        directory,
+        Place::Directory(directory),
         shape,
         limits,
         expected_hash,
@@ -72,7 +87,7 @@ pub fn load(
 
 /// `load`, at a pace; `base` is asked where gains or shifts depend on it.
 pub fn load_paced(
-    directory: &Path,
+    place: Place<'_>,
     shape: &BaseShape,
     limits: Limits,
     expected_hash: &str,
@@ -80,7 +95,7 @@ pub fn load_paced(
     base: Option<&dyn BaseLinears>,
     pace: &Pace,
 ) -> Result<AdapterLayout> {
-    let opened = Adapter::open(directory, shape, limits);
+    let opened = Adapter::open(place, shape, limits);
     let loaded = opened.and_then(|adapter| adapter.load(shape, expected_hash, extent, base, pace));
     loaded.map_err(Error::since_registered)
 }
@@ -99,11 +114,8 @@ struct Adapter {
 }
 
 impl Adapter {
-    fn open(directory: &Path, shape: &BaseShape, limits: Limits) -> Result<Self> {
-        let (directory, located) = locate(directory);
-        let (path, text) = read_config(&directory)?;
-        let config = Config::parse(&path, &text)?;
-        let (mut weights, sharded) = Weights::open(&directory)?;
+    fn open(place: Place<'_>, shape: &BaseShape, limits: Limits) -> Result<Self> {
+        let (directory, config, mut weights, mut notes) = open_files(place)?;
         let mut names = Names::read(weights.sources()?)?;
         let copies = take_copies(&mut names.tensors, &config)?;
         if names.tensors.is_empty() {
@@ -111,7 +123,6 @@ impl Adapter {
                 path: weights.path().into(),
             });
         }
-        let mut notes: Vec<String> = located.into_iter().chain(sharded).collect();
         notes.append(&mut names.notes);
         let alphas = read_alphas(&mut weights, std::mem::take(&mut names.alphas))?;
         let bindings = bind(names, alphas, &config, shape, limits.max_lora_rank);
@@ -291,6 +302,29 @@ fn alone(bindings: &[Binding]) -> Option<&'static str> {
         Some("it has biases in place of the base's (bias)")
     } else {
         None
+    }
+}
+
+/// The directory, the config, the weights, and notes on where they were found.
+fn open_files(place: Place<'_>) -> Result<(PathBuf, Config, Weights, Vec<String>)> {
+    match place {
+        Place::Directory(directory) => {
+            let (directory, located) = locate(directory);
+            let (path, text) = read_config(&directory)?;
+            let config = Config::parse(&path, &text)?;
+            let (weights, sharded) = Weights::open(&directory)?;
+            let notes = located.into_iter().chain(sharded).collect();
+            Ok((directory, config, weights, notes))
+        }
+        Place::File {
+            weights,
+            config,
+            name,
+        } => {
+            let config = Config::parse(Path::new("the config given"), config)?;
+            let weights = Weights::open_file(weights, name)?;
+            Ok((name.into(), config, weights, Vec::new()))
+        }
     }
 }
 

@@ -251,19 +251,27 @@ impl Entries {
 
     fn foreign(&self) -> Option<String> {
         let kinds: &[(&[&str], &str)] = &[
-            (&[".gguf"], "a GGUF file, and GGUF adapters are not read"),
             (
-                &[".npy", ".nemo"],
-                "TensorRT-LLM's or NeMo's form of an adapter, which is not read",
+                &[".gguf"],
+                "a GGUF file: give that file itself as the adapter",
+            ),
+            (
+                &[".npy"],
+                "of TensorRT-LLM's form of an adapter: give a directory with its two arrays and no \
+                 adapter_config.json",
+            ),
+            (
+                &[".nemo"],
+                "NeMo's form of an adapter, which is not read: hand over the PEFT directory it was made from",
             ),
             (
                 &["adapters.safetensors", "adapters.npz"],
-                "MLX's form of an adapter, which is not read",
+                "MLX's form of an adapter, which is not read: hand over the PEFT directory it was made from",
             ),
         ];
         for (ends, what) in kinds {
             if let Some(found) = self.ending(ends) {
-                return Some(format!("{found:?} is {what}: {FROM_PEFT}"));
+                return Some(format!("{found:?} is {what}"));
             }
         }
         let archive = self.ending(&[".zip", ".tar", ".gz", ".tgz", ".xz", ".zst", ".7z"])?;

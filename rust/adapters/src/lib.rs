@@ -33,7 +33,7 @@ mod target;
 mod tensor_name;
 mod weights;
 
-pub use adapter::{Limits, check, check_paced, load, load_paced};
+pub use adapter::{Limits, Place, check, check_paced, load, load_paced};
 pub use base_copy::{BaseWeights, StoredWeight, digest};
 pub use base_linears::{BaseLinears, Delta};
 pub use error::{Error, ErrorKind, Result};

@@ -43,7 +43,7 @@ impl Weights {
             Shards::find(directory)?
         };
         let Some(shards) = shards else {
-            let file = WeightsFile::open(&path, &mut MAX_HEADER_NBYTES.clone());
+            let file = WeightsFile::open(&path, &path, &mut MAX_HEADER_NBYTES.clone());
             let file = file.map_err(|error| say_what_is_there(directory, WEIGHTS_FILE, error))?;
             return Ok((
                 Self {
@@ -54,7 +54,7 @@ impl Weights {
             ));
         };
         let mut left = MAX_HEADER_NBYTES;
-        let open = |path: &PathBuf| WeightsFile::open(path, &mut left);
+        let open = |path: &PathBuf| WeightsFile::open(path, path, &mut left);
         let files = shards.files.iter().map(open).collect::<Result<Vec<_>>>()?;
         let weights = Self {
             path: shards.files[0].clone(),
@@ -67,6 +67,16 @@ impl Weights {
         shards.check(&numbers.collect())?;
         let note = format!("weights: {} shards read as one file", weights.shards.len());
         Ok((weights, Some(note)))
+    }
+
+    /// Opens the file at `path`, which errors call `name`.
+    pub(crate) fn open_file(path: &Path, name: &str) -> Result<Self> {
+        let name = Path::new(name);
+        let file = WeightsFile::open(path, name, &mut MAX_HEADER_NBYTES.clone())?;
+        Ok(Self {
+            path: name.into(),
+            shards: vec![file],
+        })
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -116,17 +126,18 @@ struct WeightsFile {
 }
 
 impl WeightsFile {
-    /// Opens the file; its header counts towards what is left of headers, `left_nbytes`.
-    fn open(path: &Path, left_nbytes: &mut u64) -> Result<Self> {
-        let nbytes = file_nbytes(path)?;
-        let mut file = File::open(path).map_err(|error| io_error(path, error))?;
+    /// Opens the file at `place`, which errors call `path`; its header counts towards what is left of
+    /// headers, `left_nbytes`.
+    fn open(place: &Path, path: &Path, left_nbytes: &mut u64) -> Result<Self> {
+        let nbytes = file_nbytes(place)?;
+        let mut file = File::open(place).map_err(|error| io_error(path, error))?;
         let opened = read_header_length(path, &mut file, nbytes).and_then(|header_nbytes| {
             take_header(path, header_nbytes, left_nbytes)?;
             let header = read_header(path, &mut file, header_nbytes)?;
             Ok((header_nbytes, header))
         });
         let (header_nbytes, header) = opened.map_err(|error| {
-            recognise_file(path, Expected::Binary).map_or(error, |what| foreign(path, what))
+            recognise_file(place, Expected::Binary).map_or(error, |what| foreign(path, what))
         })?;
         let data_start = LENGTH_NBYTES + header_nbytes;
         let expected = data_start.checked_add(header.data_len() as u64);

@@ -7,8 +7,8 @@ use std::path::Path;
 use common::{LIMITS, Peft, Tensor, assert_error, base};
 use half::bf16;
 use loraserve_adapters::{
-    BaseWeights, Limits, Pace, Receipt, Result, StorageDtype, StoredWeight, check_paced, digest,
-    load,
+    BaseWeights, Limits, Pace, Place, Receipt, Result, StorageDtype, StoredWeight, check_paced,
+    digest, load,
 };
 use safetensors::Dtype;
 use serde_json::json;
@@ -43,7 +43,13 @@ impl BaseWeights for Base {
 
 fn check(path: &Path, dtype: StorageDtype) -> Result<Receipt> {
     let limits = Limits { dtype, ..LIMITS };
-    check_paced(path, &base(), limits, Some(&Base(dtype)), &Pace::default())
+    check_paced(
+        Place::Directory(path),
+        &base(),
+        limits,
+        Some(&Base(dtype)),
+        &Pace::default(),
+    )
 }
 
 fn with_copies(names: &[&str]) -> Peft {

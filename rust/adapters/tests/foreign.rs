@@ -161,11 +161,11 @@ fn what_lies_in_the_directory_instead_is_named_with_its_remedy() {
         ),
         (
             rename(WEIGHTS, "lora.gguf"),
-            "is a GGUF file, and GGUF adapters are not read",
+            "is a GGUF file: give that file itself as the adapter",
         ),
         (
-            only(&["model.lora_config.npy", "model.lora_weights.npy"]),
-            "TensorRT-LLM's or NeMo's form of an adapter",
+            only(&["model.lora_config.npy"]),
+            "TensorRT-LLM's form of an adapter: give a directory with its two arrays",
         ),
         (
             rename(WEIGHTS, "adapters.safetensors"),

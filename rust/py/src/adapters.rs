@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use loraserve_adapters::{
-    self as adapters, BaseWeights, Expected, Limits, StorageDtype, StoredWeight,
+    self as adapters, BaseWeights, Expected, Limits, Place, StorageDtype, StoredWeight,
 };
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -169,7 +169,7 @@ impl LoadPace {
 
 /// Reads and checks all of an adapter; raises `AdapterFormatError`.
 #[pyfunction]
-#[pyo3(signature = (path, shape, dtype, max_lora_rank, pace=None, base_weights=None))]
+#[pyo3(signature = (path, shape, dtype, max_lora_rank, pace=None, base_weights=None, stored=None))]
 fn check_adapter(
     py: Python<'_>,
     path: &str,
@@ -178,13 +178,15 @@ fn check_adapter(
     max_lora_rank: usize,
     pace: Option<&LoadPace>,
     base_weights: Option<Py<PyAny>>,
+    stored: Option<(String, String)>,
 ) -> PyResult<Receipt> {
     let limits = limits(dtype, max_lora_rank)?;
     let pace = LoadPace::of(pace);
     let base = base_weights.map(BaseFunction);
     let base = base.as_ref().map(|base| base as &dyn BaseWeights);
-    let path = Path::new(path);
-    let checked = py.detach(|| adapters::check_paced(path, &shape.inner, limits, base, &pace));
+    let (config, weights) = stored.unzip();
+    let place = place(path, config.as_deref(), weights.as_deref());
+    let checked = py.detach(|| adapters::check_paced(place, &shape.inner, limits, base, &pace));
     let inner = checked.map_err(|error| of_adapter(&error))?;
     Ok(Receipt { inner })
 }
@@ -193,7 +195,7 @@ fn check_adapter(
 ///
 /// The caller keeps that memory alive and to itself until the call returns.
 #[pyfunction]
-#[pyo3(signature = (path, shape, dtype, max_lora_rank, expected_hash, dst_ptr, dst_nbytes, pace=None, base_linears=None))]
+#[pyo3(signature = (path, shape, dtype, max_lora_rank, expected_hash, dst_ptr, dst_nbytes, pace=None, base_linears=None, stored=None))]
 fn load_adapter(
     py: Python<'_>,
     path: &str,
@@ -205,6 +207,7 @@ fn load_adapter(
     dst_nbytes: usize,
     pace: Option<&LoadPace>,
     base_linears: Option<&Bound<'_, PyAny>>,
+    stored: Option<(String, String)>,
 ) -> PyResult<AdapterLayout> {
     let limits = limits(dtype, max_lora_rank)?;
     if dst_ptr == 0 || isize::try_from(dst_nbytes).is_err() {
@@ -215,12 +218,14 @@ fn load_adapter(
     let pace = LoadPace::of(pace);
     let base = base_linears.map(BaseLinears::new);
     let base = base.as_ref().map(|base| base as &dyn adapters::BaseLinears);
+    let (config, weights) = stored.unzip();
+    let place = place(path, config.as_deref(), weights.as_deref());
     let loaded = py.detach(|| {
         // SAFETY: the caller guarantees dst_nbytes writable bytes at dst_ptr that nobody else
         // reads or writes until this call returns; null and oversized lengths are refused above.
         let extent = unsafe { std::slice::from_raw_parts_mut(dst_ptr as *mut u8, dst_nbytes) };
         adapters::load_paced(
-            Path::new(path),
+            place,
             &shape.inner,
             limits,
             expected_hash,
@@ -259,6 +264,18 @@ fn weight_digest(py: Python<'_>, ptr: usize, nbytes: usize) -> PyResult<String> 
         let bytes = unsafe { std::slice::from_raw_parts(ptr as *const u8, nbytes) };
         adapters::digest(bytes)
     }))
+}
+
+/// A directory, or what is stored for it: the text of a config, and where the weights are read.
+fn place<'a>(path: &'a str, config: Option<&'a str>, weights: Option<&'a str>) -> Place<'a> {
+    match (config, weights) {
+        (Some(config), Some(weights)) => Place::File {
+            weights: Path::new(weights),
+            config,
+            name: path,
+        },
+        _ => Place::Directory(Path::new(path)),
+    }
 }
 
 fn limits(dtype: &str, max_lora_rank: usize) -> PyResult<Limits> {

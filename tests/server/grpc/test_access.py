@@ -64,10 +64,16 @@ def call_status(server: ControlServer, method: str, metadata: list[tuple[str, st
     """The status of a call of any method with an empty message."""
     descriptor = SERVICE.methods_by_name[method]
     with grpc.insecure_channel(server.grpc_address) as channel:
-        make = channel.unary_stream if descriptor.server_streaming else channel.unary_unary
+        kinds: dict[tuple[bool, bool], Any] = {
+            (False, False): channel.unary_unary,
+            (False, True): channel.unary_stream,
+            (True, False): channel.stream_unary,
+        }
+        make = kinds[descriptor.client_streaming, descriptor.server_streaming]
         call: Any = make(f"/{SERVICE.full_name}/{method}")
         try:
-            answer = call(b"", timeout=10.0, metadata=metadata)
+            message = iter([b""]) if descriptor.client_streaming else b""
+            answer = call(message, timeout=10.0, metadata=metadata)
             if descriptor.server_streaming:
                 list(answer)
         except grpc.RpcError as error:

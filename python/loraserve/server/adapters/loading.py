@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from loraserve.adapters.source import AdapterSource
+from loraserve.adapters.stored import StoredAdapter
 from loraserve.errors import AdapterNotFoundError, LoraserveError, StateError
 from loraserve.server.observe.logs import log_event
 from loraserve.settings.entries import AdapterSettings
@@ -47,6 +48,7 @@ class LoadRequest:
         is_warm: load it into the pool now.
         replaces: whether the name may have other content, which this takes the place of.
         manifest: goes over the adapter's own `loraserve.json`.
+        stored: the adapter itself where it was sent; it is not kept for the next start.
     """
 
     name: str
@@ -56,6 +58,7 @@ class LoadRequest:
     is_warm: bool = False
     replaces: bool = False
     manifest: AdapterManifest | None = None
+    stored: StoredAdapter | None = None
 
 
 logger = logging.getLogger(__name__)
@@ -160,7 +163,7 @@ async def _load_and_keep(
     fetched: asyncio.Event,
 ) -> Receipt:
     with logged_load(request.name, str(request.source), by):
-        if kept is not None:
+        if kept is not None and request.stored is None:
             kept.check_room(request.name)
         path = await _fetch(sources, request, on_progress)
         fetched.set()
@@ -175,7 +178,7 @@ async def _load_and_keep(
 
 
 async def _register(
-    engine: AsyncEngine, request: LoadRequest, path: str, on_progress: OnLoadProgress
+    engine: AsyncEngine, request: LoadRequest, path: str | StoredAdapter, on_progress: OnLoadProgress
 ) -> Receipt:
     on_progress(LoadProgress("checking"))
     was_registered = any(adapter.name == request.name for adapter in engine.adapters())
@@ -194,9 +197,17 @@ async def _register(
     return receipt
 
 
-async def _keep(engine: AsyncEngine, request: LoadRequest, path: str, kept: AdapterState | None) -> None:
+async def _keep(
+    engine: AsyncEngine, request: LoadRequest, path: str | StoredAdapter, kept: AdapterState | None
+) -> None:
     """Keeps the adapter as it is served now; who has replaced or unloaded it meanwhile keeps that."""
     if kept is None:
+        return
+    if isinstance(path, StoredAdapter):
+        reason = "it was sent, and only sources are kept"
+        log_event(logger, "adapter not kept", level=logging.WARNING, adapter=request.name, reason=reason)
+        if request.name not in kept.configured:
+            await kept.forget(request.name)  # the next start would load what this took the place of
         return
     for adapter in engine.adapters():
         if adapter.name == request.name and _is_from(adapter.path, os.path.abspath(path)):
@@ -216,7 +227,11 @@ def _is_from(directory: str, path: str) -> bool:
     return path in (directory, os.path.dirname(directory))
 
 
-async def _fetch(sources: AdapterSources | None, request: LoadRequest, on_progress: OnLoadProgress) -> str:
+async def _fetch(
+    sources: AdapterSources | None, request: LoadRequest, on_progress: OnLoadProgress
+) -> str | StoredAdapter:
+    if request.stored is not None:
+        return request.stored
     if sources is None:
         return request.source.location
     loop = asyncio.get_running_loop()

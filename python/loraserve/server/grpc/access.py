@@ -7,7 +7,7 @@ does not name needs an administrator, so that a new method is never open by acci
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -67,6 +67,11 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         rule = _RULES.get(name, AccessInterceptor._administer)
         parse = partial(_parse, handler.request_deserializer, self._check_counts[name])
         # Bytes come here as they are: of those that are no message gRPC makes UNKNOWN and a traceback.
+        if handler.request_streaming:
+            return grpc.stream_unary_rpc_method_handler(
+                self._checked(handler.stream_unary, partial(_parsed, parse), rule),
+                response_serializer=handler.response_serializer,
+            )
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
                 self._checked(handler.unary_stream, parse, rule),
@@ -77,8 +82,8 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             response_serializer=handler.response_serializer,
         )
 
-    def _checked(self, handler: Handler, parse: Callable[[bytes], Any], rule: Rule) -> Handler:
-        async def handle(data: bytes, context: Context) -> Any:
+    def _checked(self, handler: Handler, parse: Callable[[Any], Any], rule: Rule) -> Handler:
+        async def handle(data: Any, context: Context) -> Any:
             try:
                 caller = self._access.authenticate(
                     metadata_value(context, "authorization"), client_host=_client_host(context)
@@ -131,6 +136,12 @@ def _parse(deserialize: Callable[[bytes], Any], check_counts: Callable[[bytes], 
         logger.info("call refused: %d bytes that are no message", len(data))
         text = f"the request's {len(data)} bytes are no message of this method: {error}"
         raise InvalidRequestError(printable(text, MAX_REASON_CHARS)) from None
+
+
+async def _parsed(parse: Callable[[bytes], Any], messages: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+    """Each of a stream's messages; raises as `_parse`, where the method asks for it."""
+    async for data in messages:
+        yield parse(data)
 
 
 async def abort_with(context: Context, error: LoraserveError) -> None:

@@ -30,6 +30,7 @@ from loraserve.server.grpc.access import (
     current_caller,
     metadata_value,
 )
+from loraserve.server.grpc.upload import upload_data, upload_head
 from loraserve.server.listen import ListenError, check_can_listen, socket_address
 from loraserve.server.observe.logs import log_event
 from loraserve.server.observe.metrics import Metrics
@@ -119,6 +120,21 @@ class LoraServeServicer:
             return pb.LoadAdapterResponse(receipt=receipt_to_wire(receipt))
         return None
 
+    async def UploadAdapter(  # noqa: N802
+        self, messages: AsyncIterator[pb.UploadAdapterRequest], context: Context
+    ) -> pb.LoadAdapterResponse | None:
+        """Register the adapter that is sent, and answer with the receipt."""
+        async with self._errors_answered(context, None):
+            head = await upload_head(messages)
+            stored = await self._engine.receive_adapter(head.name, head.config_json, upload_data(messages))
+            source = AdapterSource("memory", stored.source)
+            wanted = LoadRequest(name=head.name, source=source, replaces=head.replace, stored=stored)
+            receipt = await load_adapter(
+                self._engine, None, wanted, lambda _: None, by=current_caller().name, kept=self._kept
+            )
+            return pb.LoadAdapterResponse(receipt=receipt_to_wire(receipt))
+        return None
+
     async def UnloadAdapter(  # noqa: N802
         self, message: pb.UnloadAdapterRequest, context: Context
     ) -> pb.UnloadAdapterResponse | None:
@@ -165,10 +181,11 @@ class LoraServeServicer:
         return None
 
     @asynccontextmanager
-    async def _errors_answered(self, context: Context, message: Message) -> AsyncIterator[None]:
+    async def _errors_answered(self, context: Context, message: Message | None) -> AsyncIterator[None]:
         """Turns an error of the body into the call's status; a cancelled call passes through."""
         try:
-            check_known(message)
+            if message is not None:
+                check_known(message)
             yield
         except LoraserveError as error:
             if isinstance(error, EngineStoppedError):

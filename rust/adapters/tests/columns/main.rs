@@ -11,7 +11,7 @@ use std::ops::Range;
 use common::{LIMITS, MODULES, NUM_LAYERS, Peft, Tensor, assert_error};
 use loraserve_adapters::{
     AdapterLayout, BaseLinears, BaseShape, Delta, ErrorKind, Limits, ModuleLayout, ModuleShape,
-    Pace, Receipt, Result, SHIFT_NBYTES, StorageDtype, check, load_paced,
+    Pace, Place, Receipt, Result, SHIFT_NBYTES, StorageDtype, check, load_paced,
 };
 use serde_json::json;
 
@@ -127,7 +127,7 @@ fn load_biased(peft: &Peft, dtype: StorageDtype) -> (AdapterLayout, Vec<u8>) {
     let mut extent = vec![0xAB; receipt.nbytes];
     let (shape, pace) = (biased(), Pace::default());
     let layout = load_paced(
-        peft.path(),
+        Place::Directory(peft.path()),
         &shape,
         limits,
         &receipt.hash,
@@ -188,7 +188,7 @@ fn without_biases_in_the_base_a_gain_has_no_shift() {
     let mut extent = vec![0; receipt.nbytes];
     let (shape, pace) = (common::base(), Pace::default());
     let layout = load_paced(
-        peft.path(),
+        Place::Directory(peft.path()),
         &shape,
         LIMITS,
         &receipt.hash,

@@ -151,7 +151,7 @@ fn a_load_without_a_finite_gain_or_without_the_base_fails_by_name() {
         let mut extent = vec![0; receipt.nbytes];
         let (shape, pace) = (common::base(), Pace::default());
         let loaded = load_paced(
-            peft.path(),
+            Place::Directory(peft.path()),
             &shape,
             LIMITS,
             &receipt.hash,

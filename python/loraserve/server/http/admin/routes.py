@@ -8,9 +8,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import orjson
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 
+from loraserve.adapters.source import AdapterSource
 from loraserve.engine.stats import AdapterInfo
 from loraserve.errors import AdapterNotFoundError
 from loraserve.server.access.keys import Caller
@@ -36,6 +37,7 @@ from loraserve.server.http.admin.schema import (
     VllmUnloadBody,
     WarmBody,
 )
+from loraserve.server.http.admin.upload import OCTETS, check_upload, received
 from loraserve.server.http.auth import current_caller
 from loraserve.server.http.errors import MAX_MESSAGE_CHARS, Family, error_body
 from loraserve.server.http.json_route import JsonRoute
@@ -105,6 +107,40 @@ async def load(body: LoadBody, request: Request, state: State, caller: Admin) ->
         )
     await load_adapter(state.engine, _sources(state), wanted, lambda _: None, by=caller.name, kept=state.kept)
     return _json(_find(state, body.name, caller), 201)
+
+
+@router.put(
+    "/adapters/{name}",
+    status_code=201,
+    response_model=AdapterBody,
+    openapi_extra={"requestBody": {"content": {OCTETS: {"schema": {"type": "string", "format": "binary"}}}}},
+)
+async def upload(
+    name: str,
+    request: Request,
+    state: State,
+    caller: Admin,
+    config: Annotated[str, Query(description="What adapter_config.json holds.", max_length=2**15)],
+    replace: Annotated[bool, Query(description="Take the name from other content.")] = False,
+    pin: Annotated[bool, Query(description="Keep it in the memory pool.")] = False,
+    warm: Annotated[bool, Query(description="Load it into the memory pool now.")] = False,
+) -> Response:
+    """Load the adapter that is sent: a safetensors file as the body, 2 GiB at most.
+
+    It is kept until it is unloaded or the server ends, and not for the next start.
+    """
+    check_upload(request)
+    stored = await state.engine.receive_adapter(name, config, received(request))
+    wanted = LoadRequest(
+        name=name,
+        source=AdapterSource("memory", stored.source),
+        is_pinned=pin,
+        is_warm=warm,
+        replaces=replace,
+        stored=stored,
+    )
+    await load_adapter(state.engine, None, wanted, lambda _: None, by=caller.name, kept=state.kept)
+    return _json(_find(state, name, caller), 201)
 
 
 @router.get("/adapters/{name}")
