@@ -75,7 +75,8 @@ def loader_of(raw_config: dict[str, Any]) -> Any:
             return build_decoder(config, weights, packer, dtype, num_positions)
 
         decoder, length = place(config, build)
-        return LoadedModel(Path(path), config, decoder, byte_tokenizer(config.vocab_size), length)
+        tokenizer = byte_tokenizer(config.vocab_size)
+        return LoadedModel(Path(path), config, decoder, tokenizer, length, fingerprint="random weights")
 
     return load
 

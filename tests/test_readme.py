@@ -92,6 +92,7 @@ def test_the_commands_parse() -> None:
         ["loraserve", "generate"],
         ["loraserve", "adapters"],
         ["loraserve", "adapters"],
+        ["loraserve", "adapters"],
         ["loraserve", "doctor"],
     ]
     for line in lines:

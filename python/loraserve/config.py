@@ -125,6 +125,11 @@ class EngineConfig:
         parse_memory(self.memory)
 
     @property
+    def model_names(self) -> tuple[str, ...]:
+        """What the base model may be meant by, as given first."""
+        return tuple(dict.fromkeys((self.model, *self.base_names)))
+
+    @property
     def memory_nbytes(self) -> int | None:
         """Bytes of the pool; None where the device's memory decides."""
         return parse_memory(self.memory)

@@ -63,6 +63,7 @@ class ControlEngine(FakeEngine):
         return EngineInfo(
             version="1.0",
             model="fake",
+            base_fingerprint="base1:" + "0" * 64,
             dtype="bfloat16",
             device="cpu",
             max_model_len=1024,

@@ -73,6 +73,7 @@ class FakeEngine:
 
     def info(self) -> Any:
         return SimpleNamespace(
+            base_fingerprint="base1:ab",
             device="cpu",
             dtype="float32",
             num_pages=16,

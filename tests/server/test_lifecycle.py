@@ -289,6 +289,7 @@ def test_a_start_says_what_is_served_and_who_may_come_in(values: dict[str, Any],
     given = {"model": "m", "adapters": {"a": "/a", "b": "/b"}, "max_num_seqs": 8, **values}
     lines = start_facts(load_settings(given, {}).settings, FakeEngine().info())
     assert [line.split(None, 1) for line in lines] == [
+        ["base", "base1:ab"],
         ["device", "cpu, float32"],
         ["pool", "16 MiB for KV cache and adapters"],
         [

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from loraserve import _core
 from loraserve.adapters.beside import BesideReader, has_files
 from loraserve.adapters.containers import convert
-from loraserve.adapters.manifest import AdapterManifest, read_manifest
+from loraserve.adapters.manifest import AdapterManifest, has_manifest, read_manifest
+from loraserve.adapters.served_base import BaseComparison, ServedBase
 from loraserve.adapters.stored import AdapterStore, StoredAdapter
 from loraserve.adapters.text import AdapterText
 from loraserve.loader.base_weights import BaseWeights
 from loraserve.loader.checkpoint import Checkpoint
+from loraserve.loader.fingerprint import fingerprint
 from loraserve.models.config import ModelConfig
 
 
@@ -20,13 +22,16 @@ from loraserve.models.config import ModelConfig
 class CheckedFiles:
     """All of an adapter: its weights' receipt, its manifest, and what holds for its requests.
 
-    `path` is where it lies, or what stands for that; `stored` has the weights where they are not read there.
+    `path` is where it lies, or what stands for that; `stored` has the weights where they are not read there;
+    `manifest_directory` is where a manifest lies, or would, None where none is looked for.
     """
 
     path: str
     receipt: _core.Receipt
     manifest: AdapterManifest
     text: AdapterText
+    base: BaseComparison
+    manifest_directory: str | None
     stored: StoredAdapter | None = None
 
     def try_chat(self) -> None:
@@ -40,15 +45,19 @@ class CheckedFiles:
             )
 
 
-def open_check(checkpoint: Checkpoint, dtype: str, max_lora_rank: int) -> AdapterCheck:
-    """The check against a model that is not loaded. Raises ModelError."""
+def open_check(
+    checkpoint: Checkpoint, names: tuple[str, ...], dtype: str, max_lora_rank: int
+) -> AdapterCheck:
+    """The check against a model that is not loaded, which `names` mean. Raises ModelError."""
+    base = ServedBase(checkpoint.path, fingerprint(checkpoint), names)
     beside = BesideReader(
         checkpoint.path,
         checkpoint.load_tokenizer(),
         checkpoint.config.vocab_size,
         checkpoint.sampling_defaults(),
     )
-    return AdapterCheck(checkpoint.config, dtype, max_lora_rank, BaseWeights(checkpoint.path, dtype), beside)
+    weights = BaseWeights(checkpoint.path, dtype)
+    return AdapterCheck(checkpoint.config, dtype, max_lora_rank, base, weights, beside)
 
 
 class AdapterCheck:
@@ -58,6 +67,7 @@ class AdapterCheck:
         config: the base model's.
         dtype: in which weights are stored.
         max_lora_rank: adapters of a higher rank are refused.
+        base: the base model, as adapters say which one they are of.
         base_weights: the base model's, to compare copies with.
         beside: reads what lies beside the weights.
     """
@@ -67,6 +77,7 @@ class AdapterCheck:
         config: ModelConfig,
         dtype: str,
         max_lora_rank: int,
+        base: ServedBase,
         base_weights: BaseWeights,
         beside: BesideReader,
     ) -> None:
@@ -74,6 +85,7 @@ class AdapterCheck:
         self.store = AdapterStore()
         self.dtype = dtype
         self.max_lora_rank = max_lora_rank
+        self.base = base
         self._config = config
         self._base_weights = base_weights
         self._beside = beside
@@ -104,7 +116,8 @@ class AdapterCheck:
             manifest: goes over the directory's own.
 
         Raises:
-            AdapterFormatError: something of it can't be read, or can't be used with this model.
+            AdapterFormatError: something of it can't be read, or can't be used with this model, or it is
+                stamped for another.
             CapacityError: as of `BesideReader.read`, or there is no room to store what it becomes.
             OverloadedError: as of `BesideReader.read`.
         """
@@ -112,14 +125,23 @@ class AdapterCheck:
         path = source.source if isinstance(source, StoredAdapter) else source
         receipt = self.check_weights(path, pace, stored)
         directories = _directories(receipt, path, stored)
-        own = next(filter(None, map(read_manifest, directories)), None)
+        with_own = next(filter(has_manifest, directories), None)
+        own = None if with_own is None else read_manifest(with_own)
         manifest = (manifest or AdapterManifest()).merged_over(own)
+        base = self.base.compare(path, manifest, receipt.base_model)
         beside = next(filter(has_files, reversed(directories)), directories[0] if directories else None)
         text = self._beside.read(beside, manifest.chat_template)
         notes = [*(() if stored is None else stored.notes), *text.notes]
-        receipt = receipt.with_beside(notes, list(text.not_used))
+        if base.warning is not None:
+            notes.append(base.warning)
         return CheckedFiles(
-            path if stored is not None else receipt.directory, receipt, manifest, text, stored
+            path if stored is not None else receipt.directory,
+            receipt.with_beside(notes, list(text.not_used)),
+            manifest,
+            text,
+            base,
+            with_own or next(reversed(directories), None),
+            stored,
         )
 
 

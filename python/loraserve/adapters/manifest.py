@@ -7,7 +7,8 @@
   "chat_template": "{% for message in messages %}…",
   "stop": [";"],
   "sampling": {"temperature": 0.0, "max_tokens": 200},
-  "json_schema": {"type": "object"}
+  "json_schema": {"type": "object"},
+  "base_fingerprint": "base1:6f0c…"
 }
 ```
 Every field may be left out. What a request gives itself wins.
@@ -16,6 +17,8 @@ Every field may be left out. What a request gives itself wins.
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -25,11 +28,12 @@ from loraserve.errors import AdapterFormatError, InvalidRequestError
 from loraserve.sampling.grammar import Grammar
 from loraserve.sampling_params import SamplingParams
 from loraserve.validation.did_you_mean import did_you_mean
-from loraserve.validation.files import read_regular_file
+from loraserve.validation.files import read_regular_file, replace_file
 
 FILE_NAME = "loraserve.json"
 MAX_FILE_NBYTES = 2**20
 MAX_TEXT_CHARS = 256 * 1024
+_FINGERPRINT = re.compile(r"base\d+:[0-9a-f]{64}")
 
 SAMPLING_FIELDS = frozenset(
     {
@@ -61,6 +65,7 @@ class AdapterManifest:
         stop: strings that end an answer.
         sampling: defaults of sampling parameters, those of `SAMPLING_FIELDS`.
         grammar: the form of an answer; "json_schema" in the file.
+        base_fingerprint: of the base model it was trained on; with another it is refused.
     """
 
     description: str | None = None
@@ -69,6 +74,7 @@ class AdapterManifest:
     stop: tuple[str, ...] | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
     grammar: Grammar | None = None
+    base_fingerprint: str | None = None
 
     @classmethod
     def from_fields(cls, values: Any, source: str) -> AdapterManifest:
@@ -107,6 +113,7 @@ class AdapterManifest:
             "stop": None if self.stop is None else list(self.stop),
             "sampling": _with_json_types(self.sampling) or None,
             "json_schema": None if self.grammar is None else self.grammar.value,
+            "base_fingerprint": self.base_fingerprint,
         }
         return {name: value for name, value in values.items() if value is not None}
 
@@ -127,6 +134,11 @@ class AdapterManifest:
         return [{"role": "system", "content": self.system_prompt}, *messages]
 
 
+def has_manifest(directory: str) -> bool:
+    """Whether `read_manifest` finds one there, or fails."""
+    return os.path.lexists(Path(directory) / FILE_NAME)
+
+
 def read_manifest(directory: str) -> AdapterManifest | None:
     """The manifest in an adapter's directory, None if there is none.
 
@@ -134,6 +146,41 @@ def read_manifest(directory: str) -> AdapterManifest | None:
         AdapterFormatError: it can't be read, or is not a manifest.
     """
     path = Path(directory) / FILE_NAME
+    values = _read(path)
+    return None if values is None else AdapterManifest.from_fields(values, str(path))
+
+
+def stamp_manifest(directory: str, base_fingerprint: str, *, replace: bool = False) -> str | None:
+    """Write the base's fingerprint into an adapter's directory, in one step; all else there stays.
+
+    Args:
+        directory: of the adapter.
+        base_fingerprint: of the base it was trained on.
+        replace: whether another fingerprint may be there.
+
+    Returns:
+        The fingerprint that was there.
+
+    Raises:
+        AdapterFormatError: what is there is no manifest, or stamped for another base.
+        OSError: it can't be written.
+    """
+    path = Path(directory) / FILE_NAME
+    values = _read(path)
+    old = None if values is None else AdapterManifest.from_fields(values, str(path)).base_fingerprint
+    if old not in (None, base_fingerprint) and not replace:
+        raise AdapterFormatError(
+            f"{path} is stamped for base {old}, and the model given is {base_fingerprint}: "
+            "--replace stamps it anew"
+        )
+    if old != base_fingerprint:
+        stamped = {**(values or {}), "base_fingerprint": base_fingerprint}
+        replace_file(path, (json.dumps(stamped, indent=2, ensure_ascii=False) + "\n").encode())
+    return old
+
+
+def _read(path: Path) -> Any:
+    """What the file holds, None if it is not there. Raises AdapterFormatError."""
     try:
         data = read_regular_file(path, MAX_FILE_NBYTES)
     except (FileNotFoundError, NotADirectoryError):
@@ -144,7 +191,9 @@ def read_manifest(directory: str) -> AdapterManifest | None:
         values = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise AdapterFormatError(f"{path} is not JSON: {error}") from error
-    return AdapterManifest.from_fields(values, str(path))
+    if values is None:
+        raise AdapterFormatError(f"{path} is not a JSON object")
+    return values
 
 
 def _text(name: str) -> Callable[[Any], dict[str, Any]]:
@@ -195,6 +244,14 @@ def _with_json_types(sampling: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
+def _base_fingerprint(value: Any) -> dict[str, Any]:
+    if not isinstance(value, str) or not _FINGERPRINT.fullmatch(value):
+        raise InvalidRequestError(
+            f"base_fingerprint is {value!r:.100}, it must be what `loraserve adapters stamp` writes"
+        )
+    return {"base_fingerprint": value}
+
+
 def _schema(value: Any) -> dict[str, Any]:
     return {"grammar": Grammar("json_schema", value)}
 
@@ -206,4 +263,5 @@ _READERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "stop": _stop,
     "sampling": _sampling,
     "json_schema": _schema,
+    "base_fingerprint": _base_fingerprint,
 }

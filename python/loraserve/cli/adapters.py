@@ -1,11 +1,11 @@
-"""`loraserve adapters`: looks at adapters without serving them."""
+"""`loraserve adapters`: what is done with adapters without serving them."""
 
 from __future__ import annotations
 
 import argparse
 from typing import TYPE_CHECKING
 
-from loraserve.cli import adapters_verify
+from loraserve.cli import adapters_stamp, adapters_verify
 from loraserve.cli.options import (
     MODEL_HELP,
     Subparsers,
@@ -28,7 +28,7 @@ Every tensor must fit a module of the model: the exit code is 0 only if all of t
 
 def add_parser(commands: Subparsers) -> None:
     """Add `adapters` with its actions."""
-    summary = "look at adapters without serving them"
+    summary = "look at adapters, compare and stamp them, without serving"
     parser = commands.add_parser("adapters", help=summary, description=f"{summary.capitalize()}.")
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     check = add_command(
@@ -41,6 +41,7 @@ def add_parser(commands: Subparsers) -> None:
     add_max_lora_rank_option(check)
     check.set_defaults(run=run_check)
     adapters_verify.add_parser(actions)
+    adapters_stamp.add_parser(actions)
 
 
 def run_check(args: argparse.Namespace) -> int:
@@ -56,14 +57,14 @@ def run_check(args: argparse.Namespace) -> int:
 
 
 def _check(config: EngineConfig, path: str) -> CheckedFiles:
-    """Reads the model's config, its tokenizer and the adapter; of the model's weights only what the adapter
-    has copies of.
+    """Reads the model's config, its tokenizer and the adapter; of the model's weights a row of each, and what
+    the adapter has copies of.
     """
     from loraserve.adapters.check import open_check  # noqa: PLC0415 (imports torch)
     from loraserve.loader.resolve import open_checkpoint  # noqa: PLC0415
 
     with open_checkpoint(config.model) as checkpoint:
-        check = open_check(checkpoint, config.dtype, config.max_lora_rank)
+        check = open_check(checkpoint, config.model_names, config.dtype, config.max_lora_rank)
         checked = check.check(path)
     try:
         checked.try_chat()
@@ -82,6 +83,7 @@ def _describe(checked: CheckedFiles) -> str:
         "size": f"{receipt.nbytes / 2**20:.2f} MiB in the memory pool",
         "hash": f"blake3 {receipt.hash}",
         "trained on": receipt.base_model or "not named in its config",
+        "base": checked.base.verdict,
         "base check": receipt.base_check,
         **_describe_text(checked),
     }

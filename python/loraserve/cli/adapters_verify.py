@@ -82,7 +82,8 @@ def run(args: argparse.Namespace) -> int:
     )
     with open_checkpoint(config.model) as checkpoint:
         model = checkpoint.path
-        checked = open_check(checkpoint, config.dtype, config.max_lora_rank).check(args.path)
+        check = open_check(checkpoint, config.model_names, config.dtype, config.max_lora_rank)
+        checked = check.check(args.path)
     if checked.stored is not None:
         raise AdapterFormatError(
             f"{args.path}: PEFT reads no such adapter, so there is nothing to compare with"

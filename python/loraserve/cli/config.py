@@ -103,12 +103,15 @@ def _check_adapters(settings: ServeSettings, config: EngineConfig) -> dict[str, 
     from loraserve.loader.resolve import open_checkpoint  # noqa: PLC0415 (imports torch)
 
     with open_checkpoint(config.model) as checkpoint:
-        adapter_check = open_check(checkpoint, config.dtype, config.max_lora_rank)
+        adapter_check = open_check(checkpoint, config.model_names, config.dtype, config.max_lora_rank)
     starting = StartingAdapters(config.failed_adapters)
 
     def check(name: str, path: str) -> None:
-        receipt = adapter_check.check(path, manifest=config.manifests.get(name)).receipt
+        checked = adapter_check.check(path, manifest=config.manifests.get(name))
+        receipt = checked.receipt
         rows[f"adapter {name}"] = f"{path}: rank {receipt.rank}, {receipt.nbytes / 2**20:.2f} MiB"
+        if checked.base.warning is not None:
+            rows[f"adapter {name}"] += f"; {checked.base.warning}"
         if receipt.not_used:
             rows[f"adapter {name}"] += f"; not used: {'; '.join(receipt.not_used)}"
 

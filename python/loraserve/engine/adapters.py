@@ -17,6 +17,7 @@ from loraserve.adapters.beside import BesideReader
 from loraserve.adapters.check import AdapterCheck, CheckedFiles
 from loraserve.adapters.manifest import AdapterManifest
 from loraserve.adapters.registry import AdapterRegistry, RegisteredAdapter, check_adapter_name
+from loraserve.adapters.served_base import ServedBase
 from loraserve.adapters.startup import AdapterFailure, StartingAdapters
 from loraserve.adapters.stored import StoredAdapter, memory_source
 from loraserve.config import EngineConfig
@@ -92,6 +93,7 @@ class EngineAdapters:
             runner.model.config,
             config.dtype,
             config.max_lora_rank,
+            ServedBase(model.path, model.fingerprint, config.model_names),
             BaseWeights(model.path, config.dtype),
             beside,
         )
@@ -226,7 +228,8 @@ class EngineAdapters:
                 self._forget_replaced(old.adapter_id, name)
         self._wake.set()  # a pinned one is loaded soon
         for what in receipt.notes:
-            logger.info("adapter %s: %s", name, what)
+            level = logging.WARNING if what == files.base.warning else logging.INFO
+            logger.log(level, "adapter %s: %s", name, what)
         for what in receipt.not_used:
             logger.warning("beside adapter %s, not used: %s", name, what)
         return receipt

@@ -123,10 +123,14 @@ class EngineStats:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineInfo:
-    """Settings and present load; page counts are of the pool that KV cache and adapters share."""
+    """Settings and present load; page counts are of the pool that KV cache and adapters share.
+
+    `base_fingerprint` says which weights the base model has, whatever it is called.
+    """
 
     version: str
     model: str
+    base_fingerprint: str
     dtype: str
     device: str
     max_model_len: int
@@ -159,6 +163,7 @@ class EngineInfo:
         return cls(
             version=__version__,
             model=config.model,
+            base_fingerprint=runner.model.fingerprint,
             dtype=config.dtype,
             device=runner.device,
             max_model_len=max_model_len,

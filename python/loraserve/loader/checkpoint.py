@@ -58,6 +58,14 @@ class Checkpoint(ABC):
     def _read(self, name: str) -> Tensor:
         """Read a tensor listed in `names()`. Raises ModelError."""
 
+    @abstractmethod
+    def _read_row(self, name: str, index: int) -> Tensor:
+        """Read a row that a matrix listed in `names()` has, and no more. Raises ModelError."""
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor listed in `names()`, without reading it. Raises ModelError."""
+
     def has(self, name: str) -> bool:
         """Whether `names()` has it."""
         return name in self.names()
@@ -66,16 +74,24 @@ class Checkpoint(ABC):
         """Read one float tensor. Raises ModelError naming file and tensor if missing or not of `shape`."""
         if name not in self.names():
             raise ModelError(f"{self.path}: tensor {name} is missing")
-        tensor = self._read(name)
+        tensor = self._checked(name, self._read(name))
         self._used.add(name)
-        where = f"{self._file_of(name)}: tensor {name}"
+        if shape is not None and tuple(tensor.shape) != shape:
+            where = f"{self._file_of(name)}: tensor {name}"
+            raise ModelError(f"{where} has shape {list(tensor.shape)}, expected {list(shape)}")
+        return tensor
+
+    def row(self, name: str, index: int) -> Tensor:
+        """Row `index` of a matrix, or all of a vector, of those `names()` lists. Raises ModelError."""
+        is_matrix = len(self.shape(name)) == 2 and index < self.shape(name)[0]
+        return self._checked(name, self._read_row(name, index) if is_matrix else self._read(name))
+
+    def _checked(self, name: str, tensor: Tensor) -> Tensor:
         if tensor.dtype not in FLOAT_DTYPES:
             raise ModelError(
-                f"{where} has dtype {tensor.dtype}, expected float32, bfloat16 or float16: "
-                "quantised weights are read from .gguf files only"
+                f"{self._file_of(name)}: tensor {name} has dtype {tensor.dtype}, expected float32, bfloat16 "
+                "or float16: quantised weights are read from .gguf files only"
             )
-        if shape is not None and tuple(tensor.shape) != shape:
-            raise ModelError(f"{where} has shape {list(tensor.shape)}, expected {list(shape)}")
         return tensor
 
     def check_all_used(self) -> None:

@@ -63,19 +63,33 @@ class GgufFile(Checkpoint):
     def _file_of(self, name: str) -> Path:
         return self.path
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._file.tensors[self._gguf_name[name]].shape
+
     def _read(self, name: str) -> Tensor:
         tensor = torch.from_numpy(self._file.read(self._gguf_name[name]))
-        if self._file.metadata["general.architecture"] != "llama":
-            return tensor
-        num_heads = self.config.num_heads if ".q_proj." in name else self.config.num_kv_heads
-        if ".q_proj." not in name and ".k_proj." not in name:
-            return tensor
-        if tensor.dim() == 0 or tensor.numel() == 0 or tensor.shape[0] % (2 * num_heads) != 0:
+        num_heads = self._num_paired_heads(name)
+        return tensor if num_heads is None else unpermute(tensor, num_heads)
+
+    def _read_row(self, name: str, index: int) -> Tensor:
+        num_heads = self._num_paired_heads(name)
+        if num_heads is not None:
+            index = int(unpermute(torch.arange(self.shape(name)[0]), num_heads)[index])
+        return torch.from_numpy(self._file.read(self._gguf_name[name], row=index))
+
+    def _num_paired_heads(self, name: str) -> int | None:
+        """Of a tensor whose rows are in llama's GGUF order, None of others."""
+        is_q = ".q_proj." in name
+        if self._file.metadata["general.architecture"] != "llama" or not (is_q or ".k_proj." in name):
+            return None
+        num_heads = self.config.num_heads if is_q else self.config.num_kv_heads
+        shape = self.shape(name)
+        if not shape or 0 in shape or shape[0] % (2 * num_heads) != 0:
             raise ModelError(
-                f"{self.path}: tensor {name} has shape {list(tensor.shape)}, "
+                f"{self.path}: tensor {name} has shape {list(shape)}, "
                 f"its rows are not those of {num_heads} heads"
             )
-        return unpermute(tensor, num_heads)
+        return num_heads
 
     def _rope_factors(self) -> list[float]:
         if ROPE_FACTORS not in self._file.tensors:

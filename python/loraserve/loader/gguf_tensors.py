@@ -28,8 +28,8 @@ class GgufTensors:
         self.metadata = header.metadata
         self.tensors = header.tensors
 
-    def read(self, name: str) -> "np.ndarray[Any, np.dtype[np.float32]]":
-        """One tensor as float32, in memory of its own. Raises ModelError."""
+    def read(self, name: str, row: int | None = None) -> "np.ndarray[Any, np.dtype[np.float32]]":
+        """One tensor, or one row that a matrix has, as float32, in memory of its own. Raises ModelError."""
         entry = self.tensors[name]
         try:
             kind = self._gguf.GGMLQuantizationType(entry.ggml_type)
@@ -37,9 +37,13 @@ class GgufTensors:
             nbytes = math.prod(entry.shape) // block * block_nbytes
             if entry.offset + nbytes > len(self._data):
                 raise ModelError(f"{self._path}: tensor {name} is truncated, the file ends inside it")
-            raw = np.frombuffer(self._data[entry.offset : entry.offset + nbytes], dtype=np.uint8)
-            rows = raw.reshape(*entry.shape[:-1], -1)
-            values = self._gguf.dequantize(rows, kind).reshape(entry.shape)
+            offset, shape = entry.offset, entry.shape
+            if row is not None:
+                nbytes, shape = nbytes // shape[0], shape[1:]
+                offset += row * nbytes
+            raw = np.frombuffer(self._data[offset : offset + nbytes], dtype=np.uint8)
+            rows = raw.reshape(*shape[:-1], -1)
+            values = self._gguf.dequantize(rows, kind).reshape(shape)
         except (ValueError, OverflowError, KeyError, NotImplementedError) as error:
             raise ModelError(f"{self._path}: tensor {name} can't be dequantised: {error}") from error
         return np.require(values, np.float32, ["C", "W", "O"])

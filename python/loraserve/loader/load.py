@@ -10,6 +10,7 @@ import torch
 from loraserve import _core
 from loraserve.errors import ModelError
 from loraserve.loader.checkpoint import Checkpoint
+from loraserve.loader.fingerprint import fingerprint
 from loraserve.loader.generation_config import FILE_NAME, read_sampling_defaults
 from loraserve.loader.resolve import open_checkpoint
 from loraserve.models.config import ModelConfig
@@ -24,7 +25,8 @@ from loraserve.validation.files import expanded, is_regular_file
 class LoadedModel:
     """A model with all that belongs to it; `max_model_len` in tokens.
 
-    `sampling_defaults` is what `SamplingParams.with_defaults` takes.
+    `fingerprint` says which weights they are (`loader/fingerprint.py`). `sampling_defaults` is what
+    `SamplingParams.with_defaults` takes.
     """
 
     path: Path
@@ -32,6 +34,7 @@ class LoadedModel:
     decoder: Decoder
     tokenizer: Tokenizer
     max_model_len: int
+    fingerprint: str
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -70,7 +73,8 @@ def load_model(
             return decoder
 
         decoder, max_model_len = place(config, build)
-        return LoadedModel(checkpoint.path, config, decoder, tokenizer, max_model_len, defaults)
+        weights = fingerprint(checkpoint)
+        return LoadedModel(checkpoint.path, config, decoder, tokenizer, max_model_len, weights, defaults)
 
 
 def _sampling_defaults(checkpoint: Checkpoint, generation_config: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A Hugging Face model directory: config.json, tokenizer files, one or several safetensors files."""
 
-from collections.abc import Collection
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +52,27 @@ class SafetensorsDir(Checkpoint):
     def _file_of(self, name: str) -> Path:
         return self._shard_of[name]
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        with self._readable(name) as shard:
+            return tuple(shard.get_slice(name).get_shape())
+
     def _read(self, name: str) -> Tensor:
+        with self._readable(name) as shard:
+            tensor: Tensor = shard.get_tensor(name)
+        return tensor
+
+    def _read_row(self, name: str, index: int) -> Tensor:
+        with self._readable(name) as shard:
+            row: Tensor = shard.get_slice(name)[index]
+        return row
+
+    @contextmanager
+    def _readable(self, name: str) -> Iterator[Any]:
         file = self._shard_of[name]
         try:
-            tensor: Tensor = self._shards[file].get_tensor(name)
+            yield self._shards[file]
         except SafetensorError as error:
             raise ModelError(f"{file}: tensor {name} can't be read: {error}") from error
-        return tensor
 
     def _open(self, file: Path) -> Any:
         if not is_regular_file(file):

@@ -228,6 +228,7 @@ def start_facts(settings: ServeSettings, info: EngineInfo, num_kept: int = 0) ->
         access = f"no keys: whoever reaches {settings.host} may use everything, this machine administers"
     pool = info.num_pages * info.page_nbytes / 2**20
     return [
+        f"  base      {info.base_fingerprint}",
         f"  device    {info.device}, {info.dtype}",
         f"  pool      {pool:,.0f} MiB for KV cache and adapters",
         f"  limits    {info.max_model_len} tokens of context, {settings.max_num_seqs} sequences and "

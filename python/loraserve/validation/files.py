@@ -1,4 +1,4 @@
-"""Files that come from outside: their names, and reading regular ones, no more of them than is allowed."""
+"""Files: names from outside, reading regular ones, no more of them than is allowed, and replacing one."""
 
 from __future__ import annotations
 
@@ -27,6 +27,31 @@ def read_regular_file(path: str | Path, max_nbytes: int) -> bytes:
             if len(data) <= max_nbytes:
                 return data
     raise OSError(errno.EFBIG, f"it has more than {max_nbytes} bytes, the limit", str(path))
+
+
+def replace_file(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Write a file whole: after a crash it is the old one or the new one.
+
+    Meanwhile `path` with ".new" at its end is written, which one writer at a time may do. `mode` is the new
+    file's, less the process's mask. Raises OSError, and the old file stays.
+    """
+    temporary = new_file(path)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+    with open(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(descriptor)
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def new_file(path: Path) -> Path:
+    """What `replace_file` writes before it takes the place of `path`."""
+    return path.with_name(f"{path.name}.new")
 
 
 def expanded(path: str | Path) -> Path:

@@ -318,7 +318,9 @@ def test_info_has_tgis_fields_and_the_engines(client: httpx.Client) -> None:
     }
     assert {name: info[name] for name in tgi} == tgi
     assert info["device"] == "cpu"
-    assert client.get("/info", headers=ROOT).json()["page_nbytes"] == 65536
+    assert "base_fingerprint" not in info
+    shown = client.get("/info", headers=ROOT).json()
+    assert (shown["page_nbytes"], shown["base_fingerprint"]) == (65536, f"base1:{'0' * 64}")
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from loraserve.errors import CapacityError, StateError
 from loraserve.server.observe.logs import log_event
 from loraserve.settings.entries import AdapterSettings
 from loraserve.settings.errors import problems
-from loraserve.validation.files import expanded
+from loraserve.validation.files import expanded, new_file, replace_file
 
 FILE_NAME = "adapters.json"
 LOCK_NAME = "lock"
@@ -147,7 +147,7 @@ class AdapterState:
                     "adapters with large manifests"
                 )
             try:
-                _replace(self.path, data)
+                replace_file(self.path, data, 0o600)
             except OSError as error:
                 raise StateError(
                     f"{self.path} can't be written: {error.strerror}; mend that, the next change writes all"
@@ -175,7 +175,7 @@ def _locked(directory: Path) -> int:
 
 
 def _check_writable(directory: Path) -> None:
-    probe = _temporary(directory / FILE_NAME)
+    probe = new_file(directory / FILE_NAME)
     try:
         probe.write_bytes(b"")
         probe.unlink()
@@ -231,24 +231,3 @@ def _damaged(path: Path, what: str) -> StateError:
 def _encoded(adapters: Mapping[str, AdapterSettings]) -> bytes:
     kept = {name: adapter.model_dump(exclude_defaults=True) for name, adapter in adapters.items()}
     return json.dumps({"format": FORMAT, "version": VERSION, "adapters": kept}, indent=1).encode()
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """After a crash the file is the old one or the new one."""
-    temporary = _temporary(path)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with open(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(descriptor)
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _temporary(path: Path) -> Path:
-    """The lock lets only one process write it."""
-    return path.with_name(f"{path.name}.new")
