@@ -16,9 +16,9 @@ from loraserve.adapters.manifest import AdapterManifest
 from loraserve.adapters.startup import AdapterFailure
 from loraserve.adapters.stored import StoredAdapter, config_text, memory_source
 from loraserve.config import EngineConfig
-from loraserve.engine.adapters import CheckedAdapter
+from loraserve.engine.adapters import AdapterReplacedError, CheckedAdapter
 from loraserve.engine.engine import Engine
-from loraserve.engine.frontend import Frontend, PreparedRequest, check_deadline
+from loraserve.engine.frontend import MAX_PREPARED_AGAIN, Frontend, PreparedRequest, check_deadline
 from loraserve.engine.queue import deadline_error
 from loraserve.engine.sequence import EngineOutputs
 from loraserve.engine.stats import AdapterInfo, EngineInfo, EngineStats
@@ -138,7 +138,9 @@ class AsyncEngine:
             OverloadedError: too many requests wait to be prepared.
             DeadlineError: it was not ready within its own deadline, or within a minute.
         """
-        arrived_at = time.monotonic()
+        return await self._prepare(request, time.monotonic())
+
+    async def _prepare(self, request: GenerateRequest, arrived_at: float) -> PreparedRequest:
         check_deadline(request.deadline_s)
         limit_s = min(request.deadline_s or PREPARATION_LIMIT_S, PREPARATION_LIMIT_S)
         preparing = self._preparations.run(self._frontend.prepare, request, arrived_at)
@@ -156,6 +158,14 @@ class AsyncEngine:
         """
         self._loop = asyncio.get_running_loop()
         prepared = request if isinstance(request, PreparedRequest) else await self.prepare(request)
+        for _ in range(MAX_PREPARED_AGAIN):
+            try:
+                return self._stream(prepared)
+            except AdapterReplacedError:
+                prepared = await self._prepare(prepared.request, prepared.arrived_at)
+        return self._stream(prepared)
+
+    def _stream(self, prepared: PreparedRequest) -> RequestStream:
         stream = RequestStream(self, prepared)
         stream.request_ids += self._frontend.submit(prepared, stream.inbox)
         return stream

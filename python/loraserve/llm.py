@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 from loraserve._core import Receipt
 from loraserve.adapters.manifest import AdapterManifest
 from loraserve.config import EngineConfig
+from loraserve.engine.adapters import AdapterReplacedError
 from loraserve.engine.engine import Engine
-from loraserve.engine.frontend import Frontend, PreparedRequest
+from loraserve.engine.frontend import MAX_PREPARED_AGAIN, Frontend, PreparedRequest
 from loraserve.engine.sequence import EngineOutputs
 from loraserve.engine.stats import AdapterInfo, EngineInfo, EngineStats
 from loraserve.errors import InvalidRequestError
@@ -229,12 +230,21 @@ class LLM:
         with self._call:
             try:
                 for item in pending:
-                    request_ids += self._frontend.submit(item.prepared, item)
+                    request_ids += self._submit(item)
                 self._wait(pending, progress)
             except BaseException:
                 self._frontend.abort(request_ids)
                 raise
         return [item.output() for item in pending]
+
+    def _submit(self, item: _Pending) -> list[int]:
+        """Its request ids; what was prepared before another thread replaced its adapter is prepared again."""
+        for _ in range(MAX_PREPARED_AGAIN):
+            try:
+                return self._frontend.submit(item.prepared, item)
+            except AdapterReplacedError:
+                item.prepare(self._frontend.prepare(item.request, item.prepared.arrived_at))
+        return self._frontend.submit(item.prepared, item)
 
     def _wait(self, pending: Sequence[_Pending], progress: bool | None) -> None:
         collector = _Collector(sum(len(item.completions) for item in pending))
@@ -276,6 +286,10 @@ class _Pending:
 
     def __init__(self, request: GenerateRequest, prepared: PreparedRequest) -> None:
         self.request = request
+        self.prepare(prepared)
+
+    def prepare(self, prepared: PreparedRequest) -> None:
+        """What is to be submitted of it."""
         self.prepared = prepared
         self.completions = [Completion() for _ in range(prepared.params.n)]
 

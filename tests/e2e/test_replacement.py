@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import pytest
 import torch
 from loraserve import LLM, AsyncEngine, EngineConfig, GenerateRequest, SamplingParams
+from loraserve.adapters.manifest import AdapterManifest
 from loraserve.engine.extent_loader import ExtentLoader
 from loraserve.errors import (
     AdapterFormatError,
@@ -227,3 +228,54 @@ def test_an_adapter_format_error_names_the_new_path(run: Run, tmp_path: Path) ->
             await engine.load_adapter("x", str(tmp_path / "nothing-here"), replace=True)
 
     run(scenario)
+
+
+def test_a_request_prepared_before_a_replacement_is_prepared_for_the_new_adapter(
+    run: Run, tiny_adapters: dict[str, str], tiny_expected: dict[str, list[int]]
+) -> None:
+    """Its manifest's defaults go with its weights: here the lengths of answers."""
+    old, new = (
+        AdapterManifest.from_fields({"sampling": {"max_tokens": number}}, "test") for number in (2, 4)
+    )
+    unlimited = replace(X, params=SamplingParams(temperature=0.0, ignore_eos=True))
+
+    async def scenario(engine: AsyncEngine) -> None:
+        await engine.load_adapter("x", tiny_adapters["a1"], old, replace=True)
+        before = await engine.prepare(unlimited)
+        await engine.load_adapter("x", tiny_adapters["a2"], new, replace=True)
+        assert await tokens_of(await engine.submit(before)) == tiny_expected["a2"][:4]
+
+        await engine.unload_adapter("x")
+        before = await engine.prepare(unlimited)
+        await engine.load_adapter("x", tiny_adapters["a3"], old)
+        assert await tokens_of(await engine.submit(before)) == tiny_expected["a3"][:2]
+
+        before = await engine.prepare(unlimited)
+        await engine.unload_adapter("x")
+        with pytest.raises(AdapterNotFoundError):
+            await engine.submit(before)
+
+    run(scenario)
+
+
+def test_a_batch_whose_adapter_is_replaced_while_it_is_prepared_is_of_the_new_one(
+    config: EngineConfig, tiny_adapters: dict[str, str], tiny_expected: dict[str, list[int]]
+) -> None:
+    shorter = AdapterManifest.from_fields({"sampling": {"max_tokens": 3}}, "test")
+    with LLM(config.model, config.adapters, dtype="float32", memory="4MiB") as llm:
+        prepare = llm._frontend.prepare
+        num_prepared = 0
+
+        def prepare_late(*args: Any) -> Any:
+            nonlocal num_prepared
+            num_prepared += 1
+            prepared = prepare(*args)
+            if num_prepared == 1:
+                llm._engine.adapters.load("x", tiny_adapters["a1"], shorter, replace=True)
+            return prepared
+
+        llm._frontend.prepare = prepare_late  # type: ignore[method-assign]
+        params = SamplingParams(temperature=0.0, ignore_eos=True)
+        (output,) = llm.generate([PROMPT], params, adapter="x")
+    assert num_prepared == 2
+    assert list(output.token_ids) == tiny_expected["a1"][:3]

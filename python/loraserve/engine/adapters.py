@@ -27,7 +27,13 @@ from loraserve.engine.lock import EngineLock
 from loraserve.engine.model_runner import ModelRunner
 from loraserve.engine.queue import Intake
 from loraserve.engine.stats import AdapterInfo, UsageCounters
-from loraserve.errors import AdapterFormatError, EngineStoppedError, InvalidRequestError, LoraserveError
+from loraserve.errors import (
+    AdapterFormatError,
+    AdapterUnavailableError,
+    EngineStoppedError,
+    InvalidRequestError,
+    LoraserveError,
+)
 from loraserve.loader.base_weights import BaseWeights
 from loraserve.sampling.grammar_compiler import GrammarCompiler
 from loraserve.validation.files import check_path
@@ -36,6 +42,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 logger = logging.getLogger(__name__)
+
+
+class AdapterReplacedError(AdapterUnavailableError):
+    """A request was prepared for what the name of an adapter meant before: prepare it again."""
 
 
 @dataclass(frozen=True)
@@ -286,6 +296,18 @@ class EngineAdapters:
         """What has this name now, None if nothing has; a name may change its content at any time."""
         with self._lock:
             return self._registry.get(name)
+
+    def check_registered(self, registered: Mapping[str, RegisteredAdapter | None]) -> None:
+        """Whether these names still mean this; for the engine, under its lock.
+
+        Raises AdapterReplacedError.
+        """
+        for name, adapter in registered.items():
+            if self._registry.get(name) is not adapter:
+                raise AdapterReplacedError(
+                    f"adapter {name!r} was loaded, replaced or unloaded while the request was prepared: "
+                    "send it again"
+                )
 
     def check_combination(self, adapters: Sequence[tuple[str, float]]) -> None:
         """Whether these (name, weight) pairs may be used together; for the engine, under its lock.

@@ -10,12 +10,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
+from types import MappingProxyType
 from typing import cast
 
 import numpy as np
 import torch
 
 from loraserve import _core
+from loraserve.adapters.registry import RegisteredAdapter
 from loraserve.backends import Backend
 from loraserve.config import EngineConfig
 from loraserve.engine.adapters import EngineAdapters
@@ -120,6 +122,7 @@ class Engine:
         needs_adapter: bool = False,
         matcher: GrammarMatcher | None = None,
         eos_token_ids: Sequence[int] | None = None,
+        registered: Mapping[str, RegisteredAdapter | None] = MappingProxyType({}),
     ) -> int:
         """Queue one sequence and return its request id.
 
@@ -134,8 +137,10 @@ class Engine:
             needs_adapter: refuse it if the weights leave only the base model.
             matcher: of the grammar it follows, for this sequence alone.
             eos_token_ids: what ends it by itself, unless `params` ignores that; None is as the model's.
+            registered: what the adapters' names meant when the prompt was made.
 
         Raises:
+            AdapterReplacedError: they mean something else now.
             InvalidRequestError, PermissionDeniedError, AdapterNotFoundError, AdapterUnavailableError,
             CapacityError, OverloadedError, DeadlineError, EngineStoppedError: the request was refused;
                 nothing was queued.
@@ -150,6 +155,7 @@ class Engine:
         with self._lock:
             self._intake.check()
             self._waiting_limit.check(self._scheduler)
+            self.adapters.check_registered(registered)
             self.adapters.check_combination(adapters)
             request_id = self._scheduler.submit(
                 list(prompt),

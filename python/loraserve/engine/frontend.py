@@ -38,6 +38,7 @@ MAX_TRUNCATED_CONTEXTS = 8  # prompts of more contexts than this are refused, ev
 MAX_CACHE_SALT_CHARS = 256
 MAX_ADAPTER_WEIGHT = 1000.0  # beyond, sums of deltas lose all meaning in bfloat16
 MIN_ADAPTER_WEIGHT = 0.001  # below, a delta is lost in the rounding of what it is added to
+MAX_PREPARED_AGAIN = 3  # of a request, whose adapters are replaced meanwhile
 ALL_PARAMETERS = frozenset(parameter.name for parameter in fields(SamplingParams))
 
 Owner = TypeVar("Owner")
@@ -47,15 +48,18 @@ Owner = TypeVar("Owner")
 class PreparedRequest:
     """A request the engine understands: token ids, (adapter, weight) pairs, checked parameters.
 
-    `tokenizer` has its tokens and their ends, those of its adapters or the model's.
+    `tokenizer` has its tokens and their ends, those of its adapters or the model's; `registered` is what its
+    adapters' names meant.
     """
 
+    request: GenerateRequest
     prompt_token_ids: list[int]
     adapters: list[tuple[str, float]]
     params: SamplingParams
     tokenizer: Tokenizer
     arrived_at: float
     deadline_s: float | None
+    registered: Mapping[str, RegisteredAdapter | None]
     cache_scope: CacheScope = SHARED_CACHE
     needs_adapter: bool = False
     matcher: GrammarMatcher | None = None
@@ -87,7 +91,8 @@ def prepare(
         raise InvalidRequestError("chat options are given with a prompt, they need messages")
     max_num_tokens = _max_prompt_tokens(request.truncate, max_model_len)
     adapters = resolve_adapters(request.adapter)
-    named = {name: found for name in without_weightless(adapters) if (found := find_adapter(name))}
+    registered = {name: find_adapter(name) for name in without_weightless(adapters)}
+    named = {name: found for name, found in registered.items() if found is not None}
     adapter = named.get(adapters[0][0]) if len(adapters) == 1 else None
     text_of_adapters = common_text(
         tokenizer,
@@ -126,12 +131,14 @@ def prepare(
     params = request.params.with_defaults(defaults) if defaults else request.params
     cache_scope = (request.tenant, request.cache_salt or "")
     return PreparedRequest(
+        request,
         token_ids,
         adapters,
         params,
         tokenizer,
         arrived_at,
         request.deadline_s,
+        registered,
         cache_scope,
         needs_adapter=not request.may_use_base_model,
     )
@@ -271,9 +278,13 @@ class Frontend(Generic[Owner]):
         return common_text(self._tokenizer, texts, needs_template=False, given=ALL_PARAMETERS).tokenizer
 
     def submit(self, prepared: PreparedRequest, owner: Owner) -> list[int]:
-        """Queue all n sequences of a request, or none; their request ids. Raises what `Engine.submit` does.
+        """Queue all n sequences of a request, or none; their request ids.
 
         Answer i is drawn with the request's seed + i.
+
+        Raises:
+            AdapterReplacedError: a name of its adapters has another meaning now: prepare it again.
+            LoraserveError: as of `Engine.submit`.
         """
         request_ids: list[int] = []
         params = prepared.params
@@ -292,6 +303,7 @@ class Frontend(Generic[Owner]):
                     needs_adapter=prepared.needs_adapter,
                     matcher=prepared.matcher and prepared.matcher.copy(),
                     eos_token_ids=prepared.tokenizer.eos_token_ids,
+                    registered=prepared.registered,
                 )
                 request_ids.append(request_id)
                 sequence = ActiveSequence(index, prepared, record)
