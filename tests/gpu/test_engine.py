@@ -10,10 +10,15 @@ from typing import Any
 import pytest
 import torch
 
+from tests.e2e.oracle import AdapterSpec, make_adapter
 from tests.e2e.tiny import PROMPT
 from tests.gpu.driver import Driver
 from tests.gpu.run_engine import answer
 
+pytestmark = [  # PEFT's, of lora_bias
+    pytest.mark.filterwarnings("ignore:.lora_bias=True. was passed"),
+    pytest.mark.filterwarnings("ignore:.*have invalid shape"),
+]
 EXAMPLES = Path(__file__).parents[2] / "examples" / "adapters"
 DECISIVE = 0.01  # margin of natural-log probability that bfloat16 does not turn over in these models
 SETTINGS = {"dtype": "bfloat16", "memory": "1MiB", "max_num_seqs": 16, "max_model_len": 64}
@@ -31,9 +36,14 @@ def run_on_cuda(job: dict[str, Any], directory: Path, **environment: str) -> dic
 
 
 @pytest.fixture
-def job(tiny_model: tuple[Path, torch.nn.Module], tiny_adapters: dict[str, str]) -> dict[str, Any]:
-    """Rounds of other mixes: base and adapters, one for all, several in one token, none."""
-    adapters = dict(list(tiny_adapters.items())[:6])
+def job(
+    tiny_model: tuple[Path, torch.nn.Module], tiny_adapters: dict[str, str], tmp_path: Path
+) -> dict[str, Any]:
+    """Rounds of other mixes: base and adapters, gains and shifts, one for all, several in one token, none."""
+    adapters = dict(list(tiny_adapters.items())[:4])
+    for seed, extra in enumerate(({"use_dora": True}, {"lora_bias": True})):
+        spec = AdapterSpec("-".join(extra), 6, ["q_proj", "down_proj"], std=0.5, extra=extra)
+        adapters[spec.name] = str(make_adapter(tiny_model[1], spec, tmp_path, seed))
     names = list(adapters)
     mixed = [(PROMPT[: 2 + index], name) for index, name in enumerate([None, *names])]
     return {
