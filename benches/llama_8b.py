@@ -66,7 +66,8 @@ def loader_of(raw_config: dict[str, Any]) -> Any:
         path: str,
         dtype: torch.dtype,
         place: Callable[[ModelConfig, BuildDecoder], tuple[Decoder, int]],
-        generation_config: str,
+        _generation_config: str,
+        _change: None,
     ) -> LoadedModel:
         config = ModelConfig.from_hf(raw_config)
 

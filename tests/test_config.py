@@ -12,6 +12,9 @@ from loraserve.errors import InvalidRequestError
 
 # (settings, what the error begins with): at least two wrong values of every field
 WRONG_SETTINGS: list[tuple[dict[str, Any], str]] = [
+    ({"merge": 3}, "merge is 3, give the name"),
+    ({"merge": "a"}, "merge is 'a', which is none of the adapters"),
+    ({"merge": "a", "adapters": {"a": "/a", "b": "/b"}}, "merge folds 'a' into the model, and 'b' can't be"),
     ({"model": None}, "model is None, it must be a path or a name"),
     ({"model": 5}, "model is 5, it must be a path or a name"),
     ({"model": ""}, "model is '', it must be a path or a name"),

@@ -2,13 +2,13 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 
 from loraserve.adapters.manifest import AdapterManifest
 from loraserve.adapters.registry import check_base_names
-from loraserve.adapters.startup import ON_ADAPTER_ERROR, AdapterFailure
+from loraserve.adapters.startup import ON_ADAPTER_ERROR, AdapterFailure, start_error
 from loraserve.errors import InvalidRequestError
 from loraserve.validation.values import check_bool, check_choice, check_float, check_int
 
@@ -41,6 +41,8 @@ class EngineConfig:
         model: a Hugging Face directory, a Hub id, a `.gguf` file, or "smollm2" (the embedded default).
         adapters: name → PEFT directory, registered at start.
         base_names: what requests call the base model; no adapter can be called so, nor NAME:ADAPTER.
+        merge: the one adapter of `adapters`, folded into the model's weights at load, in float32 and rounded
+            once; the model is then that adapter, at the model's speed, and nothing can be loaded beside it.
         manifests: name → what is said of an adapter here, over its own `loraserve.json`.
         dtype: storage of weights, KV cache and adapters: "bfloat16", "float16" (GPU only) or "float32" (CPU
             only); also vLLM's names "half", "float" and "auto", which is bfloat16 here.
@@ -74,6 +76,7 @@ class EngineConfig:
     model: str
     adapters: Mapping[str, str] = field(default_factory=dict)
     base_names: tuple[str, ...] = ()
+    merge: str | None = None
     manifests: Mapping[str, AdapterManifest] = field(default_factory=dict)
     dtype: str = "bfloat16"
     device: str = "auto"
@@ -122,6 +125,10 @@ class EngineConfig:
         for name in self.manifests:
             if name not in self.adapters:
                 raise InvalidRequestError(f"manifests has {name!r}, which is none of the adapters")
+        if self.merge is not None:
+            check_merge(self.merge, [*self.adapters, *(failure.name for failure in self.failed_adapters)])
+            if self.failed_adapters:
+                raise start_error(self.failed_adapters)
         parse_memory(self.memory)
 
     @property
@@ -133,6 +140,23 @@ class EngineConfig:
     def memory_nbytes(self) -> int | None:
         """Bytes of the pool; None where the device's memory decides."""
         return parse_memory(self.memory)
+
+
+def check_merge(name: object, adapters: Iterable[str]) -> None:
+    """Raises InvalidRequestError: the adapter to merge is none of `adapters`, or not the only one."""
+    if not isinstance(name, str):
+        raise InvalidRequestError(f"merge is {name!r:.100}, give the name of the adapter to fold in")
+    adapters = list(adapters)
+    if name not in adapters:
+        raise InvalidRequestError(
+            f"merge is {name!r:.100}, which is none of the adapters: give it as --adapter NAME=PATH, too"
+        )
+    others = [other for other in adapters if other != name]
+    if others:
+        raise InvalidRequestError(
+            f"merge folds {name!r} into the model, and {others[0]!r:.100} can't be served beside it: leave "
+            "that away, or leave --merge away to mix them"
+        )
 
 
 def parse_memory(memory: int | str) -> int | None:

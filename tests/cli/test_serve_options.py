@@ -142,7 +142,7 @@ def test_a_flag_without_effect_is_noted(arguments: list[str], note: str) -> None
         (["--quantization", "fp8"], "weights are not quantised"),
         (["--kv-cache-dtype", "fp8"], "weights are not quantised"),
         (["--adapter-id", "org/a"], "serve it by --adapter NAME=SOURCE"),
-        (["--merge-adapter-weights"], "adapters are not merged"),
+        (["--merge-adapter-weights"], "--adapter NAME=SOURCE --merge NAME"),
         (["--adapter-source", "s3"], "download it and give its directory"),
         (["--no-enable-lora"], "give none"),
         (["--chat-template", "x.jinja"], "put the file into the model's directory"),

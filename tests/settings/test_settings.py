@@ -98,6 +98,7 @@ def test_every_setting_can_be_a_variable() -> None:
     values = {
         "model": "m",
         "adapters": "a=/x",
+        "merge": "a",
         "served_model_name": "one, two",
         "http_port": "off",
         "grpc_port": "0",

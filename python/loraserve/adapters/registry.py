@@ -90,6 +90,21 @@ class AdapterRegistry:
             raise AdapterNotFoundError(f"adapter {name!r} is not registered")
         return self._by_name.pop(name)
 
+    def check_combination(self, adapters: Sequence[tuple[str, float]]) -> None:
+        """Raises InvalidRequestError: one of these (name, weight) pairs can't be weighted or summed."""
+        active = [(name, weight) for name, weight in adapters if weight != 0.0]
+        if not active or (len(active) == 1 and active[0][1] == 1.0):
+            return
+        for name, weight in active:
+            adapter = self.get(name)
+            reason = None if adapter is None else adapter.receipt.alone
+            if reason is not None:
+                what = f"has weight {weight:g}" if len(active) == 1 else f"is one of {len(active)} adapters"
+                raise InvalidRequestError(
+                    f"adapter {name!r} {what}, but {reason}, which is no delta that could be weighted or "
+                    "summed: use it alone with weight 1"
+                )
+
     def forget_sources_except(self, adapter_ids: set[int]) -> None:
         """Drop the sources of all other contents; `sources` may not be asked for them any more."""
         self._sources = {id_: source for id_, source in self._sources.items() if id_ in adapter_ids}

@@ -53,6 +53,11 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="serve the PEFT directory PATH as NAME; repeat for more",
     )
     group.add_argument(
+        "--merge",
+        metavar="NAME",
+        help="fold this adapter, the only one given, into the model at load; it then has the model's speed",
+    )
+    group.add_argument(
         "--device",
         choices=DEVICES,
         default=EngineConfig.device,
@@ -125,6 +130,7 @@ def engine_config(args: argparse.Namespace, parser: argparse.ArgumentParser) -> 
     return EngineConfig(
         model=args.model,
         adapters=as_dict(args.adapter, "--adapter", parser),
+        merge=args.merge,
         dtype=args.dtype,
         device=args.device,
         memory=args.memory,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import logging
 import os
@@ -24,6 +23,7 @@ from loraserve.config import EngineConfig
 from loraserve.engine.adapter_loads import AdapterLoads
 from loraserve.engine.extent_loader import ExtentLoader
 from loraserve.engine.lock import EngineLock
+from loraserve.engine.merged import Merged
 from loraserve.engine.model_runner import ModelRunner
 from loraserve.engine.queue import Intake
 from loraserve.engine.stats import AdapterInfo, UsageCounters
@@ -82,6 +82,7 @@ class EngineAdapters:
     ) -> None:
         self.usage = UsageCounters()
         self.failures: tuple[AdapterFailure, ...] = ()
+        self.merged: Merged | None = None
         self._config = config
         self._runner = runner
         self._scheduler = scheduler
@@ -116,6 +117,9 @@ class EngineAdapters:
         Raises:
             LoraserveError: some can't be served, and the configuration says that the start then fails.
         """
+        if self._config.merge is not None:
+            self._add_merged(self._config.merge)
+            return
         starting = StartingAdapters(self._config.failed_adapters)
         starting.register(
             self._config.adapters.items(),
@@ -137,7 +141,9 @@ class EngineAdapters:
         return self.register(self.check(name, source, manifest), replace=replace, turn=turn)
 
     def check_name(self, name: str) -> None:
-        """Raises InvalidRequestError: no request could ask for an adapter of this name."""
+        """Raises InvalidRequestError: no request could ask for an adapter of this name, or one is merged."""
+        if self.merged is not None:
+            self.merged.refuse(f"adapter {name!r} can't be loaded")
         check_adapter_name(name, self._config.base_names)
 
     def source_of(
@@ -237,11 +243,7 @@ class EngineAdapters:
             if old is not None and old.adapter_id != adapter_id:
                 self._forget_replaced(old.adapter_id, name)
         self._wake.set()  # a pinned one is loaded soon
-        for what in receipt.notes:
-            level = logging.WARNING if what == files.base.warning else logging.INFO
-            logger.log(level, "adapter %s: %s", name, what)
-        for what in receipt.not_used:
-            logger.warning("beside adapter %s, not used: %s", name, what)
+        self._log_receipt(name, receipt, files.base.warning)
         return receipt
 
     def take_turn(self) -> int:
@@ -255,6 +257,8 @@ class EngineAdapters:
             AdapterNotFoundError: no adapter has this name.
         """
         with self._lock:
+            if self.merged is not None:
+                self.merged.refuse(f"adapter {name!r} can't be unloaded")
             self._scheduler.unregister_adapter(name)
             self._registry.remove(name)
             self.usage.forget(name)
@@ -271,7 +275,7 @@ class EngineAdapters:
         """
         with self._lock:
             self._intake.check()
-            if self._scheduler.warm_adapter(name):
+            if self._is_merged(name) or self._scheduler.warm_adapter(name):
                 done: Future[float] = Future()
                 done.set_result(0.0)
                 return done
@@ -289,7 +293,8 @@ class EngineAdapters:
         """
         with self._lock:
             self._intake.check()
-            self._scheduler.pin_adapter(name, is_pinned)
+            if not self._is_merged(name):
+                self._scheduler.pin_adapter(name, is_pinned)
         self._wake.set()
 
     def find(self, name: str) -> RegisteredAdapter | None:
@@ -315,18 +320,13 @@ class EngineAdapters:
         Raises:
             InvalidRequestError: one can't be weighted or summed with others.
         """
-        active = [(name, weight) for name, weight in adapters if weight != 0.0]
-        if not active or (len(active) == 1 and active[0][1] == 1.0):
-            return
-        for name, weight in active:
-            adapter = self._registry.get(name)
-            reason = None if adapter is None else adapter.receipt.alone
-            if reason is not None:
-                what = f"has weight {weight:g}" if len(active) == 1 else f"is one of {len(active)} adapters"
-                raise InvalidRequestError(
-                    f"adapter {name!r} {what}, but {reason}, which is no delta that could be weighted or "
-                    "summed: use it alone with weight 1"
-                )
+        if self.merged is not None:
+            self.merged.check_combination(adapters)
+        self._registry.check_combination(adapters)
+
+    def to_apply(self, adapters: Sequence[tuple[str, float]]) -> Sequence[tuple[str, float]]:
+        """Those that the scheduler has to bring into a sequence; what is in the weights already is none."""
+        return [(name, weight) for name, weight in adapters if not self._is_merged(name)]
 
     def infos(self) -> list[AdapterInfo]:
         """All registered adapters, in order of registration."""
@@ -335,8 +335,15 @@ class EngineAdapters:
 
     def by_name(self) -> dict[str, AdapterInfo]:
         """All registered adapters, in order of registration; for the engine, under its lock."""
+        if self.merged is not None:
+            name = self.merged.name
+            return {name: self.merged.info(self._scheduler.stats(), self.usage.of(name))}
         stats = {stats.name: stats for stats in self._scheduler.adapters()}
-        return {adapter.name: self._info(adapter, stats[adapter.name]) for adapter in self._registry}
+        times, usage = self._loads.times, self.usage.of
+        return {
+            one.name: AdapterInfo.build(one, stats[one.name], times(one.adapter_id), usage(one.name))
+            for one in self._registry
+        }
 
     def start_load(self, adapter_id: int, slot: int, first_page: int, num_pages: int) -> None:
         """Begin to read an adapter into its extent, as the scheduler says."""
@@ -383,29 +390,26 @@ class EngineAdapters:
         with self._lock:
             self._loads.fail_all(EngineStoppedError(message))
 
+    def _add_merged(self, name: str) -> None:
+        """The adapter that the runner has merged, as a name that requests may give."""
+        files = self.check(name, self._config.adapters[name], self._config.manifests.get(name)).files
+        assert self._runner.merged is not None, "invariant: the runner merges what the configuration says"
+        self.merged = Merged(name, files, self._runner.merged, self.take_turn())
+        self._registry.add(self.merged.adapter)
+        self._log_receipt(name, self.merged.receipt, files.base.warning)
+
+    def _is_merged(self, name: str) -> bool:
+        return self.merged is not None and name == self.merged.name
+
+    def _log_receipt(self, name: str, receipt: _core.Receipt, warning: str | None) -> None:
+        for what in receipt.notes:
+            level = logging.WARNING if what == warning else logging.INFO
+            logger.log(level, "adapter %s: %s", name, what)
+        for what in receipt.not_used:
+            logger.warning("beside adapter %s, not used: %s", name, what)
+
     def __len__(self) -> int:
         return len(self._registry)
-
-    def _info(self, adapter: RegisteredAdapter, stats: _core.AdapterStats) -> AdapterInfo:
-        times = self._loads.times(adapter.adapter_id)
-        return AdapterInfo(
-            name=adapter.name,
-            path=adapter.path,
-            description=adapter.manifest.description,
-            receipt=adapter.receipt,
-            state=stats.state,
-            num_running=stats.num_running,
-            num_waiting=stats.num_waiting,
-            is_pinned=stats.is_pinned,
-            nbytes=stats.nbytes,
-            num_loads=stats.num_loads,
-            num_load_failures=stats.num_load_failures,
-            num_evictions=stats.num_evictions,
-            num_uninvoked=stats.num_uninvoked,
-            load_s=times.load_s,
-            last_load_s=times.last_load_s,
-            usage=copy.copy(self.usage.of(adapter.name)),
-        )
 
     def _forget_replaced(self, adapter_id: int, name: str) -> None:
         """Who waits for the old content of `name` to be loaded waits for the new."""

@@ -157,14 +157,15 @@ class Engine:
             self._waiting_limit.check(self._scheduler)
             self.adapters.check_registered(registered)
             self.adapters.check_combination(adapters)
+            to_apply = list(self.adapters.to_apply(adapters))
             request_id = self._scheduler.submit(
                 list(prompt),
-                list(adapters),
+                to_apply,
                 params.max_tokens,
                 params.min_tokens,
                 stop_token_ids,
                 cache_scope,
-                needs_adapter,
+                needs_adapter and len(to_apply) == len(adapters),
             )
             seed = secrets.randbits(64) if seed is None else seed
             self._sampler.add(request_id, params, seed, prompt, stop_token_ids, matcher)

@@ -72,11 +72,13 @@ def prepare(
     find_adapter: Callable[[str], RegisteredAdapter | None] = lambda _: None,
     sampling_defaults: Mapping[str, Any] = MappingProxyType({}),
     arrived_at: float | None = None,
+    merged: str | None = None,
 ) -> PreparedRequest:
     """Tokenise and resolve a request, which arrived at that time on `time.monotonic`; None is now.
 
     The manifest of its one adapter fills the gaps of its parameters, then what lies beside its adapters, then
     the model's `sampling_defaults`. `tokenizer` is the model's; adapters may have another (`common_text`).
+    `merged` is the adapter that the model has become; a request that names none asks for it.
 
     Raises:
         InvalidRequestError: not exactly one of prompt and messages, an empty prompt, a bad adapter spec, or
@@ -91,6 +93,8 @@ def prepare(
         raise InvalidRequestError("chat options are given with a prompt, they need messages")
     max_num_tokens = _max_prompt_tokens(request.truncate, max_model_len)
     adapters = resolve_adapters(request.adapter)
+    if not adapters and merged is not None:
+        adapters = [(merged, 1.0)]
     registered = {name: find_adapter(name) for name in without_weightless(adapters)}
     named = {name: found for name, found in registered.items() if found is not None}
     adapter = named.get(adapters[0][0]) if len(adapters) == 1 else None
@@ -255,6 +259,7 @@ class Frontend(Generic[Owner]):
             self._engine.adapters.find,
             self._engine.runner.model.sampling_defaults,
             arrived_at,
+            self._engine.config.merge,
         )
         grammar = prepared.params.grammar
         if grammar is None:
@@ -270,7 +275,9 @@ class Frontend(Generic[Owner]):
             InvalidRequestError: as of `resolve_adapters`, or several bring different tokens.
         """
         texts = {}
-        for name in without_weightless(resolve_adapters(spec)):
+        merged = self._engine.config.merge
+        adapters = resolve_adapters(spec) or ([] if merged is None else [(merged, 1.0)])
+        for name in without_weightless(adapters):
             found = self._engine.adapters.find(name)
             if found is None:
                 raise AdapterNotFoundError(f"adapter {name!r} is not registered")

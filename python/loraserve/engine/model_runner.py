@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
 import torch
 
 from loraserve import _core
+from loraserve.adapters.check import CheckedFiles
+from loraserve.adapters.merged_weights import MergedAdapter, MergedWeights
 from loraserve.backends import Backend, Extent, open_backend
 from loraserve.config import EngineConfig
 from loraserve.errors import CapacityError, InvalidRequestError
-from loraserve.loader import LoadedModel, load_model
+from loraserve.loader import Checkpoint, LoadedModel, load_model
 from loraserve.models.config import ModelConfig
 from loraserve.models.decoder import Decoder
 from loraserve.models.ops import KvGeometry, Ops, PendingRows
@@ -32,9 +35,30 @@ class ModelRunner:
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self.backend = open_backend(config) if backend is None else backend
         self.device = self.backend.name
-        self.model: LoadedModel = load_model(config.model, self._dtype, self._place, config.generation_config)
+        self.merged: CheckedFiles | None = None  # the one adapter that is in the weights
+        self.model: LoadedModel = load_model(
+            config.model,
+            self._dtype,
+            self._place,
+            config.generation_config,
+            None if config.merge is None else self._merge,
+        )
         self.vocab_size = self.model.config.vocab_size
         self.eos_token_ids = self.producible(self.model.tokenizer.eos_token_ids)
+
+    def _merge(self, checkpoint: Checkpoint) -> MergedWeights:
+        config, name = self._config, self._config.merge
+        assert name is not None, "invariant: called where an adapter is merged"
+        adapter = MergedAdapter(
+            name,
+            os.path.abspath(config.adapters[name]),
+            config.manifests.get(name),
+            config.model_names,
+            config.max_lora_rank,
+        )
+        weights = MergedWeights(checkpoint, adapter, self._dtype)
+        self.merged = weights.files
+        return weights
 
     def _place(self, model_config: ModelConfig, build: BuildDecoder) -> tuple[Decoder, int]:
         """The model on its device, and the context that its memory lets a request have."""

@@ -11,6 +11,9 @@ from loraserve._core import Receipt, SchedulerStats, __version__
 from loraserve.config import EngineConfig
 
 if TYPE_CHECKING:
+    from loraserve._core import AdapterStats as CoreAdapterStats
+    from loraserve.adapters.registry import RegisteredAdapter
+    from loraserve.engine.adapter_loads import LoadTimes
     from loraserve.engine.model_runner import ModelRunner
 
 
@@ -59,6 +62,30 @@ class AdapterInfo(AdapterStats):
     path: str
     description: str | None
     receipt: Receipt
+
+    @classmethod
+    def build(
+        cls, adapter: RegisteredAdapter, core: CoreAdapterStats, times: LoadTimes, usage: AdapterUsage
+    ) -> AdapterInfo:
+        """Of one moment: the engine holds its lock meanwhile. `usage` is copied."""
+        return cls(
+            name=adapter.name,
+            path=adapter.path,
+            description=adapter.manifest.description,
+            receipt=adapter.receipt,
+            state=core.state,
+            num_running=core.num_running,
+            num_waiting=core.num_waiting,
+            is_pinned=core.is_pinned,
+            nbytes=core.nbytes,
+            num_loads=core.num_loads,
+            num_load_failures=core.num_load_failures,
+            num_evictions=core.num_evictions,
+            num_uninvoked=core.num_uninvoked,
+            load_s=times.load_s,
+            last_load_s=times.last_load_s,
+            usage=copy.copy(usage),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -16,7 +16,7 @@ from loraserve.loader.resolve import open_checkpoint
 from loraserve.models.config import ModelConfig
 from loraserve.models.decoder import Decoder
 from loraserve.models.ops import Packer
-from loraserve.models.weights import BuildDecoder, build_decoder
+from loraserve.models.weights import BuildDecoder, Weights, build_decoder
 from loraserve.text.tokenizer import Tokenizer
 from loraserve.validation.files import expanded, is_regular_file
 
@@ -47,11 +47,21 @@ class LoadedModel:
         vars(self).pop("decoder", None)
 
 
+class ChangedWeights(Weights, Protocol):
+    """Weights with the config of what they make."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """As of the checkpoint, but for biases."""
+        ...
+
+
 def load_model(
     path_or_id: str | Path,
     dtype: torch.dtype,
     place: Callable[[ModelConfig, BuildDecoder], tuple[Decoder, int]],
     generation_config: str = "auto",
+    change: Callable[[Checkpoint], ChangedWeights] | None = None,
 ) -> LoadedModel:
     """Open, check, read and pack a model.
 
@@ -59,22 +69,28 @@ def load_model(
         place: called once the config is checked; builds the decoder where it is to run, and gives it with its
             context in tokens.
         generation_config: `EngineConfig`'s.
+        change: gives the weights to take in place of the checkpoint's, with their config.
 
-    Raises ModelError, and what `place` raises.
+    Raises ModelError, and what `place` and `change` raise.
     """
     with open_checkpoint(path_or_id) as checkpoint:
+        weights: Weights = checkpoint
         config = checkpoint.config
+        if change is not None:
+            weights = changed = change(checkpoint)
+            config = changed.config
         tokenizer = checkpoint.load_tokenizer()
         defaults = _sampling_defaults(checkpoint, generation_config)
 
         def build(packer: Packer, num_positions: int) -> Decoder:
-            decoder = build_decoder(config, checkpoint, packer, dtype, num_positions)
+            decoder = build_decoder(config, weights, packer, dtype, num_positions)
             checkpoint.check_all_used()
             return decoder
 
         decoder, max_model_len = place(config, build)
-        weights = fingerprint(checkpoint)
-        return LoadedModel(checkpoint.path, config, decoder, tokenizer, max_model_len, weights, defaults)
+        return LoadedModel(
+            checkpoint.path, config, decoder, tokenizer, max_model_len, fingerprint(checkpoint), defaults
+        )
 
 
 def _sampling_defaults(checkpoint: Checkpoint, generation_config: str) -> dict[str, Any]:

@@ -83,8 +83,14 @@ def engine_config(
                 adapters[name] = _adapter_path(adapter, sources if name in restored else None)
                 if manifest is not None:
                     manifests[name] = manifest
+    is_left_out = not with_downloads and settings.merge not in adapters
     return replace(
-        config, model=model, adapters=adapters, manifests=manifests, failed_adapters=tuple(starting.failures)
+        config,
+        model=model,
+        adapters=adapters,
+        merge=None if is_left_out else settings.merge,
+        manifests=manifests,
+        failed_adapters=tuple(starting.failures),
     )
 
 

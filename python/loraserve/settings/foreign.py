@@ -191,7 +191,7 @@ TGI_AND_LORAX: tuple[ForeignSetting, ...] = (
              "hub|local", accepted=("hub", "local")),
     *_values("adapter_id", "no adapter applies to all requests: serve it by --adapter NAME=SOURCE, "
              "requests name it", "ID"),
-    *_switches("merge_adapter_weights", "adapters are not merged into the model, leave it away"),
+    *_switches("merge_adapter_weights", "--adapter NAME=SOURCE --merge NAME folds that adapter in"),
     *_values("rope_scaling rope_factor", "write it into the model's config.json, from where it is read"),
     *_values("weights_cache_override", "give the directory as MODEL instead", "DIRECTORY"),
     *_values("tokenizer_config_path", FROM_MODEL, "FILE"),

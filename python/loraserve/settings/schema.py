@@ -9,7 +9,7 @@ from pydantic import Field, SecretStr, model_validator
 
 from loraserve.adapters.registry import check_adapter_name, check_base_names
 from loraserve.adapters.startup import OnAdapterError
-from loraserve.config import MAX_COUNTS, EngineConfig
+from loraserve.config import MAX_COUNTS, EngineConfig, check_merge
 from loraserve.sampling_params import MAX_LOGPROBS, MAX_N, MAX_STOP_STRINGS
 from loraserve.settings.entries import AdapterSettings, KeySettings, PrefixCacheScope
 from loraserve.settings.fields import (
@@ -51,6 +51,12 @@ class ServeSettings(SettingsModel):
         env=("LORA_ADAPTERS",),
     )
 
+    merge: str | None = option(
+        None,
+        "model",
+        "fold this one adapter into the model at load: the model's speed, and no other adapter",
+        "NAME",
+    )
     on_adapter_error: OnAdapterError = option(
         EngineConfig.on_adapter_error,
         "model",
@@ -333,6 +339,8 @@ class ServeSettings(SettingsModel):
         check_base_names(self.served_names)
         for name in self.adapters:
             check_adapter_name(name, self.served_names)
+        if self.merge is not None:
+            check_merge(self.merge, self.adapters)
         if self.http_port is None and self.grpc_port is None:
             raise ValueError("http_port and grpc_port are both off, serve at least one API")
         if (self.tls_certificate is None) != (self.tls_key is None):
