@@ -93,6 +93,7 @@ def test_the_commands_parse() -> None:
         ["loraserve", "adapters"],
         ["loraserve", "adapters"],
         ["loraserve", "adapters"],
+        ["loraserve", "adapters"],
         ["loraserve", "doctor"],
     ]
     for line in lines:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from loraserve.cli import adapters_stamp, adapters_verify
+from loraserve.cli import adapters_merge, adapters_stamp, adapters_verify
 from loraserve.cli.options import (
     MODEL_HELP,
     Subparsers,
@@ -28,7 +28,7 @@ Every tensor must fit a module of the model: the exit code is 0 only if all of t
 
 def add_parser(commands: Subparsers) -> None:
     """Add `adapters` with its actions."""
-    summary = "look at adapters, compare and stamp them, without serving"
+    summary = "look at adapters, compare, stamp and merge them, without serving"
     parser = commands.add_parser("adapters", help=summary, description=f"{summary.capitalize()}.")
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     check = add_command(
@@ -42,6 +42,7 @@ def add_parser(commands: Subparsers) -> None:
     check.set_defaults(run=run_check)
     adapters_verify.add_parser(actions)
     adapters_stamp.add_parser(actions)
+    adapters_merge.add_parser(actions)
 
 
 def run_check(args: argparse.Namespace) -> int:
