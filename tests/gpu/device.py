@@ -1,20 +1,16 @@
 """The device tests run on: a GPU through torch, or the emulator, whose device memory is host memory."""
 
 import ctypes
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from loraserve import _core
 from loraserve.models.ops import KvGeometry
 
-from tests.gpu.driver import Driver
+from tests.gpu.driver import EMULATOR, Driver, load_libraries
 
 RED_ZONE = 256  # bytes on either side of an emulated tensor that kernels must not touch
-EMULATOR = "LORASERVE_TEST_CUDA_EMULATOR"  # folder with the emulator's libcuda.so.1
-NVRTC = "LORASERVE_TEST_NVRTC"  # folder with libnvrtc.so
 NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -113,20 +109,6 @@ class Gpu:
             max_group_rank=max_group_rank,
             max_model_len=max_model_len,
         )
-
-
-def load_libraries() -> None:
-    """Load the libraries the environment names, so that their names find them; the order matters."""
-    emulator, nvrtc = os.environ.get(EMULATOR), os.environ.get(NVRTC)
-    if emulator:
-        ctypes.CDLL(str(Path(emulator) / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
-    if nvrtc:
-        # The library opens its builtins by name.
-        for pattern in ("libnvrtc-builtins.so.*", "libnvrtc.so.*"):
-            libraries = sorted(Path(nvrtc).glob(pattern))
-            if not libraries:
-                raise FileNotFoundError(f"{NVRTC}={nvrtc} holds no {pattern}")
-            ctypes.CDLL(str(libraries[-1]), mode=ctypes.RTLD_GLOBAL)
 
 
 def open_driver() -> tuple[Driver | None, str]:

@@ -1,9 +1,13 @@
 """The CUDA driver through ctypes: what tests need of it beside the kernels, on a GPU and on the emulator."""
 
 import ctypes
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+EMULATOR = "LORASERVE_TEST_CUDA_EMULATOR"  # folder with the emulator's libcuda.so.1
+NVRTC = "LORASERVE_TEST_NVRTC"  # folder with libnvrtc.so
 _CAPTURE_THREAD_LOCAL = 1
 _NON_BLOCKING = 1
 
@@ -73,3 +77,17 @@ class Graph:
 
     def replay(self, stream: int) -> None:
         self._driver.call("cuGraphLaunch", self._executable, ctypes.c_void_p(stream))
+
+
+def load_libraries() -> None:
+    """Load the libraries the environment names, so that their names find them; the order matters."""
+    emulator, nvrtc = os.environ.get(EMULATOR), os.environ.get(NVRTC)
+    if emulator:
+        ctypes.CDLL(str(Path(emulator) / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
+    if nvrtc:
+        # The library opens its builtins by name.
+        for pattern in ("libnvrtc-builtins.so.*", "libnvrtc.so.*"):
+            libraries = sorted(Path(nvrtc).glob(pattern))
+            if not libraries:
+                raise FileNotFoundError(f"{NVRTC}={nvrtc} holds no {pattern}")
+            ctypes.CDLL(str(libraries[-1]), mode=ctypes.RTLD_GLOBAL)

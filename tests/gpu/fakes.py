@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from loraserve import _core
 
-from tests.gpu.device import EMULATOR
+from tests.gpu.driver import EMULATOR
 
 HERE = Path(__file__).parent
 

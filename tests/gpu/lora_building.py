@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -98,7 +99,6 @@ class Lora:
 
 def make_lora(gpu: Gpu, dtype: torch.dtype, gain: float = 1.0) -> Lora:
     """`gain` is what adapters' scales are multiplied by and their B divided by: the sum stays what it is."""
-    generator = torch.Generator().manual_seed(7)
     page_nbytes = GEOMETRY.page_nbytes(dtype)
     pool = gpu.zeros(NUM_PAGES * page_nbytes, dtype=torch.uint8)
     kernels = gpu.kernels(
@@ -111,15 +111,24 @@ def make_lora(gpu: Gpu, dtype: torch.dtype, gain: float = 1.0) -> Lora:
         max_group_rank=MAX_GROUP_RANK,
     )
     reference, first_page = TorchOps(GEOMETRY, dtype, pool), 0
-    for slot, ranks in enumerate(ADAPTERS):
-        extent, layout = _random_adapter(slot, dtype, dict(enumerate(ranks)), generator, gain)
+    for slot, (extent, layout) in enumerate(_random_adapters(dtype, gain)):
         start = first_page * page_nbytes
         assert start + len(extent) <= len(pool), "the test's pool is too small"
         pool[start : start + len(extent)] = extent.to(pool.device)
         kernels.set_adapter(slot, first_page, layout, gpu.stream)
         reference.set_adapter(slot, first_page, layout)
         first_page += -(-len(extent) // page_nbytes)
-    return Lora(gpu, dtype, kernels, reference, generator)
+    return Lora(gpu, dtype, kernels, reference, torch.Generator().manual_seed(8))
+
+
+@cache
+def _random_adapters(dtype: torch.dtype, gain: float) -> list[tuple[torch.Tensor, _core.AdapterLayout]]:
+    """The same for every test of a process."""
+    generator = torch.Generator().manual_seed(7)
+    return [
+        _random_adapter(slot, dtype, dict(enumerate(ranks)), generator, gain)
+        for slot, ranks in enumerate(ADAPTERS)
+    ]
 
 
 def _random_adapter(

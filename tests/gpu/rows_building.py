@@ -86,10 +86,10 @@ class Model:
 
     def fill(self, table: np.ndarray, num_tokens: int) -> None:
         """Random K and V of all layers for a sequence on the pages of `table`; what is behind it stays."""
-        pages = self.pages()
-        for position in range(num_tokens):
-            page = pages[int(table[position // 16]), :, :, :, position % 16]
-            page.copy_(torch.randn(page.shape, generator=self.generator))
+        pages, positions = self.pages(), torch.arange(num_tokens)
+        page = torch.from_numpy(table.astype(np.int64))[positions // 16]
+        values = torch.randn(num_tokens, *pages.shape[1:4], pages.shape[5], generator=self.generator)
+        pages[page, :, :, :, positions % 16] = values.to(pages)
 
 
 def make_model(

@@ -6,21 +6,22 @@ import torch
 
 from tests.batches import HandBatch
 from tests.gpu.device import Gpu
-from tests.gpu.rows_building import DTYPES, Model, make_model
+from tests.gpu.rows_building import Model, make_model
 from tests.ops.building import attention_batch, batch_of_tables
 
-# heads, kv heads, head_dim: groups of 1 to 9 and 20, steps of 32 and 64 columns that head_dim does not fill
+# heads, kv heads, head_dim: groups of 1 to 9 and 20; of the last 32 or 64 columns there are 8 to all.
+# An emulator compiles the kernel for every head_dim, which takes it longer than all else.
 SHAPES = [
     (4, 4, 64),
     (4, 2, 80),
     (9, 3, 64),
     (4, 1, 128),
-    (5, 1, 40),
-    (6, 1, 96),
+    (5, 1, 24),
+    (6, 1, 80),
     (7, 1, 24),
     (8, 1, 128),
-    (9, 1, 16),
-    (20, 1, 32),
+    (9, 1, 24),
+    (20, 1, 64),
     (2, 1, 256),
     (3, 1, 200),
 ]
@@ -30,6 +31,11 @@ MIXES = {
     "prefill": [(1, 1), (17, 17), (70, 70), (300, 300)],
     "mixed": [(1, 300), (1, 40), (33, 290), (5, 5), (2, 258)],
 }
+# float16 is another mma and other conversions.
+CASES = [
+    *((torch.bfloat16, heads) for heads in SHAPES),
+    *((torch.float16, heads) for heads in [(4, 2, 80), (9, 3, 64)]),
+]
 # Of the largest value: p is rounded to the storage type, and so is the output.
 TOLERANCE = {torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
 
@@ -42,8 +48,7 @@ def fill_pages(model: Model, batch: HandBatch) -> None:
 
 
 @pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("heads", SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "heads"), CASES)
 def test_every_mix_matches_the_reference(
     gpu: Gpu, dtype: torch.dtype, heads: tuple[int, int, int], mix: str
 ) -> None:

@@ -7,20 +7,23 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpu.device import EMULATOR, NVRTC, Gpu
+from tests.gpu.device import Gpu
+from tests.gpu.driver import EMULATOR, NVRTC
 
-MAKE_KERNELS = """
-import sys
-from tests.gpu.device import load_libraries
+# As where torch is absent: it is looked at for its folder, and takes seconds to import.
+HIDE_TORCH = "import sys; sys.modules['torch'] = None\n"
+MAKE_KERNELS = f"""{HIDE_TORCH}
+import ctypes
+from tests.gpu.driver import load_libraries
 load_libraries()
 from loraserve import _core
 from loraserve.errors import LoraserveError
-import torch
-pool = torch.zeros(1 << 16, dtype=torch.uint8)
+memory = (ctypes.c_char * (1 << 17))()
+pool = -(-ctypes.addressof(memory) // 4096) * 4096
 try:
     _core.CudaKernels(
         dtype="bfloat16", num_layers=1, num_heads=1, num_kv_heads=1, head_dim=32,
-        pool_ptr=pool.data_ptr(), pool_nbytes=pool.numel(), groups=[(64, 64)] * 4,
+        pool_ptr=pool, pool_nbytes=1 << 16, groups=[(64, 64)] * 4,
         max_num_slots=1000, max_num_tokens=4096, max_num_seqs=256, max_group_rank=192,
         device=int(sys.argv[1]),
     )
@@ -47,7 +50,7 @@ linear = ops.pack(torch.ones(64, 64))
 ops.lora_linear(ops.begin_step(token_batch(2).build()), torch.ones(2, 64, dtype=torch.bfloat16), linear, 0, 0)
 print(sorted(mapped() - torchs_own))
 """
-FACTS = "from loraserve import _core; print(_core.cuda_facts())"
+FACTS = f"{HIDE_TORCH}from loraserve import _core; print(_core.cuda_facts())"
 
 
 def run(code: str, *args: str, **environment: str | None) -> str:

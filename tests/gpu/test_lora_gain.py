@@ -5,6 +5,7 @@ The kernels are compiled and launched here, with a table made by hand.
 
 import ctypes
 import struct
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from tests.panels import pack_columns, pack_panels
 
 SOURCES = Path(__file__).parents[2] / "cuda"
 HEADERS = ("storage.cuh", "adapter_table.cuh", "lora.cuh")
+# As rust/kernels/src/cuda/modules.rs has them: an emulator that ran the product's kernels keeps what it made.
+OPTIONS = (b"-std=c++17", b"-default-device", b"-lineinfo", b"-DSTORAGE_BF16", b"-arch=compute_80")
 IN_FEATURES, COLUMNS, RANK, CAPACITY = 576, (48, 80), 24, 3
 # (source, kernel, threads, blocks of an item) of each phase, as rust/kernels/src/cuda/lora.rs launches them.
 LAUNCHES = {
@@ -26,6 +29,7 @@ LAUNCHES = {
 }
 
 
+@cache
 def compile_ptx(source: str) -> bytes:
     """PTX of a kernel source for bfloat16, by NVRTC; `gpu` has loaded it, or the library path has it."""
     try:
@@ -35,9 +39,7 @@ def compile_ptx(source: str) -> bytes:
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
     names = (ctypes.c_char_p * len(HEADERS))(*(name.encode() for name in HEADERS))
     texts = (ctypes.c_char_p * len(HEADERS))(*((SOURCES / name).read_bytes() for name in HEADERS))
-    options = (ctypes.c_char_p * 4)(
-        b"--std=c++17", b"-arch=compute_80", b"-DSTORAGE_BF16", b"-default-device"
-    )
+    options = (ctypes.c_char_p * len(OPTIONS))(*OPTIONS)
     text = (SOURCES / source).read_bytes()
     count = len(HEADERS)
     assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, source.encode(), count, texts, names) == 0

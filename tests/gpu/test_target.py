@@ -9,17 +9,19 @@ import pytest
 from loraserve import _core
 from loraserve.errors import DeviceError
 
-from tests.gpu.device import EMULATOR, Gpu
+from tests.gpu.device import Gpu
+from tests.gpu.driver import EMULATOR
 from tests.gpu.fakes import fake_driver, fake_nvrtc
 from tests.gpu.test_errors import MAKE_KERNELS, run
 
-LOAD = MAKE_KERNELS.replace("    _core.CudaKernels(", "    kernels = _core.CudaKernels(") + (
-    "    kernels.load_kernels()\n    print(kernels.target, kernels.num_compiled)\n"
+PROBE = MAKE_KERNELS.replace("    _core.CudaKernels(", "    kernels = _core.CudaKernels(") + (
+    "    print(kernels.target, kernels.num_compiled)\n"
 )
+LOAD = PROBE.replace("    print(kernels", "    kernels.load_kernels()\n    print(kernels")
 ONE_MIX = "test_every_mix_matches_the_reference[bf16-one_row-1]"
 NVRTC_PATH = """
 import sys, torch
-from tests.gpu.device import load_libraries
+from tests.gpu.driver import load_libraries
 load_libraries()
 from loraserve import _core
 from loraserve.errors import DeviceError
@@ -42,8 +44,8 @@ def environment(gpu: Gpu, tmp_path: Path) -> dict[str, str | None]:
     }
 
 
-def outcome(environment: dict[str, str | None]) -> list[str]:
-    return run(LOAD, "0", **environment).splitlines()
+def outcome(environment: dict[str, str | None], code: str = LOAD) -> list[str]:
+    return run(code, "0", **environment).splitlines()
 
 
 def loaded(tmp_path: Path) -> set[str]:
@@ -54,18 +56,22 @@ def extensions(tmp_path: Path) -> set[str]:
     return {path.suffix for path in (tmp_path / "cache" / "kernels").iterdir()}
 
 
-@pytest.mark.parametrize("is_compiler_newer", [False, True])
-def test_a_driver_is_given_machine_code(
-    environment: dict[str, str | None], tmp_path: Path, is_compiler_newer: bool
-) -> None:
-    """Also one that is older than the compiler, and takes no PTX of it."""
+def test_a_driver_is_given_machine_code(environment: dict[str, str | None], tmp_path: Path) -> None:
     environment["FAKE_TAKES_CUBINS"] = "1"
-    if is_compiler_newer:
-        fake_nvrtc(tmp_path, "cu13", (13, 9))
     target, num_compiled = outcome(environment)[-1].split()
     assert (target, loaded(tmp_path), extensions(tmp_path)) == ("sm_80", {"cubin"}, {".cubin"})
     assert int(num_compiled) > 1
     assert outcome(environment)[-1].split() == ["sm_80", "0"]
+
+
+def test_a_driver_older_than_the_compiler_is_given_machine_code(
+    environment: dict[str, str | None], tmp_path: Path
+) -> None:
+    """It takes no PTX of it."""
+    environment["FAKE_TAKES_CUBINS"] = "1"
+    fake_nvrtc(tmp_path, "cu13", (13, 9))
+    assert outcome(environment, PROBE)[-1] == "sm_80 0"
+    assert (loaded(tmp_path), extensions(tmp_path)) == ({"cubin"}, {".cubin"})
 
 
 def test_a_driver_that_takes_no_machine_code_is_given_ptx(
