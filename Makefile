@@ -38,16 +38,16 @@ FUZZ_TARGETS ?= $(notdir $(wildcard rust/fuzz/corpus/*))
 FUZZ_COVERAGE := --cfg fuzzing -Ccodegen-units=1 -Cpasses=sancov-module $(addprefix -Cllvm-args=-sanitizer-coverage-, \
 	level=4 inline-8bit-counters pc-table trace-compares)
 FUZZ_HOST = $(shell rustc --version --verbose | sed -n 's/^host: //p')
-fuzz: ## fuzz each target of rust/fuzz for FUZZ_SECONDS; INPUT=FILE FUZZ_TARGETS=pattern repeats a finding
+fuzz: ## fuzz each target of rust/fuzz for FUZZ_SECONDS, JOBS at a time; INPUT=FILE FUZZ_TARGETS=pattern repeats a finding
 	RUSTFLAGS='$(FUZZ_COVERAGE)' CARGO_TARGET_DIR=target/fuzz cargo build --release \
 		--manifest-path rust/fuzz/Cargo.toml --target $(FUZZ_HOST)
-	@for target in $(FUZZ_TARGETS); do \
-		found=target/fuzz/found/$$target; mkdir -p $$found $$found.corpus; echo "fuzzing $$target"; \
-		target/fuzz/$(FUZZ_HOST)/release/$$target -timeout=5 -rss_limit_mb=0 -max_len=4096 -artifact_prefix=$$found/ \
-			$(if $(INPUT),$(INPUT),-max_total_time=$(FUZZ_SECONDS) $$found.corpus rust/fuzz/corpus/$$target) >$$found.log 2>&1 \
+	@fuzz() { \
+		found=target/fuzz/found/$$1; mkdir -p $$found $$found.corpus; echo "fuzzing $$1"; \
+		target/fuzz/$(FUZZ_HOST)/release/$$1 -timeout=5 -rss_limit_mb=0 -max_len=4096 -artifact_prefix=$$found/ \
+			$(if $(INPUT),$(INPUT),-max_total_time=$(FUZZ_SECONDS) $$found.corpus rust/fuzz/corpus/$$1) >$$found.log 2>&1 \
 			|| { tail -n 60 $$found.log; exit 1; }; \
-		$(if $(INPUT),,grep --text DONE $$found.log;) \
-	done
+		$(if $(INPUT),,result=$$(grep --text DONE $$found.log) && echo "$$1 $$result";) \
+	}; export -f fuzz; printf '%s\n' $(FUZZ_TARGETS) | xargs -P $(JOBS) -I TARGET bash -c 'fuzz TARGET'
 
 soak: $(STAMPS)/dev ## more of what is drawn at random: operations, files, requests, programs' ends, an hour of attacks
 	LORASERVE_OPERATIONS=$(SOAK_OPERATIONS) LORASERVE_FIRST_SEED=$$(date +%s)000000 \
@@ -60,7 +60,7 @@ soak: $(STAMPS)/dev ## more of what is drawn at random: operations, files, reque
 
 lint: lint-rust lint-python lint-cuda ## formatting, lints, types, stubs; .pre-commit-config.yaml runs its parts
 
-lint-rust: $(STAMPS)/dev
+lint-rust:
 	cargo fmt --all --check
 	cargo fmt --manifest-path rust/fuzz/Cargo.toml --check
 	cargo clippy --workspace --all-targets -- -D warnings
