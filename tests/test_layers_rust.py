@@ -25,16 +25,16 @@ CRATES: dict[str, tuple[set[str], str]] = {
     "adapters": (
         set(),
         """
-        base_linears error foreign layout pace receipt
+        base_linears error foreign layout pace
         fields pattern read shape
         shards
         weights
-        alpha initialisation names target tensor_name
+        alpha initialisation matrix names target tensor_name
         config
-        bind
-        content matrix
-        columns
-        pack base_copy
+        bind tables
+        replaced_rows
+        columns content receipt
+        pack
         adapter
         fuzz
         """,
@@ -53,6 +53,7 @@ CRATES: dict[str, tuple[set[str], str]] = {
         cpu::norm cpu::activation cpu::sampling cpu::base_linears
         cpu::rope cpu::lora cpu::attention
         cpu::gemm
+        cpu::token_rows
         cpu::context
         cpu::program
         cuda::cache cuda::sources cuda::page_moves cuda::work_list

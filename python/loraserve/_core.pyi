@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Protocol, TypedDict, final
+from typing import Literal, Protocol, TypeAlias, TypedDict, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,8 +46,8 @@ __all__ = [
     "default_isa",
     "load_adapter",
     "recognise_file",
+    "row_digests",
     "usable_cores",
-    "weight_digest",
 ]
 
 __version__: str
@@ -377,6 +377,7 @@ class Scheduler:
 _ModulePlace = tuple[int, int, int, int, int, float]
 _GroupPlace = tuple[int, int, int, int, int, list[_ModulePlace]]
 _ColumnsPlace = tuple[int, int, int, int, bool, bool]
+_RowsPlace = tuple[int, int, int, int]
 
 @final
 class BaseShape:
@@ -400,9 +401,14 @@ class AdapterLayout:
 
     @staticmethod
     def from_groups(
-        groups: list[_GroupPlace], num_layers: int, nbytes: int, columns: list[_ColumnsPlace] = ...
+        groups: list[_GroupPlace],
+        num_layers: int,
+        nbytes: int,
+        columns: list[_ColumnsPlace] = ...,
+        embedding: _RowsPlace | None = None,
+        head: _RowsPlace | None = None,
     ) -> AdapterLayout:
-        """What `groups` and `columns` return, for an adapter that was not loaded from files.
+        """What `groups`, `columns`, `embedding` and `head` return, for an adapter not loaded from files.
 
         Raises ValueError for a layer, group or module that does not exist.
         """
@@ -412,6 +418,15 @@ class AdapterLayout:
     @property
     def num_layers(self) -> int:
         """Of the base model, adapted or not."""
+    @property
+    def embedding(self) -> _RowsPlace | None:
+        """Rows of the embedding in place of the base's: (tokens_offset, panels_offset, count, width).
+
+        Their tokens are ascending int32 [count]; the rows lie as a packed weight [count, width].
+        """
+    @property
+    def head(self) -> _RowsPlace | None:
+        """Rows of the head in place of the base's, in the same form; it may be the same block."""
     def groups(self) -> list[_GroupPlace]:
         """Present groups: (layer, group, a_offset, rank, in_features, modules).
 
@@ -465,6 +480,12 @@ class Receipt:
     def base_copies(self) -> list[str]:
         """Modules of the base whose own weights the file repeats bit by bit; nothing is kept of those."""
     @property
+    def is_compared(self) -> bool:
+        """Whether the file has embeddings or a head, which were compared with the base's."""
+    @property
+    def replaces_rows(self) -> bool:
+        """Whether rows of the base's embedding or head are replaced."""
+    @property
     def invocation_tokens(self) -> list[int]:
         """Tokens of a prompt from whose last occurrence on the adapter acts; empty, it acts on all."""
     @property
@@ -506,13 +527,15 @@ class _BaseLinears(Protocol):
 class CpuBaseLinears:
     """The same of a model on the CPU, computed without the GIL."""
 
+_BaseWeights: TypeAlias = Callable[[str], tuple[tuple[int, int], bytes, bool]]
+
 def check_adapter(
     path: str,
     shape: BaseShape,
     dtype: str,
     max_lora_rank: int,
     pace: LoadPace | None = None,
-    base_weights: Callable[[str], tuple[tuple[int, int], str]] | None = None,
+    base_weights: _BaseWeights | None = None,
     stored: tuple[str, str] | None = None,
 ) -> Receipt:
     """Read and check all of a PEFT directory, without the GIL.
@@ -521,15 +544,16 @@ def check_adapter(
     `path` is what errors call the file.
 
     `dtype`: storage dtype, "float32", "bfloat16" or "float16"; `pace` None is full speed. `base_weights`
-    gives (rows, columns) and `weight_digest` of the base's "embed_tokens" or "lm_head" in that dtype; it is
-    asked where the file has copies of them, which are refused without it. Raises AdapterFormatError.
+    gives (rows, columns) and `row_digests` of the base's "embed_tokens" or "lm_head" in that dtype, and whether
+    both are one weight; it is asked where the file has embeddings or a head, which are refused without it.
+    Raises AdapterFormatError.
     """
 
 def recognise_file(path: str, is_json: bool = False) -> str | None:
     """What a file is in place of binary weights, or of JSON: words that follow "it is", with the remedy."""
 
-def weight_digest(ptr: int, nbytes: int) -> str:
-    """BLAKE3 of `nbytes` readable bytes at `ptr`, in hex, without the GIL."""
+def row_digests(ptr: int, nbytes: int, row_nbytes: int) -> bytes:
+    """BLAKE3 of each row, one after another, of `nbytes` readable bytes at `ptr`, without the GIL."""
 
 def load_adapter(
     path: str,
@@ -542,11 +566,14 @@ def load_adapter(
     pace: LoadPace | None = None,
     base_linears: CpuBaseLinears | _BaseLinears | None = None,
     stored: tuple[str, str] | None = None,
+    base_weights: _BaseWeights | None = None,
+    known: Receipt | None = None,
 ) -> AdapterLayout:
     """Pack a registered adapter into `dst_nbytes` writable bytes at `dst_ptr`, without the GIL.
 
     `stored` is as in `check_adapter`. Writes all of them, or anything where it raises; the caller keeps them
-    alive and to itself until the call returns. `base_linears` is asked where DoRA or trained biases need it.
+    alive and to itself until the call returns. `base_linears` is asked where DoRA or trained biases need it,
+    `base_weights` where there are embeddings or a head, unless `known` is the receipt of the files as they are now.
     Raises AdapterUnavailableError if the files are gone or changed, or the base's linears can't be had,
     AdapterFormatError if the files are malformed, CapacityError if the extent is too small.
     """

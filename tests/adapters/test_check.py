@@ -72,7 +72,7 @@ def to_pickle(path: Path) -> None:
         (put(f"{Q}.lora_A.weight", torch.ones(8, 16).double()), "has dtype F64"),
         (tensors(lambda t: t[f"{Q}.lora_A.weight"].fill_(torch.nan)), "holds NaN at element 0"),
         (put(f"{Q}.lora_magnitude_vector", torch.ones(16)), "is in the file, but field 'use_dora' is false"),
-        (put("base_model.model.lm_head.weight", torch.ones(9)), "the base's weights are not at hand"),
+        (put("base_model.model.lm_head.weight", torch.ones(9, 16)), "the base's weights are not at hand"),
         (put(f"{Q}x.lora_A.weight", torch.ones(8, 16)), "fits no module of the base"),
         (config(use_dora=True), "lora_magnitude_vector is not in the file, but field 'use_dora' is true"),
         (config(bias="some"), "not supported yet: field 'bias'"),

@@ -123,7 +123,10 @@ def test_patterns_that_peft_reorders_on_saving_are_refused(tmp_path: Path) -> No
             "base_model.model.lm_head.weight: the base's weights are not at hand",
         ),
         ({"modules_to_save": ["norm"]}, "not supported yet: field 'modules_to_save'"),
-        ({"trainable_token_indices": [1, 2]}, "not supported yet: field 'trainable_token_indices'"),
+        (
+            {"trainable_token_indices": [1, 2]},
+            "token_adapter.trainable_tokens_delta: the base's weights are not at hand",
+        ),
         ({"layer_replication": [(0, 12), (0, 1)]}, "not supported yet: field 'layer_replication'"),
         (
             {"target_modules": ["embed_tokens"]},

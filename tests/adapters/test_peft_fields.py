@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from loraserve._core import BaseShape, check_adapter
+from loraserve._core import BaseShape, check_adapter, row_digests
 from loraserve.errors import AdapterFormatError
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 
@@ -53,6 +53,11 @@ ON_A_BASE: dict[str, list[Any]] = {
     "lora_bias": [False, True],
     "use_dora": [False, True],
 }
+# Served as well; rows are compared with the base's.
+ON_TABLES: dict[str, list[Any]] = {
+    "modules_to_save": [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]],
+    "trainable_token_indices": [None, [5, 3], {"embed_tokens": [1], "lm_head": [7, 2]}],
+}
 # Other values, as adapter_config.json has them, and words of the refusal beside the field's name.
 REFUSED: dict[str, tuple[Any, str]] = {
     "arrow_config": ({"top_k": 3}, "not supported yet"),
@@ -65,7 +70,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "monteclora_config": ({"a": 1}, "not supported yet"),
     "peft_type": ("VERA", "train a LORA adapter"),
     "target_parameters": (["experts.gate_up_proj"], "name linear layers"),
-    "trainable_token_indices": ([1], "without added tokens"),
+    "trainable_token_indices": ({"norm": [1]}, "expected embed_tokens or lm_head"),
     "use_bdlora": ({"nblocks": 2}, "not supported yet"),
     "use_qalora": (True, "not supported yet"),
     "velora_config": ({"a": 1}, "not supported yet"),
@@ -95,7 +100,7 @@ def save(path: Path, fields: dict[str, Any]) -> Path:
 
 
 def test_every_field_of_lora_config_is_known() -> None:
-    known = EXACT.keys() | ON_A_BASE.keys() | REFUSED.keys()
+    known = EXACT.keys() | ON_A_BASE.keys() | ON_TABLES.keys() | REFUSED.keys()
     assert set(FIELDS) == known, "a field of PEFT's that nobody looked at: serve it exactly or refuse it"
 
 
@@ -124,6 +129,25 @@ def test_a_field_that_takes_the_base_to_compute_is_served(tmp_path: Path, field:
     receipt = check_adapter(str(save(tmp_path, {field: value})), BaseShape(*SHAPE), "float32", 64)
     assert receipt.modules == ["q_proj", "v_proj"]
     e2e = Path(__file__).parents[1] / "e2e/test_dora_and_biases.py"
+    assert field in e2e.read_text(), "its answers are compared with PEFT's"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [(field, value) for field in ON_TABLES for value in ON_TABLES[field]], ids=str
+)
+def test_a_field_that_brings_rows_is_served(tmp_path: Path, field: str, value: Any) -> None:
+    model = tiny_llama()
+    tables = {"embed_tokens": model.get_input_embeddings(), "lm_head": model.get_output_embeddings()}
+
+    def stored(module: str) -> tuple[tuple[int, int], bytes, bool]:
+        weight = torch.zeros_like(tables[module].weight)
+        rows, columns = weight.shape
+        return (rows, columns), row_digests(weight.data_ptr(), weight.nbytes, 4 * columns), False
+
+    path = save(tmp_path, {field: value})
+    receipt = check_adapter(str(path), BaseShape(*SHAPE), "float32", 64, base_weights=stored)
+    assert receipt.replaces_rows == receipt.is_compared == (value is not None)
+    e2e = Path(__file__).parents[1] / "e2e/test_embeddings_and_heads.py"
     assert field in e2e.read_text(), "its answers are compared with PEFT's"
 
 

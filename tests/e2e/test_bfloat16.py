@@ -7,6 +7,7 @@ import torch
 from loraserve import _core
 from loraserve.config import EngineConfig
 from loraserve.engine.model_runner import BLOCK_SIZE, ModelRunner
+from loraserve.loader.base_weights import BaseWeights
 from transformers import AutoModelForCausalLM
 
 from tests.e2e.oracle import HETEROGENEOUS, PeftOracle
@@ -27,8 +28,11 @@ def our_last_logits(
         max_model_len=2048,
     )
     sources = {}
+    base_weights = BaseWeights(runner.model.path, config.dtype)
     for name, path in paths.items():
-        receipt = _core.check_adapter(path, runner.base_shape, config.dtype, config.max_lora_rank)
+        receipt = _core.check_adapter(
+            path, runner.base_shape, config.dtype, config.max_lora_rank, base_weights=base_weights
+        )
         sources[scheduler.register_adapter(name, receipt.hash, receipt.nbytes)] = (path, receipt)
     ids = [scheduler.submit(p, [(a, 1.0)] if a else [], 1, 0, []) for p, a in requests]
     rows: dict[int, torch.Tensor] = {}
@@ -46,6 +50,7 @@ def our_last_logits(
                 receipt.hash,
                 dst_nbytes=extent.nbytes,
                 base_linears=runner.backend.base_linears,
+                known=receipt,
             )
             runner.bind(extent, runner.backend.fill(extent, load))
             scheduler.adapter_loaded(adapter_id)

@@ -68,7 +68,7 @@ class AdapterCheck:
         dtype: in which weights are stored.
         max_lora_rank: adapters of a higher rank are refused.
         base: the base model, as adapters say which one they are of.
-        base_weights: the base model's, to compare copies with.
+        base_weights: the base model's, to compare embeddings and heads with.
         beside: reads what lies beside the weights.
     """
 
@@ -86,8 +86,8 @@ class AdapterCheck:
         self.dtype = dtype
         self.max_lora_rank = max_lora_rank
         self.base = base
+        self.base_weights = base_weights
         self._config = config
-        self._base_weights = base_weights
         self._beside = beside
 
     def check_weights(
@@ -99,7 +99,7 @@ class AdapterCheck:
         """
         files = None if stored is None else stored.files
         return _core.check_adapter(
-            path, self.shape, self.dtype, self.max_lora_rank, pace, self._base_weights, files
+            path, self.shape, self.dtype, self.max_lora_rank, pace, self.base_weights, files
         )
 
     def check(

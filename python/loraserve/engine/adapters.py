@@ -196,6 +196,7 @@ class EngineAdapters:
             check_path(source, f"the path of adapter {name!r}")
             source = os.path.abspath(source)  # it is read again at every load, wherever the process is then
         files = self.loader.check(source, manifest)
+        self._check_rows(name, files.receipt)
         self._check_invocation(name, files.receipt)
         self._try_manifest(name, files)
         return CheckedAdapter(name, files.path, files)
@@ -430,6 +431,14 @@ class EngineAdapters:
         adapter = self._registry.get(name)
         assert adapter is not None, "invariant: the scheduler and the registry know the same names"
         return adapter
+
+    def _check_rows(self, name: str, receipt: _core.Receipt) -> None:
+        backend = self._runner.backend
+        if receipt.replaces_rows and not backend.replaces_rows:
+            raise AdapterFormatError(
+                f"adapter {name!r} has rows of embedding or head in place of the model's, which the {backend.name} "
+                "backend does not serve yet: use --device cpu, or merge it into the model and serve that"
+            )
 
     def _check_invocation(self, name: str, receipt: _core.Receipt) -> None:
         try:

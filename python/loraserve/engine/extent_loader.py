@@ -68,7 +68,8 @@ class ExtentLoader:
         self._check = check
         self._on_done = on_done
         self._pace = _core.LoadPace()
-        # Of files with copies of the base's weights, which a load does not read: when they were compared.
+        # Of files with embeddings or a head, of which a load reads what differs from the base's: when they were
+        # compared with it.
         self._compared: dict[str, Stamp] = {}
         self._num_open = 0  # loads started whose results were not taken; the engine's thread counts
         self._jobs: _Jobs = queue.SimpleQueue()
@@ -84,7 +85,7 @@ class ExtentLoader:
         stamp = _stamp(source) if isinstance(source, str) else None
         checked = self._check.check(source, self._pace, manifest)
         receipt = checked.receipt
-        if receipt.base_copies and checked.stored is None:
+        if receipt.is_compared and checked.stored is None:
             self._compared[receipt.directory] = stamp if receipt.directory == source else None
         return checked
 
@@ -162,10 +163,8 @@ class ExtentLoader:
         return self._load(sources[-1], extent)
 
     def _load(self, source: WeightsSource, extent: Extent) -> _core.AdapterLayout:
-        is_compared = source.stored is None and source.path in self._compared
-        if is_compared and not _is_as(self._compared[source.path], source.path):
-            self._check.check_weights(source.path, self._pace)
-
+        stamp = self._compared.get(source.path)
+        is_same = source.stored is not None or (stamp is not None and stamp == _stamp(source.path))
         assert self._backend is not None, "invariant: a load is over before the loader is shut down"
         base_linears = self._backend.base_linears
 
@@ -181,6 +180,8 @@ class ExtentLoader:
                 self._pace,
                 base_linears,
                 None if source.stored is None else source.stored.files,
+                self._check.base_weights,
+                source.receipt if is_same else None,
             )
 
         return self._backend.fill(extent, load)
@@ -209,11 +210,6 @@ def _stamp(path: str) -> Stamp:
     except (OSError, ValueError):
         return None
     return tuple((stat.st_mtime_ns, stat.st_size) for stat in stats) or None
-
-
-def _is_as(stamp: Stamp, path: str) -> bool:
-    """Whether the weights are as they were when `stamp` was taken of them."""
-    return stamp is not None and stamp == _stamp(path)
 
 
 def rest_s(num_open: int) -> float:

@@ -1,4 +1,4 @@
-"""`BaseWeights`: the base model's embeddings, as copies of them in adapters are compared with."""
+"""`BaseWeights`: the base model's embedding and head, as those of adapters are compared with."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from loraserve import _core
 from loraserve.loader.resolve import open_checkpoint
+from loraserve.models.weights import table_names
 
 
 class BaseWeights:
@@ -23,19 +24,23 @@ class BaseWeights:
         self._path = path
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._lock = threading.Lock()
-        self._found: dict[str, tuple[tuple[int, int], str]] = {}
+        self._found: dict[str, tuple[tuple[int, int], bytes, bool]] = {}
 
-    def __call__(self, module: str) -> tuple[tuple[int, int], str]:
-        """(rows, columns) and digest of "embed_tokens" or "lm_head". Raises ModelError."""
+    def __call__(self, module: str) -> tuple[tuple[int, int], bytes, bool]:
+        """(rows, columns) of "embed_tokens" or "lm_head", digests of its rows, and whether both are one weight.
+
+        Raises ModelError.
+        """
         with self._lock:
             if module not in self._found:
                 self._found[module] = self._read(module)
             return self._found[module]
 
-    def _read(self, module: str) -> tuple[tuple[int, int], str]:
+    def _read(self, module: str) -> tuple[tuple[int, int], bytes, bool]:
         with open_checkpoint(self._path) as checkpoint:
-            has_own_head = module == "lm_head" and not checkpoint.config.tie_word_embeddings
-            name = "lm_head.weight" if has_own_head else "model.embed_tokens.weight"
-            weight = checkpoint.tensor(name).to(self._dtype).contiguous()
+            embedding, head = table_names(checkpoint.config, checkpoint)
+            weight = checkpoint.tensor(head if module == "lm_head" else embedding)
+            weight = weight.to(self._dtype).contiguous()
         rows, columns = weight.shape
-        return (rows, columns), _core.weight_digest(weight.data_ptr(), weight.nbytes)
+        digests = _core.row_digests(weight.data_ptr(), weight.nbytes, columns * weight.itemsize)
+        return (rows, columns), digests, embedding == head

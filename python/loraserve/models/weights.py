@@ -52,6 +52,22 @@ def build_decoder(
     )
 
 
+def table_names(config: ModelConfig, weights: Weights) -> tuple[str, str]:
+    """Names of embedding and head; one where they are tied: by the config, and by being equal or alone.
+
+    Raises ModelError.
+    """
+    if not config.tie_word_embeddings:
+        return EMBEDDING, HEAD
+    if not weights.has(HEAD):
+        return EMBEDDING, EMBEDDING
+    if not weights.has(EMBEDDING):
+        return HEAD, HEAD
+    shape = (config.vocab_size, config.hidden_size)
+    is_one = torch.equal(weights.tensor(EMBEDDING, shape), weights.tensor(HEAD, shape))
+    return EMBEDDING, EMBEDDING if is_one else HEAD
+
+
 class _Reader:
     def __init__(self, config: ModelConfig, weights: Weights, packer: Packer, dtype: torch.dtype) -> None:
         self._config = config
@@ -77,16 +93,11 @@ class _Reader:
         )
 
     def embedding_and_head(self) -> tuple[Linear, Linear]:
-        """One and the same where they are tied: by the config, and by being equal or alone in the file."""
+        """One and the same where they are tied."""
         shape = (self._config.vocab_size, self._config.hidden_size)
-        tied, has = self._config.tie_word_embeddings, self._weights.has
-        only_head = tied and has(HEAD) and not has(EMBEDDING)
-        embedding = self._weights.tensor(HEAD if only_head else EMBEDDING, shape)
-        packed = self._packer.pack(embedding)
-        if only_head or (tied and not has(HEAD)):
-            return packed, packed
-        head = self._weights.tensor(HEAD, shape)
-        return packed, packed if tied and torch.equal(embedding, head) else self._packer.pack(head)
+        embedding, head = table_names(self._config, self._weights)
+        packed = self._packer.pack(self._weights.tensor(embedding, shape))
+        return packed, packed if head == embedding else self._packer.pack(self._weights.tensor(head, shape))
 
     def norm(self, name: str, size: int) -> Tensor:
         return self._weights.tensor(name, (size,)).to(self._packer.device, self._dtype, copy=True)

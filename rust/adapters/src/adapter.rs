@@ -3,22 +3,25 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use blake3::Hasher;
+
 use crate::alpha::read_alphas;
-use crate::base_copy::{BaseCopy, BaseWeights, take_copies};
 use crate::base_linears::BaseLinears;
 use crate::bind::{Binding, bind};
 use crate::columns::{Columns, Tensors};
 use crate::config::Config;
 use crate::content::ContentHash;
 use crate::error::{Error, Result};
-use crate::layout::{AdapterLayout, StorageDtype};
+use crate::layout::{AdapterLayout, RowsLayout, StorageDtype};
 use crate::matrix::{Matrix, finite_values};
 use crate::names::Names;
 use crate::pace::{Bursts, Pace};
 use crate::pack::{Packer, layout_of};
 use crate::read::{locate, read_config};
 use crate::receipt::Receipt;
+use crate::replaced_rows::{BaseWeights, ReplacedRows, RowBlock, read_rows};
 use crate::shape::BaseShape;
+use crate::tables::Tables;
 use crate::weights::{Source, Weights};
 
 /// What the server accepts and how it stores it.
@@ -43,13 +46,28 @@ pub enum Place<'a> {
     },
 }
 
+/// The base model, as far as it can be asked; what an adapter needs and can't ask is refused.
+#[derive(Clone, Copy, Default)]
+pub struct BaseModel<'a> {
+    pub linears: Option<&'a dyn BaseLinears>,
+    pub weights: Option<&'a dyn BaseWeights>,
+}
+
+/// What `check` said of the files.
+#[derive(Clone, Copy)]
+pub struct Registered<'a> {
+    pub hash: &'a str,
+    /// Of files that have not changed since; `None` has them found anew.
+    pub rows: Option<&'a ReplacedRows>,
+}
+
 /// Reads and checks all of an adapter and says what it is.
 pub fn check(directory: &Path, shape: &BaseShape, limits: Limits) -> Result<Receipt> {
     let place = Place::Directory(directory);
     check_paced(place, shape, limits, None, &Pace::default())
 }
 
-/// `check`, at a pace; copies of the base's weights are compared with `base`, and refused without it.
+/// `check`, at a pace; embeddings and heads are compared with `base`, and refused without it.
 pub fn check_paced(
     place: Place<'_>,
     shape: &BaseShape,
@@ -58,8 +76,8 @@ pub fn check_paced(
     pace: &Pace,
 ) -> Result<Receipt> {
     let mut adapter = Adapter::open(place, shape, limits)?;
-    adapter.check_copies(base, pace)?;
-    let hash = adapter.read_modules(pace, |_, _, _| Ok(()))?;
+    adapter.find_rows(base, None, pace)?;
+    let hash = adapter.read(pace, None)?;
     Ok(adapter.receipt(shape, hash))
 }
 
@@ -78,9 +96,12 @@ pub fn load(
         Place::Directory(directory),
         shape,
         limits,
-        expected_hash,
+        Registered {
+            hash: expected_hash,
+            rows: None,
+        },
         extent,
-        None,
+        BaseModel::default(),
         &Pace::default(),
     )
 }
@@ -90,13 +111,16 @@ pub fn load_paced(
     place: Place<'_>,
     shape: &BaseShape,
     limits: Limits,
-    expected_hash: &str,
+    registered: Registered<'_>,
     extent: &mut [u8],
-    base: Option<&dyn BaseLinears>,
+    base: BaseModel<'_>,
     pace: &Pace,
 ) -> Result<AdapterLayout> {
     let opened = Adapter::open(place, shape, limits);
-    let loaded = opened.and_then(|adapter| adapter.load(shape, expected_hash, extent, base, pace));
+    let loaded = opened.and_then(|mut adapter| {
+        adapter.find_rows(base.weights, registered.rows, pace)?;
+        adapter.load(shape, registered.hash, extent, base.linears, pace)
+    });
     loaded.map_err(Error::since_registered)
 }
 
@@ -109,7 +133,9 @@ struct Adapter {
     weights: Weights,
     /// In order of (layer, path).
     bindings: Vec<Binding>,
-    copies: Vec<BaseCopy>,
+    tables: Tables,
+    /// Of the tables, once they are found.
+    rows: ReplacedRows,
     notes: Vec<String>,
 }
 
@@ -117,7 +143,7 @@ impl Adapter {
     fn open(place: Place<'_>, shape: &BaseShape, limits: Limits) -> Result<Self> {
         let (directory, config, mut weights, mut notes) = open_files(place)?;
         let mut names = Names::read(weights.sources()?)?;
-        let copies = take_copies(&mut names.tensors, &config)?;
+        let tables = Tables::take(&mut names.tensors, &config)?;
         if names.tensors.is_empty() {
             return Err(Error::NoTensors {
                 path: weights.path().into(),
@@ -137,15 +163,31 @@ impl Adapter {
             invocation_tokens: config.invocation_tokens,
             weights,
             bindings,
-            copies,
+            tables,
+            rows: ReplacedRows::default(),
             notes,
         })
     }
 
-    fn check_copies(&mut self, base: Option<&dyn BaseWeights>, pace: &Pace) -> Result<()> {
-        let mut bursts = Bursts::new(pace);
-        let mut checks = self.copies.iter();
-        checks.try_for_each(|copy| copy.check(&mut self.weights, self.dtype, base, &mut bursts))
+    fn find_rows(
+        &mut self,
+        base: Option<&dyn BaseWeights>,
+        known: Option<&ReplacedRows>,
+        pace: &Pace,
+    ) -> Result<()> {
+        let known = known.filter(|known| known.fit(&self.tables));
+        let (weights, mut bursts) = (&mut self.weights, Bursts::new(pace));
+        self.rows = match known {
+            Some(known) => known.clone(),
+            None => ReplacedRows::find(&self.tables, weights, self.dtype, base, &mut bursts)?,
+        };
+        self.notes.extend(self.rows.notes());
+        Ok(())
+    }
+
+    fn layout(&self, shape: &BaseShape) -> AdapterLayout {
+        let width = self.rows.width(&self.tables);
+        layout_of(&self.bindings, (&self.rows, width), shape, self.dtype)
     }
 
     fn load(
@@ -156,20 +198,17 @@ impl Adapter {
         base: Option<&dyn BaseLinears>,
         pace: &Pace,
     ) -> Result<AdapterLayout> {
-        let dtype = self.dtype;
-        let layout = layout_of(&self.bindings, shape, self.dtype);
+        let layout = self.layout(shape);
         let (needed, available) = (layout.nbytes, extent.len());
         let fits = needed <= available;
         // Packed while it is hashed: each tensor is read once, and is in the cache for both.
-        let mut packer = fits.then(|| Packer::new(&layout, shape, self.dtype, extent));
-        let hash = self.read_modules(pace, |binding, tensors, bursts| {
-            if let Some(packer) = &mut packer {
-                let module = &shape.modules[&binding.path];
-                let columns = Columns::of(binding, &tensors, module, dtype, base, bursts)?;
-                packer.write(binding, tensors.factors, &columns);
-            }
-            Ok(())
-        })?;
+        let mut packing = fits.then(|| Packing {
+            packer: Packer::new(&layout, shape, self.dtype, extent),
+            layout: &layout,
+            shape,
+            base,
+        });
+        let hash = self.read(pace, packing.as_mut())?;
         if hash != expected_hash {
             return Err(Error::Changed {
                 path: self.directory,
@@ -177,21 +216,27 @@ impl Adapter {
                 expected: expected_hash.into(),
             });
         }
-        let packer = packer.ok_or(Error::ExtentTooSmall { needed, available })?;
-        packer.finish();
+        let packing = packing.ok_or(Error::ExtentTooSmall { needed, available })?;
+        packing.packer.finish();
         Ok(layout)
     }
 
-    /// Hands the tensors of every module to `visit`, in order, and returns the content's hash.
-    ///
+    /// Reads, checks and hashes all of it, and packs it where there is a place; returns the content's hash.
+    fn read(&mut self, pace: &Pace, mut packing: Option<&mut Packing<'_>>) -> Result<String> {
+        let (mut hash, mut bursts) = (ContentHash::new(), Bursts::new(pace));
+        self.read_modules(&mut hash, &mut bursts, packing.as_deref_mut())?;
+        hash.invocation(&self.invocation_tokens);
+        self.read_rows(&mut hash, &mut bursts, packing)?;
+        Ok(hash.finish())
+    }
+
     /// One module's tensors are in memory at a time.
     fn read_modules(
         &mut self,
-        pace: &Pace,
-        mut visit: impl FnMut(&Binding, Tensors<'_>, &mut Bursts<'_>) -> Result<()>,
-    ) -> Result<String> {
-        let mut hash = ContentHash::new();
-        let mut bursts = Bursts::new(pace);
+        hash: &mut ContentHash,
+        bursts: &mut Bursts<'_>,
+        mut packing: Option<&mut Packing<'_>>,
+    ) -> Result<()> {
         let (mut a, mut b, mut vector) = (Vec::new(), Vec::new(), Vec::new());
         let (weights, dtype) = (&mut self.weights, self.dtype);
         for binding in &self.bindings {
@@ -225,33 +270,104 @@ impl Adapter {
                 bias: values("bias", &binding.bias)?,
             };
             check_magnitude(binding, &tensors)?;
-            visit(binding, tensors, &mut bursts)?;
+            if let Some(packing) = &mut packing {
+                packing.write(binding, tensors, dtype, bursts)?;
+            }
             bursts.advance(nbytes);
         }
-        hash.invocation(&self.invocation_tokens);
-        Ok(hash.finish())
+        Ok(())
+    }
+
+    /// A piece of a table is in memory at a time.
+    fn read_rows(
+        &mut self,
+        hash: &mut ContentHash,
+        bursts: &mut Bursts<'_>,
+        mut packing: Option<&mut Packing<'_>>,
+    ) -> Result<()> {
+        let (tables, dtype) = (&self.tables, self.dtype);
+        let width = self.rows.width(tables);
+        for block in self.rows.blocks() {
+            hash.rows(block.name(), block.runs, width);
+            let place = packing.as_ref().map(|packing| packing.place(&block));
+            if let (Some(packing), Some(place)) = (&mut packing, place) {
+                packing.packer.write_tokens(place, block.runs);
+            }
+            let weights = &mut self.weights;
+            let mut values = Hasher::new();
+            read_rows(block.runs, tables, weights, bursts, |rows| {
+                let matrix = Matrix::new(rows.source, rows.bytes, dtype)
+                    .map_err(|error| error.after(rows.num_before))?;
+                if let (Some(packing), Some(place)) = (&mut packing, place) {
+                    packing.packer.write_rows(place, rows.first, matrix);
+                }
+                values.update(rows.bytes);
+                if rows.ends_run {
+                    hash.run(rows.source, &values);
+                    values.reset();
+                }
+                Ok(())
+            })?;
+        }
+        Ok(())
     }
 
     fn receipt(self, shape: &BaseShape, hash: String) -> Receipt {
+        let nbytes = self.layout(shape).nbytes;
+        let num_tables = self.rows.used(&self.tables).count();
         let bindings = || self.bindings.iter();
         let layers: BTreeSet<_> = bindings().map(|binding| binding.layer).collect();
         let ranks: BTreeSet<_> = bindings().map(|binding| binding.rank).collect();
         Receipt {
             directory: self.directory,
-            tensors: bindings().flat_map(Binding::sources).count(),
+            tensors: bindings().flat_map(Binding::sources).count() + num_tables,
             modules: module_names(bindings(), shape),
             base_check: base_check(self.bindings.len(), layers.len(), shape.num_layers),
             layers: layers.into_iter().collect(),
             ranks: ranks.into_iter().filter(|rank| *rank > 0).collect(),
-            base_copies: self.copies.iter().map(|copy| copy.module.into()).collect(),
-            nbytes: layout_of(&self.bindings, shape, self.dtype).nbytes,
+            base_copies: self.rows.copies(&self.tables),
+            is_compared: !self.tables.tables.is_empty(),
+            nbytes,
+            alone: alone(&self.bindings, &self.rows),
+            replaced_rows: self.rows,
             hash,
             invocation_tokens: self.invocation_tokens,
             base_model: self.base_model,
             notes: self.notes,
-            alone: alone(&self.bindings),
             not_used: Vec::new(),
         }
+    }
+}
+
+/// Where an adapter is packed to while it is read.
+struct Packing<'a> {
+    packer: Packer<'a>,
+    layout: &'a AdapterLayout,
+    shape: &'a BaseShape,
+    base: Option<&'a dyn BaseLinears>,
+}
+
+impl Packing<'_> {
+    fn write(
+        &mut self,
+        binding: &Binding,
+        tensors: Tensors<'_>,
+        dtype: StorageDtype,
+        bursts: &mut Bursts<'_>,
+    ) -> Result<()> {
+        let module = &self.shape.modules[&binding.path];
+        let columns = Columns::of(binding, &tensors, module, dtype, self.base, bursts)?;
+        self.packer.write(binding, tensors.factors, &columns);
+        Ok(())
+    }
+
+    fn place(&self, block: &RowBlock<'_>) -> RowsLayout {
+        let place = if block.of_embedding {
+            self.layout.embedding
+        } else {
+            self.layout.head
+        };
+        place.expect("the layout has every block of rows")
     }
 }
 
@@ -294,12 +410,14 @@ fn column_notes(bindings: &[Binding]) -> Vec<String> {
 }
 
 /// A gain depends on the weight and on the order of adapters, and of two biases one replaces the other.
-fn alone(bindings: &[Binding]) -> Option<&'static str> {
+fn alone(bindings: &[Binding], rows: &ReplacedRows) -> Option<&'static str> {
     let has = |has: fn(&Binding) -> bool| bindings.iter().any(has);
     if has(|binding| binding.magnitude.is_some()) {
         Some("it has DoRA (use_dora)")
     } else if has(|binding| binding.bias.is_some()) {
         Some("it has biases in place of the base's (bias)")
+    } else if !rows.is_empty() {
+        Some("it has rows of embedding or head in place of the base's")
     } else {
         None
     }

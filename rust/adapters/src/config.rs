@@ -10,7 +10,7 @@ use crate::fields::Fields;
 use crate::initialisation;
 use crate::pattern::PatternMap;
 use crate::target::Targets;
-use crate::tensor_name::BASE_COPIES;
+use crate::tensor_name::TokenModule;
 
 /// PEFT's defaults for fields left out.
 const DEFAULT_RANK: usize = 8;
@@ -44,6 +44,10 @@ pub(crate) struct Config {
     pub(crate) targets: Targets,
     /// `modules_to_save`: names of modules, or ends of their paths.
     pub(crate) saved_modules: Vec<String>,
+    /// `ensure_weight_tying`
+    pub(crate) ensures_tying: bool,
+    /// `trainable_token_indices` of the embedding and of the head, each once.
+    pub(crate) token_indices: [Option<Vec<u32>>; 2],
     pub(crate) notes: Vec<String>,
     pub(crate) use_dora: bool,
     pub(crate) lora_bias: bool,
@@ -85,6 +89,8 @@ impl Config {
             base_model: fields.string("base_model_name_or_path").map(String::from),
             targets: Targets::new(fields)?,
             saved_modules: saved_modules(fields)?,
+            ensures_tying: fields.flag("ensure_weight_tying")?,
+            token_indices: token_indices(fields)?,
             notes: note.into_iter().collect(),
             use_dora,
             lora_bias,
@@ -167,20 +173,67 @@ fn trained_bias(fields: &Fields) -> Result<TrainedBias> {
     }
 }
 
-/// Embeddings may be listed, the weights say whether they were trained; other modules may not.
+/// Embedding and head may be listed, other modules may not.
 fn saved_modules(fields: &Fields) -> Result<Vec<String>> {
     let field = "modules_to_save";
     let listed = fields.strings(field)?;
-    if !listed.iter().all(|path| is_copied(path)) {
+    if !listed.iter().all(|path| TokenModule::of(path).is_some()) {
         return Err(fields.unsupported(field));
     }
     Ok(listed.into_iter().map(String::from).collect())
 }
 
-/// Whether `path`, a name in `modules_to_save`, may be of a copy.
-fn is_copied(path: &str) -> bool {
-    let last = path.rsplit('.').next().unwrap_or(path);
-    BASE_COPIES.iter().any(|(_, module)| *module == last)
+/// A list is of the embedding's; an object names modules.
+fn token_indices(fields: &Fields) -> Result<[Option<Vec<u32>>; 2]> {
+    let field = "trainable_token_indices";
+    let mut indices = [None, None];
+    match fields.value(field) {
+        None => {}
+        Some(Value::Object(modules)) => {
+            for (path, tokens) in modules {
+                let module = TokenModule::of(path).ok_or_else(|| {
+                    let reason = format!("names {path:?}, expected embed_tokens or lm_head");
+                    Error::field(field, reason)
+                })?;
+                let tokens = Some(token_ids(field, tokens)?);
+                if indices[module as usize].replace(tokens).is_some() {
+                    return Err(Error::field(
+                        field,
+                        format!("names {} twice", module.name()),
+                    ));
+                }
+            }
+        }
+        Some(tokens) => {
+            indices[TokenModule::Embedding as usize] = Some(Some(token_ids(field, tokens)?))
+        }
+    }
+    Ok(indices.map(Option::flatten))
+}
+
+/// Each once.
+fn token_ids(field: &str, value: &Value) -> Result<Vec<u32>> {
+    let wrong = || {
+        Error::field(
+            field,
+            "expected a list of token ids, or such lists by module",
+        )
+    };
+    let id = |value: &Value| {
+        let id = value.as_u64().and_then(|id| u32::try_from(id).ok());
+        id.filter(|id| i32::try_from(*id).is_ok()).ok_or_else(wrong)
+    };
+    let ids = value.as_array().ok_or_else(wrong)?;
+    let ids = ids.iter().map(id).collect::<Result<Vec<u32>>>()?;
+    let mut sorted = ids.clone();
+    sorted.sort_unstable();
+    match sorted.windows(2).find(|pair| pair[0] == pair[1]) {
+        Some(pair) => Err(Error::field(
+            field,
+            format!("lists token {} twice", pair[0]),
+        )),
+        None => Ok(ids),
+    }
 }
 
 fn invocation_tokens(fields: &Fields) -> Result<Vec<i32>> {

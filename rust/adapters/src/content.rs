@@ -3,6 +3,7 @@
 use blake3::Hasher;
 
 use crate::bind::Binding;
+use crate::replaced_rows::RowRun;
 use crate::weights::Source;
 
 /// Names what is hashed and how; changes whenever that does.
@@ -28,6 +29,23 @@ impl ContentHash {
     pub(crate) fn vector(&mut self, what: &str, source: &Source, data: &[u8]) {
         self.bytes(what.as_bytes());
         self.tensor(source, data);
+    }
+
+    /// Rows of tokens in place of the base's; `what` says in which tables. Their bytes follow, a digest a run.
+    pub(crate) fn rows(&mut self, what: &str, runs: &[RowRun], width: usize) {
+        self.bytes(what.as_bytes());
+        self.0.update(&(width as u64).to_le_bytes());
+        self.0.update(&(runs.len() as u64).to_le_bytes());
+        for run in runs {
+            self.0.update(&run.token.to_le_bytes());
+            self.0.update(&run.count.to_le_bytes());
+        }
+    }
+
+    /// A run's values, as the file has them.
+    pub(crate) fn run(&mut self, source: &Source, values: &Hasher) {
+        self.bytes(source.info.dtype.to_string().as_bytes());
+        self.0.update(values.finalize().as_bytes());
     }
 
     /// Of an adapter that acts from an invocation on; without one nothing is hashed.

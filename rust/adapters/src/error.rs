@@ -58,14 +58,11 @@ pub enum Error {
         tensor: String,
         feature: &'static str,
     },
-    #[error(
-        "tensor {tensor} is no copy of the base's own {module}: {difference}. Trained embeddings are not \
-         supported yet; if it was not trained, save the adapter with save_embedding_layers=False"
-    )]
-    CopyDiffers {
+    #[error("tensor {tensor} can't take the place of the base's {module}: {reason}")]
+    Table {
         tensor: String,
         module: &'static str,
-        difference: String,
+        reason: String,
     },
     #[error("the base model's {module} can't be compared with tensor {tensor}: {reason}")]
     CopyUnchecked {
@@ -271,6 +268,14 @@ impl Error {
             },
             _ => self,
         }
+    }
+
+    /// The same error of a part of a tensor, with `num_before` elements before it.
+    pub(crate) fn after(mut self, num_before: usize) -> Self {
+        if let Self::NotFinite { index, .. } = &mut self {
+            *index += num_before;
+        }
+        self
     }
 
     pub(crate) fn field(field: &str, reason: impl Into<String>) -> Self {

@@ -11,9 +11,8 @@ const QUOTE_CHARS: usize = 60;
 const HARMLESS: &[&str] = &[
     "auto_mapping",
     "base_model_name_or_path",
-    "corda_config",        // read only by the initialisation, see `init_lora_weights`
-    "ensure_weight_tying", // ties embeddings, which are refused as tensors
-    "eva_config",          // as corda_config
+    "corda_config", // read only by the initialisation, see `init_lora_weights`
+    "eva_config",   // as corda_config
     "inference_mode",
     "loftq_config",   // as corda_config
     "lora_dropout",   // training only
@@ -40,12 +39,8 @@ const REMEDIES: &[(&str, &str)] = &[
     ),
     (
         "modules_to_save",
-        "only embed_tokens and lm_head may be listed, and only as untrained copies of the base's: train \
-         without it, or merge the adapter into its base and serve that",
-    ),
-    (
-        "trainable_token_indices",
-        "train without added tokens, or merge the adapter into its base and serve that",
+        "only embed_tokens and lm_head may be listed: train without others, or merge the adapter into its base \
+         and serve that",
     ),
     ("target_parameters", "name linear layers in target_modules"),
 ];
@@ -66,6 +61,7 @@ const READ: &[&str] = &[
     "alora_invocation_tokens",
     "alpha_pattern",
     "bias",
+    "ensure_weight_tying",
     "exclude_modules",
     "init_lora_weights",
     "layers_pattern",
@@ -77,6 +73,7 @@ const READ: &[&str] = &[
     "r",
     "rank_pattern",
     "target_modules",
+    "trainable_token_indices",
     "use_dora",
     "use_rslora",
 ];

@@ -1,10 +1,11 @@
 //! Where an adapter's packed weights lie inside its extent.
 //!
 //! ```text
-//! extent: | A of group | B of module | columns of module | B of module | A of group | … | zeros
+//! extent: | A of group | B of module | columns of module | B of module | A of group | … | tokens | rows | zeros
 //!         blocks 64-byte aligned; a module has B and columns where it needs them
 //! A  [Σ padded ranks of the group's modules, in_features]   in panels of 16 ranks, the last may have 8
 //! B  [out_features, padded rank of the module]              in panels of the 16 columns of the fused output
+//! rows of tokens [tokens, hidden]                           in panels of 16 tokens
 //! columns [panels of B][gain, shift][16]                    f32, as B's columns; 1 and 0 beside the module's
 //! panel [K/pack][width][pack]                               pack: 2 bf16 or f16, 1 f32 along K, zero-padded
 //! ```
@@ -168,11 +169,43 @@ impl GroupLayout {
     }
 }
 
+/// Rows of tokens in place of the base's, as a small dense weight whose columns are these tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RowsLayout {
+    /// Bytes from the extent's base to the tokens, ascending i32.
+    pub tokens_offset: usize,
+    /// Bytes from the extent's base to the rows' panels.
+    pub panels_offset: usize,
+    /// Tokens, each with its row.
+    pub count: usize,
+    /// Elements of a row.
+    pub width: usize,
+}
+
+impl RowsLayout {
+    /// Rows are tokens, padded to whole panels.
+    pub fn panels(&self, dtype: StorageDtype) -> Panels {
+        Panels {
+            rows: self.count.next_multiple_of(PANEL_WIDTH),
+            k: self.width,
+            dtype,
+        }
+    }
+
+    /// Bytes of the tokens.
+    pub fn tokens_nbytes(&self) -> usize {
+        self.count * size_of::<i32>()
+    }
+}
+
 /// A whole adapter; absent groups are `None` and cost nothing.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AdapterLayout {
     /// Index `layer * NUM_GROUPS + group`.
     pub groups: Vec<Option<GroupLayout>>,
+    /// Rows of the embedding and of the head, which may be the same block.
+    pub embedding: Option<RowsLayout>,
+    pub head: Option<RowsLayout>,
     /// Length of the extent in bytes, a multiple of `BLOCK_ALIGN`.
     pub nbytes: usize,
 }

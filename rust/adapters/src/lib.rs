@@ -7,7 +7,6 @@
 
 mod adapter;
 mod alpha;
-mod base_copy;
 mod base_linears;
 mod bind;
 mod columns;
@@ -27,21 +26,26 @@ mod pack;
 mod pattern;
 mod read;
 mod receipt;
+mod replaced_rows;
 mod shape;
 mod shards;
+mod tables;
 mod target;
 mod tensor_name;
 mod weights;
 
-pub use adapter::{Limits, Place, check, check_paced, load, load_paced};
-pub use base_copy::{BaseWeights, StoredWeight, digest};
+pub use adapter::{BaseModel, Limits, Place, Registered, check, check_paced, load, load_paced};
 pub use base_linears::{BaseLinears, Delta};
 pub use error::{Error, ErrorKind, Result};
 pub use foreign::{Expected, recognise, recognise_file};
 pub use layout::{
     AdapterLayout, BLOCK_ALIGN, COLUMNS_NBYTES, ColumnsLayout, GroupLayout, ModuleLayout,
-    NUM_GROUPS, OVERREAD, PANEL_WIDTH, Panels, RANK_MULTIPLE, SHIFT_NBYTES, StorageDtype,
+    NUM_GROUPS, OVERREAD, PANEL_WIDTH, Panels, RANK_MULTIPLE, RowsLayout, SHIFT_NBYTES,
+    StorageDtype,
 };
 pub use pace::Pace;
 pub use receipt::Receipt;
+pub use replaced_rows::{
+    BaseWeights, DIGEST_NBYTES, ReplacedRows, RowRun, StoredWeight, row_digests,
+};
 pub use shape::{BaseShape, ModuleShape};

@@ -6,9 +6,10 @@ use crate::bind::Binding;
 use crate::columns::{Columns, has_shift};
 use crate::layout::{
     AdapterLayout, COLUMNS_NBYTES, ColumnsLayout, ExtentBuilder, GroupLayout, ModuleLayout,
-    NUM_GROUPS, PANEL_WIDTH, SHIFT_NBYTES, StorageDtype, padded_rank,
+    NUM_GROUPS, PANEL_WIDTH, RowsLayout, SHIFT_NBYTES, StorageDtype, padded_rank,
 };
 use crate::matrix::Matrix;
+use crate::replaced_rows::{ReplacedRows, RowRun, count, tokens};
 use crate::shape::BaseShape;
 
 type ByGroup<'a> = BTreeMap<(usize, usize), Vec<&'a Binding>>;
@@ -16,6 +17,7 @@ type ByGroup<'a> = BTreeMap<(usize, usize), Vec<&'a Binding>>;
 /// Plans where every block goes.
 pub(crate) fn layout_of(
     bindings: &[Binding],
+    (rows, width): (&ReplacedRows, usize),
     shape: &BaseShape,
     dtype: StorageDtype,
 ) -> AdapterLayout {
@@ -25,10 +27,39 @@ pub(crate) fn layout_of(
         let layout = group_layout(&members, shape, dtype, &mut extent);
         groups[layer * NUM_GROUPS + group] = Some(layout);
     }
+    let (mut embedding, mut head) = (None, None);
+    for block in rows.blocks() {
+        let layout = rows_layout(count(block.runs), width, dtype, &mut extent);
+        if block.of_embedding {
+            embedding = Some(layout);
+        }
+        if block.of_head {
+            head = Some(layout);
+        }
+    }
     AdapterLayout {
         groups,
+        embedding,
+        head,
         nbytes: extent.finish(),
     }
+}
+
+fn rows_layout(
+    count: usize,
+    width: usize,
+    dtype: StorageDtype,
+    extent: &mut ExtentBuilder,
+) -> RowsLayout {
+    let mut layout = RowsLayout {
+        tokens_offset: 0,
+        panels_offset: 0,
+        count,
+        width,
+    };
+    layout.tokens_offset = extent.block(layout.tokens_nbytes());
+    layout.panels_offset = extent.block(layout.panels(dtype).nbytes());
+    layout
 }
 
 /// Fills an extent module by module; bytes between and after the modules' weights become zero.
@@ -90,6 +121,21 @@ impl<'a> Packer<'a> {
         }
     }
 
+    /// Begins a block of rows: writes its tokens.
+    pub(crate) fn write_tokens(&mut self, layout: RowsLayout, runs: &[RowRun]) {
+        self.clear_until(layout.panels_offset + layout.panels(self.dtype).nbytes());
+        let block = &mut self.extent[layout.tokens_offset..][..layout.tokens_nbytes()];
+        for (place, token) in block.as_chunks_mut().0.iter_mut().zip(tokens(runs)) {
+            *place = token.to_le_bytes();
+        }
+    }
+
+    /// Writes some rows of the block, the first as its row `first`.
+    pub(crate) fn write_rows(&mut self, layout: RowsLayout, first: usize, rows: Matrix<'_>) {
+        let panels = layout.panels(self.dtype);
+        rows.write(panels, first, &mut self.extent[layout.panels_offset..]);
+    }
+
     pub(crate) fn finish(mut self) {
         self.clear_until(self.extent.len());
     }
@@ -120,11 +166,13 @@ fn write_columns(block: &mut [u8], first: usize, columns: &Columns) {
     }
 }
 
-/// Bytes before the blocks of the layers after `layer`; of the last layer, all bytes.
+/// Bytes before the blocks of the layers after `layer`; of the last layer, before the rows, or all bytes.
 fn layer_end(layout: &AdapterLayout, layer: usize) -> usize {
     let after = &layout.groups[(layer + 1) * NUM_GROUPS..];
-    let next = after.iter().flatten().next();
-    next.map_or(layout.nbytes, |group| group.a_offset)
+    let next = after.iter().flatten().next().map(|group| group.a_offset);
+    let rows = layout.embedding.or(layout.head);
+    let rows = rows.map(|rows| rows.tokens_offset);
+    next.or(rows).unwrap_or(layout.nbytes)
 }
 
 /// Modules by (layer, group), in the order of their output columns.

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use crate::replaced_rows::ReplacedRows;
+
 /// Facts about an adapter that fits the base model.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Receipt {
@@ -17,6 +19,10 @@ pub struct Receipt {
     pub ranks: Vec<usize>,
     /// Modules of the base whose own weights the file repeats bit by bit; nothing is kept of those.
     pub base_copies: Vec<String>,
+    /// Rows of the base's embedding and head that it replaces.
+    pub replaced_rows: ReplacedRows,
+    /// Whether the file has embeddings or a head, which were compared with the base's.
+    pub is_compared: bool,
     /// Packed length in bytes.
     pub nbytes: usize,
     /// BLAKE3 of the content, in hex.

@@ -1,4 +1,4 @@
-//! PEFT's names of tensors: which part of which module in which layer.
+//! PEFT's names of tensors: which part of which module in which layer, and the modules beside the layers.
 
 use std::collections::BTreeMap;
 
@@ -46,17 +46,43 @@ const SUFFIXES: &[(&str, Part)] = &[
     (".bias", Part::Bias),
 ];
 
-/// Tensors that are no adapter's, by name, and the modules of the base they may be copies of.
-pub(crate) const BASE_COPIES: &[(&str, &str)] = &[
-    ("base_model.model.model.embed_tokens.weight", "embed_tokens"),
-    ("base_model.model.lm_head.weight", "lm_head"),
-];
+/// A module of the base with a row for each token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum TokenModule {
+    Embedding,
+    Head,
+}
+
+impl TokenModule {
+    pub(crate) const BOTH: [Self; 2] = [Self::Embedding, Self::Head];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Embedding => "embed_tokens",
+            Self::Head => "lm_head",
+        }
+    }
+
+    /// The one that the last part of a path names.
+    pub(crate) fn of(path: &str) -> Option<Self> {
+        let last = path.rsplit('.').next().unwrap_or(path);
+        Self::BOTH.into_iter().find(|module| module.name() == last)
+    }
+
+    /// PEFT's name of it in a file.
+    pub(crate) fn path(self) -> &'static str {
+        match self {
+            Self::Embedding => "base_model.model.model.embed_tokens",
+            Self::Head => "base_model.model.lm_head",
+        }
+    }
+}
 
 /// Parts of names that only tensors of unsupported features have, most telling first.
 const UNSUPPORTED: &[(&str, &str)] = &[
     (
         "token_adapter",
-        "trained tokens, trainable_token_indices: train without added tokens",
+        "trained tokens of another module than embed_tokens and lm_head: train without them",
     ),
     (
         "lora_embedding_",

@@ -42,7 +42,6 @@ fn config_fields_that_change_the_result_are_refused_by_name() {
         ("fan_in_fan_out", json!(true)),
         ("modules_to_save", json!(["lm_head", "score"])),
         ("layer_replication", json!([[0, 1]])),
-        ("trainable_token_indices", json!([1, 2])),
         ("megatron_config", json!({"a": 1})),
         ("target_parameters", json!(["experts.w1"])),
         ("use_qalora", json!(true)),

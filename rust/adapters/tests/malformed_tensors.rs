@@ -34,8 +34,8 @@ fn tensors_of_unsupported_features_are_refused_by_name() {
             "LoRA on lm_head: train without lm_head in target_modules",
         ),
         (
-            "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta".into(),
-            "trainable_token_indices",
+            "base_model.model.model.norm.token_adapter.trainable_tokens_delta".into(),
+            "trained tokens of another module",
         ),
         (
             "base_model.model.model.norm.weight".into(),

@@ -5,16 +5,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use loraserve_adapters::{
-    self as adapters, BaseWeights, Expected, Limits, Place, StorageDtype, StoredWeight,
+    self as adapters, BaseModel, BaseWeights, Expected, Limits, Place, Registered, StorageDtype,
+    StoredWeight,
 };
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use pyo3::types::PyBytes;
 
 use crate::base_linears::BaseLinears;
 use crate::errors::of_adapter;
 use crate::layout::{AdapterLayout, BaseShape};
 
-/// A Python function: the shape and digest of a module's weight as it is stored.
+/// A Python function: of a module's weight as it is stored the shape, the rows' digests, and whether it is both
+/// embedding and head.
 struct BaseFunction(Py<PyAny>);
 
 impl BaseWeights for BaseFunction {
@@ -22,10 +25,21 @@ impl BaseWeights for BaseFunction {
         let stored = Python::attach(|py| {
             self.0
                 .call1(py, (module,))?
-                .extract::<([usize; 2], String)>(py)
+                .extract::<([usize; 2], Vec<u8>, bool)>(py)
         });
-        let (shape, digest) = stored.map_err(|error| error.to_string())?;
-        Ok(StoredWeight { shape, digest })
+        let (shape, digests, is_tied) = stored.map_err(|error| error.to_string())?;
+        let expected = shape[0] * adapters::DIGEST_NBYTES;
+        if digests.len() != expected {
+            let len = digests.len();
+            return Err(format!(
+                "the digests of {module} have {len} bytes, expected {expected}"
+            ));
+        }
+        Ok(StoredWeight {
+            shape,
+            digests,
+            is_tied,
+        })
     }
 }
 
@@ -96,6 +110,16 @@ impl Receipt {
     #[getter]
     fn base_copies(&self) -> Vec<String> {
         self.inner.base_copies.clone()
+    }
+
+    #[getter]
+    fn is_compared(&self) -> bool {
+        self.inner.is_compared
+    }
+
+    #[getter]
+    fn replaces_rows(&self) -> bool {
+        !self.inner.replaced_rows.is_empty()
     }
 
     #[getter]
@@ -184,8 +208,8 @@ fn check_adapter(
     let pace = LoadPace::of(pace);
     let base = base_weights.map(BaseFunction);
     let base = base.as_ref().map(|base| base as &dyn BaseWeights);
-    let (config, weights) = stored.unzip();
-    let place = place(path, config.as_deref(), weights.as_deref());
+    let (config, file) = stored.unzip();
+    let place = place(path, config.as_deref(), file.as_deref());
     let checked = py.detach(|| adapters::check_paced(place, &shape.inner, limits, base, &pace));
     let inner = checked.map_err(|error| of_adapter(&error))?;
     Ok(Receipt { inner })
@@ -195,7 +219,7 @@ fn check_adapter(
 ///
 /// The caller keeps that memory alive and to itself until the call returns.
 #[pyfunction]
-#[pyo3(signature = (path, shape, dtype, max_lora_rank, expected_hash, dst_ptr, dst_nbytes, pace=None, base_linears=None, stored=None))]
+#[pyo3(signature = (path, shape, dtype, max_lora_rank, expected_hash, dst_ptr, dst_nbytes, pace=None, base_linears=None, stored=None, base_weights=None, known=None))]
 fn load_adapter(
     py: Python<'_>,
     path: &str,
@@ -208,6 +232,8 @@ fn load_adapter(
     pace: Option<&LoadPace>,
     base_linears: Option<&Bound<'_, PyAny>>,
     stored: Option<(String, String)>,
+    base_weights: Option<Py<PyAny>>,
+    known: Option<&Receipt>,
 ) -> PyResult<AdapterLayout> {
     let limits = limits(dtype, max_lora_rank)?;
     if dst_ptr == 0 || isize::try_from(dst_nbytes).is_err() {
@@ -216,23 +242,25 @@ fn load_adapter(
         )));
     }
     let pace = LoadPace::of(pace);
-    let base = base_linears.map(BaseLinears::new);
-    let base = base.as_ref().map(|base| base as &dyn adapters::BaseLinears);
+    let linears = base_linears.map(BaseLinears::new);
+    let weights = base_weights.map(BaseFunction);
+    let base = BaseModel {
+        linears: linears
+            .as_ref()
+            .map(|base| base as &dyn adapters::BaseLinears),
+        weights: weights.as_ref().map(|base| base as &dyn BaseWeights),
+    };
+    let registered = Registered {
+        hash: expected_hash,
+        rows: known.map(|receipt| &receipt.inner.replaced_rows),
+    };
     let (config, weights) = stored.unzip();
     let place = place(path, config.as_deref(), weights.as_deref());
     let loaded = py.detach(|| {
         // SAFETY: the caller guarantees dst_nbytes writable bytes at dst_ptr that nobody else
         // reads or writes until this call returns; null and oversized lengths are refused above.
         let extent = unsafe { std::slice::from_raw_parts_mut(dst_ptr as *mut u8, dst_nbytes) };
-        adapters::load_paced(
-            place,
-            &shape.inner,
-            limits,
-            expected_hash,
-            extent,
-            base,
-            &pace,
-        )
+        adapters::load_paced(place, &shape.inner, limits, registered, extent, base, &pace)
     });
     let inner = Arc::new(loaded.map_err(|error| of_adapter(&error))?);
     Ok(AdapterLayout { inner })
@@ -250,20 +278,27 @@ fn recognise_file(path: &str, is_json: bool) -> Option<String> {
     adapters::recognise_file(Path::new(path), expected)
 }
 
-/// The digest that `base_weights` gives: of `nbytes` readable bytes at `ptr`, which stay as they are.
+/// The digests that `base_weights` gives: of the rows in `nbytes` readable bytes at `ptr`, which stay as they are.
 #[pyfunction]
-fn weight_digest(py: Python<'_>, ptr: usize, nbytes: usize) -> PyResult<String> {
-    if ptr == 0 || isize::try_from(nbytes).is_err() {
+fn row_digests<'py>(
+    py: Python<'py>,
+    ptr: usize,
+    nbytes: usize,
+    row_nbytes: usize,
+) -> PyResult<Bound<'py, PyBytes>> {
+    let is_whole = row_nbytes > 0 && nbytes.is_multiple_of(row_nbytes);
+    if ptr == 0 || isize::try_from(nbytes).is_err() || !is_whole {
         return Err(PyValueError::new_err(format!(
-            "no weight of {nbytes} bytes at {ptr:#x}"
+            "no weight of {nbytes} bytes at {ptr:#x} in rows of {row_nbytes}"
         )));
     }
-    Ok(py.detach(|| {
+    let digests = py.detach(|| {
         // SAFETY: the caller guarantees nbytes readable bytes at ptr that nobody writes until this call
         // returns; null and oversized lengths are refused above.
         let bytes = unsafe { std::slice::from_raw_parts(ptr as *const u8, nbytes) };
-        adapters::digest(bytes)
-    }))
+        adapters::row_digests(bytes, row_nbytes)
+    });
+    Ok(PyBytes::new(py, &digests))
 }
 
 /// A directory, or what is stored for it: the text of a config, and where the weights are read.
@@ -294,6 +329,6 @@ pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<LoadPace>()?;
     m.add_function(wrap_pyfunction!(check_adapter, m)?)?;
     m.add_function(wrap_pyfunction!(recognise_file, m)?)?;
-    m.add_function(wrap_pyfunction!(weight_digest, m)?)?;
+    m.add_function(wrap_pyfunction!(row_digests, m)?)?;
     m.add_function(wrap_pyfunction!(load_adapter, m)?)
 }

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use loraserve_adapters::{
-    self as adapters, ColumnsLayout, GroupLayout, ModuleLayout, ModuleShape, NUM_GROUPS,
+    self as adapters, ColumnsLayout, GroupLayout, ModuleLayout, ModuleShape, NUM_GROUPS, RowsLayout,
 };
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -17,6 +17,9 @@ type ModuleLayoutTuple = (usize, usize, usize, usize, usize, f32);
 type GroupTuple = (usize, usize, usize, usize, usize, Vec<ModuleLayoutTuple>);
 /// (layer, group, `out_offset`, offset, `has_gain`, `has_shift`).
 type ColumnsTuple = (usize, usize, usize, usize, bool, bool);
+
+/// (`tokens_offset`, `panels_offset`, count, width).
+type RowsTuple = (usize, usize, usize, usize);
 
 /// The base model's linear layers an adapter may bind to.
 #[pyclass(frozen, module = "loraserve._core")]
@@ -61,14 +64,16 @@ pub struct AdapterLayout {
 
 #[pymethods]
 impl AdapterLayout {
-    /// Builds a layout from the tuples `groups()` and `columns()` return.
+    /// Builds a layout from the tuples `groups()`, `columns()`, `embedding` and `head` return.
     #[staticmethod]
-    #[pyo3(signature = (groups, num_layers, nbytes, columns=Vec::new()))]
+    #[pyo3(signature = (groups, num_layers, nbytes, columns=Vec::new(), embedding=None, head=None))]
     fn from_groups(
         groups: Vec<GroupTuple>,
         num_layers: usize,
         nbytes: usize,
         columns: Vec<ColumnsTuple>,
+        embedding: Option<RowsTuple>,
+        head: Option<RowsTuple>,
     ) -> PyResult<Self> {
         let mut slots = vec![None; num_layers * NUM_GROUPS];
         for group in groups {
@@ -102,6 +107,8 @@ impl AdapterLayout {
         }
         let inner = Arc::new(adapters::AdapterLayout {
             groups: slots,
+            embedding: embedding.map(rows_layout),
+            head: head.map(rows_layout),
             nbytes,
         });
         Ok(Self { inner })
@@ -115,6 +122,16 @@ impl AdapterLayout {
     #[getter]
     fn num_layers(&self) -> usize {
         self.inner.num_layers()
+    }
+
+    #[getter]
+    fn embedding(&self) -> Option<RowsTuple> {
+        self.inner.embedding.map(rows_tuple)
+    }
+
+    #[getter]
+    fn head(&self) -> Option<RowsTuple> {
+        self.inner.head.map(rows_tuple)
     }
 
     fn groups(&self) -> Vec<GroupTuple> {
@@ -139,6 +156,24 @@ impl AdapterLayout {
         });
         tuples.collect()
     }
+}
+
+fn rows_layout((tokens_offset, panels_offset, count, width): RowsTuple) -> RowsLayout {
+    RowsLayout {
+        tokens_offset,
+        panels_offset,
+        count,
+        width,
+    }
+}
+
+fn rows_tuple(rows: RowsLayout) -> RowsTuple {
+    (
+        rows.tokens_offset,
+        rows.panels_offset,
+        rows.count,
+        rows.width,
+    )
 }
 
 fn group_layout((_, _, a_offset, rank, in_features, modules): GroupTuple) -> GroupLayout {

@@ -31,6 +31,7 @@ class CpuBackend:
 
     name = "cpu"
     computes_on_cpu = True
+    replaces_rows = True
     runs_ahead = False
 
     def __init__(self, config: EngineConfig, dtype: torch.dtype) -> None:

@@ -10,8 +10,9 @@ use std::ops::Range;
 
 use common::{LIMITS, MODULES, NUM_LAYERS, Peft, Tensor, assert_error};
 use loraserve_adapters::{
-    AdapterLayout, BaseLinears, BaseShape, Delta, ErrorKind, Limits, ModuleLayout, ModuleShape,
-    Pace, Place, Receipt, Result, SHIFT_NBYTES, StorageDtype, check, load_paced,
+    AdapterLayout, BaseLinears, BaseModel, BaseShape, Delta, ErrorKind, Limits, ModuleLayout,
+    ModuleShape, Pace, Place, Receipt, Registered, Result, SHIFT_NBYTES, StorageDtype, check,
+    load_paced,
 };
 use serde_json::json;
 
@@ -34,6 +35,20 @@ fn biased() -> BaseShape {
             (path.to_string(), module)
         });
     BaseShape::new(NUM_LAYERS, modules).unwrap()
+}
+
+fn registered(receipt: &Receipt) -> Registered<'_> {
+    Registered {
+        hash: &receipt.hash,
+        rows: None,
+    }
+}
+
+fn on(linears: Option<&dyn BaseLinears>) -> BaseModel<'_> {
+    BaseModel {
+        linears,
+        weights: None,
+    }
 }
 
 /// W[row, k] and the bias of a pretended model.
@@ -130,9 +145,9 @@ fn load_biased(peft: &Peft, dtype: StorageDtype) -> (AdapterLayout, Vec<u8>) {
         Place::Directory(peft.path()),
         &shape,
         limits,
-        &receipt.hash,
+        registered(&receipt),
         &mut extent,
-        Some(&Base),
+        on(Some(&Base)),
         &pace,
     );
     (layout.unwrap(), extent)
@@ -191,9 +206,9 @@ fn without_biases_in_the_base_a_gain_has_no_shift() {
         Place::Directory(peft.path()),
         &shape,
         LIMITS,
-        &receipt.hash,
+        registered(&receipt),
         &mut extent,
-        Some(&Base),
+        on(Some(&Base)),
         &pace,
     );
     let layout = layout.unwrap();

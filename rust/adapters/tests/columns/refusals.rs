@@ -154,9 +154,9 @@ fn a_load_without_a_finite_gain_or_without_the_base_fails_by_name() {
             Place::Directory(peft.path()),
             &shape,
             LIMITS,
-            &receipt.hash,
+            registered(&receipt),
             &mut extent,
-            base,
+            on(base),
             &pace,
         );
         loaded.err().unwrap()

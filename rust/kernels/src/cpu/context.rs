@@ -17,6 +17,7 @@ use super::rope::{HeadTransform, rope_and_cache};
 use super::simd::Isa;
 use super::step::{BoundAdapter, CpuStep, Owner, StepArrays};
 use super::threads::ThreadPool;
+use super::token_rows::{HeadScratch, Heads, replace_embeddings};
 use crate::KernelError;
 use crate::error::{check_below, check_end, check_length, check_not_empty, check_product};
 use crate::geometry::KvGeometry;
@@ -31,6 +32,7 @@ pub struct CpuContext {
     owner: Owner,
     slots: Mutex<Vec<Option<BoundAdapter>>>,
     scratch: Mutex<LoraScratch>,
+    head_scratch: Mutex<HeadScratch>,
     /// Where packed weights lie.
     pub arena: Arena,
 }
@@ -64,6 +66,7 @@ impl CpuContext {
             owner: Owner::default(),
             slots: Mutex::default(),
             scratch: Mutex::default(),
+            head_scratch: Mutex::default(),
             arena: Arena::default(),
         })
     }
@@ -126,7 +129,7 @@ impl CpuContext {
         CpuStep::new(&self.owner, arrays, geometry, num_pages, &slots)
     }
 
-    /// Rows of the step's tokens from the table: `out` [T, K].
+    /// Rows of the step's tokens, from their adapters or the table: `out` [T, K].
     pub fn embedding<E: Element>(
         &self,
         step: &CpuStep,
@@ -134,7 +137,8 @@ impl CpuContext {
         out: &mut [E],
     ) -> Result<(), KernelError> {
         step.check_owner(&self.owner)?;
-        linear::embedding(&self.pool, table, step.token_ids(), out)
+        linear::embedding(&self.pool, table, step.token_ids(), out)?;
+        replace_embeddings(&self.pool, step, table.in_features(), out)
     }
 
     /// `epilogue` of y [T, N] = x·Wᵀ + bias + what the step's adapters add at (layer, group).
@@ -169,7 +173,8 @@ impl CpuContext {
         )
     }
 
-    /// Logits of the sampled rows of `hidden` [T, K]: f32 [L, N]; `rows` [L, K] takes those rows.
+    /// Logits of the sampled rows of `hidden` [T, K], of the head and of their adapters': f32 [L, N]; `rows` [L, K]
+    /// takes those rows.
     pub fn logits<E: Element>(
         &self,
         step: &CpuStep,
@@ -189,15 +194,12 @@ impl CpuContext {
             let start = index as usize * width;
             row.copy_from_slice(&hidden[start..start + width]);
         }
-        gemm(
-            &self.pool,
-            self.isa,
-            rows,
-            lm_head,
-            None,
-            Epilogue::Store,
-            out,
-        )
+        let (pool, isa, heads) = (&self.pool, self.isa, Heads::of(step));
+        if !heads.replace_all(lm_head.out_features()) {
+            gemm(pool, isa, rows, lm_head, None, Epilogue::Store, out)?;
+        }
+        let mut scratch = lock(&self.head_scratch);
+        heads.replace(pool, isa, rows, width, &mut scratch, out)
     }
 
     pub fn rope_and_cache<E: Element>(
@@ -277,6 +279,14 @@ fn check_layout(layout: &AdapterLayout, dtype: StorageDtype) -> Result<(), Kerne
         }
         check_length("sum of the modules' ranks", next_rank, group.rank)?;
         check_columns(group)?;
+    }
+    for rows in [layout.embedding, layout.head].into_iter().flatten() {
+        let sizes = [rows.count, size_of::<i32>()];
+        check_block("end of tokens", rows.tokens_offset, &sizes, limit)?;
+        let sizes = [rows.count, rows.width, dtype.size()];
+        check_block("end of rows", rows.panels_offset, &sizes, limit)?;
+        let sizes = [rows.panels(dtype).nbytes()];
+        check_block("end of rows", rows.panels_offset, &sizes, limit)?;
     }
     check_length(
         "layout's groups modulo 4",

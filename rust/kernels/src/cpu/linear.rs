@@ -19,12 +19,40 @@ pub struct PackedLinear {
     dtype: StorageDtype,
     in_features: usize,
     out_features: usize,
-    panels: ArenaBytes,
+    panels: PanelBytes,
     /// Padded to whole panels.
     bias: Option<Vec<f32>>,
 }
 
+/// Where panels lie.
+enum PanelBytes {
+    Arena(ArenaBytes),
+    /// Address and bytes of what somebody else keeps.
+    Elsewhere(usize, usize),
+}
+
 impl PackedLinear {
+    /// The weight whose panels lie at `address`, without a bias.
+    ///
+    /// # Safety
+    /// Whole panels of this shape, and what kernels may read beyond, are there as long as this is used.
+    pub(super) unsafe fn at(
+        address: usize,
+        dtype: StorageDtype,
+        in_features: usize,
+        out_features: usize,
+    ) -> Self {
+        let num_elements =
+            out_features.next_multiple_of(LANES) * in_features.next_multiple_of(dtype.pack());
+        Self {
+            dtype,
+            in_features,
+            out_features,
+            panels: PanelBytes::Elsewhere(address, num_elements * dtype.size()),
+            bias: None,
+        }
+    }
+
     /// Packs row-major `weight` [out, in].
     pub fn pack<E: Element>(
         pool: &ThreadPool,
@@ -66,7 +94,7 @@ impl PackedLinear {
             dtype: E::DTYPE,
             in_features,
             out_features,
-            panels,
+            panels: PanelBytes::Arena(panels),
             bias,
         })
     }
@@ -84,12 +112,18 @@ impl PackedLinear {
     }
 
     pub fn nbytes(&self) -> usize {
-        self.panels.nbytes()
+        match &self.panels {
+            PanelBytes::Arena(bytes) => bytes.nbytes(),
+            PanelBytes::Elsewhere(_, nbytes) => *nbytes,
+        }
     }
 
     /// Where the packed weights begin.
     pub(super) fn address(&self) -> usize {
-        self.panels.as_ptr::<u8>() as usize
+        match &self.panels {
+            PanelBytes::Arena(bytes) => bytes.as_ptr::<u8>() as usize,
+            PanelBytes::Elsewhere(address, _) => *address,
+        }
     }
 
     pub(super) fn num_panels(&self) -> usize {
@@ -105,7 +139,7 @@ impl PackedLinear {
             self.dtype == E::DTYPE,
             "packed weight has the kernel's dtype"
         );
-        self.panels.as_ptr()
+        self.address() as *const E
     }
 
     /// Elements from one panel to the next.
@@ -114,11 +148,11 @@ impl PackedLinear {
     }
 
     /// Row `index` of W as it was before packing, into `row` [in].
-    fn unpack_row<E: Element>(&self, index: usize, row: &mut [E]) {
+    pub(super) fn unpack_row<E: Element>(&self, index: usize, row: &mut [E]) {
         let panel = index / LANES * self.panel_len::<E>();
         for (k, value) in row.iter_mut().enumerate() {
             let offset = panel + (k / E::PACK * LANES + index % LANES) * E::PACK + k % E::PACK;
-            // SAFETY: index < out_features and k < in_features, checked by `embedding`.
+            // SAFETY: index < out_features, as whoever calls has checked, and k < in_features.
             *value = unsafe { *self.panels::<E>().add(offset) };
         }
     }

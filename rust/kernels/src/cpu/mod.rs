@@ -18,3 +18,4 @@ pub mod simd;
 pub mod step;
 mod sync;
 pub mod threads;
+mod token_rows;
