@@ -187,7 +187,7 @@ def main() -> None:
             engine = AsyncEngine(config)
             gc.collect()
             gc.freeze()  # as servers do
-            engine._engine._sampler = Sampler(engine._engine.runner.sample, args.vocab)
+            engine._engine._sampler = Sampler(engine._engine.runner.sample)
             await measure(engine, clock, args)
             await engine.shutdown(0.0)
 

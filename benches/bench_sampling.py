@@ -47,7 +47,7 @@ def make_step(
     def choose(logits: torch.Tensor, arrays: _core.SampleArrays) -> ReadyRows:
         return ReadyRows(host.sample(logits.data_ptr(), num_rows, vocab_size, arrays))
 
-    sampler = Sampler(choose, vocab_size)
+    sampler = Sampler(choose)
     request_ids = list(range(num_rows))
     for request_id in request_ids:
         params = SamplingParams(max_tokens=10**6, **settings)  # type: ignore[arg-type]

@@ -25,15 +25,16 @@ CRATES: dict[str, tuple[set[str], str]] = {
     "adapters": (
         set(),
         """
-        base_linears error foreign layout pace
+        base_linears base_weights error foreign layout pace
         fields pattern read shape
         shards
         weights
         alpha initialisation matrix names target tensor_name
         config
         bind tables
+        token_lora
         replaced_rows
-        columns content receipt
+        columns content notes receipt
         pack
         adapter
         fuzz
@@ -53,7 +54,7 @@ CRATES: dict[str, tuple[set[str], str]] = {
         cpu::norm cpu::activation cpu::sampling cpu::base_linears
         cpu::rope cpu::lora cpu::attention
         cpu::gemm
-        cpu::token_rows
+        cpu::token_lora cpu::token_rows
         cpu::context
         cpu::program
         cuda::cache cuda::sources cuda::page_moves cuda::work_list

@@ -384,12 +384,16 @@ class BaseShape:
     """The base model's linear layers an adapter may bind to, the same in every layer.
 
     `modules`: (path inside a layer, group, in_features, out_features, first column of the fused output);
-    groups: 0 qkv, 1 o, 2 gate_up, 3 down. `biased`: paths of those that have a bias. Raises ValueError if
-    they contradict each other.
+    groups: 0 qkv, 1 o, 2 gate_up, 3 down. `biased`: paths of those that have a bias. `tokens`: rows and
+    columns of embedding and head. Raises ValueError if modules contradict each other.
     """
 
     def __new__(
-        cls, num_layers: int, modules: list[tuple[str, int, int, int, int]], biased: list[str] = ...
+        cls,
+        num_layers: int,
+        modules: list[tuple[str, int, int, int, int]],
+        biased: list[str] = ...,
+        tokens: tuple[int, int] | None = None,
     ) -> BaseShape: ...
     @property
     def num_layers(self) -> int:
@@ -407,8 +411,9 @@ class AdapterLayout:
         columns: list[_ColumnsPlace] = ...,
         embedding: _RowsPlace | None = None,
         head: _RowsPlace | None = None,
+        vocabulary: int | None = None,
     ) -> AdapterLayout:
-        """What `groups`, `columns`, `embedding` and `head` return, for an adapter not loaded from files.
+        """What the methods of these names return, for an adapter that was not loaded from files.
 
         Raises ValueError for a layer, group or module that does not exist.
         """
@@ -427,6 +432,9 @@ class AdapterLayout:
     @property
     def head(self) -> _RowsPlace | None:
         """Rows of the head in place of the base's, in the same form; it may be the same block."""
+    @property
+    def vocabulary(self) -> int | None:
+        """Tokens of its head, where those are not the base's."""
     def groups(self) -> list[_GroupPlace]:
         """Present groups: (layer, group, a_offset, rank, in_features, modules).
 
@@ -483,8 +491,14 @@ class Receipt:
     def is_compared(self) -> bool:
         """Whether the file has embeddings or a head, which were compared with the base's."""
     @property
-    def replaces_rows(self) -> bool:
-        """Whether rows of the base's embedding or head are replaced."""
+    def changes_tables(self) -> bool:
+        """Whether embedding or head are other than the base's, by rows, tokens or LoRA."""
+    @property
+    def added_tokens(self) -> list[int]:
+        """Tokens beyond the base's that have an embedding, ascending."""
+    @property
+    def added_head_tokens(self) -> list[int]:
+        """Those of them that can be chosen."""
     @property
     def invocation_tokens(self) -> list[int]:
         """Tokens of a prompt from whose last occurrence on the adapter acts; empty, it acts on all."""
@@ -544,9 +558,9 @@ def check_adapter(
     `path` is what errors call the file.
 
     `dtype`: storage dtype, "float32", "bfloat16" or "float16"; `pace` None is full speed. `base_weights`
-    gives (rows, columns) and `row_digests` of the base's "embed_tokens" or "lm_head" in that dtype, and whether
-    both are one weight; it is asked where the file has embeddings or a head, which are refused without it.
-    Raises AdapterFormatError.
+    gives (rows, columns) and `row_digests` of the base's "embed_tokens" or "lm_head" in that dtype, and
+    whether both are one weight; it is asked where there are embeddings or a head, which are refused without
+    it. Raises AdapterFormatError.
     """
 
 def recognise_file(path: str, is_json: bool = False) -> str | None:
@@ -573,7 +587,7 @@ def load_adapter(
 
     `stored` is as in `check_adapter`. Writes all of them, or anything where it raises; the caller keeps them
     alive and to itself until the call returns. `base_linears` is asked where DoRA or trained biases need it,
-    `base_weights` where there are embeddings or a head, unless `known` is the receipt of the files as they are now.
+    `base_weights` where there are embeddings or a head, unless `known` is the receipt of the files as now.
     Raises AdapterUnavailableError if the files are gone or changed, or the base's linears can't be had,
     AdapterFormatError if the files are malformed, CapacityError if the extent is too small.
     """
@@ -587,7 +601,7 @@ class Sampler:
     Raises KeyError for a request id that was not added or was removed, where nothing else is said.
     """
 
-    def __new__(cls, vocab_size: int) -> Sampler: ...
+    def __new__(cls) -> Sampler: ...
     def add(
         self,
         request_id: int,
@@ -624,10 +638,11 @@ class Sampler:
     def draw(
         self,
         request_ids: Sequence[int],
+        num_columns: int,
         masks: Sequence[NDArray[np.uint32]] = ...,
         masked_rows: Sequence[int] = ...,
     ) -> SampleArrays:
-        """The rows of these sequences' next tokens, which then count as drawn.
+        """The rows of these sequences' next tokens, of logits of so many columns; they then count as drawn.
 
         `masks` are of the rows `masked_rows`, which ascend: bit i % 32 of word i / 32 allows token i. Raises
         ValueError for a mask of another length.
@@ -663,6 +678,8 @@ class CpuStep:
     def num_tokens(self) -> int: ...
     @property
     def num_logits(self) -> int: ...
+    def num_columns(self, vocabulary: int) -> int:
+        """Columns of its logits: tokens of the base's head, or of an adapter's that has more."""
 
 @final
 class CpuKernels:

@@ -130,9 +130,9 @@ def test_patterns_that_peft_reorders_on_saving_are_refused(tmp_path: Path) -> No
         ({"layer_replication": [(0, 12), (0, 1)]}, "not supported yet: field 'layer_replication'"),
         (
             {"target_modules": ["embed_tokens"]},
-            "not supported yet: tensor base_model.model.model.embed_tokens",
+            "base_model.model.model.embed_tokens.lora_embedding_A fits no module of the base model",
         ),
-        ({"target_modules": ["lm_head"]}, "not supported yet: tensor base_model.model.lm_head"),
+        ({"target_modules": ["lm_head"]}, "base_model.model.lm_head.lora_A.weight fits no module"),
     ],
 )
 def test_what_peft_saves_and_we_do_not_serve_is_refused_by_name(

@@ -146,7 +146,7 @@ def test_a_field_that_brings_rows_is_served(tmp_path: Path, field: str, value: A
 
     path = save(tmp_path, {field: value})
     receipt = check_adapter(str(path), BaseShape(*SHAPE), "float32", 64, base_weights=stored)
-    assert receipt.replaces_rows == receipt.is_compared == (value is not None)
+    assert receipt.changes_tables == receipt.is_compared == (value is not None)
     e2e = Path(__file__).parents[1] / "e2e/test_embeddings_and_heads.py"
     assert field in e2e.read_text(), "its answers are compared with PEFT's"
 

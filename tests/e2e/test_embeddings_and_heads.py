@@ -33,7 +33,7 @@ PROMPT = [11, 20, 105, 17, 92, 33, 7, 7, 50]
 
 @dataclass(frozen=True)
 class TableSpec:
-    """A LoraConfig's fields, which rows are trained (all where None), and whether PEFT saves the base's own."""
+    """A LoraConfig's fields, which rows are trained (None: all), and whether PEFT saves the base's own."""
 
     fields: dict[str, Any]
     rows: list[int] | None = None
@@ -51,18 +51,38 @@ SPECS = {
     "tokens": TableSpec({"trainable_token_indices": [50, 7, 198]}),
     "tokens_of_both": TableSpec({"trainable_token_indices": {"embed_tokens": [7, 50], "lm_head": [150, 33]}}),
 }
+LORA = {
+    "lora_head": TableSpec({"target_modules": [*ALL, "lm_head"]}),
+    "lora_embedding": TableSpec({"target_modules": ["embed_tokens", "q_proj"], "r": 5, "lora_alpha": 20}),
+    "lora_both": TableSpec(
+        {
+            "target_modules": ["embed_tokens", "lm_head"],
+            "rank_pattern": {"lm_head": 20},
+            "alpha_pattern": {"model.embed_tokens": 30},
+            "use_rslora": True,
+        }
+    ),
+    "lora_tied": TableSpec({"target_modules": ["embed_tokens", "v_proj"], "ensure_weight_tying": True}),
+    "lora_copies": TableSpec({"target_modules": ["embed_tokens", "lm_head", "v_proj"]}, [], saves_base=True),
+    "lora_over_tokens": TableSpec(
+        {"target_modules": ["lm_head", "q_proj"], "modules_to_save": ["embed_tokens"]}, [7, 50]
+    ),
+}
+SPECS |= LORA
 TABLES = ("embed_tokens", "lm_head")
 
 
 def make(base: torch.nn.Module, spec: TableSpec, path: Path, seed: int) -> Path:
     """PEFT makes and saves an adapter whose trained rows are away from the base's; `base` stays as it is."""
     torch.manual_seed(seed)
-    config = LoraConfig(target_modules=ALL, task_type="CAUSAL_LM", **spec.fields)
+    config = LoraConfig(task_type="CAUSAL_LM", **({"target_modules": ALL} | spec.fields))
     model = get_peft_model(copy.deepcopy(base), config)
     nudged = set()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
+        if "lora_embedding" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
         is_table = any(table in name for table in TABLES) and "lora" not in name
         if is_table and (parameter.requires_grad or spec.saves_base) and id(parameter) not in nudged:
             nudged.add(id(parameter))
@@ -148,11 +168,36 @@ def test_only_rows_that_differ_take_memory(case: Case) -> None:
         else [f"embedding: 4 {place}", f"head: 4 {place}"],
         "tokens": [f"embedding{' and head' * case.is_tied}: 3 {place}"],
         "tokens_of_both": [f"embedding: 2 {place}", f"head: 2 {place}"],
+        **{name: [] for name in LORA},
+        "lora_over_tokens": [f"embedding: 2 {place}"],
     }
     assert notes == expected
     # Sixteen rows a panel of 64 float32, and a line for the tokens.
     assert case.receipt("few").nbytes - case.receipt("plain").nbytes == 2 * (16 * 64 * 4 + 64)
     assert case.receipt("few").base_copies == []
+
+
+def test_lora_on_embedding_and_head_composes(case: Case) -> None:
+    mix = {"lora_both": 0.75, "lora_head": -0.5, "lora_embedding": 1.25}
+    (output,) = case.llm.generate([PROMPT], GREEDY, mix)
+    first, *others = mix
+    model = PeftModel.from_pretrained(copy.deepcopy(case.base), case.adapters[first], adapter_name=first)
+    for name in others:
+        model.load_adapter(case.adapters[name], adapter_name=name)
+    for module in model.modules():
+        scaling = getattr(module, "scaling", {})
+        for name in mix.keys() & scaling.keys() if isinstance(scaling, dict) else ():
+            scaling[name] *= mix[name]
+    model.base_model.set_adapter(list(mix))
+    with torch.inference_mode():
+        expected = greedy_tokens(model.base_model.eval(), PROMPT, output.token_ids)
+    assert output.token_ids == expected
+
+
+def test_receipts_name_embedding_and_head_among_the_modules(case: Case) -> None:
+    receipt = case.receipt("lora_both")
+    assert (receipt.modules, receipt.ranks, receipt.tensors) == (["embed_tokens", "lm_head"], [8, 20], 4)
+    assert case.receipt("lora_copies").base_copies == ["embed_tokens", "lm_head"]
 
 
 def test_rows_in_place_of_the_bases_are_used_alone(case: Case) -> None:
@@ -168,13 +213,14 @@ def test_rows_in_place_of_the_bases_are_used_alone(case: Case) -> None:
 def test_a_backend_that_can_not_serve_them_refuses_by_name(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(CpuBackend, "replaces_rows", False)
-    with pytest.raises(AdapterFormatError, match="adapter 'few' has rows of embedding or head.*cpu backend"):
+    monkeypatch.setattr(CpuBackend, "changes_tables", False)
+    with pytest.raises(AdapterFormatError, match="adapter 'few' changes embedding or head .*cpu backend"):
         case.llm.load_adapter("few", case.adapters["few"])
     case.llm.load_adapter("plain", case.adapters["plain"])
 
 
 REAL = {
+    "lora": TableSpec({"target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
     "few": TableSpec({"modules_to_save": ["embed_tokens", "lm_head"]}, [*range(100, 400, 3)]),
     "tokens": TableSpec({"trainable_token_indices": [*range(200, 260)]}),
     "tied": TableSpec({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),

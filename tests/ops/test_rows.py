@@ -71,10 +71,10 @@ def test_the_likeliest_tokens_are_chosen_of_ties_the_first_and_of_nan_none(
 
 
 def greedy_rows(num_rows: int, num_columns: int) -> _core.SampleArrays:
-    sequences = _core.Sampler(num_columns)
+    sequences = _core.Sampler()
     for request_id in range(num_rows):
         sequences.add(request_id)
-    return sequences.draw(range(num_rows))
+    return sequences.draw(range(num_rows), num_columns)
 
 
 def test_sampling_refuses_logits_it_would_misread() -> None:

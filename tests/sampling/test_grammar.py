@@ -22,6 +22,7 @@ from loraserve.sampling.grammar_compiler import (
     GrammarMatcher,
 )
 from loraserve.text.tokenizer import Tokenizer
+from tokenizers import AddedToken
 
 SCHEMA = {
     "type": "object",
@@ -231,3 +232,21 @@ def test_compiled_grammars_are_kept_and_copies_are_independent(
     fresh = allowed_by(matchers[-1], tokenizer.vocab_size)
     assert fresh is not None
     assert fresh.tolist() == allowed.tolist()
+
+
+def test_a_grammar_may_ask_for_tokens_beyond_the_models(tokenizer: Tokenizer) -> None:
+    base = tokenizer.vocab_size
+    own = tokenizer.extended([AddedToken("<tool>", special=True)], b"own")
+    compiler = GrammarCompiler(tokenizer, base)
+    matcher = compiler.compile(Grammar("lark", 'start: <tool> "a"'), tokenizer=own)
+    allowed = allowed_by(matcher, base + 1)
+    assert allowed is not None
+    assert np.flatnonzero(allowed).tolist() == [base]
+    assert allowed_by(matcher, base + 40) is not None  # another adapter's row is wider still
+    matcher.consume(base)
+    after = allowed_by(matcher, base + 1)
+    assert after is not None
+    assert after.any()
+    assert not after[base]
+    with pytest.raises(InvalidRequestError, match="can't be used"):
+        compiler.compile(Grammar("lark", 'start: <tool> "a"'))

@@ -32,19 +32,19 @@ def state(seed: int = 0, index: int = 0, answer: Sequence[int] = (), **settings:
     return State(SamplingParams(max_tokens=100, **settings), seed, index, list(answer))
 
 
-def make_sampler(vocab_size: int) -> Sampler:
+def make_sampler() -> Sampler:
     def choose(logits: torch.Tensor, arrays: _core.SampleArrays) -> ReadyRows:
         return ReadyRows(HOST.sample(logits.data_ptr(), *logits.shape, arrays))
 
-    return Sampler(choose, vocab_size)
+    return Sampler(choose)
 
 
 def sample(logits: torch.Tensor, states: Sequence[State]) -> Sampled:
-    sampler, before = make_sampler(logits.shape[1]), logits.clone()
+    sampler, before = make_sampler(), logits.clone()
     for request_id, one in enumerate(states):
         sampler.add(request_id, one.params, one.seed, [1, 2], [0])
         for _ in range(one.index):
-            sampler._sequences.draw([request_id])
+            sampler._sequences.draw([request_id], logits.shape[1])
         for token_id in one.answer:
             sampler.append([request_id], [token_id])
     sampled = sampler.sample(logits, range(len(states))).result()
@@ -156,7 +156,7 @@ def test_logits_made_in_inference_mode_can_be_penalised() -> None:
 def test_penalties_follow_the_tokens_as_they_come() -> None:
     rng = np.random.default_rng(0)
     settings = {"repetition_penalty": 1.7, "presence_penalty": 0.3, "frequency_penalty": 0.2}
-    sampler = make_sampler(300)
+    sampler = make_sampler()
     sampler.add(0, SamplingParams(temperature=0.0, **settings), 0, [1, 2], [])
     answer: list[int] = []
     for token_id in rng.integers(0, 300, 400).tolist():
@@ -187,7 +187,7 @@ def test_a_long_prompt_is_looked_at_once_for_the_repetition_penalty() -> None:
             return super().__iter__()
 
     prompt = Prompt(range(5000))
-    sampler = make_sampler(6000)
+    sampler = make_sampler()
     sampler.add(0, SamplingParams(repetition_penalty=1.5), 0, prompt, [])
     after_start = prompt.num_reads
     for token_id in range(20):
@@ -277,7 +277,7 @@ def test_draws_are_uniform_and_depend_on_seed_and_index_alone() -> None:
 
 
 def test_nothing_is_drawn_ahead_of_what_the_last_token_changes() -> None:
-    sampler = make_sampler(8)
+    sampler = make_sampler()
     changing = {"repetition_penalty": 1.1}, {"presence_penalty": 0.1}, {"frequency_penalty": 0.1}
     for request_id, settings in enumerate([{}, {"top_p": 0.5, "min_tokens": 5}, *changing]):
         sampler.add(request_id, SamplingParams(max_tokens=9, **settings), 0, [1], [0])
@@ -293,7 +293,7 @@ def test_nothing_is_drawn_ahead_of_what_the_last_token_changes() -> None:
 
 
 def test_a_sequence_is_forgotten() -> None:
-    sampler = make_sampler(8)
+    sampler = make_sampler()
     sampler.add(5, SamplingParams(), 0, [1], [])
     sampler.append([5], [3])
     assert sampler.num_output_tokens(5) == 1
@@ -324,18 +324,18 @@ def test_logits_that_do_not_fit_the_rows_are_refused() -> None:
 
 
 def draw_one(vocab_size: int) -> _core.SampleArrays:
-    sequences = _core.Sampler(vocab_size)
+    sequences = _core.Sampler()
     sequences.add(0)
-    return sequences.draw([0])
+    return sequences.draw([0], vocab_size)
 
 
 def test_masks_and_biases_of_another_length_are_refused() -> None:
-    sequences = _core.Sampler(33)
+    sequences = _core.Sampler()
     with pytest.raises(ValueError, match="there are 1 biases for 2 tokens"):
         sequences.add(0, biased_ids=[1, 2], biases=[0.5])
     sequences.add(0)
     with pytest.raises(ValueError, match="a mask has 1 words, not 2"):
-        sequences.draw([0], [np.zeros(1, dtype=np.uint32)], [0])
+        sequences.draw([0], 33, [np.zeros(1, dtype=np.uint32)], [0])
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,16 @@
 """`BesideReader`: what lies beside an adapter's weights: template, tokens, ends of sequence, defaults.
 
 Tokens are the model's, with those that the adapter adds or matches in another way. An added token must have
-an embedding: an id below the model's rows. One that only pads (its tokenizer's `pad_token`, which no template
-writes) may lie beyond; it is left out, so that its name in a prompt is text as any other.
+an embedding: an id below the model's rows, or a row that the adapter brings. One that only pads (its
+tokenizer's `pad_token`, which no template writes) needs none; it is left out then, so that its name in a
+prompt is text as any other.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any, Final
 from tokenizers import AddedToken
 
 from loraserve.adapters.manifest import FILE_NAME as MANIFEST_FILE
-from loraserve.adapters.text import AdapterText
+from loraserve.adapters.text import NO_TOKENS, AdapterText, AddedTokens
 from loraserve.errors import AdapterFormatError, InvalidRequestError, ModelError
 from loraserve.loader.generation_config import read_sampling_defaults
 from loraserve.text.chat_template import ChatTemplate
@@ -91,12 +92,18 @@ class BesideReader:
         self._shared = SharedTokenizers(tokenizer)
         self._known: dict[bytes, _Tokens] = {}  # by what the files hold
 
-    def read(self, directory: str | None, manifest_template: str | None = None) -> AdapterText:
+    def read(
+        self,
+        directory: str | None,
+        manifest_template: str | None = None,
+        added: AddedTokens = NO_TOKENS,
+    ) -> AdapterText:
         """What holds for requests of the adapter in `directory`.
 
         Args:
             directory: of the adapter; None where nothing lies beside its weights.
             manifest_template: of its manifest, which wins over the directory's.
+            added: tokens beyond the model's that its weights have rows for.
 
         Raises:
             AdapterFormatError: a file can't be read, contradicts the model's tokens, or asks for what is not
@@ -106,7 +113,7 @@ class BesideReader:
         try:
             if directory is None:
                 return self._of_manifest(manifest_template)
-            return self._read(Path(directory), manifest_template)
+            return self._read(Path(directory), manifest_template, added)
         except (
             ModelError,
             InvalidRequestError,
@@ -131,16 +138,16 @@ class BesideReader:
         )
         return AdapterText(tokenizer=tokenizer, template_from=MANIFEST_FILE, notes=_printable(lines.notes))
 
-    def _read(self, path: Path, manifest_template: str | None) -> AdapterText:
+    def _read(self, path: Path, manifest_template: str | None, rows: AddedTokens) -> AdapterText:
         _check_sizes(path)
         lines = _Lines()
         config = TokenizerConfig.from_directory(path, with_template=manifest_template is None)
         tokens = self._tokens(path, config)
         source = manifest_template or config.chat_template
-        added = self._usable(tokens, config, source, lines)
+        added = self._usable(tokens, rows.known, config, source or "", lines)
         tokenizer = self._shared.with_tokens(added)
         special_tokens = self._special_tokens(path, config)
-        ends = self._ends(path, config, tokenizer, lines)
+        ends = self._ends(path, config, tokenizer, rows.producible, lines)
         name_of_file = _template_file(path) if manifest_template is None else MANIFEST_FILE
         own_template = self._template(source, special_tokens, name_of_file, lines)
         template = own_template or self._base.chat_template
@@ -239,12 +246,12 @@ class BesideReader:
             self._check_texts(vocabulary, self._base_texts(), file.name)
 
     def _usable(
-        self, tokens: _Tokens, config: TokenizerConfig, template: str | None, lines: _Lines
+        self, tokens: _Tokens, own: Collection[int], config: TokenizerConfig, template: str, lines: _Lines
     ) -> dict[int, AddedToken]:
         """Tokens that have an embedding. Raises ModelError: others are for more than to pad."""
-        beyond = {id_: token for id_, token in tokens.added.items() if id_ >= self._num_embeddings}
+        is_beyond = {id_: id_ >= self._num_embeddings and id_ not in own for id_ in tokens.added}
+        beyond = {id_: token for id_, token in tokens.added.items() if is_beyond[id_]}
         roles = {name: token for name, token in config.special_tokens.items() if name != "pad_token"}
-        template = template or ""
         needed = [
             (id_, token.content)
             for id_, token in sorted(beyond.items())
@@ -262,7 +269,7 @@ class BesideReader:
             )
         for id_, token in sorted(beyond.items()):
             lines.note(f"tokens: {token.content!r:.40} ({id_}) only pads, has no embedding and is left out")
-        return {id_: token for id_, token in tokens.added.items() if id_ < self._num_embeddings}
+        return {id_: token for id_, token in tokens.added.items() if not is_beyond[id_]}
 
     def _note_tokens(self, added: Mapping[int, AddedToken], name_of_file: str, lines: _Lines) -> None:
         new = [
@@ -281,12 +288,12 @@ class BesideReader:
         return {**self._base.special_tokens, **config.special_tokens}
 
     def _ends(
-        self, path: Path, config: TokenizerConfig, tokenizer: Tokenizer, lines: _Lines
+        self, path: Path, config: TokenizerConfig, tokenizer: Tokenizer, ids: Collection[int], lines: _Lines
     ) -> tuple[int, ...]:
         """generation_config.json's ends or else the model's; and the tokenizer's own, if it is another."""
         given = read_optional_json(path / "generation_config.json")
         stated = token_ids(given.get("eos_token_id"))
-        lost = [id_ for id_ in stated if not 0 <= id_ < self._num_embeddings]
+        lost = [id_ for id_ in stated if not (0 <= id_ < self._num_embeddings or id_ in ids)]
         if lost:
             lines.not_used.append(
                 f"generation_config.json: end of sequence {lost}, the model has {self._num_embeddings} tokens"

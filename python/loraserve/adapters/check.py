@@ -11,10 +11,11 @@ from loraserve.adapters.containers import convert
 from loraserve.adapters.manifest import AdapterManifest, has_manifest, read_manifest
 from loraserve.adapters.served_base import BaseComparison, ServedBase
 from loraserve.adapters.stored import AdapterStore, StoredAdapter
-from loraserve.adapters.text import AdapterText
+from loraserve.adapters.text import AdapterText, AddedTokens
 from loraserve.loader.base_weights import BaseWeights
 from loraserve.loader.checkpoint import Checkpoint
 from loraserve.loader.fingerprint import fingerprint
+from loraserve.loader.load import base_shape
 from loraserve.models.config import ModelConfig
 
 
@@ -81,7 +82,7 @@ class AdapterCheck:
         base_weights: BaseWeights,
         beside: BesideReader,
     ) -> None:
-        self.shape = _core.BaseShape(*config.base_shape(), config.biased_modules)
+        self.shape = base_shape(config)
         self.store = AdapterStore()
         self.dtype = dtype
         self.max_lora_rank = max_lora_rank
@@ -130,7 +131,7 @@ class AdapterCheck:
         manifest = (manifest or AdapterManifest()).merged_over(own)
         base = self.base.compare(path, manifest, receipt.base_model)
         beside = next(filter(has_files, reversed(directories)), directories[0] if directories else None)
-        text = self._beside.read(beside, manifest.chat_template)
+        text = self._beside.read(beside, manifest.chat_template, AddedTokens.of(receipt))
         notes = [*(() if stored is None else stored.notes), *text.notes]
         if base.warning is not None:
             notes.append(base.warning)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from loraserve._core import Receipt
 from loraserve.adapters.manifest import AdapterManifest
-from loraserve.adapters.text import AdapterText
+from loraserve.adapters.text import AdapterText, AddedTokens
 from loraserve.errors import AdapterNotFoundError, InvalidRequestError
 
 if TYPE_CHECKING:
@@ -57,6 +58,11 @@ class RegisteredAdapter:
     text: AdapterText
     turn: int
     stored: StoredAdapter | None = None
+
+    @cached_property
+    def added(self) -> AddedTokens:
+        """Its tokens beyond the model's."""
+        return AddedTokens.of(self.receipt)
 
 
 class AdapterRegistry:

@@ -4,12 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
+from loraserve._core import Receipt
 from loraserve.errors import InvalidRequestError
 from loraserve.text.tokenizer import Tokenizer
 
 Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class AddedTokens:
+    """Tokens beyond the model's that an adapter has an embedding for, and those that it can choose."""
+
+    known: frozenset[int] = frozenset()
+    producible: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, receipt: Receipt) -> AddedTokens:
+        """Those of an adapter."""
+        return cls(frozenset(receipt.added_tokens), frozenset(receipt.added_head_tokens))
+
+
+NO_TOKENS: Final = AddedTokens()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from loraserve.adapters.registry import AdapterRegistry, RegisteredAdapter, chec
 from loraserve.adapters.served_base import ServedBase
 from loraserve.adapters.startup import AdapterFailure, StartingAdapters
 from loraserve.adapters.stored import StoredAdapter, memory_source
+from loraserve.adapters.text import NO_TOKENS, AddedTokens
 from loraserve.config import EngineConfig
 from loraserve.engine.adapter_loads import AdapterLoads
 from loraserve.engine.extent_loader import ExtentLoader
@@ -26,9 +27,9 @@ from loraserve.engine.lock import EngineLock
 from loraserve.engine.merged import Merged
 from loraserve.engine.model_runner import ModelRunner
 from loraserve.engine.queue import Intake
+from loraserve.engine.servable import check_servable
 from loraserve.engine.stats import AdapterInfo, UsageCounters
 from loraserve.errors import (
-    AdapterFormatError,
     AdapterUnavailableError,
     EngineStoppedError,
     InvalidRequestError,
@@ -196,9 +197,7 @@ class EngineAdapters:
             check_path(source, f"the path of adapter {name!r}")
             source = os.path.abspath(source)  # it is read again at every load, wherever the process is then
         files = self.loader.check(source, manifest)
-        self._check_rows(name, files.receipt)
-        self._check_invocation(name, files.receipt)
-        self._try_manifest(name, files)
+        check_servable(name, files, self._runner, self._grammars)
         return CheckedAdapter(name, files.path, files)
 
     def register(self, checked: CheckedAdapter, *, replace: bool = False, turn: int) -> _core.Receipt:
@@ -329,6 +328,16 @@ class EngineAdapters:
         """Those that the scheduler has to bring into a sequence; what is in the weights already is none."""
         return [(name, weight) for name, weight in adapters if not self._is_merged(name)]
 
+    def added_tokens(self, adapters: Sequence[tuple[str, float]]) -> AddedTokens:
+        """Tokens beyond the model's for a request of these (name, weight) pairs, which may be used together;
+        for the engine, under its lock.
+        """
+        for name, weight in adapters:
+            adapter = self._registry.get(name)
+            if adapter is not None and weight != 0.0 and adapter.added.known:
+                return adapter.added
+        return NO_TOKENS
+
     def infos(self) -> list[AdapterInfo]:
         """All registered adapters, in order of registration."""
         with self._lock:
@@ -431,29 +440,3 @@ class EngineAdapters:
         adapter = self._registry.get(name)
         assert adapter is not None, "invariant: the scheduler and the registry know the same names"
         return adapter
-
-    def _check_rows(self, name: str, receipt: _core.Receipt) -> None:
-        backend = self._runner.backend
-        if receipt.replaces_rows and not backend.replaces_rows:
-            raise AdapterFormatError(
-                f"adapter {name!r} has rows of embedding or head in place of the model's, which the {backend.name} "
-                "backend does not serve yet: use --device cpu, or merge it into the model and serve that"
-            )
-
-    def _check_invocation(self, name: str, receipt: _core.Receipt) -> None:
-        try:
-            self._runner.check_token_ids(receipt.invocation_tokens)
-        except InvalidRequestError as error:
-            raise AdapterFormatError(f"alora_invocation_tokens of adapter {name!r}: {error}") from error
-
-    def _try_manifest(self, name: str, files: CheckedFiles) -> None:
-        """What a manifest asks for is tried out here, not on a request. Raises AdapterFormatError."""
-        manifest, tokenizer = files.manifest, files.text.tokenizer
-        try:
-            self._runner.check_token_ids(manifest.sampling.get("stop_token_ids", ()))
-            self._runner.check_token_ids(manifest.sampling.get("logit_bias", ()))
-            files.try_chat()
-            if manifest.grammar is not None:
-                self._grammars.compile(manifest.grammar, tokenizer=tokenizer)
-        except InvalidRequestError as error:
-            raise AdapterFormatError(f"manifest of adapter {name!r}: {error}") from error

@@ -90,7 +90,7 @@ class Engine:
             config.num_threads is None or config.num_threads >= _core.usable_cores()
         )
         self.max_model_len = self.runner.model.max_model_len
-        self._sampler = Sampler(self.runner.sample, self.runner.vocab_size)
+        self._sampler = Sampler(self.runner.sample)
         self.grammars = GrammarCompiler(self.runner.model.tokenizer, self.runner.vocab_size)
         self._scheduler = _core.Scheduler(
             num_pages=self.runner.num_pages,
@@ -145,18 +145,26 @@ class Engine:
             CapacityError, OverloadedError, DeadlineError, EngineStoppedError: the request was refused;
                 nothing was queued.
         """
-        for token_ids in (prompt, params.stop_token_ids, params.logit_bias):
-            self.runner.check_token_ids(token_ids)
+        chosen_ids = (*params.stop_token_ids, *params.logit_bias)
+        has_own_ids = self.runner.are_own(prompt) and self.runner.are_own(chosen_ids)
+        if has_own_ids:  # else what its adapter adds is looked up with the adapter
+            self.runner.check_token_ids(prompt)
+            self.runner.check_token_ids(chosen_ids)
         record = record or SequenceRecord(time.monotonic())
         if deadline_s is not None and time.monotonic() >= record.arrived_at + deadline_s:
             raise deadline_error(deadline_s)
-        ends = self.runner.eos_token_ids if eos_token_ids is None else self.runner.producible(eos_token_ids)
-        stop_token_ids = [*(() if params.ignore_eos else ends), *params.stop_token_ids]
+        ends = self.runner.eos_token_ids if eos_token_ids is None else eos_token_ids
         with self._lock:
             self._intake.check()
             self._waiting_limit.check(self._scheduler)
             self.adapters.check_registered(registered)
             self.adapters.check_combination(adapters)
+            added = self.adapters.added_tokens(adapters)
+            if not has_own_ids:
+                self.runner.check_token_ids(prompt, added.known)
+                self.runner.check_token_ids(chosen_ids, added.producible)
+            ends = self.runner.producible(ends, added.producible)
+            stop_token_ids = [*(() if params.ignore_eos else ends), *params.stop_token_ids]
             to_apply = list(self.adapters.to_apply(adapters))
             request_id = self._scheduler.submit(
                 list(prompt),
@@ -168,7 +176,9 @@ class Engine:
                 needs_adapter and len(to_apply) == len(adapters),
             )
             seed = secrets.randbits(64) if seed is None else seed
-            self._sampler.add(request_id, params, seed, prompt, stop_token_ids, matcher)
+            # A token that only prompts may have is no column of its logits.
+            seen = self.runner.producible(prompt, added.producible) if added.known else prompt
+            self._sampler.add(request_id, params, seed, seen, stop_token_ids, matcher)
             record.adapter_was_resident = self._scheduler.has_its_adapters(request_id)
             names = tuple(name for name, _ in adapters)
             usage = self.adapters.usage.counters(names)

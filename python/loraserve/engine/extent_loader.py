@@ -68,8 +68,8 @@ class ExtentLoader:
         self._check = check
         self._on_done = on_done
         self._pace = _core.LoadPace()
-        # Of files with embeddings or a head, of which a load reads what differs from the base's: when they were
-        # compared with it.
+        # Of files with embeddings or a head, of which a load reads what differs from the base's: when they
+        # were compared with it.
         self._compared: dict[str, Stamp] = {}
         self._num_open = 0  # loads started whose results were not taken; the engine's thread counts
         self._jobs: _Jobs = queue.SimpleQueue()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 
@@ -75,18 +75,27 @@ class ModelRunner:
         self.ops: Ops = placed.ops
         return placed.decoder, placed.max_model_len
 
-    def producible(self, token_ids: Iterable[int]) -> list[int]:
-        """Those that the model has logits for."""
-        return [token_id for token_id in token_ids if 0 <= token_id < self.vocab_size]
+    def producible(self, token_ids: Iterable[int], added: Collection[int] = ()) -> list[int]:
+        """Those that the model has logits for, or that are `added` to it."""
+        return [id_ for id_ in token_ids if 0 <= id_ < self.vocab_size or id_ in added]
 
-    def check_token_ids(self, token_ids: Iterable[int]) -> None:
-        """Raises InvalidRequestError: one is not in the vocabulary."""
+    def check_token_ids(self, token_ids: Iterable[int], added: Collection[int] = ()) -> None:
+        """Whether all are in the vocabulary, or `added` to it.
+
+        Raises:
+            InvalidRequestError: one is not.
+        """
         vocab_size = self.vocab_size
         for token_id in token_ids:
-            if not 0 <= token_id < vocab_size:
+            if not 0 <= token_id < vocab_size and token_id not in added:
+                and_added = f" and the adapter adds {len(added)}" if added else ""
                 raise InvalidRequestError(
-                    f"token id {token_id} is out of range, the vocabulary has {vocab_size} tokens"
+                    f"token id {token_id} is out of range, the vocabulary has {vocab_size} tokens{and_added}"
                 )
+
+    def are_own(self, token_ids: Iterable[int]) -> bool:
+        """Whether none is beyond the model's vocabulary."""
+        return max(token_ids, default=0) < self.vocab_size
 
     @property
     def pool(self) -> torch.Tensor:

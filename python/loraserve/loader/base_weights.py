@@ -27,7 +27,7 @@ class BaseWeights:
         self._found: dict[str, tuple[tuple[int, int], bytes, bool]] = {}
 
     def __call__(self, module: str) -> tuple[tuple[int, int], bytes, bool]:
-        """(rows, columns) of "embed_tokens" or "lm_head", digests of its rows, and whether both are one weight.
+        """(rows, columns) of "embed_tokens" or "lm_head", digests of its rows, whether both are one weight.
 
         Raises ModelError.
         """

@@ -21,6 +21,12 @@ from loraserve.text.tokenizer import Tokenizer
 from loraserve.validation.files import expanded, is_regular_file
 
 
+def base_shape(config: ModelConfig) -> _core.BaseShape:
+    """What adapters of this model are checked against."""
+    tokens = config.vocab_size, config.hidden_size
+    return _core.BaseShape(*config.base_shape(), config.biased_modules, tokens)
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A model with all that belongs to it; `max_model_len` in tokens.
@@ -40,7 +46,7 @@ class LoadedModel:
     @property
     def base_shape(self) -> _core.BaseShape:
         """What adapters are checked against."""
-        return _core.BaseShape(*self.config.base_shape(), self.config.biased_modules)
+        return base_shape(self.config)
 
     def release(self) -> None:
         """Give up the decoder, which has the weights; what else is known of the model stays."""

@@ -167,7 +167,7 @@ class Ops(Packer, Protocol):
         ...
 
     def sample(self, logits: torch.Tensor, arrays: _core.SampleArrays) -> PendingRows:
-        """Begins to choose a token for each row of `logits` (float32 [L, vocab]) as `arrays` say."""
+        """Begins to choose a token for each row of `logits` (float32 [L, columns]) as `arrays` say."""
         ...
 
 

@@ -45,11 +45,11 @@ class GrammarMatcher:
         self._num_tokens = 0
         self._spent_s = 0.0
 
-    def allowed(self, vocab_size: int, *, without_end: bool = False) -> npt.NDArray[np.uint32] | None:
+    def allowed(self, num_tokens: int, *, without_end: bool = False) -> npt.NDArray[np.uint32] | None:
         """Which tokens may come next; None once the grammar has become too complex to follow.
 
         Args:
-            vocab_size: tokens of the result, 32 a word, the first in the lowest bit; bits beyond are 0.
+            num_tokens: tokens of the result, 32 a word, the first in the lowest bit; bits beyond are 0.
             without_end: leave out the model's end tokens, if there are others.
         """
         started = time.thread_time()
@@ -57,14 +57,14 @@ class GrammarMatcher:
         self._spent_s += time.thread_time() - started
         if self.error is not None:
             return None
-        num_words, num_bits_of_last = -(-vocab_size // 32), (vocab_size - 1) % 32 + 1
+        num_words, num_bits_of_last = -(-num_tokens // 32), (num_tokens - 1) % 32 + 1
         allowed = np.zeros(4 * num_words, dtype=np.uint8)
         allowed[: bits.size] = bits[: allowed.size]
         words = allowed.view("<u4")
         words[-1] &= np.uint32(2**num_bits_of_last - 1)
         if without_end:
             others = words.copy()
-            _clear(others, self._end_token_ids)
+            _clear(others, [token_id for token_id in self._end_token_ids if token_id < num_tokens])
             if others.any():
                 words = others
         return words
@@ -132,7 +132,7 @@ class GrammarCompiler:
             if known is not None:
                 self._compiled.move_to_end(key)
                 return known.copy()
-        matcher = self._compile(grammar, vocabulary)
+        matcher = self._compile(grammar, vocabulary, self._num_tokens(tokenizer))
         with self._lock:
             self._compiled[key] = matcher
             while len(self._compiled) > CACHE_SIZE:
@@ -149,7 +149,7 @@ class GrammarCompiler:
             if found is None:
                 found = self._vocabularies[tokenizer.identity] = llguidance.LLTokenizer(
                     tokenizer.to_json(),
-                    n_vocab=max(self._vocab_size, tokenizer.vocab_size),
+                    n_vocab=self._num_tokens(tokenizer),
                     eos_token=list(tokenizer.eos_token_ids) or None,
                 )
                 self._forget_vocabularies()
@@ -161,7 +161,13 @@ class GrammarCompiler:
         for identity in others[:-MAX_VOCABULARIES]:
             del self._vocabularies[identity]
 
-    def _compile(self, grammar: Grammar, vocabulary: llguidance.LLTokenizer) -> GrammarMatcher:
+    def _num_tokens(self, tokenizer: Tokenizer) -> int:
+        """An adapter may add tokens beyond the model's."""
+        return max(self._vocab_size, tokenizer.vocab_size)
+
+    def _compile(
+        self, grammar: Grammar, vocabulary: llguidance.LLTokenizer, num_tokens: int
+    ) -> GrammarMatcher:
         import llguidance  # noqa: PLC0415 (as above)
 
         try:
@@ -173,9 +179,9 @@ class GrammarCompiler:
             )
         except ValueError as error:
             raise _refusal(grammar, str(error)) from None
-        end_token_ids = [token_id for token_id in vocabulary.eos_tokens if token_id < self._vocab_size]
+        end_token_ids = [token_id for token_id in vocabulary.eos_tokens if token_id < num_tokens]
         compiled = GrammarMatcher(matcher, end_token_ids)
-        allowed = None if matcher.is_error() else compiled.allowed(self._vocab_size)
+        allowed = None if matcher.is_error() else compiled.allowed(num_tokens)
         if allowed is None:
             raise _refusal(grammar, matcher.get_error() or str(compiled.error))
         _clear(allowed, end_token_ids)

@@ -82,9 +82,9 @@ class _Form:
     ignore_eos: bool
     num_tokens: int = 0
 
-    def allowed(self, vocab_size: int) -> npt.NDArray[np.uint32] | None:
+    def allowed(self, num_columns: int) -> npt.NDArray[np.uint32] | None:
         is_too_short = self.num_tokens < self.min_tokens
-        return self.matcher.allowed(vocab_size, without_end=self.ignore_eos or is_too_short)
+        return self.matcher.allowed(num_columns, without_end=self.ignore_eos or is_too_short)
 
     def append(self, token_id: int) -> Ending | None:
         self.num_tokens += 1
@@ -97,15 +97,11 @@ class Sampler:
 
     Args:
         sample: of the model's ops, which sample where they compute.
-        vocab_size: columns of the logits.
     """
 
-    def __init__(
-        self, sample: Callable[[torch.Tensor, _core.SampleArrays], PendingRows], vocab_size: int
-    ) -> None:
+    def __init__(self, sample: Callable[[torch.Tensor, _core.SampleArrays], PendingRows]) -> None:
         self._sample = sample
-        self._vocab_size = vocab_size
-        self._sequences = _core.Sampler(vocab_size)
+        self._sequences = _core.Sampler()
         self._forms: dict[int, _Form] = {}
 
     def add(
@@ -117,7 +113,7 @@ class Sampler:
         end_token_ids: Sequence[int],
         matcher: GrammarMatcher | None = None,
     ) -> None:
-        """Take a sequence whose ids were checked against the vocabulary.
+        """Take a sequence whose ids are columns of every row of logits that it will have.
 
         Args:
             request_id: of the sequence.
@@ -158,20 +154,21 @@ class Sampler:
         """Begin to choose one token per row; each counts as drawn.
 
         Args:
-            logits: float32 [L, vocab] on the device of the ops, good until the result is there. A GPU changes
-                them in place.
+            logits: float32 [L, columns] on the device of the ops, good until the result is there; -inf where
+                a row's adapter has no such token. A GPU changes them in place.
             request_ids: of the rows.
         """
         masks, masked_rows = [], []
+        num_columns = logits.shape[1]
         if self._forms:
             for row, request_id in enumerate(request_ids):
                 form = self._forms.get(request_id)
                 # All may come where a grammar can't be followed any further and its sequence is about to end.
-                allowed = None if form is None else form.allowed(self._vocab_size)
+                allowed = None if form is None else form.allowed(num_columns)
                 if allowed is not None:
                     masks.append(allowed)
                     masked_rows.append(row)
-        arrays = self._sequences.draw(request_ids, masks, masked_rows)
+        arrays = self._sequences.draw(request_ids, num_columns, masks, masked_rows)
         return _RequestRows(request_ids, self._sample(logits, arrays))
 
     def append(self, request_ids: Sequence[int], token_ids: Sequence[int]) -> list[tuple[int, Ending]]:

@@ -242,7 +242,7 @@ VLLM: tuple[ForeignSetting, ...] = (
              **(NO_EFFECT | FLAG_ONLY)),
     *_values("lora_dtype", "adapters are stored in the dtype of --dtype", "DTYPE", accepted=("auto",),
              **FLAG_ONLY),
-    *_values("lora_extra_vocab_size", "adapters with tokens of their own are refused", "N",
+    *_values("lora_extra_vocab_size", "tokens that adapters add are served as they are", "N",
              **(NO_EFFECT | FLAG_ONLY)),
     *_values("swap_space cpu_offload_gb block_size", MEMORY_SIZES, "N", **(NO_EFFECT | FLAG_ONLY)),
     *_values("tensor_parallel_size", ONE_DEVICE, "N", accepted=("1",), short=("-tp",), **FLAG_ONLY),

@@ -7,21 +7,25 @@ use blake3::Hasher;
 
 use crate::alpha::read_alphas;
 use crate::base_linears::BaseLinears;
-use crate::bind::{Binding, bind};
-use crate::columns::{Columns, Tensors};
+use crate::base_weights::BaseWeights;
+use crate::bind::{Binding, Factors, bind};
+use crate::columns::Tensors;
 use crate::config::Config;
 use crate::content::ContentHash;
 use crate::error::{Error, Result};
-use crate::layout::{AdapterLayout, RowsLayout, StorageDtype};
+use crate::layout::{AdapterLayout, StorageDtype};
 use crate::matrix::{Matrix, finite_values};
 use crate::names::Names;
+use crate::notes::{alone, base_check, column_notes, invocation_note, module_names};
 use crate::pace::{Bursts, Pace};
-use crate::pack::{Packer, layout_of};
+use crate::pack::{Packer, Packing, layout_of};
 use crate::read::{locate, read_config};
 use crate::receipt::Receipt;
-use crate::replaced_rows::{BaseWeights, ReplacedRows, RowBlock, read_rows};
+use crate::replaced_rows::{ReplacedRows, read_rows};
 use crate::shape::BaseShape;
 use crate::tables::Tables;
+use crate::tensor_name::TokenModule;
+use crate::token_lora::{TokenLora, take_token_loras};
 use crate::weights::{Source, Weights};
 
 /// What the server accepts and how it stores it.
@@ -133,6 +137,7 @@ struct Adapter {
     weights: Weights,
     /// In order of (layer, path).
     bindings: Vec<Binding>,
+    token_loras: Vec<TokenLora>,
     tables: Tables,
     /// Of the tables, once they are found.
     rows: ReplacedRows,
@@ -150,6 +155,15 @@ impl Adapter {
             });
         }
         notes.append(&mut names.notes);
+        let token_loras = take_token_loras(
+            &mut names.tensors,
+            &names.roots,
+            &config,
+            shape,
+            limits.max_lora_rank,
+        );
+        let token_loras =
+            token_loras.map_err(|error| error.trained_on(config.base_model.as_deref()))?;
         let alphas = read_alphas(&mut weights, std::mem::take(&mut names.alphas))?;
         let bindings = bind(names, alphas, &config, shape, limits.max_lora_rank);
         let bindings = bindings.map_err(|error| error.trained_on(config.base_model.as_deref()))?;
@@ -163,6 +177,7 @@ impl Adapter {
             invocation_tokens: config.invocation_tokens,
             weights,
             bindings,
+            token_loras,
             tables,
             rows: ReplacedRows::default(),
             notes,
@@ -182,12 +197,21 @@ impl Adapter {
             None => ReplacedRows::find(&self.tables, weights, self.dtype, base, &mut bursts)?,
         };
         self.notes.extend(self.rows.notes());
-        Ok(())
+        let head = |lora: &&TokenLora| lora.module == TokenModule::Head;
+        match self.token_loras.iter().find(head) {
+            Some(lora) if self.rows.replaces_head() => Err(Error::UnsupportedTensor {
+                tensor: lora.factors.a.name.clone(),
+                feature: "LoRA on a head that has rows of its own, or other tokens than the base's: train one \
+                          or the other",
+            }),
+            _ => Ok(()),
+        }
     }
 
     fn layout(&self, shape: &BaseShape) -> AdapterLayout {
         let width = self.rows.width(&self.tables);
-        layout_of(&self.bindings, (&self.rows, width), shape, self.dtype)
+        let rows = (&self.rows, width);
+        layout_of(&self.bindings, rows, &self.token_loras, shape, self.dtype)
     }
 
     fn load(
@@ -226,6 +250,7 @@ impl Adapter {
         let (mut hash, mut bursts) = (ContentHash::new(), Bursts::new(pace));
         self.read_modules(&mut hash, &mut bursts, packing.as_deref_mut())?;
         hash.invocation(&self.invocation_tokens);
+        self.read_token_loras(&mut hash, &mut bursts, packing.as_deref_mut())?;
         self.read_rows(&mut hash, &mut bursts, packing)?;
         Ok(hash.finish())
     }
@@ -271,9 +296,40 @@ impl Adapter {
             };
             check_magnitude(binding, &tensors)?;
             if let Some(packing) = &mut packing {
-                packing.write(binding, tensors, dtype, bursts)?;
+                packing.write(binding, &tensors, dtype, bursts)?;
             }
             bursts.advance(nbytes);
+        }
+        Ok(())
+    }
+
+    fn read_token_loras(
+        &mut self,
+        hash: &mut ContentHash,
+        bursts: &mut Bursts<'_>,
+        mut packing: Option<&mut Packing<'_>>,
+    ) -> Result<()> {
+        let (mut a, mut b) = (Vec::new(), Vec::new());
+        for lora in &self.token_loras {
+            let Factors {
+                a: a_source,
+                b: b_source,
+            } = &lora.factors;
+            let a = self.weights.read(a_source, &mut a)?;
+            let b = self.weights.read(b_source, &mut b)?;
+            hash.token_lora(lora);
+            hash.tensor(a_source, a);
+            hash.tensor(b_source, b);
+            let matrices = (
+                Matrix::new(a_source, a, self.dtype)?,
+                Matrix::new(b_source, b, self.dtype)?,
+            );
+            if let Some(packing) = &mut packing {
+                packing
+                    .packer
+                    .write_token_lora(lora.module, matrices.0, matrices.1);
+            }
+            bursts.advance(a.len() + b.len());
         }
         Ok(())
     }
@@ -287,6 +343,9 @@ impl Adapter {
     ) -> Result<()> {
         let (tables, dtype) = (&self.tables, self.dtype);
         let width = self.rows.width(tables);
+        if let Some(vocabulary) = self.rows.vocabulary {
+            hash.vocabulary(vocabulary);
+        }
         for block in self.rows.blocks() {
             hash.rows(block.name(), block.runs, width);
             let place = packing.as_ref().map(|packing| packing.place(&block));
@@ -314,19 +373,22 @@ impl Adapter {
 
     fn receipt(self, shape: &BaseShape, hash: String) -> Receipt {
         let nbytes = self.layout(shape).nbytes;
-        let num_tables = self.rows.used(&self.tables).count();
+        let num_beside = self.rows.used(&self.tables).count() + 2 * self.token_loras.len();
         let bindings = || self.bindings.iter();
         let layers: BTreeSet<_> = bindings().map(|binding| binding.layer).collect();
-        let ranks: BTreeSet<_> = bindings().map(|binding| binding.rank).collect();
+        let ranks = bindings().map(|binding| binding.rank);
+        let ranks = ranks.chain(self.token_loras.iter().map(|lora| lora.rank));
+        let ranks: BTreeSet<_> = ranks.collect();
         Receipt {
             directory: self.directory,
-            tensors: bindings().flat_map(Binding::sources).count() + num_tables,
-            modules: module_names(bindings(), shape),
+            tensors: bindings().flat_map(Binding::sources).count() + num_beside,
+            modules: module_names(bindings(), &self.token_loras, shape),
             base_check: base_check(self.bindings.len(), layers.len(), shape.num_layers),
             layers: layers.into_iter().collect(),
             ranks: ranks.into_iter().filter(|rank| *rank > 0).collect(),
             base_copies: self.rows.copies(&self.tables),
-            is_compared: !self.tables.tables.is_empty(),
+            changes_tables: !self.rows.is_empty() || !self.token_loras.is_empty(),
+            is_compared: !self.tables.all.is_empty(),
             nbytes,
             alone: alone(&self.bindings, &self.rows),
             replaced_rows: self.rows,
@@ -337,45 +399,6 @@ impl Adapter {
             not_used: Vec::new(),
         }
     }
-}
-
-/// Where an adapter is packed to while it is read.
-struct Packing<'a> {
-    packer: Packer<'a>,
-    layout: &'a AdapterLayout,
-    shape: &'a BaseShape,
-    base: Option<&'a dyn BaseLinears>,
-}
-
-impl Packing<'_> {
-    fn write(
-        &mut self,
-        binding: &Binding,
-        tensors: Tensors<'_>,
-        dtype: StorageDtype,
-        bursts: &mut Bursts<'_>,
-    ) -> Result<()> {
-        let module = &self.shape.modules[&binding.path];
-        let columns = Columns::of(binding, &tensors, module, dtype, self.base, bursts)?;
-        self.packer.write(binding, tensors.factors, &columns);
-        Ok(())
-    }
-
-    fn place(&self, block: &RowBlock<'_>) -> RowsLayout {
-        let place = if block.of_embedding {
-            self.layout.embedding
-        } else {
-            self.layout.head
-        };
-        place.expect("the layout has every block of rows")
-    }
-}
-
-fn invocation_note(tokens: &[i32]) -> Option<String> {
-    let listed: Vec<_> = tokens.iter().map(i32::to_string).collect();
-    let listed = listed.join(", ");
-    let note = format!("aLoRA: acts from the last place in the prompt where tokens {listed} are");
-    (!tokens.is_empty()).then_some(note)
 }
 
 fn check_magnitude(binding: &Binding, tensors: &Tensors<'_>) -> Result<()> {
@@ -389,37 +412,6 @@ fn check_magnitude(binding: &Binding, tensors: &Tensors<'_>) -> Result<()> {
             value: values[index],
         }),
         None => Ok(()),
-    }
-}
-
-/// What the adapter has beyond A and B.
-fn column_notes(bindings: &[Binding]) -> Vec<String> {
-    let count = |has: fn(&Binding) -> bool| bindings.iter().filter(|binding| has(binding)).count();
-    let kinds = [
-        (count(|b| b.magnitude.is_some()), "DoRA on"),
-        (count(|b| b.b_bias.is_some()), "lora_bias on"),
-        (
-            count(|b| b.bias.is_some()),
-            "trained biases in place of the base's on",
-        ),
-    ];
-    let found = kinds.into_iter().filter(|(count, _)| *count > 0);
-    found
-        .map(|(count, what)| format!("{what} {count} modules"))
-        .collect()
-}
-
-/// A gain depends on the weight and on the order of adapters, and of two biases one replaces the other.
-fn alone(bindings: &[Binding], rows: &ReplacedRows) -> Option<&'static str> {
-    let has = |has: fn(&Binding) -> bool| bindings.iter().any(has);
-    if has(|binding| binding.magnitude.is_some()) {
-        Some("it has DoRA (use_dora)")
-    } else if has(|binding| binding.bias.is_some()) {
-        Some("it has biases in place of the base's (bias)")
-    } else if !rows.is_empty() {
-        Some("it has rows of embedding or head in place of the base's")
-    } else {
-        None
     }
 }
 
@@ -444,22 +436,4 @@ fn open_files(place: Place<'_>) -> Result<(PathBuf, Config, Weights, Vec<String>
             Ok((name.into(), config, weights, Vec::new()))
         }
     }
-}
-
-/// Last parts of the adapted paths, in the order the modules run.
-fn module_names<'a>(bindings: impl Iterator<Item = &'a Binding>, shape: &BaseShape) -> Vec<String> {
-    let paths: BTreeSet<&str> = bindings.map(|binding| binding.path.as_str()).collect();
-    let mut paths: Vec<&str> = paths.into_iter().collect();
-    paths.sort_by_key(|path| {
-        let module = &shape.modules[*path];
-        (module.group, module.out_offset)
-    });
-    let last = |path: &str| path.rsplit('.').next().unwrap_or(path).to_string();
-    paths.into_iter().map(last).collect()
-}
-
-fn base_check(modules: usize, layers: usize, num_layers: usize) -> String {
-    format!(
-        "all {modules} adapted modules match the base's shapes, in {layers} of {num_layers} layers"
-    )
 }

@@ -339,7 +339,7 @@ fn check_shapes(key: &str, a: &Source, b: &Source, module: &ModuleShape) -> Resu
     Ok(a_rank)
 }
 
-fn check_dtype(source: &Source) -> Result<()> {
+pub(crate) fn check_dtype(source: &Source) -> Result<()> {
     if matches!(source.info.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
         return Ok(());
     }
@@ -349,7 +349,7 @@ fn check_dtype(source: &Source) -> Result<()> {
     })
 }
 
-fn matrix_shape(source: &Source) -> Result<[usize; 2]> {
+pub(crate) fn matrix_shape(source: &Source) -> Result<[usize; 2]> {
     check_dtype(source)?;
     let shape = &source.info.shape;
     let matrix = <[usize; 2]>::try_from(shape.as_slice());

@@ -39,6 +39,7 @@ impl TrainedBias {
 }
 
 /// The parts of the config that decide what the adapter computes.
+#[expect(clippy::struct_excessive_bools, reason = "as many as PEFT has")]
 pub(crate) struct Config {
     pub(crate) base_model: Option<String>,
     pub(crate) targets: Targets,
@@ -205,7 +206,7 @@ fn token_indices(fields: &Fields) -> Result<[Option<Vec<u32>>; 2]> {
             }
         }
         Some(tokens) => {
-            indices[TokenModule::Embedding as usize] = Some(Some(token_ids(field, tokens)?))
+            indices[TokenModule::Embedding as usize] = Some(Some(token_ids(field, tokens)?));
         }
     }
     Ok(indices.map(Option::flatten))

@@ -4,6 +4,7 @@ use blake3::Hasher;
 
 use crate::bind::Binding;
 use crate::replaced_rows::RowRun;
+use crate::token_lora::TokenLora;
 use crate::weights::Source;
 
 /// Names what is hashed and how; changes whenever that does.
@@ -25,6 +26,12 @@ impl ContentHash {
         self.bytes(&binding.scale.to_le_bytes());
     }
 
+    /// Begins `LoRA` on the embedding or the head, whose tensors follow.
+    pub(crate) fn token_lora(&mut self, lora: &TokenLora) {
+        self.bytes(lora.module.name().as_bytes());
+        self.bytes(&lora.scale.to_le_bytes());
+    }
+
     /// A tensor of one of the module's columns; `what` tells it from the module's other tensors.
     pub(crate) fn vector(&mut self, what: &str, source: &Source, data: &[u8]) {
         self.bytes(what.as_bytes());
@@ -40,6 +47,12 @@ impl ContentHash {
             self.0.update(&run.token.to_le_bytes());
             self.0.update(&run.count.to_le_bytes());
         }
+    }
+
+    /// Tokens of the head, where those are not the base's.
+    pub(crate) fn vocabulary(&mut self, vocabulary: usize) {
+        self.bytes(b"vocabulary");
+        self.0.update(&(vocabulary as u64).to_le_bytes());
     }
 
     /// A run's values, as the file has them.

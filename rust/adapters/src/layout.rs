@@ -198,6 +198,40 @@ impl RowsLayout {
     }
 }
 
+/// `LoRA` on the embedding: E[t] + scale · B·A[:, t], A and B in panels.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct EmbeddingLoraLayout {
+    /// Bytes from the extent's base to A [rank, tokens].
+    pub a_offset: usize,
+    /// Bytes from the extent's base to B [hidden, rank].
+    pub b_offset: usize,
+    pub rank: usize,
+    pub num_tokens: usize,
+    /// Elements of an embedding.
+    pub width: usize,
+    pub scale: f32,
+}
+
+impl EmbeddingLoraLayout {
+    /// Rows are ranks, padded to whole panels.
+    pub fn a_panels(&self, dtype: StorageDtype) -> Panels {
+        Panels {
+            rows: self.rank.next_multiple_of(PANEL_WIDTH),
+            k: self.num_tokens,
+            dtype,
+        }
+    }
+
+    /// Rows are elements of an embedding, padded to whole panels.
+    pub fn b_panels(&self, dtype: StorageDtype) -> Panels {
+        Panels {
+            rows: self.width.next_multiple_of(PANEL_WIDTH),
+            k: self.rank,
+            dtype,
+        }
+    }
+}
+
 /// A whole adapter; absent groups are `None` and cost nothing.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AdapterLayout {
@@ -206,6 +240,11 @@ pub struct AdapterLayout {
     /// Rows of the embedding and of the head, which may be the same block.
     pub embedding: Option<RowsLayout>,
     pub head: Option<RowsLayout>,
+    pub embedding_lora: Option<EmbeddingLoraLayout>,
+    /// `LoRA` on the head, which is group 0 of a layer after the last.
+    pub head_lora: Option<GroupLayout>,
+    /// Tokens that it can choose from, where those are not the base's.
+    pub vocabulary: Option<usize>,
     /// Length of the extent in bytes, a multiple of `BLOCK_ALIGN`.
     pub nbytes: usize,
 }
@@ -216,6 +255,9 @@ impl AdapterLayout {
     }
 
     pub fn group(&self, layer: usize, group: usize) -> Option<&GroupLayout> {
+        if layer == self.num_layers() {
+            return self.head_lora.as_ref().filter(|_| group == 0);
+        }
         self.groups.get(layer * NUM_GROUPS + group)?.as_ref()
     }
 

@@ -8,6 +8,7 @@
 mod adapter;
 mod alpha;
 mod base_linears;
+mod base_weights;
 mod bind;
 mod columns;
 mod config;
@@ -21,6 +22,7 @@ mod initialisation;
 mod layout;
 mod matrix;
 mod names;
+mod notes;
 mod pace;
 mod pack;
 mod pattern;
@@ -32,20 +34,20 @@ mod shards;
 mod tables;
 mod target;
 mod tensor_name;
+mod token_lora;
 mod weights;
 
 pub use adapter::{BaseModel, Limits, Place, Registered, check, check_paced, load, load_paced};
 pub use base_linears::{BaseLinears, Delta};
+pub use base_weights::{BaseWeights, DIGEST_NBYTES, StoredWeight, row_digests};
 pub use error::{Error, ErrorKind, Result};
 pub use foreign::{Expected, recognise, recognise_file};
 pub use layout::{
-    AdapterLayout, BLOCK_ALIGN, COLUMNS_NBYTES, ColumnsLayout, GroupLayout, ModuleLayout,
-    NUM_GROUPS, OVERREAD, PANEL_WIDTH, Panels, RANK_MULTIPLE, RowsLayout, SHIFT_NBYTES,
-    StorageDtype,
+    AdapterLayout, BLOCK_ALIGN, COLUMNS_NBYTES, ColumnsLayout, EmbeddingLoraLayout, GroupLayout,
+    ModuleLayout, NUM_GROUPS, OVERREAD, PANEL_WIDTH, Panels, RANK_MULTIPLE, RowsLayout,
+    SHIFT_NBYTES, StorageDtype,
 };
 pub use pace::Pace;
 pub use receipt::Receipt;
-pub use replaced_rows::{
-    BaseWeights, DIGEST_NBYTES, ReplacedRows, RowRun, StoredWeight, row_digests,
-};
+pub use replaced_rows::{ReplacedRows, RowRun};
 pub use shape::{BaseShape, ModuleShape};

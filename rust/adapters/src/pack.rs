@@ -2,15 +2,20 @@
 
 use std::collections::BTreeMap;
 
+use crate::base_linears::BaseLinears;
 use crate::bind::Binding;
-use crate::columns::{Columns, has_shift};
+use crate::columns::{Columns, Tensors, has_shift};
+use crate::error::Result;
 use crate::layout::{
-    AdapterLayout, COLUMNS_NBYTES, ColumnsLayout, ExtentBuilder, GroupLayout, ModuleLayout,
-    NUM_GROUPS, PANEL_WIDTH, RowsLayout, SHIFT_NBYTES, StorageDtype, padded_rank,
+    AdapterLayout, COLUMNS_NBYTES, ColumnsLayout, EmbeddingLoraLayout, ExtentBuilder, GroupLayout,
+    ModuleLayout, NUM_GROUPS, PANEL_WIDTH, RowsLayout, SHIFT_NBYTES, StorageDtype, padded_rank,
 };
 use crate::matrix::Matrix;
-use crate::replaced_rows::{ReplacedRows, RowRun, count, tokens};
+use crate::pace::Bursts;
+use crate::replaced_rows::{ReplacedRows, RowBlock, RowRun, count, tokens};
 use crate::shape::BaseShape;
+use crate::tensor_name::TokenModule;
+use crate::token_lora::TokenLora;
 
 type ByGroup<'a> = BTreeMap<(usize, usize), Vec<&'a Binding>>;
 
@@ -18,6 +23,7 @@ type ByGroup<'a> = BTreeMap<(usize, usize), Vec<&'a Binding>>;
 pub(crate) fn layout_of(
     bindings: &[Binding],
     (rows, width): (&ReplacedRows, usize),
+    token_loras: &[TokenLora],
     shape: &BaseShape,
     dtype: StorageDtype,
 ) -> AdapterLayout {
@@ -26,6 +32,15 @@ pub(crate) fn layout_of(
     for ((layer, group), members) in by_group(bindings, shape) {
         let layout = group_layout(&members, shape, dtype, &mut extent);
         groups[layer * NUM_GROUPS + group] = Some(layout);
+    }
+    let (mut embedding_lora, mut head_lora) = (None, None);
+    for lora in token_loras {
+        match lora.module {
+            TokenModule::Embedding => {
+                embedding_lora = Some(embedding_lora_layout(lora, dtype, &mut extent));
+            }
+            TokenModule::Head => head_lora = Some(head_lora_layout(lora, dtype, &mut extent)),
+        }
     }
     let (mut embedding, mut head) = (None, None);
     for block in rows.blocks() {
@@ -41,8 +56,55 @@ pub(crate) fn layout_of(
         groups,
         embedding,
         head,
+        embedding_lora,
+        head_lora,
+        vocabulary: rows.vocabulary,
         nbytes: extent.finish(),
     }
+}
+
+fn embedding_lora_layout(
+    lora: &TokenLora,
+    dtype: StorageDtype,
+    extent: &mut ExtentBuilder,
+) -> EmbeddingLoraLayout {
+    let mut layout = EmbeddingLoraLayout {
+        a_offset: 0,
+        b_offset: 0,
+        rank: lora.rank,
+        num_tokens: lora.num_tokens,
+        width: lora.width,
+        scale: lora.scale,
+    };
+    layout.a_offset = extent.block(layout.a_panels(dtype).nbytes());
+    layout.b_offset = extent.block(layout.b_panels(dtype).nbytes());
+    layout
+}
+
+fn head_lora_layout(
+    lora: &TokenLora,
+    dtype: StorageDtype,
+    extent: &mut ExtentBuilder,
+) -> GroupLayout {
+    let mut module = ModuleLayout {
+        rank_offset: 0,
+        rank: padded_rank(lora.rank),
+        b_offset: 0,
+        columns: None,
+        out_offset: 0,
+        out_features: lora.num_tokens,
+        scale: lora.scale,
+    };
+    let mut group = GroupLayout {
+        a_offset: 0,
+        rank: module.rank,
+        in_features: lora.width,
+        modules: Vec::new(),
+    };
+    group.a_offset = extent.block(group.a_panels(dtype).nbytes());
+    module.b_offset = extent.block(module.b_panels(dtype).nbytes());
+    group.modules.push(module);
+    group
 }
 
 fn rows_layout(
@@ -121,6 +183,29 @@ impl<'a> Packer<'a> {
         }
     }
 
+    /// Writes `LoRA` on the embedding or on the head, after all layers.
+    pub(crate) fn write_token_lora(&mut self, module: TokenModule, a: Matrix<'_>, b: Matrix<'_>) {
+        let layout = self.layout;
+        let [a_place, b_place] = match (module, layout.embedding_lora, &layout.head_lora) {
+            (TokenModule::Embedding, Some(lora), _) => [
+                (lora.a_offset, lora.a_panels(self.dtype)),
+                (lora.b_offset, lora.b_panels(self.dtype)),
+            ],
+            (TokenModule::Head, _, Some(group)) => {
+                let module = &group.modules[0];
+                [
+                    (group.a_offset, group.a_panels(self.dtype)),
+                    (module.b_offset, module.b_panels(self.dtype)),
+                ]
+            }
+            _ => unreachable!("the layout has every LoRA"),
+        };
+        self.clear_until(b_place.0 + b_place.1.nbytes());
+        for (matrix, (offset, panels)) in [(a, a_place), (b, b_place)] {
+            matrix.write(panels, 0, &mut self.extent[offset..]);
+        }
+    }
+
     /// Begins a block of rows: writes its tokens.
     pub(crate) fn write_tokens(&mut self, layout: RowsLayout, runs: &[RowRun]) {
         self.clear_until(layout.panels_offset + layout.panels(self.dtype).nbytes());
@@ -148,6 +233,38 @@ impl<'a> Packer<'a> {
     }
 }
 
+/// Where an adapter is packed to while it is read.
+pub(crate) struct Packing<'a> {
+    pub(crate) packer: Packer<'a>,
+    pub(crate) layout: &'a AdapterLayout,
+    pub(crate) shape: &'a BaseShape,
+    pub(crate) base: Option<&'a dyn BaseLinears>,
+}
+
+impl Packing<'_> {
+    pub(crate) fn write(
+        &mut self,
+        binding: &Binding,
+        tensors: &Tensors<'_>,
+        dtype: StorageDtype,
+        bursts: &mut Bursts<'_>,
+    ) -> Result<()> {
+        let module = &self.shape.modules[&binding.path];
+        let columns = Columns::of(binding, tensors, module, dtype, self.base, bursts)?;
+        self.packer.write(binding, tensors.factors, &columns);
+        Ok(())
+    }
+
+    pub(crate) fn place(&self, block: &RowBlock<'_>) -> RowsLayout {
+        let place = if block.of_embedding {
+            self.layout.embedding
+        } else {
+            self.layout.head
+        };
+        place.expect("the layout has every block of rows")
+    }
+}
+
 /// Writes a module's gains and shifts from column `first` of a block on, 1 and 0 beside them.
 fn write_columns(block: &mut [u8], first: usize, columns: &Columns) {
     let value = |values: &Option<Vec<f32>>, column: usize, padding: f32| {
@@ -166,13 +283,19 @@ fn write_columns(block: &mut [u8], first: usize, columns: &Columns) {
     }
 }
 
-/// Bytes before the blocks of the layers after `layer`; of the last layer, before the rows, or all bytes.
+/// Bytes before the blocks of the layers after `layer`; of the last layer, before what lies beside the layers, or
+/// all bytes.
 fn layer_end(layout: &AdapterLayout, layer: usize) -> usize {
     let after = &layout.groups[(layer + 1) * NUM_GROUPS..];
     let next = after.iter().flatten().next().map(|group| group.a_offset);
     let rows = layout.embedding.or(layout.head);
-    let rows = rows.map(|rows| rows.tokens_offset);
-    next.or(rows).unwrap_or(layout.nbytes)
+    let beside = [
+        layout.embedding_lora.map(|lora| lora.a_offset),
+        layout.head_lora.as_ref().map(|group| group.a_offset),
+        rows.map(|rows| rows.tokens_offset),
+    ];
+    let beside = beside.into_iter().flatten().next();
+    next.or(beside).unwrap_or(layout.nbytes)
 }
 
 /// Modules by (layer, group), in the order of their output columns.

@@ -21,6 +21,8 @@ pub struct Receipt {
     pub base_copies: Vec<String>,
     /// Rows of the base's embedding and head that it replaces.
     pub replaced_rows: ReplacedRows,
+    /// Whether embedding or head are other than the base's, by rows or `LoRA`.
+    pub changes_tables: bool,
     /// Whether the file has embeddings or a head, which were compared with the base's.
     pub is_compared: bool,
     /// Packed length in bytes.

@@ -6,6 +6,7 @@ use std::ops::Range;
 
 use safetensors::tensor::TensorInfo;
 
+use crate::base_weights::{BaseWeights, DIGEST_NBYTES, StoredWeight};
 use crate::error::{Error, Result};
 use crate::layout::StorageDtype;
 use crate::matrix::store;
@@ -16,32 +17,8 @@ use crate::weights::{Source, Weights};
 
 /// Bytes of a table read at a time: a burst.
 const PIECE_NBYTES: usize = 512 << 10;
-/// Bytes of a row's digest.
-pub const DIGEST_NBYTES: usize = blake3::OUT_LEN;
-
-/// A weight of the base model as it is stored.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct StoredWeight {
-    /// Rows, columns.
-    pub shape: [usize; 2],
-    /// `row_digests` of its bytes in the storage dtype.
-    pub digests: Vec<u8>,
-    /// Whether embedding and head are one weight.
-    pub is_tied: bool,
-}
-
-/// The base model's own weights, as far as adapters replace rows of them.
-pub trait BaseWeights: Sync {
-    /// The weight of `embed_tokens` or `lm_head`, or in words why it can't be had.
-    fn stored(&self, module: &str) -> std::result::Result<StoredWeight, String>;
-}
-
-/// BLAKE3 of every row, one after another.
-pub fn row_digests(bytes: &[u8], row_nbytes: usize) -> Vec<u8> {
-    let rows = bytes.chunks_exact(row_nbytes);
-    rows.flat_map(|row| *blake3::hash(row).as_bytes()).collect()
-}
-
+/// Tokens beyond the base's, up to a round number above what is added in practice.
+const MAX_ADDED_TOKENS: usize = 4096;
 /// `count` tokens from `token` on, whose rows are those of a table of the file from `row` on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RowRun {
@@ -56,6 +33,10 @@ pub struct RowRun {
 pub struct ReplacedRows {
     pub embedding: Vec<RowRun>,
     pub head: Vec<RowRun>,
+    /// Tokens of the base, where it was asked.
+    base_vocabulary: usize,
+    /// Tokens of the head, where those are not the base's.
+    pub vocabulary: Option<usize>,
 }
 
 /// Rows of one block of an extent.
@@ -107,7 +88,7 @@ impl ReplacedRows {
         base: Option<&dyn BaseWeights>,
         bursts: &mut Bursts<'_>,
     ) -> Result<Self> {
-        let Some(first) = tables.tables.first() else {
+        let Some(first) = tables.all.first() else {
             return Ok(Self::default());
         };
         let stored = |table: &Table, module: TokenModule| {
@@ -120,11 +101,14 @@ impl ReplacedRows {
                 base.ok_or_else(|| unchecked("the base's weights are not at hand".into()))?;
             base.stored(module.name()).map_err(unchecked)
         };
-        let is_tied = stored(first, first.module)?.is_tied;
+        let StoredWeight { is_tied, shape, .. } = stored(first, first.module)?;
+        if is_tied {
+            tables.check_tied()?;
+        }
         let [embedding, head] = TokenModule::BOTH.map(|module| tables.layers(module, is_tied));
         let mut runs = |module: TokenModule, layers: &[usize]| match layers.first() {
             Some(layer) => {
-                let base = stored(&tables.tables[*layer], module)?;
+                let base = stored(&tables.all[*layer], module)?;
                 runs_of(tables, layers, weights, storage, &base, bursts)
             }
             None => Ok(Vec::new()),
@@ -135,21 +119,70 @@ impl ReplacedRows {
         } else {
             runs(TokenModule::Head, &head)?
         };
-        Ok(Self {
+        let found = Self {
+            vocabulary: vocabulary(tables, &head, shape[0]),
+            base_vocabulary: shape[0],
             embedding: of_embedding,
             head: of_head,
-        })
+        };
+        found.check_added(tables)?;
+        Ok(found)
+    }
+
+    /// Tokens beyond the base's that have an embedding.
+    pub fn added_tokens(&self) -> impl Iterator<Item = u32> {
+        self.beyond(&self.embedding)
+    }
+
+    /// Those that have a row of the head too.
+    pub fn added_head_tokens(&self) -> impl Iterator<Item = u32> {
+        self.beyond(&self.head)
+    }
+
+    fn beyond(&self, runs: &[RowRun]) -> impl Iterator<Item = u32> {
+        let base = self.base_vocabulary as u32;
+        let first = runs.partition_point(|run| run.token + run.count <= base);
+        tokens(&runs[first..]).filter(move |token| *token >= base)
+    }
+
+    /// What a head may choose must have an embedding, and is bounded: every step's logits are as wide.
+    fn check_added(&self, tables: &Tables) -> Result<()> {
+        let (base, limit) = (
+            self.base_vocabulary,
+            self.base_vocabulary + MAX_ADDED_TOKENS,
+        );
+        let known: HashSet<u32> = self.added_tokens().collect();
+        for (runs, is_head) in [(&self.embedding, false), (&self.head, true)] {
+            let refuse = |token: u32, reason: String| {
+                let run = runs.iter().rfind(|run| run.token <= token);
+                let run = run.expect("a token is in a run");
+                tables.all[run.table].refuse(format!("it has a row of token {token}, {reason}"))
+            };
+            for token in self.beyond(runs) {
+                if token as usize >= limit {
+                    let reason = format!(
+                        "the base has {base} tokens and an adapter may add {MAX_ADDED_TOKENS}"
+                    );
+                    return Err(refuse(token, reason));
+                }
+                if is_head && !known.contains(&token) {
+                    let reason = "for which neither the base nor the adapter has an embedding";
+                    return Err(refuse(token, reason.into()));
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Whether the tables have all these rows, as they had when they were found.
     pub(crate) fn fit(&self, tables: &Tables) -> bool {
         let fits = |run: &RowRun| {
-            let table = tables.tables.get(run.table);
+            let table = tables.all.get(run.table);
             table.is_some_and(|table| (run.row + run.count) as usize <= table.rows())
         };
         let mut widths = self
             .runs()
-            .filter_map(|run| tables.tables.get(run.table))
+            .filter_map(|run| tables.all.get(run.table))
             .map(Table::width);
         let first = widths.next();
         self.runs().all(fits) && widths.all(|width| Some(width) == first)
@@ -177,14 +210,13 @@ impl ReplacedRows {
     /// Columns of the rows, which all tables of an adapter share.
     pub(crate) fn width(&self, tables: &Tables) -> usize {
         let mut runs = self.runs();
-        runs.next()
-            .map_or(0, |run| tables.tables[run.table].width())
+        runs.next().map_or(0, |run| tables.all[run.table].width())
     }
 
     /// The tables whose rows these are.
     pub(crate) fn used<'a>(&self, tables: &'a Tables) -> impl Iterator<Item = &'a Table> {
         let used: HashSet<usize> = self.runs().map(|run| run.table).collect();
-        let tables = tables.tables.iter().enumerate();
+        let tables = tables.all.iter().enumerate();
         tables
             .filter(move |(index, _)| used.contains(index))
             .map(|(_, table)| table)
@@ -199,12 +231,18 @@ impl ReplacedRows {
         };
         let used = names(&mut self.used(tables));
         let whole = |table: &&Table| table.tokens.is_none();
-        let found = names(&mut tables.tables.iter().filter(whole));
+        let found = names(&mut tables.all.iter().filter(whole));
         found.difference(&used).map(|name| (*name).into()).collect()
     }
 
+    /// Whether anything of the head is other than the base's.
+    pub(crate) fn replaces_head(&self) -> bool {
+        !self.head.is_empty() || self.vocabulary.is_some()
+    }
+
+    /// Whether all is as the base has it.
     pub fn is_empty(&self) -> bool {
-        self.runs().next().is_none()
+        self.runs().next().is_none() && self.vocabulary.is_none()
     }
 
     /// What there is, in words.
@@ -214,12 +252,29 @@ impl ReplacedRows {
             let (name, count) = (block.name(), count(block.runs));
             notes.push(format!("{name}: {count} rows in place of the base's"));
         }
+        if let Some(vocabulary) = self.vocabulary {
+            let base = self.base_vocabulary;
+            notes.push(format!(
+                "vocabulary: {vocabulary} tokens, the base has {base}"
+            ));
+        }
         notes
     }
 
     fn runs(&self) -> impl Iterator<Item = &RowRun> {
         self.embedding.iter().chain(&self.head)
     }
+}
+
+/// Tokens of a head of these layers, where those are not the base's.
+fn vocabulary(tables: &Tables, layers: &[usize], base_rows: usize) -> Option<usize> {
+    let tables = || layers.iter().map(|layer| &tables.all[*layer]);
+    let whole = tables().find(|table| table.tokens.is_none());
+    let rows = whole.map_or(base_rows, Table::rows);
+    let tokens = tables().filter_map(|table| table.tokens.as_ref()?.last());
+    let ends = tokens.map(|(token, _)| *token as usize + 1);
+    let vocabulary = ends.fold(rows, usize::max);
+    (vocabulary != base_rows).then_some(vocabulary)
 }
 
 /// The rows of some layers that differ from the base's.
@@ -233,17 +288,17 @@ fn runs_of(
 ) -> Result<Vec<RowRun>> {
     let mut found = Vec::new();
     for (place, index) in layers.iter().enumerate() {
-        let table = &tables.tables[*index];
-        check_shape(table, base)?;
-        let above = layers[place + 1..]
-            .iter()
-            .map(|index| &tables.tables[*index]);
+        let table = &tables.all[*index];
+        check_width(table, base)?;
+        let above = layers[place + 1..].iter().map(|index| &tables.all[*index]);
         let hidden: HashSet<u32> = above
             .flat_map(|table| table.tokens.iter().flatten().map(|(token, _)| *token))
             .collect();
         let mut compare = |token: u32, row: u32, stored: &[u8]| {
-            let digest = &base.digests[token as usize * DIGEST_NBYTES..][..DIGEST_NBYTES];
-            if !hidden.contains(&token) && blake3::hash(stored).as_bytes() != digest {
+            let start = token as usize * DIGEST_NBYTES;
+            let digest = base.digests.get(start..start + DIGEST_NBYTES);
+            let is_equal = digest.is_some_and(|digest| blake3::hash(stored).as_bytes() == digest);
+            if !hidden.contains(&token) && !is_equal {
                 found.push((token, *index, row));
             }
         };
@@ -253,30 +308,14 @@ fn runs_of(
     Ok(joined(&found))
 }
 
-fn check_shape(table: &Table, base: &StoredWeight) -> Result<()> {
-    let [rows, columns] = base.shape;
-    if table.width() != columns {
-        return Err(table.refuse(format!(
-            "its shape is {:?}, the base's {:?}",
-            table.source.info.shape, base.shape
-        )));
+fn check_width(table: &Table, base: &StoredWeight) -> Result<()> {
+    if table.width() == base.shape[1] {
+        return Ok(());
     }
-    let beyond = match &table.tokens {
-        None if table.rows() < rows => {
-            let own = table.rows();
-            return Err(table.refuse(format!("it has {own} rows, the base {rows}")));
-        }
-        None => table.rows() > rows,
-        Some(tokens) => tokens
-            .last()
-            .is_some_and(|(token, _)| *token as usize >= rows),
-    };
-    if beyond {
-        return Err(table.refuse(format!(
-            "it has rows of tokens from {rows} on, for which the base has none; those are not supported yet"
-        )));
-    }
-    Ok(())
+    Err(table.refuse(format!(
+        "its shape is {:?}, the base's {:?}",
+        table.source.info.shape, base.shape
+    )))
 }
 
 /// Calls `visit` with each row's token, number and bytes as they are stored.
@@ -339,7 +378,7 @@ pub(crate) fn read_rows(
 ) -> Result<()> {
     let (mut buffer, mut first) = (Vec::new(), 0);
     for run in runs {
-        let table = &tables.tables[run.table];
+        let table = &tables.all[run.table];
         let end = (run.row + run.count) as usize;
         let rows = run.row as usize..end;
         for rows in pieces(table, rows) {

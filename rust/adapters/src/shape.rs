@@ -20,6 +20,8 @@ pub struct ModuleShape {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BaseShape {
     pub num_layers: usize,
+    /// Rows and columns of embedding and head, where they are known.
+    pub tokens: Option<[usize; 2]>,
     pub modules: BTreeMap<String, ModuleShape>,
 }
 
@@ -42,6 +44,7 @@ impl BaseShape {
         }
         Ok(Self {
             num_layers,
+            tokens: None,
             modules: by_path,
         })
     }

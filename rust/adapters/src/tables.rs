@@ -98,7 +98,7 @@ struct Found {
 
 /// The tables of a file.
 pub(crate) struct Tables {
-    pub(crate) tables: Vec<Table>,
+    pub(crate) all: Vec<Table>,
     /// Of the embedding, and of the head.
     found: [Found; 2],
     ensures_tying: bool,
@@ -110,7 +110,7 @@ impl Tables {
     /// Takes them out of a file's tensors.
     pub(crate) fn take(tensors: &mut BTreeMap<String, Source>, config: &Config) -> Result<Self> {
         let mut taken = Self {
-            tables: Vec::new(),
+            all: Vec::new(),
             found: [Found::default(); 2],
             ensures_tying: config.ensures_tying,
             has_tokens_of_head: config.token_indices[1].is_some(),
@@ -147,8 +147,8 @@ impl Tables {
     }
 
     fn add(&mut self, table: Table) -> usize {
-        self.tables.push(table);
-        self.tables.len() - 1
+        self.all.push(table);
+        self.all.len() - 1
     }
 
     fn add_tokens(
@@ -189,7 +189,7 @@ impl Tables {
             let reason = "can't be used with embed_tokens or lm_head in modules_to_save: train one or the other";
             return Err(Error::field("trainable_token_indices", reason));
         }
-        match self.tables.first() {
+        match self.all.first() {
             Some(table) if !config.invocation_tokens.is_empty() => Err(Error::field(
                 "alora_invocation_tokens",
                 format!(
@@ -202,15 +202,40 @@ impl Tables {
         }
     }
 
+    /// Refuses two tensors of one weight that can't both be it; of two that can, PEFT takes the head's.
+    pub(crate) fn check_tied(&self) -> Result<()> {
+        let of_base = self
+            .found
+            .iter()
+            .filter_map(|found| self.base_of(found, true));
+        let tables: Vec<_> = of_base.map(|index| &self.all[index]).collect();
+        match tables[..] {
+            [embedding, head] if embedding.source.info.shape != head.source.info.shape => {
+                let (name, shape) = (&embedding.source.name, &embedding.source.info.shape);
+                Err(head.refuse(format!(
+                    "its shape is {:?}, that of {name} is {shape:?}, and in the base both are one",
+                    head.source.info.shape
+                )))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The base's own weight that PEFT loads from the file.
+    fn base_of(&self, found: &Found, is_tied: bool) -> Option<usize> {
+        let is_own = found.is_saved || self.shares_own(is_tied);
+        found.wrapped.or(found.weight.filter(|_| !is_own))
+    }
+
+    fn shares_own(&self, is_tied: bool) -> bool {
+        is_tied && self.ensures_tying && self.found[0].is_saved
+    }
+
     /// The tables that make up a module's rows, each over those before it.
     pub(crate) fn layers(&self, module: TokenModule, is_tied: bool) -> Vec<usize> {
         let [embedding, head] = self.found;
         let own = &self.found[module as usize];
-        let shares_own = is_tied && self.ensures_tying && embedding.is_saved;
-        let base_of = |found: &Found| {
-            let is_own = found.is_saved || shares_own;
-            found.wrapped.or(found.weight.filter(|_| !is_own))
-        };
+        let base_of = |found: &Found| self.base_of(found, is_tied);
         let (base, tokens) = if is_tied {
             let tokens = if self.has_tokens_of_head {
                 own.tokens
@@ -221,7 +246,7 @@ impl Tables {
         } else {
             (base_of(own), own.tokens)
         };
-        let saved = if shares_own {
+        let saved = if self.shares_own(is_tied) {
             head.weight.or(embedding.weight)
         } else {
             own.weight.filter(|_| own.is_saved)

@@ -10,6 +10,8 @@ pub(crate) struct Targets {
     selector: Option<Selector>,
     exclude: Option<Selector>,
     layers: Layers,
+    /// Given as "all-linear", which to PEFT are all but the head.
+    is_all_linear: bool,
 }
 
 enum Selector {
@@ -32,6 +34,9 @@ impl Targets {
             selector: Selector::new(fields, "target_modules")?,
             exclude: Selector::new(fields, "exclude_modules")?,
             layers: Layers::new(fields)?,
+            is_all_linear: fields
+                .string("target_modules")
+                .is_some_and(|text| text.eq_ignore_ascii_case("all-linear")),
         };
         let by_pattern = matches!(targets.selector, Some(Selector::Pattern(_)));
         if by_pattern && !targets.layers.layers.is_empty() {
@@ -57,6 +62,14 @@ impl Targets {
             }
         };
         Ok(Some(selected))
+    }
+
+    /// Whether the embedding or the head at `key` is adapted, if stated.
+    pub(crate) fn contains_token_module(&self, key: &str, no_layer: usize) -> Result<Option<bool>> {
+        if self.is_all_linear {
+            return Ok(Some(false));
+        }
+        self.contains(key, no_layer)
     }
 
     fn excludes(&self, key: &str) -> Result<bool> {

@@ -86,11 +86,15 @@ const UNSUPPORTED: &[(&str, &str)] = &[
     ),
     (
         "lora_embedding_",
-        "LoRA on an embedding: train without embed_tokens in target_modules",
+        "LoRA on another embedding than embed_tokens: train without it",
     ),
     (
         "lm_head.lora_",
-        "LoRA on lm_head: train without lm_head in target_modules",
+        "DoRA or lora_bias on lm_head: train without lm_head in target_modules, or without them",
+    ),
+    (
+        "embed_tokens.lora_",
+        "DoRA on embed_tokens: train without embed_tokens in target_modules, or without it",
     ),
     (
         "unembed_tokens.lora_",

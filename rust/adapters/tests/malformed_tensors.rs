@@ -26,12 +26,12 @@ fn tensors_of_unsupported_features_are_refused_by_name() {
             "modules_to_save or bias",
         ),
         (
-            "base_model.model.model.embed_tokens.lora_embedding_A".into(),
-            "LoRA on an embedding",
+            "base_model.model.model.embed_tokens.lora_magnitude_vector".into(),
+            "DoRA on embed_tokens",
         ),
         (
-            "base_model.model.lm_head.lora_A.weight".into(),
-            "LoRA on lm_head: train without lm_head in target_modules",
+            "base_model.model.lm_head.lora_B.bias".into(),
+            "DoRA or lora_bias on lm_head: train without lm_head in target_modules",
         ),
         (
             "base_model.model.model.norm.token_adapter.trainable_tokens_delta".into(),

@@ -118,8 +118,18 @@ impl Receipt {
     }
 
     #[getter]
-    fn replaces_rows(&self) -> bool {
-        !self.inner.replaced_rows.is_empty()
+    fn changes_tables(&self) -> bool {
+        self.inner.changes_tables
+    }
+
+    #[getter]
+    fn added_tokens(&self) -> Vec<u32> {
+        self.inner.replaced_rows.added_tokens().collect()
+    }
+
+    #[getter]
+    fn added_head_tokens(&self) -> Vec<u32> {
+        self.inner.replaced_rows.added_head_tokens().collect()
     }
 
     #[getter]
@@ -280,12 +290,12 @@ fn recognise_file(path: &str, is_json: bool) -> Option<String> {
 
 /// The digests that `base_weights` gives: of the rows in `nbytes` readable bytes at `ptr`, which stay as they are.
 #[pyfunction]
-fn row_digests<'py>(
-    py: Python<'py>,
+fn row_digests(
+    py: Python<'_>,
     ptr: usize,
     nbytes: usize,
     row_nbytes: usize,
-) -> PyResult<Bound<'py, PyBytes>> {
+) -> PyResult<Bound<'_, PyBytes>> {
     let is_whole = row_nbytes > 0 && nbytes.is_multiple_of(row_nbytes);
     if ptr == 0 || isize::try_from(nbytes).is_err() || !is_whole {
         return Err(PyValueError::new_err(format!(

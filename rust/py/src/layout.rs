@@ -30,8 +30,13 @@ pub struct BaseShape {
 #[pymethods]
 impl BaseShape {
     #[new]
-    #[pyo3(signature = (num_layers, modules, biased=Vec::new()))]
-    fn new(num_layers: usize, modules: Vec<ModuleTuple>, biased: Vec<String>) -> PyResult<Self> {
+    #[pyo3(signature = (num_layers, modules, biased=Vec::new(), tokens=None))]
+    fn new(
+        num_layers: usize,
+        modules: Vec<ModuleTuple>,
+        biased: Vec<String>,
+        tokens: Option<[usize; 2]>,
+    ) -> PyResult<Self> {
         let biased: HashSet<String> = biased.into_iter().collect();
         let modules =
             modules
@@ -47,6 +52,7 @@ impl BaseShape {
                     (path, shape)
                 });
         let inner = adapters::BaseShape::new(num_layers, modules).map_err(PyValueError::new_err)?;
+        let inner = adapters::BaseShape { tokens, ..inner };
         Ok(Self { inner })
     }
 
@@ -64,9 +70,9 @@ pub struct AdapterLayout {
 
 #[pymethods]
 impl AdapterLayout {
-    /// Builds a layout from the tuples `groups()`, `columns()`, `embedding` and `head` return.
+    /// Builds a layout from what `groups()`, `columns()`, `embedding`, `head` and `vocabulary` return.
     #[staticmethod]
-    #[pyo3(signature = (groups, num_layers, nbytes, columns=Vec::new(), embedding=None, head=None))]
+    #[pyo3(signature = (groups, num_layers, nbytes, columns=Vec::new(), embedding=None, head=None, vocabulary=None))]
     fn from_groups(
         groups: Vec<GroupTuple>,
         num_layers: usize,
@@ -74,6 +80,7 @@ impl AdapterLayout {
         columns: Vec<ColumnsTuple>,
         embedding: Option<RowsTuple>,
         head: Option<RowsTuple>,
+        vocabulary: Option<usize>,
     ) -> PyResult<Self> {
         let mut slots = vec![None; num_layers * NUM_GROUPS];
         for group in groups {
@@ -109,6 +116,9 @@ impl AdapterLayout {
             groups: slots,
             embedding: embedding.map(rows_layout),
             head: head.map(rows_layout),
+            embedding_lora: None,
+            head_lora: None,
+            vocabulary,
             nbytes,
         });
         Ok(Self { inner })
@@ -132,6 +142,11 @@ impl AdapterLayout {
     #[getter]
     fn head(&self) -> Option<RowsTuple> {
         self.inner.head.map(rows_tuple)
+    }
+
+    #[getter]
+    fn vocabulary(&self) -> Option<usize> {
+        self.inner.vocabulary
     }
 
     fn groups(&self) -> Vec<GroupTuple> {

@@ -18,7 +18,6 @@ use crate::sample_arrays::{SampleArrays, SampledRows};
 /// What sampling knows of every unfinished sequence. The lock is never held while the GIL is waited for.
 #[pyclass(frozen, module = "loraserve._core")]
 pub struct Sampler {
-    vocab_size: usize,
     sequences: Mutex<HashMap<u64, SampledSequence>>,
 }
 
@@ -37,9 +36,8 @@ fn unknown(request_id: u64) -> PyErr {
 #[pymethods]
 impl Sampler {
     #[new]
-    fn new(vocab_size: usize) -> Self {
+    fn new() -> Self {
         Self {
-            vocab_size,
             sequences: Mutex::default(),
         }
     }
@@ -72,11 +70,7 @@ impl Sampler {
         }
         let row = kernels::RowParams {
             temperature,
-            top_k: if top_k < self.vocab_size {
-                top_k as u32
-            } else {
-                0
-            },
+            top_k: u32::try_from(top_k).unwrap_or(0),
             top_p,
             min_p,
             typical_p,
@@ -129,16 +123,17 @@ impl Sampler {
         known.any(SampledSequence::depends_on_last_token)
     }
 
-    #[pyo3(signature = (request_ids, masks=Vec::new(), masked_rows=Vec::new()))]
+    #[pyo3(signature = (request_ids, num_columns, masks=Vec::new(), masked_rows=Vec::new()))]
     #[expect(clippy::needless_pass_by_value, reason = "what Python hands over")]
     fn draw(
         &self,
         request_ids: Vec<u64>,
+        num_columns: usize,
         masks: Vec<PyReadonlyArray1<'_, u32>>,
         masked_rows: Vec<usize>,
     ) -> PyResult<SampleArrays> {
         let mut inner = kernels::SampleArrays::default();
-        let num_words = kernels::mask_words(self.vocab_size);
+        let num_words = kernels::mask_words(num_columns);
         for mask in &masks {
             let mask = mask.as_slice()?;
             if mask.len() != num_words {
@@ -162,8 +157,13 @@ impl Sampler {
                 .ok_or_else(|| unknown(request_id))?;
             sequence.draw(mask.map(|(mask, _)| mask), &mut inner);
         }
+        for row in &mut inner.rows {
+            if row.top_k as usize >= num_columns {
+                row.top_k = 0; // all of them
+            }
+        }
         Ok(SampleArrays {
-            vocab_size: self.vocab_size,
+            vocab_size: num_columns,
             inner,
         })
     }

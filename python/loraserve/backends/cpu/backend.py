@@ -31,7 +31,7 @@ class CpuBackend:
 
     name = "cpu"
     computes_on_cpu = True
-    replaces_rows = True
+    changes_tables = True
     runs_ahead = False
 
     def __init__(self, config: EngineConfig, dtype: torch.dtype) -> None:

@@ -10,7 +10,7 @@ from loraserve import _core
 
 if TYPE_CHECKING:
     from loraserve.models.decoder import Decoder
-    from loraserve.models.ops import Linear, StepHandle
+    from loraserve.models.ops import Linear
 
 
 class CpuProgram:
@@ -18,7 +18,7 @@ class CpuProgram:
 
     Args:
         program: the recording.
-        vocab_size: columns of the logits.
+        vocab_size: tokens of the head.
         constants: tensors whose addresses the program holds; kept alive here.
     """
 
@@ -26,17 +26,21 @@ class CpuProgram:
         self._program = program
         self._vocab_size = vocab_size
         self._constants = constants
-        self._logits = torch.empty(0, vocab_size, dtype=torch.float32)
+        self._logits = torch.empty(0, dtype=torch.float32)
 
-    def run(self, step: StepHandle) -> torch.Tensor:
-        """Logits of the step's sampled rows: float32 [L, vocab], good until the next run."""
-        num_rows = step.num_logits
-        if len(self._logits) < num_rows:
+    def run(self, step: _core.CpuStep) -> torch.Tensor:
+        """Logits of the step's sampled rows, good until the next run: float32 [L, columns].
+
+        Columns are the head's tokens, and what an adapter of the step has beyond: -inf in others' rows.
+        """
+        num_rows, num_columns = step.num_logits, step.num_columns(self._vocab_size)
+        if self._logits.numel() < num_rows * num_columns:
             # Kept from step to step, because fresh memory is cleared page by page; a quarter more, so that
             # steps that grow don't each allocate.
-            self._logits = torch.empty(num_rows + num_rows // 4, self._vocab_size, dtype=torch.float32)
+            num_kept_rows = num_rows + num_rows // 4
+            self._logits = torch.empty(num_kept_rows * num_columns, dtype=torch.float32)
         self._program.run(step, self._logits.data_ptr())
-        return self._logits[:num_rows]
+        return self._logits[: num_rows * num_columns].view(num_rows, num_columns)
 
 
 def record(

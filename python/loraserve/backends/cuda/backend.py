@@ -45,7 +45,7 @@ class CudaBackend:
 
     name = "cuda"
     computes_on_cpu = False
-    replaces_rows = False
+    changes_tables = False
     runs_ahead = True
 
     def __init__(self, config: EngineConfig, dtype: torch.dtype, device: CudaDevice | None = None) -> None:

@@ -12,7 +12,7 @@ use loraserve_adapters::{BaseLinears, Delta, NUM_GROUPS, StorageDtype};
 
 use super::element::{Bf16, Element};
 use super::linear::PackedLinear;
-use super::panel_product::{PanelPrefetch, multiply_tile};
+use super::panel_product::{PanelPrefetch, multiply_tile, widened};
 use super::simd::{Isa, Kernel, LANES, Simd};
 use crate::KernelError;
 use crate::error::check_length;
@@ -179,21 +179,4 @@ impl<E: Element> PanelNorms<'_, E> {
             sum
         }
     }
-}
-
-/// Column k of a panel.
-///
-/// # Safety
-/// The panel has it.
-#[inline(always)]
-unsafe fn widened<E: Element>(panel: *const E, k: usize) -> [f32; LANES] {
-    // SAFETY: a pack of a panel is 16 words of 32 bits.
-    let words = unsafe {
-        let pack = panel.add(k / E::PACK * LANES * E::PACK);
-        pack.cast::<[u32; LANES]>().read_unaligned()
-    };
-    // The first of two bf16 is a word's lower half.
-    let shift = if E::PACK == 1 || k % 2 == 1 { 0 } else { 16 };
-    let mask = if E::PACK == 1 { u32::MAX } else { 0xffff_0000 };
-    words.map(|word| f32::from_bits((word << shift) & mask))
 }

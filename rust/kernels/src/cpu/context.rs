@@ -17,7 +17,8 @@ use super::rope::{HeadTransform, rope_and_cache};
 use super::simd::Isa;
 use super::step::{BoundAdapter, CpuStep, Owner, StepArrays};
 use super::threads::ThreadPool;
-use super::token_rows::{HeadScratch, Heads, replace_embeddings};
+use super::token_lora::{add_embedding_loras, sampled_segments};
+use super::token_rows::{HeadScratch, Heads, OwnEmbeddings};
 use crate::KernelError;
 use crate::error::{check_below, check_end, check_length, check_not_empty, check_product};
 use crate::geometry::KvGeometry;
@@ -137,8 +138,11 @@ impl CpuContext {
         out: &mut [E],
     ) -> Result<(), KernelError> {
         step.check_owner(&self.owner)?;
-        linear::embedding(&self.pool, table, step.token_ids(), out)?;
-        replace_embeddings(&self.pool, step, table.in_features(), out)
+        let width = table.in_features();
+        let own = OwnEmbeddings::of(step, E::DTYPE, width)?;
+        linear::embedding(&self.pool, table, step.token_ids(), own.places(), out)?;
+        own.write(&self.pool, width, out);
+        add_embedding_loras(&self.pool, self.isa, step, width, out)
     }
 
     /// `epilogue` of y [T, N] = x·Wᵀ + bias + what the step's adapters add at (layer, group).
@@ -161,7 +165,8 @@ impl CpuContext {
         };
         let mut scratch = lock(&self.scratch);
         let num_threads = self.pool.num_threads();
-        let lora = Lora::plan(num_threads, self.isa, step, projection, x, &mut scratch)?;
+        let rows = (&step.segments[..], step.num_tokens());
+        let lora = Lora::plan(num_threads, self.isa, rows, projection, x, &mut scratch)?;
         gemm(
             &self.pool,
             self.isa,
@@ -173,8 +178,8 @@ impl CpuContext {
         )
     }
 
-    /// Logits of the sampled rows of `hidden` [T, K], of the head and of their adapters': f32 [L, N]; `rows` [L, K]
-    /// takes those rows.
+    /// Logits of the sampled rows of `hidden` [T, K], of the head and of their adapters': f32 [L, the step's columns];
+    /// `rows` [L, K] takes those rows.
     pub fn logits<E: Element>(
         &self,
         step: &CpuStep,
@@ -195,11 +200,26 @@ impl CpuContext {
             row.copy_from_slice(&hidden[start..start + width]);
         }
         let (pool, isa, heads) = (&self.pool, self.isa, Heads::of(step));
-        if !heads.replace_all(lm_head.out_features()) {
-            gemm(pool, isa, rows, lm_head, None, Epilogue::Store, out)?;
+        let vocabulary = lm_head.out_features();
+        let columns = step.num_columns(vocabulary);
+        check_length("logits", out.len(), step.num_logits() * columns)?;
+        if !heads.replace_all(vocabulary) {
+            let within = Epilogue::StoreWithin { columns };
+            let projection = Projection {
+                layer: self.geometry.num_layers,
+                group: 0,
+                in_features: width,
+                out_features: vocabulary,
+            };
+            let segments = sampled_segments(step, projection)?;
+            let sampled = (&segments[..], step.num_logits());
+            let (num_threads, rows) = (pool.num_threads(), &*rows);
+            let mut scratch = lock(&self.scratch);
+            let lora = Lora::plan(num_threads, isa, sampled, projection, rows, &mut scratch)?;
+            gemm(pool, isa, rows, lm_head, lora.as_ref(), within, out)?;
         }
         let mut scratch = lock(&self.head_scratch);
-        heads.replace(pool, isa, rows, width, &mut scratch, out)
+        heads.replace(pool, isa, (rows, width), vocabulary, &mut scratch, out)
     }
 
     pub fn rope_and_cache<E: Element>(
@@ -241,7 +261,7 @@ impl CpuContext {
 fn check_layout(layout: &AdapterLayout, dtype: StorageDtype) -> Result<(), KernelError> {
     // Kernels read a little past a block.
     let limit = layout.nbytes.saturating_sub(OVERREAD);
-    for group in layout.groups.iter().flatten() {
+    for group in layout.groups.iter().flatten().chain(&layout.head_lora) {
         check_not_empty(!group.modules.is_empty(), "group")?;
         if group.rank > 0 {
             let sizes = [group.rank, group.in_features, dtype.size()];
@@ -279,6 +299,13 @@ fn check_layout(layout: &AdapterLayout, dtype: StorageDtype) -> Result<(), Kerne
         }
         check_length("sum of the modules' ranks", next_rank, group.rank)?;
         check_columns(group)?;
+    }
+    if let Some(lora) = layout.embedding_lora {
+        let sizes = [lora.rank, lora.num_tokens, lora.width];
+        check_product("LoRA on the embedding", &sizes)?;
+        let (a, b) = (lora.a_panels(dtype).nbytes(), lora.b_panels(dtype).nbytes());
+        check_block("end of the embedding's A", lora.a_offset, &[a], limit)?;
+        check_block("end of the embedding's B", lora.b_offset, &[b], limit)?;
     }
     for rows in [layout.embedding, layout.head].into_iter().flatten() {
         let sizes = [rows.count, size_of::<i32>()];

@@ -167,25 +167,33 @@ fn pack_panel<E: Element>(rows: &[E], in_features: usize, dst: &mut [E]) {
     }
 }
 
-/// Rows `token_ids` of the table, [T, in], straight from the packed weight.
+/// Rows `token_ids` of the table, [T, in], straight from the packed weight; `own` are the places, ascending, of
+/// tokens that have another row, and which stay.
 pub fn embedding<E: Element>(
     pool: &ThreadPool,
     table: &PackedLinear,
     token_ids: &[i32],
+    own: &[usize],
     out: &mut [E],
 ) -> Result<(), KernelError> {
     let hidden = table.in_features;
     check_length("embedding output", out.len(), token_ids.len() * hidden)?;
     let limit = table.out_features as i64;
-    for &id in token_ids {
-        crate::error::check_below("token id", id.into(), limit)?;
+    let has_own = |place: usize| own.binary_search(&place).is_ok();
+    for (place, &id) in token_ids.iter().enumerate() {
+        if id < 0 || i64::from(id) >= limit && !has_own(place) {
+            crate::error::check_below("token id", id.into(), limit)?;
+        }
     }
     let shared = Shareable::new(out);
-    pool.run(token_ids.len(), &|token| {
+    pool.run(token_ids.len(), &|place| {
+        if has_own(place) {
+            return;
+        }
         // SAFETY: each task writes its own row.
         let row =
-            unsafe { std::slice::from_raw_parts_mut(shared.get().add(token * hidden), hidden) };
-        table.unpack_row(token_ids[token] as usize, row);
+            unsafe { std::slice::from_raw_parts_mut(shared.get().add(place * hidden), hidden) };
+        table.unpack_row(token_ids[place] as usize, row);
     });
     Ok(())
 }

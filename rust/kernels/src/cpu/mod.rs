@@ -18,4 +18,5 @@ pub mod simd;
 pub mod step;
 mod sync;
 pub mod threads;
+mod token_lora;
 mod token_rows;

@@ -52,3 +52,20 @@ pub(super) unsafe fn multiply_tile<S: Simd, E: Element, const R: usize, const P:
         acc
     }
 }
+
+/// Column k of a panel of sixteen rows, as f32.
+///
+/// # Safety
+/// The panel has it.
+#[inline(always)]
+pub(super) unsafe fn widened<E: Element>(panel: *const E, k: usize) -> [f32; LANES] {
+    // SAFETY: a pack of a panel is 16 words of 32 bits.
+    let words = unsafe {
+        let pack = panel.add(k / E::PACK * LANES * E::PACK);
+        pack.cast::<[u32; LANES]>().read_unaligned()
+    };
+    // The first of two bf16 is a word's lower half.
+    let shift = if E::PACK == 1 || k % 2 == 1 { 0 } else { 16 };
+    let mask = if E::PACK == 1 { u32::MAX } else { 0xffff_0000 };
+    words.map(|word| f32::from_bits((word << shift) & mask))
+}

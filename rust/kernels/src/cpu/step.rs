@@ -21,12 +21,20 @@ pub struct BoundAdapter {
 }
 
 /// Tokens `start..end` of one wave, and their adapter.
+#[derive(Clone)]
 pub(super) struct Segment {
     pub wave: usize,
     pub start: usize,
     pub end: usize,
     pub weight: f32,
     pub adapter: BoundAdapter,
+}
+
+impl Segment {
+    /// Whether its adapter changes anything.
+    pub fn acts(&self) -> bool {
+        self.weight != 0.0
+    }
 }
 
 /// Attention of some query rows of one sequence; for every K/V head, rows are
@@ -92,6 +100,13 @@ impl CpuStep {
 
     pub fn num_logits(&self) -> usize {
         self.arrays.logits_indices.len()
+    }
+
+    /// Columns of its logits: tokens of the base's head, or of an adapter's that has more.
+    pub fn num_columns(&self, vocabulary: usize) -> usize {
+        let acting = self.segments.iter().filter(|segment| segment.acts());
+        let own = acting.filter_map(|segment| segment.adapter.layout.vocabulary);
+        own.fold(vocabulary, usize::max)
     }
 
     pub fn token_ids(&self) -> &[i32] {

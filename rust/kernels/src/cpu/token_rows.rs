@@ -48,50 +48,66 @@ impl<'a> TokenRows<'a> {
 }
 
 /// Segments whose adapter acts, with what `of` finds of it.
-fn acting(
+fn acting<T>(
     step: &CpuStep,
-    of: impl Fn(&BoundAdapter) -> Option<RowsLayout>,
-) -> impl Iterator<Item = (&Segment, RowsLayout)> {
-    let acts = |segment: &&Segment| segment.weight != 0.0;
-    let segments = step.segments.iter().filter(acts);
-    segments.filter_map(move |segment| Some((segment, of(&segment.adapter)?)))
+    of: impl Fn(&BoundAdapter) -> Option<T>,
+) -> impl Iterator<Item = (&Segment, T)> {
+    let acting = step.segments.iter().filter(|segment| segment.acts());
+    acting.filter_map(move |segment| Some((segment, of(&segment.adapter)?)))
 }
 
-/// Puts adapters' own rows into `out` [T, K].
-pub(super) fn replace_embeddings<E: Element>(
-    pool: &ThreadPool,
-    step: &CpuStep,
-    width: usize,
-    out: &mut [E],
-) -> Result<(), KernelError> {
-    let mut found = Vec::new();
-    let mut adapters = Vec::new();
-    for (segment, layout) in acting(step, |adapter| adapter.layout.embedding) {
-        check_length("width of an adapter's embedding", layout.width, width)?;
-        let rows = TokenRows::of(&segment.adapter, layout, E::DTYPE);
-        for place in segment.start..segment.end {
-            if let Ok(row) = rows.tokens.binary_search(&step.token_ids()[place]) {
-                found.push((place, adapters.len(), row));
+/// Embeddings that a step's adapters have of their own.
+pub(super) struct OwnEmbeddings<'a> {
+    adapters: Vec<TokenRows<'a>>,
+    /// Place in the step, ascending, and with it the adapter and its row.
+    places: Vec<usize>,
+    rows: Vec<(usize, usize)>,
+}
+
+impl<'a> OwnEmbeddings<'a> {
+    pub fn of(step: &'a CpuStep, dtype: StorageDtype, width: usize) -> Result<Self, KernelError> {
+        let (mut found, mut adapters) = (Vec::new(), Vec::new());
+        for (segment, layout) in acting(step, |adapter| adapter.layout.embedding) {
+            check_length("width of an adapter's embedding", layout.width, width)?;
+            let rows = TokenRows::of(&segment.adapter, layout, dtype);
+            for place in segment.start..segment.end {
+                if let Ok(row) = rows.tokens.binary_search(&step.token_ids()[place]) {
+                    found.push((place, (adapters.len(), row)));
+                }
             }
+            adapters.push(rows);
         }
-        adapters.push(rows);
+        found.sort_unstable();
+        if let Some(pair) = found.windows(2).find(|pair| pair[0].0 == pair[1].0) {
+            let message = format!("token {} has embeddings of two adapters", pair[0].0);
+            return Err(KernelError::Invalid(message));
+        }
+        let (places, rows) = found.into_iter().unzip();
+        Ok(Self {
+            adapters,
+            places,
+            rows,
+        })
     }
-    found.sort_unstable_by_key(|(place, ..)| *place);
-    if let Some(pair) = found.windows(2).find(|pair| pair[0].0 == pair[1].0) {
-        let message = format!("token {} has embeddings of two adapters", pair[0].0);
-        return Err(KernelError::Invalid(message));
+
+    pub fn places(&self) -> &[usize] {
+        &self.places
     }
-    let shared = Shareable::new(out);
-    pool.run(found.len(), &|index| {
-        let (place, adapter, row) = found[index];
-        // SAFETY: `out` has a row for each of the step's tokens, and no two tasks have the same.
-        let out = unsafe { std::slice::from_raw_parts_mut(shared.get().add(place * width), width) };
-        adapters[adapter].rows.unpack_row(row, out);
-    });
-    Ok(())
+
+    /// Puts them into `out` [T, K].
+    pub fn write<E: Element>(&self, pool: &ThreadPool, width: usize, out: &mut [E]) {
+        let shared = Shareable::new(out);
+        pool.run(self.places.len(), &|index| {
+            let (place, (adapter, row)) = (self.places[index], self.rows[index]);
+            // SAFETY: `out` has a row for each of the step's tokens, and no two tasks have the same.
+            let out =
+                unsafe { std::slice::from_raw_parts_mut(shared.get().add(place * width), width) };
+            self.adapters[adapter].rows.unpack_row(row, out);
+        });
+    }
 }
 
-/// Memory of `replace_logits`, kept from step to step.
+/// Memory of `Heads::replace`, kept from step to step.
 pub struct HeadScratch {
     hidden: AlignedBytes,
     logits: AlignedBytes,
@@ -106,10 +122,9 @@ impl Default for HeadScratch {
     }
 }
 
-/// Sampled rows of one adapter with rows of a head.
+/// Sampled rows of one adapter with a head of its own.
 struct HeadRows<'a> {
     adapter: &'a BoundAdapter,
-    layout: RowsLayout,
     rows: Vec<usize>,
 }
 
@@ -122,7 +137,11 @@ pub(super) struct Heads<'a> {
 impl<'a> Heads<'a> {
     pub fn of(step: &'a CpuStep) -> Self {
         let mut heads: Vec<HeadRows<'a>> = Vec::new();
-        for (segment, layout) in acting(step, |adapter| adapter.layout.head) {
+        let has_own = |adapter: &BoundAdapter| {
+            let layout = &adapter.layout;
+            (layout.head.is_some() || layout.vocabulary.is_some()).then_some(())
+        };
+        for (segment, ()) in acting(step, has_own) {
             let tokens = segment.start..segment.end;
             let sampled = step.arrays.logits_indices.iter().enumerate();
             let rows = sampled.filter(|(_, index)| tokens.contains(&(**index as usize)));
@@ -135,7 +154,6 @@ impl<'a> Heads<'a> {
                 Some(head) => head.rows.extend(rows),
                 None => heads.push(HeadRows {
                     adapter,
-                    layout,
                     rows: rows.collect(),
                 }),
             }
@@ -147,52 +165,85 @@ impl<'a> Heads<'a> {
         }
     }
 
-    /// Whether no row has a logit of the base's head left.
-    pub fn replace_all(&self, num_columns: usize) -> bool {
-        let whole = |head: &&HeadRows<'_>| head.layout.count == num_columns;
+    /// Whether no row has a logit of the base's head, which has `vocabulary` tokens, left.
+    pub fn replace_all(&self, vocabulary: usize) -> bool {
+        let whole = |head: &&HeadRows<'_>| {
+            let layout = &head.adapter.layout;
+            let vocabulary = layout.vocabulary.unwrap_or(vocabulary);
+            layout.head.is_some_and(|rows| rows.count == vocabulary)
+        };
         let rows = self.heads.iter().filter(whole).map(|head| head.rows.len());
         rows.sum::<usize>() == self.num_rows
     }
 
-    /// Overwrites their columns of `logits` [L, N], of the sampled rows `hidden` [L, K].
+    /// Overwrites their columns of `logits` [L, N], of the sampled rows `hidden` [L, K]; what a row's adapter has
+    /// no token for becomes -∞. `vocabulary`: tokens of the base's head.
     pub fn replace<E: Element>(
         &self,
         pool: &ThreadPool,
         isa: Isa,
-        hidden: &[E],
-        width: usize,
+        (hidden, width): (&[E], usize),
+        vocabulary: usize,
         scratch: &mut HeadScratch,
         logits: &mut [f32],
     ) -> Result<(), KernelError> {
+        let num_columns = logits.len() / self.num_rows.max(1);
+        if num_columns > vocabulary {
+            for row in logits.chunks_exact_mut(num_columns) {
+                row[vocabulary..].fill(f32::NEG_INFINITY);
+            }
+        }
         for head in &self.heads {
-            check_length("width of an adapter's head", head.layout.width, width)?;
-            let own = TokenRows::of(head.adapter, head.layout, E::DTYPE);
-            let count = own.tokens.len();
-            let x = grown::<E>(&mut scratch.hidden, head.rows.len() * width);
-            for (row, x) in head.rows.iter().zip(x.chunks_exact_mut(width)) {
-                x.copy_from_slice(&hidden[row * width..][..width]);
+            if let Some(layout) = head.adapter.layout.head {
+                check_length("width of an adapter's head", layout.width, width)?;
+                let own = TokenRows::of(head.adapter, layout, E::DTYPE);
+                head.overwrite(pool, isa, hidden, &own, scratch, (logits, num_columns))?;
             }
-            let out = grown::<f32>(&mut scratch.logits, head.rows.len() * count);
-            gemm(pool, isa, x, &own.rows, None, Epilogue::Store, out)?;
-            let num_columns = logits.len() / self.num_rows;
-            for token in own.tokens {
-                check_below("token of a head", (*token).into(), num_columns as i64)?;
+            let end = head.adapter.layout.vocabulary.unwrap_or(num_columns);
+            for row in &head.rows {
+                let row = &mut logits[row * num_columns..][..num_columns];
+                row[end.min(num_columns)..].fill(f32::NEG_INFINITY);
             }
-            let shared = Shareable::new(&mut *logits);
-            let scatter = |index: usize| {
-                let first = head.rows[index] * num_columns;
-                // SAFETY: the row exists and is this task's; tokens are columns of it.
-                let row =
-                    unsafe { std::slice::from_raw_parts_mut(shared.get().add(first), num_columns) };
-                for (token, logit) in own.tokens.iter().zip(&out[index * count..]) {
-                    row[*token as usize] = *logit;
-                }
-            };
-            if out.len() >= MANY_LOGITS {
-                pool.run(head.rows.len(), &scatter);
-            } else {
-                (0..head.rows.len()).for_each(scatter);
+        }
+        Ok(())
+    }
+}
+
+impl HeadRows<'_> {
+    /// One product for all of its rows.
+    fn overwrite<E: Element>(
+        &self,
+        pool: &ThreadPool,
+        isa: Isa,
+        hidden: &[E],
+        own: &TokenRows<'_>,
+        scratch: &mut HeadScratch,
+        (logits, num_columns): (&mut [f32], usize),
+    ) -> Result<(), KernelError> {
+        let (width, count) = (own.rows.in_features(), own.tokens.len());
+        for token in own.tokens {
+            check_below("token of a head", (*token).into(), num_columns as i64)?;
+        }
+        let x = grown::<E>(&mut scratch.hidden, self.rows.len() * width);
+        for (row, x) in self.rows.iter().zip(x.chunks_exact_mut(width)) {
+            x.copy_from_slice(&hidden[row * width..][..width]);
+        }
+        let out = grown::<f32>(&mut scratch.logits, self.rows.len() * count);
+        gemm(pool, isa, x, &own.rows, None, Epilogue::Store, out)?;
+        let shared = Shareable::new(logits);
+        let scatter = |index: usize| {
+            let first = self.rows[index] * num_columns;
+            // SAFETY: the row exists and is this task's; tokens are columns of it.
+            let row =
+                unsafe { std::slice::from_raw_parts_mut(shared.get().add(first), num_columns) };
+            for (token, logit) in own.tokens.iter().zip(&out[index * count..]) {
+                row[*token as usize] = *logit;
             }
+        };
+        if out.len() >= MANY_LOGITS {
+            pool.run(self.rows.len(), &scatter);
+        } else {
+            (0..self.rows.len()).for_each(scatter);
         }
         Ok(())
     }

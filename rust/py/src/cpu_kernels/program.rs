@@ -190,7 +190,7 @@ pub struct CpuProgram {
 
 #[pymethods]
 impl CpuProgram {
-    /// Runs a step that these kernels began; `result_ptr`: float32 [L, vocabulary], or [T, width] of the
+    /// Runs a step that these kernels began; `result_ptr`: float32 [L, the step's columns], or [T, width] of the
     /// storage dtype where an activation is the output.
     fn run(&self, py: Python<'_>, step: &Bound<'_, CpuStep>, result_ptr: usize) -> PyResult<()> {
         let (context, step) = (&self.kernels.get().inner, &step.get().inner);

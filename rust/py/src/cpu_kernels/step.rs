@@ -20,4 +20,8 @@ impl CpuStep {
     fn num_logits(&self) -> usize {
         self.inner.num_logits()
     }
+
+    fn num_columns(&self, vocabulary: usize) -> usize {
+        self.inner.num_columns(vocabulary)
+    }
 }

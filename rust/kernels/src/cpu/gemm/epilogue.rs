@@ -9,7 +9,7 @@ use crate::cpu::element::Element;
 use crate::cpu::linear::PackedLinear;
 use crate::cpu::memory::Scratch;
 use crate::cpu::simd::{Isa, LANES};
-use crate::error::check_length;
+use crate::error::{check_below, check_length};
 
 /// Bytes of gate and up that wait for each other in L2.
 const GATED_NBYTES: usize = 1 << 18;
@@ -19,6 +19,8 @@ const GATED_NBYTES: usize = 1 << 18;
 pub enum Epilogue {
     /// y [M, N].
     Store,
+    /// y in the first N columns of [M, columns]; the others stay.
+    StoreWithin { columns: usize },
     /// silu(gate)·up [M, N / 2] of y = [gate, up], each rounded to the output's type first; N is a
     /// multiple of 32, so that gate and up have panels of their own.
     SiluMul,
@@ -29,6 +31,10 @@ impl Epilogue {
     pub fn check(self, weight: &PackedLinear) -> Result<(), KernelError> {
         match self {
             Epilogue::Store => Ok(()),
+            Epilogue::StoreWithin { columns } => {
+                let limit = columns as i64 + 1;
+                check_below("columns of a product", weight.out_features() as i64, limit)
+            }
             Epilogue::SiluMul => {
                 let rest = weight.out_features() % (2 * LANES);
                 check_length("gated output modulo 32", rest, 0)
@@ -39,8 +45,16 @@ impl Epilogue {
     /// Projections fused in y that make one output: gate and up, or y itself.
     pub fn num_projections(self) -> usize {
         match self {
-            Epilogue::Store => 1,
+            Epilogue::Store | Epilogue::StoreWithin { .. } => 1,
             Epilogue::SiluMul => 2,
+        }
+    }
+
+    /// Columns of the output of a product with `weight`.
+    pub fn out_columns(self, weight: &PackedLinear) -> usize {
+        match self {
+            Epilogue::StoreWithin { columns } => columns,
+            Epilogue::Store | Epilogue::SiluMul => weight.out_features() / self.num_projections(),
         }
     }
 }
@@ -72,7 +86,7 @@ impl<E: Element, O: Element> Gemm<'_, E, O> {
         // SAFETY: the caller's contract.
         unsafe {
             match self.epilogue {
-                Epilogue::Store => self.store(isa, rows, panels),
+                Epilogue::Store | Epilogue::StoreWithin { .. } => self.store(isa, rows, panels),
                 Epilogue::SiluMul => self.silu_mul(isa, rows, panels),
             }
         }
@@ -82,7 +96,7 @@ impl<E: Element, O: Element> Gemm<'_, E, O> {
     unsafe fn store(&self, isa: Isa, rows: Range<usize>, panels: Range<usize>) {
         let target = Target {
             base: self.out.get(),
-            row_stride: self.weight.out_features(),
+            row_stride: self.epilogue.out_columns(self.weight),
             first_row: 0,
             first_column: 0,
         };

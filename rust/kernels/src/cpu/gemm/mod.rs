@@ -63,8 +63,8 @@ pub fn gemm<E: Element, O: Element>(
     let num_rows = x.len() / weight.in_features();
     check_length("x", x.len(), num_rows * weight.in_features())?;
     epilogue.check(weight)?;
-    let out_features = weight.out_features() / epilogue.num_projections();
-    check_length("output", out.len(), num_rows * out_features)?;
+    let out_columns = epilogue.out_columns(weight);
+    check_length("output", out.len(), num_rows * out_columns)?;
     let num_panels = weight.num_panels() / epilogue.num_projections();
     let rows_per_block = (ROW_BLOCK_NBYTES / (weight.in_features() * size_of::<E>()))
         .next_multiple_of(32)

@@ -25,7 +25,7 @@ use super::element::{Element, load_first, load_raw, splat_pack, splat_partial_pa
 #[cfg(target_arch = "x86_64")]
 use super::simd::amx;
 use super::simd::{Isa, Kernel, LANES, Simd};
-use super::step::CpuStep;
+use super::step::Segment;
 use super::threads::Shareable;
 use crate::KernelError;
 use crate::error::check_length;
@@ -49,19 +49,20 @@ pub struct Lora<'a, E: Element> {
 }
 
 impl<'a, E: Element> Lora<'a, E> {
-    /// Plans what the step's adapters add to the projection of `x` [T, K]; `None` when no token has
-    /// one here.
-    pub fn plan(
+    /// Plans what adapters add to the projection of `x` [T, K], of rows in `segments`; `None` when no row has one
+    /// here.
+    pub(in crate::cpu) fn plan(
         num_threads: usize,
         isa: Isa,
-        step: &CpuStep,
+        (segments, num_rows): (&[Segment], usize),
         projection: Projection,
         x: &'a [E],
         scratch: &'a mut LoraScratch,
     ) -> Result<Option<Self>, KernelError> {
         let in_features = projection.in_features;
-        check_length("x", x.len(), step.num_tokens() * in_features)?;
-        scratch.plan(step, projection, E::DTYPE, num_threads * TASKS_PER_THREAD)?;
+        check_length("x", x.len(), num_rows * in_features)?;
+        let tasks_wanted = num_threads * TASKS_PER_THREAD;
+        scratch.plan(segments, num_rows, projection, E::DTYPE, tasks_wanted)?;
         if scratch.items.is_empty() && scratch.columns.is_empty() {
             return Ok(None);
         }

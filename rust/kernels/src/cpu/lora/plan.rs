@@ -13,7 +13,7 @@ use loraserve_adapters::{GroupLayout, PANEL_WIDTH, StorageDtype};
 use super::columns::ColumnTerms;
 use crate::KernelError;
 use crate::cpu::memory::AlignedBytes;
-use crate::cpu::step::{CpuStep, Segment};
+use crate::cpu::step::Segment;
 use crate::error::check_length;
 
 /// Rows of s between two items: a tile of zeros.
@@ -116,7 +116,8 @@ impl LoraScratch {
     /// Lists the work of one projection; the shrink in about `tasks_wanted` tasks or more.
     pub(super) fn plan(
         &mut self,
-        step: &CpuStep,
+        segments: &[Segment],
+        num_rows: usize,
         projection: Projection,
         dtype: StorageDtype,
         tasks_wanted: usize,
@@ -125,10 +126,10 @@ impl LoraScratch {
         self.expansions.clear();
         self.row_items.clear();
         self.shrink_tasks.clear();
-        self.num_rows = step.num_tokens();
+        self.num_rows = num_rows;
         self.columns.clear(self.num_rows);
         self.num_waves = 0;
-        for segment in &step.segments {
+        for segment in segments {
             let layout = &segment.adapter.layout;
             if let Some(group) = layout.group(projection.layer, projection.group) {
                 check_group(group, projection)?;
@@ -139,7 +140,7 @@ impl LoraScratch {
             }
         }
         if !self.items.is_empty() {
-            self.num_waves = step.segments.last().map_or(0, |segment| segment.wave + 1);
+            self.num_waves = segments.last().map_or(0, |segment| segment.wave + 1);
             self.place_items(dtype);
             self.cut_shrink(tasks_wanted);
         }

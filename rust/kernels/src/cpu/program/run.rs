@@ -180,7 +180,7 @@ unsafe fn run_op<E: Element>(
                 rows,
             } => {
                 let rows = &mut buffers.get(*rows)[..step.num_logits() * rows.width];
-                let len = step.num_logits() * lm_head.out_features();
+                let len = step.num_logits() * step.num_columns(lm_head.out_features());
                 let logits = std::slice::from_raw_parts_mut(result.cast().as_ptr(), len);
                 context.logits(step, buffers.get(*hidden), lm_head, rows, logits)
             }

@@ -1,14 +1,18 @@
 //! Embeddings and heads in an adapter's file: rows equal to the base's are left out, others are packed.
 
+#[path = "../common/mod.rs"]
 mod common;
+mod refusals;
+mod token_lora;
 
 use std::path::Path;
 
 use common::{HIDDEN, LIMITS, Peft, Tensor, assert_error, base};
 use half::bf16;
 use loraserve_adapters::{
-    AdapterLayout, BaseModel, BaseWeights, ErrorKind, Limits, Pace, Place, Receipt, Registered,
-    Result, RowsLayout, StorageDtype, StoredWeight, check_paced, load_paced, row_digests,
+    AdapterLayout, BaseModel, BaseShape, BaseWeights, ErrorKind, Limits, Pace, Panels, Place,
+    Receipt, Registered, Result, RowsLayout, StorageDtype, StoredWeight, check_paced, load_paced,
+    row_digests,
 };
 use safetensors::Dtype;
 use serde_json::json;
@@ -162,6 +166,7 @@ fn copies_of_the_base_cost_nothing_and_change_nothing() {
     let same = Receipt {
         base_copies: vec![],
         is_compared: false,
+        replaced_rows: plain.replaced_rows.clone(),
         directory: plain.directory.clone(),
         ..receipt.clone()
     };
@@ -358,86 +363,6 @@ fn rows_are_part_of_what_an_adapter_is() {
 }
 
 #[test]
-fn a_file_whose_rows_changed_is_refused_at_the_next_load() {
-    let mut peft = Peft::new();
-    peft.set(EMBED, with_rows(&[5], 0.5));
-    peft.write();
-    let receipt = check(peft.path(), &UNTIED).unwrap();
-    peft.set(EMBED, with_rows(&[5], 0.75));
-    peft.write();
-    let mut extent = vec![0; receipt.nbytes];
-    for known in [Some(&receipt.replaced_rows), None] {
-        let model = BaseModel {
-            linears: None,
-            weights: Some(&UNTIED),
-        };
-        let (shape, pace) = (base(), Pace::default());
-        let extent = &mut extent;
-        let registered = Registered {
-            hash: &receipt.hash,
-            rows: known,
-        };
-        let loaded = load_paced(
-            Place::Directory(peft.path()),
-            &shape,
-            LIMITS,
-            registered,
-            extent,
-            model,
-            &pace,
-        );
-        assert_eq!(loaded.unwrap_err().kind(), ErrorKind::Unavailable);
-    }
-}
-
-#[test]
-fn a_table_that_does_not_fit_is_refused() {
-    for (tensor, fragment) in [
-        (
-            Tensor::f32(&[40_002, 16], value),
-            "it has rows of tokens from 40000 on, for which the base has none",
-        ),
-        (
-            Tensor::f32(&[39_999, 16], value),
-            "it has 39999 rows, the base 40000",
-        ),
-        (
-            Tensor::f32(&[40_000, 8], value),
-            "its shape is [40000, 8], the base's [40000, 16]",
-        ),
-        (Tensor::f32(&[16], value), "its shape is [16]"),
-        (
-            Tensor {
-                dtype: Dtype::I8,
-                shape: vec![40_000, 16],
-                bytes: vec![0; 640_000],
-            },
-            "its dtype is I8",
-        ),
-    ] {
-        let mut peft = Peft::new();
-        peft.set(HEAD, tensor);
-        peft.write();
-        let refused = check(peft.path(), &UNTIED);
-        assert_error(
-            refused,
-            &format!("tensor {HEAD} can't take the place of the base's lm_head: {fragment}"),
-        );
-    }
-    let mut peft = Peft::new();
-    peft.set(HEAD, with_rows(&[3], f32::INFINITY));
-    peft.write();
-    let element = format!("holds inf at element {}", 3 * HIDDEN);
-    assert_error(check(peft.path(), &UNTIED), &element);
-}
-
-#[test]
-fn without_the_bases_weights_no_table_is_taken() {
-    let peft = with_tables(&[HEAD]);
-    assert_error(peft.check_written(), "the base's weights are not at hand");
-}
-
-#[test]
 fn modules_to_save_may_list_tables_that_are_there() {
     let mut peft = Peft::new();
     peft.config["modules_to_save"] = json!(["model.embed_tokens", "lm_head"]);
@@ -453,68 +378,39 @@ fn modules_to_save_may_list_tables_that_are_there() {
 }
 
 #[test]
-fn tokens_and_their_rows_must_agree() {
-    let field = "trainable_token_indices";
-    let rows = |count: usize| Tensor::f32(&[count, HIDDEN], |_| 1.0);
-    for (config, tensor, fragment) in [
-        (
-            json!({}),
-            Some(rows(2)),
-            "field 'trainable_token_indices' is not set in adapter_config.json",
-        ),
-        (
-            json!({field: [1, 2]}),
-            None,
-            "lists tokens of embed_tokens, whose rows are not in the file",
-        ),
-        (
-            json!({field: [1, 2]}),
-            Some(rows(3)),
-            "it has 3 rows, trainable_token_indices 2 tokens",
-        ),
-        (json!({field: [2, 2]}), Some(rows(2)), "lists token 2 twice"),
-        (
-            json!({field: [-1]}),
-            Some(rows(1)),
-            "expected a list of token ids",
-        ),
-        (
-            json!({field: [1_u64 << 31]}),
-            Some(rows(1)),
-            "expected a list of token ids",
-        ),
-        (
-            json!({field: {"norm": [1]}}),
-            Some(rows(1)),
-            "names \"norm\", expected embed_tokens or lm_head",
-        ),
-        (
-            json!({field: [40_000]}),
-            Some(rows(1)),
-            "it has rows of tokens from 40000 on",
-        ),
-        (
-            json!({field: [1], "modules_to_save": ["lm_head"]}),
-            Some(rows(1)),
-            "can't be used with embed_tokens or lm_head in modules_to_save",
-        ),
-        (
-            json!({field: [1], "alora_invocation_tokens": [1, 2]}),
-            Some(rows(1)),
-            "can't be used with embeddings or a head of the adapter's own",
-        ),
+fn tokens_beyond_the_bases_are_rows_too() {
+    let mut peft = Peft::new();
+    peft.config["modules_to_save"] = json!(["embed_tokens", "lm_head"]);
+    let resized = |rows| Tensor::f32(&[rows, HIDDEN], value);
+    for (embedding, head, added, of_head, vocabulary) in [
+        (40_002, 40_002, 2, 2, Some(40_002)),
+        (40_002, 40_000, 2, 0, None),
+        // Of a base that was cut down to its tokenizer's tokens.
+        (39_990, 39_990, 0, 0, Some(39_990)),
+        (40_000, 40_000, 0, 0, None),
     ] {
-        let mut peft = Peft::new();
-        for (field, value) in config.as_object().unwrap() {
-            peft.config[field] = value.clone();
-        }
-        if config.get("modules_to_save").is_some() {
-            peft.set(HEAD, Tensor::f32(&SHAPE, value));
-        }
-        if let Some(tensor) = tensor {
-            peft.set(EMBED_TOKENS, tensor);
-        }
+        peft.set(EMBED, resized(embedding));
+        peft.set(HEAD, resized(head));
         peft.write();
-        assert_error(check(peft.path(), &UNTIED), fragment);
+        let receipt = check(peft.path(), &UNTIED).unwrap();
+        let rows = &receipt.replaced_rows;
+        let expected: Vec<u32> = (40_000..40_000 + added).collect();
+        assert_eq!(rows.added_tokens().collect::<Vec<_>>(), expected);
+        assert_eq!(rows.added_head_tokens().count(), of_head);
+        assert_eq!(rows.vocabulary, vocabulary);
+        assert_eq!(receipt.alone.is_some(), embedding != 40_000);
+        let (layout, extent) = load(peft.path(), &UNTIED, &receipt);
+        assert_eq!(layout.vocabulary, vocabulary);
+        let found = layout
+            .embedding
+            .map_or_else(Vec::new, |l| rows_in(&extent, l));
+        let of_token = |token: u32| {
+            let first = token as usize * HIDDEN;
+            (token as i32, (first..first + HIDDEN).map(value).collect())
+        };
+        assert_eq!(
+            found,
+            expected.iter().copied().map(of_token).collect::<Vec<_>>()
+        );
     }
 }

@@ -1,0 +1,52 @@
+"""`check_servable`: whether an adapter that fits the model can be served by this engine."""
+
+from __future__ import annotations
+
+from loraserve import _core
+from loraserve.adapters.check import CheckedFiles
+from loraserve.adapters.text import AddedTokens
+from loraserve.engine.model_runner import ModelRunner
+from loraserve.errors import AdapterFormatError, InvalidRequestError
+from loraserve.sampling.grammar_compiler import GrammarCompiler
+
+
+def check_servable(name: str, files: CheckedFiles, runner: ModelRunner, grammars: GrammarCompiler) -> None:
+    """What requests would only find out later: the backend, ids of tokens, and what a manifest asks for.
+
+    Raises:
+        AdapterFormatError: it can't be served.
+    """
+    _check_tables(name, files.receipt, runner)
+    _check_invocation(name, files.receipt, runner)
+    _try_manifest(name, files, runner, grammars)
+
+
+def _check_tables(name: str, receipt: _core.Receipt, runner: ModelRunner) -> None:
+    backend = runner.backend
+    if receipt.changes_tables and not backend.changes_tables:
+        raise AdapterFormatError(
+            f"adapter {name!r} changes embedding or head (modules_to_save, trainable_token_indices, "
+            f"target_modules), which the {backend.name} backend does not serve yet: use --device cpu, or "
+            "merge it into the model"
+        )
+
+
+def _check_invocation(name: str, receipt: _core.Receipt, runner: ModelRunner) -> None:
+    try:
+        runner.check_token_ids(receipt.invocation_tokens)
+    except InvalidRequestError as error:
+        raise AdapterFormatError(f"alora_invocation_tokens of adapter {name!r}: {error}") from error
+
+
+def _try_manifest(name: str, files: CheckedFiles, runner: ModelRunner, grammars: GrammarCompiler) -> None:
+    """What a manifest asks for is tried out here, not on a request."""
+    manifest, tokenizer = files.manifest, files.text.tokenizer
+    try:
+        added = AddedTokens.of(files.receipt).producible
+        runner.check_token_ids(manifest.sampling.get("stop_token_ids", ()), added)
+        runner.check_token_ids(manifest.sampling.get("logit_bias", ()), added)
+        files.try_chat()
+        if manifest.grammar is not None:
+            grammars.compile(manifest.grammar, tokenizer=tokenizer)
+    except InvalidRequestError as error:
+        raise AdapterFormatError(f"manifest of adapter {name!r}: {error}") from error
