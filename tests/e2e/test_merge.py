@@ -205,6 +205,18 @@ def test_an_adapter_that_acts_from_its_invocation_on_is_refused(
         llm(model, "mine", str(tmp_path / "none"), on_adapter_error="skip")
 
 
+def test_an_adapter_that_changes_embedding_or_head_is_refused(model: Path, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    config = LoraConfig(target_modules=["q_proj"], trainable_token_indices=[5, 3])
+    peft = get_peft_model(base, config)
+    for name, parameter in peft.named_parameters():
+        if "trainable_tokens_delta" in name:
+            parameter.data += 1.0
+    peft.save_pretrained(tmp_path / "tokens")
+    with pytest.raises(AdapterFormatError, match="changes embedding or head .* can't be merged yet"):
+        llm(model, "mine", str(tmp_path / "tokens"))
+
+
 def test_its_manifest_counts_for_requests_without_a_name(model: Path, adapters: dict[str, str]) -> None:
     manifest = AdapterManifest(sampling={"max_tokens": 3, "temperature": 0.0, "ignore_eos": True})
     with llm(model, "mine", adapters["plain"], manifests={"mine": manifest}) as served:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from loraserve import _core
+from loraserve.errors import AdapterFormatError
 
 if TYPE_CHECKING:
     from loraserve._core import _BaseLinears
@@ -61,6 +62,11 @@ class UnpackedAdapter:
         base_linears: _BaseLinears | None = None,
         stored: StoredAdapter | None = None,
     ) -> None:
+        if receipt.changes_tables:
+            raise AdapterFormatError(
+                f"{path} changes embedding or head (modules_to_save, trainable_token_indices or targets), "
+                "which can't be merged yet: serve it without --merge, or merge it with PEFT"
+            )
         base_shape = _core.BaseShape(*shape, biased)
         rank = max(receipt.rank, 1)
         files = None if stored is None else stored.files
