@@ -12,6 +12,7 @@ import torch
 from loraserve import LLM, SamplingParams
 from loraserve.cli.main import main
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.e2e.tiny import NUM_TOKENS, PROMPT
@@ -150,6 +151,25 @@ def test_what_is_no_delta_of_the_same_base_is_refused_by_name(
     assert merge(adapters, tmp_path / "sum", names=("plain", other)) == 1
     assert re.search(text, capsys.readouterr().err)
     assert not (tmp_path / "sum").exists()
+
+
+def test_copies_of_the_base_s_embeddings_need_the_model_to_compare_with(
+    tiny_model: tuple[Path, torch.nn.Module],
+    adapters: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    peft = PeftModel.from_pretrained(load(tiny_model[0]), str(adapters / "plain"))
+    peft.save_pretrained(tmp_path / "copied", save_embedding_layers=True)
+    shutil.copytree(adapters / "rslora", tmp_path / "rslora")
+    names = ("copied", "rslora")
+    assert merge(tmp_path, tmp_path / "sum", names=names) == 1
+    assert "give --model" in capsys.readouterr().err
+    assert merge(tmp_path, tmp_path / "sum", "--model", str(tiny_model[0]), names=names) == 0
+    assert merge(adapters, tmp_path / "plain", names=("plain", "rslora")) == 0
+    sums = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("sum", "plain")]
+    assert sums[0].keys() == sums[1].keys()
+    assert all(torch.equal(sums[0][name], sums[1][name]) for name in sums[0])
 
 
 def test_another_base_by_name_or_stamp_is_refused_and_a_common_stamp_is_kept(

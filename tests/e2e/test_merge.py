@@ -217,6 +217,21 @@ def test_an_adapter_that_changes_embedding_or_head_is_refused(model: Path, tmp_p
         llm(model, "mine", str(tmp_path / "tokens"))
 
 
+def test_copies_of_the_base_s_embeddings_beside_it_are_left_out(
+    model: Path, adapters: dict[str, str], tmp_path: Path
+) -> None:
+    copied = tmp_path / "copied"
+    peft(model, adapters["plain"]).save_pretrained(copied, save_embedding_layers=True)
+    with open_checkpoint(model) as checkpoint:
+        weights, plain = (
+            merged(checkpoint, str(path), torch.float32) for path in (copied, adapters["plain"])
+        )
+        assert weights.files.receipt.base_copies
+        for name in checkpoint.names():
+            shape = checkpoint.shape(name)
+            assert torch.equal(weights.tensor(name, shape), plain.tensor(name, shape))
+
+
 def test_its_manifest_counts_for_requests_without_a_name(model: Path, adapters: dict[str, str]) -> None:
     manifest = AdapterManifest(sampling={"max_tokens": 3, "temperature": 0.0, "ignore_eos": True})
     with llm(model, "mine", adapters["plain"], manifests={"mine": manifest}) as served:

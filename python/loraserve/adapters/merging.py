@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,7 +28,7 @@ from loraserve.adapters.manifest import AdapterManifest, has_manifest, read_mani
 from loraserve.adapters.served_base import ServedBase
 from loraserve.adapters.stored import StoredAdapter
 from loraserve.adapters.unpacked import UnpackedAdapter
-from loraserve.errors import AdapterFormatError
+from loraserve.errors import AdapterFormatError, ModelError
 from loraserve.loader.resolve import open_checkpoint
 from loraserve.models.ops import DOWN, GATE_UP, QKV, O
 
@@ -102,7 +102,7 @@ def read_summands(paths: Sequence[str], weights: Sequence[float], model: str | N
         shape = _shape_of(paths)
         base_shape = _base_shape(shape)
         for path, weight in zip(paths, weights, strict=True):
-            receipt = _core.check_adapter(path, base_shape, "float32", MAX_RANK)
+            receipt = _core.check_adapter(path, base_shape, "float32", MAX_RANK, base_weights=_no_base)
             directory = next(filter(has_manifest, (path, receipt.directory)), None)
             manifest = (read_manifest(directory) if directory else None) or AdapterManifest()
             summands.append(_summand(path, weight, shape, receipt, manifest, receipt.directory))
@@ -207,6 +207,10 @@ def _truncated(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float, 
     new_a = root[:, None] * (vh[:kept] @ qa.T)
     norms = torch.linalg.vector_norm(s[kept:]), torch.linalg.vector_norm(s)
     return new_a.to(torch.float32), new_b.to(torch.float32), float(norms[0]), float(norms[1])
+
+
+def _no_base(_module: str) -> NoReturn:
+    raise ModelError("no model is given to compare them with, give --model")
 
 
 def _in_order(path: str) -> tuple[int, int]:

@@ -45,7 +45,7 @@ class UnpackedAdapter:
         path: where it lies, or what stands for that.
         shape: arguments of `_core.BaseShape`.
         biased: paths of linears that have a bias.
-        receipt: of its check.
+        receipt: of its check for float32, which compared copies of the base's weights.
         base_linears: the base's, where gains and shifts depend on it.
         stored: has the weights where they are not read at `path`.
 
@@ -70,8 +70,7 @@ class UnpackedAdapter:
         base_shape = _core.BaseShape(*shape, biased)
         rank = max(receipt.rank, 1)
         files = None if stored is None else stored.files
-        nbytes = _core.check_adapter(path, base_shape, "float32", rank, stored=files).nbytes
-        self._bytes = torch.empty(nbytes, dtype=torch.uint8)
+        self._bytes = torch.empty(receipt.nbytes, dtype=torch.uint8)
         layout = _core.load_adapter(
             path,
             base_shape,
@@ -79,9 +78,10 @@ class UnpackedAdapter:
             rank,
             receipt.hash,
             self._bytes.data_ptr(),
-            nbytes,
+            receipt.nbytes,
             base_linears=base_linears,
             stored=files,
+            known=receipt,
         )
         self._columns = {place[:3]: place[3:] for place in layout.columns()}
         paths = {(group, out_offset): path for path, group, _, _, out_offset in shape[1]}
