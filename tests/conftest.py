@@ -1,11 +1,30 @@
 """Fixtures shared by all tests: the embedded SmolLM2, and transformers running the same file."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from loraserve.loader import default_model_path
+
+
+@cache
+def _read_once() -> dict[str, Any]:
+    """What transformers calls for each thing that it takes of a .gguf file: together half a minute."""
+    import gguf  # noqa: PLC0415  a GPU machine may lack it
+
+    return {"GGUFReader": cache(gguf.GGUFReader), "get_tensor_name_map": cache(gguf.get_tensor_name_map)}
+
+
+@contextmanager
+def _gguf_is_read_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, function in _read_once().items():
+            patch.setattr(f"gguf.{name}", function)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +38,9 @@ def hf_smollm2_tokenizer(smollm2_path: str) -> Any:
     from tokenizers import pre_tokenizers  # noqa: PLC0415
     from transformers import AutoTokenizer  # noqa: PLC0415  slow to import
 
-    tokenizer = AutoTokenizer.from_pretrained(Path(smollm2_path).parent, gguf_file=Path(smollm2_path).name)
+    path = Path(smollm2_path)
+    with _gguf_is_read_once():
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     # transformers cuts every GPT-2 vocabulary as GPT-2 does, unless it knows tokenizer.ggml.pre
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -33,7 +54,8 @@ def hf_smollm2(smollm2_path: str, hf_smollm2_tokenizer: Any) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM  # noqa: PLC0415  slow to import
 
     path = Path(smollm2_path)
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    with _gguf_is_read_once():
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     return model.eval(), hf_smollm2_tokenizer
 
 

@@ -66,10 +66,7 @@ def test_logit_error_is_at_most_twice_pefts(
 ) -> None:
     base, tokenizer = hf_smollm2
     names = [None, *(spec.name for spec in HETEROGENEOUS)]
-    requests = [
-        (tokenizer(text)["input_ids"], names[i % len(names)])
-        for i, text in enumerate(PROMPTS + PROMPTS[::-1])
-    ]
+    requests = [(tokenizer(text)["input_ids"], names[i % len(names)]) for i, text in enumerate(PROMPTS)]
     exact = torch.stack([peft_oracle.last_logits(prompt, name) for prompt, name in requests])
 
     copy = AutoModelForCausalLM.from_config(base.config, dtype=torch.float32)
