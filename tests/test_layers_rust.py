@@ -31,8 +31,8 @@ CRATES: dict[str, tuple[set[str], str]] = {
         weights
         alpha initialisation matrix names target tensor_name
         config
-        bind tables
-        token_lora
+        bind place tables
+        norms token_lora
         replaced_rows
         columns content notes receipt
         pack

@@ -492,7 +492,7 @@ class Receipt:
         """Whether the file has embeddings or a head, which were compared with the base's."""
     @property
     def changes_tables(self) -> bool:
-        """Whether embedding or head are other than the base's, by rows, tokens or LoRA."""
+        """Whether embedding, head or norms are other than the base's, by rows, tokens, LoRA or whole."""
     @property
     def added_tokens(self) -> list[int]:
         """Tokens beyond the base's that have an embedding, ascending."""

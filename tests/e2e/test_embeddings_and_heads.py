@@ -68,7 +68,12 @@ LORA = {
         {"target_modules": ["lm_head", "q_proj"], "modules_to_save": ["embed_tokens"]}, [7, 50]
     ),
 }
-SPECS |= LORA
+NORMS = {
+    "norms": TableSpec({"modules_to_save": ["norm"]}),
+    "norms_of_one_kind": TableSpec({"modules_to_save": ["post_attention_layernorm", "lm_head"]}, FEW),
+    "last_norm": TableSpec({"modules_to_save": ["model.norm", "embed_tokens"], "use_dora": True}, FEW),
+}
+SPECS |= LORA | NORMS
 TABLES = ("embed_tokens", "lm_head")
 
 
@@ -88,6 +93,8 @@ def make(base: torch.nn.Module, spec: TableSpec, path: Path, seed: int) -> Path:
             nudged.add(id(parameter))
             rows = slice(None) if spec.rows is None else spec.rows
             parameter.data[rows] += 0.3 * parameter.std() * torch.randn_like(parameter[rows])
+        if "norm" in name and parameter.requires_grad:
+            parameter.data *= 0.8 + 0.4 * torch.rand_like(parameter)
     model.save_pretrained(str(path), save_embedding_layers=spec.saves_base)
     return path
 
@@ -170,6 +177,9 @@ def test_only_rows_that_differ_take_memory(case: Case) -> None:
         "tokens_of_both": [f"embedding: 2 {place}", f"head: 2 {place}"],
         **{name: [] for name in LORA},
         "lora_over_tokens": [f"embedding: 2 {place}"],
+        "norms": ["norms: 5 in place of the base's"],
+        "norms_of_one_kind": ["norms: 2 in place of the base's", f"head: 4 {place}"],
+        "last_norm": ["norms: 1 in place of the base's", f"embedding: 4 {place}"],
     }
     assert notes == expected
     # Sixteen rows a panel of 64 float32, and a line for the tokens.
@@ -200,6 +210,15 @@ def test_receipts_name_embedding_and_head_among_the_modules(case: Case) -> None:
     assert case.receipt("lora_copies").base_copies == ["embed_tokens", "lm_head"]
 
 
+def test_norms_in_place_of_the_bases_are_used_alone(case: Case) -> None:
+    with pytest.raises(InvalidRequestError, match="adapter 'norms' has weight 0.5, but it has norms"):
+        case.llm.generate([PROMPT], GREEDY, {"norms": 0.5})
+    names = ["norms", {"norms": 1.0, "plain": 0.0}, {"norms": 0.0, "plain": 1.0}, "plain"]
+    norms, with_nothing, weightless, plain = case.llm.generate([PROMPT] * 4, GREEDY, names)
+    assert norms.token_ids == with_nothing.token_ids
+    assert weightless.token_ids == plain.token_ids
+
+
 def test_rows_in_place_of_the_bases_are_used_alone(case: Case) -> None:
     for mix, how in (({"few": 0.5}, "weight 0.5"), ({"plain": 1.0, "few": 1.0}, "one of 2 adapters")):
         with pytest.raises(InvalidRequestError, match=f"adapter 'few' .*{how}.*rows of embedding.*alone"):
@@ -214,7 +233,9 @@ def test_a_backend_that_can_not_serve_them_refuses_by_name(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(CpuBackend, "changes_tables", False)
-    with pytest.raises(AdapterFormatError, match="adapter 'few' changes embedding or head .*cpu backend"):
+    with pytest.raises(
+        AdapterFormatError, match="adapter 'few' changes embedding, head or norms .*cpu backend"
+    ):
         case.llm.load_adapter("few", case.adapters["few"])
     case.llm.load_adapter("plain", case.adapters["plain"])
 

@@ -25,11 +25,11 @@ EXACT = (
     "sft-dora",
     "sft-embeddings",
     "sft-eos",
+    "sft-norms",
     "sft-rslora",
 )
 REFUSED = {
     "reward": "modules_to_save",
-    "sft-norms": "modules_to_save",
 }
 CHAT = [{"role": "user", "content": "what is a tree?"}]
 PARAMS = SamplingParams(temperature=0, max_tokens=16)

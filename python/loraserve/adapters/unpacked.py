@@ -64,7 +64,7 @@ class UnpackedAdapter:
     ) -> None:
         if receipt.changes_tables:
             raise AdapterFormatError(
-                f"{path} changes embedding or head (modules_to_save, trainable_token_indices or targets), "
+                f"{path} changes embedding, head or norms (modules_to_save, trainable_token_indices), "
                 "which can't be merged yet: serve it without --merge, or merge it with PEFT"
             )
         base_shape = _core.BaseShape(*shape, biased)

@@ -61,7 +61,7 @@ class Backend(Protocol):
 
     name: str
     computes_on_cpu: bool  # whether loader threads take cores from the model
-    changes_tables: bool  # whether adapters may change embedding and head
+    changes_tables: bool  # whether adapters may change embedding, head, norms
     runs_ahead: bool  # whether a step may be launched before the tokens of the last are known to the host
 
     def place(self, model: ModelConfig, geometry: KvGeometry, build: BuildDecoder) -> PlacedModel:

@@ -25,7 +25,7 @@ def _check_tables(name: str, receipt: _core.Receipt, runner: ModelRunner) -> Non
     backend = runner.backend
     if receipt.changes_tables and not backend.changes_tables:
         raise AdapterFormatError(
-            f"adapter {name!r} changes embedding or head (modules_to_save, trainable_token_indices, "
+            f"adapter {name!r} changes embedding, head or norms (modules_to_save, trainable_token_indices, "
             f"target_modules), which the {backend.name} backend does not serve yet: use --device cpu, or "
             "merge it into the model"
         )

@@ -10,16 +10,16 @@ use crate::base_linears::BaseLinears;
 use crate::base_weights::BaseWeights;
 use crate::bind::{Binding, Factors, bind};
 use crate::columns::Tensors;
-use crate::config::Config;
 use crate::content::ContentHash;
 use crate::error::{Error, Result};
 use crate::layout::{AdapterLayout, StorageDtype};
-use crate::matrix::{Matrix, finite_values};
+use crate::matrix::{Matrix, check_finite, finite_values, store};
 use crate::names::Names;
+use crate::norms::{Norm, take_norms};
 use crate::notes::{alone, base_check, column_notes, invocation_note, module_names};
 use crate::pace::{Bursts, Pace};
 use crate::pack::{Packer, Packing, layout_of};
-use crate::read::{locate, read_config};
+use crate::place::{Place, open_files};
 use crate::receipt::Receipt;
 use crate::replaced_rows::{ReplacedRows, read_rows};
 use crate::shape::BaseShape;
@@ -34,20 +34,6 @@ pub struct Limits {
     pub dtype: StorageDtype,
     /// Adapters of a larger rank are refused, never truncated.
     pub max_lora_rank: usize,
-}
-
-/// Where an adapter's files lie.
-#[derive(Clone, Copy, Debug)]
-pub enum Place<'a> {
-    /// A PEFT directory.
-    Directory(&'a Path),
-    /// Weights in one safetensors file, and what would lie beside them as `adapter_config.json`.
-    File {
-        weights: &'a Path,
-        config: &'a str,
-        /// What errors call the file.
-        name: &'a str,
-    },
 }
 
 /// The base model, as far as it can be asked; what an adapter needs and can't ask is refused.
@@ -138,6 +124,7 @@ struct Adapter {
     /// In order of (layer, path).
     bindings: Vec<Binding>,
     token_loras: Vec<TokenLora>,
+    norms: Vec<Norm>,
     tables: Tables,
     /// Of the tables, once they are found.
     rows: ReplacedRows,
@@ -164,12 +151,17 @@ impl Adapter {
         );
         let token_loras =
             token_loras.map_err(|error| error.trained_on(config.base_model.as_deref()))?;
+        let norms = take_norms(&mut names.tensors, &config, shape);
+        let norms = norms.map_err(|error| error.trained_on(config.base_model.as_deref()))?;
         let alphas = read_alphas(&mut weights, std::mem::take(&mut names.alphas))?;
         let bindings = bind(names, alphas, &config, shape, limits.max_lora_rank);
         let bindings = bindings.map_err(|error| error.trained_on(config.base_model.as_deref()))?;
         notes.extend(config.notes);
         notes.extend(invocation_note(&config.invocation_tokens));
         notes.extend(column_notes(&bindings));
+        if !norms.is_empty() {
+            notes.push(format!("norms: {} in place of the base's", norms.len()));
+        }
         Ok(Self {
             directory,
             dtype: limits.dtype,
@@ -178,6 +170,7 @@ impl Adapter {
             weights,
             bindings,
             token_loras,
+            norms,
             tables,
             rows: ReplacedRows::default(),
             notes,
@@ -211,7 +204,8 @@ impl Adapter {
     fn layout(&self, shape: &BaseShape) -> AdapterLayout {
         let width = self.rows.width(&self.tables);
         let rows = (&self.rows, width);
-        layout_of(&self.bindings, rows, &self.token_loras, shape, self.dtype)
+        let beside = (&self.token_loras[..], &self.norms[..]);
+        layout_of(&self.bindings, rows, beside, shape, self.dtype)
     }
 
     fn load(
@@ -251,6 +245,7 @@ impl Adapter {
         self.read_modules(&mut hash, &mut bursts, packing.as_deref_mut())?;
         hash.invocation(&self.invocation_tokens);
         self.read_token_loras(&mut hash, &mut bursts, packing.as_deref_mut())?;
+        self.read_norms(&mut hash, packing.as_deref_mut())?;
         self.read_rows(&mut hash, &mut bursts, packing)?;
         Ok(hash.finish())
     }
@@ -334,6 +329,24 @@ impl Adapter {
         Ok(())
     }
 
+    fn read_norms(
+        &mut self,
+        hash: &mut ContentHash,
+        mut packing: Option<&mut Packing<'_>>,
+    ) -> Result<()> {
+        let (mut buffer, mut stored) = (Vec::new(), Vec::new());
+        for Norm { index, source } in &self.norms {
+            let bytes = self.weights.read(source, &mut buffer)?;
+            check_finite(source, bytes, self.dtype)?;
+            hash.vector(&format!("norm {index}"), source, bytes);
+            if let Some(packing) = &mut packing {
+                store(source.info.dtype, bytes, self.dtype, &mut stored);
+                packing.packer.write_norm(*index, &stored);
+            }
+        }
+        Ok(())
+    }
+
     /// A piece of a table is in memory at a time.
     fn read_rows(
         &mut self,
@@ -374,6 +387,7 @@ impl Adapter {
     fn receipt(self, shape: &BaseShape, hash: String) -> Receipt {
         let nbytes = self.layout(shape).nbytes;
         let num_beside = self.rows.used(&self.tables).count() + 2 * self.token_loras.len();
+        let num_beside = num_beside + self.norms.len();
         let bindings = || self.bindings.iter();
         let layers: BTreeSet<_> = bindings().map(|binding| binding.layer).collect();
         let ranks = bindings().map(|binding| binding.rank);
@@ -387,10 +401,12 @@ impl Adapter {
             layers: layers.into_iter().collect(),
             ranks: ranks.into_iter().filter(|rank| *rank > 0).collect(),
             base_copies: self.rows.copies(&self.tables),
-            changes_tables: !self.rows.is_empty() || !self.token_loras.is_empty(),
+            changes_tables: !(self.rows.is_empty()
+                && self.token_loras.is_empty()
+                && self.norms.is_empty()),
             is_compared: !self.tables.all.is_empty(),
             nbytes,
-            alone: alone(&self.bindings, &self.rows),
+            alone: alone(&self.bindings, &self.rows, &self.norms),
             replaced_rows: self.rows,
             hash,
             invocation_tokens: self.invocation_tokens,
@@ -412,28 +428,5 @@ fn check_magnitude(binding: &Binding, tensors: &Tensors<'_>) -> Result<()> {
             value: values[index],
         }),
         None => Ok(()),
-    }
-}
-
-/// The directory, the config, the weights, and notes on where they were found.
-fn open_files(place: Place<'_>) -> Result<(PathBuf, Config, Weights, Vec<String>)> {
-    match place {
-        Place::Directory(directory) => {
-            let (directory, located) = locate(directory);
-            let (path, text) = read_config(&directory)?;
-            let config = Config::parse(&path, &text)?;
-            let (weights, sharded) = Weights::open(&directory)?;
-            let notes = located.into_iter().chain(sharded).collect();
-            Ok((directory, config, weights, notes))
-        }
-        Place::File {
-            weights,
-            config,
-            name,
-        } => {
-            let config = Config::parse(Path::new("the config given"), config)?;
-            let weights = Weights::open_file(weights, name)?;
-            Ok((name.into(), config, weights, Vec::new()))
-        }
     }
 }

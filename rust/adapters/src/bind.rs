@@ -303,7 +303,7 @@ fn take_bias(
     Ok(Some(source))
 }
 
-fn check_vector(source: &Source, expected: usize) -> Result<()> {
+pub(crate) fn check_vector(source: &Source, expected: usize) -> Result<()> {
     check_dtype(source)?;
     let shape = &source.info.shape;
     if shape[..] == [expected] {

@@ -10,7 +10,7 @@ use crate::fields::Fields;
 use crate::initialisation;
 use crate::pattern::PatternMap;
 use crate::target::Targets;
-use crate::tensor_name::TokenModule;
+use crate::tensor_name::{TokenModule, names_norms};
 
 /// PEFT's defaults for fields left out.
 const DEFAULT_RANK: usize = 8;
@@ -174,11 +174,12 @@ fn trained_bias(fields: &Fields) -> Result<TrainedBias> {
     }
 }
 
-/// Embedding and head may be listed, other modules may not.
+/// Embedding, head and norms may be listed, other modules may not.
 fn saved_modules(fields: &Fields) -> Result<Vec<String>> {
     let field = "modules_to_save";
     let listed = fields.strings(field)?;
-    if !listed.iter().all(|path| TokenModule::of(path).is_some()) {
+    let is_served = |path: &&str| TokenModule::of(path).is_some() || names_norms(path);
+    if !listed.iter().all(is_served) {
         return Err(fields.unsupported(field));
     }
     Ok(listed.into_iter().map(String::from).collect())

@@ -39,8 +39,8 @@ const REMEDIES: &[(&str, &str)] = &[
     ),
     (
         "modules_to_save",
-        "only embed_tokens and lm_head may be listed: train without others, or merge the adapter into its base \
-         and serve that",
+        "only embed_tokens, lm_head and norms may be listed: train without others, or merge the adapter into \
+         its base and serve that",
     ),
     ("target_parameters", "name linear layers in target_modules"),
 ];

@@ -232,6 +232,17 @@ impl EmbeddingLoraLayout {
     }
 }
 
+/// A norm's weight in place of the base's, in the storage dtype.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NormLayout {
+    /// In the order they run: two a layer, then the last.
+    pub index: usize,
+    /// Bytes from the extent's base.
+    pub offset: usize,
+    /// Elements.
+    pub width: usize,
+}
+
 /// A whole adapter; absent groups are `None` and cost nothing.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AdapterLayout {
@@ -243,6 +254,8 @@ pub struct AdapterLayout {
     pub embedding_lora: Option<EmbeddingLoraLayout>,
     /// `LoRA` on the head, which is group 0 of a layer after the last.
     pub head_lora: Option<GroupLayout>,
+    /// Ascending by index.
+    pub norms: Vec<NormLayout>,
     /// Tokens that it can choose from, where those are not the base's.
     pub vocabulary: Option<usize>,
     /// Length of the extent in bytes, a multiple of `BLOCK_ALIGN`.
@@ -259,6 +272,24 @@ impl AdapterLayout {
             return self.head_lora.as_ref().filter(|_| group == 0);
         }
         self.groups.get(layer * NUM_GROUPS + group)?.as_ref()
+    }
+
+    /// Where the blocks of what lies beside the layers begin.
+    pub(crate) fn beside_layers(&self) -> Option<usize> {
+        let blocks = [
+            self.embedding_lora.map(|lora| lora.a_offset),
+            self.head_lora.as_ref().map(|group| group.a_offset),
+            self.norms.first().map(|norm| norm.offset),
+            self.embedding.map(|rows| rows.tokens_offset),
+            self.head.map(|rows| rows.tokens_offset),
+        ];
+        blocks.into_iter().flatten().min()
+    }
+
+    /// The weight in place of the base's norm `index`.
+    pub fn norm(&self, index: usize) -> Option<NormLayout> {
+        let place = self.norms.binary_search_by_key(&index, |norm| norm.index);
+        place.ok().map(|place| self.norms[place])
     }
 
     /// Every present group as (layer, group, layout).

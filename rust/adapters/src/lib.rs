@@ -22,10 +22,12 @@ mod initialisation;
 mod layout;
 mod matrix;
 mod names;
+mod norms;
 mod notes;
 mod pace;
 mod pack;
 mod pattern;
+mod place;
 mod read;
 mod receipt;
 mod replaced_rows;
@@ -37,17 +39,18 @@ mod tensor_name;
 mod token_lora;
 mod weights;
 
-pub use adapter::{BaseModel, Limits, Place, Registered, check, check_paced, load, load_paced};
+pub use adapter::{BaseModel, Limits, Registered, check, check_paced, load, load_paced};
 pub use base_linears::{BaseLinears, Delta};
 pub use base_weights::{BaseWeights, DIGEST_NBYTES, StoredWeight, row_digests};
 pub use error::{Error, ErrorKind, Result};
 pub use foreign::{Expected, recognise, recognise_file};
 pub use layout::{
     AdapterLayout, BLOCK_ALIGN, COLUMNS_NBYTES, ColumnsLayout, EmbeddingLoraLayout, GroupLayout,
-    ModuleLayout, NUM_GROUPS, OVERREAD, PANEL_WIDTH, Panels, RANK_MULTIPLE, RowsLayout,
+    ModuleLayout, NUM_GROUPS, NormLayout, OVERREAD, PANEL_WIDTH, Panels, RANK_MULTIPLE, RowsLayout,
     SHIFT_NBYTES, StorageDtype,
 };
 pub use pace::Pace;
+pub use place::Place;
 pub use receipt::Receipt;
 pub use replaced_rows::{ReplacedRows, RowRun};
 pub use shape::{BaseShape, ModuleShape};

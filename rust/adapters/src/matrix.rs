@@ -19,14 +19,7 @@ impl<'a> Matrix<'a> {
     /// The bytes of `source`; every value must stay finite in `storage`.
     pub(crate) fn new(source: &Source, bytes: &'a [u8], storage: StorageDtype) -> Result<Self> {
         let dtype = source.info.dtype;
-        if let Some((index, value)) = first_overflow(dtype, bytes, storage) {
-            return Err(Error::NotFinite {
-                tensor: source.name.clone(),
-                index,
-                value,
-                dtype: storage.name(),
-            });
-        }
+        check_finite(source, bytes, storage)?;
         let [_, columns] = source.info.shape[..] else {
             unreachable!("a bound tensor has two dimensions")
         };
@@ -105,6 +98,19 @@ impl<'a> Matrix<'a> {
                 elements[start + packs.len() * stride] = encode(*value);
             }
         }
+    }
+}
+
+/// Refuses a value that is not finite in the storage dtype.
+pub(crate) fn check_finite(source: &Source, bytes: &[u8], storage: StorageDtype) -> Result<()> {
+    match first_overflow(source.info.dtype, bytes, storage) {
+        Some((index, value)) => Err(Error::NotFinite {
+            tensor: source.name.clone(),
+            index,
+            value,
+            dtype: storage.name(),
+        }),
+        None => Ok(()),
     }
 }
 

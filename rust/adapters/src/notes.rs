@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use crate::bind::Binding;
+use crate::norms::Norm;
 use crate::replaced_rows::ReplacedRows;
 use crate::shape::BaseShape;
 use crate::tensor_name::TokenModule;
@@ -33,7 +34,11 @@ pub(crate) fn column_notes(bindings: &[Binding]) -> Vec<String> {
 }
 
 /// A gain depends on the weight and on the order of adapters, and of two biases one replaces the other.
-pub(crate) fn alone(bindings: &[Binding], rows: &ReplacedRows) -> Option<&'static str> {
+pub(crate) fn alone(
+    bindings: &[Binding],
+    rows: &ReplacedRows,
+    norms: &[Norm],
+) -> Option<&'static str> {
     let has = |has: fn(&Binding) -> bool| bindings.iter().any(has);
     if has(|binding| binding.magnitude.is_some()) {
         Some("it has DoRA (use_dora)")
@@ -41,6 +46,8 @@ pub(crate) fn alone(bindings: &[Binding], rows: &ReplacedRows) -> Option<&'stati
         Some("it has biases in place of the base's (bias)")
     } else if !rows.is_empty() {
         Some("it has rows of embedding or head in place of the base's")
+    } else if !norms.is_empty() {
+        Some("it has norms in place of the base's")
     } else {
         None
     }

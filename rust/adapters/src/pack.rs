@@ -8,9 +8,11 @@ use crate::columns::{Columns, Tensors, has_shift};
 use crate::error::Result;
 use crate::layout::{
     AdapterLayout, COLUMNS_NBYTES, ColumnsLayout, EmbeddingLoraLayout, ExtentBuilder, GroupLayout,
-    ModuleLayout, NUM_GROUPS, PANEL_WIDTH, RowsLayout, SHIFT_NBYTES, StorageDtype, padded_rank,
+    ModuleLayout, NUM_GROUPS, NormLayout, PANEL_WIDTH, RowsLayout, SHIFT_NBYTES, StorageDtype,
+    padded_rank,
 };
 use crate::matrix::Matrix;
+use crate::norms::Norm;
 use crate::pace::Bursts;
 use crate::replaced_rows::{ReplacedRows, RowBlock, RowRun, count, tokens};
 use crate::shape::BaseShape;
@@ -23,7 +25,7 @@ type ByGroup<'a> = BTreeMap<(usize, usize), Vec<&'a Binding>>;
 pub(crate) fn layout_of(
     bindings: &[Binding],
     (rows, width): (&ReplacedRows, usize),
-    token_loras: &[TokenLora],
+    (token_loras, norms): (&[TokenLora], &[Norm]),
     shape: &BaseShape,
     dtype: StorageDtype,
 ) -> AdapterLayout {
@@ -42,6 +44,15 @@ pub(crate) fn layout_of(
             TokenModule::Head => head_lora = Some(head_lora_layout(lora, dtype, &mut extent)),
         }
     }
+    let norms = norms.iter().map(|norm| {
+        let width = norm.source.info.shape[0];
+        NormLayout {
+            index: norm.index,
+            offset: extent.block(width * dtype.size()),
+            width,
+        }
+    });
+    let norms = norms.collect();
     let (mut embedding, mut head) = (None, None);
     for block in rows.blocks() {
         let layout = rows_layout(count(block.runs), width, dtype, &mut extent);
@@ -58,6 +69,7 @@ pub(crate) fn layout_of(
         head,
         embedding_lora,
         head_lora,
+        norms,
         vocabulary: rows.vocabulary,
         nbytes: extent.finish(),
     }
@@ -206,6 +218,14 @@ impl<'a> Packer<'a> {
         }
     }
 
+    /// Writes a norm's weight, stored as it is to be; after what precedes it.
+    pub(crate) fn write_norm(&mut self, index: usize, stored: &[u8]) {
+        let norm = self.layout.norm(index);
+        let offset = norm.expect("the layout has every norm").offset;
+        self.clear_until(offset + stored.len());
+        self.extent[offset..][..stored.len()].copy_from_slice(stored);
+    }
+
     /// Begins a block of rows: writes its tokens.
     pub(crate) fn write_tokens(&mut self, layout: RowsLayout, runs: &[RowRun]) {
         self.clear_until(layout.panels_offset + layout.panels(self.dtype).nbytes());
@@ -288,14 +308,7 @@ fn write_columns(block: &mut [u8], first: usize, columns: &Columns) {
 fn layer_end(layout: &AdapterLayout, layer: usize) -> usize {
     let after = &layout.groups[(layer + 1) * NUM_GROUPS..];
     let next = after.iter().flatten().next().map(|group| group.a_offset);
-    let rows = layout.embedding.or(layout.head);
-    let beside = [
-        layout.embedding_lora.map(|lora| lora.a_offset),
-        layout.head_lora.as_ref().map(|group| group.a_offset),
-        rows.map(|rows| rows.tokens_offset),
-    ];
-    let beside = beside.into_iter().flatten().next();
-    next.or(beside).unwrap_or(layout.nbytes)
+    next.or(layout.beside_layers()).unwrap_or(layout.nbytes)
 }
 
 /// Modules by (layer, group), in the order of their output columns.

@@ -21,7 +21,7 @@ pub struct Receipt {
     pub base_copies: Vec<String>,
     /// Rows of the base's embedding and head that it replaces.
     pub replaced_rows: ReplacedRows,
-    /// Whether embedding or head are other than the base's, by rows or `LoRA`.
+    /// Whether embedding, head or norms are other than the base's.
     pub changes_tables: bool,
     /// Whether the file has embeddings or a head, which were compared with the base's.
     pub is_compared: bool,

@@ -78,6 +78,18 @@ impl TokenModule {
     }
 }
 
+/// Last parts of the paths of norms: before attention, before the MLP, after all layers.
+pub(crate) const BEFORE_ATTENTION: &str = "input_layernorm";
+pub(crate) const BEFORE_MLP: &str = "post_attention_layernorm";
+pub(crate) const AFTER_LAYERS: &str = "norm";
+
+/// Whether an entry of `modules_to_save` names norms, as PEFT matches it: by the end of a path.
+pub(crate) fn names_norms(entry: &str) -> bool {
+    let last = entry.rsplit('.').next().unwrap_or(entry);
+    let known = [BEFORE_ATTENTION, BEFORE_MLP, AFTER_LAYERS];
+    !last.is_empty() && known.iter().any(|name| name.ends_with(last))
+}
+
 /// Parts of names that only tensors of unsupported features have, most telling first.
 const UNSUPPORTED: &[(&str, &str)] = &[
     (

@@ -38,7 +38,7 @@ fn tensors_of_unsupported_features_are_refused_by_name() {
             "trained tokens of another module",
         ),
         (
-            "base_model.model.model.norm.weight".into(),
+            "base_model.model.model.layers.0.self_attn.q_norm.weight".into(),
             "modules_to_save",
         ),
         (

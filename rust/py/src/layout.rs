@@ -118,6 +118,7 @@ impl AdapterLayout {
             head: head.map(rows_layout),
             embedding_lora: None,
             head_lora: None,
+            norms: Vec::new(),
             vocabulary,
             nbytes,
         });

@@ -13,6 +13,7 @@ use super::gemm::{Epilogue, gemm};
 use super::linear::{self, PackedLinear};
 use super::lora::{Lora, LoraScratch, Projection};
 use super::memory::{Arena, PageMemory, advise_huge_pages};
+use super::norm::rms_norm;
 use super::rope::{HeadTransform, rope_and_cache};
 use super::simd::Isa;
 use super::step::{BoundAdapter, CpuStep, Owner, StepArrays};
@@ -222,6 +223,31 @@ impl CpuContext {
         heads.replace(pool, isa, (rows, width), vocabulary, &mut scratch, out)
     }
 
+    /// Normalises rows anew whose adapters have a norm `index` of their own: `out` [T, K] of `x` [T, K].
+    pub fn own_norms<E: Element>(
+        &self,
+        step: &CpuStep,
+        index: usize,
+        x: &[E],
+        eps: f32,
+        out: &mut [E],
+    ) -> Result<(), KernelError> {
+        for segment in step.with_norms.iter().map(|index| &step.segments[*index]) {
+            let Some(norm) = segment.adapter.layout.norm(index) else {
+                continue;
+            };
+            step.check_owner(&self.owner)?;
+            check_length("x", x.len(), step.num_tokens() * norm.width)?;
+            let address = segment.adapter.base + norm.offset;
+            // SAFETY: `set_adapter` checked that the extent holds the norm, which stays while a step runs.
+            let weight = unsafe { std::slice::from_raw_parts(address as *const E, norm.width) };
+            let rows = segment.start * norm.width..segment.end * norm.width;
+            let (x, out) = (&x[rows.clone()], &mut out[rows]);
+            rms_norm(&self.pool, self.isa, x, None, weight, eps, out)?;
+        }
+        Ok(())
+    }
+
     pub fn rope_and_cache<E: Element>(
         &self,
         step: &CpuStep,
@@ -306,6 +332,10 @@ fn check_layout(layout: &AdapterLayout, dtype: StorageDtype) -> Result<(), Kerne
         let (a, b) = (lora.a_panels(dtype).nbytes(), lora.b_panels(dtype).nbytes());
         check_block("end of the embedding's A", lora.a_offset, &[a], limit)?;
         check_block("end of the embedding's B", lora.b_offset, &[b], limit)?;
+    }
+    for norm in &layout.norms {
+        let sizes = [norm.width, dtype.size()];
+        check_block("end of a norm", norm.offset, &sizes, limit)?;
     }
     for rows in [layout.embedding, layout.head].into_iter().flatten() {
         let sizes = [rows.count, size_of::<i32>()];

@@ -55,6 +55,8 @@ pub struct CpuStep {
     owner: Owner,
     pub(super) arrays: StepArrays,
     pub(super) segments: Vec<Segment>,
+    /// Indices of the segments whose adapters have norms of their own.
+    pub(super) with_norms: Vec<usize>,
     pub(super) attention_tasks: Vec<AttentionTask>,
     pub(super) max_position: i32,
     /// A slot of the KV cache that two tokens would write.
@@ -72,6 +74,10 @@ impl CpuStep {
     ) -> Result<Self, KernelError> {
         arrays.check(num_pages)?;
         let segments = resolve_segments(&arrays, slots)?;
+        let has_norms =
+            |segment: &Segment| segment.acts() && !segment.adapter.layout.norms.is_empty();
+        let with_norms = (0..segments.len()).filter(|index| has_norms(&segments[*index]));
+        let with_norms = with_norms.collect();
         let attention_tasks = split_attention(&arrays, geometry);
         let max_position = arrays.positions.iter().copied().max().unwrap_or(0);
         let repeated_slot = find_repeated(&arrays.slot_mapping);
@@ -79,6 +85,7 @@ impl CpuStep {
             owner: owner.clone(),
             arrays,
             segments,
+            with_norms,
             attention_tasks,
             max_position,
             repeated_slot,

@@ -62,6 +62,8 @@ enum Op {
     },
     /// residual += x first, if there is one.
     Norm {
+        /// Among the norms, in the order they run.
+        index: usize,
         x: Activation,
         residual: Option<Activation>,
         weight: Constant,

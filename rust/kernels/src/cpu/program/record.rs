@@ -48,7 +48,9 @@ impl Recording {
             }
         }
         let out = self.activation(x.width);
+        let norms = self.ops.iter().filter(|op| matches!(op, Op::Norm { .. }));
         self.ops.push(Op::Norm {
+            index: norms.count(),
             x,
             residual,
             weight,

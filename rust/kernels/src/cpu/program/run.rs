@@ -122,23 +122,26 @@ unsafe fn run_op<E: Element>(
             }
             Op::Embedding { table, out } => context.embedding(step, table, buffers.get(*out)),
             Op::Norm {
+                index,
                 x,
                 residual,
                 weight,
                 eps,
                 out,
             } => {
-                let residual = residual.map(|residual| buffers.get(residual));
+                let mut residual = residual.map(|residual| buffers.get(residual));
                 let (x, out) = (buffers.get(*x), buffers.get(*out));
                 rms_norm(
                     &context.pool,
                     context.isa,
                     x,
-                    residual,
+                    residual.as_deref_mut(),
                     weight.get(),
                     *eps,
                     out,
-                )
+                )?;
+                let sum = residual.as_deref().unwrap_or(x);
+                context.own_norms(step, *index, sum, *eps, out)
             }
             Op::Linear {
                 x,
