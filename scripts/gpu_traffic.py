@@ -13,8 +13,9 @@ import multiprocessing
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -109,26 +110,35 @@ class Traffic:
 
 def main() -> int:
     wanted = {int(rows) for rows in sys.argv[1:]}
+    mixes = [mix for mix in DECODE_MIXES if not wanted or mix[0] in wanted]
+    cases = [Case(each, *mix, is_decode=True) for mix in mixes for each in PROJECTIONS]
+    cases += [Case(each, *mix, is_decode=False) for mix in PREFILL_MIXES for each in PROJECTIONS]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        # A case is a process, whose profile holds nothing else.
+        multiprocessing.get_context("spawn").Pool(maxtasksperchild=1) as pool,
+    ):
+        profiles = [str(Path(folder) / f"{index}.json") for index in range(len(cases))]
+        return check(mixes, pool.imap(measure, zip(cases, profiles, strict=True)))
+
+
+def check(mixes: Sequence[tuple[int, int]], counted: Iterator[tuple[Case, Traffic]]) -> int:
+    """Prints the table, of decode's cases and then of prefill's, and what is beyond the limits."""
     failures = []
     print(f"| {' | '.join(COLUMNS)} |")
     print("|---:|---:|---|" + "---:|" * (len(COLUMNS) - 3))
-    for num_rows, num_adapters in DECODE_MIXES:
-        if wanted and num_rows not in wanted:
-            continue
+    for num_rows, num_adapters in mixes:
         layer_nbytes = 0
-        for projection in PROJECTIONS:
-            case = Case(projection, num_rows, num_adapters, is_decode=True)
-            traffic = measure_apart(case)
+        for case, traffic in islice(counted, len(PROJECTIONS)):
             layer_nbytes += traffic.sector_nbytes
             print(row_of(case, traffic), flush=True)
             failures += decode_failures(case, traffic)
         print(f"| {num_rows} | {num_adapters} | layer | | | | | {bounds(layer_nbytes)} |", flush=True)
-    for num_rows, num_adapters in PREFILL_MIXES:
-        for projection in PROJECTIONS:
-            traffic = measure_apart(Case(projection, num_rows, num_adapters, is_decode=False))
-            print(f"prefill {projection.name}, {num_rows} rows: {traffic.bank_conflicts} bank conflicts")
-            if traffic.bank_conflicts > 0:
-                failures.append(f"prefill {projection.name}: bank conflicts")
+    for case, traffic in counted:
+        name = f"prefill {case.projection.name}"
+        print(f"{name}, {case.num_rows} rows: {traffic.bank_conflicts} bank conflicts")
+        if traffic.bank_conflicts > 0:
+            failures.append(f"{name}: bank conflicts")
     print("\n".join(failures) or "all within limits")
     return 1 if failures else 0
 
@@ -159,16 +169,9 @@ def decode_failures(case: Case, traffic: Traffic) -> Iterator[str]:
         yield f"{name}: {case.num_blocks} blocks, at least {MIN_BLOCKS_PER_SM} per SM wanted"
 
 
-def measure_apart(case: Case) -> Traffic:
-    """Counts in a process of its own, whose profile holds nothing else."""
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool,
-    ):
-        return pool.apply(measure, (case, str(Path(folder) / "profile.json")))
-
-
-def measure(case: Case, profile: str) -> Traffic:
+def measure(case_and_profile: tuple[Case, str]) -> tuple[Case, Traffic]:
+    case, profile = case_and_profile
+    sys.modules["torch"] = None  # type: ignore[assignment]  # looked at for its folder, and seconds to import
     driver = load_driver(profile)
     run(case)
     driver.cuCtxSynchronize()
@@ -179,7 +182,7 @@ def measure(case: Case, profile: str) -> Traffic:
         key: sum(kernel[key] for kernel in kernels) for key in kernels[0] if isinstance(kernels[0][key], int)
     }
     spots = [spot for kernel in kernels for spot in kernel["hot_spots"]]
-    return Traffic(
+    return case, Traffic(
         sector_nbytes=SECTOR_NBYTES * (total["global_load_sectors"] + total["global_store_sectors"]),
         wasted_nbytes=sum(max(0, spot["sector_bytes"] - spot["requested_bytes"]) for spot in spots),
         bank_conflicts=total["shared_load_conflicts"] + total["shared_store_conflicts"],
