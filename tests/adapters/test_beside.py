@@ -411,6 +411,7 @@ def test_embeddings_that_a_gguf_file_gives_placeholders_are_free(adapter: Path, 
 def other_adapter(adapter: Path) -> Path:
     put("chat_template.jinja", OTHER_TEMPLATE)(adapter)
     edit("tokenizer_config.json", add_eos_token=True)(adapter)
+    edit("adapter_config.json", base_model_name_or_path=None)(adapter)
     return adapter
 
 

@@ -53,6 +53,22 @@ impl Candidates {
         self.len += usize::from(is_wanted);
     }
 
+    /// Adds a token and its weight, without a branch.
+    #[inline(always)]
+    pub fn push_weighed_if(&mut self, is_wanted: bool, logit: f32, weight: u32, id: u32) {
+        // SAFETY: as in `push_if`.
+        unsafe { *self.weights.get_unchecked_mut(self.len) = weight };
+        self.push_if(is_wanted, logit, id);
+    }
+
+    /// Ids and weights, in the order of the ids.
+    pub fn weighed(&self) -> impl Iterator<Item = (u32, u32)> {
+        self.ids[..self.len]
+            .iter()
+            .copied()
+            .zip(self.weights().iter().copied())
+    }
+
     pub fn weights_of_logits(&mut self) -> (&mut [u32], &[f32]) {
         (&mut self.weights[..self.len], &self.logits[..self.len])
     }
@@ -93,6 +109,9 @@ impl Candidates {
 
     /// Keeps tokens of at least this weight.
     pub fn keep_heavy(&mut self, lowest: f64) {
+        if lowest == 0.0 {
+            return;
+        }
         self.retain(|_, weight| f64::from(weight) >= lowest);
     }
 

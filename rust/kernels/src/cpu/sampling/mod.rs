@@ -1,15 +1,18 @@
 //! Rows of logits to tokens on the pool's threads, a row a task; bit for bit what `sampling::reference` says.
 //!
 //! A row is read once for its extent and once for its weights. Where few tokens can stay they are gathered
-//! first, by a bound on the exponent that is certain; what stays of them is decided exactly.
+//! first, by a bound on the exponent that is certain; what stays of them is decided exactly. A share of the
+//! whole row's mass, top-p, is cut from the weights as they stand.
 
 mod candidates;
 mod passes;
+mod row_weights;
 
 use std::cell::Cell;
 
 use self::candidates::Candidates;
 use self::passes::bound;
+use self::row_weights::{Kept, RowWeights};
 use super::simd::{Isa, Kernel, Simd};
 use super::threads::{Shareable, ThreadPool};
 use crate::KernelError;
@@ -47,9 +50,6 @@ pub fn sample(
     Ok(sampled)
 }
 
-/// An exponent below which there is less than top-p leaves out, mostly.
-const NEAR: f32 = -9.0;
-
 thread_local! {
     /// Kept between rows, so that the step path allocates nothing.
     static SCRATCH: Cell<Scratch> = Cell::default();
@@ -61,6 +61,7 @@ struct Scratch {
     maxima: Vec<i32>,
     sums: Vec<u64>,
     candidates: Candidates,
+    weights: RowWeights,
 }
 
 struct Row<'a> {
@@ -125,6 +126,7 @@ impl Row<'_> {
             maxima,
             sums,
             candidates,
+            weights,
         } = &mut *self.scratch;
         let (logits, max) = if params.changes_logits() {
             changed.clear();
@@ -140,28 +142,35 @@ impl Row<'_> {
             return passes::first_of_largest(logits);
         }
         if !params.truncates() {
-            let total = passes::weigh(logits, max, temperature, 0.0, sums).total;
+            let total = passes::weigh(logits, max, temperature, sums);
             let target = target(params.bits, total);
             return passes::find(logits, max, temperature, sums, target);
         }
-        let mut lowest = lowest_difference(params, None, logits.len());
-        let mut total = None;
-        if params.top_k > 0 {
-            lowest = lowest.max(passes::reached_by(params.top_k as usize, maxima) - max);
-        } else if params.top_p < 1.0 {
-            let near = NEAR * temperature;
-            let masses = passes::weigh(logits, max, temperature, near, sums);
-            lowest = lowest.max(lowest_difference(params, Some(masses.total), logits.len()));
-            if masses.near >= mass_limit(params.top_p, masses.total) {
-                lowest = lowest.max(near);
+        if params.top_k == 0 && params.top_p < 1.0 {
+            let total = weights.weigh(logits, max, temperature);
+            let limit = mass_limit(params.top_p, total);
+            let heavy = (params.min_p * f64::from(MAX_WEIGHT)).ceil() as u32;
+            match weights.keep_mass(logits, limit, total, candidates) {
+                Kept::Candidates => candidates.keep_heavy(f64::from(heavy)),
+                Kept::From(lowest) if params.typical_p >= 1.0 => {
+                    return weights.draw(lowest.max(heavy), params.bits);
+                }
+                Kept::From(lowest) => weights.gather(logits, lowest.max(heavy), candidates),
             }
-            total = Some(masses.total);
+        } else {
+            let mut lowest = lowest_difference(params);
+            if params.top_k > 0 {
+                lowest = lowest.max(passes::reached_by(params.top_k as usize, maxima) - max);
+            }
+            passes::gather(logits, max, lowest, candidates);
+            passes::weigh_candidates(candidates, max, temperature);
+            truncate(candidates, params);
         }
-        passes::gather(logits, max, lowest, candidates);
-        passes::weigh_candidates(candidates, max, temperature);
-        truncate(candidates, params, total, |x| {
-            scaled_exponent((x - max) / temperature)
-        });
+        if params.typical_p < 1.0 {
+            keep_typical(candidates, params.typical_p, |x| {
+                scaled_exponent((x - max) / temperature)
+            });
+        }
         candidates.find(target(params.bits, candidates.total()))
     }
 }
@@ -190,17 +199,12 @@ fn change(logits: &mut [f32], row: &RowParams, arrays: &SampleArrays) {
     }
 }
 
-/// How far below the largest logit a token can stay; those further below certainly go. `total`: of all
-/// weights, where it is needed.
-fn lowest_difference(row: &RowParams, total: Option<u64>, vocab_size: usize) -> f32 {
+/// How far below the largest logit a token can stay that is among the likeliest by top-k or heavy by min-p;
+/// those further below certainly go.
+fn lowest_difference(row: &RowParams) -> f32 {
     let mut lowest = bound::NO_WEIGHT;
     if row.top_p < 1.0 {
-        let count = vocab_size.min(row.top_k as usize);
-        lowest = lowest.max(match total {
-            Some(total) => bound::of_share(row.top_p, total, vocab_size),
-            None if count > 0 => bound::of_share(row.top_p, MAX_WEIGHT.into(), count),
-            None => bound::NO_WEIGHT,
-        });
+        lowest = lowest.max(bound::of_share(row.top_p, row.top_k as usize));
     }
     if row.min_p > 0.0 {
         lowest = lowest.max(bound::of_weight(row.min_p * f64::from(MAX_WEIGHT)));
@@ -209,33 +213,26 @@ fn lowest_difference(row: &RowParams, total: Option<u64>, vocab_size: usize) -> 
     (lowest * f64::from(row.temperature) - f64::from(f32::MIN_POSITIVE)) as f32
 }
 
-/// Leaves the tokens that may be drawn. `total`: of all weights, where it is needed; `scaled_exponent`: of
-/// a logit.
-fn truncate(
-    candidates: &mut Candidates,
-    row: &RowParams,
-    total: Option<u64>,
-    scaled_exponent: impl Fn(f32) -> i32,
-) {
+/// Leaves what top-k, of these top-p, and min-p leave.
+fn truncate(candidates: &mut Candidates, row: &RowParams) {
     if row.top_k > 0 {
         candidates.keep_top(row.top_k as usize);
     }
     if row.top_p < 1.0 {
-        let total = total.unwrap_or_else(|| candidates.total());
-        candidates.keep_mass(mass_limit(row.top_p, total));
+        candidates.keep_mass(mass_limit(row.top_p, candidates.total()));
     }
-    if row.min_p > 0.0 {
-        candidates.keep_heavy(row.min_p * f64::from(MAX_WEIGHT));
-    }
-    if row.typical_p < 1.0 {
-        candidates.keep_heavy(1.0);
-        let total = candidates.total();
-        let sum = candidates.sum_weighted(&scaled_exponent);
-        let mean = sum.div_euclid(total as i64) as i32;
-        candidates.keep_first(mass_limit(row.typical_p, total), |logit, weight| {
-            (scaled_exponent(logit).abs_diff(mean), weight)
-        });
-    }
+    candidates.keep_heavy(row.min_p * f64::from(MAX_WEIGHT));
+}
+
+/// Leaves the tokens of usual surprise; `scaled_exponent`: of a logit.
+fn keep_typical(candidates: &mut Candidates, share: f64, scaled_exponent: impl Fn(f32) -> i32) {
+    candidates.keep_heavy(1.0);
+    let total = candidates.total();
+    let sum = candidates.sum_weighted(&scaled_exponent);
+    let mean = sum.div_euclid(total as i64) as i32;
+    candidates.keep_first(mass_limit(share, total), |logit, weight| {
+        (scaled_exponent(logit).abs_diff(mean), weight)
+    });
 }
 
 #[cfg(test)]

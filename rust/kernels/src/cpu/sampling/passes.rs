@@ -11,7 +11,7 @@ const GROUP: usize = 64 * LANES;
 /// Columns looked at together for anything that beats the best so far.
 const GLANCE: usize = 512;
 /// Columns looked at together for anything that may stay.
-const STRIDE: usize = 16;
+pub const STRIDE: usize = 16;
 
 /// The least and the largest value of a row in an order of all bit patterns, NaNs outermost.
 #[derive(Clone, Copy)]
@@ -120,49 +120,37 @@ pub fn mask(row: &mut [f32], words: &[u32]) {
 
 /// A sum of less than 2¹⁶ weights, in halves that 32 bits hold: vectors of 64 bits would be half as wide.
 #[derive(Clone, Copy, Default)]
-struct Sum {
+pub struct Sum {
     low: u32,
     high: u32,
 }
 
 impl Sum {
     #[inline(always)]
-    fn add(self, weight: u32) -> Self {
+    pub fn add(self, weight: u32) -> Self {
         Self {
             low: self.low + (weight & 0xFFFF),
             high: self.high + (weight >> 16),
         }
     }
 
-    fn total(self) -> u64 {
+    pub fn total(self) -> u64 {
         u64::from(self.low) + (u64::from(self.high) << 16)
     }
 }
 
-/// Sums of weights: of all columns, and of those at most `-near` below the largest.
-pub struct Masses {
-    pub total: u64,
-    pub near: u64,
-}
-
-/// Puts the sums of the weights of each `BLOCK` columns into `sums`.
+/// Puts the sums of the weights of each `BLOCK` columns into `sums`; the sum of all.
 #[inline(always)]
-pub fn weigh(row: &[f32], max: f32, temperature: f32, near: f32, sums: &mut Vec<u64>) -> Masses {
+pub fn weigh(row: &[f32], max: f32, temperature: f32, sums: &mut Vec<u64>) -> u64 {
     sums.clear();
-    let mut masses = Masses { total: 0, near: 0 };
+    let mut total = 0;
     for block in row.chunks(BLOCK) {
-        let (mut all, mut those_near) = (Sum::default(), Sum::default());
-        for &x in block {
-            let difference = x - max;
-            let weight = weight(difference / temperature);
-            all = all.add(weight);
-            those_near = those_near.add(if difference >= near { weight } else { 0 });
-        }
-        sums.push(all.total());
-        masses.total += all.total();
-        masses.near += those_near.total();
+        let weigh = |sum: Sum, &x: &f32| sum.add(weight((x - max) / temperature));
+        let sum = block.iter().fold(Sum::default(), weigh).total();
+        sums.push(sum);
+        total += sum;
     }
-    masses
+    total
 }
 
 /// The column at which the running sum of weights passes `target`, which lies below the sum of `sums`.
@@ -239,9 +227,9 @@ pub mod bound {
     /// Below, weights are 0.
     pub const NO_WEIGHT: f64 = -22.0;
 
-    /// Of a share of at least `total`, which at most `count` tokens have together.
-    pub fn of_share(share: f64, total: u64, count: usize) -> f64 {
-        of_weight((1.0 - share) * total as f64 / count as f64)
+    /// Of a share of the weights of at most `count` tokens.
+    pub fn of_share(share: f64, count: usize) -> f64 {
+        of_weight((1.0 - share) * f64::from(MAX_WEIGHT) / count as f64)
     }
 
     /// Of all weights up to `weight`.
