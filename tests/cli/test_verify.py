@@ -19,15 +19,18 @@ from tests.e2e.tiny import make_tiny_model
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory, hf_smollm2_tokenizer: Any) -> Path:
-    """`model`, and adapters of it: `plain`, `invoked` (aLoRA) and `empty`, whose B is zero."""
+    """`model`, and adapters of it: `plain`, `invoked` (aLoRA), `added` (tokens), `empty` (B is zero)."""
     path = tmp_path_factory.mktemp("verify")
     make_tiny_model(path / "model", hf_smollm2_tokenizer)
     for name, changes in {
         "plain": {},
         "invoked": {"alora_invocation_tokens": hf_smollm2_tokenizer.encode(" is")},
+        "added": {"trainable_token_indices": [len(hf_smollm2_tokenizer), len(hf_smollm2_tokenizer) + 1]},
         "empty": {"init_lora_weights": True},
     }.items():
         base = AutoModelForCausalLM.from_pretrained(path / "model", dtype=torch.float32)
+        if name == "added":
+            base.resize_token_embeddings(len(hf_smollm2_tokenizer) + 2, mean_resizing=False)
         torch.manual_seed(1)
         settings: dict[str, Any] = {"init_lora_weights": False, "target_modules": "all-linear", **changes}
         peft = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings))
@@ -39,7 +42,7 @@ def verify(saved: Path, adapter: str, *more: str) -> int:
     return main(["adapters", "verify", str(saved / adapter), "--model", str(saved / "model"), *more])
 
 
-@pytest.mark.parametrize("adapter", ["invoked", "plain"])
+@pytest.mark.parametrize("adapter", ["added", "invoked", "plain"])
 def test_an_adapter_that_is_served_as_peft_computes_it_is_equal(
     saved: Path, adapter: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tests.adapters.container_writer import write_gguf, write_trtllm
 from tests.e2e.oracle import ALL, AdapterSpec, make_adapter
 from tests.e2e.tiny import NUM_TOKENS, PROMPT, peft_answers
+from tests.models.tiny import make_model, save_model
 
 HEADS = {"self_attn.q_proj": 4, "self_attn.k_proj": 2}
 OUT_FEATURES = {"q_proj": 64, "k_proj": 32, "v_proj": 32}
@@ -119,10 +120,17 @@ def test_alpha_zero_in_a_gguf_adapter_means_no_scale(
     assert answers(llm, ["x"]) == [expected]
 
 
-def test_other_architectures_keep_their_rows(peft: dict[str, str], tmp_path: Path, llm: LLM) -> None:
-    plain = llm.load_adapter("peft", peft["all"])
-    file = write_gguf(Path(peft["all"]), tmp_path / "x.gguf", HEADS, architecture="qwen2")
-    assert llm.load_adapter("x", file).hash == plain.hash
+def test_other_architectures_keep_their_rows_and_are_refused_beside_another_model(
+    tmp_path: Path, llm: LLM
+) -> None:
+    model = make_model("qwen2 tied")
+    base = save_model(model, tmp_path / "base")
+    plain = make_adapter(model, AdapterSpec("plain", 4, ["q_proj", "k_proj"]), tmp_path, 3)
+    file = write_gguf(plain, tmp_path / "x.gguf", HEADS, architecture="qwen2")
+    with LLM(str(base), dtype="float32", memory="16MiB", num_threads=1) as other:
+        assert other.load_adapter("x", file).hash == other.load_adapter("peft", plain).hash
+    with pytest.raises(AdapterFormatError, match="general.architecture 'qwen2', the model's is 'llama'"):
+        llm.load_adapter("x", file)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

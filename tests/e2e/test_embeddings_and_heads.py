@@ -145,6 +145,38 @@ def test_greedy_float32_of_a_mixed_batch_is_token_exact_with_peft(case: Case) ->
     assert len({tuple(answer) for answer in answers}) == len(case.adapters) + 1
 
 
+def test_tokens_beside_a_saved_head_are_exact_where_these_are_two_weights(case: Case, tmp_path: Path) -> None:
+    """As TRL trains the tokens of a template that it brings to the base."""
+    if case.is_tied:
+        pytest.skip("embedding and head are one")
+    fields = {"trainable_token_indices": {"embed_tokens": FEW}, "modules_to_save": ["lm_head"]}
+    path = make(case.base, TableSpec(fields), tmp_path / "adapter", 77)
+    case.llm.load_adapter("beside", path)
+    try:
+        output, plain = case.llm.generate([PROMPT] * 2, GREEDY, ["beside", "plain"])
+    finally:
+        case.llm.unload_adapter("beside")
+    model = PeftModel.from_pretrained(copy.deepcopy(case.base), str(path)).eval()
+    with torch.inference_mode():
+        assert output.token_ids == greedy_tokens(model, PROMPT, output.token_ids)
+    assert plain.token_ids == case.peft_greedy(plain.token_ids, "plain")
+    assert output.token_ids != plain.token_ids
+
+
+def test_an_invocation_is_served_beside_copies_of_the_base_and_refused_beside_others(
+    case: Case, tmp_path: Path
+) -> None:
+    fields = {"target_modules": [*ALL, "lm_head"], "alora_invocation_tokens": [7, 7]}
+    for rows in ([], FEW):
+        path = make(case.base, TableSpec(fields, rows, saves_base=True), tmp_path / str(len(rows)), 78)
+        if rows:
+            with pytest.raises(AdapterFormatError, match="alora_invocation_tokens"):
+                case.llm.load_adapter("invoked", path)
+        else:
+            case.llm.load_adapter("invoked", path)
+            case.llm.unload_adapter("invoked")
+
+
 def test_a_request_gives_the_same_bits_alone_and_in_a_batch(case: Case) -> None:
     params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, logprobs=3)
     names = [None, *case.adapters, *case.adapters]

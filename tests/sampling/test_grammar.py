@@ -250,3 +250,24 @@ def test_a_grammar_may_ask_for_tokens_beyond_the_models(tokenizer: Tokenizer) ->
     assert not after[base]
     with pytest.raises(InvalidRequestError, match="can't be used"):
         compiler.compile(Grammar("lark", 'start: <tool> "a"'))
+
+
+def test_a_text_that_spells_added_tokens_is_written_in_text_and_not_ended_by_one(smollm2_path: str) -> None:
+    with open_checkpoint(smollm2_path) as checkpoint:
+        base = checkpoint.load_tokenizer()
+    tokenizer = base.extended([AddedToken("<tool>", special=False, normalized=False)], b"added")
+    num_tokens = tokenizer.vocab_size
+    compiler = GrammarCompiler(tokenizer, num_tokens)
+    for text in ("a<|im_end|>b", "<|im_start|>", "<tool>(x)</tool>", '{"end":"<|im_end|>"}'):
+        matcher = compiler.compile(Grammar("choice", [text]))
+        written: list[int] = []
+        while not matcher.is_ended:
+            allowed = matcher.allowed(num_tokens)
+            assert allowed is not None, (text, written, matcher.error)
+            token_id = int(np.nonzero(np.unpackbits(allowed.view(np.uint8), bitorder="little"))[0][-1])
+            if token_id in tokenizer.eos_token_ids:
+                break
+            written.append(token_id)
+            matcher.consume(token_id)
+        assert tokenizer.decode(written) == text
+        assert not {*written} & tokenizer.added_tokens().keys()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loraserve.adapters.contained import Contained, Module
 from loraserve.errors import AdapterFormatError
+from loraserve.loader.gguf_config import ARCHITECTURES
 from loraserve.loader.gguf_file import hf_name, unpermute
 from loraserve.loader.gguf_tensors import GgufTensors
 
@@ -42,6 +43,7 @@ def read(path: Path, config: ModelConfig, max_nbytes: int) -> Contained:
     file = GgufTensors(path)
     try:
         alpha = _check(path, file.metadata)
+        _check_architecture(path, file.metadata.get("general.architecture"), config)
         total = sum(4 * math.prod(tensor.shape) for tensor in file.tensors.values())
         if total > max_nbytes:
             raise AdapterFormatError(f"{path} has {total} bytes of weights in float32, limit is {max_nbytes}")
@@ -81,6 +83,17 @@ def _check(path: Path, metadata: dict[str, Any]) -> float:
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
         raise AdapterFormatError(f"{path} has adapter.lora.alpha {alpha!r:.60}, expected a number")
     return float(alpha)
+
+
+def _check_architecture(path: Path, written: Any, config: ModelConfig) -> None:
+    """It says which order the rows have. Raises AdapterFormatError."""
+    name = "LlamaForCausalLM" if config.architecture == "MistralForCausalLM" else config.architecture
+    expected = next((gguf for gguf, ours in ARCHITECTURES.items() if ours == name), None)
+    if written != expected:
+        raise AdapterFormatError(
+            f"{path} has general.architecture {written!r:.60}, the model's is {expected!r}: "
+            "convert the adapter with the model it was trained on"
+        )
 
 
 def _module(path: Path, base: str) -> str:

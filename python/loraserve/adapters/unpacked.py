@@ -64,8 +64,8 @@ class UnpackedAdapter:
     ) -> None:
         if receipt.changes_tables:
             raise AdapterFormatError(
-                f"{path} changes embedding, head or norms (modules_to_save, trainable_token_indices), "
-                "which can't be merged yet: serve it without --merge, or merge it with PEFT"
+                f"{path} changes embedding, head or norms (by its rows, tokens or LoRA on them), "
+                "which can't be merged yet: serve it as it is, or merge it with PEFT"
             )
         base_shape = _core.BaseShape(*shape, biased)
         rank = max(receipt.rank, 1)

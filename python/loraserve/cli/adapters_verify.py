@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = [tokenizer.encode(text) for text in own] if own else _default_prompts(tokenizer)
     config = dataclasses.replace(config, model=str(model))
     answers = verification.serve(config, prompts, args.max_tokens)
-    reference = verification.PeftReference(model, directory)
+    reference = verification.PeftReference(model, directory, checked.receipt.added_tokens)
     compared = []
     for answer in answers:
         positions = reference.compare(answer)

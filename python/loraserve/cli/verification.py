@@ -83,12 +83,13 @@ class PeftReference:
     Args:
         model: a Hugging Face directory or a .gguf file.
         adapter: a PEFT directory.
+        added_tokens: beyond the model's, which it has embeddings for.
 
     Raises:
         ModelError: transformers or PEFT is not installed, or can't load one of the two.
     """
 
-    def __init__(self, model: Path, adapter: str) -> None:
+    def __init__(self, model: Path, adapter: str, added_tokens: Sequence[int] = ()) -> None:
         try:
             from peft import PeftModel  # noqa: PLC0415 (an extra)
             from transformers import AutoModelForCausalLM  # noqa: PLC0415 (an extra)
@@ -102,6 +103,8 @@ class PeftReference:
             with _quiet(), warnings.catch_warnings(record=True) as warned:
                 warnings.simplefilter("always")
                 base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **where)
+                if added_tokens:
+                    base.resize_token_embeddings(max(added_tokens) + 1, mean_resizing=False)
                 self._model: Any = PeftModel.from_pretrained(base, adapter).eval()
         except Exception as error:  # whatever the two libraries raise
             raise ModelError(f"transformers and PEFT can't load this: {error!s:.500}") from error

@@ -105,7 +105,7 @@ class GrammarCompiler:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._lock = threading.Lock()
-        self._vocabularies: OrderedDict[TokensIdentity, llguidance.LLTokenizer] = OrderedDict()
+        self._vocabularies: OrderedDict[tuple[TokensIdentity, bool], llguidance.LLTokenizer] = OrderedDict()
         self._compiled: OrderedDict[tuple[TokensIdentity, CacheScope, Grammar], GrammarMatcher] = (
             OrderedDict()
         )
@@ -126,7 +126,7 @@ class GrammarCompiler:
         tokenizer = tokenizer or self._tokenizer
         # A compilation can be timed, so it must not tell what others asked for.
         key = tokenizer.identity, scope, grammar
-        vocabulary = self.vocabulary(tokenizer)
+        vocabulary = self.vocabulary(tokenizer, names_tokens=grammar.kind == "lark")
         with self._lock:
             known = self._compiled.get(key)
             if known is not None:
@@ -139,27 +139,36 @@ class GrammarCompiler:
                 self._compiled.popitem(last=False)
             return matcher.copy()
 
-    def vocabulary(self, tokenizer: Tokenizer | None = None) -> llguidance.LLTokenizer:
-        """Made at the first call: it takes a fifth of a second, and the GIL all the while."""
+    def vocabulary(
+        self, tokenizer: Tokenizer | None = None, *, names_tokens: bool = False
+    ) -> llguidance.LLTokenizer:
+        """Made at the first call: it takes a fifth of a second, and the GIL all the while.
+
+        Args:
+            tokenizer: an adapter's, the model's unless given.
+            names_tokens: whether grammars may mean added tokens. Else their texts are texts as any other, of
+                which an end of sequence is no part.
+        """
         import llguidance  # noqa: PLC0415 (engines run without it until a grammar is asked for)
 
         tokenizer = tokenizer or self._tokenizer
+        key = tokenizer.identity, names_tokens
         with self._lock:
-            found = self._vocabularies.get(tokenizer.identity)
+            found = self._vocabularies.get(key)
             if found is None:
-                found = self._vocabularies[tokenizer.identity] = llguidance.LLTokenizer(
-                    tokenizer.to_json(),
+                found = self._vocabularies[key] = llguidance.LLTokenizer(
+                    tokenizer.to_json() if names_tokens else tokenizer.to_text_json(),
                     n_vocab=self._num_tokens(tokenizer),
                     eos_token=list(tokenizer.eos_token_ids) or None,
                 )
                 self._forget_vocabularies()
-            self._vocabularies.move_to_end(tokenizer.identity)
+            self._vocabularies.move_to_end(key)
             return found
 
     def _forget_vocabularies(self) -> None:
-        others = [identity for identity in self._vocabularies if identity != self._tokenizer.identity]
-        for identity in others[:-MAX_VOCABULARIES]:
-            del self._vocabularies[identity]
+        others = [key for key in self._vocabularies if key[0] != self._tokenizer.identity]
+        for key in others[:-MAX_VOCABULARIES]:
+            del self._vocabularies[key]
 
     def _num_tokens(self, tokenizer: Tokenizer) -> int:
         """An adapter may add tokens beyond the model's."""

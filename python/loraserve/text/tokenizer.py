@@ -335,6 +335,25 @@ class Tokenizer:
         """The tokenizer as the text of a tokenizer.json."""
         return self._backend.to_str()
 
+    def to_text_json(self) -> str:
+        """As `to_json`, with added tokens under names that no text holds: a text is made of the others."""
+        whole = json.loads(self.to_json())
+        model, added = whole["model"], whole["added_tokens"]
+        pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges", ()))
+        merged = {"".join(pair) for pair in pairs}  # these are of text too
+        whole["added_tokens"] = [token for token in added if token["content"] not in merged]
+        names = {token["content"]: f"\x02{token['id']}\x03" for token in whole["added_tokens"]}
+        for token in whole["added_tokens"]:
+            token |= {"content": names[token["content"]], "special": True, "normalized": False}
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {names.get(text, text): token_id for text, token_id in model["vocab"].items()}
+        else:
+            model["vocab"] = [[names.get(text, text), score] for text, score in model["vocab"]]
+        if model.get("unk_token") is not None:
+            model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+        whole["post_processor"] = None
+        return json.dumps(whole)
+
     @cached_property
     def max_token_len(self) -> int:
         """Characters of text the longest token stands for, at most."""

@@ -126,6 +126,7 @@ impl ReplacedRows {
             head: of_head,
         };
         found.check_added(tables)?;
+        tables.check_invocation(&found)?;
         Ok(found)
     }
 

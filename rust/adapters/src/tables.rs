@@ -14,6 +14,7 @@ use safetensors::Dtype;
 
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::replaced_rows::ReplacedRows;
 use crate::tensor_name::TokenModule;
 use crate::weights::Source;
 
@@ -104,6 +105,7 @@ pub(crate) struct Tables {
     ensures_tying: bool,
     /// Whether `trainable_token_indices` names tokens of the head.
     has_tokens_of_head: bool,
+    has_invocation: bool,
 }
 
 impl Tables {
@@ -114,6 +116,7 @@ impl Tables {
             found: [Found::default(); 2],
             ensures_tying: config.ensures_tying,
             has_tokens_of_head: config.token_indices[1].is_some(),
+            has_invocation: !config.invocation_tokens.is_empty(),
         };
         for module in TokenModule::BOTH {
             let mut take = |end: &str| tensors.remove(&format!("{}{end}", module.path()));
@@ -142,7 +145,7 @@ impl Tables {
             found.tokens = taken.add_tokens(module, tokens, config)?;
             taken.found[module as usize] = found;
         }
-        taken.check(config)?;
+        taken.check()?;
         Ok(taken)
     }
 
@@ -182,15 +185,15 @@ impl Tables {
         }
     }
 
-    fn check(&self, config: &Config) -> Result<()> {
-        let has_saved = self.found.iter().any(|found| found.is_saved);
-        let has_tokens = self.found.iter().any(|found| found.tokens.is_some());
-        if has_saved && has_tokens {
-            let reason = "can't be used with embed_tokens or lm_head in modules_to_save: train one or the other";
-            return Err(Error::field("trainable_token_indices", reason));
-        }
+    fn check(&self) -> Result<()> {
+        let has_both = |found: &Found| found.is_saved && found.tokens.is_some();
+        refuse_both(self.found.iter().any(has_both))
+    }
+
+    /// Refuses what acts before an invocation too; `rows` are those that the adapter replaces.
+    pub(crate) fn check_invocation(&self, rows: &ReplacedRows) -> Result<()> {
         match self.all.first() {
-            Some(table) if !config.invocation_tokens.is_empty() => Err(Error::field(
+            Some(table) if self.has_invocation && !rows.is_empty() => Err(Error::field(
                 "alora_invocation_tokens",
                 format!(
                     "can't be used with embeddings or a head of the adapter's own ({}), which act before an \
@@ -204,6 +207,9 @@ impl Tables {
 
     /// Refuses two tensors of one weight that can't both be it; of two that can, PEFT takes the head's.
     pub(crate) fn check_tied(&self) -> Result<()> {
+        let has_saved = self.found.iter().any(|found| found.is_saved);
+        let has_tokens = self.found.iter().any(|found| found.tokens.is_some());
+        refuse_both(has_saved && has_tokens)?;
         let of_base = self
             .found
             .iter()
@@ -253,4 +259,14 @@ impl Tables {
         };
         saved.or(base).into_iter().chain(tokens).collect()
     }
+}
+
+/// Of one weight; embedding and head of a tied base are one.
+fn refuse_both(has_both: bool) -> Result<()> {
+    let reason =
+        "can't be used with embed_tokens or lm_head in modules_to_save: train one or the other";
+    if has_both {
+        return Err(Error::field("trainable_token_indices", reason));
+    }
+    Ok(())
 }

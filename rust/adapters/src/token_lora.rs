@@ -116,6 +116,17 @@ impl TokenLora {
             TokenModule::Embedding => (["tokens", "hidden size"], [tokens, hidden]),
             TokenModule::Head => (["hidden size", "tokens"], [hidden, tokens]),
         };
+        let num_tokens = match module {
+            TokenModule::Embedding => a_side,
+            TokenModule::Head => b_side,
+        };
+        if num_tokens != tokens {
+            return Err(Error::UnsupportedTensor {
+                tensor: factors.a.name,
+                feature: "LoRA on an embedding or a head with other tokens than the base's: train the tokens with \
+                          trainable_token_indices or modules_to_save",
+            });
+        }
         for (side, adapter, base) in [
             (sides[0], a_side, in_features),
             (sides[1], b_side, out_features),

@@ -17,7 +17,8 @@ from loraserve.server.http.tgi.openapi import TgiError
 from loraserve.server.http.tgi.routes import router as tgi
 
 ADMIN_ERRORS: Responses = {
-    status: {"model": OpenAIError | TgiError} for status in (400, 401, 403, 404, 409, 413, 415, 422, 429, 503)
+    status: {"model": OpenAIError | TgiError}
+    for status in (400, 401, 403, 404, 409, 413, 415, 422, 429, 431, 503)
 }
 CORS_METHODS = ("GET", "POST", "PUT", "DELETE")
 DESCRIPTION = """\

@@ -87,8 +87,8 @@ fn tokens_and_their_rows_must_agree() {
             "it has a row of token 44096, the base has 40000 tokens",
         ),
         (
-            json!({field: [1], "modules_to_save": ["lm_head"]}),
-            Some(rows(1)),
+            json!({field: {"lm_head": [1]}, "modules_to_save": ["lm_head"]}),
+            None,
             "can't be used with embed_tokens or lm_head in modules_to_save",
         ),
         (
@@ -104,12 +104,28 @@ fn tokens_and_their_rows_must_agree() {
         if config.get("modules_to_save").is_some() {
             peft.set(HEAD, Tensor::f32(&SHAPE, value));
         }
+        if config[field].get("lm_head").is_some() {
+            peft.set(HEAD_TOKENS, rows(1));
+        }
         if let Some(tensor) = tensor {
             peft.set(EMBED_TOKENS, tensor);
         }
         peft.write();
         assert_error(check(peft.path(), &UNTIED), fragment);
     }
+}
+
+#[test]
+fn tokens_beside_a_saved_head_are_refused_where_both_are_one_weight() {
+    let mut peft = Peft::new();
+    peft.config["trainable_token_indices"] = json!([1]);
+    peft.config["modules_to_save"] = json!(["lm_head"]);
+    peft.set(HEAD, Tensor::f32(&SHAPE, value));
+    peft.set(EMBED_TOKENS, Tensor::f32(&[1, HIDDEN], |_| 1.0));
+    peft.write();
+    check(peft.path(), &UNTIED).unwrap();
+    let fragment = "can't be used with embed_tokens or lm_head in modules_to_save";
+    assert_error(check(peft.path(), &TIED), fragment);
 }
 
 #[test]
