@@ -126,7 +126,7 @@ impl ReplacedRows {
             head: of_head,
         };
         found.check_added(tables)?;
-        tables.check_invocation(&found)?;
+        tables.check_invocation(!found.is_empty())?;
         Ok(found)
     }
 

@@ -14,7 +14,6 @@ use safetensors::Dtype;
 
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::replaced_rows::ReplacedRows;
 use crate::tensor_name::TokenModule;
 use crate::weights::Source;
 
@@ -190,10 +189,10 @@ impl Tables {
         refuse_both(self.found.iter().any(has_both))
     }
 
-    /// Refuses what acts before an invocation too; `rows` are those that the adapter replaces.
-    pub(crate) fn check_invocation(&self, rows: &ReplacedRows) -> Result<()> {
+    /// Refuses what acts before an invocation too, where the adapter replaces rows.
+    pub(crate) fn check_invocation(&self, replaces_rows: bool) -> Result<()> {
         match self.all.first() {
-            Some(table) if self.has_invocation && !rows.is_empty() => Err(Error::field(
+            Some(table) if self.has_invocation && replaces_rows => Err(Error::field(
                 "alora_invocation_tokens",
                 format!(
                     "can't be used with embeddings or a head of the adapter's own ({}), which act before an \
