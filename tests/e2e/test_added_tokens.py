@@ -15,7 +15,8 @@ from loraserve.errors import AdapterFormatError, InvalidRequestError
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from tests.e2e.oracle import ALL, AdapterSpec, greedy_tokens, make_adapter
+from tests.e2e.case import Case
+from tests.e2e.oracle import ALL, AdapterSpec, make_adapter
 from tests.models.tiny import make_model, save_model
 
 pytestmark = [
@@ -86,23 +87,12 @@ def write_tokenizer(model: Path, adapter: Path) -> None:
     (adapter / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
 
 
-@dataclass(frozen=True)
-class Case:
-    """A tiny model, its adapters, and all of them served."""
+class AddedCase(Case):
+    """PEFT takes an adapter with further tokens into a base that was resized."""
 
-    base: torch.nn.Module
-    path: Path
-    adapters: dict[str, str]
-    llm: LLM
-
-    def peft_greedy(self, answer: list[int], adapter: str | None, prompt: list[int]) -> list[int]:
-        model = copy.deepcopy(self.base)
-        if adapter is not None:
-            if adapter in SPECS:
-                model = resized(model, SPECS[adapter].num_tokens)
-            model = PeftModel.from_pretrained(model, self.adapters[adapter]).eval()
-        with torch.inference_mode():
-            return greedy_tokens(model, prompt, answer)
+    def base_for(self, adapter: str | None) -> torch.nn.Module:
+        model = super().base_for(adapter)
+        return resized(model, SPECS[adapter].num_tokens) if adapter in SPECS else model
 
     def one(self, prompt: Any, adapter: str | None, **params: Any) -> Any:
         settings: dict[str, Any] = {"max_tokens": NUM_TOKENS, "temperature": 0.0} | params
@@ -111,7 +101,7 @@ class Case:
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2 tied"])
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AddedCase]:
     base = make_model(request.param)
     path = save_model(base, tmp_path_factory.mktemp("model"))
     directory = tmp_path_factory.mktemp("adapters")
@@ -122,22 +112,22 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         if spec.num_tokens == RESIZED:
             write_tokenizer(path, directory / name)
     with LLM(str(path), adapters=adapters, dtype="float32", memory="16MiB") as llm:
-        yield Case(base, path, adapters, llm)
+        yield AddedCase(base, path, adapters, llm)
 
 
-def test_greedy_float32_of_a_mixed_batch_is_token_exact_with_peft(case: Case) -> None:
+def test_greedy_float32_of_a_mixed_batch_is_token_exact_with_peft(case: AddedCase) -> None:
     wide = [name for name, spec in SPECS.items() if spec.num_tokens == RESIZED]
     names = [None, *case.adapters, None, *wide]
     prompts = [PROMPT] * (len(names) - len(wide)) + [WITH_ADDED] * len(wide)
     outputs = case.llm.generate(prompts, GREEDY, names)
     answers = [output.token_ids for output in outputs]
     for name, answer, prompt in zip(names, answers, prompts, strict=True):
-        assert answer == case.peft_greedy(answer, name, prompt), name
+        assert answer == case.peft_greedy(prompt, answer, name), name
     own = [answer for name, answer in zip(names, answers, strict=True) if name in wide]
     assert any(token >= VOCABULARY for answer in own for token in answer)
 
 
-def test_others_give_the_same_bits_beside_a_wider_row(case: Case) -> None:
+def test_others_give_the_same_bits_beside_a_wider_row(case: AddedCase) -> None:
     params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, logprobs=4)
     drawn = SamplingParams(max_tokens=8, temperature=1.5, top_p=0.9, seed=3, ignore_eos=True, logprobs=2)
     for name in (None, "plain", "cut"):
@@ -147,7 +137,7 @@ def test_others_give_the_same_bits_beside_a_wider_row(case: Case) -> None:
             assert (alone.token_ids, alone.logprobs) == (mixed.token_ids, mixed.logprobs), name
 
 
-def test_logprobs_are_over_the_adapters_own_tokens(case: Case) -> None:
+def test_logprobs_are_over_the_adapters_own_tokens(case: AddedCase) -> None:
     model = PeftModel.from_pretrained(resized(case.base, RESIZED), case.adapters["saved"]).eval()
     with torch.inference_mode():
         expected = torch.log_softmax(model(torch.tensor([WITH_ADDED])).logits[0, -1].float(), -1)
@@ -157,7 +147,7 @@ def test_logprobs_are_over_the_adapters_own_tokens(case: Case) -> None:
         assert value == pytest.approx(float(expected[token_id]), abs=1e-4)
 
 
-def test_tokens_are_known_with_their_adapter_alone(case: Case) -> None:
+def test_tokens_are_known_with_their_adapter_alone(case: AddedCase) -> None:
     for name in (None, "plain", "cut"):
         with pytest.raises(InvalidRequestError, match="token id 199 is out of range, the vocabulary has 199"):
             case.one(WITH_ADDED, name)
@@ -169,7 +159,7 @@ def test_tokens_are_known_with_their_adapter_alone(case: Case) -> None:
     assert len(case.one(WITH_ADDED, {"saved": 1.0, "plain": 0.0}).token_ids) > 0
 
 
-def test_text_has_the_added_tokens_and_ends_with_their_end(case: Case) -> None:
+def test_text_has_the_added_tokens_and_ends_with_their_end(case: AddedCase) -> None:
     for name in ("saved", "resized", "tokens"):
         as_text = case.one("w11 <a> w105 <b> w92 <c> w7 w7 <end>", name, ignore_eos=True)
         as_tokens = case.one(WITH_ADDED, name, ignore_eos=True)
@@ -184,12 +174,14 @@ def test_text_has_the_added_tokens_and_ends_with_their_end(case: Case) -> None:
         assert (stopped.token_ids, stopped.finish_reason) == ([201], "stop")
 
 
-def test_penalties_know_the_added_tokens(case: Case) -> None:
+def test_penalties_know_the_added_tokens(case: AddedCase) -> None:
     output = case.one(WITH_ADDED, "saved", repetition_penalty=1.3, presence_penalty=0.5, ignore_eos=True)
     assert len(output.token_ids) == NUM_TOKENS
 
 
-def test_more_tokens_than_fit_and_heads_without_embeddings_are_refused(case: Case, tmp_path: Path) -> None:
+def test_more_tokens_than_fit_and_heads_without_embeddings_are_refused(
+    case: AddedCase, tmp_path: Path
+) -> None:
     source = Path(case.adapters["saved"])
     tensors = load_file(source / "adapter_model.safetensors")
     embedding = "base_model.model.model.embed_tokens.weight"

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from loraserve.config import EngineConfig
 from loraserve.errors import InvalidRequestError
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from tests.e2e.case import Case
 from tests.e2e.oracle import ALL, AdapterSpec, greedy_tokens
 from tests.e2e.prompts import PROMPTS
 from tests.e2e.test_bfloat16 import max_error, our_last_logits
@@ -67,24 +67,6 @@ def make(base: torch.nn.Module, spec: AdapterSpec, directory: Path, seed: int) -
     return path
 
 
-@dataclass(frozen=True)
-class Case:
-    """A tiny model, its adapters, and all of them served."""
-
-    base: torch.nn.Module
-    path: Path
-    adapters: dict[str, str]
-    llm: LLM
-
-    def peft_greedy(self, answer: list[int], adapter: str | None, prompt: list[int] = PROMPT) -> list[int]:
-        """PEFT loads trained biases into the base it is given: each adapter has a copy."""
-        model = copy.deepcopy(self.base)
-        if adapter is not None:
-            model = PeftModel.from_pretrained(model, self.adapters[adapter]).eval()
-        with torch.inference_mode():
-            return greedy_tokens(model, prompt, answer)
-
-
 @pytest.fixture(scope="module", params=["llama with biases", "qwen2"])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     base = make_model(request.param)
@@ -101,7 +83,9 @@ def test_greedy_float32_of_a_mixed_batch_is_token_exact_with_peft(case: Case) ->
     names = [None, *case.adapters, None]
     outputs = case.llm.generate([PROMPT] * len(names), GREEDY, names)
     answers = [output.token_ids for output in outputs]
-    assert answers == [case.peft_greedy(answer, name) for name, answer in zip(names, answers, strict=True)]
+    assert answers == [
+        case.peft_greedy(PROMPT, answer, name) for name, answer in zip(names, answers, strict=True)
+    ]
     assert len({tuple(answer) for answer in answers}) == len(case.adapters) + 1
 
 

@@ -14,6 +14,7 @@ from loraserve.config import EngineConfig
 from loraserve.errors import AdapterFormatError, InvalidRequestError
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from tests.e2e.case import Case
 from tests.e2e.oracle import ALL, AdapterSpec, greedy_tokens, make_adapter
 from tests.e2e.prompts import PROMPTS
 from tests.e2e.test_bfloat16 import max_error, our_last_logits
@@ -99,22 +100,8 @@ def make(base: torch.nn.Module, spec: TableSpec, path: Path, seed: int) -> Path:
     return path
 
 
-@dataclass(frozen=True)
-class Case:
-    """A tiny model, its adapters, and all of them served."""
-
-    base: torch.nn.Module
-    path: Path
-    adapters: dict[str, str]
-    llm: LLM
-
-    def peft_greedy(self, answer: list[int], adapter: str | None, prompt: list[int] = PROMPT) -> list[int]:
-        """PEFT loads embeddings over the base's: each adapter has a copy."""
-        model = copy.deepcopy(self.base)
-        if adapter is not None:
-            model = PeftModel.from_pretrained(model, self.adapters[adapter]).eval()
-        with torch.inference_mode():
-            return greedy_tokens(model, prompt, answer)
+class TablesCase(Case):
+    """Looked at by receipts too."""
 
     def receipt(self, name: str) -> Any:
         return next(adapter.receipt for adapter in self.llm.adapters() if adapter.name == name)
@@ -125,7 +112,7 @@ class Case:
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2 tied"])
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TablesCase]:
     base = make_model(request.param)
     path = save_model(base, tmp_path_factory.mktemp("model"))
     directory = tmp_path_factory.mktemp("adapters")
@@ -134,18 +121,22 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     for seed, (name, spec) in enumerate(SPECS.items()):
         adapters[name] = str(make(base, spec, directory / name, seed))
     with LLM(str(path), adapters=adapters, dtype="float32", memory="16MiB") as llm:
-        yield Case(base, path, adapters, llm)
+        yield TablesCase(base, path, adapters, llm)
 
 
-def test_greedy_float32_of_a_mixed_batch_is_token_exact_with_peft(case: Case) -> None:
+def test_greedy_float32_of_a_mixed_batch_is_token_exact_with_peft(case: TablesCase) -> None:
     names = [None, *case.adapters, None]
     outputs = case.llm.generate([PROMPT] * len(names), GREEDY, names)
     answers = [output.token_ids for output in outputs]
-    assert answers == [case.peft_greedy(answer, name) for name, answer in zip(names, answers, strict=True)]
+    assert answers == [
+        case.peft_greedy(PROMPT, answer, name) for name, answer in zip(names, answers, strict=True)
+    ]
     assert len({tuple(answer) for answer in answers}) == len(case.adapters) + 1
 
 
-def test_tokens_beside_a_saved_head_are_exact_where_these_are_two_weights(case: Case, tmp_path: Path) -> None:
+def test_tokens_beside_a_saved_head_are_exact_where_these_are_two_weights(
+    case: TablesCase, tmp_path: Path
+) -> None:
     """As TRL trains the tokens of a template that it brings to the base."""
     if case.is_tied:
         pytest.skip("embedding and head are one")
@@ -159,12 +150,12 @@ def test_tokens_beside_a_saved_head_are_exact_where_these_are_two_weights(case: 
     model = PeftModel.from_pretrained(copy.deepcopy(case.base), str(path)).eval()
     with torch.inference_mode():
         assert output.token_ids == greedy_tokens(model, PROMPT, output.token_ids)
-    assert plain.token_ids == case.peft_greedy(plain.token_ids, "plain")
+    assert plain.token_ids == case.peft_greedy(PROMPT, plain.token_ids, "plain")
     assert output.token_ids != plain.token_ids
 
 
 def test_an_invocation_is_served_beside_copies_of_the_base_and_refused_beside_others(
-    case: Case, tmp_path: Path
+    case: TablesCase, tmp_path: Path
 ) -> None:
     fields = {"target_modules": [*ALL, "lm_head"], "alora_invocation_tokens": [7, 7]}
     for rows in ([], FEW):
@@ -177,7 +168,7 @@ def test_an_invocation_is_served_beside_copies_of_the_base_and_refused_beside_ot
             case.llm.unload_adapter("invoked")
 
 
-def test_a_request_gives_the_same_bits_alone_and_in_a_batch(case: Case) -> None:
+def test_a_request_gives_the_same_bits_alone_and_in_a_batch(case: TablesCase) -> None:
     params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, logprobs=3)
     names = [None, *case.adapters, *case.adapters]
     prompts = [PROMPT + [13] * index for index in range(len(names))]
@@ -190,7 +181,7 @@ def test_a_request_gives_the_same_bits_alone_and_in_a_batch(case: Case) -> None:
         assert (both.token_ids, both.logprobs) == (alone.token_ids, alone.logprobs), name
 
 
-def test_only_rows_that_differ_take_memory(case: Case) -> None:
+def test_only_rows_that_differ_take_memory(case: TablesCase) -> None:
     notes = {
         name: [note for note in case.receipt(name).notes if "DoRA" not in note] for name in case.adapters
     }
@@ -219,7 +210,7 @@ def test_only_rows_that_differ_take_memory(case: Case) -> None:
     assert case.receipt("few").base_copies == []
 
 
-def test_lora_on_embedding_and_head_composes(case: Case) -> None:
+def test_lora_on_embedding_and_head_composes(case: TablesCase) -> None:
     mix = {"lora_both": 0.75, "lora_head": -0.5, "lora_embedding": 1.25}
     (output,) = case.llm.generate([PROMPT], GREEDY, mix)
     first, *others = mix
@@ -236,13 +227,13 @@ def test_lora_on_embedding_and_head_composes(case: Case) -> None:
     assert output.token_ids == expected
 
 
-def test_receipts_name_embedding_and_head_among_the_modules(case: Case) -> None:
+def test_receipts_name_embedding_and_head_among_the_modules(case: TablesCase) -> None:
     receipt = case.receipt("lora_both")
     assert (receipt.modules, receipt.ranks, receipt.tensors) == (["embed_tokens", "lm_head"], [8, 20], 4)
     assert case.receipt("lora_copies").base_copies == ["embed_tokens", "lm_head"]
 
 
-def test_norms_in_place_of_the_bases_are_used_alone(case: Case) -> None:
+def test_norms_in_place_of_the_bases_are_used_alone(case: TablesCase) -> None:
     with pytest.raises(InvalidRequestError, match="adapter 'norms' has weight 0.5, but it has norms"):
         case.llm.generate([PROMPT], GREEDY, {"norms": 0.5})
     names = ["norms", {"norms": 1.0, "plain": 0.0}, {"norms": 0.0, "plain": 1.0}, "plain"]
@@ -251,7 +242,7 @@ def test_norms_in_place_of_the_bases_are_used_alone(case: Case) -> None:
     assert weightless.token_ids == plain.token_ids
 
 
-def test_rows_in_place_of_the_bases_are_used_alone(case: Case) -> None:
+def test_rows_in_place_of_the_bases_are_used_alone(case: TablesCase) -> None:
     for mix, how in (({"few": 0.5}, "weight 0.5"), ({"plain": 1.0, "few": 1.0}, "one of 2 adapters")):
         with pytest.raises(InvalidRequestError, match=f"adapter 'few' .*{how}.*rows of embedding.*alone"):
             case.llm.generate([PROMPT], GREEDY, mix)
@@ -262,7 +253,7 @@ def test_rows_in_place_of_the_bases_are_used_alone(case: Case) -> None:
 
 
 def test_a_backend_that_can_not_serve_them_refuses_by_name(
-    case: Case, monkeypatch: pytest.MonkeyPatch
+    case: TablesCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(CpuBackend, "changes_tables", False)
     with pytest.raises(

@@ -27,7 +27,7 @@ def _check_tables(name: str, receipt: _core.Receipt, runner: ModelRunner) -> Non
         raise AdapterFormatError(
             f"adapter {name!r} changes embedding, head or norms (modules_to_save, trainable_token_indices, "
             f"target_modules), which the {backend.name} backend does not serve yet: use --device cpu, or "
-            "merge it into the model"
+            "merge it into the model with PEFT"
         )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
+import orjson
 import tokenizers
 
 from loraserve import _core
@@ -337,7 +338,7 @@ class Tokenizer:
 
     def to_text_json(self) -> str:
         """As `to_json`, with added tokens under names that no text holds: a text is made of the others."""
-        whole = json.loads(self.to_json())
+        whole = orjson.loads(self.to_json())
         model, added = whole["model"], whole["added_tokens"]
         pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges", ()))
         merged = {"".join(pair) for pair in pairs}  # these are of text too
@@ -352,7 +353,7 @@ class Tokenizer:
         if model.get("unk_token") is not None:
             model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
         whole["post_processor"] = None
-        return json.dumps(whole)
+        return orjson.dumps(whole).decode()
 
     @cached_property
     def max_token_len(self) -> int:

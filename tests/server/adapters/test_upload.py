@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from loraserve.client import Client
 from loraserve.errors import AdapterFormatError, CapacityError, InvalidRequestError, LoraserveError
 from loraserve.sampling_params import SamplingParams
 from loraserve.server.adapters.state import AdapterState
+from loraserve.server.grpc import upload
 from loraserve.v1 import loraserve_pb2 as pb
 from loraserve.v1 import loraserve_pb2_grpc as pb_grpc
 
@@ -92,6 +94,14 @@ def store_of(server: ControlServer) -> AdapterStore:
     return server.engine._engine.adapters.tensor_store
 
 
+def check_empty(server: ControlServer) -> None:
+    """Room is given back by the engine's next step, or once a call has ended on its side too."""
+    until = time.monotonic() + 10
+    while (nbytes := store_of(server).nbytes) > 0:
+        assert time.monotonic() < until, f"{nbytes} bytes are still taken"
+        time.sleep(0.05)
+
+
 def unload(server: ControlServer, name: str) -> None:
     with Client(server.grpc_address, timeout=60) as client:
         client.unload_adapter(name)
@@ -121,7 +131,7 @@ def test_an_adapter_that_is_sent_answers_as_peft_does_and_is_replaced_and_forgot
     assert "same" in kept.adapters
     unload(server, "x")
     unload(server, "same")
-    assert store_of(server).nbytes == 0
+    check_empty(server)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +159,7 @@ def test_what_is_no_adapter_is_refused_and_leaves_nothing(
     change(sent)
     with pytest.raises(LoraserveError, match=words):
         send("x", sent)
-    assert store_of(server).nbytes == 0
+    check_empty(server)
     assert httpx.get(f"{server.url}/adapters/x", timeout=30).status_code == 404
 
 
@@ -158,7 +168,7 @@ def test_a_name_that_is_not_allowed_is_refused_before_the_bytes_are_taken(
 ) -> None:
     with pytest.raises(LoraserveError, match="not allowed"):
         send("_sum", Sent(tiny_adapters["a5"]))
-    assert store_of(server).nbytes == 0
+    check_empty(server)
 
 
 def test_what_is_too_large_is_refused(
@@ -167,7 +177,7 @@ def test_what_is_too_large_is_refused(
     monkeypatch.setattr(store_of(server), "max_adapter_nbytes", 1000)
     with pytest.raises(CapacityError, match="has more than 1000 bytes"):
         send("x", Sent(tiny_adapters["a5"]))
-    assert store_of(server).nbytes == 0
+    check_empty(server)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +245,7 @@ def test_grpc_says_what_is_wrong_with_an_upload(
     assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT  # type: ignore[attr-defined]
     details = error.value.details()  # type: ignore[attr-defined]
     assert any(word in details for word in words.split("|")), details
-    assert store_of(server).nbytes == 0
+    check_empty(server)
 
 
 def test_a_sender_that_leaves_gives_its_room_back(
@@ -257,11 +267,28 @@ def test_a_sender_that_leaves_gives_its_room_back(
             call.result()
     with Client(server.grpc_address, timeout=60) as client:
         assert [adapter.name for adapter in client.adapters() if adapter.name == "x"] == []
-    for _ in range(100):
-        if store_of(server).nbytes == 0:
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"{store_of(server).nbytes} bytes are still taken")
+    check_empty(server)
+
+
+def test_an_upload_that_stops_coming_is_given_up(
+    server: ControlServer, tiny_adapters: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upload, "IDLE_LIMIT_S", 0.2)
+    head = {"head": pb.UploadAdapterHead(name="x", config_json=json.dumps(Sent(tiny_adapters["a5"]).config))}
+    for messages in ([], [head], [head, {"data": b"x"}]):
+        given_up = threading.Event()
+
+        def stops(messages: list[dict[str, Any]] = messages, end: threading.Event = given_up) -> Any:
+            yield from parts(*messages)
+            end.wait(30)
+
+        with grpc.insecure_channel(server.grpc_address) as channel:
+            with pytest.raises(grpc.RpcError) as error:
+                pb_grpc.LoraServeStub(channel).UploadAdapter(stops(), timeout=30)
+            given_up.set()
+        assert error.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED  # type: ignore[attr-defined]
+        assert "nothing of the upload has come" in error.value.details()  # type: ignore[attr-defined]
+    check_empty(server)
 
 
 def test_errors_keep_their_types_over_grpc(server: ControlServer, tiny_adapters: dict[str, str]) -> None:

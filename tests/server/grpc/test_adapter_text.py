@@ -9,7 +9,7 @@ from loraserve.client import Client
 from loraserve.errors import InvalidRequestError
 from transformers import AutoTokenizer
 
-from tests.e2e.beside_layouts import LAYOUTS, make_base, make_weights
+from tests.server.adapter_texts import make_paths
 from tests.server.server_thread import ServerThread
 
 CHAT = [{"role": "user", "content": "what is a tree?"}]
@@ -17,14 +17,7 @@ CHAT = [{"role": "user", "content": "what is a tree?"}]
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The base, an adapter that adds tool calls and one that ends with <|im_end|>."""
-    directory = tmp_path_factory.mktemp("text")
-    model = make_base(directory / "base")
-    paths = {"base": directory / "base", "tools": directory / "tools", "chatml": directory / "chatml"}
-    for seed, (name, layout) in enumerate((("tools", "llama_factory_pad"), ("chatml", "axolotl_chatml"))):
-        make_weights(model, paths[name], seed)
-        LAYOUTS[layout](paths[name])
-    return paths
+    return make_paths(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")
