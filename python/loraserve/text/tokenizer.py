@@ -9,7 +9,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
-import orjson
 import tokenizers
 
 from loraserve import _core
@@ -338,6 +337,8 @@ class Tokenizer:
 
     def to_text_json(self) -> str:
         """As `to_json`, with added tokens under names that no text holds: a text is made of the others."""
+        import orjson  # noqa: PLC0415 (only grammars need it, and an engine does without their packages)
+
         whole = orjson.loads(self.to_json())
         model, added = whole["model"], whole["added_tokens"]
         pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges", ()))
