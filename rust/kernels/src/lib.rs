@@ -9,6 +9,7 @@ pub mod cpu;
 pub mod cuda;
 mod error;
 pub mod geometry;
+pub mod quantized;
 pub mod sampling;
 pub mod step_arrays;
 
