@@ -45,12 +45,13 @@ CRATES: dict[str, tuple[set[str], str]] = {
         {"adapters"},
         """
         error
-        geometry sampling cuda::error
+        geometry sampling quantized cuda::error
         step_arrays
         cpu::memory cpu::sync cpu::simd
         cpu::threads
         cpu::element cpu::step
-        cpu::linear cpu::panel_product
+        cpu::quantized cpu::panel_product
+        cpu::linear
         cpu::norm cpu::activation cpu::sampling cpu::base_linears
         cpu::rope cpu::lora cpu::attention
         cpu::gemm

@@ -707,7 +707,7 @@ class CpuKernels:
     ) -> CpuKernels: ...
     @property
     def isa(self) -> str:
-        """The instruction set in use: "amx", "avx512bf16", "avx512", "avx2" or "portable"."""
+        """The instruction set in use: "amx", "avx512bf16", "avx512vnni", "avx512", "avxvnni", "avx2", "portable"."""
     @property
     def num_threads(self) -> int:
         """Threads that compute, the caller's included."""

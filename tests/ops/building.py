@@ -17,7 +17,7 @@ from tests.panels import pack_columns, pack_panels
 
 BLOCK_SIZE = 16
 OVERREAD = 1024  # zero bytes at the end of an extent
-ALL_ISAS = ("amx", "avx512bf16", "avx512", "avx2", "portable")
+ALL_ISAS = ("amx", "avx512bf16", "avx512vnni", "avx512", "avxvnni", "avx2", "portable")
 DTYPES = (torch.float32, torch.bfloat16)
 # Relative to the largest value of the reference: rounding of the output, plus a reordered sum.
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 1.2e-2}

@@ -4,7 +4,9 @@ use thiserror::Error;
 
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum KernelError {
-    #[error("unknown CPU ISA {0:?}, known are amx, avx512bf16, avx512, avx2, portable")]
+    #[error(
+        "unknown CPU ISA {0:?}, known are amx, avx512bf16, avx512vnni, avx512, avxvnni, avx2, portable"
+    )]
     UnknownIsa(String),
     #[error("this CPU does not support {0:?}, the best it supports is {1:?}")]
     UnsupportedIsa(&'static str, &'static str),

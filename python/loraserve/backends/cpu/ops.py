@@ -26,7 +26,7 @@ class CpuOps:
         dtype: storage dtype of weights, activations, KV and adapters: float32 or bfloat16.
         pool: uint8, 64-byte aligned, a multiple of the page size; kept alive here.
         num_threads: threads that compute, the caller's included; None means every core.
-        isa: "amx", "avx512bf16", "avx512", "avx2" or "portable"; None takes `LORASERVE_CPU_ISA`, else the
+        isa: one of `Isa.ALL` in rust/kernels (amx … portable); None takes `LORASERVE_CPU_ISA`, else the
             best.
 
     Inside a page, K blocks are stored [D / pack][16 tokens][pack] (pack is 2 for bfloat16, 1 for float32).

@@ -7,6 +7,7 @@ use std::cell::OnceCell;
 use loraserve_kernels::cpu::element::Bf16;
 use loraserve_kernels::cpu::gemm::Epilogue;
 use loraserve_kernels::cpu::linear::PackedLinear;
+use loraserve_kernels::quantized::{QuantBits, QuantFormat};
 
 use crate::bench::{Bench, Work};
 use crate::model::{HIDDEN, Model, NUM_LAYERS, PROJECTIONS, Projection, VOCAB, random};
@@ -14,6 +15,24 @@ use crate::model::{HIDDEN, Model, NUM_LAYERS, PROJECTIONS, Projection, VOCAB, ra
 const NUM_ROWS: [usize; 5] = [1, 8, 32, 256, 1365];
 /// Rows of logits in a step, one per sequence.
 const NUM_LOGITS: [usize; 4] = [1, 8, 32, 256];
+/// Those of GGUF's Q8_0, Q4_0 and Q4_1 or Q4_K.
+const FORMATS: [QuantFormat; 3] = [
+    QuantFormat {
+        bits: QuantBits::Eight,
+        group: 32,
+        has_mins: false,
+    },
+    QuantFormat {
+        bits: QuantBits::Four,
+        group: 32,
+        has_mins: false,
+    },
+    QuantFormat {
+        bits: QuantBits::Four,
+        group: 32,
+        has_mins: true,
+    },
+];
 /// Bytes of a model's layers.
 const LAYERS_NBYTES: usize = 212 << 20;
 
@@ -23,7 +42,10 @@ pub fn bench(bench: &mut Bench) {
     for projection in PROJECTIONS {
         bench_projection(bench, projection, &model);
     }
-    bench_layers(bench, &model);
+    bench_layers(bench, &model, None);
+    for format in FORMATS {
+        bench_layers(bench, &model, Some(format));
+    }
     bench_lm_head(bench, &model);
 }
 
@@ -64,18 +86,26 @@ fn bench_projection<'a>(bench: &mut Bench, projection: Projection, model: &impl 
     }
 }
 
-/// All linears of all layers, in the order they run.
-fn bench_layers<'a>(bench: &mut Bench, model: &impl Fn() -> &'a Model) {
+/// All linears of all layers, in the order they run, of bfloat16 or of a format.
+fn bench_layers<'a>(
+    bench: &mut Bench,
+    model: &impl Fn() -> &'a Model,
+    format: Option<QuantFormat>,
+) {
     let layers = OnceCell::new();
     for rows in NUM_ROWS {
         let setup = || {
-            let layers: &Layers = layers.get_or_init(|| Layers::new(model()));
+            let layers: &Layers = layers.get_or_init(|| Layers::new(model(), format));
             (model().tokens(rows), layers, Buffers::new(rows))
         };
-        let name = format!("gemm/layers/{rows}");
+        let name = match format {
+            None => format!("gemm/layers/{rows}"),
+            Some(format) => format!("gemm/layers-{}/{rows}", name_of(format)),
+        };
+        let bits = format.map_or(16.0, bits_of);
         bench.measure(
             &name,
-            layers_work(rows),
+            layers_work(rows, bits),
             setup,
             |(step, layers, buffers), _| {
                 layers.for_each(|layer, projection, weight| {
@@ -137,8 +167,33 @@ fn bench_lm_head<'a>(bench: &mut Bench, model: &impl Fn() -> &'a Model) {
     }
 }
 
-pub fn layers_work(num_rows: usize) -> Work {
-    let works = PROJECTIONS.map(|projection| dense_work(projection, num_rows));
+fn name_of(format: QuantFormat) -> &'static str {
+    match (format.bits, format.has_mins) {
+        (QuantBits::Eight, _) => "q8_0",
+        (QuantBits::Four, false) => "q4_0",
+        (QuantBits::Four, true) => "q4_1",
+    }
+}
+
+/// Of a weight, its share of scales and minimums counted in.
+fn bits_of(format: QuantFormat) -> f64 {
+    let bits = match format.bits {
+        QuantBits::Eight => 8.0,
+        QuantBits::Four => 4.0,
+    };
+    let per_group = if format.has_mins { 32.0 } else { 16.0 };
+    bits + per_group / format.group as f64
+}
+
+/// Weights of `bits` each.
+pub fn layers_work(num_rows: usize, bits: f64) -> Work {
+    let works = PROJECTIONS.map(|projection| {
+        let mut work = dense_work(projection, num_rows);
+        let num_weights = projection.num_weights() as f64;
+        work.nbytes =
+            work.nbytes - 2 * projection.num_weights() + (num_weights * bits / 8.0) as usize;
+        work
+    });
     Work {
         nbytes: NUM_LAYERS * works.iter().map(|work| work.nbytes).sum::<usize>(),
         flop: NUM_LAYERS * works.iter().map(|work| work.flop).sum::<usize>(),
@@ -149,13 +204,12 @@ pub fn layers_work(num_rows: usize) -> Work {
 pub struct Layers(Vec<Vec<PackedLinear>>);
 
 impl Layers {
-    pub fn new(model: &Model) -> Self {
-        Self(
-            PROJECTIONS
-                .iter()
-                .map(|p| p.pack(model, NUM_LAYERS))
-                .collect(),
-        )
+    pub fn new(model: &Model, format: Option<QuantFormat>) -> Self {
+        let pack = |projection: &Projection| match format {
+            None => projection.pack(model, NUM_LAYERS),
+            Some(format) => projection.pack_quantized(model, NUM_LAYERS, format),
+        };
+        Self(PROJECTIONS.iter().map(pack).collect())
     }
 
     pub fn weight(&self, layer: usize, projection: Projection) -> &PackedLinear {

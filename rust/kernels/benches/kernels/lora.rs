@@ -27,7 +27,7 @@ pub fn bench(bench: &mut Bench) {
     let setting = || {
         setting.get_or_init(|| {
             let model = model_with_adapters(NUM_PAGES, 32);
-            let layers = Layers::new(&model);
+            let layers = Layers::new(&model, None);
             Setting { model, layers }
         })
     };

@@ -7,6 +7,7 @@ use loraserve_kernels::cpu::linear::PackedLinear;
 use loraserve_kernels::cpu::memory::{AlignedBytes, PageMemory};
 use loraserve_kernels::cpu::step::{CpuStep, StepArrays};
 use loraserve_kernels::geometry::{BLOCK_SIZE, KvGeometry};
+use loraserve_kernels::quantized::{QuantFormat, QuantizedWeight};
 
 pub const NUM_LAYERS: usize = 30;
 pub const HIDDEN: usize = 576;
@@ -64,6 +65,27 @@ impl Projection {
             let (in_features, out_features) = (self.in_features, self.out_features);
             PackedLinear::pack(pool, arena, &weight, None, in_features, out_features)
                 .expect("the weight has its length")
+        };
+        (0..count).map(pack).collect()
+    }
+
+    /// As `pack`, of quantised weights; what they are doesn't matter.
+    pub fn pack_quantized(
+        &self,
+        model: &Model,
+        count: usize,
+        format: QuantFormat,
+    ) -> Vec<PackedLinear> {
+        let (in_features, out_features) = (self.in_features, self.out_features);
+        let num_groups = self.num_weights() / format.group;
+        let quants = (0..self.num_weights()).map(|i| (i * 7919 % 16) as u8);
+        let mins = vec![-0.01; if format.has_mins { num_groups } else { 0 }];
+        let (quants, scales) = (quants.collect(), vec![0.001; num_groups]);
+        let weight = QuantizedWeight::new(format, in_features, out_features, quants, scales, mins);
+        let weight = weight.expect("the weight has its lengths");
+        let pack = |_| {
+            let CpuContext { pool, arena, .. } = &model.context;
+            PackedLinear::pack_quantized(pool, arena, &[&weight], None).expect("one part packs")
         };
         (0..count).map(pack).collect()
     }

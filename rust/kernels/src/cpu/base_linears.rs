@@ -63,11 +63,7 @@ impl BaseLinears for CpuBaseLinears {
         for (what, len, expected) in lengths {
             check_length(what, len, expected).map_err(|error| error.to_string())?;
         }
-        Ok(match linear.dtype() {
-            StorageDtype::Float32 => row_norms::<f32>(self.isa, linear, delta),
-            StorageDtype::BFloat16 => row_norms::<Bf16>(self.isa, linear, delta),
-            StorageDtype::Float16 => unreachable!("no packed linear is float16"),
-        })
+        Ok(row_norms(self.isa, linear, delta))
     }
 
     fn rows_per_call(&self, in_features: usize, rank: usize) -> usize {
@@ -82,7 +78,7 @@ impl BaseLinears for CpuBaseLinears {
     }
 }
 
-fn row_norms<E: Element>(isa: Isa, linear: &PackedLinear, delta: &Delta<'_>) -> Vec<f32> {
+fn row_norms(isa: Isa, linear: &PackedLinear, delta: &Delta<'_>) -> Vec<f32> {
     let (rows, rank) = (&delta.rows, delta.rank);
     let mut panel_b = vec![0.0; rank * LANES];
     let mut norms = Vec::with_capacity(rows.len());
@@ -95,23 +91,48 @@ fn row_norms<E: Element>(isa: Isa, linear: &PackedLinear, delta: &Delta<'_>) -> 
                 panel_b[r * LANES + row - first] = *value;
             }
         }
-        let mut squares = [0.0; LANES];
-        let kernel = PanelNorms::<E> {
-            panel: linear
-                .panels::<E>()
-                .wrapping_add(panel * linear.panel_len::<E>()),
-            in_features: linear.in_features(),
-            rank,
-            at: delta.at,
-            b: &panel_b,
-            squares: &mut squares,
+        let k = linear.in_features();
+        let squares = match linear.dense_dtype() {
+            Some(StorageDtype::Float32) => {
+                let panel = linear.panel::<f32>(panel);
+                squares(isa, (panel, k), delta, &panel_b)
+            }
+            Some(StorageDtype::BFloat16) => {
+                let panel = linear.panel::<Bf16>(panel);
+                squares(isa, (panel, k), delta, &panel_b)
+            }
+            Some(StorageDtype::Float16) => unreachable!("no packed linear is float16"),
+            None => {
+                let panels = linear.quantized().expect("what is not dense is quantised");
+                let panel = panels.widened(panel, k);
+                squares(isa, (panel.as_ptr(), k), delta, &panel_b)
+            }
         };
-        // SAFETY: `isa` is supported; the panel is the linear's; the lengths of at and b were checked.
-        unsafe { isa.dispatch(kernel) };
         let lanes = lanes.start - first..lanes.end - first;
         norms.extend(squares[lanes].iter().map(|square| square.sqrt() as f32));
     }
     norms
+}
+
+/// Of the rows of one panel; `b` [rank][16].
+fn squares<E: Element>(
+    isa: Isa,
+    (panel, in_features): (*const E, usize),
+    delta: &Delta<'_>,
+    b: &[f32],
+) -> [f64; LANES] {
+    let mut squares = [0.0; LANES];
+    let kernel = PanelNorms::<E> {
+        panel,
+        in_features,
+        rank: delta.rank,
+        at: delta.at,
+        b,
+        squares: &mut squares,
+    };
+    // SAFETY: `isa` is supported; the panel is the linear's; the lengths of at and b were checked.
+    unsafe { isa.dispatch(kernel) };
+    squares
 }
 
 /// Sums of squares of sixteen rows.

@@ -2,7 +2,7 @@
 
 use loraserve_adapters::StorageDtype;
 
-use super::simd::{LANES, Simd};
+use super::simd::{LANES, Simd, bf16_bits};
 
 /// A bfloat16 as torch stores it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -14,6 +14,8 @@ pub trait Element: Copy + Default + Send + Sync + 'static {
     const DTYPE: StorageDtype;
     const PACK: usize;
 
+    /// Rounded to nearest even.
+    fn from_f32(value: f32) -> Self;
     /// # Safety
     /// As for `Simd`: 16 readable elements at `p`.
     unsafe fn load<S: Simd>(p: *const Self) -> S::V;
@@ -30,6 +32,10 @@ pub trait Element: Copy + Default + Send + Sync + 'static {
 impl Element for f32 {
     const DTYPE: StorageDtype = StorageDtype::Float32;
     const PACK: usize = 1;
+
+    fn from_f32(value: f32) -> Self {
+        value
+    }
 
     #[inline(always)]
     unsafe fn load<S: Simd>(p: *const Self) -> S::V {
@@ -53,6 +59,10 @@ impl Element for f32 {
 impl Element for Bf16 {
     const DTYPE: StorageDtype = StorageDtype::BFloat16;
     const PACK: usize = 2;
+
+    fn from_f32(value: f32) -> Self {
+        Self(bf16_bits(value))
+    }
 
     #[inline(always)]
     unsafe fn load<S: Simd>(p: *const Self) -> S::V {

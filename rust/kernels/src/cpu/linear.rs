@@ -1,4 +1,4 @@
-//! A dense weight packed once for the GEMM kernel.
+//! A weight packed once for the GEMM kernel: dense, or quantised (`quantized/panels.rs`).
 //!
 //! ```text
 //! bf16  [N/16 panels][K/2 packs][16 columns][2]      N and K padded with zeros
@@ -9,22 +9,28 @@ use loraserve_adapters::StorageDtype;
 
 use super::element::{Bf16, Element};
 use super::memory::{Arena, ArenaBytes};
+use super::quantized::QuantizedPanels;
 use super::simd::LANES;
 use super::threads::{Shareable, ThreadPool};
 use crate::KernelError;
 use crate::error::{check_length, check_product};
+use crate::quantized::QuantizedWeight;
 
 /// W [out, in] in panels of 16 output features, with an optional bias.
 pub struct PackedLinear {
-    dtype: StorageDtype,
     in_features: usize,
     out_features: usize,
-    panels: PanelBytes,
+    panels: Panels,
     /// Padded to whole panels.
     bias: Option<Vec<f32>>,
 }
 
-/// Where panels lie.
+enum Panels {
+    Dense(StorageDtype, PanelBytes),
+    Quantized(QuantizedPanels),
+}
+
+/// Where dense panels lie.
 enum PanelBytes {
     Arena(ArenaBytes),
     /// Address and bytes of what somebody else keeps.
@@ -44,11 +50,11 @@ impl PackedLinear {
     ) -> Self {
         let num_elements =
             out_features.next_multiple_of(LANES) * in_features.next_multiple_of(dtype.pack());
+        let panels = PanelBytes::Elsewhere(address, num_elements * dtype.size());
         Self {
-            dtype,
             in_features,
             out_features,
-            panels: PanelBytes::Elsewhere(address, num_elements * dtype.size()),
+            panels: Panels::Dense(dtype, panels),
             bias: None,
         }
     }
@@ -85,22 +91,50 @@ impl PackedLinear {
             };
             pack_panel(&weight[panel * LANES * in_features..], in_features, dst);
         });
-        let bias = bias.map(|bias| {
-            let mut padded = bias.to_vec();
-            padded.resize(num_panels * LANES, 0.0);
-            padded
-        });
         Ok(Self {
-            dtype: E::DTYPE,
             in_features,
             out_features,
-            panels: PanelBytes::Arena(panels),
-            bias,
+            panels: Panels::Dense(E::DTYPE, PanelBytes::Arena(panels)),
+            bias: bias.map(padded),
         })
     }
 
-    pub fn dtype(&self) -> StorageDtype {
-        self.dtype
+    /// Packs the rows of `parts`, one after another; see `QuantizedPanels::pack`.
+    pub fn pack_quantized(
+        pool: &ThreadPool,
+        arena: &Arena,
+        parts: &[&QuantizedWeight],
+        bias: Option<&[f32]>,
+    ) -> Result<Self, KernelError> {
+        let Some(first) = parts.first() else {
+            return Err(KernelError::Invalid("weight has no parts".into()));
+        };
+        let out_features = parts.iter().map(|part| part.out_features()).sum();
+        if let Some(bias) = bias {
+            check_length("bias", bias.len(), out_features)?;
+        }
+        Ok(Self {
+            in_features: first.in_features(),
+            out_features,
+            panels: Panels::Quantized(QuantizedPanels::pack(pool, arena, parts)?),
+            bias: bias.map(padded),
+        })
+    }
+
+    /// What dense panels hold.
+    pub(super) fn dense_dtype(&self) -> Option<StorageDtype> {
+        match &self.panels {
+            Panels::Dense(dtype, _) => Some(*dtype),
+            Panels::Quantized(_) => None,
+        }
+    }
+
+    /// The panels, where they are quantised.
+    pub(super) fn quantized(&self) -> Option<&QuantizedPanels> {
+        match &self.panels {
+            Panels::Quantized(panels) => Some(panels),
+            Panels::Dense(..) => None,
+        }
     }
 
     pub fn in_features(&self) -> usize {
@@ -113,16 +147,28 @@ impl PackedLinear {
 
     pub fn nbytes(&self) -> usize {
         match &self.panels {
-            PanelBytes::Arena(bytes) => bytes.nbytes(),
-            PanelBytes::Elsewhere(_, nbytes) => *nbytes,
+            Panels::Dense(_, PanelBytes::Arena(bytes)) => bytes.nbytes(),
+            Panels::Dense(_, PanelBytes::Elsewhere(_, nbytes)) => *nbytes,
+            Panels::Quantized(panels) => panels.nbytes(),
         }
     }
 
     /// Where the packed weights begin.
     pub(super) fn address(&self) -> usize {
         match &self.panels {
-            PanelBytes::Arena(bytes) => bytes.as_ptr::<u8>() as usize,
-            PanelBytes::Elsewhere(address, _) => *address,
+            Panels::Dense(_, PanelBytes::Arena(bytes)) => bytes.as_ptr::<u8>() as usize,
+            Panels::Dense(_, PanelBytes::Elsewhere(address, _)) => *address,
+            Panels::Quantized(panels) => panels.address(),
+        }
+    }
+
+    /// Bytes of a panel, the largest where they differ.
+    pub(super) fn panel_nbytes(&self) -> usize {
+        match &self.panels {
+            Panels::Dense(dtype, _) => {
+                self.in_features.next_multiple_of(dtype.pack()) * LANES * dtype.size()
+            }
+            Panels::Quantized(panels) => panels.panel_nbytes(),
         }
     }
 
@@ -136,10 +182,16 @@ impl PackedLinear {
 
     pub(super) fn panels<E: Element>(&self) -> *const E {
         assert!(
-            self.dtype == E::DTYPE,
+            matches!(self.panels, Panels::Dense(dtype, _) if dtype == E::DTYPE),
             "packed weight has the kernel's dtype"
         );
         self.address() as *const E
+    }
+
+    /// Where dense panel `index` begins.
+    pub(super) fn panel<E: Element>(&self, index: usize) -> *const E {
+        self.panels::<E>()
+            .wrapping_add(index * self.panel_len::<E>())
     }
 
     /// Elements from one panel to the next.
@@ -147,8 +199,14 @@ impl PackedLinear {
         self.in_features.div_ceil(E::PACK) * E::PACK * LANES
     }
 
-    /// Row `index` of W as it was before packing, into `row` [in].
+    /// Row `index` of W as it was before packing, or as it is multiplied, into `row` [in].
     pub(super) fn unpack_row<E: Element>(&self, index: usize, row: &mut [E]) {
+        if let Some(panels) = self.quantized() {
+            for (value, weight) in row.iter_mut().zip(panels.row(index, self.in_features)) {
+                *value = E::from_f32(weight);
+            }
+            return;
+        }
         let panel = index / LANES * self.panel_len::<E>();
         for (k, value) in row.iter_mut().enumerate() {
             let offset = panel + (k / E::PACK * LANES + index % LANES) * E::PACK + k % E::PACK;
@@ -156,6 +214,13 @@ impl PackedLinear {
             *value = unsafe { *self.panels::<E>().add(offset) };
         }
     }
+}
+
+/// Padded to whole panels.
+fn padded(bias: &[f32]) -> Vec<f32> {
+    let mut padded = bias.to_vec();
+    padded.resize(bias.len().next_multiple_of(LANES), 0.0);
+    padded
 }
 
 fn pack_panel<E: Element>(rows: &[E], in_features: usize, dst: &mut [E]) {

@@ -12,6 +12,7 @@ pub mod memory;
 pub mod norm;
 mod panel_product;
 pub mod program;
+mod quantized;
 pub mod rope;
 pub mod sampling;
 pub mod simd;

@@ -4,6 +4,7 @@
 //! An output element is one accumulator that runs over K in order, whatever tile it falls in, so
 //! a row does not depend on how many rows there are.
 
+mod bytes;
 mod epilogue;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
@@ -11,11 +12,13 @@ mod vectors;
 
 use std::ops::Range;
 
+use self::bytes::BytePart;
 pub use self::epilogue::Epilogue;
 use self::epilogue::Target;
 use super::element::{Element, store_first};
 use super::linear::PackedLinear;
 use super::lora::{ColumnTerms, Lora};
+use super::quantized::QuantizedRows;
 #[cfg(target_arch = "x86_64")]
 use super::simd::amx;
 use super::simd::{Isa, LANES, Simd};
@@ -36,6 +39,8 @@ const PREFETCH_NBYTES: usize = 1024;
 
 struct Gemm<'a, E: Element, O: Element> {
     x: &'a [E],
+    /// x once more where the weight is quantised.
+    quantized: Option<&'a QuantizedRows<'a, E>>,
     weight: &'a PackedLinear,
     lora: Option<&'a Lora<'a, E>>,
     /// The adapters' gains and shifts.
@@ -75,7 +80,7 @@ pub fn gemm<E: Element, O: Element>(
     let tasks_per_thread = if is_mixed { 1 } else { TASKS_PER_THREAD };
     let tasks_wanted = (pool.num_threads() * tasks_per_thread).div_ceil(num_blocks.max(1));
     // All groups of rows meet a task's weights in L2.
-    let panel_nbytes = weight.panel_len::<E>() * size_of::<E>();
+    let panel_nbytes = weight.panel_nbytes();
     let panels_wanted = match num_rows {
         0..=32 => num_panels,
         _ => (TASK_NBYTES / panel_nbytes).max(1),
@@ -85,8 +90,13 @@ pub fn gemm<E: Element, O: Element>(
         .min(panels_wanted)
         .next_multiple_of(PANELS_PER_TILE);
     let num_panel_tasks = num_panels.div_ceil(panels_per_task);
+    let quantized = weight
+        .quantized()
+        .map(|_| QuantizedRows::new(isa, x, weight.in_features()));
+    let quantized = quantized.as_ref();
     let job = Gemm {
         x,
+        quantized,
         weight,
         lora,
         columns: lora.and_then(Lora::columns),
@@ -99,14 +109,22 @@ pub fn gemm<E: Element, O: Element>(
         num_panel_tasks,
     };
     let num_shrinks = lora.map_or(0, Lora::num_tasks);
-    pool.run_phases([num_shrinks, num_blocks * num_panel_tasks], &|index| {
-        let Some(index) = index.checked_sub(num_shrinks) else {
+    let num_first = num_shrinks + quantized.map_or(0, QuantizedRows::num_tasks);
+    pool.run_phases([num_first, num_blocks * num_panel_tasks], &|index| {
+        if index < num_shrinks {
             return lora.expect("it has shrink tasks").shrink(index);
+        }
+        let Some(task) = index.checked_sub(num_first) else {
+            let quantized = quantized.expect("it has tasks");
+            return quantized.quantize(index - num_shrinks);
         };
+        if let Some(quantized) = quantized {
+            quantized.wait();
+        }
         if let Some(lora) = lora {
             lora.wait();
         }
-        let (rows, panels) = job.extent(index);
+        let (rows, panels) = job.extent(task);
         // SAFETY: `isa` is supported; lengths were checked above; tasks own disjoint outputs.
         unsafe { job.run(isa, rows, panels) }
     });
@@ -130,6 +148,9 @@ impl<E: Element, O: Element> Gemm<'_, E, O> {
         };
         // SAFETY: the caller's contract.
         unsafe {
+            if let (Some(panels), Some(rows)) = (self.weight.quantized(), self.quantized) {
+                return isa.dispatch(BytePart { part, panels, rows });
+            }
             #[cfg(target_arch = "x86_64")]
             if amx::in_tiles(isa, E::DTYPE, self.weight.in_features()) {
                 return isa.dispatch(tiles::TilePart(part));

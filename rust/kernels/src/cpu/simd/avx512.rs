@@ -1,23 +1,33 @@
-//! Sixteen lanes in one 512-bit register; with and without the bf16 dot product.
+//! Sixteen lanes in one 512-bit register; with and without the dot products of bf16 and of bytes.
 
 #[allow(clippy::wildcard_imports)] // every name carries the `_mm512` prefix
 use std::arch::x86_64::*;
 
+use super::byte_dots::{dot_bytes_avx512, dot_bytes_vnni, dot_nibbles_avx512, dot_nibbles_vnni};
 use super::{Kernel, Simd};
 
 #[derive(Clone, Copy)]
 pub struct Avx512Bf16;
 
 #[derive(Clone, Copy)]
+pub struct Avx512Vnni;
+
+#[derive(Clone, Copy)]
 pub struct Avx512;
 
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,avx2,fma,f16c")]
 unsafe fn vectorize_avx512bf16<K: Kernel>(kernel: K) {
     // SAFETY: the features are enabled here; the caller vouches for the kernel's pointers.
     unsafe { kernel.run::<Avx512Bf16>() }
 }
 
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+unsafe fn vectorize_avx512vnni<K: Kernel>(kernel: K) {
+    // SAFETY: the features are enabled here; the caller vouches for the kernel's pointers.
+    unsafe { kernel.run::<Avx512Vnni>() }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
 unsafe fn vectorize_avx512<K: Kernel>(kernel: K) {
     // SAFETY: the features are enabled here; the caller vouches for the kernel's pointers.
     unsafe { kernel.run::<Avx512>() }
@@ -70,7 +80,7 @@ unsafe fn round_bf16_native(v: __m512) -> __m256i {
 }
 
 macro_rules! impl_avx512 {
-    ($isa:ty, $vectorize:ident, $dot_bf16:ident, $round_bf16:ident) => {
+    ($isa:ty, $vectorize:ident, $dot_bf16:ident, $round_bf16:ident, $dot_nibbles:ident, $dot_bytes:ident) => {
         // SAFETY (all methods): the trait's contract: the CPU has the features, pointers cover 16 lanes.
         #[allow(clippy::undocumented_unsafe_blocks)]
         impl Simd for $isa {
@@ -193,6 +203,33 @@ macro_rules! impl_avx512 {
             unsafe fn prefetch(p: *const u8) {
                 unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
             }
+
+            #[inline(always)]
+            unsafe fn load_f16(p: *const u16) -> __m512 {
+                unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
+            }
+
+            #[inline(always)]
+            unsafe fn store_i8(p: *mut i8, v: __m512) {
+                unsafe { _mm_storeu_si128(p.cast(), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v))) }
+            }
+
+            #[inline(always)]
+            unsafe fn dot_nibbles<const R: usize, const PACKS: usize>(
+                quants: *const u8,
+                rows: [*const i8; R],
+            ) -> [__m512; R] {
+                unsafe { $dot_nibbles::<R, PACKS>(quants, rows) }
+            }
+
+            #[inline(always)]
+            unsafe fn dot_bytes<const R: usize, const PACKS: usize>(
+                quants: *const u8,
+                rows: [*const i8; R],
+                sums: [i32; R],
+            ) -> [__m512; R] {
+                unsafe { $dot_bytes::<R, PACKS>(quants, rows, sums) }
+            }
         }
     };
 }
@@ -201,11 +238,23 @@ impl_avx512!(
     Avx512Bf16,
     vectorize_avx512bf16,
     dot_bf16_native,
-    round_bf16_native
+    round_bf16_native,
+    dot_nibbles_vnni,
+    dot_bytes_vnni
+);
+impl_avx512!(
+    Avx512Vnni,
+    vectorize_avx512vnni,
+    dot_bf16_emulated,
+    round_bf16_emulated,
+    dot_nibbles_vnni,
+    dot_bytes_vnni
 );
 impl_avx512!(
     Avx512,
     vectorize_avx512,
     dot_bf16_emulated,
-    round_bf16_emulated
+    round_bf16_emulated,
+    dot_nibbles_avx512,
+    dot_bytes_avx512
 );

@@ -6,11 +6,13 @@ pub(super) mod amx;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod byte_dots;
 mod portable;
 
 use crate::KernelError;
 
-pub use portable::Portable;
+pub use byte_dots::PACK;
+pub use portable::{Portable, bf16_bits};
 
 /// f32 lanes of a vector, whatever the hardware's width.
 pub const LANES: usize = 16;
@@ -61,6 +63,22 @@ pub trait Simd: Copy + 'static {
     unsafe fn reduce_max(v: Self::V) -> f32;
     /// Hints that the cache line at `p` is needed soon; `p` may be invalid.
     unsafe fn prefetch(p: *const u8);
+    /// Sixteen float16, widened.
+    unsafe fn load_f16(p: *const u16) -> Self::V;
+    /// Integers of −127..=127 as bytes.
+    unsafe fn store_i8(p: *mut i8, v: Self::V);
+    /// Exact sums of `PACKS · PACK` products for R rows and sixteen columns of 0..=15: [`PACKS` / 2][16][`PACK`]
+    /// bytes, the earlier of two packs in their lower halves; rows of −127..=127.
+    unsafe fn dot_nibbles<const R: usize, const PACKS: usize>(
+        quants: *const u8,
+        rows: [*const i8; R],
+    ) -> [Self::V; R];
+    /// As `dot_nibbles` for columns of −128..=127: [`PACKS`][16][`PACK`] bytes; `sums` are those of the rows.
+    unsafe fn dot_bytes<const R: usize, const PACKS: usize>(
+        quants: *const u8,
+        rows: [*const i8; R],
+        sums: [i32; R],
+    ) -> [Self::V; R];
 }
 
 /// A computation generic over the instruction set; `run` must be `#[inline(always)]`.
@@ -75,18 +93,23 @@ pub trait Kernel {
 pub enum Isa {
     /// AVX-512 BF16, and tiles for dense products of bf16.
     Amx,
+    /// With VNNI, as all CPUs that have BF16.
     Avx512Bf16,
+    Avx512Vnni,
     Avx512,
+    AvxVnni,
     Avx2,
     Portable,
 }
 
 impl Isa {
     /// Best first.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 7] = [
         Self::Amx,
         Self::Avx512Bf16,
+        Self::Avx512Vnni,
         Self::Avx512,
+        Self::AvxVnni,
         Self::Avx2,
         Self::Portable,
     ];
@@ -95,7 +118,9 @@ impl Isa {
         match self {
             Self::Amx => "amx",
             Self::Avx512Bf16 => "avx512bf16",
+            Self::Avx512Vnni => "avx512vnni",
             Self::Avx512 => "avx512",
+            Self::AvxVnni => "avxvnni",
             Self::Avx2 => "avx2",
             Self::Portable => "portable",
         }
@@ -129,17 +154,27 @@ impl Isa {
 
     #[cfg(target_arch = "x86_64")]
     fn is_supported(self) -> bool {
+        let avx2 = || {
+            is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c")
+        };
         let avx512 = || {
-            is_x86_feature_detected!("avx512f")
+            avx2()
+                && is_x86_feature_detected!("avx512f")
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512vl")
                 && is_x86_feature_detected!("avx512dq")
         };
         match self {
             Self::Amx => Self::Avx512Bf16.is_supported() && amx::is_supported(),
-            Self::Avx512Bf16 => avx512() && is_x86_feature_detected!("avx512bf16"),
+            Self::Avx512Bf16 => {
+                Self::Avx512Vnni.is_supported() && is_x86_feature_detected!("avx512bf16")
+            }
+            Self::Avx512Vnni => avx512() && is_x86_feature_detected!("avx512vnni"),
             Self::Avx512 => avx512(),
-            Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            Self::AvxVnni => avx2() && is_x86_feature_detected!("avxvnni"),
+            Self::Avx2 => avx2(),
             Self::Portable => true,
         }
     }
@@ -160,7 +195,11 @@ impl Isa {
                 #[cfg(target_arch = "x86_64")]
                 Self::Amx | Self::Avx512Bf16 => avx512::Avx512Bf16::vectorize(kernel),
                 #[cfg(target_arch = "x86_64")]
+                Self::Avx512Vnni => avx512::Avx512Vnni::vectorize(kernel),
+                #[cfg(target_arch = "x86_64")]
                 Self::Avx512 => avx512::Avx512::vectorize(kernel),
+                #[cfg(target_arch = "x86_64")]
+                Self::AvxVnni => avx2::AvxVnni::vectorize(kernel),
                 #[cfg(target_arch = "x86_64")]
                 Self::Avx2 => avx2::Avx2::vectorize(kernel),
                 _ => Portable::vectorize(kernel),

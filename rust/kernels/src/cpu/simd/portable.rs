@@ -1,5 +1,8 @@
 //! Sixteen lanes in plain Rust; the compiler vectorises what it can.
 
+use half::f16;
+
+use super::byte_dots::PACK;
 use super::{Kernel, LANES, Simd};
 
 #[derive(Clone, Copy)]
@@ -182,4 +185,62 @@ impl Simd for Portable {
 
     #[inline(always)]
     unsafe fn prefetch(_p: *const u8) {}
+
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u16) -> Lanes {
+        // SAFETY: the caller guarantees 16 lanes.
+        let bits = unsafe { p.cast::<[u16; LANES]>().read_unaligned() };
+        bits.map(|bits| f16::from_bits(bits).to_f32())
+    }
+
+    #[inline(always)]
+    unsafe fn store_i8(p: *mut i8, v: Lanes) {
+        // SAFETY: the caller guarantees 16 lanes.
+        unsafe { p.cast::<[i8; LANES]>().write(v.map(|value| value as i8)) }
+    }
+
+    #[inline(always)]
+    unsafe fn dot_nibbles<const R: usize, const PACKS: usize>(
+        quants: *const u8,
+        rows: [*const i8; R],
+    ) -> [Lanes; R] {
+        // SAFETY: the caller guarantees half as many bytes as quants, and rows as long.
+        unsafe {
+            rows.map(|row| {
+                let mut sums = [0; LANES];
+                for k in 0..PACKS * PACK {
+                    let (pack, i) = (k / PACK, k % PACK);
+                    let a = i32::from(*row.add(k));
+                    for (column, sum) in sums.iter_mut().enumerate() {
+                        let byte = *quants.add((pack / 2 * LANES + column) * PACK + i);
+                        *sum += a * i32::from(byte >> (pack % 2 * 4) & 15);
+                    }
+                }
+                sums.map(|sum: i32| sum as f32)
+            })
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn dot_bytes<const R: usize, const PACKS: usize>(
+        quants: *const u8,
+        rows: [*const i8; R],
+        _sums: [i32; R],
+    ) -> [Lanes; R] {
+        // SAFETY: the caller guarantees as many bytes as quants, and rows as long.
+        unsafe {
+            rows.map(|row| {
+                let mut sums = [0; LANES];
+                for k in 0..PACKS * PACK {
+                    let (pack, i) = (k / PACK, k % PACK);
+                    let a = i32::from(*row.add(k));
+                    for (column, sum) in sums.iter_mut().enumerate() {
+                        let byte = *quants.add((pack * LANES + column) * PACK + i);
+                        *sum += a * i32::from(byte.cast_signed());
+                    }
+                }
+                sums.map(|sum: i32| sum as f32)
+            })
+        }
+    }
 }

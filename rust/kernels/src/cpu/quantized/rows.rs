@@ -1,0 +1,176 @@
+//! Rows of x as bytes, quantised while the products that read them wait.
+
+use std::hint::spin_loop;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use crate::cpu::element::{Element, load_first};
+use crate::cpu::memory::Scratch;
+use crate::cpu::simd::{Isa, Kernel, LANES, Simd};
+use crate::cpu::threads::Shareable;
+
+/// Columns that share a scale.
+const GROUP: usize = 32;
+/// Elements a task quantises, enough to outweigh handing it out.
+const ELEMENTS_PER_TASK: usize = 8192;
+/// The largest byte.
+const LARGEST: f32 = 127.0;
+
+/// x [M, K], in bytes as far as its tasks have run.
+pub struct QuantizedRows<'a, E: Element> {
+    isa: Isa,
+    x: &'a [E],
+    in_features: usize,
+    num_groups: usize,
+    rows_per_task: usize,
+    /// [M, K padded to groups] of i8
+    quants: Shareable<i8>,
+    /// [M, groups]
+    scales: Shareable<f32>,
+    /// Of bytes, [M, 2 · groups]: of sixteen each.
+    sums: Shareable<i32>,
+    /// Tasks not finished yet.
+    pending: AtomicUsize,
+    num_tasks: usize,
+    _scratch: Scratch,
+}
+
+/// One quantised row.
+#[derive(Clone, Copy)]
+pub struct QuantizedRow {
+    /// [K padded to 32]
+    pub quants: *const i8,
+    /// [K / 32]
+    pub scales: *const f32,
+    /// Of sixteen bytes each, [K / 16].
+    pub sums: *const i32,
+}
+
+impl<'a, E: Element> QuantizedRows<'a, E> {
+    /// Of `x` [M, K]; nothing is quantised yet.
+    pub fn new(isa: Isa, x: &'a [E], in_features: usize) -> Self {
+        let (num_rows, num_groups) = (x.len() / in_features, in_features.div_ceil(GROUP));
+        let rows_per_task = (ELEMENTS_PER_TASK / in_features).max(1);
+        let num_tasks = num_rows.div_ceil(rows_per_task);
+        let num_row_groups = num_rows * num_groups;
+        let words_per_group = GROUP / size_of::<f32>() + 1 + GROUP / LANES;
+        let mut scratch = Scratch::take(num_row_groups * words_per_group);
+        let scales = scratch.as_mut_ptr();
+        let sums = scales.wrapping_add(num_row_groups);
+        let quants = sums.wrapping_add(num_row_groups * (GROUP / LANES));
+        Self {
+            isa,
+            x,
+            in_features,
+            num_groups,
+            rows_per_task,
+            quants: Shareable::from_ptr(quants.cast()),
+            scales: Shareable::from_ptr(scales),
+            sums: Shareable::from_ptr(sums.cast()),
+            pending: AtomicUsize::new(num_tasks),
+            num_tasks,
+            _scratch: scratch,
+        }
+    }
+
+    pub fn num_tasks(&self) -> usize {
+        self.num_tasks
+    }
+
+    /// Quantises the rows of task `index`.
+    pub fn quantize(&self, index: usize) {
+        let _done = Done(&self.pending);
+        // SAFETY: `isa` is supported; tasks own disjoint rows, which the scratch has room for.
+        unsafe { self.isa.dispatch(Task { rows: self, index }) }
+    }
+
+    /// Returns when every task has ended; they must have been started.
+    pub fn wait(&self) {
+        let mut spins = 0_u32;
+        while self.pending.load(Ordering::Acquire) != 0 {
+            spins = spins.wrapping_add(1);
+            if spins.is_multiple_of(1 << 14) {
+                std::thread::yield_now();
+            } else {
+                spin_loop();
+            }
+        }
+    }
+
+    /// Row `index` < M, once `wait` has returned.
+    pub fn row(&self, index: usize) -> QuantizedRow {
+        let groups = index * self.num_groups;
+        QuantizedRow {
+            quants: self.quants.get().wrapping_add(groups * GROUP),
+            scales: self.scales.get().wrapping_add(groups),
+            sums: self.sums.get().wrapping_add(groups * (GROUP / LANES)),
+        }
+    }
+}
+
+/// Counts a task as ended even when it panics, so that nobody waits for ever.
+struct Done<'a>(&'a AtomicUsize);
+
+impl Drop for Done<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Release);
+    }
+}
+
+struct Task<'a, E: Element> {
+    rows: &'a QuantizedRows<'a, E>,
+    index: usize,
+}
+
+impl<E: Element> Kernel for Task<'_, E> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let (rows, k) = (self.rows, self.rows.in_features);
+        let first = self.index * rows.rows_per_task;
+        let end = (first + rows.rows_per_task).min(rows.x.len() / k);
+        for index in first..end {
+            let row = rows.row(index);
+            // SAFETY: the row exists in x and in the scratch.
+            unsafe { quantize_row::<S, E>(rows.x.as_ptr().add(index * k), k, row) }
+        }
+    }
+}
+
+/// # Safety
+/// As for `Simd`: x holds `k` elements, `row` is the task's own.
+#[inline(always)]
+unsafe fn quantize_row<S: Simd, E: Element>(x: *const E, k: usize, row: QuantizedRow) {
+    // SAFETY: groups end at the row's padded end; x is read as far as it goes.
+    unsafe {
+        for group in 0..k.div_ceil(GROUP) {
+            let start = group * GROUP;
+            let halves = [start, start + LANES].map(|at| match k.saturating_sub(at) {
+                0 => S::zero(),
+                n => load_first::<S, E>(x.add(at), n.min(LANES)),
+            });
+            let mut largest = S::zero();
+            let mut nothing = S::zero();
+            for half in halves {
+                largest = S::max(largest, S::max(half, S::sub(S::zero(), half)));
+                nothing = S::fma(half, S::zero(), nothing);
+            }
+            let largest = S::reduce_max(largest);
+            // Of values that are no numbers, or not finite, all products are NaN.
+            let nothing = S::reduce_add(nothing);
+            let inverse = if largest > 0.0 {
+                LARGEST / largest
+            } else {
+                0.0
+            };
+            // A subnormal's inverse is infinite: such values are as good as zeros.
+            let inverse = if inverse.is_finite() { inverse } else { 0.0 };
+            *row.scales.cast_mut().add(group) = largest / LARGEST + nothing;
+            for (half, values) in halves.into_iter().enumerate() {
+                let quants = S::round(S::mul(values, S::splat(inverse)));
+                let at = start + half * LANES;
+                S::store_i8(row.quants.cast_mut().add(at), quants);
+                let sum = S::reduce_add(quants);
+                *row.sums.cast_mut().add(2 * group + half) = sum as i32;
+            }
+        }
+    }
+}
