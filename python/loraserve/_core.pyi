@@ -29,6 +29,7 @@ __all__ = [
     "PackedLinear",
     "PendingSamples",
     "PoolPretouch",
+    "QuantizedWeight",
     "Receipt",
     "RequestEnd",
     "RequestOutputs",
@@ -44,6 +45,7 @@ __all__ = [
     "count_json",
     "cuda_facts",
     "default_isa",
+    "ggml_format",
     "load_adapter",
     "recognise_file",
     "row_digests",
@@ -814,6 +816,64 @@ class PoolPretouch:
 
     def stop(self) -> None:
         """End the thread, without the GIL, and wait for it."""
+
+# rust/py/src/quantized.rs
+
+@final
+class QuantizedWeight:
+    """A weight [out, in] in groups of 16 or 32 columns: w = scale * (q - zero) + min.
+
+    q has 4 bits (0 to 15) or 8 (-128 to 127); zero is 8 of 4 bits without minimums, else 0. `*_ptr` are
+    addresses of contiguous arrays that live until the call returns. Raises ValueError for sizes that don't
+    fit and for values and scales that are not finite.
+    """
+
+    @staticmethod
+    def from_ggml(
+        ggml_type: int,
+        blocks_ptr: int,
+        nbytes: int,
+        in_features: int,
+        out_features: int,
+        order: Sequence[int] | None = None,
+    ) -> QuantizedWeight:
+        """Of the rows of blocks of a .gguf file; row n is row `order[n]` of them."""
+    @staticmethod
+    def from_arrays(
+        bits: int,
+        quants_ptr: int,
+        scales_ptr: int,
+        mins_ptr: int | None,
+        in_features: int,
+        out_features: int,
+        group: int,
+    ) -> QuantizedWeight:
+        """Of uint8 (4 bits) or int8 (8) [out, in] and float32 [out, in / group]; `group` a multiple of 16."""
+    @staticmethod
+    def quantize(
+        weight_ptr: int, dtype: str, in_features: int, out_features: int, to: str
+    ) -> QuantizedWeight:
+        """Near to weight [out, in] of `dtype`: "int8" without minimums, "int4" with, in groups of 32."""
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def bits(self) -> int:
+        """4 or 8."""
+    @property
+    def group(self) -> int:
+        """Columns that share a scale: 16 or 32."""
+    @property
+    def has_mins(self) -> bool:
+        """Whether groups have a minimum, too."""
+    def dequantize(self, out_ptr: int) -> None:
+        """Write the weight it stands for: float32 [out, in]."""
+    def copy_to(self, quants_ptr: int, scales_ptr: int, mins_ptr: int | None = None) -> None:
+        """Write what `from_arrays` takes, in its own groups; `mins_ptr` exactly where there are minimums."""
+
+def ggml_format(ggml_type: int) -> tuple[int, int, bool] | None:
+    """(bits, group, whether there are minimums) of a type's weights; None where it is not kept quantised."""
 
 # rust/py/src/sample_arrays.rs
 

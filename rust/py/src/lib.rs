@@ -12,6 +12,7 @@ mod cuda_kernels;
 mod errors;
 mod layout;
 mod pool_pretouch;
+mod quantized;
 mod sample_arrays;
 mod sampler;
 mod scheduler;
@@ -30,6 +31,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     cores::register(m)?;
     cpu_kernels::register(m)?;
     pool_pretouch::register(m)?;
+    quantized::register(m)?;
     sample_arrays::register(m)?;
     sampler::register(m)?;
     cuda_kernels::register(m)

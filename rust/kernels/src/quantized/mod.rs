@@ -7,6 +7,10 @@
 //! 8 bits: q in −128..=127, zero = 0
 //! ```
 
+mod fill;
+pub mod ggml;
+pub mod make;
+
 use crate::KernelError;
 use crate::error::{check_length, check_product};
 
@@ -39,6 +43,22 @@ impl QuantFormat {
             QuantBits::Four | QuantBits::Eight => 0,
         }
     }
+
+    /// Refuses a weight [out, in] that is empty or has columns beside whole groups.
+    fn check_shape(self, in_features: usize, out_features: usize) -> Result<(), KernelError> {
+        if in_features == 0 || out_features == 0 {
+            let message = format!("weight is {out_features}x{in_features}, both must be positive");
+            return Err(KernelError::Invalid(message));
+        }
+        if !matches!(self.group, 16 | MAX_GROUP) || !in_features.is_multiple_of(self.group) {
+            let message = format!(
+                "quantised weight has {in_features} columns in groups of {}, expected whole groups of 16 or 32",
+                self.group
+            );
+            return Err(KernelError::Invalid(message));
+        }
+        Ok(())
+    }
 }
 
 /// A weight [N, K], one byte a value; packing makes it as small as it is.
@@ -66,17 +86,7 @@ impl QuantizedWeight {
         scales: Vec<f32>,
         mins: Vec<f32>,
     ) -> Result<Self, KernelError> {
-        if in_features == 0 || out_features == 0 {
-            let message = format!("weight is {out_features}x{in_features}, both must be positive");
-            return Err(KernelError::Invalid(message));
-        }
-        if !matches!(format.group, 16 | MAX_GROUP) || in_features % format.group != 0 {
-            let message = format!(
-                "quantised weight has {in_features} columns in groups of {}, expected whole groups of 16 or 32",
-                format.group
-            );
-            return Err(KernelError::Invalid(message));
-        }
+        format.check_shape(in_features, out_features)?;
         let num_weights = check_product("weight", &[in_features, out_features])?;
         let num_groups = num_weights / format.group;
         check_length("quantised values", quants.len(), num_weights)?;
