@@ -26,7 +26,7 @@ CRATES: dict[str, tuple[set[str], str]] = {
         set(),
         """
         base_linears base_weights error foreign layout pace
-        fields pattern read shape
+        fields host_tier pattern read shape
         shards
         weights
         alpha initialisation matrix names target tensor_name

@@ -24,8 +24,11 @@ __all__ = [
     "CudaKernels",
     "CudaStep",
     "HostSampler",
+    "HostTier",
+    "HostTierStats",
     "LoadPace",
     "MessageShape",
+    "PackedAdapter",
     "PackedLinear",
     "PendingSamples",
     "PoolPretouch",
@@ -363,6 +366,8 @@ class Scheduler:
         """Those of them that an adapter is missing for."""
     def has_its_adapters(self, request_id: int) -> bool:
         """Whether all adapters of an unfinished request are resident."""
+    def has_adapter_turnover(self) -> bool:
+        """Whether residents may have to be loaded again: some were evicted, or not all fit at once."""
     def has_work(self) -> bool:
         """Whether any request is unfinished."""
     def stats(self) -> SchedulerStats:
@@ -593,6 +598,74 @@ def load_adapter(
     Raises AdapterUnavailableError if the files are gone or changed, or the base's linears can't be had,
     AdapterFormatError if the files are malformed, CapacityError if the extent is too small.
     """
+
+# rust/py/src/host_tier.rs
+
+@final
+class HostTierStats:
+    """What a tier holds now, and what it was asked since it was made."""
+
+    @property
+    def limit_nbytes(self) -> int:
+        """0: it keeps and counts nothing."""
+    @property
+    def nbytes(self) -> int:
+        """At most the limit."""
+    @property
+    def num_adapters(self) -> int:
+        """How many it keeps."""
+    @property
+    def num_hits(self) -> int:
+        """Adapters found."""
+    @property
+    def num_misses(self) -> int:
+        """Adapters looked for and not found."""
+    @property
+    def num_evictions(self) -> int:
+        """Adapters that gave way to others."""
+    @property
+    def num_failures(self) -> int:
+        """Adapters for which the system had no memory."""
+
+@final
+class PackedAdapter:
+    """An adapter of a tier, as it lies in an extent; its bytes stay as long as this does."""
+
+    @property
+    def layout(self) -> AdapterLayout:
+        """Where its parts lie."""
+    @property
+    def address(self) -> int:
+        """Of `nbytes` readable bytes."""
+    @property
+    def nbytes(self) -> int:
+        """As many as the layout says."""
+    def copy_to(self, dst_ptr: int, dst_nbytes: int, pace: LoadPace) -> None:
+        """Fill `dst_nbytes` writable bytes at `dst_ptr`, zeros behind the adapter, without the GIL.
+
+        The caller keeps them alive and to itself until the call returns. ValueError if they are too few.
+        """
+
+@final
+class HostTier:
+    """Packed adapters in main memory by content hash, never more than `limit_nbytes` of them; for any thread.
+
+    The one used longest ago gives way to another. A limit of 0 keeps and counts none.
+    """
+
+    def __new__(cls, limit_nbytes: int) -> HostTier: ...
+    def find(self, content_hash: str) -> PackedAdapter | None:
+        """The adapter of this content, counted as a hit, or as a miss."""
+    def keep(self, content_hash: str, src_ptr: int, layout: AdapterLayout, pace: LoadPace) -> None:
+        """Copy a packed adapter, if there is room, without the GIL.
+
+        The caller keeps the `layout.nbytes` readable bytes at `src_ptr` alive and unchanged until the call
+        returns.
+        """
+    def forget_except(self, content_hashes: list[str]) -> None:
+        """Drop all others; their memory is free at once, or when whoever copies one has done so."""
+    def stats(self) -> HostTierStats:
+        """Of one moment."""
 
 # rust/py/src/sampler.rs
 

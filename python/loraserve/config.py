@@ -50,6 +50,9 @@ class EngineConfig:
         memory: bytes of the one pool that KV cache and adapters share, or text such as "2GiB"; "auto" takes
             three quarters of what is free beside the weights, on a GPU what `gpu_memory_utilization` leaves,
             and no more than `max_num_seqs` can use.
+        adapter_host_memory: most bytes of main memory, or text such as "2GiB", that keep adapters as they lay
+            in the pool, so that an evicted one returns by a copy; 0 keeps none, "auto" takes half of what
+            weights and pool leave free.
         gpu_memory_utilization: share of a GPU's memory that this process may use, weights and all; what the
             weights and the largest step leave of it is the pool, where `memory` is "auto".
         cuda_graphs: capture decode steps on a GPU at start; without, each step takes longer, the start less.
@@ -81,6 +84,7 @@ class EngineConfig:
     dtype: str = "bfloat16"
     device: str = "auto"
     memory: int | str = AUTO
+    adapter_host_memory: int | str = AUTO
     gpu_memory_utilization: float = 0.9
     cuda_graphs: bool = True
     max_lora_rank: int = 64
@@ -130,6 +134,7 @@ class EngineConfig:
             if self.failed_adapters:
                 raise start_error(self.failed_adapters)
         parse_memory(self.memory)
+        parse_memory(self.adapter_host_memory, "adapter_host_memory", least=0)
 
     @property
     def model_names(self) -> tuple[str, ...]:
@@ -140,6 +145,11 @@ class EngineConfig:
     def memory_nbytes(self) -> int | None:
         """Bytes of the pool; None where the device's memory decides."""
         return parse_memory(self.memory)
+
+    @property
+    def adapter_host_nbytes(self) -> int | None:
+        """Most bytes of main memory that keep adapters; None where what is free decides."""
+        return parse_memory(self.adapter_host_memory, "adapter_host_memory", least=0)
 
 
 def check_merge(name: object, adapters: Iterable[str]) -> None:
@@ -159,27 +169,28 @@ def check_merge(name: object, adapters: Iterable[str]) -> None:
         )
 
 
-def parse_memory(memory: int | str) -> int | None:
+def parse_memory(memory: int | str, name: str = "memory", *, least: int = 1) -> int | None:
     """Bytes of `memory`: an integer, or text such as "512MiB", "2GiB", "1.5 GB"; "2G" is 2 GB.
 
-    None for "auto". Raises InvalidRequestError: it is no size, or not from 1 to `MAX_MEMORY` bytes.
+    None for "auto". Raises InvalidRequestError: `name` is no size, or not from `least` to `MAX_MEMORY` bytes.
     """
     if memory == AUTO:
         return None
     if not isinstance(memory, int | str) or isinstance(memory, bool):
-        raise InvalidRequestError(f"memory is {memory!r}, give bytes as an integer, or text such as 2GiB")
+        raise InvalidRequestError(f"{name} is {memory!r}, give bytes as an integer, or text such as 2GiB")
     if isinstance(memory, int):
         nbytes = memory
     else:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?b?)\s*", memory.lower())
         unit = match and _UNITS.get(match[2] if match[2] in _UNITS else match[2] + "b")
         if match is None or unit is None:
-            raise InvalidRequestError(f"memory is {memory!r}, write it as 512MiB, 2GiB or auto")
+            raise InvalidRequestError(f"{name} is {memory!r}, write it as 512MiB, 2GiB or auto")
         nbytes = int(Decimal(match[1]) * unit)
-    if nbytes <= 0:
-        raise InvalidRequestError(f"memory is {memory!r}, it must be more than 0 bytes")
+    if nbytes < least:
+        bound = "more than 0 bytes" if least == 1 else f"at least {least} bytes"
+        raise InvalidRequestError(f"{name} is {memory!r}, it must be {bound}")
     if nbytes > MAX_MEMORY:
-        raise InvalidRequestError(f"memory is {memory!r}, it must be at most {MAX_MEMORY} bytes")
+        raise InvalidRequestError(f"{name} is {memory!r}, it must be at most {MAX_MEMORY} bytes")
     return nbytes
 
 

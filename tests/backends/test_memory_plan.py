@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from loraserve.backends.machine_memory import DeviceMemory
-from loraserve.backends.memory_plan import MemoryPlan, host_room, plan_pool, weights_nbytes
+from loraserve.backends.memory_plan import MemoryPlan, host_room, plan_host_tier, plan_pool, weights_nbytes
 from loraserve.config import EngineConfig
 from loraserve.errors import CapacityError
 from loraserve.models.config import ModelConfig
@@ -109,6 +109,30 @@ def test_the_context_is_what_one_request_can_have(caplog: pytest.LogCaptureFixtu
     assert plan(LLAMA_3_8B, 64, 60, memory="2GiB", max_model_len=8192).max_model_len == 8192
 
 
+@pytest.mark.parametrize("free", [3, 12, 100])
+@pytest.mark.parametrize("memory", ["1GiB", "auto"])
+@pytest.mark.parametrize("tier", ["0", "512MiB", "auto"])
+def test_weights_pool_and_host_tier_are_together_within_what_is_free(
+    free: float, memory: str, tier: str
+) -> None:
+    model = ModelConfig.from_hf(QWEN3_06B)
+    config = EngineConfig(model="m", memory=memory, adapter_host_memory=tier)
+    room = host_room(config, model, DeviceMemory(128 * GIB, int(free * GIB), "this machine"))
+    pool = plan_pool(config, model, geometry(model), room).num_pages * page_nbytes(model)
+    nbytes = plan_host_tier(config, room.free - pool)
+    assert weights_nbytes(model, 2) + pool + nbytes < free * GIB
+    if tier == "auto":
+        assert 0.2 * (room.free - pool) < nbytes < 0.6 * (room.free - pool)
+    else:
+        assert nbytes == (0 if tier == "0" else GIB // 2)
+
+
+def test_a_pool_beyond_what_is_free_leaves_no_host_tier() -> None:
+    model, config = ModelConfig.from_hf(QWEN3_06B), EngineConfig(model="m", memory="8GiB")
+    room = host_room(config, model, DeviceMemory(16 * GIB, 4 * GIB, "this machine"))
+    assert plan_host_tier(config, room.free - 8 * GIB) == 0
+
+
 REFUSED: list[tuple[dict[str, Any], float, float, dict[str, Any], str]] = [
     (
         LLAMA_3_8B,
@@ -127,6 +151,22 @@ REFUSED: list[tuple[dict[str, Any], float, float, dict[str, Any], str]] = [
         r"memory is \d+ bytes \(500.0 GiB\), this machine with 16.0 GiB can't give that",
     ),
     (QWEN3_06B, 16, 12, {"memory": "15GiB"}, "beside weights of 1.1 GiB there is room for 14.9 GiB"),
+    (
+        QWEN3_06B,
+        16,
+        12,
+        {"adapter_host_memory": "11GiB"},
+        r"adapter_host_memory is \d+ bytes \(11.0 GiB\), this machine, beside weights of 1.1 GiB, has "
+        r"10\.\d GiB "
+        "free: lower it, or leave it at auto",
+    ),
+    (
+        QWEN3_06B,
+        16,
+        12,
+        {"adapter_host_memory": "4GiB", "memory": "12GiB"},
+        "beside weights of 1.1 GiB and adapter_host_memory of 4.0 GiB there is room for 10.9 GiB",
+    ),
     (QWEN3_06B, 16, 12, {"memory": "2MiB"}, "memory is 2097152 bytes, this model needs at least 3670016"),
     (
         QWEN3_06B,

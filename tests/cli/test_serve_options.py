@@ -118,7 +118,7 @@ def test_flags_of_other_servers_mean_what_they_mean_there(
     ("arguments", "note"),
     [
         (["--max-loras", "4"], "a batch mixes any number of adapters"),
-        (["--max-cpu-loras", "4"], "adapters that do not fit"),
+        (["--max-cpu-loras", "4"], "--adapter-host-memory bounds"),
         (["--waiting-served-ratio", "0.3"], "waiting requests join at every step"),
         (["--max-batch-total-tokens", "9"], "--memory bounds the batch"),
         (["--disable-log-requests"], "it tunes another engine"),

@@ -71,7 +71,8 @@ def answer(job: dict[str, Any], device: str, **settings: Any) -> dict[str, Any]:
             outputs = llm.generate(prompts, params, adapters, progress=False)
             rounds.append([output.token_ids for output in outputs])
             margins.append([min(map(_margin, output.logprobs or [])) for output in outputs])
-    return {"rounds": rounds, "margins": margins}
+        host_tier_hits = llm.stats().host_tier.num_hits
+    return {"rounds": rounds, "margins": margins, "host_tier_hits": host_tier_hits}
 
 
 def _margin(logprob: TokenLogprob) -> float:

@@ -9,7 +9,14 @@ from types import SimpleNamespace, TracebackType
 from typing import Any
 
 from loraserve.adapters.startup import AdapterFailure
-from loraserve.engine.stats import AdapterInfo, AdapterStats, AdapterUsage, EngineInfo, EngineStats
+from loraserve.engine.stats import (
+    AdapterInfo,
+    AdapterStats,
+    AdapterUsage,
+    EngineInfo,
+    EngineStats,
+    HostTierStats,
+)
 from loraserve.errors import AdapterFormatError, AdapterNotFoundError, CapacityError, InvalidRequestError
 from loraserve.server.access.keys import AccessControl
 from loraserve.server.access.request_limits import RequestLimits
@@ -40,6 +47,15 @@ RECEIPT = SimpleNamespace(
     notes=[],
     not_used=[],
 )
+HOST_TIER = HostTierStats(
+    limit_nbytes=8192,
+    nbytes=4096,
+    num_adapters=1,
+    num_hits=5,
+    num_misses=3,
+    num_evictions=2,
+    num_failures=1,
+)
 
 
 class ControlEngine(FakeEngine):
@@ -69,6 +85,7 @@ class ControlEngine(FakeEngine):
             max_model_len=1024,
             max_lora_rank=64,
             page_nbytes=65536,
+            host_tier=HOST_TIER,
             **numbers,
         )
 
@@ -95,6 +112,7 @@ class ControlEngine(FakeEngine):
         return EngineStats(
             **(numbers | counts | {"num_running": 7, "num_waiting": 6}),
             page_nbytes=65536,
+            host_tier=HOST_TIER,
             base=self.usage,
             adapters=adapters,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -70,11 +71,15 @@ class AdapterRegistry:
 
     def __init__(self) -> None:
         self._by_name: dict[str, RegisteredAdapter] = {}
+        self._num_names: Counter[int] = Counter()  # by adapter id
         self._sources: dict[int, dict[str, WeightsSource]] = {}
 
     def add(self, adapter: RegisteredAdapter) -> None:
         """Bind its name to it, whatever had the name before; its path becomes a source of its content."""
+        if adapter.name in self._by_name:
+            self.remove(adapter.name)
         self._by_name[adapter.name] = adapter
+        self._num_names[adapter.adapter_id] += 1
         source = WeightsSource(adapter.name, adapter.path, adapter.receipt, adapter.stored)
         self._sources.setdefault(adapter.adapter_id, {})[adapter.path] = source
 
@@ -84,7 +89,11 @@ class AdapterRegistry:
 
     def adapter_ids(self) -> set[int]:
         """Of everything that has a name."""
-        return {adapter.adapter_id for adapter in self}
+        return set(self._num_names)
+
+    def has_name(self, adapter_id: int) -> bool:
+        """Whether any name has this content."""
+        return adapter_id in self._num_names
 
     def names(self, adapter_id: int) -> list[str]:
         """All names of this content."""
@@ -94,7 +103,11 @@ class AdapterRegistry:
         """Forget the name; its source is kept for requests still queued. Raises AdapterNotFoundError."""
         if name not in self._by_name:
             raise AdapterNotFoundError(f"adapter {name!r} is not registered")
-        return self._by_name.pop(name)
+        adapter = self._by_name.pop(name)
+        self._num_names[adapter.adapter_id] -= 1
+        if not self._num_names[adapter.adapter_id]:
+            del self._num_names[adapter.adapter_id]
+        return adapter
 
     def check_combination(self, adapters: Sequence[tuple[str, float]]) -> None:
         """Raises InvalidRequestError: one of these (name, weight) pairs can't be weighted or summed."""

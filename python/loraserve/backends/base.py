@@ -27,12 +27,16 @@ class Extent:
 
 @dataclass(frozen=True)
 class PlacedModel:
-    """A model on its device: weights, what computes them, the pool in pages, the context in tokens."""
+    """A model on its device: weights, what computes them, the pool in pages, the context in tokens.
+
+    `host_tier_nbytes` of main memory are left for adapters that the pool gives up.
+    """
 
     decoder: Decoder
     ops: Ops
     num_pages: int
     max_model_len: int
+    host_tier_nbytes: int
 
 
 class BaseLinears(Protocol):
@@ -93,6 +97,13 @@ class Backend(Protocol):
 
     def fill(self, extent: Extent, load: Callable[[int], _core.AdapterLayout]) -> _core.AdapterLayout:
         """Have `load` write the adapter to host memory, bring it to its extent, return when it is there.
+
+        Called from loader threads.
+        """
+        ...
+
+    def restore(self, extent: Extent, packed: _core.PackedAdapter, pace: _core.LoadPace) -> None:
+        """Bring an adapter from the host tier to its extent by one copy, and return when it is there.
 
         Called from loader threads.
         """

@@ -23,6 +23,7 @@ POOL_SHARE = (
     0.75  # of what the weights leave: the rest is for activations, loads and the machine's other work
 )
 MIN_POOL_CAP = 2 * 2**30
+HOST_TIER_SHARE = 0.5  # of the main memory that weights and pool leave free
 TYPICAL_RANK = 16
 
 
@@ -67,13 +68,36 @@ def host_room(config: EngineConfig, model: ModelConfig, memory: DeviceMemory) ->
     left = check_weights(config, model, memory, "free some, raise the limit or take a smaller model")
     dtype: torch.dtype = getattr(torch, config.dtype)
     weights = weights_nbytes(model, dtype.itemsize)
+    tier = config.adapter_host_nbytes or 0
+    check_host_tier(config, left, f"{memory.owner}, beside weights of {in_gib(weights)},")
     return PoolRoom(
-        default=int(left * POOL_SHARE),
-        free=left,
-        most=memory.total - weights,
-        beside=f"weights of {in_gib(weights)}",
+        default=int((left - tier) * POOL_SHARE),
+        free=left - tier,
+        most=memory.total - weights - tier,
+        beside=f"weights of {in_gib(weights)}"
+        + (f" and adapter_host_memory of {in_gib(tier)}" if tier else ""),
         owner=f"{memory.owner} with {in_gib(memory.total)}",
     )
+
+
+def check_host_tier(config: EngineConfig, free: int, where: str) -> None:
+    """Raises CapacityError: adapters are to be kept in more than the `free` bytes that `where` names."""
+    nbytes = config.adapter_host_nbytes or 0
+    if nbytes > max(free, 0):
+        raise CapacityError(
+            f"adapter_host_memory is {nbytes} bytes ({in_gib(nbytes)}), {where} has {in_gib(max(free, 0))} "
+            "free: lower it, or leave it at auto"
+        )
+
+
+def plan_host_tier(config: EngineConfig, free: int) -> int:
+    """Most bytes that keep adapters in main memory, of which everything else leaves `free`; it is logged."""
+    nbytes = config.adapter_host_nbytes
+    if nbytes is None:
+        nbytes = max(int(free * HOST_TIER_SHARE), 0)
+    if nbytes:
+        logger.info("memory: up to %s keep adapters that the pool may have to give up", in_gib(nbytes))
+    return nbytes
 
 
 def plan_pool(config: EngineConfig, model: ModelConfig, geometry: KvGeometry, room: PoolRoom) -> MemoryPlan:

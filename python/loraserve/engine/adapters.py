@@ -110,7 +110,8 @@ class EngineAdapters:
             beside,
         )
         self.tensor_store = self._check.store
-        self.loader = ExtentLoader(runner.backend, self._check, wake.set)
+        self.host_tier = _core.HostTier(runner.host_tier_nbytes)
+        self.loader = ExtentLoader(runner.backend, self._check, self.host_tier, wake.set)
 
     def load_configured(self) -> None:
         """Register the configuration's adapters; `failures` are those the engine starts without.
@@ -356,11 +357,12 @@ class EngineAdapters:
         }
 
     def start_load(self, adapter_id: int, slot: int, first_page: int, num_pages: int) -> None:
-        """Begin to read an adapter into its extent, as the scheduler says."""
+        """Begin to bring an adapter into its extent, as the scheduler says."""
         with self._lock:
             sources = self._registry.sources(adapter_id)
+            keeps = self._scheduler.has_adapter_turnover() and self._registry.has_name(adapter_id)
             self._loads.start(adapter_id)
-        self.loader.start(adapter_id, sources, self._runner.extent(slot, first_page, num_pages))
+        self.loader.start(adapter_id, sources, self._runner.extent(slot, first_page, num_pages), keeps=keeps)
 
     def finish_loads(self) -> None:
         """Tell the scheduler, and who waits, of loads that are done."""
@@ -380,6 +382,9 @@ class EngineAdapters:
                 with self._lock:
                     self._scheduler.adapter_loaded(result.adapter_id)
                     self._loads.finish(result.adapter_id, None)
+            with self._lock:
+                if not self._registry.has_name(result.adapter_id):
+                    self._forget_unused()  # unloaded while it was read
 
     def announce_late_loads(self) -> None:
         """Tell the scheduler of loads that take long, so that only who needs them waits; under the lock."""
@@ -435,6 +440,7 @@ class EngineAdapters:
         adapter_ids = set(self._scheduler.adapter_ids())
         self._registry.forget_sources_except(adapter_ids)
         self._loads.forget_except(adapter_ids, self._registry.adapter_ids())
+        self.host_tier.forget_except([adapter.receipt.hash for adapter in self._registry])
 
     def _registered(self, name: str) -> RegisteredAdapter:
         adapter = self._registry.get(name)

@@ -207,6 +207,7 @@ class Engine:
                 self._scheduler.stats(),
                 self.runner,
                 num_adapters=len(self.adapters),
+                host_tier=self.adapters.host_tier,
                 base=self.adapters.usage.base,
                 adapters=self.adapters.by_name(),
             )
@@ -220,6 +221,7 @@ class Engine:
                 self.config,
                 max_model_len=self.max_model_len,
                 num_adapters=len(self.adapters),
+                host_tier=self.adapters.host_tier,
             )
 
     @property

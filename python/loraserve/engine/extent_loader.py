@@ -1,4 +1,4 @@
-"""Reads adapters into their extents of the pool on threads of its own, off the step loop."""
+"""Brings adapters, of files or of the host tier, into their extents of the pool on threads of its own."""
 
 from __future__ import annotations
 
@@ -54,6 +54,9 @@ class _Read:
 class ExtentLoader:
     """Starts loads and collects their results; `on_done` is called from a loader thread after each.
 
+    `tier` holds adapters as they lay in their extents, found by content: one of these is copied, and its
+    files, which may have changed since, are not read.
+
     The threads start with the first load, and end with `shutdown` or with the loader. (An executor of Python
     takes no more work once the main thread has ended, though other threads of the program go on.)
     """
@@ -62,10 +65,12 @@ class ExtentLoader:
         self,
         backend: Backend,
         check: AdapterCheck,
+        tier: _core.HostTier,
         on_done: Callable[[], None],
     ) -> None:
         self._backend: Backend | None = backend
         self._check = check
+        self._tier = tier
         self._on_done = on_done
         self._pace = _core.LoadPace()
         # Of files with embeddings or a head, of which a load reads what differs from the base's: when they
@@ -93,12 +98,17 @@ class ExtentLoader:
         """Say whether the model computes now on the cores that adapters are read with."""
         self._pace.set_rest(rest_s(self._num_open) if is_contended else 0.0)
 
-    def start(self, adapter_id: int, sources: Sequence[WeightsSource], extent: Extent) -> None:
-        """Read an adapter into `extent` from the first source that has it; only on the engine's thread."""
+    def start(
+        self, adapter_id: int, sources: Sequence[WeightsSource], extent: Extent, *, keeps: bool = False
+    ) -> None:
+        """Bring an adapter into `extent`, of the tier or the first readable source; on the engine's thread.
+
+        `keeps`: one that is read is also copied to the tier, for its return.
+        """
         if not self._threads:
             self._start_threads()
         self._num_open += 1
-        self._jobs.put(partial(self._run, adapter_id, sources, extent))
+        self._jobs.put(partial(self._run, adapter_id, sources, extent, keeps))
 
     def replace_stuck_threads(self) -> None:
         """Have further threads read what waits behind reads that hang; only on the engine's thread."""
@@ -124,6 +134,7 @@ class ExtentLoader:
         self._end()
         for thread in self._threads:
             thread.join()
+        self._tier.forget_except([])
         self._backend = None
 
     def _start_threads(self) -> None:
@@ -136,14 +147,16 @@ class ExtentLoader:
         self._threads.append(threading.Thread(target=_work, args=(self._jobs,), name=name, daemon=True))
         self._threads[-1].start()
 
-    def _run(self, adapter_id: int, sources: Sequence[WeightsSource], extent: Extent) -> bool:
+    def _run(self, adapter_id: int, sources: Sequence[WeightsSource], extent: Extent, keeps: bool) -> bool:
         """Whether the thread is to go on: not if another has taken its place."""
         read = _Read(time.monotonic())
         with self._reads_lock:
             self._reads[adapter_id] = read
-        outcome: _core.AdapterLayout | LoraserveError
+        outcome: _core.AdapterLayout | LoraserveError | None
         try:
-            outcome = self._load_first_readable(sources, extent)
+            outcome = self._restore(sources[0].receipt.hash, extent)
+            if outcome is None:
+                outcome = self._load_first_readable(sources, extent, keeps)
         except LoraserveError as error:
             outcome = error
         except BaseException as error:  # a panic of the core too: every load is answered
@@ -154,22 +167,32 @@ class ExtentLoader:
         self._on_done()
         return not read.is_replaced
 
-    def _load_first_readable(self, sources: Sequence[WeightsSource], extent: Extent) -> _core.AdapterLayout:
+    def _restore(self, content_hash: str, extent: Extent) -> _core.AdapterLayout | None:
+        packed = self._tier.find(content_hash)
+        if packed is None:
+            return None
+        assert self._backend is not None, "invariant: a load is over before the loader is shut down"
+        self._backend.restore(extent, packed, self._pace)
+        return packed.layout
+
+    def _load_first_readable(
+        self, sources: Sequence[WeightsSource], extent: Extent, keeps: bool
+    ) -> _core.AdapterLayout:
         for source in sources[:-1]:
             try:
-                return self._load(source, extent)
+                return self._load(source, extent, keeps)
             except LoraserveError:
                 continue  # the same content was registered from another path as well
-        return self._load(sources[-1], extent)
+        return self._load(sources[-1], extent, keeps)
 
-    def _load(self, source: WeightsSource, extent: Extent) -> _core.AdapterLayout:
+    def _load(self, source: WeightsSource, extent: Extent, keeps: bool) -> _core.AdapterLayout:
         stamp = self._compared.get(source.path)
         is_same = source.stored is not None or (stamp is not None and stamp == _stamp(source.path))
         assert self._backend is not None, "invariant: a load is over before the loader is shut down"
         base_linears = self._backend.base_linears
 
         def load(address: int) -> _core.AdapterLayout:
-            return _core.load_adapter(
+            layout = _core.load_adapter(
                 source.path,
                 self._check.shape,
                 self._check.dtype,
@@ -183,6 +206,9 @@ class ExtentLoader:
                 self._check.base_weights,
                 source.receipt if is_same else None,
             )
+            if keeps:
+                self._tier.keep(source.receipt.hash, address, layout, self._pace)
+            return layout
 
         return self._backend.fill(extent, load)
 

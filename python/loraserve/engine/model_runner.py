@@ -72,6 +72,7 @@ class ModelRunner:
         placed = self.backend.place(model_config, geometry, build)
         self.page_nbytes = geometry.page_nbytes(self._dtype)
         self.num_pages = placed.num_pages
+        self.host_tier_nbytes = placed.host_tier_nbytes
         self.ops: Ops = placed.ops
         return placed.decoder, placed.max_model_len
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loraserve._core import Receipt, SchedulerStats, __version__
+from loraserve._core import HostTier, Receipt, SchedulerStats, __version__
 from loraserve.config import EngineConfig
 
 if TYPE_CHECKING:
@@ -89,6 +89,37 @@ class AdapterInfo(AdapterStats):
 
 
 @dataclass(frozen=True, kw_only=True)
+class HostTierStats:
+    """Adapters that main memory keeps as they lay in the pool, up to the limit, and loads since start.
+
+    Hits are loads that copied one from there, misses those that read files. `num_evictions` gave way to
+    others, for `num_failures` the system had no memory. A limit of 0 keeps and counts none.
+    """
+
+    limit_nbytes: int
+    nbytes: int
+    num_adapters: int
+    num_hits: int
+    num_misses: int
+    num_evictions: int
+    num_failures: int
+
+    @classmethod
+    def build(cls, tier: HostTier) -> HostTierStats:
+        """Of one moment."""
+        core = tier.stats()
+        return cls(
+            limit_nbytes=core.limit_nbytes,
+            nbytes=core.nbytes,
+            num_adapters=core.num_adapters,
+            num_hits=core.num_hits,
+            num_misses=core.num_misses,
+            num_evictions=core.num_evictions,
+            num_failures=core.num_failures,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineStats:
     """Present load and counts since start; pages are of the pool that KV cache and adapters share.
 
@@ -112,6 +143,7 @@ class EngineStats:
     num_adapter_evictions: int
     num_preemptions: int
     num_prefix_hit_tokens: int
+    host_tier: HostTierStats
     base: AdapterUsage
     adapters: Mapping[str, AdapterStats]
 
@@ -122,6 +154,7 @@ class EngineStats:
         runner: ModelRunner,
         *,
         num_adapters: int,
+        host_tier: HostTier,
         base: AdapterUsage,
         adapters: Mapping[str, AdapterStats],
     ) -> EngineStats:
@@ -143,6 +176,7 @@ class EngineStats:
             num_adapter_evictions=core.num_adapter_evictions,
             num_preemptions=core.num_preemptions,
             num_prefix_hit_tokens=core.num_prefix_hit_tokens,
+            host_tier=HostTierStats.build(host_tier),
             base=copy.copy(base),
             adapters=adapters,
         )
@@ -175,6 +209,7 @@ class EngineInfo:
     num_adapter_loads: int
     num_adapter_evictions: int
     num_preemptions: int
+    host_tier: HostTierStats
 
     @classmethod
     def build(
@@ -185,6 +220,7 @@ class EngineInfo:
         *,
         max_model_len: int,
         num_adapters: int,
+        host_tier: HostTier,
     ) -> EngineInfo:
         """Of one moment: the engine holds its lock meanwhile."""
         return cls(
@@ -208,6 +244,7 @@ class EngineInfo:
             num_adapter_loads=core.num_adapter_loads,
             num_adapter_evictions=core.num_adapter_evictions,
             num_preemptions=core.num_preemptions,
+            host_tier=HostTierStats.build(host_tier),
         )
 
 

@@ -57,6 +57,7 @@ def engine_config(
         dtype=settings.dtype,
         device=settings.device,
         memory=settings.memory,
+        adapter_host_memory=settings.adapter_host_memory,
         max_lora_rank=settings.max_lora_rank,
         max_num_seqs=settings.max_num_seqs,
         max_batched_tokens=settings.max_batched_tokens,

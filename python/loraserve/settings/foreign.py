@@ -238,7 +238,7 @@ VLLM: tuple[ForeignSetting, ...] = (
     *_switches("enable_lora", "adapters are served where any are given, give none", accepted=("true",),
                **FLAG_ONLY),
     *_values("max_loras", "a batch mixes any number of adapters", "N", **(NO_EFFECT | FLAG_ONLY)),
-    *_values("max_cpu_loras", "adapters that do not fit in --memory are read again", "N",
+    *_values("max_cpu_loras", "--adapter-host-memory bounds what is kept beside --memory, in bytes", "N",
              **(NO_EFFECT | FLAG_ONLY)),
     *_values("lora_dtype", "adapters are stored in the dtype of --dtype", "DTYPE", accepted=("auto",),
              **FLAG_ONLY),

@@ -86,6 +86,12 @@ class ServeSettings(SettingsModel):
         "SIZE",
         flags=("--kv-cache-memory-bytes",),
     )
+    adapter_host_memory: Memory = option(
+        EngineConfig.adapter_host_memory,
+        "engine",
+        "main memory that keeps adapters for their return to the pool, 0 is off; auto takes half of the rest",
+        "SIZE",
+    )
     gpu_memory_utilization: Share = option(
         EngineConfig.gpu_memory_utilization,
         "engine",

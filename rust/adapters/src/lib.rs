@@ -18,6 +18,7 @@ mod fields;
 mod foreign;
 #[cfg(fuzzing)]
 pub mod fuzz;
+mod host_tier;
 mod initialisation;
 mod layout;
 mod matrix;
@@ -44,6 +45,7 @@ pub use base_linears::{BaseLinears, Delta};
 pub use base_weights::{BaseWeights, DIGEST_NBYTES, StoredWeight, row_digests};
 pub use error::{Error, ErrorKind, Result};
 pub use foreign::{Expected, recognise, recognise_file};
+pub use host_tier::{HostTier, HostTierStats, PackedAdapter};
 pub use layout::{
     AdapterLayout, BLOCK_ALIGN, COLUMNS_NBYTES, ColumnsLayout, EmbeddingLoraLayout, GroupLayout,
     ModuleLayout, NUM_GROUPS, NormLayout, OVERREAD, PANEL_WIDTH, Panels, RANK_MULTIPLE, RowsLayout,

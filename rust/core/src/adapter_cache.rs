@@ -116,6 +116,8 @@ pub struct AdapterCache {
     by_key: HashMap<AdapterKey, AdapterId>,
     names: HashMap<String, Name>,
     pub slots: SlotTable,
+    /// Pages of all entries, resident or not.
+    num_pages: usize,
     /// Pinned adapters, resident or not, and the pages they need.
     pinned: Pinned,
     next_id: u32,
@@ -234,6 +236,11 @@ impl AdapterCache {
         self.entries.len()
     }
 
+    /// What all of them would take, resident at once.
+    pub fn num_pages(&self) -> usize {
+        self.num_pages
+    }
+
     /// Adapters that have names or users: those a step may still ask to load.
     pub fn ids(&self) -> impl Iterator<Item = AdapterId> {
         self.entries.keys().copied()
@@ -257,6 +264,7 @@ impl AdapterCache {
             return None;
         }
         let entry = self.entries.remove(&adapter)?;
+        self.num_pages -= entry.num_pages;
         self.by_key.remove(&entry.content.key);
         for name in &entry.unloading {
             self.names.remove(name);

@@ -173,7 +173,7 @@ impl Receipt {
 /// How long reading an adapter rests between its bursts; may change while it is read.
 #[pyclass(frozen, module = "loraserve._core")]
 pub struct LoadPace {
-    inner: Arc<adapters::Pace>,
+    pub inner: Arc<adapters::Pace>,
 }
 
 impl LoadPace {

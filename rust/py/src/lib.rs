@@ -10,6 +10,7 @@ mod cores;
 mod cpu_kernels;
 mod cuda_kernels;
 mod errors;
+mod host_tier;
 mod layout;
 mod pool_pretouch;
 mod quantized;
@@ -27,6 +28,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     layout::register(m)?;
     adapters::register(m)?;
     base_linears::register(m)?;
+    host_tier::register(m)?;
     bounds::register(m)?;
     cores::register(m)?;
     cpu_kernels::register(m)?;

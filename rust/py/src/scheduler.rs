@@ -266,6 +266,10 @@ impl Scheduler {
         self.inner.has_its_adapters(RequestId(request_id))
     }
 
+    fn has_adapter_turnover(&self) -> bool {
+        self.inner.has_adapter_turnover()
+    }
+
     fn has_work(&self) -> bool {
         self.inner.has_work()
     }

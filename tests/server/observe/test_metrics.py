@@ -61,6 +61,10 @@ def test_what_was_served_is_what_prometheus_reads() -> None:
     assert value("loraserve_waiting_sequences") == 6
     owners = ("kv", "cached", "adapters", "free")
     assert [value("loraserve_pool_pages", owner=owner) for owner in owners] == [5, 4, 3, 2]
+    tier = [value(f"loraserve_host_tier_{name}") for name in ("bytes", "limit_bytes", "adapters")]
+    assert tier == [4096, 8192, 1]
+    counts = ("hits", "misses", "evictions", "failures")
+    assert [value(f"loraserve_host_tier_{name}_total") for name in counts] == [5, 3, 2, 1]
     assert value("loraserve_adapters", state="resident") == 1
     assert value("loraserve_adapters", state="registered") == 1
     for name, resident in (("a", 1), ("b", 0)):

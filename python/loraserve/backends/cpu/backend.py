@@ -13,7 +13,7 @@ from loraserve.backends.base import Extent, PlacedModel
 from loraserve.backends.cpu.ops import BLOCK_SIZE, CpuOps
 from loraserve.backends.cpu.program import CpuProgram
 from loraserve.backends.machine_memory import host_memory
-from loraserve.backends.memory_plan import host_room, plan_pool
+from loraserve.backends.memory_plan import host_room, plan_host_tier, plan_pool
 from loraserve.errors import CapacityError
 
 if TYPE_CHECKING:
@@ -42,13 +42,16 @@ class CpuBackend:
         self._pretouch: _core.PoolPretouch | None = None
 
     def place(self, model: ModelConfig, geometry: KvGeometry, build: BuildDecoder) -> PlacedModel:
-        plan = plan_pool(self._config, model, geometry, host_room(self._config, model, host_memory()))
+        room = host_room(self._config, model, host_memory())
+        plan = plan_pool(self._config, model, geometry, room)
         self._page_nbytes = geometry.page_nbytes(self._dtype)
-        self._pool = _allocate(plan.num_pages * self._page_nbytes)
+        pool_nbytes = plan.num_pages * self._page_nbytes
+        host_tier_nbytes = plan_host_tier(self._config, room.free - pool_nbytes)
+        self._pool = _allocate(pool_nbytes)
         self._ops = CpuOps(geometry, self._dtype, self._pool, num_threads=self._num_threads)
         decoder = build(self._ops, plan.max_model_len)
         self._base_linears = self._ops.base_linears(decoder)
-        return PlacedModel(decoder, self._ops, plan.num_pages, plan.max_model_len)
+        return PlacedModel(decoder, self._ops, plan.num_pages, plan.max_model_len, host_tier_nbytes)
 
     def max_num_slots(self, num_pages: int) -> int:
         return num_pages
@@ -65,9 +68,17 @@ class CpuBackend:
         """Nothing is queued on a CPU: ops return when they are done."""
 
     def fill(self, extent: Extent, load: Callable[[int], _core.AdapterLayout]) -> _core.AdapterLayout:
+        return load(self._address(extent))
+
+    def restore(self, extent: Extent, packed: _core.PackedAdapter, pace: _core.LoadPace) -> None:
+        packed.copy_to(self._address(extent), extent.nbytes, pace)
+
+    def _address(self, extent: Extent) -> int:
+        """Of memory that is about to be written."""
+        offset = extent.first_page * self._page_nbytes
         if self._pretouch is not None:
-            self._pretouch.use_above(extent.first_page * self._page_nbytes)
-        return load(self._pool.data_ptr() + extent.first_page * self._page_nbytes)
+            self._pretouch.use_above(offset)
+        return self._pool.data_ptr() + offset
 
     def start(self) -> None:
         self._pretouch = _core.PoolPretouch(self._pool, self._pool.data_ptr(), self._pool.numel())

@@ -16,8 +16,16 @@ from loraserve.backends.cuda.device import CudaDevice, TorchCudaDevice
 from loraserve.backends.cuda.dummy_batch import largest_batch
 from loraserve.backends.cuda.graphs import DecodeGraphs
 from loraserve.backends.cuda.ops import CudaLimits, CudaOps, CudaPacker, CudaStep
-from loraserve.backends.machine_memory import DeviceMemory
-from loraserve.backends.memory_plan import PoolRoom, check_weights, in_gib, plan_pool, weights_nbytes
+from loraserve.backends.machine_memory import DeviceMemory, host_memory
+from loraserve.backends.memory_plan import (
+    PoolRoom,
+    check_host_tier,
+    check_weights,
+    in_gib,
+    plan_host_tier,
+    plan_pool,
+    weights_nbytes,
+)
 from loraserve.errors import CapacityError
 from loraserve.models.ops import NUM_GROUPS
 
@@ -59,6 +67,8 @@ class CudaBackend:
         config, memory = self._config, self._device.memory()
         budget = self._budget(memory)
         check_weights(config, model, budget, REMEDY)
+        host = host_memory()
+        check_host_tier(config, host.free, host.owner)
         packer = CudaPacker(self._dtype, self._device)
         try:
             decoder = build(packer, model.resolve_max_model_len(config.max_model_len))
@@ -82,7 +92,8 @@ class CudaBackend:
         ops = self.build_ops(model, geometry, plan.num_pages)
         if config.cuda_graphs:
             self._capture(decoder, ops, graphs)
-        return PlacedModel(decoder, ops, plan.num_pages, plan.max_model_len)
+        host_tier_nbytes = plan_host_tier(config, host_memory().free)
+        return PlacedModel(decoder, ops, plan.num_pages, plan.max_model_len, host_tier_nbytes)
 
     def _budget(self, memory: DeviceMemory) -> DeviceMemory:
         """What this process may use of the device."""
@@ -190,8 +201,11 @@ class CudaBackend:
     def fill(self, extent: Extent, load: Callable[[int], _core.AdapterLayout]) -> _core.AdapterLayout:
         staging = torch.empty(extent.nbytes, dtype=torch.uint8)
         layout = load(staging.data_ptr())
-        self._ops.upload(staging[: layout.nbytes], extent.first_page)
+        self._ops.upload(staging.data_ptr(), layout.nbytes, extent.first_page)
         return layout
+
+    def restore(self, extent: Extent, packed: _core.PackedAdapter, pace: _core.LoadPace) -> None:
+        self._ops.upload(packed.address, packed.nbytes, extent.first_page)
 
     def start(self) -> None:
         """Device memory is real from the beginning: nothing goes on beside the steps."""

@@ -152,12 +152,12 @@ class CudaOps(CudaPacker):
         """Let uploads from now on wait for what is queued by now: it may still read their pages."""
         self._kernels.order_uploads(self._device.stream())
 
-    def upload(self, data: torch.Tensor, first_page: int) -> None:
-        """Copy host bytes (uint8) to the pages from `first_page` on; returns when they are there.
+    def upload(self, address: int, nbytes: int, first_page: int) -> None:
+        """Copy `nbytes` at this host address to the pages from `first_page` on; returns when they are there.
 
         For loader threads: it runs beside the steps, without the GIL.
         """
-        self._kernels.upload(data.data_ptr(), data.numel(), first_page)
+        self._kernels.upload(address, nbytes, first_page)
 
     def begin_step(self, batch: _core.Batch) -> CudaStep:
         return self._step(self._kernels.begin_step(batch, self._device.stream()))

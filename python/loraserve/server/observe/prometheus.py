@@ -165,6 +165,17 @@ def _engine(info: EngineInfo, stats: EngineStats) -> Iterator[Metric]:
     yield pages
     yield _gauge("loraserve_pool_page_bytes", "Size of a page", stats.page_nbytes)
     yield _gauge("loraserve_pool_pinned_pages", "Pages of pinned adapters", stats.num_pinned_pages)
+    tier = stats.host_tier
+    yield _gauge("loraserve_host_tier_bytes", "Main memory that keeps adapters for their return", tier.nbytes)
+    yield _gauge("loraserve_host_tier_limit_bytes", "Most that it may take", tier.limit_nbytes)
+    yield _gauge("loraserve_host_tier_adapters", "Adapters that it keeps", tier.num_adapters)
+    for name, text, count in (
+        ("hits", "Loads that copied an adapter from main memory", tier.num_hits),
+        ("misses", "Loads that read an adapter's files", tier.num_misses),
+        ("evictions", "Adapters that gave way to others in main memory", tier.num_evictions),
+        ("failures", "Adapters for which main memory had no room", tier.num_failures),
+    ):
+        yield _counter(f"loraserve_host_tier_{name}", text, count)
     yield _counter("loraserve_preemptions", "Sequences set back to make room", stats.num_preemptions)
     adapters = GaugeMetricFamily("loraserve_adapters", "Registered adapters by state", labels=["state"])
     states = [adapter.state for adapter in stats.adapters.values()]

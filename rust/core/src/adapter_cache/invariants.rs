@@ -54,6 +54,8 @@ impl AdapterCache {
         assert_eq!(self.pinned.num_adapters, pinned.clone().count());
         let num_pages: usize = pinned.map(|entry| entry.num_pages).sum();
         assert_eq!(self.pinned.num_pages, num_pages, "pinned pages are counted");
+        let num_pages: usize = self.entries.values().map(|entry| entry.num_pages).sum();
+        assert_eq!(self.num_pages, num_pages, "known pages are counted");
         let bound: usize = self
             .entries
             .values()

@@ -151,6 +151,7 @@ impl AdapterCache {
             unloading: Vec::new(),
         };
         self.entries.insert(adapter, entry);
+        self.num_pages += num_pages;
         adapter
     }
 

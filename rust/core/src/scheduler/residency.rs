@@ -67,6 +67,15 @@ impl Scheduler {
         Ok(())
     }
 
+    /// Whether a resident adapter may have to be loaded again: some were evicted before, or those that are known can't
+    /// all be resident at once.
+    pub fn has_adapter_turnover(&self) -> bool {
+        let adapters = &self.memory.adapters;
+        self.memory.num_evictions() > 0
+            || adapters.num_pages() > self.config.num_pages
+            || adapters.num_registered() > self.config.max_num_slots
+    }
+
     /// Adapters still to be loaded because they were asked for ahead of requests.
     pub fn num_prefetches(&self) -> usize {
         self.prefetches.len()

@@ -200,3 +200,25 @@ fn adapter_with_two_names_stays_until_both_let_it_go() {
     s.pin_adapter("a", false).unwrap();
     assert_eq!(s.stats().num_pinned_pages, 0);
 }
+
+#[test]
+fn adapters_turn_over_once_not_all_fit_or_one_was_evicted() {
+    let mut s = scheduler(|config| (config.num_pages, config.page_nbytes) = (4, 100));
+    let register = |s: &mut Scheduler, name: &str, num_pages: usize| {
+        let content = AdapterContent::new(name, num_pages * 100);
+        s.register_adapter(name, content).unwrap();
+    };
+    register(&mut s, "a", 2);
+    register(&mut s, "b", 2);
+    assert!(!s.has_adapter_turnover(), "both fit at once");
+    register(&mut s, "c", 1);
+    assert!(s.has_adapter_turnover());
+    s.unregister_adapter("c").unwrap();
+    assert!(!s.has_adapter_turnover());
+    for name in ["a", "b"] {
+        s.submit(request(&[1], &[(name, 1.0)], 1)).unwrap();
+        drain(&mut s);
+    }
+    assert_eq!(s.stats().num_adapter_evictions, 1, "for the KV cache of b");
+    assert!(s.has_adapter_turnover());
+}
