@@ -47,6 +47,8 @@ WRONG_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"prefix_caching": "no"}, "prefix_caching is 'no', it must be True or False"),
     ({"prefix_caching": 1}, "prefix_caching is 1, it must be True or False"),
     ({"cuda_graphs": 1}, "cuda_graphs is 1, it must be True or False"),
+    ({"speculate": True}, "speculate is True, it must be one of off, ngram"),
+    ({"speculate": "eagle"}, "speculate is 'eagle', it must be one of off, ngram"),
     ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization is 1.5, it must be in [0.01, 1]"),
     ({"gpu_memory_utilization": True}, "gpu_memory_utilization is True, it must be a finite number"),
     *(
@@ -86,6 +88,7 @@ WRONG_PARAMS: list[tuple[dict[str, Any], str]] = [
     ({"stop_token_ids": ["5"]}, "stop_token_ids is '5'"),
     ({"ignore_eos": "no"}, "ignore_eos is 'no', it must be True or False"),
     ({"ignore_eos": 0}, "ignore_eos is 0, it must be True or False"),
+    ({"speculate": "ngram"}, "speculate is 'ngram', it must be True or False"),
     ({"grammar": "json"}, "grammar is 'json'"),
     ({"grammar": {}}, "grammar is {}"),
 ]

@@ -15,8 +15,9 @@ CRATES: dict[str, tuple[set[str], str]] = {
         set(),
         """
         error ids
-        batch page_set prefix_cache request slot_table
-        adapter_cache page_pool
+        batch ngram page_set prefix_cache request slot_table
+        adapter_cache answers page_pool
+        speculation
         memory
         sequence
         scheduler

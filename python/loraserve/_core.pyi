@@ -110,7 +110,10 @@ class Batch:
         """[S] whose the sequences are."""
     @property
     def sample_request_ids(self) -> list[int]:
-        """[L] whose the sampled rows are."""
+        """[L] whose the sampled rows are; guesses give a sequence several, which are neighbours."""
+    @property
+    def draft_token_ids(self) -> list[int]:
+        """[L] what each sample is guessed to be, -1 where nothing is; empty in a step without guesses."""
     def arrays(self) -> _StepArrays:
         """Copies of the arrays, for a backend that computes in Python."""
 
@@ -165,6 +168,12 @@ class SchedulerStats:
     @property
     def num_prefix_hit_tokens(self) -> int:
         """Tokens whose KV was found in the prefix cache when their request was admitted."""
+    @property
+    def num_draft_tokens(self) -> int:
+        """Tokens that were guessed and checked."""
+    @property
+    def num_accepted_tokens(self) -> int:
+        """Those of them that came."""
 
 @final
 class AdapterStats:
@@ -275,6 +284,7 @@ class Scheduler:
         max_model_len: int,
         prefix_caching: bool = True,
         max_num_slots: int | None = None,
+        max_draft_tokens: int = 0,
     ) -> Scheduler: ...
     def register_adapter(
         self,
@@ -318,6 +328,7 @@ class Scheduler:
         stop_token_ids: list[int],
         cache_scope: tuple[str, str] = ...,
         needs_adapter: bool = False,
+        without_guesses: bool = False,
     ) -> int:
         """Queue a request and return its id; it gets exactly one output with a finish reason.
 
@@ -334,6 +345,15 @@ class Scheduler:
         Legal between `schedule` and `commit`, which then takes no token for it. Raises ValueError for another
         reason.
         """
+    def may_draft(self) -> bool:
+        """Whether the next step may be small enough to check guesses in."""
+    def draft(self, request_id: int, forced: list[int]) -> list[int]:
+        """What would be guessed of a request behind `forced`, which are certain, and these in front.
+
+        Empty if it does not decode, or guesses are off; `max_draft_tokens` at most.
+        """
+    def give_draft(self, request_id: int, token_ids: list[int]) -> None:
+        """What the next step guesses of a request, in place of its own guess; it changes no answer."""
     def schedule(self) -> SchedulerOutput:
         """Plan a step. One with a batch must be committed before the next."""
     def schedule_ahead(self) -> SchedulerOutput | None:
@@ -342,7 +362,10 @@ class Scheduler:
         Its token ids are -1 - j where sample j of the step before is to be put in. None: commit that first.
         """
     def commit(self, step: SchedulerOutput, token_ids: NDArray[np.int32]) -> list[bool]:
-        """Take the [L] sampled tokens, and say which were taken: the other rows' requests run no more.
+        """Take the [L] sampled tokens, and say which were taken.
+
+        The others' requests run no more, or they stand behind a guess that did not come true. -1, behind a
+        guess, stands for one that could not be sampled: the next step tries again.
 
         Steps are committed in order. For one without a batch there are none, and the call is optional.
         """
@@ -716,11 +739,14 @@ class Sampler:
         num_columns: int,
         masks: Sequence[NDArray[np.uint32]] = ...,
         masked_rows: Sequence[int] = ...,
+        draft_token_ids: Sequence[int] = ...,
     ) -> SampleArrays:
         """The rows of these sequences' next tokens, of logits of so many columns; they then count as drawn.
 
-        `masks` are of the rows `masked_rows`, which ascend: bit i % 32 of word i / 32 allows token i. Raises
-        ValueError for a mask of another length.
+        `masks` are of the rows `masked_rows`, which ascend: bit i % 32 of word i / 32 allows token i. Where
+        tokens are guessed, `draft_token_ids` has one per row: the next row, of the same sequence, is drawn as
+        if it had come; -1 in a sequence's last row. As many draws count as tokens are appended, at least one.
+        Raises ValueError for a mask of another length.
         """
 
 @final

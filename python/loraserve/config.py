@@ -15,6 +15,7 @@ from loraserve.validation.values import check_bool, check_choice, check_float, c
 DTYPES = ("bfloat16", "float16", "float32")
 DTYPE_ALIASES = {"auto": "bfloat16", "half": "float16", "float": "float32"}
 DEVICES = ("auto", "cpu", "cuda")
+SPECULATIONS = ("off", "ngram")
 
 MAX_MEMORY = 2**62
 AUTO = "auto"
@@ -67,6 +68,9 @@ class EngineConfig:
             gives: "auto" is the model's own generation_config.json, "none" (vLLM's "vllm") is nowhere, and an
             adapter's own file does not count either; else a directory with such a file.
         prefix_caching: keep KV blocks of finished requests for later ones with the same prefix and adapter.
+        speculate: "ngram" guesses the next tokens of an answer, from what followed its last ones before and
+            from its grammar where that leaves no choice, and checks them in one step: answers stay the same,
+            those that repeat something come sooner (CPU only). "off" computes one token at a time.
         num_threads: CPU threads of the kernels; None uses every core this process may run on.
         on_adapter_error: what an adapter that can't be served does to the start: "fail" raises one error that
             names all such adapters, "skip" goes on without them (`adapter_failures` of the engine).
@@ -94,6 +98,7 @@ class EngineConfig:
     max_model_len: int | None = None
     generation_config: str = "auto"
     prefix_caching: bool = True
+    speculate: str = "off"
     num_threads: int | None = None
     on_adapter_error: str = "fail"
     failed_adapters: tuple[AdapterFailure, ...] = ()
@@ -117,6 +122,7 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None or name not in _OPTIONAL_COUNTS:
                 check_int(name, value, 1, high)
+        check_choice("speculate", self.speculate, SPECULATIONS)
         check_bool("prefix_caching", self.prefix_caching)
         check_bool("cuda_graphs", self.cuda_graphs)
         check_float("gpu_memory_utilization", self.gpu_memory_utilization, 0.01, 1.0)

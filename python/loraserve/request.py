@@ -129,11 +129,16 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Usage:
-    """Token counts of one answer; cached_tokens of the prompt came from the prefix cache."""
+    """Token counts of one answer; cached_tokens of the prompt came from the prefix cache.
+
+    Of what was guessed of the answer, the accepted tokens came and the rejected did not.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    accepted_prediction_tokens: int = 0
+    rejected_prediction_tokens: int = 0
 
 
 @dataclass(frozen=True)

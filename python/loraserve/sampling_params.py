@@ -49,6 +49,8 @@ class SamplingParams:
         logprobs: None for none; k ≥ 0 gives each chosen token's and the k likeliest tokens' natural-log
             probabilities, of the model's own distribution (before penalties and temperature).
         grammar: the form the answer must have; None leaves it free. It ends where the grammar ends.
+        speculate: False computes its tokens one by one where the engine guesses ahead (`speculate` of
+            EngineConfig); True asks for guesses, None leaves it to the engine. The answer is the same.
         n: independent answers to the same prompt.
 
     Raises:
@@ -73,6 +75,7 @@ class SamplingParams:
     min_tokens: int = 0
     logprobs: int | None = None
     grammar: Grammar | None = None
+    speculate: bool | None = None
     n: int = 1
 
     def __new__(cls, **values: Any) -> SamplingParams:
@@ -101,6 +104,8 @@ class SamplingParams:
         check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
         check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         check_bool("ignore_eos", self.ignore_eos)
+        if self.speculate is not None:
+            check_bool("speculate", self.speculate)
         if self.seed is not None:
             check_int("seed", self.seed, -(2**63), 2**63 - 1)
         if self.logprobs is not None:

@@ -57,11 +57,14 @@ def draws(logits: torch.Tensor, count: int, **settings: object) -> Counter[int]:
     return Counter(sample(rows, [state(seed, **settings) for seed in range(count)]).token_ids.tolist())
 
 
-def assert_draws_as(changed: torch.Tensor, logits: torch.Tensor, **settings: object) -> None:
+def assert_draws_as(
+    changed: torch.Tensor, logits: torch.Tensor, answer: Sequence[int] = (), **settings: object
+) -> None:
     """What draws for `logits` with these settings gives is what draws for the changed logits give."""
     for temperature in (0.0, 1.0, 1.5):
-        states = [state(seed, temperature=temperature, **settings) for seed in range(300)]
-        plain = [state(seed, temperature=temperature) for seed in range(300)]
+        drawn = len(answer)
+        states = [state(seed, drawn, answer, temperature=temperature, **settings) for seed in range(300)]
+        plain = [state(seed, drawn, temperature=temperature) for seed in range(300)]
         actual = sample(logits.repeat(300, 1), states).token_ids
         assert actual.tolist() == sample(changed.repeat(300, 1), plain).token_ids.tolist()
 
@@ -311,7 +314,7 @@ def test_logprobs_are_those_of_torch() -> None:
     expected = torch.log_softmax(logits, -1)
     sampled = sample(logits, [state(seed, logprobs=seed * 5) for seed in range(4)])
     for row, token_id in enumerate(sampled.token_ids.tolist()):
-        entry = sampled.logprobs[row]
+        entry = sampled.logprobs[row][0]
         values, ids = expected[row].topk(5 * row)
         assert (entry.token_id, [id_ for id_, _ in entry.top]) == (token_id, ids.tolist())
         assert entry.logprob == pytest.approx(float(expected[row, token_id]), abs=1e-5)
@@ -372,3 +375,33 @@ def test_the_lowest_temperature_takes_the_likeliest() -> None:
     logits = torch.tensor([[30.0, 31.0, -20.0, 31.0 - 1e-3]])
     for temperature in (1e-6, 1e-30, 1e-300):
         assert sample(logits.clone(), [state(temperature=temperature)]).token_ids.tolist() == [1]
+
+
+def test_rows_behind_guesses_are_those_of_one_token_after_another() -> None:
+    logits = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(9)) * 2
+    params = SamplingParams(
+        temperature=0.9, seed=4, repetition_penalty=1.4, frequency_penalty=0.5, logprobs=2
+    )
+
+    def new() -> Sampler:
+        sampler = make_sampler()
+        sampler.add(0, params, 4, [1, 2], [])
+        return sampler
+
+    plain, expected = new(), []
+    for row in range(len(logits)):
+        sampled = plain.sample(logits[row : row + 1], [0]).result()
+        expected.append((int(sampled.token_ids[0]), sampled.logprobs[0][0]))
+        plain.append([0], [expected[-1][0]])
+    token_ids = [token_id for token_id, _ in expected]
+    guessing = new()
+    sampled = guessing.sample(logits, [0] * 4, [*token_ids[:3], -1]).result()
+    assert sampled.token_ids.tolist() == token_ids
+    assert sampled.logprobs == {0: [logprob for _, logprob in expected]}
+    # The second guess is wrong: only two tokens come of the step, and the next is as it is without.
+    guessing = new()
+    wrong = (token_ids[1] + 1) % VOCAB
+    sampled = guessing.sample(logits, [0] * 4, [token_ids[0], wrong, token_ids[2], -1]).result()
+    assert sampled.token_ids[:2].tolist() == token_ids[:2]
+    guessing.append([0, 0], token_ids[:2])
+    assert guessing.sample(logits[2:3], [0]).result().token_ids.tolist() == token_ids[2:3]

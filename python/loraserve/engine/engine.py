@@ -8,7 +8,6 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import compress
 from types import MappingProxyType
 from typing import cast
@@ -24,25 +23,19 @@ from loraserve.engine.adapters import EngineAdapters
 from loraserve.engine.lock import EngineLock
 from loraserve.engine.model_runner import BLOCK_SIZE, ModelRunner
 from loraserve.engine.queue import Deadlines, Intake, WaitingLimit, deadline_error
+from loraserve.engine.running_step import RunningStep, StepLogprobs
 from loraserve.engine.sequence import EngineOutputs, SequenceEnd, SequenceRecord, SequenceState
 from loraserve.engine.stats import EngineInfo, EngineStats
 from loraserve.engine.thread import EngineThread
-from loraserve.errors import EngineStoppedError
-from loraserve.request import SHARED_CACHE, CacheScope, TokenLogprob
+from loraserve.errors import EngineStoppedError, InvalidRequestError
+from loraserve.request import SHARED_CACHE, CacheScope
 from loraserve.sampling.grammar_compiler import GrammarCompiler, GrammarMatcher
 from loraserve.sampling.sampler import FailedSamples, PendingSamples, Sampler
 from loraserve.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class RunningStep:
-    """A step that the device was given, its sampled rows' requests, and the tokens it will give them."""
-
-    planned: _core.SchedulerOutput
-    request_ids: Sequence[int]
-    samples: PendingSamples
+MAX_DRAFT_TOKENS = 8  # guessed of a sequence in a step
 
 
 class Engine:
@@ -101,6 +94,7 @@ class Engine:
             max_model_len=self.max_model_len,
             prefix_caching=config.prefix_caching,
             max_num_slots=self.runner.max_num_slots,
+            max_draft_tokens=MAX_DRAFT_TOKENS if config.speculate == "ngram" else 0,
         )
         self.adapters = EngineAdapters(
             config, self.runner, self._scheduler, self.grammars, self._lock, self._intake, self._wake
@@ -145,6 +139,11 @@ class Engine:
             CapacityError, OverloadedError, DeadlineError, EngineStoppedError: the request was refused;
                 nothing was queued.
         """
+        if params.speculate and self.config.speculate == "off":
+            raise InvalidRequestError(
+                "speculate is true, but the engine was started with --speculate off: leave it out, "
+                "or start it with --speculate ngram"
+            )
         chosen_ids = (*params.stop_token_ids, *params.logit_bias)
         has_own_ids = self.runner.are_own(prompt) and self.runner.are_own(chosen_ids)
         if has_own_ids:  # else what its adapter adds is looked up with the adapter
@@ -174,6 +173,7 @@ class Engine:
                 stop_token_ids,
                 cache_scope,
                 needs_adapter and len(to_apply) == len(adapters),
+                params.speculate is False,
             )
             seed = secrets.randbits(64) if seed is None else seed
             # A token that only prompts may have is no column of its logits.
@@ -291,13 +291,16 @@ class Engine:
             running = self._launch(self._plan())
         if running is not None and self._may_run_ahead(running):
             self._running = self._launch(self._plan_ahead())
-        logprobs = {} if running is None else self._commit(running)
+        logprobs = StepLogprobs({}) if running is None else self._commit(running)
         return self._deliver(logprobs) or running is not None
 
     def _plan(self) -> _core.SchedulerOutput:
         with self._lock:
             self._end_expired()
             self.adapters.announce_late_loads()
+            if self._scheduler.may_draft():
+                for request_id, draft in self._sampler.drafts(self._scheduler.draft):
+                    self._scheduler.give_draft(request_id, draft)
             return self._admit(self._scheduler.schedule())
 
     def _plan_ahead(self) -> _core.SchedulerOutput | None:
@@ -339,28 +342,33 @@ class Engine:
             return None
         if self._step_began is None:
             self._step_began = time.monotonic()
-        request_ids = batch.sample_request_ids
+        request_ids, guesses = batch.sample_request_ids, batch.draft_token_ids
         samples: PendingSamples
         try:
-            samples = self._sampler.sample(self.runner.execute(batch), request_ids)
+            samples = self._sampler.sample(self.runner.execute(batch), request_ids, guesses)
         except torch.OutOfMemoryError as error:
             samples = FailedSamples(error.with_traceback(None))  # which would keep the step's tensors
-        return RunningStep(planned, request_ids, samples)
+        return RunningStep(planned, request_ids, guesses, samples)
 
-    def _commit(self, running: RunningStep) -> Mapping[int, TokenLogprob]:
+    def _commit(self, running: RunningStep) -> StepLogprobs:
         """Wait for the step's tokens and take them; the logprobs that were asked for, by request."""
         try:
             sampled = running.samples.result()
         except torch.OutOfMemoryError as error:
             self._end_step(running.planned, error)
-            return {}
+            return StepLogprobs({})
         finally:
             self._step_began = None if self._running is None else time.monotonic()
         request_ids, token_ids = running.request_ids, sampled.token_ids
         with self._lock:
             for row in np.flatnonzero(~sampled.is_finite).tolist():
-                self._end_not_finite(request_ids[row])  # before the commit, which then takes no token for it
+                if running.is_behind_guess(row):
+                    token_ids[row] = -1  # behind a guess: the next step finds it so, if the guess comes true
+                else:
+                    self._end_not_finite(request_ids[row])  # before the commit, which takes no token for it
             are_taken = self._scheduler.commit(running.planned, token_ids)
+        if running.guesses:
+            running.note_guesses(self._sequences, token_ids, are_taken)
         if not all(are_taken):
             request_ids, token_ids = list(compress(request_ids, are_taken)), token_ids[are_taken]
         now, sequences = time.monotonic(), self._sequences
@@ -371,7 +379,7 @@ class Engine:
             with self._lock:
                 for request_id, ending in endings:
                     self._scheduler.finish(request_id, ending)
-        return sampled.logprobs
+        return StepLogprobs(sampled.logprobs)
 
     def _end_step(self, planned: _core.SchedulerOutput, shortage: torch.OutOfMemoryError) -> None:
         """End the requests of a step that was not computed; nothing of it is kept."""
@@ -400,28 +408,29 @@ class Engine:
         if self._scheduler.finish(request_id, error):
             logger.warning("a request failed: %s", error)
 
-    def _deliver(self, logprobs: Mapping[int, TokenLogprob]) -> bool:
+    def _deliver(self, logprobs: StepLogprobs) -> bool:
         """Hand out what has come since the last time; False if that was nothing."""
         with self._lock:
             drained = self._scheduler.drain_outputs()
+            of_tokens = logprobs.take_all(drained.request_ids)
             ends = [self._end(end, logprobs) for end in drained.ends]
             self._waiting_limit.add_ends(len(ends))
             if not self._sequences:
                 self._idle.notify_all()
-        outputs = EngineOutputs(drained.request_ids, drained.token_ids, logprobs, ends)
+        outputs = EngineOutputs(drained.request_ids, drained.token_ids, of_tokens, ends)
         if not (outputs.request_ids or ends):
             return False
         self._on_outputs(outputs)
         return True
 
-    def _end(self, end: _core.RequestEnd, logprobs: Mapping[int, TokenLogprob]) -> SequenceEnd:
+    def _end(self, end: _core.RequestEnd, logprobs: StepLogprobs) -> SequenceEnd:
         request_id, token_id, error = end.request_id, end.token_id, end.error
         self._sampler.remove(request_id)
         del self._sequences[request_id]
         return SequenceEnd(
             request_id,
             token_id,
-            None if token_id is None else logprobs.get(request_id),
+            None if token_id is None else logprobs.take(request_id),
             end.finish_reason,
             None if error is None else copy.copy(error),  # one failed load ends several, each raises its own
         )
@@ -437,5 +446,5 @@ class Engine:
         self.adapters.refuse_waiters(message)
         error = EngineStoppedError(message)
         ends = [SequenceEnd(request_id, None, None, None, error) for request_id in sequences]
-        self._on_outputs(EngineOutputs((), (), {}, ends))
+        self._on_outputs(EngineOutputs((), (), (), ends))
         self._on_failure()

@@ -6,6 +6,7 @@ import operator
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import repeat
 from numbers import Real
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar
@@ -232,7 +233,14 @@ class ActiveSequence:
         logprobs: list[TokenLogprob] | None,
         finish: FinishReason | None,
     ) -> Delta:
-        usage = Usage(self._num_prompt_tokens, self._num_tokens, self._record.num_cached_tokens)
+        record = self._record
+        usage = Usage(
+            self._num_prompt_tokens,
+            self._num_tokens,
+            record.num_cached_tokens,
+            min(record.num_accepted_tokens, self._num_tokens),  # some may stand behind a stop string
+            record.num_draft_tokens - record.num_accepted_tokens,
+        )
         return Delta(self._index, text, token_ids, logprobs, finish, usage, self._record.timing())
 
 
@@ -333,14 +341,15 @@ class Frontend(Generic[Owner]):
         on_error: Callable[[Owner, Exception], object],
     ) -> None:
         """Turn what a step gave into deltas; a sequence ended by a stop string is aborted in the engine."""
-        active, logprobs = self._active, outputs.logprobs
-        for request_id, token_id in zip(outputs.request_ids, outputs.token_ids, strict=True):
+        active, logprobs = self._active, outputs.logprobs or repeat(None)
+        tokens = zip(outputs.request_ids, outputs.token_ids, strict=True)
+        for (request_id, token_id), logprob in zip(tokens, logprobs, strict=False):
             found = active.get(request_id)
             if found is None:
                 continue  # aborted: nobody waits for it
             sequence, owner = found
             try:
-                delta = sequence.push(token_id, logprobs.get(request_id))
+                delta = sequence.push(token_id, logprob)
             except Exception as error:
                 self.abort([request_id])
                 on_error(owner, error)

@@ -35,6 +35,11 @@ class ModelRunner:
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self.backend = open_backend(config) if backend is None else backend
         self.device = self.backend.name
+        if config.speculate != "off" and self.backend.runs_ahead:
+            raise InvalidRequestError(
+                f"speculate is {config.speculate!r}, which only a CPU can do, and the device is "
+                f"{self.device}: leave --speculate away, or give --device cpu"
+            )
         self.merged: CheckedFiles | None = None  # the one adapter that is in the weights
         self.model: LoadedModel = load_model(
             config.model,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,6 +22,8 @@ class SequenceRecord:
     arrived_at: float
     adapter_was_resident: bool = True
     num_cached_tokens: int = 0  # of its prompt
+    num_draft_tokens: int = 0  # guessed of its answer
+    num_accepted_tokens: int = 0  # of them, those that came
     admitted_at: float | None = None
     first_token_at: float | None = None
 
@@ -51,13 +53,14 @@ class SequenceEnd(NamedTuple):
 class EngineOutputs(NamedTuple):
     """What a step gave: a token to each of `request_ids`, which go on, and then ends.
 
-    `logprobs` are by request id, of those that asked for them. Most sequences of a step are given a token and
+    A sequence whose guesses came true is given several, in order. `logprobs` are the tokens', None where they
+    were not asked for; empty if nobody has. Most sequences of a step are given a token and
     nothing else, so there is no object for each.
     """
 
     request_ids: Sequence[int]
     token_ids: Sequence[int]
-    logprobs: Mapping[int, TokenLogprob]
+    logprobs: Sequence[TokenLogprob | None]
     ends: Sequence[SequenceEnd]
 
 
@@ -88,6 +91,11 @@ class SequenceState:
             self.record.first_token_at = now
         for counter in self.usage:
             counter.num_completion_tokens += 1
+
+    def note_guess(self, *, came_true: bool) -> None:
+        """A token of it was guessed and checked."""
+        self.record.num_draft_tokens += 1
+        self.record.num_accepted_tokens += came_true
 
     def not_finite_error(self, dtype: str, num_output_tokens: int) -> NotFiniteError:
         """Of logits that were no numbers after as many tokens, of a model stored as `dtype`."""

@@ -123,8 +123,9 @@ class HostTierStats:
 class EngineStats:
     """Present load and counts since start; pages are of the pool that KV cache and adapters share.
 
-    `num_pinned_pages` are reserved for pinned adapters, resident or not. `base` counts requests without an
-    adapter, `adapters` is by name.
+    `num_pinned_pages` are reserved for pinned adapters, resident or not. `num_draft_tokens` were guessed
+    ahead, of which `num_accepted_tokens` came. `base` counts requests without an adapter, `adapters` is by
+    name.
     """
 
     num_running: int
@@ -144,6 +145,8 @@ class EngineStats:
     num_preemptions: int
     num_prefix_hit_tokens: int
     host_tier: HostTierStats
+    num_draft_tokens: int
+    num_accepted_tokens: int
     base: AdapterUsage
     adapters: Mapping[str, AdapterStats]
 
@@ -177,6 +180,8 @@ class EngineStats:
             num_preemptions=core.num_preemptions,
             num_prefix_hit_tokens=core.num_prefix_hit_tokens,
             host_tier=HostTierStats.build(host_tier),
+            num_draft_tokens=core.num_draft_tokens,
+            num_accepted_tokens=core.num_accepted_tokens,
             base=copy.copy(base),
             adapters=adapters,
         )

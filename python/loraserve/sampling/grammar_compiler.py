@@ -42,7 +42,7 @@ class GrammarMatcher:
     def __init__(self, matcher: llguidance.LLMatcher, end_token_ids: Sequence[int]) -> None:
         self._matcher = matcher
         self._end_token_ids = end_token_ids
-        self._num_tokens = 0
+        self._num_places = 0
         self._spent_s = 0.0
 
     def allowed(self, num_tokens: int, *, without_end: bool = False) -> npt.NDArray[np.uint32] | None:
@@ -55,6 +55,7 @@ class GrammarMatcher:
         started = time.thread_time()
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         self._spent_s += time.thread_time() - started
+        self._num_places += 1
         if self.error is not None:
             return None
         num_words, num_bits_of_last = -(-num_tokens // 32), (num_tokens - 1) % 32 + 1
@@ -74,7 +75,16 @@ class GrammarMatcher:
         started = time.thread_time()
         self._matcher.consume_token(token_id)
         self._spent_s += time.thread_time() - started
-        self._num_tokens += 1
+
+    def forced(self) -> list[int]:
+        """The next tokens as far as only one text can come, as the tokenizer would write that."""
+        return self._matcher.compute_ff_tokens()
+
+    def num_possible(self, token_ids: Sequence[int]) -> int:
+        """How many of these may come next, one after the other, without being the end of the answer."""
+        ahead = self._matcher.deep_copy()
+        num_possible = ahead.try_consume_tokens(list(token_ids))
+        return num_possible - 1 if num_possible and ahead.is_stopped() else num_possible
 
     @property
     def is_ended(self) -> bool:
@@ -86,12 +96,17 @@ class GrammarMatcher:
         """Why the grammar can't be followed any further."""
         if self._matcher.is_error():
             reason = _first_line(self._matcher.get_error())
-        elif self._spent_s > FREE_S + self._num_tokens * MAX_MEAN_STEP_S:
-            milliseconds = 1000 * self._spent_s / max(self._num_tokens, 1)
+        elif self._spent_s > FREE_S + self._num_places * MAX_MEAN_STEP_S:
+            milliseconds = 1000 * self._spent_s / max(self._num_places, 1)
             reason = f"{milliseconds:.1f} ms a token, the limit is {1000 * MAX_MEAN_STEP_S:g} ms"
         else:
             return None
         return InvalidRequestError(f"the grammar became too complex while it was followed: {reason}")
+
+    def add_time(self, trial: GrammarMatcher) -> None:
+        """Count what a copy of this one has taken to look ahead."""
+        self._spent_s += trial._spent_s
+        self._num_places += trial._num_places
 
     def copy(self) -> GrammarMatcher:
         """Another answer's place in the grammar, now the same as this one's; its time counts from 0."""

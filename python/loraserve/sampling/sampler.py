@@ -1,12 +1,13 @@
-"""`Sampler`: logits to token ids, a row per sequence; a row's result depends on nothing else in the batch.
+"""`Sampler`: logits to token ids, a row per sequence and guess; a row depends on nothing else in the batch.
 
 What a row's parameters mean is written down in `rust/kernels/src/sampling/`, the same for every backend.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 
 from loraserve import _core
@@ -27,14 +28,15 @@ _MASK64 = 2**64 - 1
 
 
 class Sampled(NamedTuple):
-    """token_ids: int32 [L]; is_finite: bool [L]; logprobs: by request id, of the rows that want them.
+    """token_ids: int32 [L]; is_finite: bool [L]; logprobs: by request id, of its rows, if it wants them.
 
-    Where a row's logits have a NaN or an infinite maximum `is_finite` is False, and nothing was chosen.
+    Where a row's logits have a NaN or an infinite maximum `is_finite` is False, and nothing was chosen; or
+    where, behind a guess, a grammar could not be followed on trial.
     """
 
     token_ids: npt.NDArray[np.int32]
     is_finite: npt.NDArray[np.bool_]
-    logprobs: Mapping[int, TokenLogprob]
+    logprobs: Mapping[int, Sequence[TokenLogprob]]
 
 
 class PendingSamples(Protocol):
@@ -62,14 +64,17 @@ class _RequestRows:
 
     request_ids: Sequence[int]
     rows: PendingRows
+    unknown_rows: Sequence[int]
 
     def result(self) -> Sampled:
         rows = self.rows.wait()
-        logprobs = {
-            self.request_ids[row]: TokenLogprob(int(rows.token_ids[row]), *logprob)
-            for row, logprob in enumerate(rows.logprobs)
-            if logprob is not None
-        }
+        logprobs: dict[int, list[TokenLogprob]] = {}
+        for row, logprob in enumerate(rows.logprobs):
+            if logprob is not None:
+                token = TokenLogprob(int(rows.token_ids[row]), *logprob)
+                logprobs.setdefault(self.request_ids[row], []).append(token)
+        if self.unknown_rows:
+            rows.is_finite[self.unknown_rows] = False
         return Sampled(rows.token_ids, rows.is_finite, logprobs)
 
 
@@ -81,10 +86,26 @@ class _Form:
     min_tokens: int
     ignore_eos: bool
     num_tokens: int = 0
+    trial: _Form | None = None  # behind guesses
 
     def allowed(self, num_columns: int) -> npt.NDArray[np.uint32] | None:
         is_too_short = self.num_tokens < self.min_tokens
         return self.matcher.allowed(num_columns, without_end=self.ignore_eos or is_too_short)
+
+    def go_on(self, num_columns: int) -> npt.NDArray[np.uint32] | None:
+        """As `allowed`; None where nothing goes on."""
+        return None if self.matcher.is_ended else self.allowed(num_columns)
+
+    def guess(self, token_id: int) -> None:
+        """Go past a token on trial, and stand there until the guesses are forgotten."""
+        if self.trial is None:
+            self.trial = _Form(self.matcher.copy(), self.min_tokens, self.ignore_eos, self.num_tokens)
+        self.trial.append(token_id)
+
+    def forget_guesses(self) -> None:
+        if self.trial is not None:
+            self.matcher.add_time(self.trial.matcher)
+            self.trial = None
 
     def append(self, token_id: int) -> Ending | None:
         self.num_tokens += 1
@@ -150,26 +171,49 @@ class Sampler:
         self._forms.pop(request_id, None)
         self._sequences.remove(request_id)
 
-    def sample(self, logits: torch.Tensor, request_ids: Sequence[int]) -> PendingSamples:
-        """Begin to choose one token per row; each counts as drawn.
+    def drafts(self, draft: Callable[[int, list[int]], Sequence[int]]) -> Iterator[tuple[int, list[int]]]:
+        """Guesses that grammars allow, of the sequences that have one.
+
+        Args:
+            draft: what is guessed of a request behind tokens that are certain, and these in front.
+        """
+        for request_id, form in self._forms.items():
+            guesses = draft(request_id, form.matcher.forced())
+            yield request_id, list(guesses[: form.matcher.num_possible(guesses)]) if guesses else []
+
+    def sample(
+        self, logits: torch.Tensor, request_ids: Sequence[int], draft_token_ids: Sequence[int] = ()
+    ) -> PendingSamples:
+        """Begin to choose one token per row; each counts as drawn, but for those that are not appended.
 
         Args:
             logits: float32 [L, columns] on the device of the ops, good until the result is there; -inf where
                 a row's adapter has no such token. A GPU changes them in place.
             request_ids: of the rows.
+            draft_token_ids: what each row is guessed to give, the next one being its sequence's, too; -1 in a
+                sequence's last row. Empty where nothing is guessed.
         """
-        masks, masked_rows = [], []
+        masks, masked_rows, unknown_rows = [], [], []
         num_columns = logits.shape[1]
         if self._forms:
-            for row, request_id in enumerate(request_ids):
+            guesses = draft_token_ids or repeat(-1)
+            for row, (request_id, guess) in enumerate(zip(request_ids, guesses, strict=False)):
                 form = self._forms.get(request_id)
+                if form is None:
+                    continue
                 # All may come where a grammar can't be followed any further and its sequence is about to end.
-                allowed = None if form is None else form.allowed(num_columns)
+                allowed = form.allowed(num_columns) if form.trial is None else form.trial.go_on(num_columns)
                 if allowed is not None:
                     masks.append(allowed)
                     masked_rows.append(row)
-        arrays = self._sequences.draw(request_ids, num_columns, masks, masked_rows)
-        return _RequestRows(request_ids, self._sample(logits, arrays))
+                elif form.trial is not None:
+                    unknown_rows.append(row)
+                if guess >= 0:
+                    form.guess(guess)
+                else:
+                    form.forget_guesses()
+        arrays = self._sequences.draw(request_ids, num_columns, masks, masked_rows, draft_token_ids)
+        return _RequestRows(request_ids, self._sample(logits, arrays), unknown_rows)
 
     def append(self, request_ids: Sequence[int], token_ids: Sequence[int]) -> list[tuple[int, Ending]]:
         """Take the tokens that sequences were given into their counts and grammars.

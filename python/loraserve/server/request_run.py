@@ -78,7 +78,9 @@ class RequestRun:
         of_each = [usage.cached_tokens for usage in self._usages]
         cached = sum(of_each) if len(self.streams) > 1 else max(of_each)
         completion = sum(usage.completion_tokens for usage in self._usages)
-        return Usage(total, completion, min(cached, total))
+        accepted = sum(usage.accepted_prediction_tokens for usage in self._usages)
+        rejected = sum(usage.rejected_prediction_tokens for usage in self._usages)
+        return Usage(total, completion, min(cached, total), accepted, rejected)
 
     async def prepare(self, preparation: Coroutine[Any, Any, list[PreparedRequest]]) -> list[PreparedRequest]:
         """What `preparation` returns. Raises CallerGoneError: the run was abandoned meanwhile."""

@@ -151,6 +151,11 @@ class ServeSettings(SettingsModel):
         flags=("--enable-prefix-caching",),
         env=("PREFIX_CACHING",),
     )
+    speculate: Literal["off", "ngram"] = option(
+        EngineConfig.speculate,
+        "engine",
+        "ngram guesses what an answer repeats and checks it in one step: the same answers, sooner",
+    )
     threads: Count | None = option(
         None,
         "engine",

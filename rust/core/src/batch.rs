@@ -14,6 +14,8 @@ pub struct Scheduled<'a> {
     pub request: RequestId,
     /// All tokens known; the step computes `num_tokens` from `num_computed` on.
     pub tokens: &'a [i32],
+    /// Guesses of the tokens behind these, computed with them; only where the step samples.
+    pub draft: &'a [i32],
     pub num_computed: usize,
     pub num_tokens: usize,
     /// The last token is this sample of the step before, which is not known yet.
@@ -28,6 +30,16 @@ impl Scheduled<'_> {
     pub fn samples(&self) -> bool {
         let num_tokens = self.tokens.len() + usize::from(self.awaited.is_some());
         self.num_computed + self.num_tokens == num_tokens
+    }
+
+    /// Tokens the step samples: the next one, and one behind each guess.
+    pub fn num_samples(&self) -> usize {
+        usize::from(self.samples()) * (1 + self.draft.len())
+    }
+
+    /// Tokens in the KV cache after the step, guessed ones with them.
+    fn end(&self) -> usize {
+        self.num_computed + self.num_tokens + self.draft.len()
     }
 }
 
@@ -52,8 +64,10 @@ pub struct Batch {
     pub logits_indices: Vec<i32>,
     /// `[S]` whose the sequences are.
     pub request_ids: Vec<u64>,
-    /// `[L]`
+    /// `[L]` in rows next to each other, where guesses give a sequence several.
     pub sample_request_ids: Vec<u64>,
+    /// `[L]` what each sample is guessed to be, -1 where nothing is; empty in a step without guesses.
+    pub draft_token_ids: Vec<i32>,
     /// `[W + 1]` first segment of each wave.
     pub wave_indptr: Vec<i32>,
     /// `[G]` segment g is the tokens `seg_start[g]..seg_end[g]`, disjoint and ascending within a wave.
@@ -78,6 +92,10 @@ impl Batch {
                 batch.num_prefill_tokens += row.num_tokens;
             }
         }
+        if !batch.draft_token_ids.is_empty() {
+            let num_samples = batch.logits_indices.len();
+            batch.draft_token_ids.resize(num_samples, -1);
+        }
         batch.push_waves(rows);
         batch
     }
@@ -99,7 +117,8 @@ impl Batch {
             let sample = row.awaited.expect("invariant: only one token is not known");
             self.token_ids.push(-1 - sample as i32);
         }
-        for position in row.num_computed..end {
+        self.token_ids.extend_from_slice(row.draft);
+        for position in row.num_computed..row.end() {
             let page = row.pages[position / block_size].index();
             self.positions.push(position as i32);
             self.slot_mapping
@@ -107,16 +126,20 @@ impl Batch {
         }
         let num_tokens = self.token_ids.len() as i32;
         self.query_indptr.push(num_tokens);
-        self.context_lens.push(end as i32);
+        self.context_lens.push(row.end() as i32);
         self.request_ids.push(row.request.0);
-        if row.samples() {
-            self.logits_indices.push(num_tokens - 1);
+        if !row.draft.is_empty() {
+            self.draft_token_ids.resize(self.logits_indices.len(), -1);
+            self.draft_token_ids.extend_from_slice(row.draft);
+        }
+        for sampled in num_tokens - row.num_samples() as i32..num_tokens {
+            self.logits_indices.push(sampled);
             self.sample_request_ids.push(row.request.0);
         }
     }
 
     fn push_table(&mut self, row: &Scheduled<'_>, block_size: usize) {
-        let num_pages = (row.num_computed + row.num_tokens).div_ceil(block_size);
+        let num_pages = row.end().div_ceil(block_size);
         self.block_table
             .extend(row.pages[..num_pages].iter().map(|page| page.0 as i32));
         self.block_table_indptr.push(self.block_table.len() as i32);
@@ -191,6 +214,7 @@ mod tests {
         Scheduled {
             request: RequestId(1),
             tokens: &TOKENS,
+            draft: &[],
             num_computed,
             num_tokens,
             awaited: None,
@@ -226,6 +250,25 @@ mod tests {
         assert_eq!(batch.token_ids, [14, -3]);
         assert_eq!(batch.positions, [4, 5]);
         assert_eq!(batch.logits_indices, [0, 1]);
+    }
+
+    #[test]
+    fn guesses_follow_their_sequence_and_each_is_sampled_behind() {
+        let guessing = Scheduled {
+            draft: &[21, 22],
+            ..row(4, 1, &[])
+        };
+        let rows = [row(4, 1, &[]), guessing, row(4, 1, &[]), row(1, 2, &[])];
+        let batch = Batch::build(&rows, 4);
+        assert_eq!(batch.token_ids, [14, 14, 21, 22, 14, 11, 12]);
+        assert_eq!(batch.positions, [4, 4, 5, 6, 4, 1, 2]);
+        assert_eq!(batch.query_indptr, [0, 1, 4, 5, 7]);
+        assert_eq!(batch.context_lens, [5, 7, 5, 3]);
+        assert_eq!(batch.logits_indices, [0, 1, 2, 3, 4]);
+        assert_eq!(batch.sample_request_ids.len(), 5);
+        assert_eq!(batch.draft_token_ids, [-1, 21, 22, -1, -1]);
+        let without = Batch::build(&rows[2..], 4);
+        assert!(without.draft_token_ids.is_empty());
     }
 
     #[test]

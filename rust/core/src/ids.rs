@@ -83,6 +83,16 @@ impl PrefixIdentity {
         Self { scope, adapters }
     }
 
+    /// Its adapters, as if they acted from the first token on.
+    pub fn acting_anywhere(&self) -> Vec<ActingAdapter> {
+        let mut adapters = self.adapters.clone();
+        for adapter in &mut adapters {
+            adapter.first_token = 0;
+        }
+        adapters.sort_by(|a, b| (&a.key, a.weight_bits).cmp(&(&b.key, b.weight_bits)));
+        adapters
+    }
+
     /// The adapters that begin to act at one of `tokens`.
     pub fn beginning_in(&self, tokens: Range<usize>) -> &[ActingAdapter] {
         let before = |end| self.adapters.partition_point(|a| a.first_token < end);

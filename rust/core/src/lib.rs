@@ -4,10 +4,12 @@
 #![forbid(unsafe_code)]
 
 pub mod adapter_cache;
+pub mod answers;
 pub mod batch;
 pub mod error;
 pub mod ids;
 pub mod memory;
+pub mod ngram;
 pub mod page_pool;
 pub mod page_set;
 pub mod prefix_cache;
@@ -15,6 +17,7 @@ pub mod request;
 pub mod scheduler;
 pub mod sequence;
 pub mod slot_table;
+pub mod speculation;
 
 pub use adapter_cache::{AdapterContent, AdapterStats};
 pub use batch::Batch;

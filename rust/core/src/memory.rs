@@ -66,6 +66,11 @@ impl Memory {
         self.pool.num_free() + self.prefix.num_idle() + adapter_pages
     }
 
+    /// Whether more than `headroom` pages are free or cached, in nobody's use.
+    pub fn has_unowned(&self, headroom: usize) -> bool {
+        self.pool.num_free() + self.prefix.num_idle() > headroom
+    }
+
     /// Pages for all of `tokens`, cached ones first, if `headroom` pages stay available; and how many tokens were cached.
     pub fn take_table(
         &mut self,

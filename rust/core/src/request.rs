@@ -18,6 +18,8 @@ pub struct NewRequest {
     pub scope: CacheScope,
     /// Refuse it if its weights leave only the base model.
     pub needs_adapter: bool,
+    /// Let no step guess what it goes on with.
+    pub without_guesses: bool,
 }
 
 impl NewRequest {

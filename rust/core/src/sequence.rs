@@ -3,6 +3,7 @@
 use crate::ids::{Applied, SlotId};
 use crate::memory::BlockTable;
 use crate::request::{FinishReason, Request, RequestOutput};
+use crate::speculation::Speculation;
 
 #[derive(Debug)]
 pub struct Sequence {
@@ -12,6 +13,8 @@ pub struct Sequence {
     pub prompt_len: usize,
     /// Whether it ran before; it may wait again since.
     pub was_admitted: bool,
+    /// Its guesses; none where it asked for none.
+    pub speculation: Option<Speculation>,
 }
 
 #[derive(Debug)]
@@ -33,6 +36,8 @@ pub struct Running {
     /// Tokens whose KV is in the pages.
     pub num_computed: usize,
     pub in_flight: InFlightTokens,
+    /// Guesses that the step in flight checks, computed behind its last token.
+    pub draft: Vec<i32>,
     /// In wave order.
     pub adapters: Vec<Applied<SlotId>>,
 }
@@ -61,6 +66,11 @@ impl Sequence {
         } else {
             None
         }
+    }
+
+    /// Tokens that it may still be given; a sequence that runs has one or more.
+    pub fn num_left(&self) -> usize {
+        self.request.max_tokens - (self.tokens.len() - self.prompt_len)
     }
 
     pub fn output(&self, token: Option<i32>, finish: Option<FinishReason>) -> RequestOutput {
@@ -133,6 +143,7 @@ mod tests {
             tokens: vec![7],
             prompt_len: 1,
             was_admitted: false,
+            speculation: None,
         }
     }
 

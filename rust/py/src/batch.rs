@@ -16,6 +16,8 @@ pub struct Batch {
     request_ids: Vec<u64>,
     #[pyo3(get)]
     sample_request_ids: Vec<u64>,
+    #[pyo3(get)]
+    draft_token_ids: Vec<i32>,
 }
 
 impl From<core::Batch> for Batch {
@@ -24,6 +26,7 @@ impl From<core::Batch> for Batch {
             num_prefill_tokens: batch.num_prefill_tokens,
             request_ids: batch.request_ids,
             sample_request_ids: batch.sample_request_ids,
+            draft_token_ids: batch.draft_token_ids,
             arrays: StepArrays {
                 token_ids: batch.token_ids,
                 positions: batch.positions,
@@ -52,6 +55,7 @@ impl Batch {
             num_prefill_tokens,
             request_ids: Vec::new(),
             sample_request_ids: Vec::new(),
+            draft_token_ids: Vec::new(),
         })
     }
 

@@ -123,7 +123,7 @@ impl Sampler {
         known.any(SampledSequence::depends_on_last_token)
     }
 
-    #[pyo3(signature = (request_ids, num_columns, masks=Vec::new(), masked_rows=Vec::new()))]
+    #[pyo3(signature = (request_ids, num_columns, masks=Vec::new(), masked_rows=Vec::new(), draft_token_ids=Vec::new()))]
     #[expect(clippy::needless_pass_by_value, reason = "what Python hands over")]
     fn draw(
         &self,
@@ -131,6 +131,7 @@ impl Sampler {
         num_columns: usize,
         masks: Vec<PyReadonlyArray1<'_, u32>>,
         masked_rows: Vec<usize>,
+        draft_token_ids: Vec<i32>,
     ) -> PyResult<SampleArrays> {
         let mut inner = kernels::SampleArrays::default();
         let num_words = kernels::mask_words(num_columns);
@@ -156,6 +157,14 @@ impl Sampler {
                 .get_mut(&request_id)
                 .ok_or_else(|| unknown(request_id))?;
             sequence.draw(mask.map(|(mask, _)| mask), &mut inner);
+            match draft_token_ids.get(row) {
+                None => {}
+                Some(&-1) => sequence.forget_guesses(),
+                Some(&guess) => {
+                    let is_column = (0..num_columns).contains(&(guess as usize));
+                    sequence.guess(is_column.then_some(guess));
+                }
+            }
         }
         for row in &mut inner.rows {
             if row.top_k as usize >= num_columns {

@@ -117,7 +117,7 @@ pub struct Scheduler {
 #[pymethods]
 impl Scheduler {
     #[new]
-    #[pyo3(signature = (*, num_pages, page_nbytes, block_size, max_num_seqs, max_batched_tokens, max_model_len, prefix_caching=true, max_num_slots=None))]
+    #[pyo3(signature = (*, num_pages, page_nbytes, block_size, max_num_seqs, max_batched_tokens, max_model_len, prefix_caching=true, max_num_slots=None, max_draft_tokens=0))]
     fn new(
         num_pages: usize,
         page_nbytes: usize,
@@ -127,6 +127,7 @@ impl Scheduler {
         max_model_len: usize,
         prefix_caching: bool,
         max_num_slots: Option<usize>,
+        max_draft_tokens: usize,
     ) -> PyResult<Self> {
         let config = SchedulerConfig {
             num_pages,
@@ -137,6 +138,7 @@ impl Scheduler {
             max_model_len,
             prefix_caching,
             max_num_slots: max_num_slots.unwrap_or(num_pages),
+            max_draft_tokens,
             ..SchedulerConfig::default()
         };
         let inner = core::Scheduler::new(config).map_err(of_core)?;
@@ -176,7 +178,7 @@ impl Scheduler {
         self.inner.pin_adapter(name, is_pinned).map_err(of_core)
     }
 
-    #[pyo3(signature = (prompt, adapters, max_tokens, min_tokens, stop_token_ids, cache_scope=(String::new(), String::new()), needs_adapter=false))]
+    #[pyo3(signature = (prompt, adapters, max_tokens, min_tokens, stop_token_ids, cache_scope=(String::new(), String::new()), needs_adapter=false, without_guesses=false))]
     fn submit(
         &mut self,
         prompt: &Bound<'_, PyAny>,
@@ -186,6 +188,7 @@ impl Scheduler {
         stop_token_ids: Vec<i32>,
         cache_scope: (String, String),
         needs_adapter: bool,
+        without_guesses: bool,
     ) -> PyResult<u64> {
         let request = NewRequest {
             prompt: token_ids(prompt)?,
@@ -200,6 +203,7 @@ impl Scheduler {
                 salt: cache_scope.1.into(),
             },
             needs_adapter,
+            without_guesses,
         };
         Ok(self.inner.submit(request).map_err(of_core)?.0)
     }
@@ -207,6 +211,18 @@ impl Scheduler {
     fn finish(&mut self, request_id: u64, reason: &Bound<'_, PyAny>) -> PyResult<bool> {
         let reason = finish_reason(reason)?;
         Ok(self.inner.finish(RequestId(request_id), reason))
+    }
+
+    fn may_draft(&self) -> bool {
+        self.inner.may_draft()
+    }
+
+    fn draft(&mut self, request_id: u64, forced: Vec<i32>) -> Vec<i32> {
+        self.inner.draft(RequestId(request_id), forced)
+    }
+
+    fn give_draft(&mut self, request_id: u64, token_ids: Vec<i32>) {
+        self.inner.give_draft(RequestId(request_id), token_ids);
     }
 
     fn schedule(&mut self, py: Python<'_>) -> PyResult<SchedulerOutput> {

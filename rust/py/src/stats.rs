@@ -22,6 +22,8 @@ pub struct SchedulerStats {
     num_adapter_evictions: u64,
     num_preemptions: u64,
     num_prefix_hit_tokens: u64,
+    num_draft_tokens: u64,
+    num_accepted_tokens: u64,
 }
 
 impl From<core::SchedulerStats> for SchedulerStats {
@@ -42,6 +44,8 @@ impl From<core::SchedulerStats> for SchedulerStats {
             num_adapter_evictions: stats.num_adapter_evictions,
             num_preemptions: stats.num_preemptions,
             num_prefix_hit_tokens: stats.num_prefix_hit_tokens,
+            num_draft_tokens: stats.num_draft_tokens,
+            num_accepted_tokens: stats.num_accepted_tokens,
         }
     }
 }

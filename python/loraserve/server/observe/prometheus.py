@@ -177,6 +177,8 @@ def _engine(info: EngineInfo, stats: EngineStats) -> Iterator[Metric]:
     ):
         yield _counter(f"loraserve_host_tier_{name}", text, count)
     yield _counter("loraserve_preemptions", "Sequences set back to make room", stats.num_preemptions)
+    yield _counter("loraserve_draft_tokens", "Tokens guessed ahead and checked", stats.num_draft_tokens)
+    yield _counter("loraserve_accepted_tokens", "Of those, the ones that came", stats.num_accepted_tokens)
     adapters = GaugeMetricFamily("loraserve_adapters", "Registered adapters by state", labels=["state"])
     states = [adapter.state for adapter in stats.adapters.values()]
     for state in _STATES:

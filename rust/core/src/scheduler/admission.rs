@@ -145,6 +145,7 @@ impl Scheduler {
             table,
             num_computed,
             in_flight: InFlightTokens::default(),
+            draft: Vec::new(),
             sequence,
         };
         let num_tokens = running.num_pending().min(plan.budget);

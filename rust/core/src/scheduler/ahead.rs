@@ -13,12 +13,15 @@ use crate::sequence::Running;
 
 impl Scheduler {
     /// Plans the step behind the one in flight; `None` if that must be committed first: there is nothing to do without
-    /// it, or someone would have to give up memory. The same rules as `schedule`.
+    /// it, someone would have to give up memory, or it checks guesses. The same rules as `schedule`, but for guesses.
     pub fn schedule_ahead(&mut self) -> Option<SchedulerOutput> {
         assert!(
             self.in_flight.len() == 1,
             "invariant: one step is in flight when the next is planned ahead of its commit"
         );
+        if self.in_flight[0].rows.iter().any(|row| row.num_samples > 1) {
+            return None; // how many of its samples are taken is not known yet
+        }
         let mut plan = self.begin_plan();
         if !self.plan_decodes_ahead(&mut plan) {
             return None;

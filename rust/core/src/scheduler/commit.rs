@@ -6,7 +6,8 @@ use crate::sequence::{Running, Sequence};
 
 impl Scheduler {
     /// Takes the tokens sampled for the first step in flight, one for each row of its `logits_indices`, and says of each
-    /// whether it was taken: it was not if its request has ended or was preempted since the step was planned.
+    /// whether it was taken: it was not if its request has ended or was preempted since the step was planned, or if it
+    /// was sampled behind a guess that did not come true. -1 stands for a token that could not be sampled.
     pub fn commit(&mut self, step: u64, token_ids: &[i32]) -> Vec<bool> {
         if self
             .in_flight
@@ -20,49 +21,55 @@ impl Scheduler {
             return Vec::new();
         }
         let in_flight = self.in_flight.pop_front().expect("it was looked at");
-        let num_samples = in_flight.rows.iter().filter(|row| row.samples).count();
+        let num_samples: usize = in_flight.rows.iter().map(|row| row.num_samples).sum();
         assert_eq!(
             token_ids.len(),
             num_samples,
             "invariant: a token for each row sampled"
         );
-        let mut token_ids = token_ids.iter().copied();
-        let mut are_taken = Vec::with_capacity(num_samples);
+        let mut are_taken = vec![false; num_samples];
+        let mut first = 0;
         for row in in_flight.rows {
-            let token = if row.samples { token_ids.next() } else { None };
-            let is_there = self.commit_row(row, token);
-            if row.samples {
-                are_taken.push(is_there);
-            }
+            let sampled = &token_ids[first..first + row.num_samples];
+            let num_taken = self.commit_row(row, sampled);
+            are_taken[first..first + num_taken].fill(true);
+            first += row.num_samples;
         }
         are_taken
     }
 
-    /// False if its sequence runs no more.
-    fn commit_row(&mut self, row: Row, token: Option<i32>) -> bool {
+    /// How many of its samples were taken; none if its sequence runs no more.
+    fn commit_row(&mut self, row: Row, sampled: &[i32]) -> usize {
         let found = self
             .running
             .binary_search_by_key(&row.admitted, |r| r.admitted);
         let Ok(index) = found else {
-            return false;
+            return 0;
         };
         let running = &mut self.running[index];
-        running.land(row.num_tokens, row.samples);
+        running.land(row.num_tokens, row.num_samples > 0);
+        let (num_taken, finish) = running.take(sampled);
+        self.learn(index, sampled, num_taken);
         let Running {
             sequence,
             table,
             num_computed,
             ..
-        } = running;
+        } = &mut self.running[index];
         let (identity, tokens) = (&sequence.request.identity, &sequence.tokens);
         self.memory.publish(table, identity, tokens, *num_computed);
-        if let Some(token) = token {
-            match sequence.append(token) {
-                Some(finish) => self.finish_running(index, Some(token), finish),
-                None => self.outputs.push(sequence.output(Some(token), None)),
-            }
+        let Some((&last, others)) = sampled[..num_taken].split_last() else {
+            return 0;
+        };
+        let outputs = others
+            .iter()
+            .map(|&token| sequence.output(Some(token), None));
+        self.outputs.extend(outputs);
+        match finish {
+            Some(finish) => self.finish_running(index, Some(last), finish),
+            None => self.outputs.push(sequence.output(Some(last), None)),
         }
-        true
+        num_taken
     }
 
     pub(super) fn finish_running(
@@ -91,6 +98,9 @@ impl Scheduler {
         token: Option<i32>,
         finish: FinishReason,
     ) {
+        if let Some(speculation) = &sequence.speculation {
+            speculation.finish(&sequence.tokens, sequence.prompt_len);
+        }
         for adapter in sequence.request.adapter_ids() {
             let slot = self.memory.adapters.remove_user(adapter);
             self.memory.free_slot(slot);

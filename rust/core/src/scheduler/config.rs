@@ -20,6 +20,10 @@ pub struct SchedulerConfig {
     pub max_overtakes: usize,
     /// How many waiting requests a step looks at, beside those that wait for late loads.
     pub lookahead: usize,
+    /// Tokens guessed at most of a sequence in a step; 0 guesses none.
+    pub max_draft_tokens: usize,
+    /// Guesses fill a step up to this many tokens: in a larger one they would take others' time.
+    pub max_drafted_step: usize,
 }
 
 impl Default for SchedulerConfig {
@@ -35,6 +39,8 @@ impl Default for SchedulerConfig {
             max_num_slots: i32::MAX as usize,
             max_overtakes: 64,
             lookahead: 64,
+            max_draft_tokens: 0,
+            max_drafted_step: 16,
         }
     }
 }

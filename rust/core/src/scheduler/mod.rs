@@ -13,6 +13,7 @@ mod ahead;
 mod commit;
 mod config;
 mod decode;
+mod drafts;
 mod late_loads;
 mod residency;
 mod submission;
@@ -22,6 +23,7 @@ mod tests;
 use std::collections::VecDeque;
 
 use crate::adapter_cache::{AdapterState, AdapterStats};
+use crate::answers::AllAnswers;
 use crate::batch::{Batch, Scheduled};
 use crate::error::Error;
 use crate::ids::{AdapterId, Applied, PageId, RequestId, SlotId};
@@ -82,6 +84,9 @@ pub struct SchedulerStats {
     pub num_adapter_evictions: u64,
     pub num_preemptions: u64,
     pub num_prefix_hit_tokens: u64,
+    /// Tokens that were guessed, and of these the ones that came.
+    pub num_draft_tokens: u64,
+    pub num_accepted_tokens: u64,
 }
 
 pub struct Scheduler {
@@ -94,6 +99,8 @@ pub struct Scheduler {
     /// In order of admission.
     running: Vec<Running>,
     outputs: Vec<RequestOutput>,
+    /// What guesses are made by.
+    answers: AllAnswers,
     /// In the order in which they were planned and will be committed: one, or two while running ahead.
     in_flight: VecDeque<InFlight>,
     next_request: u64,
@@ -102,6 +109,8 @@ pub struct Scheduler {
     num_loads: u64,
     num_preemptions: u64,
     num_prefix_hit_tokens: u64,
+    num_draft_tokens: u64,
+    num_accepted_tokens: u64,
 }
 
 /// The step between `schedule` and `commit`, a row per sequence in batch order.
@@ -114,8 +123,10 @@ struct InFlight {
 #[derive(Debug, Clone, Copy)]
 struct Row {
     admitted: u64,
+    /// Without those guessed.
     num_tokens: usize,
-    samples: bool,
+    /// More than one where tokens were guessed.
+    num_samples: usize,
 }
 
 /// A step being put together.
@@ -146,6 +157,7 @@ impl Scheduler {
             prefetches: VecDeque::new(),
             running: Vec::new(),
             outputs: Vec::new(),
+            answers: AllAnswers::default(),
             in_flight: VecDeque::new(),
             next_request: 0,
             next_admission: 0,
@@ -153,6 +165,8 @@ impl Scheduler {
             num_loads: 0,
             num_preemptions: 0,
             num_prefix_hit_tokens: 0,
+            num_draft_tokens: 0,
+            num_accepted_tokens: 0,
         })
     }
 
@@ -194,6 +208,7 @@ impl Scheduler {
         if !plan.has_preempted && !plan.is_short_of_memory {
             self.start_prefetches(&mut plan);
         }
+        self.plan_drafts(&plan);
         self.launch(plan)
     }
 
@@ -299,6 +314,8 @@ impl Scheduler {
             num_adapter_evictions: self.memory.num_evictions(),
             num_preemptions: self.num_preemptions,
             num_prefix_hit_tokens: self.num_prefix_hit_tokens,
+            num_draft_tokens: self.num_draft_tokens,
+            num_accepted_tokens: self.num_accepted_tokens,
         }
     }
 
@@ -364,15 +381,15 @@ impl Scheduler {
             .map(|&(index, s)| Row {
                 admitted: self.running[index].admitted,
                 num_tokens: s.num_tokens,
-                samples: s.samples(),
+                num_samples: s.num_samples(),
             })
             .collect();
         let (indices, scheduled): (Vec<_>, Vec<_>) = scheduled.into_iter().unzip();
         let batch = (!rows.is_empty()).then(|| Batch::build(&scheduled, self.config.block_size));
         let mut num_samples = 0;
         for (index, row) in indices.into_iter().zip(&rows) {
-            let sample = row.samples.then_some(num_samples);
-            num_samples += usize::from(row.samples);
+            let sample = (row.num_samples > 0).then_some(num_samples);
+            num_samples += row.num_samples;
             self.running[index].launch(row.num_tokens, sample);
         }
         if !rows.is_empty() {
@@ -399,6 +416,7 @@ impl Scheduler {
         Scheduled {
             request: running.sequence.request.id,
             tokens: &running.sequence.tokens,
+            draft: &running.draft,
             num_computed: running.num_scheduled(),
             num_tokens,
             awaited: running.awaited(),

@@ -7,6 +7,7 @@ use crate::error::Error;
 use crate::ids::{ActingAdapter, AdapterId, Applied, CacheScope, PrefixIdentity, RequestId};
 use crate::request::{NewRequest, Request};
 use crate::sequence::{Sequence, Waiting};
+use crate::speculation::Speculation;
 
 /// The weights of one content, under all its names.
 #[derive(Debug, Clone, Copy, Default)]
@@ -102,13 +103,17 @@ impl Scheduler {
         for applied in &adapters {
             self.memory.adapters.add_user(applied.adapter);
         }
+        let identity = self.identity(new.scope, &adapters);
+        let guesses = self.config.max_draft_tokens > 0 && !new.without_guesses;
+        let speculation = guesses.then(|| Speculation::new(self.answers.of(&identity)));
         let sequence = Sequence {
             prompt_len: new.prompt.len(),
             tokens: new.prompt,
             was_admitted: false,
+            speculation,
             request: Request {
                 id,
-                identity: self.identity(new.scope, &adapters),
+                identity,
                 adapters,
                 max_tokens,
                 min_tokens: new.min_tokens,

@@ -1,5 +1,6 @@
 //! Drives a scheduler with random operations beside a model of what must come out, checking after each.
 
+mod drafts;
 mod liveness;
 mod operations;
 
@@ -90,6 +91,8 @@ impl Harness {
             max_num_slots: if rng.one_in(2) { 1000 } else { rng.range(1, 5) },
             max_overtakes: rng.range(0, 5),
             lookahead: rng.range(1, 8),
+            max_draft_tokens: [0, 1, 3, 8][rng.range(0, 3)],
+            max_drafted_step: rng.range(1, 24),
         };
         Self {
             scheduler: Scheduler::new(config).unwrap(),
@@ -131,6 +134,7 @@ impl Harness {
             Operation::Schedule => self.schedule(),
             Operation::ScheduleAhead => self.schedule_ahead(),
             Operation::Commit => self.commit(),
+            Operation::GiveDraft => self.give_draft(),
             Operation::Settle => self.settle(),
         }
         self.check();
@@ -231,9 +235,15 @@ impl Harness {
     }
 
     fn commit(&mut self) {
-        if let Some((step, token_ids)) = self.in_flight.pop_front() {
+        if let Some((step, mut token_ids)) = self.in_flight.pop_front() {
+            if let Some(batch) = &step.batch {
+                self.lose_samples(batch, &mut token_ids);
+            }
             let are_taken = self.scheduler.commit(step.id, &token_ids);
             assert_eq!(are_taken.len(), token_ids.len());
+            if let Some(batch) = &step.batch {
+                self.count_drafts(batch, &token_ids, &are_taken);
+            }
             let num_discarded = are_taken.iter().filter(|&&is_taken| !is_taken).count();
             self.count("samples discarded", num_discarded as u64);
         }

@@ -19,6 +19,8 @@ pub enum Operation {
     Schedule,
     ScheduleAhead,
     Commit,
+    /// Guesses from outside, some or all of them right.
+    GiveDraft,
     /// Steps until everything has ended that no stuck load stands in the way of.
     Settle,
 }
@@ -30,7 +32,7 @@ const NEEDED: [(Operation, usize); 3] = [
     (Operation::Commit, 40),
 ];
 
-const OPTIONAL: [(Operation, usize); 12] = [
+const OPTIONAL: [(Operation, usize); 13] = [
     (Operation::SubmitTight, 6),
     (Operation::Finish, 10),
     (Operation::Register, 6),
@@ -43,6 +45,7 @@ const OPTIONAL: [(Operation, usize); 12] = [
     (Operation::LoadIsLate, 6),
     (Operation::ScheduleAhead, 30),
     (Operation::Settle, 1),
+    (Operation::GiveDraft, 40),
 ];
 
 #[derive(Debug)]

@@ -30,6 +30,8 @@ pub struct SampledSequence {
     params: SequenceParams,
     num_tokens: usize,
     num_drawn: usize,
+    /// Taken for the tokens behind the last one until `forget_guesses`.
+    guesses: Vec<Option<i32>>,
     seen: Option<TokenCounts>,
     answered: Option<TokenCounts>,
 }
@@ -46,6 +48,7 @@ impl SampledSequence {
             params,
             num_tokens: 0,
             num_drawn: 0,
+            guesses: Vec::new(),
             seen: is_repetition_penalised.then(|| TokenCounts::of(&prompt_token_ids)),
             answered: is_counted.then(TokenCounts::default),
         }
@@ -64,6 +67,30 @@ impl SampledSequence {
     /// Takes the token that was chosen.
     pub fn append(&mut self, token_id: i32) {
         self.num_tokens += 1;
+        self.num_drawn = self.num_drawn.max(self.num_tokens); // guesses that came true were drawn, too
+        self.count(token_id);
+    }
+
+    /// Takes a token for the one drawn last: the next draw is as it will be if that comes true. None can't: it is
+    /// no column of the logits, and what is drawn behind it does not matter.
+    pub fn guess(&mut self, token_id: Option<i32>) {
+        self.guesses.push(token_id);
+        if let Some(token_id) = token_id {
+            self.count(token_id);
+        }
+    }
+
+    /// Behind its last draw of a step: of all of them the first counts as drawn.
+    pub fn forget_guesses(&mut self) {
+        self.num_drawn -= self.guesses.len();
+        for token_id in self.guesses.drain(..).flatten().rev() {
+            for counts in [&mut self.seen, &mut self.answered].into_iter().flatten() {
+                counts.remove_last(token_id);
+            }
+        }
+    }
+
+    fn count(&mut self, token_id: i32) {
         for counts in [&mut self.seen, &mut self.answered].into_iter().flatten() {
             counts.add(token_id);
         }
@@ -131,6 +158,17 @@ impl TokenCounts {
             self.counts.push(0.0);
         }
         self.counts[place] += 1.0;
+    }
+
+    /// Undoes `add`; those added later are undone already.
+    fn remove_last(&mut self, token_id: i32) {
+        let place = self.places[&token_id];
+        self.counts[place] -= 1.0;
+        if self.counts[place] == 0.0 {
+            self.places.remove(&token_id);
+            self.ids.pop();
+            self.counts.pop();
+        }
     }
 }
 
@@ -209,6 +247,63 @@ mod tests {
         let (row, _) = row_of(&mut bound, Some(4));
         assert_eq!((row.banned, row.mask), ([0; 2], 4));
         assert!(bound.depends_on_last_token());
+    }
+
+    #[test]
+    fn draws_behind_guesses_are_those_that_come_once_the_guesses_have() {
+        let sequence = || {
+            let mut sequence = SampledSequence::new(SequenceParams {
+                seed: 3,
+                row: RowParams {
+                    temperature: 1.0,
+                    repetition_penalty: 1.5,
+                    frequency_penalty: 0.5,
+                    ..RowParams::default()
+                },
+                prompt_token_ids: vec![5, 6],
+                end_token_ids: vec![2],
+                min_tokens: 3,
+                ..SequenceParams::default()
+            });
+            sequence.append(7);
+            sequence
+        };
+        let drawn = |sequence: &mut SampledSequence| {
+            let mut arrays = SampleArrays::default();
+            sequence.draw(None, &mut arrays);
+            arrays
+        };
+        let (mut guessing, mut plain) = (sequence(), sequence());
+        let ahead = [Some(8), Some(7), None].map(|guess| {
+            let arrays = drawn(&mut guessing);
+            match guess {
+                Some(guess) => guessing.guess(Some(guess)),
+                None => guessing.forget_guesses(),
+            }
+            arrays
+        });
+        for (guess, ahead) in [8, 7, 9].into_iter().zip(ahead) {
+            assert_eq!(format!("{ahead:?}"), format!("{:?}", drawn(&mut plain)));
+            plain.append(guess);
+        }
+        // Only the first came true; what was counted behind it is forgotten, whatever it was.
+        let mut guessing = sequence();
+        for guess in [Some(8), None, Some(7)] {
+            drawn(&mut guessing);
+            guessing.guess(guess);
+        }
+        drawn(&mut guessing);
+        guessing.forget_guesses();
+        for token_id in [8, 4] {
+            guessing.append(token_id);
+        }
+        let mut as_it_came = sequence();
+        for token_id in [8, 4] {
+            drawn(&mut as_it_came);
+            as_it_came.append(token_id);
+        }
+        let next = format!("{:?}", drawn(&mut as_it_came));
+        assert_eq!(format!("{:?}", drawn(&mut guessing)), next);
     }
 
     #[test]

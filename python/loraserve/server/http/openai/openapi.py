@@ -53,6 +53,13 @@ class PromptTokensDetails(_Document):
     cached_tokens: int
 
 
+class CompletionTokensDetails(_Document):
+    """Tokens that the engine guessed ahead (`--speculate`): those that came, and those that did not."""
+
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
 class UsageFields(_Document):
     """Token counts of all choices together; a prompt counts once."""
 
@@ -60,6 +67,7 @@ class UsageFields(_Document):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
 
 
 class Choice(_Document):

@@ -31,6 +31,7 @@ _SAME_NAME = (
     "frequency_penalty",
     "seed",
     "ignore_eos",
+    "speculate",
     "min_tokens",
     "n",
 )

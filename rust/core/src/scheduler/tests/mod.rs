@@ -3,6 +3,7 @@
 mod adapters;
 mod ahead;
 mod batches;
+mod drafts;
 mod late_loads;
 mod memory;
 mod prefixes;

@@ -84,6 +84,7 @@ impl Harness {
                 salt: ["", "", "t"][self.rng.range(0, 2)].into(),
             },
             needs_adapter: self.rng.one_in(4),
+            without_guesses: self.rng.one_in(8),
         };
         match self.scheduler.submit(new.clone()) {
             Ok(request) => {
