@@ -4,6 +4,10 @@ On each pool, streams over all adapters and over the ten most popular alternate 
 of both, which brings the adapters in, is not timed. Answers are checked: the same adapter gives the same
 tokens throughout, and a sample of adapters gives what each gives alone in a fresh engine.
 
+Then the stream over all adapters alternates between a pool of all that it asks for, adapters and a full
+batch's KV cache, and two pools of half of that: with a host tier, which evicted adapters return from, and
+without one.
+
     python benches/bench_many_adapters.py
     python benches/bench_many_adapters.py --memory 1GiB 2GiB 4GiB 7GiB --json many.json --plot many.png
 """
@@ -17,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +29,13 @@ import machine
 import numpy as np
 import plots
 from loraserve import LLM, SamplingParams
-from loraserve.config import parse_memory
+from loraserve.config import EngineConfig, parse_memory
 from tqdm import tqdm
 from workloads import Workload, write_adapters, zipf_shares
 
 NUM_FEW = 10
 PROMPT_TOKENS = 32
+BLOCK_SIZE = 16  # tokens of a page
 
 
 class Stream:
@@ -62,14 +68,16 @@ def main() -> None:
         adapters = write_adapters(Path(directory), args.adapters, args.rank)
         stream = Stream(list(adapters), args)
         results = [measure(memory, stream, adapters, args) for memory in args.memory]
+        turnover = measure_turnover(stream, adapters, args)
         check_alone(stream, adapters, args)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"peak resident memory of the process: {peak:.2f} GiB")
     if args.json:
         document = {"machine": machine.describe(), "settings": vars(args), "results": results}
+        document["turnover"] = turnover
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(document, indent=2, default=str) + "\n")
-    if args.plot:
+    if args.plot and results:
         points = [(result["memory_gib"], result["ratio"]) for result in results]
         labels = ("pool [GiB]", f"throughput over that of {NUM_FEW} adapters")
         plots.plot_curve(points, labels, f"{args.adapters} adapters; {machine.title()}", args.plot)
@@ -110,9 +118,64 @@ def measure(
     return result
 
 
+def measure_turnover(stream: Stream, adapters: Mapping[str, str], args: argparse.Namespace) -> dict[str, Any]:
+    """The stream on each pool in turn, and its throughput over that of the pool that holds all."""
+    needed = needed_nbytes(stream, adapters)
+    cases = {
+        "all resident": (needed, 0),
+        "half, host tier": (needed // 2, needed),
+        "half, no tier": (needed // 2, 0),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in cases}
+    llms, before = {}, {}
+    with ExitStack() as stack:
+        for name, (memory, tier) in cases.items():
+            settings = {"memory": memory, "adapter_host_memory": tier, "prefix_caching": False}
+            llm = llms[name] = stack.enter_context(LLM("smollm2", **settings))
+            for adapter, path in adapters.items():
+                llm.load_adapter(adapter, path)
+            stream.run(llm)
+            before[name] = llm.stats()
+        for _ in tqdm(range(args.repeats), desc="turnover", leave=False):
+            for name, llm in llms.items():
+                rates[name].append(stream.run(llm))
+        after = {name: llm.stats() for name, llm in llms.items()}
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    result = {}
+    for name, median in medians.items():
+        then, now = before[name], after[name]
+        result[name] = {
+            "memory": cases[name][0],
+            "num_resident": now.num_resident_adapters,
+            "loads_per_pass": (now.num_adapter_loads - then.num_adapter_loads) / args.repeats,
+            "hits_per_pass": (now.host_tier.num_hits - then.host_tier.num_hits) / args.repeats,
+            "host_tier_nbytes": now.host_tier.nbytes,
+            "rates": rates[name],
+            "median": median,
+            "ratio": median / medians["all resident"],
+        }
+        print(
+            f"{name:>15}: pool {cases[name][0] / 2**20:.0f} MiB, {now.num_resident_adapters} resident, "
+            f"{result[name]['loads_per_pass']:.0f} loads a pass, {result[name]['hits_per_pass']:.0f} of them "
+            f"from the host tier: {median:.1f} tok/s, ratio {result[name]['ratio']:.2f}"
+        )
+    return result
+
+
+def needed_nbytes(stream: Stream, adapters: Mapping[str, str]) -> int:
+    """Bytes of the adapters that the stream asks for, all of one size, and of a full batch's KV cache."""
+    name = stream.names[0]
+    with LLM("smollm2", {name: adapters[name]}, memory="64MiB") as llm:
+        page_nbytes, config = llm.info().page_nbytes, EngineConfig(model="smollm2")
+        adapter_pages = -(-llm.adapters()[0].nbytes // page_nbytes)
+    num_seqs = min(config.max_num_seqs, len(stream.names))
+    kv_pages = num_seqs * -(-(PROMPT_TOKENS + stream.params.max_tokens) // BLOCK_SIZE)
+    return (len(set(stream.names)) * adapter_pages + kv_pages) * page_nbytes
+
+
 def check_alone(stream: Stream, adapters: Mapping[str, str], args: argparse.Namespace) -> None:
     sample = random.Random(args.seed).sample(sorted(stream.answers), min(args.check, len(stream.answers)))
-    with LLM("smollm2", {name: adapters[name] for name in sample}, memory=args.memory[0]) as llm:
+    with LLM("smollm2", {name: adapters[name] for name in sample}, memory="512MiB") as llm:
         for name in sample:
             answer = llm.generate([stream.prompt], stream.params, name)[0].token_ids
             if answer != stream.answers[name]:
@@ -130,9 +193,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=16, help="of each answer; default 16")
     parser.add_argument(
         "--memory",
-        nargs="+",
+        nargs="*",
         default=["512MiB", "1GiB", "2GiB", "6GiB"],
-        help="pools; 1000 adapters of rank 8 and their KV cache fit in 6GiB; default 512MiB 1GiB 2GiB 6GiB",
+        help="pools, none skips these; 1000 adapters of rank 8 and their KV cache fit in 6GiB; default "
+        "512MiB 1GiB 2GiB 6GiB",
     )
     parser.add_argument("--alpha", type=float, default=1.2, help="Zipf's exponent; default 1.2")
     parser.add_argument("--repeats", type=int, default=3, help="timed passes; default 3")

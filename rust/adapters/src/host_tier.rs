@@ -229,12 +229,10 @@ impl Drop for Share {
     }
 }
 
-/// Memory of its own, which the system has again as soon as it is dropped.
+/// Memory of its own, which the system has again as soon as it is dropped. Not on huge pages: a virtual machine may find
+/// those slower than it copies, where nothing was freed lately, and each byte is touched once.
 fn map(nbytes: usize) -> io::Result<MmapMut> {
-    let bytes = MmapMut::map_anon(nbytes)?;
-    #[cfg(target_os = "linux")]
-    let _ = bytes.advise(memmap2::Advice::HugePage); // faster where the kernel offers them, the same where not
-    Ok(bytes)
+    MmapMut::map_anon(nbytes)
 }
 
 fn copy(from: &[u8], to: &mut [u8], pace: &Pace) {
