@@ -53,7 +53,10 @@ def test_what_does_not_fit_is_refused_when_it_is_recorded(tmp_path: Path) -> Non
     decoder = running.loaded.decoder
     layer, norm = decoder.layers[0], decoder.layers[0].attn_norm
     recording, other = _core.CpuRecording(), _core.CpuRecording()
-    hidden = recording.embedding(decoder.lm_head)
+    rows = recording.embedding(decoder.lm_head)
+    with pytest.raises(ValueError, match="only norms take it"):
+        recording.lora_linear(rows, layer.qkv, 0, 0)
+    hidden = recording.rms_norm(rows, None, norm.data_ptr(), 64, 1e-6)
     other.embedding(layer.down)
     with pytest.raises(ValueError, match="recorded elsewhere"):
         other.silu_mul(hidden)
@@ -74,7 +77,9 @@ def test_an_ended_recording_takes_no_more(tmp_path: Path) -> None:
     running = Running(save_model(make_model("llama"), tmp_path), "cpu")
     head = running.loaded.decoder.lm_head
     recording = _core.CpuRecording()
-    recording.logits(kernels_of(running), recording.embedding(head), head)
+    norm = running.loaded.decoder.layers[0].attn_norm
+    hidden = recording.rms_norm(recording.embedding(head), None, norm.data_ptr(), 64, 1e-6)
+    recording.logits(kernels_of(running), hidden, head)
     with pytest.raises(ValueError, match="recording has ended"):
         recording.embedding(head)
 

@@ -60,10 +60,10 @@ def backends(
 def recorded(
     backends: Backends, x: torch.Tensor, linear: Linear, intermediate: int, waves: Sequence[Wave]
 ) -> torch.Tensor:
-    """silu(gate)·up of a program whose embedding gives x, and whose logits are what comes in."""
+    """silu(gate)·up of a program whose input is x, and whose logits are what comes in."""
     ops, num_tokens = backends.cpu, len(x)
     recording = _core.CpuRecording()
-    hidden = recording.embedding(ops.pack(x))
+    hidden = recording.input(x.data_ptr(), *x.shape)
     gated = recording.silu_mul(recording.lora_linear(hidden, linear, 0, 2))
     program = recording.logits(ops._kernels, gated, ops.pack(torch.eye(intermediate)))
     batch = with_waves(token_batch(num_tokens, np.arange(num_tokens, dtype=np.int32)), waves)
@@ -98,7 +98,8 @@ def test_the_fused_op_equals_the_two(
 def test_a_linear_that_was_fused_is_gone(dtype: torch.dtype) -> None:
     ops = make_backends(GEOMETRY, dtype).cpu
     recording = _core.CpuRecording()
-    hidden = recording.embedding(ops.pack(torch.zeros(4, 32)))
+    x = torch.zeros(4, 32, dtype=dtype)
+    hidden = recording.input(x.data_ptr(), *x.shape)
     gate_up = recording.lora_linear(hidden, ops.pack(torch.zeros(64, 32)), 0, 2)
     recording.silu_mul(gate_up)
     with pytest.raises(ValueError, match="recorded elsewhere"):

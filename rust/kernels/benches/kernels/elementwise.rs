@@ -135,7 +135,7 @@ fn bench_embedding<'a>(
         work,
         setup,
         |(step, table, out), _| {
-            let result = model().context.embedding(step, table, out);
+            let result = model().context.embedding::<Bf16, Bf16>(step, table, out);
             result.expect("shapes agree");
         },
     );

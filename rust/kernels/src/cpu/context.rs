@@ -131,23 +131,24 @@ impl CpuContext {
         CpuStep::new(&self.owner, arrays, geometry, num_pages, &slots)
     }
 
-    /// Rows of the step's tokens, from their adapters or the table: `out` [T, K].
-    pub fn embedding<E: Element>(
+    /// Rows of the step's tokens, from their adapters or the table, both of `E`: `out` [T, K].
+    pub fn embedding<E: Element, O: Element>(
         &self,
         step: &CpuStep,
         table: &PackedLinear,
-        out: &mut [E],
+        out: &mut [O],
     ) -> Result<(), KernelError> {
         step.check_owner(&self.owner)?;
         let width = table.in_features();
         let own = OwnEmbeddings::of(step, E::DTYPE, width)?;
-        linear::embedding(&self.pool, table, step.token_ids(), own.places(), out)?;
-        own.write(&self.pool, width, out);
-        add_embedding_loras(&self.pool, self.isa, step, width, out)
+        let (pool, isa) = (&self.pool, self.isa);
+        linear::embedding::<E, O>(pool, table, step.token_ids(), own.places(), out)?;
+        own.write::<E, O>(pool, width, out);
+        add_embedding_loras::<E, O>(pool, isa, step, width, out)
     }
 
     /// `epilogue` of y [T, N] = x·Wᵀ + bias + what the step's adapters add at (layer, group).
-    pub fn lora_linear<E: Element>(
+    pub fn lora_linear<E: Element, O: Element>(
         &self,
         step: &CpuStep,
         x: &[E],
@@ -155,7 +156,7 @@ impl CpuContext {
         layer: usize,
         group: usize,
         epilogue: Epilogue,
-        out: &mut [E],
+        out: &mut [O],
     ) -> Result<(), KernelError> {
         step.check_owner(&self.owner)?;
         let projection = Projection {
@@ -224,11 +225,11 @@ impl CpuContext {
     }
 
     /// Normalises rows anew whose adapters have a norm `index` of their own: `out` [T, K] of `x` [T, K].
-    pub fn own_norms<E: Element>(
+    pub fn own_norms<X: Element, E: Element>(
         &self,
         step: &CpuStep,
         index: usize,
-        x: &[E],
+        x: &[X],
         eps: f32,
         out: &mut [E],
     ) -> Result<(), KernelError> {
@@ -243,7 +244,7 @@ impl CpuContext {
             let weight = unsafe { std::slice::from_raw_parts(address as *const E, norm.width) };
             let rows = segment.start * norm.width..segment.end * norm.width;
             let (x, out) = (&x[rows.clone()], &mut out[rows]);
-            rms_norm(&self.pool, self.isa, x, None, weight, eps, out)?;
+            rms_norm(&self.pool, self.isa, x, None::<&mut [X]>, weight, eps, out)?;
         }
         Ok(())
     }

@@ -16,6 +16,7 @@ pub trait Element: Copy + Default + Send + Sync + 'static {
 
     /// Rounded to nearest even.
     fn from_f32(value: f32) -> Self;
+    fn to_f32(self) -> f32;
     /// # Safety
     /// As for `Simd`: 16 readable elements at `p`.
     unsafe fn load<S: Simd>(p: *const Self) -> S::V;
@@ -35,6 +36,10 @@ impl Element for f32 {
 
     fn from_f32(value: f32) -> Self {
         value
+    }
+
+    fn to_f32(self) -> f32 {
+        self
     }
 
     #[inline(always)]
@@ -62,6 +67,10 @@ impl Element for Bf16 {
 
     fn from_f32(value: f32) -> Self {
         Self(bf16_bits(value))
+    }
+
+    fn to_f32(self) -> f32 {
+        f32::from_bits(u32::from(self.0) << 16)
     }
 
     #[inline(always)]

@@ -199,11 +199,11 @@ impl PackedLinear {
         self.in_features.div_ceil(E::PACK) * E::PACK * LANES
     }
 
-    /// Row `index` of W as it was before packing, or as it is multiplied, into `row` [in].
-    pub(super) fn unpack_row<E: Element>(&self, index: usize, row: &mut [E]) {
+    /// Row `index` of W, of `E` where it is dense, as it was before packing or as it is multiplied, into `row` [in].
+    pub(super) fn unpack_row<E: Element, O: Element>(&self, index: usize, row: &mut [O]) {
         if let Some(panels) = self.quantized() {
             for (value, weight) in row.iter_mut().zip(panels.row(index, self.in_features)) {
-                *value = E::from_f32(weight);
+                *value = O::from_f32(weight);
             }
             return;
         }
@@ -211,7 +211,8 @@ impl PackedLinear {
         for (k, value) in row.iter_mut().enumerate() {
             let offset = panel + (k / E::PACK * LANES + index % LANES) * E::PACK + k % E::PACK;
             // SAFETY: index < out_features, as whoever calls has checked, and k < in_features.
-            *value = unsafe { *self.panels::<E>().add(offset) };
+            let weight = unsafe { *self.panels::<E>().add(offset) };
+            *value = O::from_f32(weight.to_f32());
         }
     }
 }
@@ -234,12 +235,12 @@ fn pack_panel<E: Element>(rows: &[E], in_features: usize, dst: &mut [E]) {
 
 /// Rows `token_ids` of the table, [T, in], straight from the packed weight; `own` are the places, ascending, of
 /// tokens that have another row, and which stay.
-pub fn embedding<E: Element>(
+pub fn embedding<E: Element, O: Element>(
     pool: &ThreadPool,
     table: &PackedLinear,
     token_ids: &[i32],
     own: &[usize],
-    out: &mut [E],
+    out: &mut [O],
 ) -> Result<(), KernelError> {
     let hidden = table.in_features;
     check_length("embedding output", out.len(), token_ids.len() * hidden)?;
@@ -258,7 +259,7 @@ pub fn embedding<E: Element>(
         // SAFETY: each task writes its own row.
         let row =
             unsafe { std::slice::from_raw_parts_mut(shared.get().add(place * hidden), hidden) };
-        table.unpack_row(token_ids[place] as usize, row);
+        table.unpack_row::<E, O>(token_ids[place] as usize, row);
     });
     Ok(())
 }

@@ -1,4 +1,5 @@
-//! y = x / √(mean(x²) + eps) · weight per row, optionally after residual += x.
+//! y = x / √(mean(x²) + eps) · weight per row, optionally after residual += x. x and the residual may be float32
+//! where y is not.
 
 use super::element::{Element, load_first, store_first};
 use super::simd::{Isa, Kernel, LANES, Simd};
@@ -9,10 +10,10 @@ use crate::error::check_length;
 /// Elements a task handles, enough to outweigh handing it out.
 const ELEMENTS_PER_TASK: usize = 8192;
 
-struct Norm<'a, E: Element> {
-    x: &'a [E],
+struct Norm<'a, X: Element, R: Element, E: Element> {
+    x: &'a [X],
     /// Added to and normalised in place of `x`.
-    residual: Option<Shareable<E>>,
+    residual: Option<Shareable<R>>,
     weight: &'a [E],
     eps: f32,
     out: Shareable<E>,
@@ -21,11 +22,11 @@ struct Norm<'a, E: Element> {
 }
 
 /// `RMSNorm` of `x` [T, features]; with `residual`, residual += x first and the sum is normalised.
-pub fn rms_norm<E: Element>(
+pub fn rms_norm<X: Element, R: Element, E: Element>(
     pool: &ThreadPool,
     isa: Isa,
-    x: &[E],
-    residual: Option<&mut [E]>,
+    x: &[X],
+    residual: Option<&mut [R]>,
     weight: &[E],
     eps: f32,
     out: &mut [E],
@@ -54,12 +55,12 @@ pub fn rms_norm<E: Element>(
     Ok(())
 }
 
-struct Task<'a, E: Element> {
-    job: &'a Norm<'a, E>,
+struct Task<'a, X: Element, R: Element, E: Element> {
+    job: &'a Norm<'a, X, R, E>,
     index: usize,
 }
 
-impl<E: Element> Kernel for Task<'_, E> {
+impl<X: Element, R: Element, E: Element> Kernel for Task<'_, X, R, E> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         let job = self.job;
@@ -69,28 +70,29 @@ impl<E: Element> Kernel for Task<'_, E> {
         for row in first..end {
             // SAFETY: `row` exists in x, residual and output.
             unsafe {
-                let mut x = job.x.as_ptr().add(row * features);
+                let x = job.x.as_ptr().add(row * features);
+                let (weight, y) = (job.weight.as_ptr(), job.out.get().add(row * features));
                 if let Some(residual) = job.residual {
                     let sum = residual.get().add(row * features);
-                    add_row::<S, E>(x, sum, features);
-                    x = sum;
+                    add_row::<S, X, R>(x, sum, features);
+                    norm_row::<S, R, E>(sum, weight, job.eps, features, y);
+                } else {
+                    norm_row::<S, X, E>(x, weight, job.eps, features, y);
                 }
-                let y = job.out.get().add(row * features);
-                norm_row::<S, E>(x, job.weight.as_ptr(), job.eps, features, y);
             }
         }
     }
 }
 
 #[inline(always)]
-unsafe fn add_row<S: Simd, E: Element>(x: *const E, sum: *mut E, features: usize) {
+unsafe fn add_row<S: Simd, X: Element, R: Element>(x: *const X, sum: *mut R, features: usize) {
     // SAFETY: both rows hold `features` elements.
     unsafe {
         for i in (0..features).step_by(LANES) {
             let n = (features - i).min(LANES);
-            let a = load_first::<S, E>(x.add(i), n);
-            let b = load_first::<S, E>(sum.add(i), n);
-            store_first::<S, E>(sum.add(i), n, S::add(a, b));
+            let a = load_first::<S, X>(x.add(i), n);
+            let b = load_first::<S, R>(sum.add(i), n);
+            store_first::<S, R>(sum.add(i), n, S::add(a, b));
         }
     }
 }
@@ -100,8 +102,8 @@ unsafe fn add_row<S: Simd, E: Element>(x: *const E, sum: *mut E, features: usize
 /// # Safety
 /// As for `Simd`: x, weight and y hold `features` elements.
 #[inline(always)]
-pub(super) unsafe fn norm_row<S: Simd, E: Element>(
-    x: *const E,
+pub(super) unsafe fn norm_row<S: Simd, X: Element, E: Element>(
+    x: *const X,
     weight: *const E,
     eps: f32,
     features: usize,
@@ -111,14 +113,14 @@ pub(super) unsafe fn norm_row<S: Simd, E: Element>(
     unsafe {
         let mut squares = S::zero();
         for i in (0..features).step_by(LANES) {
-            let v = load_first::<S, E>(x.add(i), (features - i).min(LANES));
+            let v = load_first::<S, X>(x.add(i), (features - i).min(LANES));
             squares = S::fma(v, v, squares);
         }
         let mean = S::reduce_add(squares) / features as f32;
         let scale = S::splat(1.0 / (mean + eps).sqrt());
         for i in (0..features).step_by(LANES) {
             let n = (features - i).min(LANES);
-            let v = S::mul(load_first::<S, E>(x.add(i), n), scale);
+            let v = S::mul(load_first::<S, X>(x.add(i), n), scale);
             let w = load_first::<S, E>(weight.add(i), n);
             store_first::<S, E>(y.add(i), n, S::mul(v, w));
         }

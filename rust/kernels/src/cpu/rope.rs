@@ -124,7 +124,7 @@ impl<E: Element> Rope<'_, E> {
                     self.transform.k_norm
                 };
                 if let Some(weight) = norm {
-                    norm_row::<S, E>(x, weight.as_ptr(), self.transform.eps, head_dim, x);
+                    norm_row::<S, E, E>(x, weight.as_ptr(), self.transform.eps, head_dim, x);
                 }
                 rotate::<S, E>(x, cos_sin, head_dim / 2);
             }

@@ -5,6 +5,8 @@
 //! head        a projection of a layer after the last, over the sampled rows
 //! ```
 
+use std::marker::PhantomData;
+
 use loraserve_adapters::EmbeddingLoraLayout;
 
 use super::element::{Element, load_first, store_first};
@@ -58,12 +60,12 @@ struct Term {
 }
 
 /// Adds `LoRA` on the embedding to `out` [T, K].
-pub(super) fn add_embedding_loras<E: Element>(
+pub(super) fn add_embedding_loras<E: Element, O: Element>(
     pool: &ThreadPool,
     isa: Isa,
     step: &CpuStep,
     width: usize,
-    out: &mut [E],
+    out: &mut [O],
 ) -> Result<(), KernelError> {
     // In order of waves, so that a token's terms are.
     let mut terms: Vec<(usize, Term)> = Vec::new();
@@ -96,6 +98,7 @@ pub(super) fn add_embedding_loras<E: Element>(
             out: shared.get().wrapping_add(place * width),
             width,
             terms: tokens[index],
+            of: PhantomData::<E>,
         };
         // SAFETY: `isa` is supported; `set_adapter` checked that the extents hold A and B; tasks have rows of their
         // own of `out`.
@@ -105,13 +108,14 @@ pub(super) fn add_embedding_loras<E: Element>(
 }
 
 /// All terms of one token.
-struct TokenTask<'a, E> {
-    out: *mut E,
+struct TokenTask<'a, E, O> {
+    out: *mut O,
     width: usize,
     terms: &'a [(usize, Term)],
+    of: PhantomData<E>,
 }
 
-impl<E: Element> Kernel for TokenTask<'_, E> {
+impl<E: Element, O: Element> Kernel for TokenTask<'_, E, O> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         // SAFETY: `width` elements are writable; panels are those of the layouts.
@@ -119,11 +123,11 @@ impl<E: Element> Kernel for TokenTask<'_, E> {
             for first in (0..self.width).step_by(LANES) {
                 let count = (self.width - first).min(LANES);
                 let out = self.out.add(first);
-                let mut sum = load_first::<S, E>(out, count);
+                let mut sum = load_first::<S, O>(out, count);
                 for (_, term) in self.terms {
                     sum = term.add::<S, E>(first, sum);
                 }
-                store_first::<S, E>(out, count, sum);
+                store_first::<S, O>(out, count, sum);
             }
         }
     }

@@ -95,14 +95,15 @@ impl<'a> OwnEmbeddings<'a> {
     }
 
     /// Puts them into `out` [T, K].
-    pub fn write<E: Element>(&self, pool: &ThreadPool, width: usize, out: &mut [E]) {
+    pub fn write<E: Element, O: Element>(&self, pool: &ThreadPool, width: usize, out: &mut [O]) {
         let shared = Shareable::new(out);
         pool.run(self.places.len(), &|index| {
             let (place, (adapter, row)) = (self.places[index], self.rows[index]);
             // SAFETY: `out` has a row for each of the step's tokens, and no two tasks have the same.
             let out =
                 unsafe { std::slice::from_raw_parts_mut(shared.get().add(place * width), width) };
-            self.adapters[adapter].rows.unpack_row(row, out);
+            let rows = &self.adapters[adapter].rows;
+            rows.unpack_row::<E, O>(row, out);
         });
     }
 }

@@ -9,6 +9,7 @@ mod epilogue;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
 mod vectors;
+mod widened;
 
 use std::ops::Range;
 
@@ -149,7 +150,13 @@ impl<E: Element, O: Element> Gemm<'_, E, O> {
         // SAFETY: the caller's contract.
         unsafe {
             if let (Some(panels), Some(rows)) = (self.weight.quantized(), self.quantized) {
-                return isa.dispatch(BytePart { part, panels, rows });
+                let rows = rows.bytes();
+                return isa.dispatch(BytePart {
+                    part,
+                    isa,
+                    panels,
+                    rows,
+                });
             }
             #[cfg(target_arch = "x86_64")]
             if amx::in_tiles(isa, E::DTYPE, self.weight.in_features()) {

@@ -12,6 +12,9 @@ impl<E: Element, O: Element> Kernel for Part<'_, E, O> {
         let mut panel = self.panels.start;
         // SAFETY: rows and panels stay below the job's limits.
         unsafe {
+            if self.is_widened::<S>() {
+                return self.widened::<S>();
+            }
             if S::WIDE {
                 while panel + 2 <= end_panel {
                     self.rows::<S, 2>(first_row, end_row, panel, panel + 4 <= end_panel);
@@ -39,7 +42,12 @@ impl<E: Element, O: Element> Part<'_, E, O> {
     ) {
         let weight = self.job.weight;
         let panel_len = weight.panel_len::<E>();
-        let num_tiles = (end - first).div_ceil(if S::WIDE { 8 } else { 4 });
+        let tallest = match E::PACK {
+            _ if S::WIDE => 8,
+            1 => 6, // twelve accumulators, two halves of a weight and a value of x
+            _ => 4, // a pair takes more registers
+        };
+        let num_tiles = (end - first).div_ceil(tallest);
         let share = if has_next {
             panel_len * size_of::<E>() / num_tiles
         } else {
@@ -71,6 +79,13 @@ impl<E: Element, O: Element> Part<'_, E, O> {
                     for p in 0..P {
                         prefetch.from[p] = prefetch.from[p].wrapping_add(share);
                     }
+                }
+            }
+            while tallest == 6 && row + 6 <= end {
+                self.tile::<S, 6, P>(row, panel, panels, prefetch);
+                row += 6;
+                for p in 0..P {
+                    prefetch.from[p] = prefetch.from[p].wrapping_add(share);
                 }
             }
             while row + 4 <= end {

@@ -2,7 +2,8 @@
 //! its ops.
 //!
 //! Activations are [T, width] and share one workspace: those that are needed at the same time lie
-//! side by side in it, see `placement`.
+//! side by side in it, see `placement`. The residual, and what is added to it, are float32 whatever the storage
+//! dtype: thirty layers of sums would be rounded to bfloat16 each time, and only norms read them.
 
 mod placement;
 mod record;
@@ -137,6 +138,11 @@ impl Op {
             }
             _ => false,
         }
+    }
+
+    /// Whether it is the linear that has just made `x`.
+    fn makes(&self, x: Activation) -> bool {
+        matches!(self, Op::Linear { out, epilogue: Epilogue::Store, .. } if out.index == x.index)
     }
 
     /// Indices of what it reads or writes.

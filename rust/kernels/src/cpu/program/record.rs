@@ -13,6 +13,8 @@ use crate::error::check_length;
 pub struct Recording {
     ops: Vec<Op>,
     widths: Vec<usize>,
+    /// Whether it is float32 whatever the storage dtype.
+    is_wide: Vec<bool>,
 }
 
 impl Recording {
@@ -25,6 +27,7 @@ impl Recording {
 
     pub fn embedding(&mut self, table: Arc<PackedLinear>) -> Activation {
         let out = self.activation(table.in_features());
+        self.is_wide[out.index] = true;
         self.ops.push(Op::Embedding { table, out });
         out
     }
@@ -37,14 +40,17 @@ impl Recording {
         weight: Constant,
         eps: f32,
     ) -> Result<Activation, KernelError> {
-        self.check(x)?;
+        self.check_made(x)?;
         check_length("norm weight", weight.len, x.width)?;
         if let Some(residual) = residual {
-            self.check(residual)?;
+            self.check_made(residual)?;
             check_length("residual's features", residual.width, x.width)?;
             if residual.index == x.index {
                 let message = "a norm's x can't be its residual too";
                 return Err(KernelError::Invalid(message.into()));
+            }
+            if self.is_wide[residual.index] && self.ops.last().is_some_and(|op| op.makes(x)) {
+                self.is_wide[x.index] = true;
             }
         }
         let out = self.activation(x.width);
@@ -145,18 +151,28 @@ impl Recording {
             lm_head,
             rows,
         });
-        Ok(Program::new(self.ops, &self.widths))
+        Ok(Program::new(self.ops, &self.widths, self.is_wide))
     }
 
     /// Ends the program: its result is `x`, [T, width] of the storage dtype.
     pub fn output(mut self, x: Activation) -> Result<Program, KernelError> {
-        self.check(x)?;
+        self.check_made(x)?;
         self.ops.push(Op::Output { x });
-        Ok(Program::new(self.ops, &self.widths))
+        Ok(Program::new(self.ops, &self.widths, self.is_wide))
+    }
+
+    /// Refuses an activation of another recording, and one that is not of the storage dtype.
+    fn check(&self, activation: Activation) -> Result<(), KernelError> {
+        self.check_made(activation)?;
+        if self.is_wide[activation.index] {
+            let message = "activation is float32, only norms take it";
+            return Err(KernelError::Invalid(message.into()));
+        }
+        Ok(())
     }
 
     /// Refuses an activation of another recording.
-    fn check(&self, activation: Activation) -> Result<(), KernelError> {
+    fn check_made(&self, activation: Activation) -> Result<(), KernelError> {
         if self.widths.get(activation.index) == Some(&activation.width) {
             return Ok(());
         }
@@ -166,6 +182,7 @@ impl Recording {
 
     fn activation(&mut self, width: usize) -> Activation {
         self.widths.push(width);
+        self.is_wide.push(false);
         Activation {
             index: self.widths.len() - 1,
             width,

@@ -3,6 +3,8 @@
 use std::ptr::NonNull;
 use std::sync::{Mutex, PoisonError};
 
+use loraserve_adapters::StorageDtype;
+
 use super::placement::Placement;
 use super::{Activation, Op};
 use crate::KernelError;
@@ -20,6 +22,8 @@ pub struct Program {
     /// The last one makes the result.
     ops: Vec<Op>,
     placement: Placement,
+    /// Of each activation, whether it is float32 whatever the storage dtype.
+    is_wide: Vec<bool>,
     workspace: Mutex<AlignedBytes>,
 }
 
@@ -28,28 +32,48 @@ pub struct Program {
 struct Buffers<'a, E> {
     base: *mut E,
     placement: &'a Placement,
+    is_wide: &'a [bool],
     num_tokens: usize,
 }
 
 impl<E: Element> Buffers<'_, E> {
+    /// One of `O`, which is f32 where it is wide and else `E`.
+    ///
     /// # Safety
     /// No other slice of this activation is in use.
-    unsafe fn get<'a>(&self, activation: Activation) -> &'a mut [E] {
+    unsafe fn get<'a, O: Element>(&self, activation: Activation) -> &'a mut [O] {
+        let is_wide = self.is_wide(activation);
+        let dtype = if is_wide {
+            StorageDtype::Float32
+        } else {
+            E::DTYPE
+        };
+        assert!(dtype == O::DTYPE, "an activation is read as it was made");
         let offset = self.placement.offset(activation.index) * self.num_tokens;
-        // SAFETY: the workspace holds `num_columns` columns of `num_tokens` elements, and placement
-        // keeps activations of one op apart.
+        // SAFETY: the workspace holds `num_columns` columns of `num_tokens` elements, two for each of a wide
+        // activation, and placement keeps activations of one op apart.
         unsafe {
-            let first = self.base.add(offset);
+            let first = self.base.add(offset).cast();
             std::slice::from_raw_parts_mut(first, activation.width * self.num_tokens)
         }
+    }
+
+    fn is_wide(&self, activation: Activation) -> bool {
+        self.is_wide[activation.index]
     }
 }
 
 impl Program {
-    /// `widths` are of all activations of the ops.
-    pub(super) fn new(ops: Vec<Op>, widths: &[usize]) -> Self {
+    /// `widths` are of all activations of the ops, as is `is_wide`.
+    pub(super) fn new(ops: Vec<Op>, widths: &[usize], is_wide: Vec<bool>) -> Self {
+        // Room for float32 beside the smallest storage dtype.
+        let columns = widths.iter().zip(&is_wide);
+        let columns: Vec<_> = columns
+            .map(|(width, wide)| width << usize::from(*wide))
+            .collect();
         Self {
-            placement: Placement::new(widths, ops.iter().map(Op::activations)),
+            placement: Placement::new(&columns, ops.iter().map(Op::activations)),
+            is_wide,
             ops,
             workspace: Mutex::new(AlignedBytes::zeroed(0)),
         }
@@ -87,6 +111,7 @@ impl Program {
         let buffers = Buffers {
             base: workspace.as_mut_ptr::<E>(),
             placement: &self.placement,
+            is_wide: &self.is_wide,
             num_tokens: step.num_tokens(),
         };
         for (index, op) in self.ops.iter().enumerate() {
@@ -115,33 +140,21 @@ unsafe fn run_op<E: Element>(
     unsafe {
         match op {
             Op::Input { rows, out } => {
-                let (rows, out) = (rows.get(), buffers.get(*out));
+                let (rows, out): (&[E], &mut [E]) = (rows.get(), buffers.get(*out));
                 check_length("input", rows.len(), out.len())?;
                 out.copy_from_slice(rows);
                 Ok(())
             }
-            Op::Embedding { table, out } => context.embedding(step, table, buffers.get(*out)),
-            Op::Norm {
-                index,
-                x,
-                residual,
-                weight,
-                eps,
-                out,
-            } => {
-                let mut residual = residual.map(|residual| buffers.get(residual));
-                let (x, out) = (buffers.get(*x), buffers.get(*out));
-                rms_norm(
-                    &context.pool,
-                    context.isa,
-                    x,
-                    residual.as_deref_mut(),
-                    weight.get(),
-                    *eps,
-                    out,
-                )?;
-                let sum = residual.as_deref().unwrap_or(x);
-                context.own_norms(step, *index, sum, *eps, out)
+            Op::Embedding { table, out } => {
+                context.embedding::<E, f32>(step, table, buffers.get(*out))
+            }
+            Op::Norm { x, residual, .. } => {
+                match (buffers.is_wide(*x), residual.map(|r| buffers.is_wide(r))) {
+                    (false, Some(true)) => run_norm::<E, E, f32>(op, buffers, context, step),
+                    (true, Some(true)) => run_norm::<E, f32, f32>(op, buffers, context, step),
+                    (true, _) => run_norm::<E, f32, E>(op, buffers, context, step),
+                    (false, _) => run_norm::<E, E, E>(op, buffers, context, step),
+                }
             }
             Op::Linear {
                 x,
@@ -151,8 +164,14 @@ unsafe fn run_op<E: Element>(
                 epilogue,
                 out,
             } => {
-                let (x, out) = (buffers.get(*x), buffers.get(*out));
-                context.lora_linear(step, x, linear, *layer, *group, *epilogue, out)
+                let x: &mut [E] = buffers.get(*x);
+                let (layer, group, epilogue) = (*layer, *group, *epilogue);
+                if buffers.is_wide(*out) {
+                    let out: &mut [f32] = buffers.get(*out);
+                    return context.lora_linear(step, x, linear, layer, group, epilogue, out);
+                }
+                let out: &mut [E] = buffers.get(*out);
+                context.lora_linear(step, x, linear, layer, group, epilogue, out)
             }
             Op::RopeAndCache {
                 qkv,
@@ -168,13 +187,13 @@ unsafe fn run_op<E: Element>(
                     k_norm: k_norm.as_ref().map(|norm| norm.get()),
                     eps: *eps,
                 };
-                context.rope_and_cache(step, *layer, transform, buffers.get(*qkv))
+                context.rope_and_cache::<E>(step, *layer, transform, buffers.get(*qkv))
             }
             Op::Attention { qkv, layer, out } => {
-                context.attention(step, *layer, buffers.get(*qkv), buffers.get(*out))
+                context.attention::<E>(step, *layer, buffers.get(*qkv), buffers.get(*out))
             }
             Op::SiluMul { gate_up, out } => {
-                let (gate_up, y) = (buffers.get(*gate_up), buffers.get(*out));
+                let (gate_up, y): (&mut [E], &mut [E]) = (buffers.get(*gate_up), buffers.get(*out));
                 silu_mul(&context.pool, context.isa, gate_up, out.width, y)
             }
             Op::Logits {
@@ -182,16 +201,58 @@ unsafe fn run_op<E: Element>(
                 lm_head,
                 rows,
             } => {
-                let rows = &mut buffers.get(*rows)[..step.num_logits() * rows.width];
+                let rows = &mut buffers.get::<E>(*rows)[..step.num_logits() * rows.width];
                 let len = step.num_logits() * step.num_columns(lm_head.out_features());
                 let logits = std::slice::from_raw_parts_mut(result.cast().as_ptr(), len);
                 context.logits(step, buffers.get(*hidden), lm_head, rows, logits)
             }
             Op::Output { x } => {
-                let x = buffers.get(*x);
-                std::ptr::copy_nonoverlapping(x.as_ptr(), result.cast().as_ptr(), x.len());
+                let result: *mut E = result.cast().as_ptr();
+                if buffers.is_wide(*x) {
+                    for (index, value) in buffers.get::<f32>(*x).iter().enumerate() {
+                        result.add(index).write(E::from_f32(*value));
+                    }
+                    return Ok(());
+                }
+                let x = buffers.get::<E>(*x);
+                std::ptr::copy_nonoverlapping(x.as_ptr(), result, x.len());
                 Ok(())
             }
         }
+    }
+}
+
+/// A norm of x in `X` and of a residual in `R`.
+///
+/// # Safety
+/// As of `run_op`.
+unsafe fn run_norm<E: Element, X: Element, R: Element>(
+    op: &Op,
+    buffers: Buffers<'_, E>,
+    context: &CpuContext,
+    step: &CpuStep,
+) -> Result<(), KernelError> {
+    let Op::Norm {
+        index,
+        x,
+        residual,
+        weight,
+        eps,
+        out,
+    } = op
+    else {
+        unreachable!("only norms come here");
+    };
+    // SAFETY: the caller's contract.
+    unsafe {
+        let (pool, isa) = (&context.pool, context.isa);
+        let (x, out): (&mut [X], &mut [E]) = (buffers.get(*x), buffers.get(*out));
+        let Some(residual) = residual else {
+            rms_norm(pool, isa, x, None::<&mut [R]>, weight.get(), *eps, out)?;
+            return context.own_norms(step, *index, x, *eps, out);
+        };
+        let residual: &mut [R] = buffers.get(*residual);
+        rms_norm(pool, isa, x, Some(&mut *residual), weight.get(), *eps, out)?;
+        context.own_norms(step, *index, residual, *eps, out)
     }
 }

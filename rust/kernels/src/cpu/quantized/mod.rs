@@ -12,4 +12,4 @@ mod panels;
 mod rows;
 
 pub(super) use self::panels::{PanelRun, QuantizedPanels};
-pub(super) use self::rows::QuantizedRows;
+pub(super) use self::rows::{QuantizedRows, RowBytes};

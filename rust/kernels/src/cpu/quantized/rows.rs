@@ -20,18 +20,24 @@ pub struct QuantizedRows<'a, E: Element> {
     isa: Isa,
     x: &'a [E],
     in_features: usize,
-    num_groups: usize,
     rows_per_task: usize,
-    /// [M, K padded to groups] of i8
-    quants: Shareable<i8>,
-    /// [M, groups]
-    scales: Shareable<f32>,
-    /// Of bytes, [M, 2 · groups]: of sixteen each.
-    sums: Shareable<i32>,
+    bytes: RowBytes,
     /// Tasks not finished yet.
     pending: AtomicUsize,
     num_tasks: usize,
     _scratch: Scratch,
+}
+
+/// Where rows are quantised to, whatever they were.
+#[derive(Clone, Copy)]
+pub struct RowBytes {
+    num_groups: usize,
+    /// [M, K padded to groups] of i8
+    quants: Shareable<i8>,
+    /// [M, groups]
+    scales: Shareable<f32>,
+    /// Of sixteen bytes each, [M, 2 · groups].
+    sums: Shareable<i32>,
 }
 
 /// One quantised row.
@@ -61,11 +67,13 @@ impl<'a, E: Element> QuantizedRows<'a, E> {
             isa,
             x,
             in_features,
-            num_groups,
             rows_per_task,
-            quants: Shareable::from_ptr(quants.cast()),
-            scales: Shareable::from_ptr(scales),
-            sums: Shareable::from_ptr(sums.cast()),
+            bytes: RowBytes {
+                num_groups,
+                quants: Shareable::from_ptr(quants.cast()),
+                scales: Shareable::from_ptr(scales),
+                sums: Shareable::from_ptr(sums.cast()),
+            },
             pending: AtomicUsize::new(num_tasks),
             num_tasks,
             _scratch: scratch,
@@ -96,7 +104,14 @@ impl<'a, E: Element> QuantizedRows<'a, E> {
         }
     }
 
-    /// Row `index` < M, once `wait` has returned.
+    /// The rows, once `wait` has returned.
+    pub fn bytes(&self) -> RowBytes {
+        self.bytes
+    }
+}
+
+impl RowBytes {
+    /// Row `index` < M.
     pub fn row(&self, index: usize) -> QuantizedRow {
         let groups = index * self.num_groups;
         QuantizedRow {
@@ -128,7 +143,7 @@ impl<E: Element> Kernel for Task<'_, E> {
         let first = self.index * rows.rows_per_task;
         let end = (first + rows.rows_per_task).min(rows.x.len() / k);
         for index in first..end {
-            let row = rows.row(index);
+            let row = rows.bytes.row(index);
             // SAFETY: the row exists in x and in the scratch.
             unsafe { quantize_row::<S, E>(rows.x.as_ptr().add(index * k), k, row) }
         }
@@ -143,15 +158,16 @@ unsafe fn quantize_row<S: Simd, E: Element>(x: *const E, k: usize, row: Quantize
     unsafe {
         for group in 0..k.div_ceil(GROUP) {
             let start = group * GROUP;
-            let halves = [start, start + LANES].map(|at| match k.saturating_sub(at) {
-                0 => S::zero(),
-                n => load_first::<S, E>(x.add(at), n.min(LANES)),
-            });
+            let mut halves = [S::zero(); 2];
             let mut largest = S::zero();
             let mut nothing = S::zero();
-            for half in halves {
-                largest = S::max(largest, S::max(half, S::sub(S::zero(), half)));
-                nothing = S::fma(half, S::zero(), nothing);
+            for (half, values) in halves.iter_mut().enumerate() {
+                let at = start + half * LANES;
+                if at < k {
+                    *values = load_first::<S, E>(x.add(at), (k - at).min(LANES));
+                }
+                largest = S::max(largest, S::max(*values, S::sub(S::zero(), *values)));
+                nothing = S::fma(*values, S::zero(), nothing);
             }
             let largest = S::reduce_max(largest);
             // Of values that are no numbers, or not finite, all products are NaN.

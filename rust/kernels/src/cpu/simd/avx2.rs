@@ -64,6 +64,7 @@ macro_rules! impl_avx2 {
         impl Simd for $isa {
             type V = Pair;
             const WIDE: bool = false;
+            const MULTIPLIES_BF16: bool = false;
 
             unsafe fn vectorize<K: Kernel>(kernel: K) {
                 unsafe { $vectorize(kernel) }
@@ -100,6 +101,27 @@ macro_rules! impl_avx2 {
                     [
                         _mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)),
                         _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high)),
+                    ]
+                }
+            }
+
+            #[inline(always)]
+            unsafe fn split_bf16(p: *const u16) -> [Pair; 2] {
+                unsafe {
+                    let high = _mm256_set1_epi32(0xffff_0000_u32 as i32);
+                    let (first, second) = (
+                        _mm256_loadu_si256(p.cast()),
+                        _mm256_loadu_si256(p.add(16).cast()),
+                    );
+                    [
+                        [
+                            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(first)),
+                            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(second)),
+                        ],
+                        [
+                            _mm256_castsi256_ps(_mm256_and_si256(first, high)),
+                            _mm256_castsi256_ps(_mm256_and_si256(second, high)),
+                        ],
                     ]
                 }
             }

@@ -80,12 +80,13 @@ unsafe fn round_bf16_native(v: __m512) -> __m256i {
 }
 
 macro_rules! impl_avx512 {
-    ($isa:ty, $vectorize:ident, $dot_bf16:ident, $round_bf16:ident, $dot_nibbles:ident, $dot_bytes:ident) => {
+    ($isa:ty, $vectorize:ident, $multiplies_bf16:literal, $dot_bf16:ident, $round_bf16:ident, $dot_nibbles:ident, $dot_bytes:ident) => {
         // SAFETY (all methods): the trait's contract: the CPU has the features, pointers cover 16 lanes.
         #[allow(clippy::undocumented_unsafe_blocks)]
         impl Simd for $isa {
             type V = __m512;
             const WIDE: bool = true;
+            const MULTIPLIES_BF16: bool = $multiplies_bf16;
 
             unsafe fn vectorize<K: Kernel>(kernel: K) {
                 unsafe { $vectorize(kernel) }
@@ -116,6 +117,18 @@ macro_rules! impl_avx512 {
                 unsafe {
                     let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
                     _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+                }
+            }
+
+            #[inline(always)]
+            unsafe fn split_bf16(p: *const u16) -> [__m512; 2] {
+                unsafe {
+                    let pairs = _mm512_loadu_si512(p.cast());
+                    let high = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+                    [
+                        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs)),
+                        _mm512_castsi512_ps(_mm512_and_si512(pairs, high)),
+                    ]
                 }
             }
 
@@ -237,6 +250,7 @@ macro_rules! impl_avx512 {
 impl_avx512!(
     Avx512Bf16,
     vectorize_avx512bf16,
+    true,
     dot_bf16_native,
     round_bf16_native,
     dot_nibbles_vnni,
@@ -245,6 +259,7 @@ impl_avx512!(
 impl_avx512!(
     Avx512Vnni,
     vectorize_avx512vnni,
+    false,
     dot_bf16_emulated,
     round_bf16_emulated,
     dot_nibbles_vnni,
@@ -253,6 +268,7 @@ impl_avx512!(
 impl_avx512!(
     Avx512,
     vectorize_avx512,
+    false,
     dot_bf16_emulated,
     round_bf16_emulated,
     dot_nibbles_avx512,

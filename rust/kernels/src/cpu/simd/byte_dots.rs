@@ -10,6 +10,7 @@ pub(super) use x86_64::*;
 
 #[cfg(target_arch = "x86_64")]
 mod x86_64 {
+    use std::arch::asm;
     #[allow(clippy::wildcard_imports)] // every name carries the `_mm` prefix
     use std::arch::x86_64::*;
 
@@ -17,6 +18,8 @@ mod x86_64 {
 
     /// Bytes of a pack, or of two packs of nibbles.
     const PACK_NBYTES: usize = 64;
+    /// Of those, eight columns'.
+    const HALF_NBYTES: usize = PACK_NBYTES / 2;
 
     /// Pack `pack` of a row in every lane.
     #[inline(always)]
@@ -47,6 +50,18 @@ mod x86_64 {
         }
     }
 
+    /// Keeps a sum where it is between two packs: the compiler would take the sums of all packs apart, which are
+    /// integers, and hold more weights than there are registers.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn pin(mut sum: __m256i) -> __m256i {
+        // SAFETY: no instruction.
+        unsafe {
+            asm!("/* {0} */", inout(ymm_reg) sum, options(pure, nomem, nostack, preserves_flags));
+        }
+        sum
+    }
+
     #[inline(always)]
     pub unsafe fn dot_nibbles_avx2<const R: usize, const PACKS: usize>(
         quants: *const u8,
@@ -54,22 +69,27 @@ mod x86_64 {
     ) -> [[__m256; 2]; R] {
         // SAFETY: the contract of `Simd`. A sum of two products is at most 2 · 15 · 127, so eight of them fit in 16 bits.
         unsafe {
-            let mut acc = [[_mm256_setzero_si256(); 2]; R];
-            for pair in 0..PACKS / 2 {
-                let p = quants.add(pair * PACK_NBYTES);
-                let halves = [nibbles_256(p), nibbles_256(p.add(32))];
-                for r in 0..R {
-                    for (i, pack) in [2 * pair, 2 * pair + 1].into_iter().enumerate() {
-                        let a = _mm256_set1_epi32(splat(rows[r], pack));
-                        for h in 0..2 {
-                            let sums = _mm256_maddubs_epi16(halves[h][i], a);
-                            acc[r][h] = _mm256_add_epi16(acc[r][h], sums);
+            let ones = _mm256_set1_epi16(1);
+            let mut products = [[_mm256_setzero_ps(); 2]; R];
+            for h in 0..2 {
+                let mut acc = [_mm256_setzero_si256(); R];
+                for pair in 0..PACKS / 2 {
+                    let w = nibbles_256(quants.add(pair * PACK_NBYTES + h * HALF_NBYTES));
+                    for r in 0..R {
+                        for i in 0..2 {
+                            let a = _mm256_set1_epi32(splat(rows[r], 2 * pair + i));
+                            acc[r] = _mm256_add_epi16(acc[r], _mm256_maddubs_epi16(w[i], a));
                         }
                     }
+                    for r in 0..R {
+                        acc[r] = pin(acc[r]);
+                    }
+                }
+                for r in 0..R {
+                    products[r][h] = _mm256_cvtepi32_ps(_mm256_madd_epi16(acc[r], ones));
                 }
             }
-            let ones = _mm256_set1_epi16(1);
-            acc.map(|halves| halves.map(|sums| _mm256_cvtepi32_ps(_mm256_madd_epi16(sums, ones))))
+            products
         }
     }
 
@@ -82,21 +102,27 @@ mod x86_64 {
         // SAFETY: the contract of `Simd`. |q| is at most 128 and has no sign, so two products fit in 16 bits.
         unsafe {
             let ones = _mm256_set1_epi16(1);
-            let mut acc = [[_mm256_setzero_si256(); 2]; R];
-            for pack in 0..PACKS {
-                let p = quants.add(pack * PACK_NBYTES);
-                let w = [0, 32].map(|offset| _mm256_loadu_si256(p.add(offset).cast()));
-                let magnitudes = w.map(|w| _mm256_abs_epi8(w));
-                for r in 0..R {
-                    let a = _mm256_set1_epi32(splat(rows[r], pack));
-                    for h in 0..2 {
-                        let signed = _mm256_sign_epi8(a, w[h]);
-                        let pairs = _mm256_maddubs_epi16(magnitudes[h], signed);
-                        acc[r][h] = _mm256_add_epi32(acc[r][h], _mm256_madd_epi16(pairs, ones));
+            let mut products = [[_mm256_setzero_ps(); 2]; R];
+            for h in 0..2 {
+                let mut acc = [_mm256_setzero_si256(); R];
+                for pack in 0..PACKS {
+                    let p = quants.add(pack * PACK_NBYTES + h * HALF_NBYTES);
+                    let w = _mm256_loadu_si256(p.cast());
+                    let magnitudes = _mm256_abs_epi8(w);
+                    for r in 0..R {
+                        let a = _mm256_set1_epi32(splat(rows[r], pack));
+                        let pairs = _mm256_maddubs_epi16(magnitudes, _mm256_sign_epi8(a, w));
+                        acc[r] = _mm256_add_epi32(acc[r], _mm256_madd_epi16(pairs, ones));
+                    }
+                    for r in 0..R {
+                        acc[r] = pin(acc[r]);
                     }
                 }
+                for r in 0..R {
+                    products[r][h] = _mm256_cvtepi32_ps(acc[r]);
+                }
             }
-            acc.map(|halves| halves.map(|sums| _mm256_cvtepi32_ps(sums)))
+            products
         }
     }
 
@@ -107,20 +133,26 @@ mod x86_64 {
     ) -> [[__m256; 2]; R] {
         // SAFETY: the contract of `Simd`.
         unsafe {
-            let mut acc = [[_mm256_setzero_si256(); 2]; R];
-            for pair in 0..PACKS / 2 {
-                let p = quants.add(pair * PACK_NBYTES);
-                let halves = [nibbles_256(p), nibbles_256(p.add(32))];
-                for r in 0..R {
-                    for (i, pack) in [2 * pair, 2 * pair + 1].into_iter().enumerate() {
-                        let a = _mm256_set1_epi32(splat(rows[r], pack));
-                        for h in 0..2 {
-                            acc[r][h] = _mm256_dpbusd_avx_epi32(acc[r][h], halves[h][i], a);
+            let mut products = [[_mm256_setzero_ps(); 2]; R];
+            for h in 0..2 {
+                let mut acc = [_mm256_setzero_si256(); R];
+                for pair in 0..PACKS / 2 {
+                    let w = nibbles_256(quants.add(pair * PACK_NBYTES + h * HALF_NBYTES));
+                    for r in 0..R {
+                        for i in 0..2 {
+                            let a = _mm256_set1_epi32(splat(rows[r], 2 * pair + i));
+                            acc[r] = _mm256_dpbusd_avx_epi32(acc[r], w[i], a);
                         }
                     }
+                    for r in 0..R {
+                        acc[r] = pin(acc[r]);
+                    }
+                }
+                for r in 0..R {
+                    products[r][h] = _mm256_cvtepi32_ps(acc[r]);
                 }
             }
-            acc.map(|halves| halves.map(|sums| _mm256_cvtepi32_ps(sums)))
+            products
         }
     }
 
@@ -133,19 +165,28 @@ mod x86_64 {
         // SAFETY: the contract of `Simd`. q + 128 has no sign; what that adds is 128 times a row's sum.
         unsafe {
             let offset = _mm256_set1_epi8(i8::MIN);
-            let mut acc = sums.map(|sum| [_mm256_set1_epi32(-128 * sum); 2]);
-            for pack in 0..PACKS {
-                let p = quants.add(pack * PACK_NBYTES);
-                let w = [0, 32].map(|offset| _mm256_loadu_si256(p.add(offset).cast()));
-                let w = w.map(|w| _mm256_xor_si256(w, offset));
+            let mut products = [[_mm256_setzero_ps(); 2]; R];
+            for h in 0..2 {
+                let mut acc = [_mm256_setzero_si256(); R];
                 for r in 0..R {
-                    let a = _mm256_set1_epi32(splat(rows[r], pack));
-                    for h in 0..2 {
-                        acc[r][h] = _mm256_dpbusd_avx_epi32(acc[r][h], w[h], a);
+                    acc[r] = _mm256_set1_epi32(-128 * sums[r]);
+                }
+                for pack in 0..PACKS {
+                    let p = quants.add(pack * PACK_NBYTES + h * HALF_NBYTES);
+                    let w = _mm256_xor_si256(_mm256_loadu_si256(p.cast()), offset);
+                    for r in 0..R {
+                        let a = _mm256_set1_epi32(splat(rows[r], pack));
+                        acc[r] = _mm256_dpbusd_avx_epi32(acc[r], w, a);
+                    }
+                    for r in 0..R {
+                        acc[r] = pin(acc[r]);
                     }
                 }
+                for r in 0..R {
+                    products[r][h] = _mm256_cvtepi32_ps(acc[r]);
+                }
             }
-            acc.map(|halves| halves.map(|sums| _mm256_cvtepi32_ps(sums)))
+            products
         }
     }
 
@@ -166,8 +207,11 @@ mod x86_64 {
                     }
                 }
             }
-            let ones = _mm512_set1_epi16(1);
-            acc.map(|sums| _mm512_cvtepi32_ps(_mm512_madd_epi16(sums, ones)))
+            let (ones, mut products) = (_mm512_set1_epi16(1), [_mm512_setzero_ps(); R]);
+            for r in 0..R {
+                products[r] = _mm512_cvtepi32_ps(_mm512_madd_epi16(acc[r], ones));
+            }
+            products
         }
     }
 
@@ -191,7 +235,11 @@ mod x86_64 {
                     acc[r] = _mm512_add_epi32(acc[r], _mm512_madd_epi16(pairs, ones));
                 }
             }
-            acc.map(|sums| _mm512_cvtepi32_ps(sums))
+            let mut products = [_mm512_setzero_ps(); R];
+            for r in 0..R {
+                products[r] = _mm512_cvtepi32_ps(acc[r]);
+            }
+            products
         }
     }
 
@@ -213,7 +261,11 @@ mod x86_64 {
                     }
                 }
             }
-            acc.map(|[even, odd]| _mm512_cvtepi32_ps(_mm512_add_epi32(even, odd)))
+            let mut products = [_mm512_setzero_ps(); R];
+            for r in 0..R {
+                products[r] = _mm512_cvtepi32_ps(_mm512_add_epi32(acc[r][0], acc[r][1]));
+            }
+            products
         }
     }
 
@@ -226,7 +278,10 @@ mod x86_64 {
         // SAFETY: as `dot_bytes_avxvnni`.
         unsafe {
             let offset = _mm512_set1_epi8(i8::MIN);
-            let mut acc = sums.map(|sum| [_mm512_set1_epi32(-128 * sum), _mm512_setzero_si512()]);
+            let mut acc = [[_mm512_setzero_si512(); 2]; R];
+            for r in 0..R {
+                acc[r][0] = _mm512_set1_epi32(-128 * sums[r]);
+            }
             for pack in 0..PACKS {
                 let w = _mm512_loadu_si512(quants.add(pack * PACK_NBYTES).cast());
                 let w = _mm512_xor_si512(w, offset);
@@ -236,7 +291,11 @@ mod x86_64 {
                     *chain = _mm512_dpbusd_epi32(*chain, w, a);
                 }
             }
-            acc.map(|[even, odd]| _mm512_cvtepi32_ps(_mm512_add_epi32(even, odd)))
+            let mut products = [_mm512_setzero_ps(); R];
+            for r in 0..R {
+                products[r] = _mm512_cvtepi32_ps(_mm512_add_epi32(acc[r][0], acc[r][1]));
+            }
+            products
         }
     }
 }

@@ -29,6 +29,8 @@ pub trait Simd: Copy + 'static {
     type V: Copy;
     /// Whether 16 accumulators of 16 lanes fit in registers.
     const WIDE: bool;
+    /// Whether an instruction multiplies bf16.
+    const MULTIPLIES_BF16: bool;
 
     /// Runs `kernel` compiled for this instruction set.
     unsafe fn vectorize<K: Kernel>(kernel: K);
@@ -40,6 +42,8 @@ pub trait Simd: Copy + 'static {
     unsafe fn store(p: *mut f32, v: Self::V);
     /// Sixteen bf16, widened.
     unsafe fn load_bf16(p: *const u16) -> Self::V;
+    /// Of sixteen pairs of bf16, the earlier and the later ones, widened.
+    unsafe fn split_bf16(p: *const u16) -> [Self::V; 2];
     /// Rounds to nearest even.
     unsafe fn store_bf16(p: *mut u16, v: Self::V);
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
@@ -195,14 +199,29 @@ impl Isa {
                 #[cfg(target_arch = "x86_64")]
                 Self::Amx | Self::Avx512Bf16 => avx512::Avx512Bf16::vectorize(kernel),
                 #[cfg(target_arch = "x86_64")]
-                Self::Avx512Vnni => avx512::Avx512Vnni::vectorize(kernel),
+                Self::Avx512Vnni | Self::Avx512 => avx512::Avx512::vectorize(kernel),
                 #[cfg(target_arch = "x86_64")]
-                Self::Avx512 => avx512::Avx512::vectorize(kernel),
+                Self::AvxVnni | Self::Avx2 => avx2::Avx2::vectorize(kernel),
+                _ => Portable::vectorize(kernel),
+            }
+        }
+    }
+
+    /// As `dispatch`, of a kernel that multiplies bytes; other kernels are not compiled for what only bytes need.
+    ///
+    /// # Safety
+    /// As of `dispatch`.
+    pub unsafe fn dispatch_bytes<K: Kernel>(self, kernel: K) {
+        // SAFETY: the caller guarantees that this CPU supports `self`.
+        unsafe {
+            match self {
+                #[cfg(target_arch = "x86_64")]
+                Self::Amx | Self::Avx512Bf16 | Self::Avx512Vnni => {
+                    avx512::Avx512Vnni::vectorize(kernel);
+                }
                 #[cfg(target_arch = "x86_64")]
                 Self::AvxVnni => avx2::AvxVnni::vectorize(kernel),
-                #[cfg(target_arch = "x86_64")]
-                Self::Avx2 => avx2::Avx2::vectorize(kernel),
-                _ => Portable::vectorize(kernel),
+                _ => self.dispatch(kernel),
             }
         }
     }

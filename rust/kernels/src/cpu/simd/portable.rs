@@ -48,6 +48,7 @@ pub fn bf16_bits(value: f32) -> u16 {
 impl Simd for Portable {
     type V = Lanes;
     const WIDE: bool = false;
+    const MULTIPLIES_BF16: bool = false;
 
     unsafe fn vectorize<K: Kernel>(kernel: K) {
         // SAFETY: plain Rust runs everywhere; the caller vouches for the kernel's pointers.
@@ -85,6 +86,13 @@ impl Simd for Portable {
             out[lane] = f32::from_bits(u32::from(halves[lane]) << 16);
         }
         out
+    }
+
+    #[inline(always)]
+    unsafe fn split_bf16(p: *const u16) -> [Lanes; 2] {
+        // SAFETY: the caller guarantees 64 bytes.
+        let pairs = unsafe { p.cast::<Lanes>().read_unaligned() };
+        [map(pairs, low_bf16), map(pairs, high_bf16)]
     }
 
     #[inline(always)]

@@ -180,7 +180,7 @@ fn rows_of_a_packed_weight_are_those_it_was_made_of() {
         let (mut expected, mut found) = (vec![0.0; k], vec![0.0_f32; k]);
         for index in 0..n {
             weight.dequantize(index, &mut expected);
-            packed.unpack_row(index, &mut found);
+            packed.unpack_row::<f32, f32>(index, &mut found);
             for (found, expected) in found.iter().zip(&expected) {
                 assert!(
                     (found - expected).abs() <= 1e-6 * expected.abs() + 1e-9,
