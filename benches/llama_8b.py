@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from loraserve.loader import LoadedModel
+from loraserve.loader.packed_weights import DenseWeights
 from loraserve.models.config import ModelConfig
 from loraserve.models.decoder import Decoder
 from loraserve.models.ops import Packer
-from loraserve.models.weights import BuildDecoder, build_decoder
+from loraserve.models.weights import BuildDecoder, build_decoder, weights_nbytes
 from loraserve.text.tokenizer import Tokenizer
 from safetensors.torch import save_file
 from tokenizers import Tokenizer as HfTokenizer
@@ -66,16 +67,18 @@ def loader_of(raw_config: dict[str, Any]) -> Any:
         path: str,
         dtype: torch.dtype,
         place: Callable[[ModelConfig, BuildDecoder], tuple[Decoder, int]],
-        _generation_config: str,
-        _change: None,
+        *_: object,
+        **_settings: object,
     ) -> LoadedModel:
         config = ModelConfig.from_hf(raw_config)
 
         def build(packer: Packer, num_positions: int) -> Decoder:
-            weights = RandomWeights(packer.device, dtype)
+            weights = DenseWeights(RandomWeights(packer.device, dtype))
             return build_decoder(config, weights, packer, dtype, num_positions)
 
-        decoder, length = place(config, build)
+        any_device = DenseWeights(RandomWeights(torch.device("cpu"), dtype))
+        nbytes = weights_nbytes(config, any_device, dtype.itemsize)
+        decoder, length = place(config, BuildDecoder(nbytes, build))
         tokenizer = byte_tokenizer(config.vocab_size)
         return LoadedModel(Path(path), config, decoder, tokenizer, length, fingerprint="random weights")
 

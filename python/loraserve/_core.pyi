@@ -761,7 +761,7 @@ class HostSampler:
 
 @final
 class PackedLinear:
-    """A dense weight, and its bias, in the layout of the CPU GEMM kernel."""
+    """A weight, dense or quantised, and its bias, in the layout of the CPU GEMM kernel."""
 
     @property
     def in_features(self) -> int: ...
@@ -816,6 +816,8 @@ class CpuKernels:
         self, weight_ptr: int, bias_ptr: int | None, in_features: int, out_features: int
     ) -> PackedLinear:
         """Copy weight [out, in] and bias [out] into the products' layout; both may be freed afterwards."""
+    def pack_quantized(self, parts: list[QuantizedWeight], bias_ptr: int | None) -> PackedLinear:
+        """As `pack` of the rows of all parts, one after another; before another format rows are whole 16s."""
     def base_linears(self, linears: list[PackedLinear]) -> CpuBaseLinears:
         """What adapters' gains and shifts are computed from: the linears of each layer in order of groups."""
     def set_adapter(self, slot: int, first_page: int, layout: AdapterLayout) -> None:

@@ -14,8 +14,9 @@ from loraserve.config import EngineConfig
 from loraserve.errors import CapacityError
 from loraserve.models.config import ModelConfig
 from loraserve.models.ops import KvGeometry
+from loraserve.models.weights import BuildDecoder
 
-from tests.backends.test_memory_plan import LLAMA_3_8B, geometry
+from tests.backends.test_memory_plan import LLAMA_3_8B, dense_nbytes, geometry
 
 GIB = 2**30
 MODEL = ModelConfig.from_hf(LLAMA_3_8B)
@@ -107,7 +108,11 @@ class FakeBackend(CudaBackend):
         return ops
 
     def run(self) -> PlacedModel:
-        return self.place(MODEL, geometry(MODEL), lambda packer, num_positions: self.decoder)
+        return self.place(
+            MODEL,
+            geometry(MODEL),
+            BuildDecoder(dense_nbytes(MODEL), lambda packer, num_positions: self.decoder),
+        )
 
 
 def taken_by(num_pages: int) -> int:
@@ -209,7 +214,7 @@ def test_each_shortage_is_a_typed_error_with_sizes_and_remedy() -> None:
         raise torch.OutOfMemoryError("tried to allocate 1 GiB")
 
     with pytest.raises(CapacityError, match=r"weights of model m take 15.0 GiB .* 21.6 GiB free of 24.0 GiB"):
-        loading.place(MODEL, geometry(MODEL), out_of_memory)
+        loading.place(MODEL, geometry(MODEL), BuildDecoder(dense_nbytes(MODEL), out_of_memory))
 
     stepping = FakeBackend(Card(80, 79))
     stepping.decoder.most_tokens = 100

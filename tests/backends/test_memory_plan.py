@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 import torch
 from loraserve.backends.machine_memory import DeviceMemory
-from loraserve.backends.memory_plan import MemoryPlan, host_room, plan_host_tier, plan_pool, weights_nbytes
+from loraserve.backends.memory_plan import MemoryPlan, host_room, plan_host_tier, plan_pool
 from loraserve.config import EngineConfig
 from loraserve.errors import CapacityError
+from loraserve.loader.packed_weights import DenseWeights
 from loraserve.models.config import ModelConfig
 from loraserve.models.ops import KvGeometry
+from loraserve.models.weights import weights_nbytes
 
 GIB = 2**30
 LLAMA_3_8B: dict[str, Any] = {
@@ -60,7 +62,23 @@ def plan(shape: dict[str, Any], total: float, free: float, **settings: Any) -> M
     model = ModelConfig.from_hf(shape)
     memory = DeviceMemory(int(total * GIB), int(free * GIB), "this machine")
     config = EngineConfig(model="m", **settings)
-    return plan_pool(config, model, geometry(model), host_room(config, model, memory))
+    room = host_room(config, model, dense_nbytes(model), memory)
+    return plan_pool(config, model, geometry(model), room)
+
+
+class NoTensors:
+    """Nothing is read to know how large weights are."""
+
+    def has(self, _name: str) -> bool:
+        raise AssertionError
+
+    def tensor(self, _name: str, _shape: tuple[int, ...]) -> torch.Tensor:
+        raise AssertionError
+
+
+def dense_nbytes(model: ModelConfig) -> int:
+    """Of the weights in two bytes each."""
+    return weights_nbytes(model, DenseWeights(NoTensors()), 2)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +86,7 @@ def plan(shape: dict[str, Any], total: float, free: float, **settings: Any) -> M
 )
 def test_weights_are_counted(shape: dict[str, Any], parameters: int) -> None:
     """Beside what the model cards say, norms are missing."""
-    assert weights_nbytes(ModelConfig.from_hf(shape), 2) == pytest.approx(2 * parameters, rel=1e-3)
+    assert dense_nbytes(ModelConfig.from_hf(shape)) == pytest.approx(2 * parameters, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +99,7 @@ def test_the_default_pool_leaves_room_for_the_weights_and_some_more(
     model = ModelConfig.from_hf(shape)
     found = plan(shape, total, free)
     pool = found.num_pages * page_nbytes(model)
-    left = free * GIB - weights_nbytes(model, 2)
+    left = free * GIB - dense_nbytes(model)
     assert 0.3 * left < pool < 0.8 * left
     assert found.max_model_len == min(model.context_limit, found.num_pages * 16)
 

@@ -205,8 +205,6 @@ def test_quantised_weights_are_refused_by_dtype(model: Path, dtype: torch.dtype)
         tensors = {name: checkpoint.tensor(name) for name in checkpoint.names()}
     tensors["model.embed_tokens.weight"] = torch.zeros(199, 64, dtype=dtype)
     save_file(tensors, model / "model.safetensors")
-    words = (
-        f"dtype {dtype}, expected float32, bfloat16 or float16: quantised weights are read from .gguf files"
-    )
+    words = f"dtype {dtype}, expected float32, bfloat16 or float16, or a quantization_config in config.json"
     with pytest.raises(ModelError, match=re.escape(words)):
         Running(model)

@@ -43,7 +43,6 @@ GOOD = {
         ({"rope_theta": 10**400}, "rope_theta 1000+, it must be a positive number"),
         ({"rope_theta": 1e-320}, "give no frequencies: they are not finite"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported, it must be silu"),
-        ({"quantization_config": {"quant_method": "gptq"}}, r"checkpoint is quantised \(gptq\)"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
         ({"rope_scaling": {"type": "mrope", "factor": 2.0}}, "rope scaling 'mrope' is not supported"),
     ],

@@ -329,8 +329,6 @@ CANNOT_BE_READ: list[tuple[dict[str, Any], str]] = [
     ({"layer_types": ["chunked_attention"] * 2}, "layer_types .*chunked_attention"),
     ({"layer_types": ["full_attention"]}, "each of 2 layers"),
     ({"sliding_window": 0}, "sliding_window 0"),
-    ({"quantization_config": {}}, "quantised"),
-    ({"compression_config": {"quant_method": "fp8"}}, r"quantised \(fp8\), compression_config"),
 ]
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from loraserve import _core
 from loraserve.models.ops import KvGeometry, Linear, ReadyRows, StepHandle
+from loraserve.models.quantized import dequantize
 
 PANEL_WIDTH = 16  # rows of an adapter's matrix that lie together
 
@@ -103,6 +104,11 @@ class TorchOps:
 
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> TorchLinear:
         return TorchLinear(self._stored(weight), None if bias is None else self._stored(bias))
+
+    def pack_quantized(
+        self, parts: list[_core.QuantizedWeight], bias: torch.Tensor | None = None
+    ) -> TorchLinear:
+        return self.pack(torch.cat([dequantize(part) for part in parts]), bias)
 
     def _stored(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().to(device=self.device, dtype=self._dtype)

@@ -66,6 +66,7 @@ class Backend(Protocol):
     name: str
     computes_on_cpu: bool  # whether loader threads take cores from the model
     changes_tables: bool  # whether adapters may change embedding, head, norms
+    keeps_quantized: bool  # whether it computes with quantised weights, or all are dequantised
     runs_ahead: bool  # whether a step may be launched before the tokens of the last are known to the host
 
     def place(self, model: ModelConfig, geometry: KvGeometry, build: BuildDecoder) -> PlacedModel:

@@ -25,6 +25,7 @@ POOL_SHARE = (
 MIN_POOL_CAP = 2 * 2**30
 HOST_TIER_SHARE = 0.5  # of the main memory that weights and pool leave free
 TYPICAL_RANK = 16
+HOST_REMEDY = "free some, raise the limit, quantise it (quantization int8 or int4) or take a smaller model"
 
 
 @dataclass(frozen=True)
@@ -49,25 +50,24 @@ class PoolRoom:
     owner: str
 
 
-def check_weights(config: EngineConfig, model: ModelConfig, memory: DeviceMemory, remedy: str) -> int:
-    """Bytes that weights and loading them leave of what is free. Raises CapacityError: not even two pages."""
-    dtype: torch.dtype = getattr(torch, config.dtype)
-    weights, loading = weights_nbytes(model, dtype.itemsize), loading_nbytes(model)
+def check_weights(
+    config: EngineConfig, model: ModelConfig, weights: int, memory: DeviceMemory, remedy: str
+) -> int:
+    """Bytes that `weights` and their loading leave of what is free. Raises CapacityError: none are left."""
+    loading = loading_nbytes(model)
     left = memory.free - weights - loading
     if left <= 0:
         raise CapacityError(
-            f"model {config.model} takes {in_gib(weights)} of weights in {config.dtype} and "
+            f"model {config.model} takes {in_gib(weights)} of weights and "
             f"{in_gib(loading)} to load them, {memory.owner} has {in_gib(memory.free)} free of "
             f"{in_gib(memory.total)}: {remedy}"
         )
     return left
 
 
-def host_room(config: EngineConfig, model: ModelConfig, memory: DeviceMemory) -> PoolRoom:
-    """Room in main memory, decided before anything is loaded. Raises CapacityError."""
-    left = check_weights(config, model, memory, "free some, raise the limit or take a smaller model")
-    dtype: torch.dtype = getattr(torch, config.dtype)
-    weights = weights_nbytes(model, dtype.itemsize)
+def host_room(config: EngineConfig, model: ModelConfig, weights: int, memory: DeviceMemory) -> PoolRoom:
+    """Room in main memory beside `weights` bytes, decided before they are loaded. Raises CapacityError."""
+    left = check_weights(config, model, weights, memory, HOST_REMEDY)
     tier = config.adapter_host_nbytes or 0
     check_host_tier(config, left, f"{memory.owner}, beside weights of {in_gib(weights)},")
     return PoolRoom(
@@ -160,14 +160,6 @@ def _pool_nbytes(
             in_gib(room.free),
         )
     return nbytes
-
-
-def weights_nbytes(model: ModelConfig, itemsize: int) -> int:
-    """Bytes of all weights once loaded."""
-    num_layers, modules = model.base_shape()
-    linears = num_layers * sum(in_features * out_features for _, _, in_features, out_features, _ in modules)
-    embeddings = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
-    return (linears + embeddings) * itemsize
 
 
 def adapter_nbytes(model: ModelConfig, rank: int, itemsize: int) -> int:

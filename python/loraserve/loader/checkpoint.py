@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loraserve import _core
 from loraserve.errors import ModelError
 from loraserve.models.config import ModelConfig
+from loraserve.models.quantized import QuantFormat
 from loraserve.text.tokenizer import Tokenizer
 
 # Tables older files carry; the decoder computes its own.
@@ -50,6 +52,24 @@ class Checkpoint(ABC):
     def close(self) -> None:
         """Release the files; tensors already read stay valid."""
 
+    @property
+    @abstractmethod
+    def quantization(self) -> str | None:
+        """How its matrices are quantised, as "q4_k" or "gptq"; None where they are floats."""
+
+    @property
+    @abstractmethod
+    def quantization_method(self) -> str | None:
+        """The format of files that says how they are quantised, as "gguf" or "gptq"; None has none."""
+
+    def quant_format(self, name: str, _shape: tuple[int, int] | None = None) -> QuantFormat | None:
+        """How it is quantised; None where it is not, is missing or can't be kept so. Raises ModelError."""
+        return self._quant_format(name) if name in self.names() else None
+
+    @abstractmethod
+    def _quant_format(self, name: str) -> QuantFormat | None:
+        """`quant_format` of a tensor listed in `names()`."""
+
     @abstractmethod
     def _file_of(self, name: str) -> Path:
         """The file that holds a tensor listed in `names()`."""
@@ -57,6 +77,10 @@ class Checkpoint(ABC):
     @abstractmethod
     def _read(self, name: str) -> Tensor:
         """Read a tensor listed in `names()`. Raises ModelError."""
+
+    @abstractmethod
+    def _read_quantized(self, name: str) -> _core.QuantizedWeight:
+        """Read a tensor that has a `quant_format`. Raises ModelError, ValueError."""
 
     @abstractmethod
     def _read_row(self, name: str, index: int) -> Tensor:
@@ -76,28 +100,44 @@ class Checkpoint(ABC):
             raise ModelError(f"{self.path}: tensor {name} is missing")
         tensor = self._checked(name, self._read(name))
         self._used.add(name)
-        if shape is not None and tuple(tensor.shape) != shape:
-            where = f"{self._file_of(name)}: tensor {name}"
-            raise ModelError(f"{where} has shape {list(tensor.shape)}, expected {list(shape)}")
+        if shape is not None:
+            self._check_shape(name, tuple(tensor.shape), shape)
         return tensor
+
+    def quantized(self, name: str, shape: tuple[int, int]) -> _core.QuantizedWeight:
+        """Read one matrix that has a `quant_format`, as it is. Raises ModelError naming file and tensor."""
+        self._check_shape(name, self.shape(name), shape)
+        try:
+            weight = self._read_quantized(name)
+        except ValueError as error:
+            raise ModelError(f"{self._file_of(name)}: tensor {name} can't be read: {error}") from error
+        self._used.add(name)
+        return weight
 
     def row(self, name: str, index: int) -> Tensor:
         """Row `index` of a matrix, or all of a vector, of those `names()` lists. Raises ModelError."""
         is_matrix = len(self.shape(name)) == 2 and index < self.shape(name)[0]
         return self._checked(name, self._read_row(name, index) if is_matrix else self._read(name))
 
+    def _check_shape(self, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+        if shape != expected:
+            where = f"{self._file_of(name)}: tensor {name}"
+            raise ModelError(f"{where} has shape {list(shape)}, expected {list(expected)}")
+
     def _checked(self, name: str, tensor: Tensor) -> Tensor:
         if tensor.dtype not in FLOAT_DTYPES:
             raise ModelError(
                 f"{self._file_of(name)}: tensor {name} has dtype {tensor.dtype}, expected float32, bfloat16 "
-                "or float16: quantised weights are read from .gguf files only"
+                "or float16, or a quantization_config in config.json that says how it is quantised"
             )
         return tensor
 
     def check_all_used(self) -> None:
         """A tensor nobody asked for means the model is not what its config says. Raises ModelError."""
         unused = sorted(
-            name for name in set(self.names()) - self._used if not name.endswith(IGNORED_SUFFIXES)
+            name
+            for name in set(self.names()) - self._used
+            if not name.endswith(IGNORED_SUFFIXES) and not self._adds_nothing(name)
         )
         if unused:
             more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
@@ -105,6 +145,10 @@ class Checkpoint(ABC):
                 f"{self._file_of(unused[0])}: tensor {unused[0]}{more} has no place in "
                 f"{self.config.architecture} as configured"
             )
+
+    def _adds_nothing(self, name: str) -> bool:
+        """Whether it is a bias of zeros, as GPTQ's writers leave beside every weight."""
+        return name.endswith(".bias") and not self._read(name).any()
 
     def __enter__(self) -> "Checkpoint":
         return self

@@ -1,5 +1,6 @@
-"""A .gguf file as a checkpoint: Hugging Face names and row order, weights dequantised to float32."""
+"""A .gguf file as a checkpoint: Hugging Face names and row order, weights as they are or in float32."""
 
+from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loraserve import _core
 from loraserve.errors import ModelError
 from loraserve.loader.checkpoint import Checkpoint
 from loraserve.loader.generation_config import gguf_sampling_defaults
 from loraserve.loader.gguf_config import hf_config
 from loraserve.loader.gguf_tensors import GgufTensors
+from loraserve.models.quantized import QuantFormat
 from loraserve.text.tokenizer import Tokenizer
 
 TOP_MODULES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -57,6 +60,25 @@ class GgufFile(Checkpoint):
     def sampling_defaults(self) -> dict[str, Any]:
         return gguf_sampling_defaults(self.path, self._file.metadata)
 
+    @property
+    def quantization(self) -> str | None:
+        """By the most frequent type; None where no matrix has one that is kept."""
+        types = Counter(
+            self._file.type_name(self._gguf_name[name])
+            for name in self.names()
+            if self._quant_format(name) is not None
+        )
+        return types.most_common(1)[0][0] if types else None
+
+    @property
+    def quantization_method(self) -> str | None:
+        return "gguf"
+
+    def _quant_format(self, name: str) -> QuantFormat | None:
+        tensor = self._file.tensors[self._gguf_name[name]]
+        found = _core.ggml_format(tensor.ggml_type) if len(tensor.shape) == 2 else None
+        return None if found is None else QuantFormat(*found)
+
     def close(self) -> None:
         self._file.close()
 
@@ -70,6 +92,13 @@ class GgufFile(Checkpoint):
         tensor = torch.from_numpy(self._file.read(self._gguf_name[name]))
         num_heads = self._num_paired_heads(name)
         return tensor if num_heads is None else unpermute(tensor, num_heads)
+
+    def _read_quantized(self, name: str) -> _core.QuantizedWeight:
+        num_heads = self._num_paired_heads(name)
+        order: list[int] | None = None
+        if num_heads is not None:
+            order = unpermute(torch.arange(self.shape(name)[0]), num_heads).tolist()
+        return self._file.read_quantized(self._gguf_name[name], order)
 
     def _read_row(self, name: str, index: int) -> Tensor:
         num_heads = self._num_paired_heads(name)

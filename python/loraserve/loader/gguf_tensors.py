@@ -28,16 +28,20 @@ class GgufTensors:
         self.metadata = header.metadata
         self.tensors = header.tensors
 
+    def type_name(self, name: str) -> str:
+        """Of a tensor's dtype, as "q4_k" or "f32"; its number where the `gguf` package has none for it."""
+        number = self.tensors[name].ggml_type
+        try:
+            return str(self._gguf.GGMLQuantizationType(number).name).lower()
+        except ValueError:
+            return str(number)
+
     def read(self, name: str, row: int | None = None) -> "np.ndarray[Any, np.dtype[np.float32]]":
         """One tensor, or one row that a matrix has, as float32, in memory of its own. Raises ModelError."""
         entry = self.tensors[name]
         try:
             kind = self._gguf.GGMLQuantizationType(entry.ggml_type)
-            block, block_nbytes = self._gguf.GGML_QUANT_SIZES[kind]
-            nbytes = math.prod(entry.shape) // block * block_nbytes
-            if entry.offset + nbytes > len(self._data):
-                raise ModelError(f"{self._path}: tensor {name} is truncated, the file ends inside it")
-            offset, shape = entry.offset, entry.shape
+            offset, nbytes, shape = entry.offset, self._nbytes(name), entry.shape
             if row is not None:
                 nbytes, shape = nbytes // shape[0], shape[1:]
                 offset += row * nbytes
@@ -47,6 +51,28 @@ class GgufTensors:
         except (ValueError, OverflowError, KeyError, NotImplementedError) as error:
             raise ModelError(f"{self._path}: tensor {name} can't be dequantised: {error}") from error
         return np.require(values, np.float32, ["C", "W", "O"])
+
+    def read_quantized(self, name: str, order: list[int] | None = None) -> _core.QuantizedWeight:
+        """A matrix of a type that is kept quantised; its row n is row `order[n]` of the file.
+
+        Raises ModelError: the file ends inside it; ValueError: it has a scale that is not finite.
+        """
+        entry = self.tensors[name]
+        nbytes, (out_features, in_features) = self._nbytes(name), entry.shape
+        blocks = np.frombuffer(self._data, np.uint8, nbytes, entry.offset)
+        address = blocks.ctypes.data
+        return _core.QuantizedWeight.from_ggml(
+            entry.ggml_type, address, nbytes, in_features, out_features, order
+        )
+
+    def _nbytes(self, name: str) -> int:
+        """Of a tensor. Raises ModelError, ValueError, KeyError: the file has less, or it can't be said."""
+        entry = self.tensors[name]
+        block, block_nbytes = self._gguf.GGML_QUANT_SIZES[self._gguf.GGMLQuantizationType(entry.ggml_type)]
+        nbytes = math.prod(entry.shape) // block * block_nbytes
+        if entry.offset + nbytes > len(self._data):
+            raise ModelError(f"{self._path}: tensor {name} is truncated, the file ends inside it")
+        return int(nbytes)
 
     def close(self) -> None:
         """Unmap the file; nothing is read afterwards."""

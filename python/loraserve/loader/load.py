@@ -12,11 +12,12 @@ from loraserve.errors import ModelError
 from loraserve.loader.checkpoint import Checkpoint
 from loraserve.loader.fingerprint import fingerprint
 from loraserve.loader.generation_config import FILE_NAME, read_sampling_defaults
+from loraserve.loader.packed_weights import packed_weights
 from loraserve.loader.resolve import open_checkpoint
 from loraserve.models.config import ModelConfig
 from loraserve.models.decoder import Decoder
 from loraserve.models.ops import Packer
-from loraserve.models.weights import BuildDecoder, Weights, build_decoder
+from loraserve.models.weights import BuildDecoder, Tensors, build_decoder, weights_nbytes
 from loraserve.text.tokenizer import Tokenizer
 from loraserve.validation.files import expanded, is_regular_file
 
@@ -32,7 +33,8 @@ class LoadedModel:
     """A model with all that belongs to it; `max_model_len` in tokens.
 
     `fingerprint` says which weights they are (`loader/fingerprint.py`). `sampling_defaults` is what
-    `SamplingParams.with_defaults` takes.
+    `SamplingParams.with_defaults` takes. `quantization` is what matrices are quantised as, as "q4_k" or
+    "int8", None where they are dense; `weights_nbytes` what they take.
     """
 
     path: Path
@@ -42,6 +44,8 @@ class LoadedModel:
     max_model_len: int
     fingerprint: str
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
+    quantization: str | None = None
+    weights_nbytes: int = 0
 
     @property
     def base_shape(self) -> _core.BaseShape:
@@ -53,7 +57,7 @@ class LoadedModel:
         vars(self).pop("decoder", None)
 
 
-class ChangedWeights(Weights, Protocol):
+class ChangedWeights(Tensors, Protocol):
     """Weights with the config of what they make."""
 
     @property
@@ -68,6 +72,9 @@ def load_model(
     place: Callable[[ModelConfig, BuildDecoder], tuple[Decoder, int]],
     generation_config: str = "auto",
     change: Callable[[Checkpoint], ChangedWeights] | None = None,
+    quantization: str | None = None,
+    *,
+    keeps_quantized: bool = False,
 ) -> LoadedModel:
     """Open, check, read and pack a model.
 
@@ -76,15 +83,15 @@ def load_model(
             context in tokens.
         generation_config: `EngineConfig`'s.
         change: gives the weights to take in place of the checkpoint's, with their config.
+        quantization: `EngineConfig`'s.
+        keeps_quantized: whether the device computes with quantised weights.
 
     Raises ModelError, and what `place` and `change` raise.
     """
     with open_checkpoint(path_or_id) as checkpoint:
-        weights: Weights = checkpoint
-        config = checkpoint.config
-        if change is not None:
-            weights = changed = change(checkpoint)
-            config = changed.config
+        changed = None if change is None else change(checkpoint)
+        config = checkpoint.config if changed is None else changed.config
+        weights, kept = packed_weights(checkpoint, changed, quantization, keeps_quantized=keeps_quantized)
         tokenizer = checkpoint.load_tokenizer()
         defaults = _sampling_defaults(checkpoint, generation_config)
 
@@ -93,9 +100,18 @@ def load_model(
             checkpoint.check_all_used()
             return decoder
 
-        decoder, max_model_len = place(config, build)
+        nbytes = weights_nbytes(config, weights, dtype.itemsize)
+        decoder, max_model_len = place(config, BuildDecoder(nbytes, build))
         return LoadedModel(
-            checkpoint.path, config, decoder, tokenizer, max_model_len, fingerprint(checkpoint), defaults
+            checkpoint.path,
+            config,
+            decoder,
+            tokenizer,
+            max_model_len,
+            fingerprint(checkpoint),
+            defaults,
+            kept,
+            nbytes,
         )
 
 

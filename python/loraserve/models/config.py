@@ -227,11 +227,3 @@ def _refuse_unsupported(config: Mapping[str, Any], fields: _Fields) -> None:
         raise ModelError(f"hidden_act {activation!r:.100} is not supported, it must be silu")
     if config.get("per_layer_config") is not None:
         raise ModelError("per_layer_config is not supported, all layers must have the same shape")
-    for name in ("quantization_config", "compression_config"):
-        quantization = config.get(name)
-        if quantization is not None:
-            method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-            raise ModelError(
-                f"checkpoint is quantised ({method or 'unknown'}), {name} says: "
-                "use float weights or a .gguf file"
-            )

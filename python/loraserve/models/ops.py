@@ -150,6 +150,10 @@ class Packer(Protocol):
         """Converts weight [out, in] (any float dtype) for `lora_linear`; the original may be freed."""
         ...
 
+    def pack_quantized(self, parts: list[_core.QuantizedWeight], bias: torch.Tensor | None = None) -> Linear:
+        """As `pack` of parts with the same columns, one's rows below another's, kept quantised."""
+        ...
+
 
 class Ops(Packer, Protocol):
     """What a backend does for loader and engine, over one page pool."""

@@ -1,27 +1,46 @@
 """Builds a Decoder from named tensors: reads each once, fuses and packs it, frees the original."""
 
+import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from loraserve import _core
 from loraserve.models.config import ModelConfig
 from loraserve.models.decoder import Decoder, Layer
-from loraserve.models.ops import Linear, Packer
+from loraserve.models.ops import DOWN, GATE_UP, NUM_GROUPS, QKV, Linear, O, Packer
+from loraserve.models.quantized import QuantFormat
 from loraserve.models.rope import cos_sin_table
+
+logger = logging.getLogger(__name__)
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
+ROWS_OF_A_PANEL = 16  # rows packed together, all of one format
 
-# Packs the weights and bounds the rotary table, by its positions.
-BuildDecoder: TypeAlias = Callable[[Packer, int], Decoder]
+# A matrix by its name, and its shape [out, in].
+Part: TypeAlias = tuple[str, tuple[int, int]]
 
 
-class Weights(Protocol):
-    """Where tensors come from, by their Hugging Face name; a checkpoint is one."""
+@dataclass(frozen=True)
+class BuildDecoder:
+    """Packs a model's weights; `nbytes` is what they take then."""
+
+    nbytes: int
+    build: Callable[[Packer, int], Decoder]
+
+    def __call__(self, packer: Packer, num_positions: int) -> Decoder:
+        """Pack through `packer`; `num_positions` bounds the rotary table. Raises ModelError."""
+        return self.build(packer, num_positions)
+
+
+class Tensors(Protocol):
+    """Where tensors come from, by their Hugging Face name."""
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor, checked to have `shape`. Raises ModelError."""
@@ -29,6 +48,21 @@ class Weights(Protocol):
 
     def has(self, name: str) -> bool:
         """Whether there is such a tensor."""
+        ...
+
+
+class Weights(Tensors, Protocol):
+    """Tensors of which matrices may be quantised; a checkpoint is one."""
+
+    def quant_format(self, name: str, shape: tuple[int, int]) -> QuantFormat | None:
+        """How a matrix of `shape` is to be packed by what `quantized` gives; None by `tensor`.
+
+        Raises ModelError.
+        """
+        ...
+
+    def quantized(self, name: str, shape: tuple[int, int]) -> _core.QuantizedWeight:
+        """A matrix that has a `quant_format`, checked to have `shape`. Raises ModelError."""
         ...
 
 
@@ -42,6 +76,7 @@ def build_decoder(
     layers = [reader.layer(index) for index in indices]
     final_norm = reader.norm("model.norm.weight", config.hidden_size)
     cos_sin = cos_sin_table(config.rope, config.head_dim, num_positions).to(packer.device)
+    reader.log_dense()
     return Decoder(
         config,
         embedding=embedding,
@@ -52,7 +87,44 @@ def build_decoder(
     )
 
 
-def table_names(config: ModelConfig, weights: Weights) -> tuple[str, str]:
+def weights_nbytes(config: ModelConfig, weights: Weights, itemsize: int) -> int:
+    """Bytes of all matrices once packed, those that are dense of `itemsize`. Raises ModelError."""
+    tables = [EMBEDDING] if config.tie_word_embeddings else [EMBEDDING, HEAD]
+    shape = (config.vocab_size, config.hidden_size)
+    fused = [[(name, shape)] for name in tables]
+    fused += [parts for index in range(config.num_layers) for parts in _layer_parts(config, index)]
+    return sum(_nbytes(parts, _formats(weights, parts), itemsize) for parts in fused)
+
+
+def _nbytes(parts: list[Part], formats: list[QuantFormat] | None, itemsize: int) -> int:
+    if formats is None:
+        return sum(rows * columns for _, (rows, columns) in parts) * itemsize
+    return sum(form.nbytes(shape) for form, (_, shape) in zip(formats, parts, strict=True))
+
+
+def _formats(weights: Weights, parts: list[Part]) -> list[QuantFormat] | None:
+    """Of each part of a fused linear; None where one is dense or they don't fit together, then all are."""
+    found = [weights.quant_format(name, shape) for name, shape in parts]
+    formats = [form for form in found if form is not None]
+    if len(formats) < len(parts):
+        return None
+    num_rows = 0
+    for (_, shape), form, following in zip(parts, formats, formats[1:], strict=False):
+        num_rows += shape[0]
+        if form != following and num_rows % ROWS_OF_A_PANEL:
+            return None
+    return formats
+
+
+def _layer_parts(config: ModelConfig, index: int) -> list[list[Part]]:
+    """What each of a layer's fused linears is made of, by group."""
+    groups: list[list[Part]] = [[] for _ in range(NUM_GROUPS)]
+    for path, group, in_features, out_features, _ in config.base_shape()[1]:
+        groups[group].append((f"model.layers.{index}.{path}.weight", (out_features, in_features)))
+    return groups
+
+
+def table_names(config: ModelConfig, weights: Tensors) -> tuple[str, str]:
     """Names of embedding and head; one where they are tied: by the config, and by being equal or alone.
 
     Raises ModelError.
@@ -74,39 +146,65 @@ class _Reader:
         self._weights = weights
         self._packer = packer
         self._dtype = dtype
+        self._dense: list[str] = []  # linears that are not quantised, by the first of their parts
+        self._num_quantized = 0
 
     def layer(self, index: int) -> Layer:
         config, prefix = self._config, f"model.layers.{index}"
-        hidden, inter = config.hidden_size, config.intermediate_size
-        qkv = [("q_proj", config.q_size), ("k_proj", config.kv_size), ("v_proj", config.kv_size)]
-        gate_up = [("gate_proj", inter), ("up_proj", inter)]
-        attn, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+        hidden, attn = config.hidden_size, f"{prefix}.self_attn"
+        parts = _layer_parts(config, index)
         return Layer(
             attn_norm=self.norm(f"{prefix}.input_layernorm.weight", hidden),
-            qkv=self._fused(attn, qkv, hidden, config.qkv_bias),
+            qkv=self._fused(parts[QKV], config.qkv_bias),
             q_norm=self.norm(f"{attn}.q_norm.weight", config.head_dim) if config.qk_norm else None,
             k_norm=self.norm(f"{attn}.k_norm.weight", config.head_dim) if config.qk_norm else None,
-            o=self._fused(attn, [("o_proj", hidden)], config.q_size, config.o_bias),
+            o=self._fused(parts[O], config.o_bias),
             mlp_norm=self.norm(f"{prefix}.post_attention_layernorm.weight", hidden),
-            gate_up=self._fused(mlp, gate_up, hidden, config.mlp_bias),
-            down=self._fused(mlp, [("down_proj", hidden)], inter, config.mlp_bias),
+            gate_up=self._fused(parts[GATE_UP], config.mlp_bias),
+            down=self._fused(parts[DOWN], config.mlp_bias),
         )
 
     def embedding_and_head(self) -> tuple[Linear, Linear]:
         """One and the same where they are tied."""
         shape = (self._config.vocab_size, self._config.hidden_size)
         embedding, head = table_names(self._config, self._weights)
-        packed = self._packer.pack(self._weights.tensor(embedding, shape))
-        return packed, packed if head == embedding else self._packer.pack(self._weights.tensor(head, shape))
+        packed = self._packed([(embedding, shape)])
+        return packed, packed if head == embedding else self._packed([(head, shape)])
 
     def norm(self, name: str, size: int) -> Tensor:
         return self._weights.tensor(name, (size,)).to(self._packer.device, self._dtype, copy=True)
 
-    def _fused(self, parent: str, parts: list[tuple[str, int]], in_features: int, bias: bool) -> Linear:
-        read = self._weights.tensor
-        weights = [read(f"{parent}.{name}.weight", (size, in_features)) for name, size in parts]
-        biases = [read(f"{parent}.{name}.bias", (size,)) for name, size in parts] if bias else []
-        return self._packer.pack(_join(weights), _join(biases) if bias else None)
+    def log_dense(self) -> None:
+        """Say which linears are not quantised, where others are."""
+        if self._dense and self._num_quantized:
+            logger.warning(
+                "%d of %d linears are not quantised and take %s each: %s%s; all parts of a linear must be "
+                "quantised, in groups of 16 columns or a multiple",
+                len(self._dense),
+                len(self._dense) + self._num_quantized,
+                self._dtype,
+                ", ".join(self._dense[:3]),
+                ", …" if len(self._dense) > 3 else "",
+            )
+
+    def _fused(self, parts: list[Part], has_bias: bool) -> Linear:
+        bias = None
+        if has_bias:
+            names = [(name.removesuffix("weight") + "bias", shape[0]) for name, shape in parts]
+            bias = _join([self._weights.tensor(name, (size,)) for name, size in names])
+        if _formats(self._weights, parts) is None:
+            self._dense.append(parts[0][0])
+        else:
+            self._num_quantized += 1
+        return self._packed(parts, bias)
+
+    def _packed(self, parts: list[Part], bias: Tensor | None = None) -> Linear:
+        if _formats(self._weights, parts) is None:
+            dense = [self._weights.tensor(name, shape) for name, shape in parts]
+            return self._packer.pack(_join(dense), bias)
+        return self._packer.pack_quantized(
+            [self._weights.quantized(name, shape) for name, shape in parts], bias
+        )
 
 
 def _join(parts: list[Tensor]) -> Tensor:

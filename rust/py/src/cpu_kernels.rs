@@ -22,6 +22,7 @@ use crate::base_linears::CpuBaseLinears;
 use crate::batch::Batch;
 use crate::errors::of_kernel;
 use crate::layout::AdapterLayout;
+use crate::quantized::QuantizedWeight;
 use crate::sample_arrays::{SampleArrays, SampledRows};
 use crate::sampler::sample_on;
 
@@ -60,7 +61,7 @@ unsafe fn tensor<'a, E: Element>(address: usize, len: usize) -> &'a [E] {
     unsafe { std::slice::from_raw_parts(address as *const E, len) }
 }
 
-/// A dense weight in the layout of the GEMM kernel.
+/// A weight, dense or quantised, in the layout of the GEMM kernel.
 #[pyclass(frozen, module = "loraserve._core")]
 pub struct PackedLinear {
     inner: Arc<linear::PackedLinear>,
@@ -151,6 +152,26 @@ impl CpuKernels {
                 let weight = unsafe { tensor::<E>(weight_ptr, in_features * out_features) };
                 linear::PackedLinear::pack(pool, arena, weight, bias, in_features, out_features)
             })
+        });
+        let inner = packed.map_err(|error| of_kernel(&error))?;
+        Ok(PackedLinear {
+            inner: Arc::new(inner),
+        })
+    }
+
+    fn pack_quantized(
+        &self,
+        py: Python<'_>,
+        parts: Vec<Py<QuantizedWeight>>,
+        bias_ptr: Option<usize>,
+    ) -> PyResult<PackedLinear> {
+        let parts: Vec<_> = parts.iter().map(|part| &part.get().inner).collect();
+        let out_features = parts.iter().map(|part| part.out_features()).sum();
+        let (pool, arena) = (&self.inner.pool, &self.inner.arena);
+        let packed = py.detach(|| {
+            // SAFETY: the file's contract.
+            let bias = bias_ptr.map(|bias| unsafe { tensor::<f32>(bias, out_features) });
+            linear::PackedLinear::pack_quantized(pool, arena, &parts, bias)
         });
         let inner = packed.map_err(|error| of_kernel(&error))?;
         Ok(PackedLinear {

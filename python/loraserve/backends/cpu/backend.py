@@ -32,6 +32,7 @@ class CpuBackend:
     name = "cpu"
     computes_on_cpu = True
     changes_tables = True
+    keeps_quantized = True
     runs_ahead = False
 
     def __init__(self, config: EngineConfig, dtype: torch.dtype) -> None:
@@ -42,7 +43,7 @@ class CpuBackend:
         self._pretouch: _core.PoolPretouch | None = None
 
     def place(self, model: ModelConfig, geometry: KvGeometry, build: BuildDecoder) -> PlacedModel:
-        room = host_room(self._config, model, host_memory())
+        room = host_room(self._config, model, build.nbytes, host_memory())
         plan = plan_pool(self._config, model, geometry, room)
         self._page_nbytes = geometry.page_nbytes(self._dtype)
         pool_nbytes = plan.num_pages * self._page_nbytes

@@ -83,14 +83,23 @@ class CpuOps:
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> _core.PackedLinear:
         out_features, in_features = weight.shape
         weight = weight.detach().to(device="cpu", dtype=self._dtype).contiguous()
-        bias_ptr = None
-        if bias is not None:
-            if bias.shape != (out_features,):
-                raise ModelError(f"bias has shape {tuple(bias.shape)}, the weight has {out_features} rows")
-            # Rounded to storage as the reference's is, added in float32.
-            bias = bias.detach().to(device="cpu", dtype=self._dtype).float().contiguous()
-            bias_ptr = bias.data_ptr()
+        bias = self._stored_bias(bias, out_features)
+        bias_ptr = None if bias is None else bias.data_ptr()
         return self._kernels.pack(weight.data_ptr(), bias_ptr, in_features, out_features)
+
+    def pack_quantized(
+        self, parts: list[_core.QuantizedWeight], bias: torch.Tensor | None = None
+    ) -> _core.PackedLinear:
+        bias = self._stored_bias(bias, sum(part.out_features for part in parts))
+        return self._kernels.pack_quantized(parts, None if bias is None else bias.data_ptr())
+
+    def _stored_bias(self, bias: torch.Tensor | None, out_features: int) -> torch.Tensor | None:
+        """Rounded to storage as the reference's is, added in float32."""
+        if bias is None:
+            return None
+        if bias.shape != (out_features,):
+            raise ModelError(f"bias has shape {tuple(bias.shape)}, the weight has {out_features} rows")
+        return bias.detach().to(device="cpu", dtype=self._dtype).float().contiguous()
 
     def base_linears(self, decoder: Decoder) -> _core.CpuBaseLinears:
         """What adapters' gains and shifts are computed from."""

@@ -24,7 +24,6 @@ from loraserve.backends.memory_plan import (
     in_gib,
     plan_host_tier,
     plan_pool,
-    weights_nbytes,
 )
 from loraserve.errors import CapacityError
 from loraserve.models.ops import NUM_GROUPS
@@ -54,6 +53,7 @@ class CudaBackend:
     name = "cuda"
     computes_on_cpu = False
     changes_tables = False
+    keeps_quantized = False
     runs_ahead = True
 
     def __init__(self, config: EngineConfig, dtype: torch.dtype, device: CudaDevice | None = None) -> None:
@@ -66,14 +66,14 @@ class CudaBackend:
         """Load the weights, try the largest step and some graphs, and size the pool by what they leave."""
         config, memory = self._config, self._device.memory()
         budget = self._budget(memory)
-        check_weights(config, model, budget, REMEDY)
+        check_weights(config, model, build.nbytes, budget, REMEDY)
         host = host_memory()
         check_host_tier(config, host.free, host.owner)
         packer = CudaPacker(self._dtype, self._device)
         try:
             decoder = build(packer, model.resolve_max_model_len(config.max_model_len))
         except torch.OutOfMemoryError as error:
-            weights = in_gib(weights_nbytes(model, self._dtype.itemsize))
+            weights = in_gib(build.nbytes)
             raise CapacityError(
                 f"the weights of model {config.model} take {weights} in {config.dtype}, {budget.owner} has "
                 f"{in_gib(budget.free)} free of {in_gib(budget.total)}: {REMEDY} ({error})"

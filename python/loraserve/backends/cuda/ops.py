@@ -12,6 +12,7 @@ import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from loraserve import _core
 from loraserve.errors import ModelError
 from loraserve.models.ops import KvGeometry, Linear, StepHandle
+from loraserve.models.quantized import dequantize
 
 if TYPE_CHECKING:
     from loraserve.backends.cuda.device import CudaDevice
@@ -81,6 +82,11 @@ class CudaPacker:
 
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> DenseLinear:
         return DenseLinear(self._stored(weight), None if bias is None else self._stored(bias))
+
+    def pack_quantized(
+        self, parts: list[_core.QuantizedWeight], bias: torch.Tensor | None = None
+    ) -> DenseLinear:
+        return self.pack(torch.cat([dequantize(part) for part in parts]), bias)
 
     def _stored(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().to(device=self.device, dtype=self._dtype).contiguous()

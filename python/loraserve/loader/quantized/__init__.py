@@ -1,0 +1,1 @@
+"""Quantised linears of safetensors files: AWQ, GPTQ and compressed-tensors, one file each."""
