@@ -27,8 +27,8 @@ def write_llama_gguf(path: Path, model: Path, kind: gguf.GGMLQuantizationType) -
         writer.add_uint32(f"llama.{key}", config[field])
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", config["rms_norm_eps"])
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"<{index}>" for index in range(config["vocab_size"])])
-    writer.add_token_merges([])
+    writer.add_token_list(["a", "b", "ab", *(f"<{index}>" for index in range(3, config["vocab_size"]))])
+    writer.add_token_merges(["a b"])
     writer.add_token_types([1] * config["vocab_size"])
     writer.add_eos_token_id(1)
     for name, tensor in load_file(model / "model.safetensors").items():

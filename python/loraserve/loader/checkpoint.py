@@ -90,6 +90,14 @@ class Checkpoint(ABC):
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor listed in `names()`, without reading it. Raises ModelError."""
 
+    @abstractmethod
+    def files(self) -> list[Path]:
+        """Those that hold the tensors."""
+
+    def skip(self, name: str) -> None:
+        """Take a tensor listed in `names()` as read: what it holds is known from elsewhere."""
+        self._used.add(name)
+
     def has(self, name: str) -> bool:
         """Whether `names()` has it."""
         return name in self.names()
@@ -147,8 +155,8 @@ class Checkpoint(ABC):
             )
 
     def _adds_nothing(self, name: str) -> bool:
-        """Whether it is a bias of zeros, as GPTQ's writers leave beside every weight."""
-        return name.endswith(".bias") and not self._read(name).any()
+        """Whether it is a bias of zeros, as GPTQ's writers leave beside every weight that they quantise."""
+        return self.quantization == "gptq" and name.endswith(".bias") and not self._read(name).any()
 
     def __enter__(self) -> "Checkpoint":
         return self

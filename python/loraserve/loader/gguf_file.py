@@ -82,6 +82,9 @@ class GgufFile(Checkpoint):
     def close(self) -> None:
         self._file.close()
 
+    def files(self) -> list[Path]:
+        return [self.path]
+
     def _file_of(self, name: str) -> Path:
         return self.path
 

@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Final, get_args
 
 from loraserve.errors import ModelError
+from loraserve.loader.quantized_cache import QuantizedCache, cache_root
 from loraserve.models.quantized import MADE_FORMATS, MadeKind, QuantFormat, quantize
 from loraserve.models.weights import EMBEDDING, HEAD
 
@@ -44,29 +45,60 @@ class DenseWeights:
 class MadeWeights:
     """Dense matrices quantised as they are read: tables to 8 bits, linears to `kind`, in groups of 32."""
 
-    def __init__(self, weights: Tensors, kind: MadeKind) -> None:
-        self._weights = weights
+    def __init__(self, tensors: Tensors, kind: MadeKind) -> None:
+        self._tensors = tensors
         self._kind = kind
 
     def has(self, name: str) -> bool:
-        return self._weights.has(name)
+        return self._tensors.has(name)
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return self._weights.tensor(name, shape)
+        return self._tensors.tensor(name, shape)
 
     def quant_format(self, name: str, shape: tuple[int, int]) -> QuantFormat | None:
-        found = MADE_FORMATS[self._kind_of(name)]
+        found = MADE_FORMATS[self.kind_of(name)]
         return found if shape[1] % found.group == 0 else None
 
     def quantized(self, name: str, shape: tuple[int, int]) -> _core.QuantizedWeight:
-        weight = self._weights.tensor(name, shape)
+        weight, kind = self._tensors.tensor(name, shape), self.kind_of(name)
         try:
-            return quantize(weight, self._kind_of(name))
+            return quantize(weight, kind)
         except ValueError as error:
-            raise ModelError(f"tensor {name} can't be quantised to {self._kind_of(name)}: {error}") from None
+            raise ModelError(f"tensor {name} can't be quantised to {kind}: {error}") from None
 
-    def _kind_of(self, name: str) -> MadeKind:
+    def kind_of(self, name: str) -> MadeKind:
+        """What the matrix is quantised to."""
         return TABLE_KIND if name in (EMBEDDING, HEAD) else self._kind
+
+
+class CachedWeights(MadeWeights):
+    """The same of a checkpoint, each matrix quantised once and kept on disk."""
+
+    def __init__(self, checkpoint: Checkpoint, kind: MadeKind, cache: QuantizedCache) -> None:
+        super().__init__(checkpoint, kind)
+        self._checkpoint = checkpoint
+        self._cache = cache
+
+    def quantized(self, name: str, shape: tuple[int, int]) -> _core.QuantizedWeight:
+        is_there = self._checkpoint.has(name) and self._checkpoint.shape(name) == shape
+        kept = self._cache.get(name, self.kind_of(name), shape) if is_there else None
+        if kept is not None:
+            self._checkpoint.skip(name)
+            return kept
+        made = super().quantized(name, shape)
+        self._cache.put(name, made)
+        return made
+
+
+def _made(checkpoint: Checkpoint, changed: Tensors | None, kind: MadeKind) -> MadeWeights:
+    root = cache_root()
+    if changed is not None:
+        return MadeWeights(changed, kind)
+    if root is None:
+        return MadeWeights(checkpoint, kind)
+    cache = QuantizedCache(root, checkpoint.files(), kind)
+    logger.info("weights quantised to %s are kept in %s", kind, cache.folder)
+    return CachedWeights(checkpoint, kind, cache)
 
 
 def packed_weights(
@@ -97,7 +129,7 @@ def packed_weights(
                 f"({checkpoint.quantization}): leave it away, or take the model in float weights"
             )
         kind: MadeKind = "int8" if quantization == "int8" else "int4"
-        return MadeWeights(tensors, kind), kind
+        return _made(checkpoint, changed, kind), kind
     if quantization not in (None, "none", method):
         raise ModelError(
             f"quantization is {quantization}, {checkpoint.path} is "

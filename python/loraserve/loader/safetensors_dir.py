@@ -90,6 +90,9 @@ class SafetensorsDir(Checkpoint):
     def _module_of(self, name: str) -> str | None:
         return None if self._linears is None else self._linears.module_of(name)
 
+    def files(self) -> list[Path]:
+        return sorted(set(self._stored.shard_of.values()))
+
     def _file_of(self, name: str) -> Path:
         module = self._modules[name]
         if module is None:

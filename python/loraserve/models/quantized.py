@@ -74,6 +74,16 @@ def from_arrays(
     )
 
 
+def to_arrays(weight: _core.QuantizedWeight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """What `from_arrays` takes: (quants, scales, mins or None)."""
+    shape = (weight.out_features, weight.in_features)
+    quants = torch.empty(shape, dtype=torch.uint8 if weight.bits == 4 else torch.int8)
+    scales = torch.empty(shape[0], shape[1] // weight.group, dtype=torch.float32)
+    mins = torch.empty_like(scales) if weight.has_mins else None
+    weight.copy_to(quants.data_ptr(), scales.data_ptr(), None if mins is None else mins.data_ptr())
+    return quants, scales, mins
+
+
 def dequantize(weight: _core.QuantizedWeight) -> torch.Tensor:
     """What it stands for: float32 [out, in]."""
     values = torch.empty(weight.out_features, weight.in_features, dtype=torch.float32)

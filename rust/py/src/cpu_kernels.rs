@@ -159,6 +159,7 @@ impl CpuKernels {
         })
     }
 
+    #[expect(clippy::needless_pass_by_value, reason = "what Python hands over")]
     fn pack_quantized(
         &self,
         py: Python<'_>,

@@ -91,14 +91,13 @@ class Levels:
 
     def dequantized(self) -> Tensor:
         """The weight: float32 [N, K], each value one product."""
-        zeros = torch.full_like(self.scales, MIDDLES[self.bits]) if self.zeros is None else self.zeros
-        columns = self.levels.shape[1]
-        groups = self.groups
-        if groups is None:
-            groups = torch.arange(columns) // max(columns // self.scales.shape[1], 1)
+        zeros = self.zeros
+        zeros = torch.full_like(self.scales, MIDDLES[self.bits]) if zeros is None else zeros.to(torch.float32)
         values = self.levels.to(torch.float32, memory_format=torch.contiguous_format)
-        values -= zeros.to(torch.float32)[:, groups]
-        return values.mul_(self.scales[:, groups])
+        if self.groups is not None:
+            return values.sub_(zeros[:, self.groups]).mul_(self.scales[:, self.groups])
+        values.view(*self.scales.shape, -1).sub_(zeros.unsqueeze(-1)).mul_(self.scales.unsqueeze(-1))
+        return values
 
     def quantized(self) -> _core.QuantizedWeight:
         """The same, as the kernels take it; groups must be of neighbours. Raises ValueError."""
