@@ -26,6 +26,8 @@ WRONG_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"manifests": {"a": None}}, "manifest"),
     ({"dtype": torch.float32}, "dtype is torch.float32, it must be one of"),
     ({"dtype": "int8"}, "dtype is 'int8', it must be one of"),
+    ({"quantization": "fp8"}, "quantization is 'fp8', it must be one of auto, none, int8, int4"),
+    ({"quantization": 8}, "quantization is 8, it must be one of"),
     ({"dtype": ["float32"]}, "dtype is ['float32'], it must be one of"),
     ({"device": 0}, "device is 0, it must be one of auto, cpu, cuda"),
     ({"device": "tpu"}, "device is 'tpu', it must be one of"),
@@ -122,6 +124,22 @@ def test_an_engine_refuses_settings_before_it_loads_anything() -> None:
     for settings in ({"max_num_seqs": "8"}, {"num_threads": 10**6}, {"adapters": [1]}):
         with pytest.raises(InvalidRequestError, match=next(iter(settings))):
             LLM("./none", **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        (None, None),
+        ("auto", None),
+        ("none", "none"),
+        ("int8", "int8"),
+        ("awq_marlin", "awq"),
+        ("gptq_marlin", "gptq"),
+        ("compressed-tensors", "compressed-tensors"),
+    ],
+)
+def test_ways_to_quantise_have_vllms_names_too(given: str | None, taken: str | None) -> None:
+    assert EngineConfig(model="m", quantization=given).quantization == taken
 
 
 def test_paths_and_vllms_names_of_dtypes_are_taken() -> None:

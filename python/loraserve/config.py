@@ -16,6 +16,9 @@ DTYPES = ("bfloat16", "float16", "float32")
 DTYPE_ALIASES = {"auto": "bfloat16", "half": "float16", "float": "float32"}
 DEVICES = ("auto", "cpu", "cuda")
 SPECULATIONS = ("off", "ngram")
+# What weights can be made at load, or must be in the checkpoint; "auto" is what the checkpoint says.
+QUANTIZATIONS = ("auto", "none", "int8", "int4", "gguf", "awq", "gptq", "compressed-tensors")
+QUANTIZATION_ALIASES = {"awq_marlin": "awq", "gptq_marlin": "gptq"}
 
 MAX_MEMORY = 2**62
 AUTO = "auto"
@@ -47,6 +50,9 @@ class EngineConfig:
         manifests: name → what is said of an adapter here, over its own `loraserve.json`.
         dtype: storage of weights, KV cache and adapters: "bfloat16", "float16" (GPU only) or "float32" (CPU
             only); also vLLM's names "half", "float" and "auto", which is bfloat16 here.
+        quantization: None (or "auto") leaves weights as the checkpoint has quantised them (.gguf, AWQ, GPTQ,
+            compressed-tensors), on a GPU dequantised; "none" dequantises them to `dtype`; "int8" or "int4"
+            quantises float weights at load, on the CPU; a checkpoint's own method is checked against it.
         device: "cpu", "cuda" (one NVIDIA GPU), or "auto", which takes a GPU that can run the kernels.
         memory: bytes of the one pool that KV cache and adapters share, or text such as "2GiB"; "auto" takes
             three quarters of what is free beside the weights, on a GPU what `gpu_memory_utilization` leaves,
@@ -86,6 +92,7 @@ class EngineConfig:
     merge: str | None = None
     manifests: Mapping[str, AdapterManifest] = field(default_factory=dict)
     dtype: str = "bfloat16"
+    quantization: str | None = None
     device: str = "auto"
     memory: int | str = AUTO
     adapter_host_memory: int | str = AUTO
@@ -141,6 +148,8 @@ class EngineConfig:
                 raise start_error(self.failed_adapters)
         parse_memory(self.memory)
         parse_memory(self.adapter_host_memory, "adapter_host_memory", least=0)
+        if self.quantization is not None:
+            object.__setattr__(self, "quantization", parse_quantization(self.quantization))
 
     @property
     def model_names(self) -> tuple[str, ...]:
@@ -198,6 +207,20 @@ def parse_memory(memory: int | str, name: str = "memory", *, least: int = 1) -> 
     if nbytes > MAX_MEMORY:
         raise InvalidRequestError(f"{name} is {memory!r}, it must be at most {MAX_MEMORY} bytes")
     return nbytes
+
+
+def parse_quantization(value: object) -> str | None:
+    """One of `QUANTIZATIONS`, also by vLLM's names; None for "auto".
+
+    Raises InvalidRequestError: a way to quantise that is not known here.
+    """
+    name = QUANTIZATION_ALIASES.get(value, value) if isinstance(value, str) else value
+    if name not in QUANTIZATIONS:
+        raise InvalidRequestError(
+            f"quantization is {value!r:.100}, it must be one of {', '.join(QUANTIZATIONS)}: int8 and int4 "
+            "quantise float weights at load, other checkpoints say themselves how they are quantised"
+        )
+    return None if name == "auto" else str(name)
 
 
 def _checked_adapters(adapters: object) -> dict[str, str]:

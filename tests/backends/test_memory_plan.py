@@ -62,7 +62,8 @@ def plan(shape: dict[str, Any], total: float, free: float, **settings: Any) -> M
     model = ModelConfig.from_hf(shape)
     memory = DeviceMemory(int(total * GIB), int(free * GIB), "this machine")
     config = EngineConfig(model="m", **settings)
-    room = host_room(config, model, dense_nbytes(model), memory)
+    itemsize = getattr(torch, config.dtype).itemsize
+    room = host_room(config, model, dense_nbytes(model, itemsize), memory)
     return plan_pool(config, model, geometry(model), room)
 
 
@@ -76,9 +77,9 @@ class NoTensors:
         raise AssertionError
 
 
-def dense_nbytes(model: ModelConfig) -> int:
-    """Of the weights in two bytes each."""
-    return weights_nbytes(model, DenseWeights(NoTensors()), 2)
+def dense_nbytes(model: ModelConfig, itemsize: int = 2) -> int:
+    """Of the weights in so many bytes each."""
+    return weights_nbytes(model, DenseWeights(NoTensors()), itemsize)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +136,7 @@ def test_weights_pool_and_host_tier_are_together_within_what_is_free(
 ) -> None:
     model = ModelConfig.from_hf(QWEN3_06B)
     config = EngineConfig(model="m", memory=memory, adapter_host_memory=tier)
-    room = host_room(config, model, DeviceMemory(128 * GIB, int(free * GIB), "this machine"))
+    room = host_room(config, model, dense_nbytes(model), DeviceMemory(128 * GIB, int(free * GIB), "this machine"))
     pool = plan_pool(config, model, geometry(model), room).num_pages * page_nbytes(model)
     nbytes = plan_host_tier(config, room.free - pool)
     assert weights_nbytes(model, 2) + pool + nbytes < free * GIB
@@ -147,7 +148,7 @@ def test_weights_pool_and_host_tier_are_together_within_what_is_free(
 
 def test_a_pool_beyond_what_is_free_leaves_no_host_tier() -> None:
     model, config = ModelConfig.from_hf(QWEN3_06B), EngineConfig(model="m", memory="8GiB")
-    room = host_room(config, model, DeviceMemory(16 * GIB, 4 * GIB, "this machine"))
+    room = host_room(config, model, dense_nbytes(model), DeviceMemory(16 * GIB, 4 * GIB, "this machine"))
     assert plan_host_tier(config, room.free - 8 * GIB) == 0
 
 
@@ -157,10 +158,16 @@ REFUSED: list[tuple[dict[str, Any], float, float, dict[str, Any], str]] = [
         16,
         15,
         {},
-        "model m takes 15.0 GiB of weights in bfloat16 and .* this machine has 15.0 GiB",
+        "model m takes 15.0 GiB of weights and .* this machine has 15.0 GiB",
     ),
-    (LLAMA_3_8B, 32, 20, {"dtype": "float32"}, "takes 29.9 GiB of weights in float32"),
-    (LLAMA_3_8B, 16, 15, {"memory": "1MiB"}, "free some, raise the limit or take a smaller model"),
+    (LLAMA_3_8B, 32, 20, {"dtype": "float32"}, "takes 29.9 GiB of weights"),
+    (
+        LLAMA_3_8B,
+        16,
+        15,
+        {"memory": "1MiB"},
+        "free some, raise the limit, quantise it .* or take a smaller model",
+    ),
     (
         QWEN3_06B,
         16,

@@ -33,5 +33,7 @@ def peft_oracle(peft_base: torch.nn.Module, adapter_paths: dict[str, str]) -> Pe
 
 @pytest.fixture(scope="session")
 def llm_float32(smollm2_path: str, adapter_paths: dict[str, str]) -> Iterator[LLM]:
-    with LLM(smollm2_path, adapters=adapter_paths, dtype="float32", memory="2GiB") as llm:
+    with LLM(
+        smollm2_path, adapters=adapter_paths, dtype="float32", quantization="none", memory="2GiB"
+    ) as llm:
         yield llm

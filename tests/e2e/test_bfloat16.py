@@ -75,7 +75,7 @@ def test_logit_error_is_at_most_twice_pefts(
     peft_bf16 = PeftOracle(copy.to(torch.bfloat16), adapter_paths)
     peft_error = max_error(torch.stack([peft_bf16.last_logits(p, n) for p, n in requests]), exact)
 
-    config = EngineConfig(model=smollm2_path, dtype="bfloat16", memory="512MiB")
+    config = EngineConfig(model=smollm2_path, dtype="bfloat16", quantization="none", memory="512MiB")
     our_error = max_error(our_last_logits(config, requests, adapter_paths), exact)
     print(f"max logit error against float32: ours {our_error:.4f}, PEFT bfloat16 {peft_error:.4f}")
     assert 0 < our_error <= 2 * peft_error

@@ -181,7 +181,7 @@ def test_the_real_model_is_token_exact_in_float32_and_within_bounds_in_bfloat16(
     names = [None, *dora_paths]
     requests = [(tokenizer(text)["input_ids"], names[i % len(names)]) for i, text in enumerate(PROMPTS)]
     exact_peft = peft_of(base, dora_paths)
-    with LLM(smollm2_path, adapters=dora_paths, dtype="float32", memory="256MiB") as llm:
+    with LLM(smollm2_path, adapters=dora_paths, dtype="float32", quantization="none", memory="256MiB") as llm:
         outputs = llm.generate([prompt for prompt, _ in requests], GREEDY, [name for _, name in requests])
     exact = []
     for (prompt, name), output in zip(requests, outputs, strict=True):
@@ -191,7 +191,7 @@ def test_the_real_model_is_token_exact_in_float32_and_within_bounds_in_bfloat16(
     half_peft = peft_of(copy.deepcopy(base).to(torch.bfloat16), dora_paths)
     half = [peft_logits(half_peft, name, prompt)[0] for prompt, name in requests]
     peft_error = max_error(torch.stack(half), torch.stack(exact))
-    config = EngineConfig(model=smollm2_path, dtype="bfloat16", memory="256MiB")
+    config = EngineConfig(model=smollm2_path, dtype="bfloat16", quantization="none", memory="256MiB")
     our_error = max_error(our_last_logits(config, requests, dora_paths), torch.stack(exact))
     print(f"max logit error against float32: ours {our_error:.4f}, PEFT bfloat16 {peft_error:.4f}")
     assert 0 < our_error <= 2 * peft_error

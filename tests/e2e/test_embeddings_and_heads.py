@@ -284,7 +284,7 @@ def test_the_real_model_is_token_exact_in_float32_and_within_bounds_in_bfloat16(
         name: str(make(base, spec, tmp_path / name, seed)) for seed, (name, spec) in enumerate(REAL.items())
     }
     requests = [(tokenizer(text)["input_ids"], [*REAL][i % len(REAL)]) for i, text in enumerate(PROMPTS)]
-    with LLM(smollm2_path, adapters=paths, dtype="float32", memory="512MiB") as llm:
+    with LLM(smollm2_path, adapters=paths, dtype="float32", quantization="none", memory="512MiB") as llm:
         outputs = llm.generate([prompt for prompt, _ in requests], GREEDY, [name for _, name in requests])
     exact: list[torch.Tensor] = [torch.empty(0)] * len(requests)
     half = list(exact)
@@ -301,7 +301,7 @@ def test_the_real_model_is_token_exact_in_float32_and_within_bounds_in_bfloat16(
         for index in own:
             half[index] = peft_last_logits(peft, requests[index][0])
     peft_error = max_error(torch.stack(half), torch.stack(exact))
-    config = EngineConfig(model=smollm2_path, dtype="bfloat16", memory="512MiB")
+    config = EngineConfig(model=smollm2_path, dtype="bfloat16", quantization="none", memory="512MiB")
     our_error = max_error(our_last_logits(config, requests, paths), torch.stack(exact))
     print(f"max logit error against float32: ours {our_error:.4f}, PEFT bfloat16 {peft_error:.4f}")
     assert 0 < our_error <= 2 * peft_error

@@ -81,6 +81,8 @@ class ControlEngine(FakeEngine):
             model="fake",
             base_fingerprint="base1:" + "0" * 64,
             dtype="bfloat16",
+            quantization="q4_k",
+            weights_nbytes=2**28,
             device="cpu",
             max_model_len=1024,
             max_lora_rank=64,

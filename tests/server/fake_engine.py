@@ -74,6 +74,8 @@ class FakeEngine:
     def info(self) -> Any:
         return SimpleNamespace(
             base_fingerprint="base1:ab",
+            quantization=None,
+            weights_nbytes=2**28,
             device="cpu",
             dtype="float32",
             num_pages=16,

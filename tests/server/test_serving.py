@@ -51,7 +51,12 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def server(adapters: dict[str, str]) -> Iterator[ServerThread]:
     config = EngineConfig(
-        model="smollm2", adapters=adapters, dtype="float32", memory="512MiB", max_model_len=2048
+        model="smollm2",
+        adapters=adapters,
+        dtype="float32",
+        quantization="none",
+        memory="512MiB",
+        max_model_len=2048,
     )
     with ServerThread(lambda: AsyncEngine(config)) as server:
         yield server

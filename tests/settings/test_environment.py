@@ -119,7 +119,7 @@ def test_adapters_of_all_variables_are_served() -> None:
     [
         ({"PORT": "http"}, "PORT: .*got 'http'"),
         ({"PORT": "99999"}, "PORT: .*got '99999'"),
-        ({"QUANTIZE": "awq"}, "QUANTIZE is 'awq': weights are not quantised"),
+        ({"QUANTIZE": "eetq"}, "QUANTIZE: quantization is 'eetq', it must be one of auto, none, int8"),
         ({"NUM_SHARD": "4"}, "NUM_SHARD is '4': only 1 is possible"),
         ({"SHARDED": "true"}, "SHARDED is 'true'"),
         ({"KV_CACHE_DTYPE": "fp8_e5m2"}, "KV_CACHE_DTYPE is"),

@@ -111,6 +111,7 @@ def test_every_setting_can_be_a_variable() -> None:
         "memory": "1GiB",
         "drain_seconds": "1.5",
         "dtype": "float32",
+        "quantization": "int8",
         "device": "cpu",
         "speculate": "ngram",
         "on_adapter_error": "skip",

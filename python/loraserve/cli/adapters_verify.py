@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
         model=args.model,
         adapters={verification.NAME: args.path},
         dtype="float32",
+        quantization="none",  # as transformers reads it
         device="cpu",
         max_lora_rank=args.max_lora_rank,
     )

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import NoReturn, TypeAlias, TypeVar
 
-from loraserve.config import DEVICES, DTYPE_ALIASES, DTYPES, EngineConfig
+from loraserve.config import DEVICES, DTYPE_ALIASES, DTYPES, QUANTIZATIONS, EngineConfig
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -65,6 +65,14 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
     add_dtype_option(group)
     group.add_argument(
+        "--quantization",
+        "-q",
+        choices=QUANTIZATIONS,
+        default="auto",
+        help="auto keeps quantised weights as they are on a CPU, none dequantises them to --dtype, int8 and "
+        "int4 quantise float weights at load (default %(default)s)",
+    )
+    group.add_argument(
         "--memory",
         default=EngineConfig.memory,
         metavar="SIZE",
@@ -108,7 +116,7 @@ def add_dtype_option(parser: argparse._ActionsContainer) -> None:
     """`--dtype`, with the names that other servers have for one."""
     parser.add_argument(
         "--dtype",
-        choices=(*DTYPES, *DTYPE_ALIASES),
+        choices=(*DTYPES, QUANTIZATIONS, *DTYPE_ALIASES),
         default=EngineConfig.dtype,
         help="storage of weights, KV cache and adapters (default %(default)s)",
     )
@@ -132,6 +140,7 @@ def engine_config(args: argparse.Namespace, parser: argparse.ArgumentParser) -> 
         adapters=as_dict(args.adapter, "--adapter", parser),
         merge=args.merge,
         dtype=args.dtype,
+        quantization=args.quantization,
         device=args.device,
         memory=args.memory,
         gpu_memory_utilization=args.gpu_memory_utilization,

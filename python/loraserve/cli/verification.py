@@ -66,8 +66,14 @@ def serve(config: EngineConfig, prompts: Sequence[Sequence[int]], num_tokens: in
         LoraserveError: the model or the adapter can't be loaded, or a prompt is too long.
     """
     params = SamplingParams(max_tokens=num_tokens, temperature=0.0, logprobs=NUM_LOGPROBS)
-    settings = {"dtype": config.dtype, "device": config.device, "max_lora_rank": config.max_lora_rank}
-    with LLM(config.model, config.adapters, **settings) as llm:
+    with LLM(
+        config.model,
+        config.adapters,
+        dtype=config.dtype,
+        quantization=config.quantization,
+        device=config.device,
+        max_lora_rank=config.max_lora_rank,
+    ) as llm:
         outputs = llm.generate([list(prompt) for prompt in prompts], params, NAME)
     answers = []
     for prompt, output in zip(prompts, outputs, strict=True):

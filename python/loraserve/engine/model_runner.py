@@ -47,6 +47,8 @@ class ModelRunner:
             self._place,
             config.generation_config,
             None if config.merge is None else self._merge,
+            config.quantization,
+            keeps_quantized=self.backend.keeps_quantized,
         )
         self.vocab_size = self.model.config.vocab_size
         self.eos_token_ids = self.producible(self.model.tokenizer.eos_token_ids)

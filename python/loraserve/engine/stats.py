@@ -191,13 +191,17 @@ class EngineStats:
 class EngineInfo:
     """Settings and present load; page counts are of the pool that KV cache and adapters share.
 
-    `base_fingerprint` says which weights the base model has, whatever it is called.
+    `base_fingerprint` says which weights the base model has, whatever it is called. `quantization` is what
+    its matrices are quantised as, as "q4_k", "gptq" or "int8", None where they are dense; `weights_nbytes` is
+    what they take.
     """
 
     version: str
     model: str
     base_fingerprint: str
     dtype: str
+    quantization: str | None
+    weights_nbytes: int
     device: str
     max_model_len: int
     max_lora_rank: int
@@ -233,6 +237,8 @@ class EngineInfo:
             model=config.model,
             base_fingerprint=runner.model.fingerprint,
             dtype=config.dtype,
+            quantization=runner.model.quantization,
+            weights_nbytes=runner.model.weights_nbytes,
             device=runner.device,
             max_model_len=max_model_len,
             max_lora_rank=config.max_lora_rank,

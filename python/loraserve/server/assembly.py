@@ -55,6 +55,7 @@ def engine_config(
         model=settings.model,
         base_names=settings.served_names,
         dtype=settings.dtype,
+        quantization=settings.quantization,
         device=settings.device,
         memory=settings.memory,
         adapter_host_memory=settings.adapter_host_memory,

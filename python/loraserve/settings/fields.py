@@ -9,6 +9,9 @@ from typing import Annotated, Any, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from loraserve.config import parse_quantization
+from loraserve.errors import InvalidRequestError
+
 OFF = "off"
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.\-]*://[^\s/?#@,]+")
 MAX_PORT = 2**16 - 1
@@ -83,6 +86,13 @@ def _bounded(value: int) -> int:
     return value
 
 
+def _quantization(value: str | None) -> str | None:
+    try:
+        return None if value is None else parse_quantization(value)
+    except InvalidRequestError as error:
+        raise ValueError(str(error)) from None
+
+
 def _yes_or_no(value: Any) -> Any:
     if isinstance(value, int | float) and not isinstance(value, bool):
         raise ValueError(f"give yes or no, not {value!r}")
@@ -97,6 +107,7 @@ Port: TypeAlias = Annotated[int, Field(ge=0, le=MAX_PORT), BeforeValidator(_inte
 OptionalPort: TypeAlias = Annotated[Port | None, BeforeValidator(_none_if_off)]
 Count: TypeAlias = Annotated[int, Field(ge=1), BeforeValidator(_integer), AfterValidator(_bounded)]
 Memory: TypeAlias = Annotated[str | int, BeforeValidator(_integer)]
+Quantization: TypeAlias = Annotated[str | None, AfterValidator(_quantization)]
 YesNo: TypeAlias = Annotated[bool, BeforeValidator(_yes_or_no)]
 Share: TypeAlias = Annotated[float, Field(ge=0.01, le=1), BeforeValidator(_number)]
 Seconds: TypeAlias = Annotated[float, Field(ge=0, le=MAX_SECONDS), BeforeValidator(_number)]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from loraserve.adapters.source import AdapterSource, parse_lora_adapters
+from loraserve.config import parse_quantization
 from loraserve.errors import InvalidRequestError
 from loraserve.settings.errors import ConfigError
 
@@ -104,6 +105,10 @@ def _eager(value: str) -> Mapping[str, Any]:
     return {"cuda_graphs": False} if value == "true" else {}
 
 
+def _quantize(value: str) -> Mapping[str, Any]:
+    return {"quantization": parse_quantization(value) or "auto"}
+
+
 def _cuda_graphs(value: str) -> Mapping[str, Any]:
     """Batch sizes with commas between, 0 is none."""
     return {"cuda_graphs": False} if value.strip() == "0" else {}
@@ -167,7 +172,7 @@ NO_EFFECT: dict[str, Any] = {"accepted": None}
 FLAG_ONLY: dict[str, Any] = {"is_variable": False}
 VARIABLE_ONLY: dict[str, Any] = {"is_flag": False}
 CACHE = "set the variable HF_HUB_CACHE to the folder instead"
-DTYPE_COMPUTES = "weights are not quantised, leave it away: the dtype of --dtype is what computes"
+CACHE_DTYPE = "the KV cache has the dtype of --dtype, leave it away"
 MEMORY_SIZES = "--memory says what KV cache and adapters take together"
 ONE_DEVICE = "only 1 is possible, a model runs on one device"
 FROM_MODEL = "put the file into the model's directory, from where it is read"
@@ -184,8 +189,8 @@ TGI_AND_LORAX: tuple[ForeignSetting, ...] = (
     ),
     *_values("num_shard", ONE_DEVICE, "N", accepted=("1",)),
     *_values("sharded", "a model runs on one device, only false is possible", "BOOL", accepted=FALSE),
-    *_values("quantize", DTYPE_COMPUTES, "METHOD"),
-    *_values("kv_cache_dtype", DTYPE_COMPUTES, "DTYPE", accepted=("auto",)),
+    *_values("quantize", "the same as --quantization", "METHOD", meaning=_quantize),
+    *_values("kv_cache_dtype", CACHE_DTYPE, "DTYPE", accepted=("auto",)),
     *_values("source adapter_source default_adapter_source preloaded_adapter_source",
              "adapters and models come from directories and the Hub: download it and give its directory",
              "hub|local", accepted=("hub", "local")),
@@ -248,7 +253,6 @@ VLLM: tuple[ForeignSetting, ...] = (
     *_values("tensor_parallel_size", ONE_DEVICE, "N", accepted=("1",), short=("-tp",), **FLAG_ONLY),
     *_values("pipeline_parallel_size", ONE_DEVICE, "N", accepted=("1",), short=("-pp",), **FLAG_ONLY),
     *_values("data_parallel_size", ONE_DEVICE, "N", accepted=("1",), short=("-dp",), **FLAG_ONLY),
-    *_values("quantization", DTYPE_COMPUTES, "METHOD", short=("-q",), **FLAG_ONLY),
     *_values("load_format", "weights are read from safetensors and GGUF", "FORMAT",
              accepted=("auto", "safetensors", "gguf"), **FLAG_ONLY),
     *_values("tokenizer tokenizer_revision", "the tokenizer is the model's: " + FROM_MODEL, "NAME",

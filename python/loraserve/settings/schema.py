@@ -18,6 +18,7 @@ from loraserve.settings.fields import (
     OptionalPort,
     Origins,
     PositiveSeconds,
+    Quantization,
     Seconds,
     SettingsModel,
     Share,
@@ -78,6 +79,14 @@ class ServeSettings(SettingsModel):
         "engine",
         "storage of weights, KV cache and adapters; half is float16, float is float32, auto is bfloat16",
         env=("DTYPE",),
+    )
+    quantization: Quantization = option(
+        EngineConfig.quantization,
+        "engine",
+        "auto, the default, keeps quantised weights of .gguf, AWQ, GPTQ, compressed-tensors as they are on a "
+        "CPU; none dequantises them to --dtype; int8 and int4 quantise float weights at load",
+        "METHOD",
+        flags=("-q",),
     )
     memory: Memory = option(
         EngineConfig.memory,

@@ -34,7 +34,12 @@ def http_adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def engine_config(http_adapters: dict[str, str]) -> EngineConfig:
     return EngineConfig(
-        model="smollm2", adapters=http_adapters, dtype="float32", memory="512MiB", max_model_len=2048
+        model="smollm2",
+        adapters=http_adapters,
+        dtype="float32",
+        quantization="none",
+        memory="512MiB",
+        max_model_len=2048,
     )
 
 
