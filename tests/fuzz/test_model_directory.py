@@ -10,10 +10,13 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.fuzz import model_files
 from tests.fuzz.bounds import Campaign
 from tests.fuzz.mutation import mutate_bytes, mutate_json, to_json
+from tests.loader.quantized_writer import write_quantized
+from tests.loader.test_quantized_dirs import FORMATS
 
 JSON_FILES = (
     "added_tokens.json",
@@ -69,6 +72,48 @@ def test_mutated_headers_of_a_safetensors_file_are_served_or_refused(directory: 
         return struct.pack("<Q", len(text)) + text + data
 
     _run("header of safetensors", directory, directory / SHARD, mutate)
+
+
+@pytest.fixture(params=["awq", "gptq", "int-quantized asymmetric", "pack-quantized asymmetric"])
+def quantised(request: pytest.FixtureRequest, directory: Path, tmp_path: Path) -> Path:
+    shards = sorted(directory.glob("*.safetensors"))
+    tensors = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    for file in [*shards, directory / "model.safetensors.index.json"]:
+        file.unlink()
+    save_file(tensors, directory / "model.safetensors")
+    config, write, _ = FORMATS[request.param]
+    target = tmp_path / request.param
+    write_quantized(directory, target, config, partial(write, group=16))
+    model_files.serve(target)
+    return target
+
+
+def test_mutated_ways_to_quantise_are_served_or_refused(quantised: Path) -> None:
+    config = json.loads((quantised / "config.json").read_bytes())
+
+    def mutate(random: Random) -> bytes:
+        changed = mutate_json(random, config["quantization_config"])
+        return to_json({**config, "quantization_config": changed})
+
+    _run(f"quantization_config of {quantised.name}", quantised, quantised / "config.json", mutate)
+
+
+def test_mutated_headers_of_quantised_weights_are_served_or_refused(quantised: Path) -> None:
+    whole = (quantised / "model.safetensors").read_bytes()
+    (num_header,) = struct.unpack_from("<Q", whole)
+    header, data = json.loads(whole[8 : 8 + num_header]), whole[8 + num_header :]
+
+    def mutate(random: Random) -> bytes:
+        text = to_json(mutate_json(random, header))
+        return struct.pack("<Q", len(text)) + text + data
+
+    _run(f"header of {quantised.name}", quantised, quantised / "model.safetensors", mutate)
+
+
+def test_mutated_bytes_of_quantised_weights_are_served_or_refused(quantised: Path) -> None:
+    whole = (quantised / "model.safetensors").read_bytes()
+    mutate = partial(mutate_bytes, data=whole)
+    _run(f"weights of {quantised.name}", quantised, quantised / "model.safetensors", mutate)
 
 
 def test_mutated_chat_templates_are_served_or_refused(directory: Path) -> None:

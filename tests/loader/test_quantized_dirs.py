@@ -216,6 +216,11 @@ def test_biases_of_zeros_beside_quantised_weights_add_nothing(tmp_path: Path) ->
         (GPTQ | {"bits": 3}, "by gptq with 3 bits"),
         (GPTQ | {"bits": True}, "by gptq with True bits"),
         (GPTQ | {"bits": None}, "by gptq with None bits"),
+        (GPTQ | {"bits": [4]}, r"by gptq with \[4\] bits"),
+        (AWQ | {"bits": [4]}, r"by awq with \[4\] bits"),
+        (compressed(num_bits=[4]), r"weights of \[4\] bits"),
+        (compressed(type=["int"]), "weights of 4 bits of type"),
+        (compressed(["pack-quantized"]), "with format"),  # type: ignore[arg-type]
         (GPTQ | {"checkpoint_format": "marlin"}, "format 'marlin': 4 or 8 bits and gptq or gptq_v2"),
         (GPTQ | {"is_marlin_format": True}, "format 'marlin'"),
         (compressed("float-quantized"), "compressed-tensors with format 'float-quantized', which is not"),

@@ -36,7 +36,7 @@ class GptqLinears:
     def __init__(self, config: Mapping[str, Any], stored: Stored) -> None:
         bits = config.get("bits")
         layout = config.get("checkpoint_format") or ("marlin" if config.get("is_marlin_format") else "gptq")
-        if bits not in ONES or isinstance(bits, bool) or layout not in FORMATS:
+        if type(bits) is not int or bits not in ONES or layout not in FORMATS:
             raise ModelError(
                 f"checkpoint is quantised by gptq with {bits!r:.20} bits and format {layout!r:.100}: "
                 "4 or 8 bits and gptq or gptq_v2 are read: use another checkpoint of this model"
