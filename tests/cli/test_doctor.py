@@ -8,6 +8,7 @@ import pytest
 from loraserve import _core
 from loraserve.backends import why_no_cuda
 from loraserve.cli import main
+from loraserve.cli.doctor import report
 
 NOTHING = {
     "driver": None,
@@ -128,3 +129,11 @@ def test_missing_packages_are_named(
     monkeypatch.setattr("importlib.metadata.requires", lambda _: required)
     assert main(["doctor"]) == 0
     assert "missing: a-package-nobody-has; install" in capsys.readouterr().out
+
+
+def test_the_cache_of_quantised_weights_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORASERVE_CACHE_DIR", "/cache")
+    assert report()["weight cache"] == "/cache/quantized"
+    for name in ("LORASERVE_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert report()["weight cache"].startswith("none: no home folder")

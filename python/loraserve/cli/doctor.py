@@ -59,6 +59,7 @@ def report() -> dict[str, str]:
     rows |= {
         "NVRTC": _nvrtc(facts),
         "kernel cache": _cache(facts),
+        "weight cache": _weight_cache(),
         "device auto": _device_auto(),
     }
     return rows
@@ -135,3 +136,13 @@ def _code(device: _DeviceFacts, facts: _CudaFacts) -> str:
 def _cache(facts: _CudaFacts) -> str:
     path = facts["kernel_cache"]
     return "none: no home folder is known, set LORASERVE_CACHE_DIR" if path is None else str(path)
+
+
+def _weight_cache() -> str:
+    """Where weights that were quantised at load are kept."""
+    try:
+        from loraserve.loader.quantized_cache import cache_root  # noqa: PLC0415 (imports torch)
+    except (ImportError, OSError) as error:
+        return f"none: {error}"
+    root = cache_root()
+    return "none: no home folder is known, set LORASERVE_CACHE_DIR" if root is None else str(root)
