@@ -808,7 +808,7 @@ class CpuKernels:
     ) -> CpuKernels: ...
     @property
     def isa(self) -> str:
-        """The instruction set in use: "amx", "avx512bf16", "avx512vnni", "avx512", "avxvnni", "avx2", "portable"."""
+        """In use: "amx", "avx512bf16", "avx512vnni", "avx512", "avxvnni", "avx2" or "portable"."""
     @property
     def num_threads(self) -> int:
         """Threads that compute, the caller's included."""

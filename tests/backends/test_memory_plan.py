@@ -136,7 +136,8 @@ def test_weights_pool_and_host_tier_are_together_within_what_is_free(
 ) -> None:
     model = ModelConfig.from_hf(QWEN3_06B)
     config = EngineConfig(model="m", memory=memory, adapter_host_memory=tier)
-    room = host_room(config, model, dense_nbytes(model), DeviceMemory(128 * GIB, int(free * GIB), "this machine"))
+    machine = DeviceMemory(128 * GIB, int(free * GIB), "this machine")
+    room = host_room(config, model, dense_nbytes(model), machine)
     pool = plan_pool(config, model, geometry(model), room).num_pages * page_nbytes(model)
     nbytes = plan_host_tier(config, room.free - pool)
     assert weights_nbytes(model, 2) + pool + nbytes < free * GIB

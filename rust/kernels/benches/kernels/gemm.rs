@@ -15,7 +15,7 @@ use crate::model::{HIDDEN, Model, NUM_LAYERS, PROJECTIONS, Projection, VOCAB, ra
 const NUM_ROWS: [usize; 5] = [1, 8, 32, 256, 1365];
 /// Rows of logits in a step, one per sequence.
 const NUM_LOGITS: [usize; 4] = [1, 8, 32, 256];
-/// Those of GGUF's Q8_0, Q4_0 and Q4_1 or Q4_K.
+/// Those of GGUF's `Q8_0`, `Q4_0` and `Q4_1` or `Q4_K`.
 const FORMATS: [QuantFormat; 3] = [
     QuantFormat {
         bits: QuantBits::Eight,
