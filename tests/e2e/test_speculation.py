@@ -141,7 +141,7 @@ def test_greedy_answers_are_those_of_transformers(
     smollm2_path: str, hf_smollm2: Any, adapter_paths: dict[str, str], peft_oracle: Any
 ) -> None:
     prompt = "red green blue red green blue red green blue red"
-    with engine(smollm2_path, adapter_paths, speculate="ngram", memory="1GiB") as llm:
+    with engine(smollm2_path, adapter_paths, speculate="ngram", quantization="none", memory="1GiB") as llm:
         names = [None, *list(adapter_paths)[:3]]
         outputs = llm.generate(
             [prompt] * len(names), SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True), names
