@@ -140,7 +140,7 @@ def test_weights_pool_and_host_tier_are_together_within_what_is_free(
     room = host_room(config, model, dense_nbytes(model), machine)
     pool = plan_pool(config, model, geometry(model), room).num_pages * page_nbytes(model)
     nbytes = plan_host_tier(config, room.free - pool)
-    assert weights_nbytes(model, 2) + pool + nbytes < free * GIB
+    assert dense_nbytes(model) + pool + nbytes < free * GIB
     if tier == "auto":
         assert 0.2 * (room.free - pool) < nbytes < 0.6 * (room.free - pool)
     else:

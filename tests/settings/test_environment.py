@@ -55,6 +55,9 @@ def test_no_name_has_two_meanings() -> None:
     ("environ", "expected"),
     [
         ({"PORT": "80"}, {"http_port": 80}),
+        ({"SPECULATE": "3"}, {"speculate": "ngram"}),
+        ({"SPECULATE": "0"}, {"speculate": "off"}),
+        ({"SPECULATE": "ngram"}, {"speculate": "ngram"}),
         ({"HOSTNAME": "0.0.0.0"}, {"host": "0.0.0.0"}),
         ({"HOSTNAME": "::"}, {"host": "::"}),
         ({"HOSTNAME": "3f2a9b1c"}, {"host": "127.0.0.1"}),

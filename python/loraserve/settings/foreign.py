@@ -114,6 +114,12 @@ def _cuda_graphs(value: str) -> Mapping[str, Any]:
     return {"cuda_graphs": False} if value.strip() == "0" else {}
 
 
+def _speculate(value: str) -> Mapping[str, Any]:
+    """How many tokens to guess ahead."""
+    count = value.strip()
+    return {"speculate": value if not count.isdigit() else "off" if int(count) == 0 else "ngram"}
+
+
 def _log_format(value: str) -> Mapping[str, Any]:
     return {"log_format": value.lower()}
 
@@ -214,8 +220,9 @@ TGI_AND_LORAX: tuple[ForeignSetting, ...] = (
              **NO_EFFECT),
     *_values("max_active_adapters", "a batch mixes as many adapters as fit in --memory", "N", **NO_EFFECT),
     *_values("adapter_cycle_time_s", "adapters take no turns, a batch mixes them", "S", **NO_EFFECT),
-    *_values("speculate speculative_tokens speculation_max_batch_size", "no tokens are drafted ahead", "N",
-             **NO_EFFECT),
+    *_values("speculate", "above 0 the same as --speculate ngram", "N", meaning=_speculate, **VARIABLE_ONLY),
+    *_values("speculative_tokens speculation_max_batch_size", "how many pays is decided here, see --speculate",
+             "N", **NO_EFFECT),
     *_values("validation_workers", "tokenising takes a thread when it needs one", "N", **NO_EFFECT),
     *_values("compile_max_batch_size compile_max_rank compile_batch_size", "it tunes another engine", "N",
              **NO_EFFECT),
@@ -282,7 +289,8 @@ VLLM: tuple[ForeignSetting, ...] = (
              **FLAG_ONLY),
     *_values("api_server_count", "one process serves", "N", accepted=("1",), **FLAG_ONLY),
     *_values("response_role", "answers are of role assistant", "ROLE", accepted=("assistant",), **FLAG_ONLY),
-    *_values("speculative_config", "no tokens are drafted ahead", "JSON", **(NO_EFFECT | FLAG_ONLY)),
+    *_values("speculative_config", "there are no draft models, see --speculate", "JSON",
+             **(NO_EFFECT | FLAG_ONLY)),
     *_values("lora_target_modules", "every module of an adapter is applied, leave it away", "NAMES",
              **FLAG_ONLY),
     *_values("limit_mm_per_prompt", "models read text only", "JSON", **(NO_EFFECT | FLAG_ONLY)),
