@@ -221,7 +221,7 @@ TGI_AND_LORAX: tuple[ForeignSetting, ...] = (
     *_values("max_active_adapters", "a batch mixes as many adapters as fit in --memory", "N", **NO_EFFECT),
     *_values("adapter_cycle_time_s", "adapters take no turns, a batch mixes them", "S", **NO_EFFECT),
     *_values("speculate", "above 0 the same as --speculate ngram", "N", meaning=_speculate, **VARIABLE_ONLY),
-    *_values("speculative_tokens speculation_max_batch_size", "how many pays is decided here, see --speculate",
+    *_values("speculative_tokens speculation_max_batch_size", "it is decided here, see --speculate",
              "N", **NO_EFFECT),
     *_values("validation_workers", "tokenising takes a thread when it needs one", "N", **NO_EFFECT),
     *_values("compile_max_batch_size compile_max_rank compile_batch_size", "it tunes another engine", "N",
