@@ -27,6 +27,7 @@ START_TIMEOUT_S = 180.0  # the model is on this disk, but the disk may be cold
 STOP_TIMEOUT_S = 30.0
 ANSWER_TIMEOUT_S = 300.0
 DTYPE = "float32"  # bfloat16 rounds differently on different CPUs, and a near tie then shows another answer
+QUANTIZATION = "none"  # rows of bytes round otherwise on another CPU, and an answer may hang on it
 PARAMS = SamplingParams(max_tokens=64, temperature=0.0)
 
 
@@ -101,6 +102,8 @@ def running_server(model: str, adapters: dict[str, Path]) -> Iterator[str]:
         "warning",
         "--dtype",
         DTYPE,
+        "--quantization",
+        QUANTIZATION,
     ]
     for name, path in adapters.items():
         command += ["--adapter", f"{name}={path}"]

@@ -20,7 +20,7 @@ MIN_MARGIN = 0.03  # between the two likeliest tokens; CPUs differ by a thousand
 def outputs() -> list[RequestOutput]:
     """Answers in the demo's dtype, all prompts in one batch."""
     adapters = {name: str(ROOT / "examples" / "adapters" / name) for name in ("sql", "json", "pirate")}
-    with LLM("smollm2", adapters, dtype="float32", memory="256MiB") as llm:
+    with LLM("smollm2", adapters, dtype="float32", quantization="none", memory="256MiB") as llm:
         return llm.chat(
             [[{"role": "user", "content": entry["prompt"]}] for entry in PROMPTS],
             SamplingParams(max_tokens=64, temperature=0.0, logprobs=2),

@@ -151,10 +151,10 @@ def test_loads_that_never_end_stop_only_who_waits_for_them(
     may_load = threading.Event()
     load = ExtentLoader._load
 
-    def load_or_hang(self: ExtentLoader, source: RegisteredAdapter, extent: Extent) -> Any:
+    def load_or_hang(self: ExtentLoader, source: RegisteredAdapter, extent: Extent, keeps: bool) -> Any:
         if source.name in ("a1", "a2", "a3"):
             may_load.wait()
-        return load(self, source, extent)
+        return load(self, source, extent, keeps)
 
     async def scenario(engine: AsyncEngine) -> None:
         monkeypatch.setattr(ExtentLoader, "_load", load_or_hang)

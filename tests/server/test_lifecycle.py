@@ -291,6 +291,7 @@ def test_a_start_says_what_is_served_and_who_may_come_in(values: dict[str, Any],
     assert [line.split(None, 1) for line in lines] == [
         ["base", "base1:ab"],
         ["device", "cpu, float32"],
+        ["weights", "256 MiB, float32"],
         ["pool", "16 MiB for KV cache and adapters"],
         [
             "limits",

@@ -62,6 +62,7 @@ def expected(engine_config: EngineConfig) -> Expected:
         engine_config.model,
         engine_config.adapters,
         dtype=engine_config.dtype,
+        quantization=engine_config.quantization,
         memory=engine_config.memory,
         max_model_len=engine_config.max_model_len,
     ) as llm:
