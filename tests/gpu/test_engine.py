@@ -100,7 +100,13 @@ def test_the_demo_adapters_answer_on_the_demo_model_as_on_the_cpu(
 ) -> None:
     adapters = {name: str(EXAMPLES / name) for name in ("sql", "pirate")}
     prompt = "Once upon a time there was a"  # each continues it in another way
-    settings = {"dtype": "bfloat16", "memory": "64MiB", "max_num_seqs": 4, "max_model_len": 64}
+    settings = {
+        "dtype": "bfloat16",
+        "quantization": "none",
+        "memory": "64MiB",
+        "max_num_seqs": 4,
+        "max_model_len": 64,
+    }
     job = {
         "model": smollm2_path,
         "adapters": adapters,
