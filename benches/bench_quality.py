@@ -113,7 +113,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=default_model_path(), help=".gguf file or directory")
     parser.add_argument("--passages", type=int, default=24, help=f"of {PASSAGE_TOKENS} tokens each")
-    parser.add_argument("--storages", nargs="+", choices=STORAGES, default=list(STORAGES))
+    parser.add_argument(
+        "--storages", nargs="+", choices=STORAGES, help="default: all that the model can have"
+    )
     parser.add_argument("--json", type=Path, help="write the results there")
     args = parser.parse_args()
     print(machine.title())
@@ -124,7 +126,8 @@ def main() -> None:
     reference = hf_logits(model, texts)
     distances = {"transformers bfloat16": Distance.of(hf_logits(model.to(torch.bfloat16), texts), reference)}
     del model
-    for name in args.storages:
+    can_have = ("float32", "bfloat16", *(("int8", "int4") if args.model.is_dir() else ("file",)))
+    for name in args.storages or can_have:
         config = EngineConfig(model=str(args.model), memory="512MiB", **STORAGES[name])
         distances[name] = Distance.of(engine_logits(config, texts), reference)
     print(f"{len(reference)} positions")
