@@ -326,7 +326,7 @@ class AsyncEngine:
         with suppress(EngineStoppedError):  # of a forked child, where there is nothing to stop
             self._engine.refuse_new()
         await self._shutdowns.run(self._engine.shutdown, deadline_s)
-        for workers in (self._preparations, self._loads):
+        for workers in (self._preparations, self._loads, self._uploads):
             workers.close()
 
     async def wait_failed(self) -> str:

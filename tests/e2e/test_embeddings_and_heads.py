@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from loraserve import LLM, SamplingParams
-from loraserve.backends.cpu.backend import CpuBackend
 from loraserve.config import EngineConfig
 from loraserve.errors import AdapterFormatError, InvalidRequestError
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -255,7 +254,7 @@ def test_rows_in_place_of_the_bases_are_used_alone(case: TablesCase) -> None:
 def test_a_backend_that_can_not_serve_them_refuses_by_name(
     case: TablesCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(CpuBackend, "changes_tables", False)
+    monkeypatch.setattr(case.llm._engine.runner, "changes_tables", False)
     with pytest.raises(
         AdapterFormatError, match="adapter 'few' changes embedding, head or norms .*cpu backend"
     ):

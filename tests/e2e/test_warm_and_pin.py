@@ -99,6 +99,20 @@ def test_who_waits_for_a_load_is_told_when_the_engine_stops(
     asyncio.run(main())
 
 
+def test_a_load_that_outlasts_the_engine_is_told_that_it_has_stopped(
+    tiny_model: tuple[Path, torch.nn.Module], tiny_adapters: dict[str, str]
+) -> None:
+    async def main() -> None:
+        engine = AsyncEngine(EngineConfig(model=str(tiny_model[0]), dtype="float32"))
+        await engine.shutdown(0.0)
+        with pytest.raises(EngineStoppedError, match="adapter loads"):
+            await engine.load_adapter("a1", tiny_adapters["a1"])
+        with pytest.raises(EngineStoppedError, match="takes no new"):
+            engine._engine.adapters.load("a1", tiny_adapters["a1"])
+
+    asyncio.run(main())
+
+
 def test_usage_is_counted_by_adapter_and_for_the_base_model(llm: LLM) -> None:
     before = llm.stats().base.num_requests
     llm.generate([PROMPT, PROMPT], SamplingParams(max_tokens=3, ignore_eos=True), [None, "a1"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from loraserve.engine.workers import Workers
-from loraserve.errors import OverloadedError
+from loraserve.errors import EngineStoppedError, OverloadedError
 
 WAIT_S = 20.0
 
@@ -59,6 +59,17 @@ def test_more_than_may_wait_are_refused_and_taken_again_later() -> None:
     release.set()
     assert [future.result(WAIT_S) for future in (running, *waiting)] == [True, 1, 1]
     assert workers.submit(lambda: 2).result(WAIT_S) == 2
+
+
+def test_what_was_submitted_is_done_after_the_end_and_nothing_else() -> None:
+    release = threading.Event()
+    workers = Workers("last sums", 1, 10)
+    submitted = [workers.submit(release.wait), workers.submit(lambda: 1)]
+    workers.close()
+    with pytest.raises(EngineStoppedError, match="last sums have ended"):
+        workers.submit(lambda: 2)
+    release.set()
+    assert [future.result(WAIT_S) for future in submitted] == [True, 1]
 
 
 def test_who_is_cancelled_before_its_turn_is_not_run() -> None:

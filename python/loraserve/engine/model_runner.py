@@ -35,6 +35,7 @@ class ModelRunner:
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self.backend = open_backend(config) if backend is None else backend
         self.device = self.backend.name
+        self.changes_tables = self.backend.changes_tables  # asked by loads, which may outlast the backend
         if config.speculate != "off" and self.backend.runs_ahead:
             raise InvalidRequestError(
                 f"speculate is {config.speculate!r}, which only a CPU can do, and the device is "

@@ -22,11 +22,10 @@ def check_servable(name: str, files: CheckedFiles, runner: ModelRunner, grammars
 
 
 def _check_tables(name: str, receipt: _core.Receipt, runner: ModelRunner) -> None:
-    backend = runner.backend
-    if receipt.changes_tables and not backend.changes_tables:
+    if receipt.changes_tables and not runner.changes_tables:
         raise AdapterFormatError(
             f"adapter {name!r} changes embedding, head or norms (modules_to_save, trainable_token_indices, "
-            f"target_modules), which the {backend.name} backend does not serve yet: use --device cpu, or "
+            f"target_modules), which the {runner.device} backend does not serve yet: use --device cpu, or "
             "merge it into the model with PEFT"
         )
 

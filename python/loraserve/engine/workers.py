@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
-from loraserve.errors import OverloadedError
+from loraserve.errors import EngineStoppedError, OverloadedError
 
 T = TypeVar("T")
 RETRY_AFTER_S = 5.0
@@ -51,17 +51,20 @@ class Workers:
 
         Raises:
             OverloadedError: too many functions wait already.
+            EngineStoppedError: after `close`.
         """
         return await asyncio.wrap_future(self.submit(partial(function, *args, **kwargs)))
 
     def submit(self, function: Callable[[], T]) -> Future[T]:
-        """As `run`, for a thread. Raises OverloadedError."""
+        """As `run`, for a thread. Raises OverloadedError, EngineStoppedError."""
         if os.getpid() != self._pid:  # a forked child, which has none of the threads
             self._end.detach()
             self._begin()
         future: Future[T] = Future()
         shared = self._shared
         with shared.lock:
+            if shared.is_closed:
+                raise EngineStoppedError(f"{self._what} have ended, nothing is begun any more")
             num_ahead = shared.num_waiting
             num_free = shared.num_idle + self._num_threads - len(self._threads)
             if num_ahead >= self._max_waiting + num_free:
@@ -74,7 +77,7 @@ class Workers:
             shared.num_waiting += 1
             if shared.num_idle < shared.num_waiting and len(self._threads) < self._num_threads:
                 self._start_thread()
-        shared.jobs.put(partial(_run, future, function))
+            shared.jobs.put(partial(_run, future, function))
         return future
 
     def stuck_s(self) -> float:
@@ -84,7 +87,9 @@ class Workers:
         return time.monotonic() - max(started) if len(started) == self._num_threads else 0.0
 
     def close(self) -> None:
-        """The threads end when they are done with what they run; nothing may be submitted later."""
+        """The threads end when they are done with what was submitted; later submissions are refused."""
+        with self._shared.lock:
+            self._shared.is_closed = True
         self._end()
 
     def _start_thread(self) -> None:
@@ -103,6 +108,7 @@ class _Shared:
         self.jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self.num_waiting = 0  # submitted and not begun
         self.num_idle = 0  # threads that will take a job at once
+        self.is_closed = False
         self.started_at: dict[int, float] = {}  # by thread, on time.monotonic
 
 
