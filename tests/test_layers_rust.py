@@ -48,7 +48,7 @@ CRATES: dict[str, tuple[set[str], str]] = {
         error
         geometry sampling quantized cuda::error
         step_arrays
-        cpu::memory cpu::sync cpu::simd
+        cpu::memory cpu::pending cpu::sync cpu::simd
         cpu::threads
         cpu::element cpu::step
         cpu::quantized cpu::panel_product

@@ -11,6 +11,7 @@ pub mod lora;
 pub mod memory;
 pub mod norm;
 mod panel_product;
+mod pending;
 pub mod program;
 mod quantized;
 pub mod rope;

@@ -14,14 +14,13 @@ mod plan;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
 
-use std::hint::spin_loop;
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 pub(super) use self::columns::ColumnTerms;
 pub use self::plan::{LoraScratch, Projection};
 use self::plan::{RANK_BLOCK, ShrinkTask};
 use super::element::{Element, load_first, load_raw, splat_pack, splat_partial_pack, store_first};
+use super::pending::Pending;
 #[cfg(target_arch = "x86_64")]
 use super::simd::amx;
 use super::simd::{Isa, Kernel, LANES, Simd};
@@ -44,8 +43,7 @@ pub struct Lora<'a, E: Element> {
     isa: Isa,
     plan: &'a LoraScratch,
     s: Shareable<E>,
-    /// Shrink tasks not finished yet.
-    pending: AtomicUsize,
+    shrinks: Pending,
 }
 
 impl<'a, E: Element> Lora<'a, E> {
@@ -73,7 +71,7 @@ impl<'a, E: Element> Lora<'a, E> {
             isa,
             plan: scratch,
             s,
-            pending: AtomicUsize::new(scratch.shrink_tasks.len()),
+            shrinks: Pending::new(scratch.shrink_tasks.len()),
         }))
     }
 
@@ -100,7 +98,7 @@ impl<'a, E: Element> Lora<'a, E> {
 
     /// Runs shrink task `index`.
     pub(super) fn shrink(&self, index: usize) {
-        let _done = Done(&self.pending);
+        let _running = self.shrinks.task();
         let task = Shrink {
             lora: self,
             index,
@@ -113,15 +111,7 @@ impl<'a, E: Element> Lora<'a, E> {
 
     /// Returns when every shrink task has ended; they must have been started.
     pub(super) fn wait(&self) {
-        let mut spins = 0_u32;
-        while self.pending.load(Ordering::Acquire) != 0 {
-            spins = spins.wrapping_add(1);
-            if spins.is_multiple_of(1 << 14) {
-                std::thread::yield_now();
-            } else {
-                spin_loop();
-            }
-        }
+        self.shrinks.wait();
     }
 
     /// Adds s · Bᵀ for R rows and P panels.
@@ -224,15 +214,6 @@ impl<'a, E: Element> Lora<'a, E> {
             }
             rank += width;
         }
-    }
-}
-
-/// Counts a task as ended even when it panics, so that nobody waits for ever.
-struct Done<'a>(&'a AtomicUsize);
-
-impl Drop for Done<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Release);
     }
 }
 

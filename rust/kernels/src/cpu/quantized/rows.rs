@@ -1,10 +1,8 @@
 //! Rows of x as bytes, quantised while the products that read them wait.
 
-use std::hint::spin_loop;
-use std::sync::atomic::{AtomicUsize, Ordering};
-
 use crate::cpu::element::{Element, load_first};
 use crate::cpu::memory::Scratch;
+use crate::cpu::pending::Pending;
 use crate::cpu::simd::{Isa, Kernel, LANES, Simd};
 use crate::cpu::threads::Shareable;
 
@@ -22,8 +20,7 @@ pub struct QuantizedRows<'a, E: Element> {
     in_features: usize,
     rows_per_task: usize,
     bytes: RowBytes,
-    /// Tasks not finished yet.
-    pending: AtomicUsize,
+    tasks: Pending,
     num_tasks: usize,
     _scratch: Scratch,
 }
@@ -74,7 +71,7 @@ impl<'a, E: Element> QuantizedRows<'a, E> {
                 scales: Shareable::from_ptr(scales),
                 sums: Shareable::from_ptr(sums.cast()),
             },
-            pending: AtomicUsize::new(num_tasks),
+            tasks: Pending::new(num_tasks),
             num_tasks,
             _scratch: scratch,
         }
@@ -86,22 +83,14 @@ impl<'a, E: Element> QuantizedRows<'a, E> {
 
     /// Quantises the rows of task `index`.
     pub fn quantize(&self, index: usize) {
-        let _done = Done(&self.pending);
+        let _running = self.tasks.task();
         // SAFETY: `isa` is supported; tasks own disjoint rows, which the scratch has room for.
         unsafe { self.isa.dispatch(Task { rows: self, index }) }
     }
 
     /// Returns when every task has ended; they must have been started.
     pub fn wait(&self) {
-        let mut spins = 0_u32;
-        while self.pending.load(Ordering::Acquire) != 0 {
-            spins = spins.wrapping_add(1);
-            if spins.is_multiple_of(1 << 14) {
-                std::thread::yield_now();
-            } else {
-                spin_loop();
-            }
-        }
+        self.tasks.wait();
     }
 
     /// The rows, once `wait` has returned.
@@ -119,15 +108,6 @@ impl RowBytes {
             scales: self.scales.get().wrapping_add(groups),
             sums: self.sums.get().wrapping_add(groups * (GROUP / LANES)),
         }
-    }
-}
-
-/// Counts a task as ended even when it panics, so that nobody waits for ever.
-struct Done<'a>(&'a AtomicUsize);
-
-impl Drop for Done<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Release);
     }
 }
 
