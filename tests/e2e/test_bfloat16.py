@@ -1,6 +1,7 @@
 """bfloat16: no further from float32 than twice what PEFT in bfloat16 is."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.e2e.oracle import HETEROGENEOUS, PeftOracle
 from tests.e2e.prompts import PROMPTS
+from tests.models.tiny import make_model, save_model
 
 
 def our_last_logits(
@@ -79,6 +81,23 @@ def test_logit_error_is_at_most_twice_pefts(
     our_error = max_error(our_last_logits(config, requests, adapter_paths), exact)
     print(f"max logit error against float32: ours {our_error:.4f}, PEFT bfloat16 {peft_error:.4f}")
     assert 0 < our_error <= 2 * peft_error
+
+
+def test_a_residual_keeps_what_bfloat16_would_round_away(tmp_path: Path) -> None:
+    model = make_model("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(256.0)  # what layers add is then below its last place
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16))
+    prompts = [list(range(first, first + 12)) for first in range(3, 180, 12)]
+    with torch.inference_mode():
+        exact = torch.stack([model(torch.tensor([p])).logits[0, -1] for p in prompts])
+    config = EngineConfig(model=str(save_model(model, tmp_path)), dtype="bfloat16", memory="16MiB")
+    ours = our_last_logits(config, [(prompt, None) for prompt in prompts], {})
+    with torch.inference_mode():
+        copy = model.to(torch.bfloat16)
+        rounded = torch.stack([copy(torch.tensor([p])).logits[0, -1].float() for p in prompts])
+    assert max_error(ours, exact) < 0.5 * max_error(rounded, exact)
 
 
 def max_error(logits: torch.Tensor, exact: torch.Tensor) -> float:
