@@ -1,6 +1,7 @@
 """Embeddings and heads of adapters' own: as PEFT computes them, mixed with plain adapters and the base."""
 
 import copy
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from loraserve import LLM, SamplingParams
 from loraserve.config import EngineConfig
 from loraserve.errors import AdapterFormatError, InvalidRequestError
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 
 from tests.e2e.case import Case
 from tests.e2e.oracle import ALL, AdapterSpec, greedy_tokens, make_adapter
@@ -131,6 +133,28 @@ def test_greedy_float32_of_a_mixed_batch_is_token_exact_with_peft(case: TablesCa
         case.peft_greedy(PROMPT, answer, name) for name, answer in zip(names, answers, strict=True)
     ]
     assert len({tuple(answer) for answer in answers}) == len(case.adapters) + 1
+
+
+@pytest.mark.parametrize("name", ["head", "both", "few", "tokens", "norms", "last_norm"])
+def test_trained_weights_under_their_own_names_are_the_same_adapter(
+    case: TablesCase, tmp_path: Path, name: str
+) -> None:
+    """As a trainer that shards dumps what it has trained, without PEFT's save_pretrained."""
+    directory = tmp_path / name
+    shutil.copytree(case.adapters[name], directory)
+    model = PeftModel.from_pretrained(copy.deepcopy(case.base), str(directory), is_trainable=True)
+    trained = {
+        name: parameter.detach().contiguous()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    assert any(".default" in name and "lora_" not in name for name in trained)
+    save_file(trained, directory / "adapter_model.safetensors")
+    receipt = case.llm.load_adapter("dumped", str(directory))
+    try:
+        assert receipt.hash == case.receipt(name).hash
+    finally:
+        case.llm.unload_adapter("dumped")
 
 
 def test_tokens_beside_a_saved_head_are_exact_where_these_are_two_weights(

@@ -39,6 +39,9 @@ const NAMED_LAST: &[&str] = &[
     "lora_embedding_B",
     "lora_magnitude_vector",
 ];
+/// Where PEFT keeps whole modules and rows of an adapter, whose name follows; their files have neither.
+const SAVED_PART: &str = "modules_to_save";
+const TOKENS_PART: [&str; 2] = ["token_adapter", "trainable_tokens_delta"];
 /// PEFT's own name of an adapter that was given none.
 const DEFAULT_NAME: &str = "default";
 
@@ -161,6 +164,17 @@ impl<'a> Name<'a> {
         if name_at {
             self.adapter = Some(rest.remove(1));
         }
+        match rest[..] {
+            [SAVED_PART, adapter, last @ ("weight" | "bias")] => {
+                self.adapter = Some(adapter);
+                rest = vec![last];
+            }
+            [first, second, adapter] if [first, second] == TOKENS_PART => {
+                self.adapter = Some(adapter);
+                rest.pop();
+            }
+            _ => {}
+        }
         self.rest = rest.iter().flat_map(|part| [".", part]).collect();
     }
 }
@@ -191,7 +205,7 @@ fn is_end(part: &str) -> bool {
     is_half
         || NAMED_PARTS.contains(&part)
         || NAMED_LAST.contains(&part)
-        || ["alpha", "bias", "weight"].contains(&part)
+        || ["alpha", "bias", "weight", SAVED_PART].contains(&part)
 }
 
 /// The root of a name as the name has it.
@@ -260,7 +274,7 @@ impl Seen {
             *self.wrapped_roots.entry(root.clone()).or_default() += 1;
         }
         let adapter = name.adapter.unwrap_or(DEFAULT_NAME).to_string();
-        if name.rest.starts_with(".lora_") {
+        if name.rest.starts_with(".lora_") || name.adapter.is_some() {
             self.adapter
                 .add(&adapter, text)
                 .map_err(|first| mixed("of two adapters", first))?;
@@ -383,6 +397,22 @@ mod tests {
                 "lm_head.weight",
             ),
             ("lm_head.lora_A.default.weight", "lm_head.lora_A.weight"),
+            (
+                "base_model.model.lm_head.modules_to_save.default.weight",
+                "lm_head.weight",
+            ),
+            (
+                "base_model.model.lm_head.modules_to_save.weight",
+                "lm_head.modules_to_save.weight",
+            ),
+            (
+                "model.layers.1.input_layernorm.modules_to_save.mine.weight",
+                "model.layers.1.input_layernorm.weight",
+            ),
+            (
+                "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta.default",
+                "model.embed_tokens.token_adapter.trainable_tokens_delta",
+            ),
             (
                 "base_model.model.model.embed_tokens.lora_embedding_A.mine",
                 "model.embed_tokens.lora_embedding_A",

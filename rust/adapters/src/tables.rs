@@ -46,7 +46,10 @@ impl Table {
             reason,
         };
         if !matches!(info.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
-            return Err(refuse(format!("its dtype is {}", info.dtype)));
+            return Err(refuse(format!(
+                "its dtype is {}: save the adapter in F32, F16 or BF16",
+                info.dtype
+            )));
         }
         let [rows, _] = shape[..] else {
             return Err(refuse(format!("its shape is {shape:?}")));

@@ -266,6 +266,16 @@ def test_vllms_names_load_and_unload(open_client: httpx.Client, roots: Path) -> 
     assert open_client.post("/v1/unload_lora_adapter", json={"lora_name": "x"}).status_code == 404
 
 
+def test_a_name_is_taken_from_other_content_where_that_is_asked_for(
+    open_client: httpx.Client, roots: Path
+) -> None:
+    body = {"name": "sql", "source": str(roots / "good")}
+    assert open_client.post("/adapters", json=body).status_code == 400
+    assert open_client.get("/adapters/sql").json()["path"] == "/adapters/sql"
+    assert open_client.post("/adapters", json=body | {"replace": True}).status_code == 201
+    assert open_client.get("/adapters/sql").json()["path"] == str(roots / "good")
+
+
 def test_a_replacement_that_is_refused_leaves_the_old_adapter(open_client: httpx.Client, roots: Path) -> None:
     body = {"lora_name": "sql", "lora_path": str(roots / "bad"), "load_inplace": True}
     assert open_client.post("/v1/load_lora_adapter", json=body).status_code == 400

@@ -97,6 +97,7 @@ async def load(body: LoadBody, request: Request, state: State, caller: Admin) ->
         token=body.token,
         is_pinned=body.pin,
         is_warm=body.warm,
+        replaces=body.replace,
         manifest=_manifest(body),
     )
     if EVENT_STREAM in request.headers.get("accept", ""):

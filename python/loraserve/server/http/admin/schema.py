@@ -22,6 +22,7 @@ class LoadBody(RequestBody):
         "lora_path": "source",
         "adapter_id": "name",
         "pinned": "pin",
+        "load_inplace": "replace",
     }
 
     name: Name
@@ -33,6 +34,7 @@ class LoadBody(RequestBody):
     token: str | None = Field(None, max_length=1024, repr=False, description="Hub token for this adapter.")
     pin: bool = Field(False, description="Keep it in the memory pool.")
     warm: bool = Field(False, description="Load it into the memory pool now.")
+    replace: bool = Field(False, description="Take the name from other content.")
     manifest: dict[str, Any] | None = Field(None, description="Fields that override its loraserve.json.")
 
 
