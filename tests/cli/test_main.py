@@ -29,6 +29,13 @@ def test_help_describes_every_command(command: list[str], capsys: pytest.Capture
     assert "usage: loraserve" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", [[], *COMMANDS])
+def test_help_lists_choices_as_they_are_typed(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*command, "--help"])
+    assert "('" not in capsys.readouterr().out  # a tuple among the choices
+
+
 @pytest.mark.parametrize("command", [["serve"], ["generate"], ["adapters", "check"]])
 def test_help_teaches_with_examples(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

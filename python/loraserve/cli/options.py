@@ -116,7 +116,7 @@ def add_dtype_option(parser: argparse._ActionsContainer) -> None:
     """`--dtype`, with the names that other servers have for one."""
     parser.add_argument(
         "--dtype",
-        choices=(*DTYPES, QUANTIZATIONS, *DTYPE_ALIASES),
+        choices=(*DTYPES, *DTYPE_ALIASES),
         default=EngineConfig.dtype,
         help="storage of weights, KV cache and adapters (default %(default)s)",
     )
