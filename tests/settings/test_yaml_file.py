@@ -56,3 +56,10 @@ def test_origins_that_are_no_list_of_texts_are_refused(origins: str, tmp_path: P
     path.write_text(f"model: m\ncors_origin: {origins}")
     with pytest.raises(ConfigError, match="cors_origin"):
         load_settings({}, {}, path)
+
+
+@pytest.mark.parametrize(("written", "meant"), [("off", "off"), ("'off'", "off"), ("ngram", "ngram")])
+def test_guessing_is_turned_off_by_a_bare_off(written: str, meant: str, tmp_path: Path) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text(f"model: m\nspeculate: {written}")
+    assert load_settings({}, {}, path).settings.speculate == meant

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -66,6 +66,11 @@ def _none_if_off(value: Any) -> Any:
     return None if value == OFF or value is False else value
 
 
+def _off_for_no(value: Any) -> Any:
+    """YAML reads a bare `off` as false."""
+    return OFF if value is False else value
+
+
 def _number(value: Any) -> Any:
     """YAML reads `yes` and `on` as true, which Python takes for 1."""
     if isinstance(value, bool):
@@ -99,6 +104,7 @@ def _yes_or_no(value: Any) -> Any:
     return value
 
 
+Speculate: TypeAlias = Annotated[Literal["off", "ngram"], BeforeValidator(_off_for_no)]
 Texts: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(_split)]
 Origins: TypeAlias = Annotated[
     tuple[str, ...], BeforeValidator(_split), BeforeValidator(_listed), AfterValidator(_checked_origins)

@@ -22,6 +22,7 @@ from loraserve.settings.fields import (
     Seconds,
     SettingsModel,
     Share,
+    Speculate,
     Texts,
     YesNo,
     option,
@@ -160,7 +161,7 @@ class ServeSettings(SettingsModel):
         flags=("--enable-prefix-caching",),
         env=("PREFIX_CACHING",),
     )
-    speculate: Literal["off", "ngram"] = option(
+    speculate: Speculate = option(
         EngineConfig.speculate,
         "engine",
         "ngram guesses what an answer repeats and checks it in one step: the same answers, sooner",
