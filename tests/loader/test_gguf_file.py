@@ -148,7 +148,7 @@ def test_an_unsupported_tokenizer_is_refused(
     ("content", "message"),
     [
         (b"", "m.gguf is empty"),
-        (b"GGUF", "malformed header"),
+        (b"GGUF", "file is cut short at byte 4"),
         (b"not a gguf file at all", 'is text that begins with "not a gguf file at all"'),
         (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), "GGUF version 1 is not supported"),
         (b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1 << 60), "file is cut short"),
@@ -167,7 +167,7 @@ def test_a_header_cut_anywhere_is_refused(tmp_path: Path) -> None:
     header_nbytes = min(tensor.offset for tensor in parse_header(whole).tensors.values())
     unpadded = len(whole[:header_nbytes].rstrip(b"\0"))
     for nbytes in range(unpadded):
-        with pytest.raises(ValueError, match="malformed header|cut short|not a GGUF"):
+        with pytest.raises(ValueError, match="cut short|not a GGUF"):
             parse_header(whole[:nbytes])
 
 

@@ -30,10 +30,10 @@ def with_metadata(**changes: Any) -> dict[str, Any]:
 
 
 def with_tensor(of: str, **changes: Any) -> dict[str, Any]:
-    """The table with one row changed: its name, dims or type."""
+    """The table with one row changed: its name, dims, type or offset."""
     rows = [list(row) for row in gguf_bytes.describe()["tensors"]]
     row = next(row for row in rows if row[0] == gguf_bytes.gguf_name(of))
-    for index, field in enumerate(("name", "dims", "type")):
+    for index, field in enumerate(("name", "dims", "type", "offset")):
         row[index] = changes.get(field, row[index])
     return {"tensors": rows}
 
@@ -58,6 +58,9 @@ def with_tensor(of: str, **changes: Any) -> dict[str, Any]:
             r"num_attention_heads \[2, 2\], it must be",
         ),
         (with_tensor(Q, dims=[1, 1, 1, 1, 32]), "'blk.0.attn_q.weight' has 5 dimensions, the limit is 4"),
+        (with_tensor(Q, dims=[32, 64]), "tensors blk.0.attn_q.weight and .* overlap"),
+        (with_tensor(Q, offset=7), "'blk.0.attn_q.weight' has offset 7, no multiple of 32"),
+        (with_tensor(Q, offset=0), "tensors .* overlap"),
         (with_tensor(Q, name="blk.0.attn_k.weight"), "two tensors have the same name"),
         (with_tensor(Q, name=NORM), "two tensors have names that stand for the same"),
         (
@@ -120,3 +123,15 @@ def test_counts_beyond_what_any_model_has_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["blk", "blk.", "blk.0", "blk.0.weight", "", ".", "blk.x.y"])
 def test_a_name_of_another_form_stays_one(name: str) -> None:
     assert hf_name(name).endswith(name.rpartition(".")[2])
+
+
+@pytest.mark.parametrize(
+    ("ggml_type", "message"),
+    [(31, "is of type 31, which gguf does not know: get the"), (24, "is of type I8, which gguf can't deq")],
+)
+def test_a_type_that_is_not_read_is_named_with_a_remedy(ggml_type: int, message: str, tmp_path: Path) -> None:
+    with (
+        open_checkpoint(write(tmp_path, **with_tensor(Q, type=ggml_type))) as checkpoint,
+        pytest.raises(ModelError, match=message),
+    ):
+        checkpoint.tensor(Q)

@@ -117,6 +117,8 @@ class Checkpoint(ABC):
         self._check_shape(name, self.shape(name), shape)
         try:
             weight = self._read_quantized(name)
+        except ModelError:
+            raise
         except ValueError as error:
             raise ModelError(f"{self._file_of(name)}: tensor {name} can't be read: {error}") from error
         self._used.add(name)

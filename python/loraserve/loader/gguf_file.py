@@ -83,10 +83,10 @@ class GgufFile(Checkpoint):
         self._file.close()
 
     def files(self) -> list[Path]:
-        return [self.path]
+        return self._file.files()
 
     def _file_of(self, name: str) -> Path:
-        return self.path
+        return self._file.file_of(self._gguf_name[name])
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._file.tensors[self._gguf_name[name]].shape

@@ -32,6 +32,9 @@ KEY_TYPES: Final[Mapping[str, type | tuple[type]]] = {
     "general.alignment": int,
     "general.architecture": str,
     "general.type": str,
+    "split.count": int,
+    "split.no": int,
+    "split.tensors.count": int,
     "tokenizer.chat_template": str,
     "tokenizer.ggml.model": str,
     "tokenizer.ggml.pre": str,
@@ -74,7 +77,9 @@ def parse_header(data: bytes | mmap.mmap) -> GgufHeader:
     try:
         with memoryview(data) as view:
             return _Cursor(view).header()
-    except (struct.error, UnicodeDecodeError, KeyError) as error:
+    except struct.error:
+        raise ValueError(f"file is cut short at byte {len(data)}") from None
+    except UnicodeDecodeError as error:
         raise ValueError(f"malformed header: {error}") from error
 
 
@@ -120,7 +125,11 @@ class _Cursor:
             metadata[key] = self._value(self._scalar("I"))
         _check_types(metadata)
         rows = [self._tensor_row() for _ in range(num_tensors)]
-        start = _aligned(self._at, metadata.get("general.alignment", DEFAULT_ALIGNMENT))
+        alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+        start = _aligned(self._at, alignment)
+        for name, _, _, offset in rows:
+            if offset % alignment:
+                raise ValueError(f"tensor {name[:100]!r} has offset {offset}, no multiple of {alignment}")
         tensors = {row[0]: GgufTensor(*row[:3], start + row[3]) for row in rows}
         if len(tensors) < len(rows):
             raise ValueError("two tensors have the same name")
