@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 import torch
 from loraserve import _core
 from loraserve.errors import ModelError
-from loraserve.loader import LoadedModel, load_model, quantized_cache
+from loraserve.loader import LoadedModel, load_model, open_checkpoint, quantized_cache
+from loraserve.loader.gguf_file import GgufFile
 from loraserve.models.config import ModelConfig
 from loraserve.models.decoder import Decoder
 from loraserve.models.quantized import dequantize, format_of, quantize, to_arrays
@@ -113,6 +115,17 @@ def test_the_method_of_a_checkpoint_may_be_named(gguf_file: Path, dense: Path, t
         load(dense, "awq")
 
 
+def test_a_scale_that_is_no_number_names_its_tensor(gguf_file: Path, tmp_path: Path) -> None:
+    with open_checkpoint(gguf_file) as checkpoint:
+        assert isinstance(checkpoint, GgufFile)
+        offset = checkpoint._file.tensors["blk.0.attn_q.weight"].offset
+    content = bytearray(gguf_file.read_bytes())
+    content[offset : offset + 2] = b"\xff\x7e"  # of float16, a NaN
+    (tmp_path / "m.gguf").write_bytes(content)
+    with pytest.raises(ModelError, match=r"self_attn\.q_proj\.weight can't be read: .* not finite"):
+        load(tmp_path / "m.gguf", None)
+
+
 def test_a_device_without_quantised_products_gets_dense_weights(gguf_file: Path, dense: Path) -> None:
     for quantization in (None, "gguf", "none"):
         model = load(gguf_file, quantization, keeps_quantized=False)
@@ -204,6 +217,24 @@ def test_another_kind_and_changed_files_are_kept_apart(dense: Path, cache: Path,
     (tmp_path / "copy" / "model.safetensors").touch()
     load(tmp_path / "copy", "int8")
     assert len(list(cache.iterdir())) == 4
+
+
+def test_other_weights_of_the_same_size_and_time_are_kept_apart(
+    dense: Path, cache: Path, tmp_path: Path
+) -> None:
+    """As an image built anew has them, whose files all bear one time."""
+    model = tmp_path / "model"
+    for factor in (1.0, 0.5):
+        weights = make_model("llama")
+        with torch.no_grad():
+            for weight in weights.parameters():
+                weight.mul_(factor)
+        save_model(weights, model)
+        os.utime(model / "model.safetensors", (1, 1))
+        made = load(model, "int8")
+    fresh = load(Path(shutil.copytree(model, tmp_path / "copy")), "int8")
+    for linear, other in zip(linears(made), linears(fresh), strict=True):
+        assert torch.equal(linear.weight(), other.weight())
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "swapped", "text"])

@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Final, get_args
 
 from loraserve.errors import ModelError
+from loraserve.loader.fingerprint import fingerprint
 from loraserve.loader.quantized_cache import QuantizedCache, cache_root
 from loraserve.models.quantized import MADE_FORMATS, MadeKind, QuantFormat, quantize
 from loraserve.models.weights import EMBEDDING, HEAD
@@ -96,7 +97,7 @@ def _made(checkpoint: Checkpoint, changed: Tensors | None, kind: MadeKind) -> Ma
         return MadeWeights(changed, kind)
     if root is None:
         return MadeWeights(checkpoint, kind)
-    cache = QuantizedCache(root, checkpoint.files(), kind)
+    cache = QuantizedCache(root, checkpoint.files(), fingerprint(checkpoint), kind)
     logger.info("weights quantised to %s are kept in %s", kind, cache.folder)
     return CachedWeights(checkpoint, kind, cache)
 

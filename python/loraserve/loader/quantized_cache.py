@@ -1,8 +1,8 @@
 """Weights that were quantised at load, kept on disk for the next start: a file a weight, a folder a model.
 
-A folder's name is a hash of what was quantised: the model's files by path, size and time of change, the kind,
-and the version of the form. A file that is damaged counts as absent, and is written again. Any number of
-processes share a folder.
+A folder's name is a hash of what was quantised: the model's files by path, size and time of change, its
+fingerprint (images and archives give all files one time), the kind, and the version of the form. A file
+that is damaged counts as absent, and is written again. Any number of processes share a folder.
 """
 
 from __future__ import annotations
@@ -43,11 +43,12 @@ class QuantizedCache:
     Args:
         root: of all models' folders.
         files: the model's, as they lie on disk.
+        fingerprint: of its weights.
         kind: what it is quantised to.
     """
 
-    def __init__(self, root: Path, files: Iterable[Path], kind: MadeKind) -> None:
-        self.folder = root / _key(files, kind)
+    def __init__(self, root: Path, files: Iterable[Path], fingerprint: str, kind: MadeKind) -> None:
+        self.folder = root / _key(files, fingerprint, kind)
         self._can_write = True
         with contextlib.suppress(OSError):
             os.utime(self.folder)  # used now: others go first
@@ -117,8 +118,8 @@ def cache_root() -> Path | None:
     return Path(home) / ".cache" / "loraserve" / "quantized" if home else None
 
 
-def _key(files: Iterable[Path], kind: MadeKind) -> str:
-    hasher = hashlib.sha256(f"{VERSION} {kind}".encode())
+def _key(files: Iterable[Path], fingerprint: str, kind: MadeKind) -> str:
+    hasher = hashlib.sha256(f"{VERSION} {kind} {fingerprint}".encode())
     for file in files:
         status = file.stat()
         hasher.update(f"\n{os.path.realpath(file)} {status.st_size} {status.st_mtime_ns}".encode())
