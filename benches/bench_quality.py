@@ -11,6 +11,7 @@ import json
 import pydoc_data.topics  # type: ignore[import-not-found]
 import random
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import machine
@@ -84,9 +85,13 @@ def hf_logits(model: PreTrainedModel, texts: list[list[int]]) -> torch.Tensor:
     return torch.cat(rows)
 
 
-def engine_logits(config: EngineConfig, texts: list[list[int]]) -> torch.Tensor:
-    """As `hf_logits`, of the engine's step; blocks that prefixes share are computed once."""
+def engine_logits(config: EngineConfig, texts: list[list[int]], adapter: str | None = None) -> torch.Tensor:
+    """As `hf_logits`, of the engine's step; blocks that prefixes share are computed once.
+
+    `adapter`: the directory of one that changes linears only.
+    """
     runner = ModelRunner(config)
+    limits = (config.dtype, config.max_lora_rank)
     scheduler = _core.Scheduler(
         num_pages=runner.num_pages,
         page_nbytes=runner.page_nbytes,
@@ -95,14 +100,38 @@ def engine_logits(config: EngineConfig, texts: list[list[int]]) -> torch.Tensor:
         max_batched_tokens=2048,
         max_model_len=2048,
     )
+    wanted: list[tuple[str, float]] = []
+    if adapter is not None:
+        receipt = _core.check_adapter(adapter, runner.base_shape, *limits, adapter_dtype=config.adapter_dtype)
+        scheduler.register_adapter("adapter", receipt.hash, receipt.nbytes)
+        wanted = [("adapter", 1.0)]
+
+    def load(address: int, nbytes: int) -> _core.AdapterLayout:
+        assert adapter is not None, "invariant: only a registered adapter is loaded"
+        return _core.load_adapter(
+            adapter,
+            runner.base_shape,
+            *limits,
+            receipt.hash,
+            address,
+            nbytes,
+            adapter_dtype=config.adapter_dtype,
+        )
+
     order: list[int] = []
     rows: dict[int, torch.Tensor] = {}
     for text in texts:
         prefixes = [text[:end] for end in range(STEP, len(text) + 1, STEP)]
-        order += (ids := [scheduler.submit(prefix, [], 1, 0, []) for prefix in prefixes])
+        order += (ids := [scheduler.submit(prefix, wanted, 1, 0, []) for prefix in prefixes])
         while not all(request_id in rows for request_id in ids):
             step = scheduler.schedule()
-            assert step.batch is not None, "invariant: there is room for one passage"
+            for adapter_id, slot, first_page, num_pages in step.loads:
+                extent = runner.extent(slot, first_page, num_pages)
+                runner.bind(extent, runner.backend.fill(extent, partial(load, nbytes=extent.nbytes)))
+                scheduler.adapter_loaded(adapter_id)
+            if step.batch is None:
+                assert step.loads, "invariant: there is room for one passage"
+                continue
             logits = runner.execute(step.batch)
             rows.update(zip(step.batch.sample_request_ids, logits.clone(), strict=True))
             scheduler.commit(step, logits.numpy().argmax(-1).astype("int32"))

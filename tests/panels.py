@@ -3,6 +3,11 @@
 import torch
 
 
+def pack_of(dtype: torch.dtype) -> int:
+    """Neighbours along k that lie together."""
+    return 1 if dtype == torch.int8 else 4 // dtype.itemsize
+
+
 def panel_index(rows: int, k: int, pack: int) -> torch.Tensor:
     """Where element (row, k) of a matrix [rows, k] lies: int64 [rows, k].
 
@@ -18,7 +23,7 @@ def panel_index(rows: int, k: int, pack: int) -> torch.Tensor:
 def pack_panels(matrix: torch.Tensor) -> torch.Tensor:
     """The elements of `matrix` [rows, k] in panels; rows is a multiple of 8."""
     rows, k = matrix.shape
-    pack = 4 // matrix.dtype.itemsize
+    pack = pack_of(matrix.dtype)
     packed = torch.zeros(rows * -(-k // pack) * pack, dtype=matrix.dtype)
     packed[panel_index(rows, k, pack).reshape(-1)] = matrix.reshape(-1)
     return packed
@@ -26,7 +31,7 @@ def pack_panels(matrix: torch.Tensor) -> torch.Tensor:
 
 def unpack_panels(data: torch.Tensor, rows: int, k: int) -> torch.Tensor:
     """The matrix [rows, k] whose panels begin at `data`."""
-    return data[panel_index(rows, k, 4 // data.dtype.itemsize)]
+    return data[panel_index(rows, k, pack_of(data.dtype))]
 
 
 def pack_columns(values: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,7 @@ WRONG_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"dtype": "int8"}, "dtype is 'int8', it must be one of"),
     ({"quantization": "fp8"}, "quantization is 'fp8', it must be one of auto, none, int8, int4"),
     ({"quantization": 8}, "quantization is 8, it must be one of"),
+    ({"adapter_dtype": "int4"}, "adapter_dtype is 'int4', it must be one of auto, int8"),
     ({"dtype": ["float32"]}, "dtype is ['float32'], it must be one of"),
     ({"device": 0}, "device is 0, it must be one of auto, cpu, cuda"),
     ({"device": "tpu"}, "device is 'tpu', it must be one of"),

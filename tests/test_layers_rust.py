@@ -34,7 +34,7 @@ CRATES: dict[str, tuple[set[str], str]] = {
         config
         bind place tables
         norms token_lora
-        replaced_rows
+        factor replaced_rows
         columns content notes receipt
         pack
         adapter

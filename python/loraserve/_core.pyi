@@ -407,6 +407,7 @@ class Scheduler:
 _ModulePlace = tuple[int, int, int, int, int, float]
 _GroupPlace = tuple[int, int, int, int, int, list[_ModulePlace]]
 _ColumnsPlace = tuple[int, int, int, int, bool, bool]
+_ScalesPlace = tuple[int, int, int]
 _RowsPlace = tuple[int, int, int, int]
 
 @final
@@ -442,6 +443,7 @@ class AdapterLayout:
         embedding: _RowsPlace | None = None,
         head: _RowsPlace | None = None,
         vocabulary: int | None = None,
+        scales: list[_ScalesPlace] = ...,
     ) -> AdapterLayout:
         """What the methods of these names return, for an adapter that was not loaded from files.
 
@@ -471,6 +473,8 @@ class AdapterLayout:
         Each module: (rank_offset, rank, b_offset, out_offset, out_features, scale). A is
         [group rank, in_features]; a module's B is stored transposed, [module rank, out_features].
         """
+    def scales(self) -> list[_ScalesPlace]:
+        """Groups of int8: (layer, group, offset) of float32 [group rank], A's scale times B's."""
     def columns(self) -> list[_ColumnsPlace]:
         """Modules with gains or shifts: (layer, group, out_offset, offset, has_gain, has_shift).
 
@@ -581,16 +585,17 @@ def check_adapter(
     pace: LoadPace | None = None,
     base_weights: _BaseWeights | None = None,
     stored: tuple[str, str] | None = None,
+    adapter_dtype: str = "auto",
 ) -> Receipt:
     """Read and check all of a PEFT directory, without the GIL.
 
     With `stored`, the text of an adapter_config.json and the path of a safetensors file, those are read, and
     `path` is what errors call the file.
 
-    `dtype`: storage dtype, "float32", "bfloat16" or "float16"; `pace` None is full speed. `base_weights`
-    gives (rows, columns) and `row_digests` of the base's "embed_tokens" or "lm_head" in that dtype, and
-    whether both are one weight; it is asked where there are embeddings or a head, which are refused without
-    it. Raises AdapterFormatError.
+    `dtype`: storage dtype, "float32", "bfloat16" or "float16"; `adapter_dtype`: "auto", or "int8" for A and B
+    of linears and head; `pace` None is full speed. `base_weights` gives (rows, columns) and `row_digests` of
+    the base's "embed_tokens" or "lm_head" in that dtype, and whether both are one weight; it is asked where
+    there are embeddings or a head, which are refused without it. Raises AdapterFormatError.
     """
 
 def recognise_file(path: str, is_json: bool = False) -> str | None:
@@ -612,6 +617,7 @@ def load_adapter(
     stored: tuple[str, str] | None = None,
     base_weights: _BaseWeights | None = None,
     known: Receipt | None = None,
+    adapter_dtype: str = "auto",
 ) -> AdapterLayout:
     """Pack a registered adapter into `dst_nbytes` writable bytes at `dst_ptr`, without the GIL.
 

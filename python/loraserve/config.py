@@ -16,6 +16,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 DTYPE_ALIASES = {"auto": "bfloat16", "half": "float16", "float": "float32"}
 DEVICES = ("auto", "cpu", "cuda")
 SPECULATIONS = ("off", "ngram")
+ADAPTER_DTYPES = ("auto", "int8")
 # What weights can be made at load, or must be in the checkpoint; "auto" is what the checkpoint says.
 QUANTIZATIONS = ("auto", "none", "int8", "int4", "gguf", "awq", "gptq", "compressed-tensors")
 QUANTIZATION_ALIASES = {"awq_marlin": "awq", "gptq_marlin": "gptq"}
@@ -53,6 +54,9 @@ class EngineConfig:
         quantization: None (or "auto") leaves weights as the checkpoint has quantised them (.gguf, AWQ, GPTQ,
             compressed-tensors), on a GPU dequantised; "none" dequantises them to `dtype`; "int8" or "int4"
             quantises float weights at load, on the CPU; a checkpoint's own method is checked against it.
+        adapter_dtype: what adapters are kept in: "auto" is `dtype`; "int8" keeps A and B of linears and head
+            in a byte a value, with a scale for each rank (CPU only), so that nearly twice as many fit into
+            the pool as in bfloat16. Rows, norms, biases and magnitudes of adapters stay in floats.
         device: "cpu", "cuda" (one NVIDIA GPU), or "auto", which takes a GPU that can run the kernels.
         memory: bytes of the one pool that KV cache and adapters share, or text such as "2GiB"; "auto" takes
             three quarters of what is free beside the weights, on a GPU what `gpu_memory_utilization` leaves,
@@ -93,6 +97,7 @@ class EngineConfig:
     manifests: Mapping[str, AdapterManifest] = field(default_factory=dict)
     dtype: str = "bfloat16"
     quantization: str | None = None
+    adapter_dtype: str = "auto"
     device: str = "auto"
     memory: int | str = AUTO
     adapter_host_memory: int | str = AUTO
@@ -125,6 +130,7 @@ class EngineConfig:
         check_choice("dtype", self.dtype, (*DTYPES, *DTYPE_ALIASES))
         object.__setattr__(self, "dtype", DTYPE_ALIASES.get(self.dtype, self.dtype))
         check_choice("device", self.device, DEVICES)
+        check_choice("adapter_dtype", self.adapter_dtype, ADAPTER_DTYPES)
         for name, high in MAX_COUNTS.items():
             value = getattr(self, name)
             if value is not None or name not in _OPTIONAL_COUNTS:
@@ -143,7 +149,8 @@ class EngineConfig:
             if name not in self.adapters:
                 raise InvalidRequestError(f"manifests has {name!r}, which is none of the adapters")
         if self.merge is not None:
-            check_merge(self.merge, [*self.adapters, *(failure.name for failure in self.failed_adapters)])
+            given = [*self.adapters, *(failure.name for failure in self.failed_adapters)]
+            check_merge(self.merge, given, self.adapter_dtype)
             if self.failed_adapters:
                 raise start_error(self.failed_adapters)
         parse_memory(self.memory)
@@ -167,8 +174,8 @@ class EngineConfig:
         return parse_memory(self.adapter_host_memory, "adapter_host_memory", least=0)
 
 
-def check_merge(name: object, adapters: Iterable[str]) -> None:
-    """Raises InvalidRequestError: the adapter to merge is none of `adapters`, or not the only one."""
+def check_merge(name: object, adapters: Iterable[str], adapter_dtype: str = "auto") -> None:
+    """Raises InvalidRequestError: it is none of `adapters`, or not the only one, or to be kept in a dtype."""
     if not isinstance(name, str):
         raise InvalidRequestError(f"merge is {name!r:.100}, give the name of the adapter to fold in")
     adapters = list(adapters)
@@ -181,6 +188,11 @@ def check_merge(name: object, adapters: Iterable[str]) -> None:
         raise InvalidRequestError(
             f"merge folds {name!r} into the model, and {others[0]!r:.100} can't be served beside it: leave "
             "that away, or leave --merge away to mix them"
+        )
+    if adapter_dtype != "auto":
+        raise InvalidRequestError(
+            f"adapter_dtype is {adapter_dtype!r}, and merge folds {name!r:.100} into the weights, beside "
+            "which no adapter is kept: leave --adapter-dtype away"
         )
 
 

@@ -86,6 +86,7 @@ JSON_ONE = '{"name": "a", "path": "/x", "base_model_name": "m"}'
         (["--dtype", "half"], {"dtype": "half"}),
         (["--quantization", "int8"], {"quantization": "int8"}),
         (["-q", "awq_marlin"], {"quantization": "awq_marlin"}),
+        (["--adapter-dtype", "int8", "--lora-dtype", "auto"], {"adapter_dtype": "int8"}),
         (["--quantize", "gptq"], {"quantization": "gptq"}),
         (["--api-key", "k"], {"api_key": "k"}),
         (["m", "--served-model-name", "one", "two"], {"model": "m", "served_model_name": ["one", "two"]}),

@@ -96,18 +96,22 @@ def write_adapter(
     groups: dict[tuple[int, int], tuple[int, list[ModuleSpec]]],
     num_layers: int,
     generator: torch.Generator,
+    *,
+    is_int8: bool = False,
 ) -> None:
-    """Fill an extent of both pools with random A and B, and bind it to `slot`.
+    """Fill an extent of both pools with random A and B, of int8 if asked for, and bind it to `slot`.
 
     `groups`: (layer, group) -> (in_features, modules).
     """
     dtype, base = backends.cpu.dtype, first_page * backends.page_nbytes
-    end, places, column_places = 0, [], []
+    end, places, column_places, scale_places = 0, [], [], []
 
     def block(rows: int, columns: int, first_row: int, padded_rows: int) -> int:
         """A random matrix in panels; what lies around the rows in use is zero."""
         values = torch.zeros(padded_rows, columns)
         values[first_row : first_row + rows] = torch.randn(rows, columns, generator=generator)
+        if is_int8:
+            return place(pack_panels((values * 40).round().clamp(-127, 127).to(torch.int8)).view(torch.uint8))
         values /= max(rows, columns, 1) ** 0.5
         return place(pack_panels(values.to(dtype)).view(torch.uint8))
 
@@ -122,6 +126,11 @@ def write_adapter(
                 values[row, used] = 1 + 0.5 * torch.randn(module.out_features, generator=generator)
         return place(pack_columns(values).view(torch.uint8))
 
+    def scales(rank: int, in_features: int) -> int:
+        """Of B·A about as large as in floats."""
+        values = 0.1 * (0.5 + torch.rand(rank, generator=generator)) / (40 * 40 * in_features**0.5)
+        return place(values.view(torch.uint8))
+
     def place(data: torch.Tensor) -> int:
         nonlocal end
         start = end
@@ -134,6 +143,8 @@ def write_adapter(
     for (layer, group), (in_features, modules) in groups.items():
         rank = sum(module.rank for module in modules)
         a_offset, rank_offset, entries = block(rank, in_features, 0, rank), 0, []
+        if is_int8 and rank > 0:
+            scale_places.append((layer, group, scales(rank, in_features)))
         for m in modules:
             lane = m.out_offset % 16
             b_offset = block(m.out_features, m.rank, lane, -(-(lane + m.out_features) // 16) * 16)
@@ -144,7 +155,9 @@ def write_adapter(
         places.append((layer, group, a_offset, rank, in_features, entries))
     for pool in (backends.cpu_pool, backends.reference_pool):
         pool[base + end : base + end + OVERREAD] = 0
-    layout = _core.AdapterLayout.from_groups(places, num_layers, end + OVERREAD, column_places)
+    layout = _core.AdapterLayout.from_groups(
+        places, num_layers, end + OVERREAD, column_places, scales=scale_places
+    )
     backends.cpu.set_adapter(slot, first_page, layout)
     backends.reference.set_adapter(slot, first_page, layout)
 

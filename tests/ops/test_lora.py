@@ -42,8 +42,15 @@ def in_features(request: pytest.FixtureRequest) -> int:
     return int(request.param)
 
 
+@pytest.fixture(params=[False, True], ids=["A and B in dtype", "A and B in int8"])
+def is_int8(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
 @pytest.fixture
-def backends(isa: str, dtype: torch.dtype, generator: torch.Generator, in_features: int) -> Backends:
+def backends(
+    isa: str, dtype: torch.dtype, generator: torch.Generator, in_features: int, is_int8: bool
+) -> Backends:
     """Slots: 0 everything at rank 16; 1 q at 8 and v at 256; 2 layer 1 only; 3 k at 40."""
     backends = make_backends(GEOMETRY, dtype, isa, num_pages=4 * PAGES_PER_SLOT)
     adapters = [
@@ -53,7 +60,8 @@ def backends(isa: str, dtype: torch.dtype, generator: torch.Generator, in_featur
         {(0, 0): (in_features, modules([0, 40, 0])), (0, 2): (in_features, modules([8, 0, 0]))},
     ]
     for slot, groups in enumerate(adapters):
-        write_adapter(backends, slot, PAGES_PER_SLOT * slot, groups, GEOMETRY.num_layers, generator)
+        first_page = PAGES_PER_SLOT * slot
+        write_adapter(backends, slot, first_page, groups, GEOMETRY.num_layers, generator, is_int8=is_int8)
     return backends
 
 
@@ -195,7 +203,9 @@ SHIFTING = (
 
 
 @pytest.fixture
-def shifting(isa: str, dtype: torch.dtype, generator: torch.Generator, in_features: int) -> Backends:
+def shifting(
+    isa: str, dtype: torch.dtype, generator: torch.Generator, in_features: int, is_int8: bool
+) -> Backends:
     """Adapters with gains and shifts, in panels that two modules share; slot 3 has no A and no B."""
     backends = make_backends(GEOMETRY, dtype, isa, num_pages=4 * PAGES_PER_SLOT)
     for slot, kinds in enumerate([(0, 1, 2), (3, 4, 5), (5, 2, 0), (2, 4, 2)]):
@@ -204,7 +214,8 @@ def shifting(isa: str, dtype: torch.dtype, generator: torch.Generator, in_featur
             for index, (kind, place) in enumerate(zip(kinds, PLACES, strict=True))
         ]
         groups = {(0, 0): (in_features, specs)}
-        write_adapter(backends, slot, PAGES_PER_SLOT * slot, groups, GEOMETRY.num_layers, generator)
+        first_page = PAGES_PER_SLOT * slot
+        write_adapter(backends, slot, first_page, groups, GEOMETRY.num_layers, generator, is_int8=is_int8)
     return backends
 
 
@@ -252,15 +263,39 @@ def test_a_gain_or_shift_outside_its_extent_is_refused(backends: Backends) -> No
         backends.cpu.set_adapter(0, 0, _core.AdapterLayout.from_groups([place], 3, 4096))
 
 
+def test_scales_of_int8_outside_their_extent_are_refused(backends: Backends) -> None:
+    place = (0, 0, 0, 8, 75, [(0, 8, 640, 0, 60, 1.0)])
+    for offset, message in ((4096, "end of scales"), (8, "64-byte aligned"), (3072, "end of scales")):
+        layout = _core.AdapterLayout.from_groups([place], 3, 4096, scales=[(0, 0, offset)])
+        with pytest.raises(ValueError, match=message):
+            backends.cpu.set_adapter(0, 0, layout)
+    with pytest.raises(ValueError, match="there is no group 1 of layer 0"):
+        _core.AdapterLayout.from_groups([place], 3, 4096, scales=[(0, 1, 64)])
+
+
+def test_a_step_that_mixes_adapters_in_int8_and_in_floats_is_refused(
+    dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    backends = make_backends(GEOMETRY, dtype, num_pages=2 * PAGES_PER_SLOT)
+    groups = {(0, 0): (64, modules([8, 0, 0]))}
+    for slot in range(2):
+        first_page = PAGES_PER_SLOT * slot
+        write_adapter(backends, slot, first_page, groups, GEOMETRY.num_layers, generator, is_int8=slot == 1)
+    x, linear = torch.zeros(2, 64, dtype=dtype), backends.cpu.pack(torch.zeros(OUT_FEATURES, 64))
+    with pytest.raises(ValueError, match="adapters of a step are in int8 and in float"):
+        run_cpu(backends, x, linear, [[(0, 1, 0, 1.0), (1, 2, 1, 1.0)]])
+
+
 def test_random_mixtures_match_reference(isa: str, dtype: torch.dtype, generator: torch.Generator) -> None:
     rng = np.random.default_rng(1)
-    for _ in range(6):
+    for turn in range(8):
         in_features, width = (int(n) for n in rng.integers(1, 150, size=2))
         backends = make_backends(GEOMETRY, dtype, isa, num_pages=4 * PAGES_PER_SLOT)
         for slot in range(4):
             rank = 8 * int(rng.integers(1, 9))
             groups = {(0, 0): (in_features, [ModuleSpec(rank, 0, width, float(rng.normal()))])}
-            write_adapter(backends, slot, PAGES_PER_SLOT * slot, groups, GEOMETRY.num_layers, generator)
+            first_page, is_int8 = PAGES_PER_SLOT * slot, turn % 2 == 1
+            write_adapter(backends, slot, first_page, groups, GEOMETRY.num_layers, generator, is_int8=is_int8)
         num_tokens = int(rng.integers(1, 80))
         cuts = sorted(int(n) for n in rng.integers(0, num_tokens + 1, size=4))
         wave = [(cuts[i], cuts[i + 1], int(rng.integers(0, 4)), float(rng.normal())) for i in range(3)]

@@ -15,6 +15,8 @@ from loraserve import _core
 from loraserve.models.ops import KvGeometry, Linear, ReadyRows, StepHandle
 from loraserve.models.quantized import dequantize
 
+from tests.panels import pack_of
+
 PANEL_WIDTH = 16  # rows of an adapter's matrix that lie together
 
 
@@ -171,14 +173,21 @@ class TorchOps:
         bound = self._slots[slot]
         base = bound.first_page * self._page_nbytes
         offsets = {place[:3]: place[3:] for place in bound.layout.columns()}
+        scale_offsets = {place[:2]: place[2] for place in bound.layout.scales()}
         for entry_layer, entry_group, a_offset, rank, in_features, places in bound.layout.groups():
             if (entry_layer, entry_group) == (layer, group):
-                a = self._matrix(base + a_offset, rank, in_features)
+                dtype, scales = self._dtype, None
+                if (layer, group) in scale_offsets:
+                    dtype, start = torch.int8, base + scale_offsets[layer, group]
+                    scales = self._pool[start : start + 4 * rank].view(torch.float32)
+                a = self._matrix(base + a_offset, rank, in_features, dtype)
+                if scales is not None:
+                    a *= scales[:, None]
                 modules = []
                 for rank_offset, module_rank, b_offset, out_offset, out_features, scale in places:
                     lane = out_offset % PANEL_WIDTH
                     rows = -(-(lane + out_features) // PANEL_WIDTH) * PANEL_WIDTH
-                    b = self._matrix(base + b_offset, rows, module_rank)[lane : lane + out_features]
+                    b = self._matrix(base + b_offset, rows, module_rank, dtype)[lane : lane + out_features]
                     ranks = slice(rank_offset, rank_offset + module_rank)
                     gain = shift = None
                     if (layer, group, out_offset) in offsets:
@@ -191,11 +200,11 @@ class TorchOps:
                 return modules
         return []
 
-    def _matrix(self, offset: int, rows: int, k: int) -> torch.Tensor:
+    def _matrix(self, offset: int, rows: int, k: int, dtype: torch.dtype) -> torch.Tensor:
         """The matrix [rows, k] at `offset`, from panels [k/pack][16 rows][pack]; the last may have 8 rows."""
-        pack = 4 // self._dtype.itemsize
-        packs, values = -(-k // pack), self._pool[offset:].view(self._dtype)
-        panels = [torch.zeros(0, packs * pack, dtype=self._dtype, device=self._pool.device)]
+        pack = pack_of(dtype)
+        packs, values = -(-k // pack), self._pool[offset:].view(dtype)
+        panels = [torch.zeros(0, packs * pack, dtype=dtype, device=self._pool.device)]
         for first in range(0, rows, PANEL_WIDTH):
             width = min(PANEL_WIDTH, rows - first)
             panel = values[first * packs * pack :][: packs * width * pack].view(packs, width, pack)

@@ -83,6 +83,7 @@ class ControlEngine(FakeEngine):
             dtype="bfloat16",
             quantization="q4_k",
             weights_nbytes=2**28,
+            adapter_dtype="int8",
             device="cpu",
             max_model_len=1024,
             max_lora_rank=64,

@@ -76,6 +76,7 @@ class FakeEngine:
             base_fingerprint="base1:ab",
             quantization=None,
             weights_nbytes=2**28,
+            adapter_dtype="float32",
             device="cpu",
             dtype="float32",
             num_pages=16,

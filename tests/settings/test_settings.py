@@ -112,6 +112,7 @@ def test_every_setting_can_be_a_variable() -> None:
         "drain_seconds": "1.5",
         "dtype": "float32",
         "quantization": "int8",
+        "adapter_dtype": "int8",
         "device": "cpu",
         "speculate": "ngram",
         "on_adapter_error": "skip",

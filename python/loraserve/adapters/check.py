@@ -71,6 +71,7 @@ class AdapterCheck:
         base: the base model, as adapters say which one they are of.
         base_weights: the base model's, to compare embeddings and heads with.
         beside: reads what lies beside the weights.
+        adapter_dtype: as of `EngineConfig`.
     """
 
     def __init__(
@@ -81,11 +82,13 @@ class AdapterCheck:
         base: ServedBase,
         base_weights: BaseWeights,
         beside: BesideReader,
+        adapter_dtype: str = "auto",
     ) -> None:
         self.shape = base_shape(config)
         self.store = AdapterStore()
         self.dtype = dtype
         self.max_lora_rank = max_lora_rank
+        self.adapter_dtype = adapter_dtype
         self.base = base
         self.base_weights = base_weights
         self._config = config
@@ -100,7 +103,14 @@ class AdapterCheck:
         """
         files = None if stored is None else stored.files
         return _core.check_adapter(
-            path, self.shape, self.dtype, self.max_lora_rank, pace, self.base_weights, files
+            path,
+            self.shape,
+            self.dtype,
+            self.max_lora_rank,
+            pace,
+            self.base_weights,
+            files,
+            self.adapter_dtype,
         )
 
     def check(

@@ -67,6 +67,7 @@ class Backend(Protocol):
     computes_on_cpu: bool  # whether loader threads take cores from the model
     changes_tables: bool  # whether adapters may change embedding, head, norms
     keeps_quantized: bool  # whether it computes with quantised weights, or all are dequantised
+    keeps_int8_adapters: bool  # whether it computes with adapters in int8
     runs_ahead: bool  # whether a step may be launched before the tokens of the last are known to the host
 
     def place(self, model: ModelConfig, geometry: KvGeometry, build: BuildDecoder) -> PlacedModel:

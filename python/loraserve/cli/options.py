@@ -6,7 +6,14 @@ import argparse
 from collections.abc import Sequence
 from typing import NoReturn, TypeAlias, TypeVar
 
-from loraserve.config import DEVICES, DTYPE_ALIASES, DTYPES, QUANTIZATIONS, EngineConfig
+from loraserve.config import (
+    ADAPTER_DTYPES,
+    DEVICES,
+    DTYPE_ALIASES,
+    DTYPES,
+    QUANTIZATIONS,
+    EngineConfig,
+)
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -73,11 +80,25 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "int4 quantise float weights at load (default %(default)s)",
     )
     group.add_argument(
+        "--adapter-dtype",
+        choices=ADAPTER_DTYPES,
+        default=EngineConfig.adapter_dtype,
+        help="what adapters are kept in: auto is --dtype; int8 takes a byte a value, so that about twice as "
+        "many fit into --memory, for answers that change a little; CPU only (default %(default)s)",
+    )
+    group.add_argument(
         "--memory",
         default=EngineConfig.memory,
         metavar="SIZE",
         help="memory that KV cache and adapters share, as 512MiB or 4GiB; auto takes most of what is free "
         "(default %(default)s)",
+    )
+    group.add_argument(
+        "--adapter-host-memory",
+        default=EngineConfig.adapter_host_memory,
+        metavar="SIZE",
+        help="main memory that keeps adapters for their return to --memory where not all fit, 0 is off; auto "
+        "takes half of the rest (default %(default)s)",
     )
     group.add_argument(
         "--gpu-memory-utilization",
@@ -141,8 +162,10 @@ def engine_config(args: argparse.Namespace, parser: argparse.ArgumentParser) -> 
         merge=args.merge,
         dtype=args.dtype,
         quantization=args.quantization,
+        adapter_dtype=args.adapter_dtype,
         device=args.device,
         memory=args.memory,
+        adapter_host_memory=args.adapter_host_memory,
         gpu_memory_utilization=args.gpu_memory_utilization,
         cuda_graphs=args.cuda_graphs,
         max_lora_rank=args.max_lora_rank,

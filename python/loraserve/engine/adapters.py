@@ -108,6 +108,7 @@ class EngineAdapters:
             ServedBase(model.path, model.fingerprint, config.model_names),
             BaseWeights(model.path, config.dtype),
             beside,
+            config.adapter_dtype,
         )
         self.tensor_store = self._check.store
         self.host_tier = _core.HostTier(runner.host_tier_nbytes)

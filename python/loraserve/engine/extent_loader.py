@@ -205,6 +205,7 @@ class ExtentLoader:
                 None if source.stored is None else source.stored.files,
                 self._check.base_weights,
                 source.receipt if is_same else None,
+                self._check.adapter_dtype,
             )
             if keeps:
                 self._tier.keep(source.receipt.hash, address, layout, self._pace)

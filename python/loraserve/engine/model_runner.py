@@ -41,6 +41,11 @@ class ModelRunner:
                 f"speculate is {config.speculate!r}, which only a CPU can do, and the device is "
                 f"{self.device}: leave --speculate away, or give --device cpu"
             )
+        if config.adapter_dtype != "auto" and not self.backend.keeps_int8_adapters:
+            raise InvalidRequestError(
+                f"adapter_dtype is {config.adapter_dtype!r}, which only a CPU can compute with, and the "
+                f"device is {self.device}: leave --adapter-dtype away, or give --device cpu"
+            )
         self.merged: CheckedFiles | None = None  # the one adapter that is in the weights
         self.model: LoadedModel = load_model(
             config.model,

@@ -193,7 +193,7 @@ class EngineInfo:
 
     `base_fingerprint` says which weights the base model has, whatever it is called. `quantization` is what
     its matrices are quantised as, as "q4_k", "gptq" or "int8", None where they are dense; `weights_nbytes` is
-    what they take.
+    what they take. `adapter_dtype` is what adapters' A and B are kept in, `dtype` or "int8".
     """
 
     version: str
@@ -202,6 +202,7 @@ class EngineInfo:
     dtype: str
     quantization: str | None
     weights_nbytes: int
+    adapter_dtype: str
     device: str
     max_model_len: int
     max_lora_rank: int
@@ -239,6 +240,7 @@ class EngineInfo:
             dtype=config.dtype,
             quantization=runner.model.quantization,
             weights_nbytes=runner.model.weights_nbytes,
+            adapter_dtype=config.dtype if config.adapter_dtype == "auto" else config.adapter_dtype,
             device=runner.device,
             max_model_len=max_model_len,
             max_lora_rank=config.max_lora_rank,

@@ -56,6 +56,7 @@ def engine_config(
         base_names=settings.served_names,
         dtype=settings.dtype,
         quantization=settings.quantization,
+        adapter_dtype=settings.adapter_dtype,
         device=settings.device,
         memory=settings.memory,
         adapter_host_memory=settings.adapter_host_memory,

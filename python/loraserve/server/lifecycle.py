@@ -231,7 +231,7 @@ def start_facts(settings: ServeSettings, info: EngineInfo, num_kept: int = 0) ->
         f"  base      {info.base_fingerprint}",
         f"  device    {info.device}, {info.dtype}",
         f"  weights   {info.weights_nbytes / 2**20:,.0f} MiB, {info.quantization or info.dtype}",
-        f"  pool      {pool:,.0f} MiB for KV cache and adapters",
+        f"  pool      {pool:,.0f} MiB for KV cache and adapters, which are kept in {info.adapter_dtype}",
         f"  limits    {info.max_model_len} tokens of context, {settings.max_num_seqs} sequences and "
         f"{settings.max_batched_tokens} tokens a step, adapters up to rank {info.max_lora_rank}",
         f"  adapters  {info.num_adapters} of {len(settings.adapters)} configured"

@@ -252,7 +252,7 @@ VLLM: tuple[ForeignSetting, ...] = (
     *_values("max_loras", "a batch mixes any number of adapters", "N", **(NO_EFFECT | FLAG_ONLY)),
     *_values("max_cpu_loras", "--adapter-host-memory bounds what is kept beside --memory, in bytes", "N",
              **(NO_EFFECT | FLAG_ONLY)),
-    *_values("lora_dtype", "adapters are stored in the dtype of --dtype", "DTYPE", accepted=("auto",),
+    *_values("lora_dtype", "adapters are kept in what --adapter-dtype says", "DTYPE", accepted=("auto",),
              **FLAG_ONLY),
     *_values("lora_extra_vocab_size", "tokens that adapters add are served as they are", "N",
              **(NO_EFFECT | FLAG_ONLY)),

@@ -89,6 +89,12 @@ class ServeSettings(SettingsModel):
         "METHOD",
         flags=("-q",),
     )
+    adapter_dtype: Literal["auto", "int8"] = option(
+        EngineConfig.adapter_dtype,
+        "engine",
+        "what adapters are kept in: auto is --dtype; int8 takes a byte a value, so that about twice as many "
+        "fit into --memory, for answers that change a little (CPU only)",
+    )
     memory: Memory = option(
         EngineConfig.memory,
         "engine",

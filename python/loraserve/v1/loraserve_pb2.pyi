@@ -351,7 +351,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "model", "dtype", "device", "max_model_len", "max_lora_rank", "page_nbytes", "num_pages", "num_free_pages", "num_kv_pages", "num_adapter_pages", "num_cached_pages", "num_running", "num_waiting", "num_adapters", "num_resident_adapters", "num_adapter_loads", "num_adapter_evictions", "num_preemptions", "base_fingerprint", "host_tier", "quantization", "weights_nbytes")
+    __slots__ = ("version", "model", "dtype", "device", "max_model_len", "max_lora_rank", "page_nbytes", "num_pages", "num_free_pages", "num_kv_pages", "num_adapter_pages", "num_cached_pages", "num_running", "num_waiting", "num_adapters", "num_resident_adapters", "num_adapter_loads", "num_adapter_evictions", "num_preemptions", "base_fingerprint", "host_tier", "quantization", "weights_nbytes", "adapter_dtype")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -375,6 +375,7 @@ class GetServerInfoResponse(_message.Message):
     HOST_TIER_FIELD_NUMBER: _ClassVar[int]
     QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_NBYTES_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_DTYPE_FIELD_NUMBER: _ClassVar[int]
     version: str
     model: str
     dtype: str
@@ -398,7 +399,8 @@ class GetServerInfoResponse(_message.Message):
     host_tier: HostTier
     quantization: str
     weights_nbytes: int
-    def __init__(self, version: _Optional[str] = ..., model: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., max_model_len: _Optional[int] = ..., max_lora_rank: _Optional[int] = ..., page_nbytes: _Optional[int] = ..., num_pages: _Optional[int] = ..., num_free_pages: _Optional[int] = ..., num_kv_pages: _Optional[int] = ..., num_adapter_pages: _Optional[int] = ..., num_cached_pages: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_adapters: _Optional[int] = ..., num_resident_adapters: _Optional[int] = ..., num_adapter_loads: _Optional[int] = ..., num_adapter_evictions: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., base_fingerprint: _Optional[str] = ..., host_tier: _Optional[_Union[HostTier, _Mapping]] = ..., quantization: _Optional[str] = ..., weights_nbytes: _Optional[int] = ...) -> None: ...
+    adapter_dtype: str
+    def __init__(self, version: _Optional[str] = ..., model: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., max_model_len: _Optional[int] = ..., max_lora_rank: _Optional[int] = ..., page_nbytes: _Optional[int] = ..., num_pages: _Optional[int] = ..., num_free_pages: _Optional[int] = ..., num_kv_pages: _Optional[int] = ..., num_adapter_pages: _Optional[int] = ..., num_cached_pages: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_adapters: _Optional[int] = ..., num_resident_adapters: _Optional[int] = ..., num_adapter_loads: _Optional[int] = ..., num_adapter_evictions: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., base_fingerprint: _Optional[str] = ..., host_tier: _Optional[_Union[HostTier, _Mapping]] = ..., quantization: _Optional[str] = ..., weights_nbytes: _Optional[int] = ..., adapter_dtype: _Optional[str] = ...) -> None: ...
 
 class HostTier(_message.Message):
     __slots__ = ("limit_nbytes", "nbytes", "num_adapters", "num_hits", "num_misses", "num_evictions", "num_failures")

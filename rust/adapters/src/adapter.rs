@@ -12,7 +12,7 @@ use crate::bind::{Binding, Factors, bind};
 use crate::columns::Tensors;
 use crate::content::ContentHash;
 use crate::error::{Error, Result};
-use crate::layout::{AdapterLayout, StorageDtype};
+use crate::layout::{AdapterLayout, FactorDtype, StorageDtype};
 use crate::matrix::{Matrix, check_finite, finite_values, store};
 use crate::names::Names;
 use crate::norms::{Norm, take_norms};
@@ -32,6 +32,7 @@ use crate::weights::{Source, Weights};
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     pub dtype: StorageDtype,
+    pub factors: FactorDtype,
     /// Adapters of a larger rank are refused, never truncated.
     pub max_lora_rank: usize,
 }
@@ -118,6 +119,7 @@ pub fn load_paced(
 struct Adapter {
     directory: PathBuf,
     dtype: StorageDtype,
+    factors: FactorDtype,
     base_model: Option<String>,
     invocation_tokens: Vec<i32>,
     weights: Weights,
@@ -165,6 +167,7 @@ impl Adapter {
         Ok(Self {
             directory,
             dtype: limits.dtype,
+            factors: limits.factors,
             base_model: config.base_model,
             invocation_tokens: config.invocation_tokens,
             weights,
@@ -205,7 +208,13 @@ impl Adapter {
         let width = self.rows.width(&self.tables);
         let rows = (&self.rows, width);
         let beside = (&self.token_loras[..], &self.norms[..]);
-        layout_of(&self.bindings, rows, beside, shape, self.dtype)
+        layout_of(
+            &self.bindings,
+            rows,
+            beside,
+            shape,
+            (self.dtype, self.factors),
+        )
     }
 
     fn load(
@@ -258,7 +267,7 @@ impl Adapter {
         mut packing: Option<&mut Packing<'_>>,
     ) -> Result<()> {
         let (mut a, mut b, mut vector) = (Vec::new(), Vec::new(), Vec::new());
-        let (weights, dtype) = (&mut self.weights, self.dtype);
+        let (weights, dtype, kept) = (&mut self.weights, self.dtype, (self.dtype, self.factors));
         for binding in &self.bindings {
             let mut nbytes = 0;
             hash.module(binding);
@@ -291,7 +300,7 @@ impl Adapter {
             };
             check_magnitude(binding, &tensors)?;
             if let Some(packing) = &mut packing {
-                packing.write(binding, &tensors, dtype, bursts)?;
+                packing.write(binding, &tensors, kept, bursts)?;
             }
             bursts.advance(nbytes);
         }
@@ -320,9 +329,8 @@ impl Adapter {
                 Matrix::new(b_source, b, self.dtype)?,
             );
             if let Some(packing) = &mut packing {
-                packing
-                    .packer
-                    .write_token_lora(lora.module, matrices.0, matrices.1);
+                let packer = &mut packing.packer;
+                packer.write_token_lora(lora.module, matrices, self.factors);
             }
             bursts.advance(a.len() + b.len());
         }

@@ -9,7 +9,7 @@
 use crate::base_linears::{BaseLinears, Delta};
 use crate::bind::Binding;
 use crate::error::{Error, Result};
-use crate::layout::StorageDtype;
+use crate::factor::Pair;
 use crate::matrix::Matrix;
 use crate::pace::Bursts;
 use crate::shape::ModuleShape;
@@ -44,8 +44,8 @@ impl Columns {
     pub(crate) fn of(
         binding: &Binding,
         tensors: &Tensors<'_>,
+        factors: Option<&Pair<'_>>,
         module: &ModuleShape,
-        storage: StorageDtype,
         base: Option<&dyn BaseLinears>,
         bursts: &mut Bursts<'_>,
     ) -> Result<Self> {
@@ -56,7 +56,8 @@ impl Columns {
         };
         let gain = match &tensors.magnitude {
             Some(magnitude) => {
-                let norms = row_norms(binding, tensors, module, storage, base()?, bursts)?;
+                let factors = factors.expect("a module with a magnitude has A and B");
+                let norms = row_norms(binding, factors, module, base()?, bursts)?;
                 Some(gains(binding, magnitude, &norms)?)
             }
             None => None,
@@ -85,19 +86,14 @@ impl Columns {
 
 fn row_norms(
     binding: &Binding,
-    tensors: &Tensors<'_>,
+    factors: &Pair<'_>,
     module: &ModuleShape,
-    storage: StorageDtype,
     base: &dyn BaseLinears,
     bursts: &mut Bursts<'_>,
 ) -> Result<Vec<f32>> {
-    let (a, b) = tensors
-        .factors
-        .as_ref()
-        .expect("a module with a magnitude has A and B");
     let (rank, in_features) = (binding.rank, module.in_features);
-    let at = transposed(&a.stored_values(storage), in_features);
-    let mut b = b.stored_values(storage);
+    let at = transposed(&factors.a.values(), in_features);
+    let mut b = factors.b.values();
     for value in &mut b {
         *value *= binding.scale;
     }

@@ -1,13 +1,14 @@
 //! Where an adapter's packed weights lie inside its extent.
 //!
 //! ```text
-//! extent: | A of group | B of module | columns of module | B of module | A of group | … | tokens | rows | zeros
-//!         blocks 64-byte aligned; a module has B and columns where it needs them
+//! extent: | A of group | scales | B of module | columns of module | B of module | … | tokens | rows | zeros
+//!         blocks 64-byte aligned; a module has B and columns where it needs them, a group of int8 its scales
 //! A  [Σ padded ranks of the group's modules, in_features]   in panels of 16 ranks, the last may have 8
 //! B  [out_features, padded rank of the module]              in panels of the 16 columns of the fused output
 //! rows of tokens [tokens, hidden]                           in panels of 16 tokens
 //! columns [panels of B][gain, shift][16]                    f32, as B's columns; 1 and 0 beside the module's
-//! panel [K/pack][width][pack]                               pack: 2 bf16 or f16, 1 f32 along K, zero-padded
+//! panel [K/pack][width][pack]                               pack: 2 bf16 or f16, 1 f32 or int8 along K, zero-padded
+//! scales [Σ padded ranks]                                   f32: scale of A's row times scale of B's column
 //! ```
 //! A panel has the layout of a packed dense weight, so that adapters run through its kernels. Ranks are
 //! padded to a multiple of 8 with zeros; scales stay outside the bytes, as f32. Kernels read up to
@@ -66,13 +67,59 @@ impl StorageDtype {
     }
 }
 
+/// How A and B of linears and of the head are kept; all else is in the storage dtype.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum FactorDtype {
+    /// As all else.
+    #[default]
+    Storage,
+    /// With a scale for each row of A and each column of B: `int8.rs`.
+    Int8,
+}
+
+impl FactorDtype {
+    /// Parses `"auto"`, which is the storage dtype, or `"int8"`.
+    pub fn parse(name: &str) -> Option<Self> {
+        match name {
+            "auto" => Some(Self::Storage),
+            "int8" => Some(Self::Int8),
+            _ => None,
+        }
+    }
+}
+
+/// What panels hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PanelDtype {
+    Float(StorageDtype),
+    Int8,
+}
+
+impl PanelDtype {
+    /// Bytes per element.
+    pub fn size(self) -> usize {
+        match self {
+            Self::Float(dtype) => dtype.size(),
+            Self::Int8 => 1,
+        }
+    }
+
+    /// Neighbours along K that lie together.
+    pub fn pack(self) -> usize {
+        match self {
+            Self::Float(dtype) => dtype.pack(),
+            Self::Int8 => 1,
+        }
+    }
+}
+
 /// A matrix [rows, K] in panels of 16 rows; the last panel may have 8.
 #[derive(Clone, Copy, Debug)]
 pub struct Panels {
     /// Padded to a multiple of 8.
     pub rows: usize,
     pub k: usize,
-    pub dtype: StorageDtype,
+    pub dtype: PanelDtype,
 }
 
 impl Panels {
@@ -137,8 +184,9 @@ impl ModuleLayout {
         self.num_panels() * COLUMNS_NBYTES
     }
 
-    /// B: rows are columns of the fused output, from the first of a whole panel on.
-    pub fn b_panels(&self, dtype: StorageDtype) -> Panels {
+    /// B: rows are columns of the fused output, from the first of a whole panel on. `dtype` is the group's
+    /// `panel_dtype`.
+    pub fn b_panels(&self, dtype: PanelDtype) -> Panels {
         Panels {
             rows: self.num_panels() * PANEL_WIDTH,
             k: self.rank,
@@ -155,17 +203,32 @@ pub struct GroupLayout {
     /// Sum of the modules' padded ranks: the rows of A, of which there may be none.
     pub rank: usize,
     pub in_features: usize,
+    /// Bytes from the extent's base to one f32 a rank, where A and B are int8.
+    pub scales_offset: Option<usize>,
     pub modules: Vec<ModuleLayout>,
 }
 
 impl GroupLayout {
+    /// What A and B hold, of an adapter whose other weights are `storage`.
+    pub fn panel_dtype(&self, storage: StorageDtype) -> PanelDtype {
+        match self.scales_offset {
+            Some(_) => PanelDtype::Int8,
+            None => PanelDtype::Float(storage),
+        }
+    }
+
     /// A: rows are the group's ranks.
-    pub fn a_panels(&self, dtype: StorageDtype) -> Panels {
+    pub fn a_panels(&self, storage: StorageDtype) -> Panels {
         Panels {
             rows: self.rank,
             k: self.in_features,
-            dtype,
+            dtype: self.panel_dtype(storage),
         }
+    }
+
+    /// Bytes of the scales.
+    pub fn scales_nbytes(&self) -> usize {
+        self.rank * size_of::<f32>()
     }
 }
 
@@ -188,7 +251,7 @@ impl RowsLayout {
         Panels {
             rows: self.count.next_multiple_of(PANEL_WIDTH),
             k: self.width,
-            dtype,
+            dtype: PanelDtype::Float(dtype),
         }
     }
 
@@ -218,7 +281,7 @@ impl EmbeddingLoraLayout {
         Panels {
             rows: self.rank.next_multiple_of(PANEL_WIDTH),
             k: self.num_tokens,
-            dtype,
+            dtype: PanelDtype::Float(dtype),
         }
     }
 
@@ -227,7 +290,7 @@ impl EmbeddingLoraLayout {
         Panels {
             rows: self.width.next_multiple_of(PANEL_WIDTH),
             k: self.rank,
-            dtype,
+            dtype: PanelDtype::Float(dtype),
         }
     }
 }

@@ -14,6 +14,7 @@ mod columns;
 mod config;
 mod content;
 mod error;
+mod factor;
 mod fields;
 mod foreign;
 #[cfg(fuzzing)]
@@ -47,9 +48,9 @@ pub use error::{Error, ErrorKind, Result};
 pub use foreign::{Expected, recognise, recognise_file};
 pub use host_tier::{HostTier, HostTierStats, PackedAdapter};
 pub use layout::{
-    AdapterLayout, BLOCK_ALIGN, COLUMNS_NBYTES, ColumnsLayout, EmbeddingLoraLayout, GroupLayout,
-    ModuleLayout, NUM_GROUPS, NormLayout, OVERREAD, PANEL_WIDTH, Panels, RANK_MULTIPLE, RowsLayout,
-    SHIFT_NBYTES, StorageDtype,
+    AdapterLayout, BLOCK_ALIGN, COLUMNS_NBYTES, ColumnsLayout, EmbeddingLoraLayout, FactorDtype,
+    GroupLayout, ModuleLayout, NUM_GROUPS, NormLayout, OVERREAD, PANEL_WIDTH, PanelDtype, Panels,
+    RANK_MULTIPLE, RowsLayout, SHIFT_NBYTES, StorageDtype,
 };
 pub use pace::Pace;
 pub use place::Place;

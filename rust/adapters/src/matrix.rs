@@ -42,12 +42,27 @@ impl<'a> Matrix<'a> {
         widened(dtype, &bytes)
     }
 
-    /// Writes the matrix into `panels`, its first row as row `first_row` of theirs; bytes of other
-    /// rows stay.
-    pub(crate) fn write(&self, panels: Panels, first_row: usize, dst: &mut [u8]) {
+    /// The values as the file has them, row by row.
+    pub(crate) fn values(&self) -> Vec<f32> {
+        widened(self.dtype, self.bytes)
+    }
+
+    pub(crate) fn num_columns(&self) -> usize {
+        self.columns
+    }
+
+    /// Writes the matrix into `panels` of `storage`, its first row as row `first_row` of theirs; bytes of
+    /// other rows stay.
+    pub(crate) fn write(
+        &self,
+        panels: Panels,
+        storage: StorageDtype,
+        first_row: usize,
+        dst: &mut [u8],
+    ) {
         use StorageDtype::{BFloat16, Float16, Float32};
         let place = (panels, first_row, dst);
-        match (self.dtype, panels.dtype) {
+        match (self.dtype, storage) {
             (Dtype::F32, Float32) => self.scatter::<4, 4, 1>(place, |bytes| bytes),
             (Dtype::F32, BFloat16) => {
                 self.scatter::<4, 2, 2>(place, |bytes| round(f32::from_le_bytes(bytes)));

@@ -6,10 +6,11 @@ use crate::base_linears::BaseLinears;
 use crate::bind::Binding;
 use crate::columns::{Columns, Tensors, has_shift};
 use crate::error::Result;
+use crate::factor::Pair;
 use crate::layout::{
-    AdapterLayout, COLUMNS_NBYTES, ColumnsLayout, EmbeddingLoraLayout, ExtentBuilder, GroupLayout,
-    ModuleLayout, NUM_GROUPS, NormLayout, PANEL_WIDTH, RowsLayout, SHIFT_NBYTES, StorageDtype,
-    padded_rank,
+    AdapterLayout, COLUMNS_NBYTES, ColumnsLayout, EmbeddingLoraLayout, ExtentBuilder, FactorDtype,
+    GroupLayout, ModuleLayout, NUM_GROUPS, NormLayout, PANEL_WIDTH, RowsLayout, SHIFT_NBYTES,
+    StorageDtype, padded_rank,
 };
 use crate::matrix::Matrix;
 use crate::norms::Norm;
@@ -27,12 +28,12 @@ pub(crate) fn layout_of(
     (rows, width): (&ReplacedRows, usize),
     (token_loras, norms): (&[TokenLora], &[Norm]),
     shape: &BaseShape,
-    dtype: StorageDtype,
+    (dtype, factors): (StorageDtype, FactorDtype),
 ) -> AdapterLayout {
     let mut extent = ExtentBuilder::default();
     let mut groups = vec![None; shape.num_layers * NUM_GROUPS];
     for ((layer, group), members) in by_group(bindings, shape) {
-        let layout = group_layout(&members, shape, dtype, &mut extent);
+        let layout = group_layout(&members, shape, (dtype, factors), &mut extent);
         groups[layer * NUM_GROUPS + group] = Some(layout);
     }
     let (mut embedding_lora, mut head_lora) = (None, None);
@@ -41,7 +42,9 @@ pub(crate) fn layout_of(
             TokenModule::Embedding => {
                 embedding_lora = Some(embedding_lora_layout(lora, dtype, &mut extent));
             }
-            TokenModule::Head => head_lora = Some(head_lora_layout(lora, dtype, &mut extent)),
+            TokenModule::Head => {
+                head_lora = Some(head_lora_layout(lora, (dtype, factors), &mut extent));
+            }
         }
     }
     let norms = norms.iter().map(|norm| {
@@ -95,7 +98,7 @@ fn embedding_lora_layout(
 
 fn head_lora_layout(
     lora: &TokenLora,
-    dtype: StorageDtype,
+    (dtype, factors): (StorageDtype, FactorDtype),
     extent: &mut ExtentBuilder,
 ) -> GroupLayout {
     let mut module = ModuleLayout {
@@ -111,12 +114,26 @@ fn head_lora_layout(
         a_offset: 0,
         rank: module.rank,
         in_features: lora.width,
+        scales_offset: None,
         modules: Vec::new(),
     };
-    group.a_offset = extent.block(group.a_panels(dtype).nbytes());
-    module.b_offset = extent.block(module.b_panels(dtype).nbytes());
+    place_a(&mut group, (dtype, factors), extent);
+    module.b_offset = extent.block(module.b_panels(group.panel_dtype(dtype)).nbytes());
     group.modules.push(module);
     group
+}
+
+/// Reserves A, and the scales of int8.
+fn place_a(
+    group: &mut GroupLayout,
+    (dtype, factors): (StorageDtype, FactorDtype),
+    extent: &mut ExtentBuilder,
+) {
+    let is_int8 = factors == FactorDtype::Int8 && group.rank > 0;
+    // Without a place yet, but A's size depends on whether there is one.
+    group.scales_offset = is_int8.then_some(0);
+    group.a_offset = extent.block(group.a_panels(dtype).nbytes());
+    group.scales_offset = is_int8.then(|| extent.block(group.scales_nbytes()));
 }
 
 fn rows_layout(
@@ -168,7 +185,7 @@ impl<'a> Packer<'a> {
     pub(crate) fn write(
         &mut self,
         binding: &Binding,
-        factors: Option<(Matrix<'_>, Matrix<'_>)>,
+        factors: Option<&Pair<'_>>,
         columns: &Columns,
     ) {
         self.clear_until(layer_end(self.layout, binding.layer));
@@ -179,15 +196,8 @@ impl<'a> Packer<'a> {
         let place = group.modules.iter().find(of_module);
         let place = place.expect("the layout has every module");
         let first_row = place.out_offset % PANEL_WIDTH;
-        if let Some((a, b)) = factors {
-            let panels = group.a_panels(self.dtype);
-            a.write(
-                panels,
-                place.rank_offset,
-                &mut self.extent[group.a_offset..],
-            );
-            let panels = place.b_panels(self.dtype);
-            b.write(panels, first_row, &mut self.extent[place.b_offset..]);
+        if let Some(factors) = factors {
+            self.write_factors(group, place, factors);
         }
         if let Some(layout) = place.columns {
             let block = &mut self.extent[layout.offset..][..place.columns_nbytes()];
@@ -195,26 +205,49 @@ impl<'a> Packer<'a> {
         }
     }
 
+    /// A and B of a module, and their scales.
+    fn write_factors(&mut self, group: &GroupLayout, module: &ModuleLayout, factors: &Pair<'_>) {
+        let (a, b) = (
+            group.a_panels(self.dtype),
+            module.b_panels(group.panel_dtype(self.dtype)),
+        );
+        let first_column = module.out_offset % PANEL_WIDTH;
+        let extent = &mut self.extent;
+        (factors.a).write(a, module.rank_offset, &mut extent[group.a_offset..]);
+        (factors.b).write(b, first_column, &mut extent[module.b_offset..]);
+        if let (Some(offset), Some(scales)) = (group.scales_offset, factors.scales()) {
+            let block = &mut extent[offset..][..group.scales_nbytes()];
+            let places = &mut block.as_chunks_mut().0[module.rank_offset..];
+            for (place, scale) in places.iter_mut().zip(scales) {
+                *place = scale.to_le_bytes();
+            }
+        }
+    }
+
     /// Writes `LoRA` on the embedding or on the head, after all layers.
-    pub(crate) fn write_token_lora(&mut self, module: TokenModule, a: Matrix<'_>, b: Matrix<'_>) {
+    pub(crate) fn write_token_lora(
+        &mut self,
+        module: TokenModule,
+        matrices: (Matrix<'_>, Matrix<'_>),
+        factors: FactorDtype,
+    ) {
         let layout = self.layout;
-        let [a_place, b_place] = match (module, layout.embedding_lora, &layout.head_lora) {
-            (TokenModule::Embedding, Some(lora), _) => [
-                (lora.a_offset, lora.a_panels(self.dtype)),
-                (lora.b_offset, lora.b_panels(self.dtype)),
-            ],
+        match (module, layout.embedding_lora, &layout.head_lora) {
+            (TokenModule::Embedding, Some(lora), _) => {
+                let Pair { a, b } = Pair::new(matrices, self.dtype, FactorDtype::Storage);
+                let panels = (lora.a_panels(self.dtype), lora.b_panels(self.dtype));
+                self.clear_until(lora.b_offset + panels.1.nbytes());
+                a.write(panels.0, 0, &mut self.extent[lora.a_offset..]);
+                b.write(panels.1, 0, &mut self.extent[lora.b_offset..]);
+            }
             (TokenModule::Head, _, Some(group)) => {
                 let module = &group.modules[0];
-                [
-                    (group.a_offset, group.a_panels(self.dtype)),
-                    (module.b_offset, module.b_panels(self.dtype)),
-                ]
+                let b = module.b_panels(group.panel_dtype(self.dtype));
+                self.clear_until(module.b_offset + b.nbytes());
+                let factors = Pair::new(matrices, self.dtype, factors);
+                self.write_factors(group, module, &factors);
             }
             _ => unreachable!("the layout has every LoRA"),
-        };
-        self.clear_until(b_place.0 + b_place.1.nbytes());
-        for (matrix, (offset, panels)) in [(a, a_place), (b, b_place)] {
-            matrix.write(panels, 0, &mut self.extent[offset..]);
         }
     }
 
@@ -238,7 +271,8 @@ impl<'a> Packer<'a> {
     /// Writes some rows of the block, the first as its row `first`.
     pub(crate) fn write_rows(&mut self, layout: RowsLayout, first: usize, rows: Matrix<'_>) {
         let panels = layout.panels(self.dtype);
-        rows.write(panels, first, &mut self.extent[layout.panels_offset..]);
+        let block = &mut self.extent[layout.panels_offset..];
+        rows.write(panels, self.dtype, first, block);
     }
 
     pub(crate) fn finish(mut self) {
@@ -266,12 +300,14 @@ impl Packing<'_> {
         &mut self,
         binding: &Binding,
         tensors: &Tensors<'_>,
-        dtype: StorageDtype,
+        (dtype, factors): (StorageDtype, FactorDtype),
         bursts: &mut Bursts<'_>,
     ) -> Result<()> {
         let module = &self.shape.modules[&binding.path];
-        let columns = Columns::of(binding, tensors, module, dtype, self.base, bursts)?;
-        self.packer.write(binding, tensors.factors, &columns);
+        let pair = (tensors.factors).map(|matrices| Pair::new(matrices, dtype, factors));
+        let pair = pair.as_ref();
+        let columns = Columns::of(binding, tensors, pair, module, self.base, bursts)?;
+        self.packer.write(binding, pair, &columns);
         Ok(())
     }
 
@@ -330,7 +366,7 @@ fn by_group<'a>(bindings: &'a [Binding], shape: &BaseShape) -> ByGroup<'a> {
 fn group_layout(
     members: &[&Binding],
     shape: &BaseShape,
-    dtype: StorageDtype,
+    (dtype, factors): (StorageDtype, FactorDtype),
     extent: &mut ExtentBuilder,
 ) -> GroupLayout {
     let mut group = GroupLayout {
@@ -340,9 +376,11 @@ fn group_layout(
             .map(|binding| padded_rank(binding.rank))
             .sum(),
         in_features: shape.modules[&members[0].path].in_features,
+        scales_offset: None,
         modules: Vec::with_capacity(members.len()),
     };
-    group.a_offset = extent.block(group.a_panels(dtype).nbytes());
+    place_a(&mut group, (dtype, factors), extent);
+    let panel_dtype = group.panel_dtype(dtype);
     let mut rank_offset = 0;
     for binding in members {
         let base = &shape.modules[&binding.path];
@@ -355,7 +393,7 @@ fn group_layout(
             out_features: base.out_features,
             scale: binding.scale,
         };
-        place.b_offset = extent.block(place.b_panels(dtype).nbytes());
+        place.b_offset = extent.block(place.b_panels(panel_dtype).nbytes());
         let (has_gain, has_shift) = (binding.magnitude.is_some(), has_shift(binding, base));
         place.columns = (has_gain || has_shift).then(|| ColumnsLayout {
             offset: extent.block(place.columns_nbytes()),

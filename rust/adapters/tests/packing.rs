@@ -6,10 +6,11 @@ mod common;
 
 use std::collections::BTreeMap;
 
-use common::{HIDDEN, MODULES, NUM_LAYERS, Peft, Tensor, base, tensor_name};
+use common::{HIDDEN, LIMITS, MODULES, NUM_LAYERS, Peft, Tensor, base, tensor_name};
 use half::{bf16, f16};
 use loraserve_adapters::{
-    AdapterLayout, BLOCK_ALIGN, Limits, ModuleLayout, RANK_MULTIPLE, StorageDtype, check, load,
+    AdapterLayout, BLOCK_ALIGN, FactorDtype, Limits, ModuleLayout, RANK_MULTIPLE, StorageDtype,
+    check, load,
 };
 use proptest::prelude::*;
 use safetensors::Dtype;
@@ -62,13 +63,18 @@ fn encode(dtype: Dtype, value: f32) -> Vec<u8> {
     }
 }
 
-/// What a value must read back as after file and storage have rounded it.
-fn rounded(plan: &Plan, value: f32) -> f32 {
-    let stored = match plan.source {
+/// A value as the file has it.
+fn stored(plan: &Plan, value: f32) -> f32 {
+    match plan.source {
         Dtype::F16 => f16::from_f32(value).to_f32(),
         Dtype::BF16 => bf16::from_f32(value).to_f32(),
         _ => value,
-    };
+    }
+}
+
+/// What a value must read back as after file and storage have rounded it.
+fn rounded(plan: &Plan, value: f32) -> f32 {
+    let stored = stored(plan, value);
     match plan.storage {
         StorageDtype::Float32 => stored,
         StorageDtype::BFloat16 => bf16::from_f32(stored).to_f32(),
@@ -122,25 +128,29 @@ struct Extent {
 
 impl Extent {
     fn take(&mut self, block: usize, index: usize) -> f32 {
-        let size = self.dtype.size();
-        let start = block + index * size;
-        self.seen[start..start + size].iter_mut().for_each(|seen| {
-            assert!(!*seen, "two elements share a byte");
-            *seen = true;
-        });
-        let bytes = &self.bytes[start..start + size];
-        match self.dtype {
+        let (dtype, size) = (self.dtype, self.dtype.size());
+        let bytes = self.take_bytes(block + index * size, size);
+        match dtype {
             StorageDtype::Float32 => f32::from_le_bytes(bytes.try_into().unwrap()),
             StorageDtype::BFloat16 => bf16::from_le_bytes(bytes.try_into().unwrap()).to_f32(),
             StorageDtype::Float16 => f16::from_le_bytes(bytes.try_into().unwrap()).to_f32(),
         }
     }
+
+    fn take_bytes(&mut self, start: usize, size: usize) -> &[u8] {
+        self.seen[start..start + size].iter_mut().for_each(|seen| {
+            assert!(!*seen, "two elements share a byte");
+            *seen = true;
+        });
+        &self.bytes[start..start + size]
+    }
 }
 
-fn load_into_stale_memory(plan: &Plan) -> (AdapterLayout, Extent) {
+fn load_into_stale_memory(plan: &Plan, factors: FactorDtype) -> (AdapterLayout, Extent) {
     let peft = write(plan);
     let limits = Limits {
         dtype: plan.storage,
+        factors,
         max_lora_rank: 20,
     };
     let receipt = check(peft.path(), &base(), limits).unwrap();
@@ -202,7 +212,7 @@ proptest! {
 
     #[test]
     fn packed_adapter_reads_back_equal_and_the_rest_is_zero(plan in plans()) {
-        let (layout, mut extent) = load_into_stale_memory(&plan);
+        let (layout, mut extent) = load_into_stale_memory(&plan, FactorDtype::Storage);
         for (id, ((layer, path), rank)) in plan.ranks.iter().enumerate() {
             let (a_offset, place) = place(&layout, *layer, path);
             prop_assert_eq!(place.rank, rank.next_multiple_of(RANK_MULTIPLE));
@@ -226,6 +236,46 @@ proptest! {
         prop_assert!(padding.into_iter().all(|(byte, _)| *byte == 0));
         let modules: usize = layout.present().map(|(_, _, group)| group.modules.len()).sum();
         prop_assert_eq!(modules, plan.ranks.len());
+    }
+
+    #[test]
+    fn an_int8_adapter_reads_back_as_the_nearest_quants_and_the_rest_is_zero(plan in plans()) {
+        let (layout, mut extent) = load_into_stale_memory(&plan, FactorDtype::Int8);
+        for (id, ((layer, path), rank)) in plan.ranks.iter().enumerate() {
+            let (a_offset, place) = place(&layout, *layer, path);
+            let group = layout.group(*layer, group_of(path)).unwrap();
+            let k = group.in_features;
+            let values = |tensor: u64, count: usize| -> Vec<f32> {
+                (0..count).map(|index| stored(&plan, value(plan.seed, tensor, index))).collect()
+            };
+            let a = values(2 * id as u64, rank * k);
+            let b = values(2 * id as u64 + 1, place.out_features * rank);
+            let scale = |values: &mut dyn Iterator<Item = f32>| {
+                values.fold(0.0, |largest: f32, value| largest.max(value.abs())) / 127.0
+            };
+            for r in 0..*rank {
+                let row = &a[r * k..(r + 1) * k];
+                let column = || b.iter().skip(r).step_by(*rank).copied();
+                let (a_scale, b_scale) = (scale(&mut row.iter().copied()), scale(&mut column()));
+                for (index, value) in row.iter().enumerate() {
+                    let at = panel_index(StorageDtype::Float32, group.rank, k, place.rank_offset + r, index);
+                    let packed = extent.take_bytes(a_offset + at, 1)[0].cast_signed();
+                    prop_assert_eq!(f32::from(packed), (value / a_scale).round_ties_even());
+                }
+                for (out, value) in column().enumerate() {
+                    let first = place.out_offset % 16;
+                    let rows = (first + place.out_features).next_multiple_of(16);
+                    let at = panel_index(StorageDtype::Float32, rows, place.rank, first + out, r);
+                    let packed = extent.take_bytes(place.b_offset + at, 1)[0].cast_signed();
+                    prop_assert_eq!(f32::from(packed), (value / b_scale).round_ties_even());
+                }
+                let at = group.scales_offset.unwrap() + 4 * (place.rank_offset + r);
+                let packed = extent.take_bytes(at, 4).try_into().unwrap();
+                prop_assert_eq!(f32::from_le_bytes(packed), a_scale * b_scale);
+            }
+        }
+        let padding = extent.bytes.iter().zip(&extent.seen).filter(|(_, seen)| !**seen);
+        prop_assert!(padding.into_iter().all(|(byte, _)| *byte == 0));
     }
 }
 
@@ -292,4 +342,48 @@ fn hash_changes_with_values_scale_and_dtype() {
     for changed in [value, scale, dtype] {
         assert_ne!(changed.check().unwrap().hash, plain);
     }
+}
+
+#[test]
+fn an_adapter_in_int8_is_the_same_adapter_in_a_quarter_of_the_bytes() {
+    let peft = Peft::new();
+    peft.write();
+    let limits = Limits {
+        factors: FactorDtype::Int8,
+        ..LIMITS
+    };
+    let [exact, int8] = [LIMITS, limits].map(|limits| check(peft.path(), &base(), limits).unwrap());
+    assert_eq!(int8.hash, exact.hash);
+    // Each group of 16 ranks has as many scales.
+    assert!(int8.nbytes - 1024 <= (exact.nbytes - 1024) / 4 + NUM_LAYERS * 64);
+}
+
+#[test]
+fn ranks_of_zeros_and_of_denormal_values_are_zeros_in_int8() {
+    let mut peft = Peft::new();
+    let names: Vec<_> = peft.tensors.keys().cloned().collect();
+    for (index, name) in names.into_iter().enumerate() {
+        let tensor = peft.tensors.get_mut(&name).unwrap();
+        let value = if index % 2 == 0 {
+            0.0
+        } else {
+            f32::from_bits(3)
+        };
+        tensor.bytes = tensor
+            .bytes
+            .as_chunks::<4>()
+            .0
+            .iter()
+            .flat_map(|_| value.to_le_bytes())
+            .collect();
+    }
+    peft.write();
+    let limits = Limits {
+        factors: FactorDtype::Int8,
+        ..LIMITS
+    };
+    let receipt = check(peft.path(), &base(), limits).unwrap();
+    let mut extent = vec![STALE; receipt.nbytes];
+    load(peft.path(), &base(), limits, &receipt.hash, &mut extent).unwrap();
+    assert!(extent.iter().all(|byte| *byte == 0));
 }

@@ -8,7 +8,7 @@ use std::process;
 use std::sync::LazyLock;
 
 use libfuzzer_sys::fuzz_target;
-use loraserve_adapters::{BaseShape, Limits, StorageDtype, check, load};
+use loraserve_adapters::{BaseShape, FactorDtype, Limits, StorageDtype, check, load};
 use loraserve_fuzz::{base, bounded, parts};
 use serde_json::Value;
 
@@ -16,6 +16,7 @@ const MAX_DATA_NBYTES: u64 = 1 << 20;
 const EXTENT_NBYTES: usize = 1 << 16;
 const LIMITS: Limits = Limits {
     dtype: StorageDtype::Float32,
+    factors: FactorDtype::Storage,
     max_lora_rank: 64,
 };
 

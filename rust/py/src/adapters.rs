@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use loraserve_adapters::{
-    self as adapters, BaseModel, BaseWeights, Expected, Limits, Place, Registered, StorageDtype,
-    StoredWeight,
+    self as adapters, BaseModel, BaseWeights, Expected, FactorDtype, Limits, Place, Registered,
+    StorageDtype, StoredWeight,
 };
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -203,7 +203,7 @@ impl LoadPace {
 
 /// Reads and checks all of an adapter; raises `AdapterFormatError`.
 #[pyfunction]
-#[pyo3(signature = (path, shape, dtype, max_lora_rank, pace=None, base_weights=None, stored=None))]
+#[pyo3(signature = (path, shape, dtype, max_lora_rank, pace=None, base_weights=None, stored=None, adapter_dtype="auto"))]
 fn check_adapter(
     py: Python<'_>,
     path: &str,
@@ -213,8 +213,9 @@ fn check_adapter(
     pace: Option<&LoadPace>,
     base_weights: Option<Py<PyAny>>,
     stored: Option<(String, String)>,
+    adapter_dtype: &str,
 ) -> PyResult<Receipt> {
-    let limits = limits(dtype, max_lora_rank)?;
+    let limits = limits((dtype, adapter_dtype), max_lora_rank)?;
     let pace = LoadPace::of(pace);
     let base = base_weights.map(BaseFunction);
     let base = base.as_ref().map(|base| base as &dyn BaseWeights);
@@ -229,7 +230,7 @@ fn check_adapter(
 ///
 /// The caller keeps that memory alive and to itself until the call returns.
 #[pyfunction]
-#[pyo3(signature = (path, shape, dtype, max_lora_rank, expected_hash, dst_ptr, dst_nbytes, pace=None, base_linears=None, stored=None, base_weights=None, known=None))]
+#[pyo3(signature = (path, shape, dtype, max_lora_rank, expected_hash, dst_ptr, dst_nbytes, pace=None, base_linears=None, stored=None, base_weights=None, known=None, adapter_dtype="auto"))]
 fn load_adapter(
     py: Python<'_>,
     path: &str,
@@ -244,8 +245,9 @@ fn load_adapter(
     stored: Option<(String, String)>,
     base_weights: Option<Py<PyAny>>,
     known: Option<&Receipt>,
+    adapter_dtype: &str,
 ) -> PyResult<AdapterLayout> {
-    let limits = limits(dtype, max_lora_rank)?;
+    let limits = limits((dtype, adapter_dtype), max_lora_rank)?;
     if dst_ptr == 0 || isize::try_from(dst_nbytes).is_err() {
         return Err(PyValueError::new_err(format!(
             "no extent of {dst_nbytes} bytes at {dst_ptr:#x}"
@@ -323,13 +325,18 @@ fn place<'a>(path: &'a str, config: Option<&'a str>, weights: Option<&'a str>) -
     }
 }
 
-fn limits(dtype: &str, max_lora_rank: usize) -> PyResult<Limits> {
+fn limits((dtype, adapter_dtype): (&str, &str), max_lora_rank: usize) -> PyResult<Limits> {
     let Some(dtype) = StorageDtype::parse(dtype) else {
         let message = format!("dtype is '{dtype}', expected 'float32', 'bfloat16' or 'float16'");
         return Err(PyValueError::new_err(message));
     };
+    let Some(factors) = FactorDtype::parse(adapter_dtype) else {
+        let message = format!("adapter_dtype is '{adapter_dtype}', expected 'auto' or 'int8'");
+        return Err(PyValueError::new_err(message));
+    };
     Ok(Limits {
         dtype,
+        factors,
         max_lora_rank,
     })
 }

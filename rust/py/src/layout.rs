@@ -17,6 +17,8 @@ type ModuleLayoutTuple = (usize, usize, usize, usize, usize, f32);
 type GroupTuple = (usize, usize, usize, usize, usize, Vec<ModuleLayoutTuple>);
 /// (layer, group, `out_offset`, offset, `has_gain`, `has_shift`).
 type ColumnsTuple = (usize, usize, usize, usize, bool, bool);
+/// (layer, group, offset) of a group in int8.
+type ScalesTuple = (usize, usize, usize);
 
 /// (`tokens_offset`, `panels_offset`, count, width).
 type RowsTuple = (usize, usize, usize, usize);
@@ -70,9 +72,9 @@ pub struct AdapterLayout {
 
 #[pymethods]
 impl AdapterLayout {
-    /// Builds a layout from what `groups()`, `columns()`, `embedding`, `head` and `vocabulary` return.
+    /// Builds a layout from what `groups()`, `columns()`, `embedding`, `head`, `vocabulary` and `scales()` return.
     #[staticmethod]
-    #[pyo3(signature = (groups, num_layers, nbytes, columns=Vec::new(), embedding=None, head=None, vocabulary=None))]
+    #[pyo3(signature = (groups, num_layers, nbytes, columns=Vec::new(), embedding=None, head=None, vocabulary=None, scales=Vec::new()))]
     fn from_groups(
         groups: Vec<GroupTuple>,
         num_layers: usize,
@@ -81,6 +83,7 @@ impl AdapterLayout {
         embedding: Option<RowsTuple>,
         head: Option<RowsTuple>,
         vocabulary: Option<usize>,
+        scales: Vec<ScalesTuple>,
     ) -> PyResult<Self> {
         let mut slots = vec![None; num_layers * NUM_GROUPS];
         for group in groups {
@@ -92,6 +95,13 @@ impl AdapterLayout {
                 return Err(PyValueError::new_err(message));
             }
             slots[layer * NUM_GROUPS + index] = Some(group_layout(group));
+        }
+        for (layer, group, offset) in scales {
+            let slot = slots.get_mut(layer * NUM_GROUPS + group);
+            let group = slot.and_then(Option::as_mut).ok_or_else(|| {
+                PyValueError::new_err(format!("there is no group {group} of layer {layer}"))
+            })?;
+            group.scales_offset = Some(offset);
         }
         for (layer, group, out_offset, offset, has_gain, has_shift) in columns {
             let slot = slots.get_mut(layer * NUM_GROUPS + group);
@@ -154,6 +164,14 @@ impl AdapterLayout {
         self.inner.present().map(group_tuple).collect()
     }
 
+    fn scales(&self) -> Vec<ScalesTuple> {
+        let groups = self.inner.present();
+        let of_int8 = groups.filter_map(|(layer, group, layout)| {
+            layout.scales_offset.map(|offset| (layer, group, offset))
+        });
+        of_int8.collect()
+    }
+
     fn columns(&self) -> Vec<ColumnsTuple> {
         let groups = self.inner.present();
         let tuples = groups.flat_map(|(layer, group, layout)| {
@@ -211,6 +229,7 @@ fn group_layout((_, _, a_offset, rank, in_features, modules): GroupTuple) -> Gro
         a_offset,
         rank,
         in_features,
+        scales_offset: None,
         modules,
     }
 }

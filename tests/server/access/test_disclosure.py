@@ -85,7 +85,15 @@ def test_grpc_tells_a_key_no_more(server: ControlServer) -> None:
         Client(server.grpc_address, timeout=10.0, api_key="root-key") as root,
     ):
         info, adapters = MessageToDict(sales.info()), [MessageToDict(one) for one in sales.adapters()]
-        assert set(info) == {"version", "dtype", "quantization", "device", "maxModelLen", "maxLoraRank"}
+        assert set(info) == {
+            "version",
+            "dtype",
+            "quantization",
+            "adapterDtype",
+            "device",
+            "maxModelLen",
+            "maxLoraRank",
+        }
         assert [set(adapter) for adapter in adapters] == [{"name", "receipt"}]
         assert root.info().num_running == 7
         assert root.info().model == PLACES[0]

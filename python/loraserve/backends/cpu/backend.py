@@ -33,6 +33,7 @@ class CpuBackend:
     computes_on_cpu = True
     changes_tables = True
     keeps_quantized = True
+    keeps_int8_adapters = True
     runs_ahead = False
 
     def __init__(self, config: EngineConfig, dtype: torch.dtype) -> None:

@@ -54,6 +54,7 @@ class CudaBackend:
     computes_on_cpu = False
     changes_tables = False
     keeps_quantized = False
+    keeps_int8_adapters = False
     runs_ahead = True
 
     def __init__(self, config: EngineConfig, dtype: torch.dtype, device: CudaDevice | None = None) -> None:

@@ -14,7 +14,9 @@ from loraserve.server.access.keys import Caller
 from loraserve.v1 import loraserve_pb2 as pb
 
 # Fields of EngineInfo that a client needs, and that neither move with the load nor tell of the machine.
-INFO_FOR_ALL = frozenset(("version", "dtype", "quantization", "device", "max_model_len", "max_lora_rank"))
+INFO_FOR_ALL = frozenset(
+    ("version", "dtype", "quantization", "adapter_dtype", "device", "max_model_len", "max_lora_rank")
+)
 ADAPTER_FOR_ALL = frozenset(("name", "description", "receipt"))
 
 

@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use loraserve_adapters::{BaseShape, Limits, ModuleShape, Receipt, Result, StorageDtype};
+use loraserve_adapters::{
+    BaseShape, FactorDtype, Limits, ModuleShape, Receipt, Result, StorageDtype,
+};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
@@ -15,6 +17,7 @@ pub const HIDDEN: usize = 16;
 pub const NUM_LAYERS: usize = 2;
 pub const LIMITS: Limits = Limits {
     dtype: StorageDtype::Float32,
+    factors: FactorDtype::Storage,
     max_lora_rank: 64,
 };
 

@@ -93,7 +93,12 @@ fn lora_on_both_is_packed_in_panels() {
     assert!((module.scale - 4.0).abs() < 1e-6);
     let a = matrix(&extent, head.a_offset, head.a_panels(dtype), RANK);
     assert_eq!(a, numbers(RANK * HIDDEN));
-    let b = matrix(&extent, module.b_offset, module.b_panels(dtype), TOKENS);
+    let b = matrix(
+        &extent,
+        module.b_offset,
+        module.b_panels(head.panel_dtype(dtype)),
+        TOKENS,
+    );
     let padded = b.chunks(module.rank).flat_map(|row| &row[..RANK]);
     assert_eq!(padded.copied().collect::<Vec<_>>(), numbers(TOKENS * RANK));
 }

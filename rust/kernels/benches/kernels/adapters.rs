@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-use loraserve_adapters::{Limits, StorageDtype, check, load};
+use loraserve_adapters::{FactorDtype, Limits, StorageDtype, check, load};
 
 use crate::model::{Model, NUM_LAYERS, base_shape, random};
 
@@ -13,21 +13,23 @@ pub const RANK: usize = 16;
 
 const LIMITS: Limits = Limits {
     dtype: StorageDtype::BFloat16,
+    factors: FactorDtype::Storage,
     max_lora_rank: RANK,
 };
 
 /// A model with `count` adapters in slots 0.. after its first `num_pages` pages, which are for tokens.
-pub fn model_with_adapters(num_pages: usize, count: usize) -> Model {
+pub fn model_with_adapters(num_pages: usize, count: usize, factors: FactorDtype) -> Model {
+    let limits = Limits { factors, ..LIMITS };
     let directory = tempfile::tempdir().expect("a temporary directory can be made");
     write_adapter(directory.path()).expect("the adapter can be written");
     let shape = base_shape();
-    let receipt = check(directory.path(), &shape, LIMITS).expect("the adapter fits the base model");
+    let receipt = check(directory.path(), &shape, limits).expect("the adapter fits the base model");
     let extent = receipt.nbytes.div_ceil(Model::page_nbytes());
     let mut model = Model::new(num_pages + count * extent);
     for slot in 0..count {
         let first_page = num_pages + slot * extent;
         let bytes = model.pages_mut(first_page, extent);
-        let layout = load(directory.path(), &shape, LIMITS, &receipt.hash, bytes);
+        let layout = load(directory.path(), &shape, limits, &receipt.hash, bytes);
         let layout = layout.expect("the adapter is as it was checked");
         let bound = model
             .context

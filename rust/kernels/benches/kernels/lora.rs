@@ -2,6 +2,7 @@
 
 use std::cell::OnceCell;
 
+use loraserve_adapters::FactorDtype;
 use loraserve_kernels::cpu::gemm::Epilogue;
 use loraserve_kernels::cpu::step::CpuStep;
 
@@ -23,10 +24,15 @@ struct Setting {
 }
 
 pub fn bench(bench: &mut Bench) {
+    bench_kept(bench, "lora", FactorDtype::Storage);
+    bench_kept(bench, "lora int8", FactorDtype::Int8);
+}
+
+fn bench_kept(bench: &mut Bench, group: &str, factors: FactorDtype) {
     let setting = OnceCell::new();
     let setting = || {
         setting.get_or_init(|| {
-            let model = model_with_adapters(NUM_PAGES, 32);
+            let model = model_with_adapters(NUM_PAGES, 32, factors);
             let layers = Layers::new(&model, None);
             Setting { model, layers }
         })
@@ -35,7 +41,7 @@ pub fn bench(bench: &mut Bench) {
         for projection in PROJECTIONS {
             for distinct in NUM_DISTINCT {
                 let name = format!(
-                    "lora/{phase} {num_tokens}/{}/{distinct} adapters",
+                    "{group}/{phase} {num_tokens}/{}/{distinct} adapters",
                     projection.name
                 );
                 let setup = || {
@@ -45,14 +51,14 @@ pub fn bench(bench: &mut Bench) {
                         Buffers::new(num_tokens),
                     )
                 };
-                let work = lora_work(projection, num_tokens, distinct);
+                let work = lora_work(projection, num_tokens, distinct, factors);
                 bench.measure(&name, work, setup, |(setting, step, buffers), call| {
                     setting.run(step, buffers, call % NUM_LAYERS, projection);
                 });
             }
         }
         for distinct in NUM_DISTINCT {
-            let name = format!("lora/{phase} {num_tokens}/layers/{distinct} adapters");
+            let name = format!("{group}/{phase} {num_tokens}/layers/{distinct} adapters");
             let setup = || {
                 (
                     setting(),
@@ -60,7 +66,8 @@ pub fn bench(bench: &mut Bench) {
                     Buffers::new(num_tokens),
                 )
             };
-            let works = PROJECTIONS.map(|projection| lora_work(projection, num_tokens, distinct));
+            let works =
+                PROJECTIONS.map(|projection| lora_work(projection, num_tokens, distinct, factors));
             let work = Work {
                 nbytes: NUM_LAYERS * works.iter().map(|work| work.nbytes).sum::<usize>(),
                 flop: NUM_LAYERS * works.iter().map(|work| work.flop).sum::<usize>(),
@@ -107,16 +114,25 @@ fn mixed(model: &Model, num_tokens: usize, distinct: usize) -> CpuStep {
 }
 
 /// The dense product, and each adapter's A and B read once and applied to its tokens.
-fn lora_work(projection: Projection, num_tokens: usize, distinct: usize) -> Work {
+fn lora_work(
+    projection: Projection,
+    num_tokens: usize,
+    distinct: usize,
+    factors: FactorDtype,
+) -> Work {
     let shape = base_shape();
     let modules = shape.group(projection.group).into_iter();
     let num_weights: usize = modules
         .map(|(_, m)| RANK * (m.in_features + m.out_features))
         .sum();
     let dense = dense_work(projection, num_tokens);
+    let weight_nbytes = match factors {
+        FactorDtype::Storage => 2,
+        FactorDtype::Int8 => 1,
+    };
     let num_adapted = if distinct == 0 { 0 } else { num_tokens };
     Work {
-        nbytes: dense.nbytes + 2 * distinct * num_weights,
+        nbytes: dense.nbytes + weight_nbytes * distinct * num_weights,
         flop: dense.flop + 2 * num_adapted * num_weights,
     }
 }

@@ -290,8 +290,9 @@ fn check_layout(layout: &AdapterLayout, dtype: StorageDtype) -> Result<(), Kerne
     let limit = layout.nbytes.saturating_sub(OVERREAD);
     for group in layout.groups.iter().flatten().chain(&layout.head_lora) {
         check_not_empty(!group.modules.is_empty(), "group")?;
+        let panel_dtype = group.panel_dtype(dtype);
         if group.rank > 0 {
-            let sizes = [group.rank, group.in_features, dtype.size()];
+            let sizes = [group.rank, group.in_features, panel_dtype.size()];
             check_block("end of A", group.a_offset, &sizes, limit)?;
             check_block(
                 "end of A",
@@ -300,12 +301,15 @@ fn check_layout(layout: &AdapterLayout, dtype: StorageDtype) -> Result<(), Kerne
                 limit,
             )?;
         }
+        if let Some(offset) = group.scales_offset {
+            check_block("end of scales", offset, &[group.scales_nbytes()], limit)?;
+        }
         let mut next_rank = 0;
         for module in &group.modules {
             if module.rank > 0 {
-                let sizes = [module.rank, module.out_features, dtype.size()];
+                let sizes = [module.rank, module.out_features, panel_dtype.size()];
                 check_block("end of B", module.b_offset, &sizes, limit)?;
-                let nbytes = module.b_panels(dtype).nbytes();
+                let nbytes = module.b_panels(panel_dtype).nbytes();
                 check_block("end of B", module.b_offset, &[nbytes], limit)?;
             }
             if let Some(columns) = module.columns {

@@ -96,6 +96,10 @@ pub(super) fn check_layout(layout: &AdapterLayout, model: &Model) -> Result<(), 
     let limit = layout.nbytes.saturating_sub(OVERREAD);
     for (_, index, group) in layout.present() {
         let shape = model.groups[index];
+        if group.scales_offset.is_some() {
+            let message = "adapter is in int8, which runs on the CPU only";
+            return Err(KernelError::Invalid(message.into()));
+        }
         check_length("in_features of A", group.in_features, shape.in_features)?;
         let rank_limit = model.limits.max_group_rank as i64 + 1;
         check_below("rank of a group", group.rank as i64, rank_limit)?;

@@ -29,7 +29,7 @@ impl<E: Element, O: Element> Kernel for TilePart<'_, E, O> {
                 let group = first..part.rows.end.min(first + ROWS);
                 let is_first = first == part.rows.start;
                 match part.job.lora {
-                    Some(lora) if lora.has_many_items(group.clone()) => {
+                    Some(lora) if lora.is_int8() || lora.has_many_items(group.clone()) => {
                         part.mixed_rows::<S>(lora, group, is_first);
                     }
                     _ if group.len() <= TILE => part.few_rows::<S>(group),
@@ -100,7 +100,8 @@ impl<E: Element, O: Element> Part<'_, E, O> {
         }
     }
 
-    /// Up to 32 rows of many adapters: the dense sums of all panels, then one item after another.
+    /// Up to 32 rows of many adapters, or of such in int8: the dense sums of all panels, then one item after
+    /// another.
     #[inline(always)]
     unsafe fn mixed_rows<S: Simd>(&self, lora: &Lora<'_, E>, rows: Range<usize>, fetches: bool) {
         let panels = self.panels.clone();
@@ -111,7 +112,11 @@ impl<E: Element, O: Element> Part<'_, E, O> {
         // SAFETY: the scratch holds 16 sums per row and panel.
         unsafe {
             self.dense_sums(rows.clone(), panels.clone(), fetches, acc, stride);
-            lora.add_each(rows.clone(), panels.clone(), acc, stride);
+            if lora.is_int8() {
+                lora.expand_into::<S>(rows.clone(), panels.clone(), acc, stride);
+            } else {
+                lora.add_each(rows.clone(), panels.clone(), acc, stride);
+            }
             self.finish_rows::<S>(rows, panels, acc, stride);
         }
     }

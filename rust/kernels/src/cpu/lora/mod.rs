@@ -4,10 +4,12 @@
 //! shrink   s [tokens, Σ rank] = weight·scale · x [tokens, K] · Aᵀ      rounded to the storage dtype
 //! expand   y [tokens, module's columns] += s · Bᵀ                      in the GEMM's accumulators
 //! ```
-//! A row's sums run in a fixed order, the dense product first, then its waves, whatever else is in
-//! the batch. Shrink tasks come first in the GEMM's job; the tasks after them wait for the last one.
+//! Where A and B are int8, s stays f32 (`int8.rs`). A row's sums run in a fixed order, the dense product first,
+//! then its waves, whatever else is in the batch. Shrink tasks come first in the GEMM's job; the tasks after them
+//! wait for the last one.
 
 mod columns;
+mod int8;
 #[cfg(target_arch = "x86_64")]
 mod mixed;
 mod plan;
@@ -84,6 +86,12 @@ impl<'a, E: Element> Lora<'a, E> {
         Some(&self.plan.columns).filter(|columns| !columns.is_empty())
     }
 
+    /// Whether A and B are int8, which tiles don't multiply.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn is_int8(&self) -> bool {
+        self.plan.is_int8
+    }
+
     /// Whether all its rows, `num_rows`, have so many adapters that their weights, and not the dense
     /// ones, may be what takes time.
     pub(super) fn has_many_items_in(&self, num_rows: usize) -> bool {
@@ -133,9 +141,15 @@ impl<'a, E: Element> Lora<'a, E> {
                         if !module.panels.contains(&(panel + p)) {
                             continue;
                         }
-                        let b = module.b_panel(panel + p).cast::<E>();
+                        let b = module.b_panel(panel + p);
                         // SAFETY: the item has this row of s; B has `rank` elements of K.
                         unsafe {
+                            if self.plan.is_int8 {
+                                let s = self.s_f32().add(s_row + module.s_column);
+                                *acc = int8::add_ranks::<S>(s, b.cast(), module.rank, *acc);
+                                continue;
+                            }
+                            let b = b.cast::<E>();
                             let s = self.s.get().add(s_row + module.s_column);
                             for k in (0..module.rank).step_by(E::PACK) {
                                 let splat = splat_pack::<S, E>(s.add(k));
@@ -147,6 +161,11 @@ impl<'a, E: Element> Lora<'a, E> {
                 }
             }
         }
+    }
+
+    /// s of adapters in int8.
+    fn s_f32(&self) -> *mut f32 {
+        self.s.get().cast()
     }
 
     /// Clears what of s no product fills.
@@ -205,11 +224,18 @@ impl<'a, E: Element> Lora<'a, E> {
             let column = first_row + module.s_column + rank - module.rank_offset;
             // SAFETY: `width` sums of this module go to as many columns of its rows.
             unsafe {
-                let scale = S::splat(module.scale);
+                let mut scale = S::splat(module.scale);
+                if let Some(scales) = item.scales {
+                    let scales = (scales as *const f32).add(rank);
+                    scale = S::mul(scale, load_first::<S, f32>(scales, width));
+                }
                 for row in 0..rows.len() {
                     let sums = load_first::<S, f32>(sums.add(row * stride + rank - first), width);
-                    let s = self.s.get().add(column + row * item.s_stride);
-                    store_first::<S, E>(s, width, S::mul(sums, scale));
+                    let (place, s) = (column + row * item.s_stride, S::mul(sums, scale));
+                    match item.scales {
+                        Some(_) => store_first::<S, f32>(self.s_f32().add(place), width, s),
+                        None => store_first::<S, E>(self.s.get().add(place), width, s),
+                    }
                 }
             }
             rank += width;
@@ -228,6 +254,9 @@ impl<E: Element> Kernel for Shrink<'_, E> {
     unsafe fn run<S: Simd>(self) {
         // SAFETY: the task is one of the plan.
         unsafe {
+            if self.lora.plan.is_int8 {
+                return self.int8::<S>();
+            }
             self.lora.clear(self.task);
             #[cfg(target_arch = "x86_64")]
             if amx::in_tiles(self.lora.isa, E::DTYPE, self.lora.in_features) {
@@ -300,7 +329,10 @@ impl<E: Element> Shrink<'_, E> {
 
     fn panel(&self, panel: usize) -> *const u8 {
         let item = &self.lora.plan.items[self.task.item];
-        let padded_k = self.lora.in_features.next_multiple_of(E::PACK);
-        (item.a + panel * LANES * padded_k * size_of::<E>()) as *const u8
+        let row_nbytes = match item.scales {
+            Some(_) => self.lora.in_features,
+            None => self.lora.in_features.next_multiple_of(E::PACK) * size_of::<E>(),
+        };
+        (item.a + panel * LANES * row_nbytes) as *const u8
     }
 }

@@ -41,6 +41,8 @@ pub(in crate::cpu) struct Item {
     /// Address of the group's A, and its ranks.
     pub a: usize,
     pub rank: usize,
+    /// Address of one f32 a rank, where A and B are int8.
+    pub scales: Option<usize>,
     /// The first row of s, and from row to row.
     pub s_offset: usize,
     pub s_stride: usize,
@@ -92,6 +94,8 @@ pub struct LoraScratch {
     row_items: Vec<u32>,
     pub(super) shrink_tasks: Vec<ShrinkTask>,
     pub(super) columns: ColumnTerms,
+    /// Whether the items' A and B are int8, and s f32.
+    pub(super) is_int8: bool,
     num_rows: usize,
     num_waves: usize,
 }
@@ -106,6 +110,7 @@ impl Default for LoraScratch {
             row_items: Vec::new(),
             shrink_tasks: Vec::new(),
             columns: ColumnTerms::default(),
+            is_int8: false,
             num_rows: 0,
             num_waves: 0,
         }
@@ -140,6 +145,15 @@ impl LoraScratch {
             }
         }
         if !self.items.is_empty() {
+            self.is_int8 = self.items[0].scales.is_some();
+            if self
+                .items
+                .iter()
+                .any(|item| item.scales.is_some() != self.is_int8)
+            {
+                let message = "adapters of a step are in int8 and in float";
+                return Err(KernelError::Invalid(message.into()));
+            }
             self.num_waves = segments.last().map_or(0, |segment| segment.wave + 1);
             self.place_items(dtype);
             self.cut_shrink(tasks_wanted);
@@ -179,7 +193,7 @@ impl LoraScratch {
             let expansion = Expansion {
                 panels: first_panel..first_panel + module.num_panels(),
                 b: base + module.b_offset,
-                panel_nbytes: module.rank * PANEL_WIDTH * dtype.size(),
+                panel_nbytes: module.rank * PANEL_WIDTH * group.panel_dtype(dtype).size(),
                 rank: module.rank,
                 rank_offset: module.rank_offset,
                 s_column,
@@ -199,6 +213,7 @@ impl LoraScratch {
             rows,
             a: base + group.a_offset,
             rank: group.rank,
+            scales: group.scales_offset.map(|offset| base + offset),
             s_offset: 0,
             s_stride: s_column,
             modules: first..self.expansions.len(),
@@ -215,10 +230,12 @@ impl LoraScratch {
             offset = item.s_offset + item.rows.len() * item.s_stride;
             previous_stride = item.s_stride;
         }
-        reserve(
-            &mut self.s,
-            (offset + GAP_ROWS * previous_stride) * dtype.size(),
-        );
+        let size = if self.is_int8 {
+            size_of::<f32>()
+        } else {
+            dtype.size()
+        };
+        reserve(&mut self.s, (offset + GAP_ROWS * previous_stride) * size);
         let widest = self.expansions.iter().map(Expansion::s_width).max();
         reserve(
             &mut self.zeros,

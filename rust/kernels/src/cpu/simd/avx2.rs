@@ -264,6 +264,15 @@ macro_rules! impl_avx2 {
             }
 
             #[inline(always)]
+            unsafe fn load_i8(p: *const i8) -> Pair {
+                unsafe {
+                    let bytes = _mm_loadu_si128(p.cast());
+                    [bytes, _mm_srli_si128::<8>(bytes)]
+                        .map(|eight| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight)))
+                }
+            }
+
+            #[inline(always)]
             unsafe fn store_i8(p: *mut i8, v: Pair) {
                 unsafe {
                     let words =

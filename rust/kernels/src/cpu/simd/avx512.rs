@@ -223,6 +223,11 @@ macro_rules! impl_avx512 {
             }
 
             #[inline(always)]
+            unsafe fn load_i8(p: *const i8) -> __m512 {
+                unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))) }
+            }
+
+            #[inline(always)]
             unsafe fn store_i8(p: *mut i8, v: __m512) {
                 unsafe { _mm_storeu_si128(p.cast(), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v))) }
             }

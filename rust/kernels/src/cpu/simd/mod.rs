@@ -69,6 +69,8 @@ pub trait Simd: Copy + 'static {
     unsafe fn prefetch(p: *const u8);
     /// Sixteen float16, widened.
     unsafe fn load_f16(p: *const u16) -> Self::V;
+    /// Sixteen signed bytes, widened.
+    unsafe fn load_i8(p: *const i8) -> Self::V;
     /// Integers of −127..=127 as bytes.
     unsafe fn store_i8(p: *mut i8, v: Self::V);
     /// Exact sums of `PACKS · PACK` products for R rows and sixteen columns of 0..=15: [`PACKS` / 2][16][`PACK`]

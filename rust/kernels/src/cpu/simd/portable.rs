@@ -202,6 +202,13 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    unsafe fn load_i8(p: *const i8) -> Lanes {
+        // SAFETY: the caller guarantees 16 lanes.
+        let bytes = unsafe { p.cast::<[i8; LANES]>().read() };
+        bytes.map(f32::from)
+    }
+
+    #[inline(always)]
     unsafe fn store_i8(p: *mut i8, v: Lanes) {
         // SAFETY: the caller guarantees 16 lanes.
         unsafe { p.cast::<[i8; LANES]>().write(v.map(|value| value as i8)) }
