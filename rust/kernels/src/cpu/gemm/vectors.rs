@@ -66,7 +66,7 @@ impl<E: Element, O: Element> Part<'_, E, O> {
                 let next = panels[p].wrapping_add(if has_next { P * panel_len } else { 0 });
                 prefetch.from[p] = next.cast();
             }
-            if num_tiles == 1 {
+            if num_tiles == 1 && (end - first == 1 || !has_next) {
                 prefetch.step = 64;
                 for p in 0..P {
                     prefetch.from[p] = panels[p].cast::<u8>().wrapping_add(PREFETCH_NBYTES);
@@ -80,6 +80,17 @@ impl<E: Element, O: Element> Part<'_, E, O> {
                         prefetch.from[p] = prefetch.from[p].wrapping_add(share);
                     }
                 }
+                // One pass over the weights for what is left: a step that checks guesses has few rows.
+                return match end - row {
+                    7 => self.tile::<S, 7, P>(row, panel, panels, prefetch),
+                    6 => self.tile::<S, 6, P>(row, panel, panels, prefetch),
+                    5 => self.tile::<S, 5, P>(row, panel, panels, prefetch),
+                    4 => self.tile::<S, 4, P>(row, panel, panels, prefetch),
+                    3 => self.tile::<S, 3, P>(row, panel, panels, prefetch),
+                    2 => self.tile::<S, 2, P>(row, panel, panels, prefetch),
+                    1 => self.tile::<S, 1, P>(row, panel, panels, prefetch),
+                    _ => {}
+                };
             }
             while tallest == 6 && row + 6 <= end {
                 self.tile::<S, 6, P>(row, panel, panels, prefetch);
