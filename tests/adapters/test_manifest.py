@@ -16,6 +16,7 @@ WHOLE = {
     "stop": [";"],
     "sampling": {"temperature": 0.0, "max_tokens": 9, "logit_bias": {"5": -1}, "stop_token_ids": [3]},
     "json_schema": {"type": "object"},
+    "speculate": False,
 }
 
 REFUSED: list[tuple[Any, str]] = [
@@ -32,6 +33,7 @@ REFUSED: list[tuple[Any, str]] = [
     ({"sampling": {"temperature": -1}}, "temperature is -1"),
     ({"sampling": {"logit_bias": {"x": 1}}}, "not a token id"),
     ({"json_schema": "{"}, "not JSON"),
+    ({"speculate": 0}, "speculate is 0"),
     ({"chat_template": "x" * 300_000}, "300000 characters"),
 ]
 
@@ -46,6 +48,7 @@ def test_every_field_is_read() -> None:
         "stop_token_ids": (3,),
         "stop": (";",),
         "grammar": Grammar("json_schema", {"type": "object"}),
+        "speculate": False,
     }
 
 
@@ -78,6 +81,14 @@ def test_one_manifest_goes_over_another_field_by_field() -> None:
     merged = config.merged_over(file)
     assert (merged.description, merged.system_prompt) == ("mine", "Answer in SQL.")
     assert merged.sampling == {**file.sampling, "max_tokens": 5}
+    assert merged.speculate is False
+
+
+def test_guesses_are_left_out_by_a_manifest_and_asked_for_by_none() -> None:
+    file, config = (AdapterManifest.from_fields({"speculate": value}, "here") for value in (False, True))
+    assert file.request_defaults == {"speculate": False}
+    assert config.merged_over(file).request_defaults == {}
+    assert SamplingParams(speculate=True).with_defaults(file.request_defaults).speculate is True
     assert config.merged_over(None) == config
 
 

@@ -8,6 +8,7 @@
   "stop": [";"],
   "sampling": {"temperature": 0.0, "max_tokens": 200},
   "json_schema": {"type": "object"},
+  "speculate": false,
   "base_fingerprint": "base1:6f0c…"
 }
 ```
@@ -29,6 +30,7 @@ from loraserve.sampling.grammar import Grammar
 from loraserve.sampling_params import SamplingParams
 from loraserve.validation.did_you_mean import did_you_mean
 from loraserve.validation.files import read_regular_file, replace_file
+from loraserve.validation.values import check_bool
 
 FILE_NAME = "loraserve.json"
 MAX_FILE_NBYTES = 2**20
@@ -66,6 +68,8 @@ class AdapterManifest:
         sampling: defaults of sampling parameters, those of `SAMPLING_FIELDS`.
         grammar: the form of an answer; "json_schema" in the file.
         base_fingerprint: of the base model it was trained on; with another it is refused.
+        speculate: False has its answers computed token by token where the engine guesses ahead; True leaves
+            that to the engine, as None does, and takes back a False of the file below.
     """
 
     description: str | None = None
@@ -75,6 +79,7 @@ class AdapterManifest:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     grammar: Grammar | None = None
     base_fingerprint: str | None = None
+    speculate: bool | None = None
 
     @classmethod
     def from_fields(cls, values: Any, source: str) -> AdapterManifest:
@@ -114,6 +119,7 @@ class AdapterManifest:
             "sampling": _with_json_types(self.sampling) or None,
             "json_schema": None if self.grammar is None else self.grammar.value,
             "base_fingerprint": self.base_fingerprint,
+            "speculate": self.speculate,
         }
         return {name: value for name, value in values.items() if value is not None}
 
@@ -125,6 +131,8 @@ class AdapterManifest:
             defaults["stop"] = self.stop
         if self.grammar is not None:
             defaults["grammar"] = self.grammar
+        if self.speculate is False:
+            defaults["speculate"] = False
         return defaults
 
     def with_system_prompt(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
@@ -252,6 +260,11 @@ def _base_fingerprint(value: Any) -> dict[str, Any]:
     return {"base_fingerprint": value}
 
 
+def _speculate(value: Any) -> dict[str, Any]:
+    check_bool("speculate", value)
+    return {"speculate": value}
+
+
 def _schema(value: Any) -> dict[str, Any]:
     return {"grammar": Grammar("json_schema", value)}
 
@@ -264,4 +277,5 @@ _READERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "sampling": _sampling,
     "json_schema": _schema,
     "base_fingerprint": _base_fingerprint,
+    "speculate": _speculate,
 }

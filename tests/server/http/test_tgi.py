@@ -240,6 +240,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"top_p": 0}, "top_p"),
     ({"top_k": 0}, "top_k"),
     ({"typical_p": 2}, "typical_p"),
+    ({"speculate": True}, "speculate is true, but the engine was started with --speculate off"),
+    ({"speculate": 3}, "speculate"),
     ({"repetition_penalty": 0}, "repetition_penalty"),
     ({"max_new_tokens": 0}, "max_new_tokens"),
     ({"truncate": 0}, "truncate"),

@@ -167,7 +167,9 @@ class GenerationBody(AdapterSelectors):
     stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     stop_token_ids: Annotated[list[int], Field(fail_fast=True)] | None = None
     ignore_eos: bool | None = None
-    speculate: bool | None = None
+    speculate: bool | None = Field(
+        default=None, description="False: no guesses ahead (`--speculate`); the answer is the same."
+    )
     min_tokens: int | None = None
     n: int | None = None
     response_format: ResponseFormat | None = None

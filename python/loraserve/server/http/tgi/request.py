@@ -22,6 +22,7 @@ _SAME_NAME = (
     "top_k",
     "top_p",
     "typical_p",
+    "speculate",
 )
 
 

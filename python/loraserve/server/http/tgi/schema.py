@@ -57,6 +57,9 @@ class Parameters(AdapterSelectors):
     return_k_alternatives: int | None = Field(default=None, ge=0)
     grammar: GrammarField | None = None
     response_format: LoraxFormat | None = None
+    speculate: bool | None = Field(
+        default=None, description="False: no guesses ahead (`--speculate`); the answer is the same."
+    )
     cache_salt: str | None = Field(
         default=None,
         description="1 to 256 characters: only requests of the same salt (and key) share cached prompts.",
