@@ -180,7 +180,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         adapters = write_adapters(Path(directory), args.adapters, 8)
         config = EngineConfig(
-            model=str(default_model_path()), adapters=adapters, dtype="bfloat16", max_num_seqs=args.rows
+            model=str(default_model_path()),
+            adapters=adapters,
+            dtype="bfloat16",
+            max_num_seqs=args.rows,
+            speculate=args.speculate,
         )
 
         async def run() -> None:
@@ -210,6 +214,7 @@ def parse_args() -> argparse.Namespace:
         default="device",
         help="who samples",
     )
+    parser.add_argument("--speculate", choices=["off", "ngram"], default="off")
     parser.add_argument("--device-ms", type=float, default=0.0, help="that the device takes for a step")
     parser.add_argument("--profile", choices=["engine", "loop"], help="print where the time goes")
     return parser.parse_args()

@@ -15,7 +15,7 @@ CRATES: dict[str, tuple[set[str], str]] = {
         set(),
         """
         error ids
-        batch ngram page_set prefix_cache request slot_table
+        batch guesses ngram page_set prefix_cache request slot_table
         adapter_cache answers page_pool
         speculation
         memory

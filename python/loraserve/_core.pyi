@@ -345,15 +345,18 @@ class Scheduler:
         Legal between `schedule` and `commit`, which then takes no token for it. Raises ValueError for another
         reason.
         """
-    def may_draft(self) -> bool:
-        """Whether the next step may be small enough to check guesses in."""
+    def draftable(self) -> list[int]:
+        """Requests whose next token the next step may sample; none where it has no room for guesses."""
     def draft(self, request_id: int, forced: list[int]) -> list[int]:
         """What would be guessed of a request behind `forced`, which are certain, and these in front.
 
-        Empty if it does not decode, or guesses are off; `max_draft_tokens` at most.
+        Empty in the middle of a prompt, or where guesses are off; `max_draft_tokens` at most.
         """
     def give_draft(self, request_id: int, token_ids: list[int]) -> None:
-        """What the next step guesses of a request, in place of its own guess; it changes no answer."""
+        """What is guessed of a request when its next token is sampled, in place of its own guess.
+
+        It changes no answer.
+        """
     def schedule(self) -> SchedulerOutput:
         """Plan a step. One with a batch must be committed before the next."""
     def schedule_ahead(self) -> SchedulerOutput | None:

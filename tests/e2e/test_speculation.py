@@ -129,7 +129,7 @@ def test_answers_are_those_of_one_token_after_another(
     with engine(str(tiny_model[0]), adapters, memory=memory, speculate="ngram") as llm:
         assert ask(llm, asked) == expected
         stats = llm.stats()
-        assert 100 < stats.num_accepted_tokens < stats.num_draft_tokens
+        assert 40 < stats.num_accepted_tokens < stats.num_draft_tokens
         guesser = Guesser(llm, [token_ids for token_ids, *_ in expected])
         llm._engine._scheduler = guesser  # type: ignore[assignment]
         assert ask(llm, asked) == expected

@@ -298,9 +298,8 @@ class Engine:
         with self._lock:
             self._end_expired()
             self.adapters.announce_late_loads()
-            if self._scheduler.may_draft():
-                for request_id, draft in self._sampler.drafts(self._scheduler.draft):
-                    self._scheduler.give_draft(request_id, draft)
+            for request_id, draft in self._sampler.drafts(self._scheduler.draftable(), self._scheduler.draft):
+                self._scheduler.give_draft(request_id, draft)
             return self._admit(self._scheduler.schedule())
 
     def _plan_ahead(self) -> _core.SchedulerOutput | None:

@@ -171,13 +171,19 @@ class Sampler:
         self._forms.pop(request_id, None)
         self._sequences.remove(request_id)
 
-    def drafts(self, draft: Callable[[int, list[int]], Sequence[int]]) -> Iterator[tuple[int, list[int]]]:
-        """Guesses that grammars allow, of the sequences that have one.
+    def drafts(
+        self, request_ids: Sequence[int], draft: Callable[[int, list[int]], Sequence[int]]
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Guesses that grammars allow, of those of the sequences that have one.
 
         Args:
+            request_ids: whose guesses the next step may check.
             draft: what is guessed of a request behind tokens that are certain, and these in front.
         """
-        for request_id, form in self._forms.items():
+        for request_id in request_ids if self._forms else ():
+            form = self._forms.get(request_id)
+            if form is None:
+                continue
             guesses = draft(request_id, form.matcher.forced())
             yield request_id, list(guesses[: form.matcher.num_possible(guesses)]) if guesses else []
 

@@ -89,7 +89,7 @@ impl Batch {
             batch.push_tokens(row, block_size);
             batch.push_table(row, block_size);
             if !row.is_decoding {
-                batch.num_prefill_tokens += row.num_tokens;
+                batch.num_prefill_tokens += row.num_tokens + row.draft.len();
             }
         }
         if !batch.draft_token_ids.is_empty() {

@@ -7,6 +7,7 @@ pub mod adapter_cache;
 pub mod answers;
 pub mod batch;
 pub mod error;
+pub mod guesses;
 pub mod ids;
 pub mod memory;
 pub mod ngram;

@@ -6,9 +6,9 @@
 //! Source: prompt lookup decoding, <https://github.com/apoorvumang/prompt-lookup-decoding>.
 
 /// Longer matches are as good as this.
-pub const MAX_MATCH: usize = 8;
-/// Places looked at for the longest match.
-const MAX_CANDIDATES: usize = 16;
+pub const MAX_MATCH: usize = 24;
+/// Places looked at of one token.
+pub const MAX_PLACES: usize = 64;
 const MIN_HEADS: usize = 256;
 
 #[derive(Debug, Clone, Default)]
@@ -42,27 +42,31 @@ impl NgramIndex {
         }
     }
 
+    /// Positions behind `token` in `tokens`, which were given to `extend`: the latest first, `MAX_PLACES` of its hash.
+    pub fn places<'a>(&'a self, tokens: &'a [i32], token: i32) -> impl Iterator<Item = usize> + 'a {
+        let latest = (!self.heads.is_empty()).then(|| self.heads[self.head(token)] as usize);
+        let earlier =
+            |&next: &usize| Some(self.earlier[next - 1] as usize).filter(|&next| next > 0);
+        let places = std::iter::successors(latest.filter(|&next| next > 0), earlier);
+        places
+            .take(MAX_PLACES)
+            .filter(move |&next| tokens[next - 1] == token)
+    }
+
     /// Where in `tokens`, which were given to `extend`, the last tokens of `last` have stood before: the longest match,
     /// the latest of those as long.
     pub fn find(&self, tokens: &[i32], last: &[i32]) -> Option<Match> {
-        if self.heads.is_empty() || last.is_empty() {
-            return None;
-        }
-        let mut best = Match { next: 0, len: 0 };
-        let mut next = self.heads[self.head(last[last.len() - 1])] as usize;
-        for _ in 0..MAX_CANDIDATES {
-            if next == 0 || best.len == MAX_MATCH {
+        let mut best: Option<Match> = None;
+        for next in self.places(tokens, *last.last()?) {
+            let len = match_len(&tokens[..next], last, MAX_MATCH);
+            if best.is_none_or(|best| len > best.len) {
+                best = Some(Match { next, len });
+            }
+            if len == MAX_MATCH {
                 break;
             }
-            let pairs = tokens[..next].iter().rev().zip(last.iter().rev());
-            let matches = pairs.take(MAX_MATCH).take_while(|(a, b)| a == b);
-            let found = matches.count();
-            if found > best.len {
-                best = Match { next, len: found };
-            }
-            next = self.earlier[next - 1] as usize;
         }
-        (best.len > 0).then_some(best)
+        best
     }
 
     /// Fibonacci hashing.
@@ -70,6 +74,12 @@ impl NgramIndex {
         let bits = self.heads.len().trailing_zeros();
         (u64::from(token as u32).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - bits)) as usize
     }
+}
+
+/// How many of the last tokens of both are the same, `most` at most.
+pub fn match_len(tokens: &[i32], last: &[i32], most: usize) -> usize {
+    let pairs = tokens.iter().rev().zip(last.iter().rev());
+    pairs.take(most).take_while(|(a, b)| a == b).count()
 }
 
 #[cfg(test)]
@@ -127,7 +137,7 @@ mod tests {
             let found = index.find(tokens, tokens);
             let places = (0..len - 1).rev().filter(|&end| common(end) > 0);
             // Other tokens of the same hash take some of the candidates.
-            let longest = places.take(MAX_CANDIDATES / 2).map(common).max();
+            let longest = places.take(MAX_PLACES / 2).map(common).max();
             let found_len = found.map(|found| found.len);
             assert!(found_len >= longest, "{found_len:?} of {longest:?}");
             if let Some(found) = found {

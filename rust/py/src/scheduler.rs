@@ -213,8 +213,9 @@ impl Scheduler {
         Ok(self.inner.finish(RequestId(request_id), reason))
     }
 
-    fn may_draft(&self) -> bool {
-        self.inner.may_draft()
+    fn draftable(&self) -> Vec<u64> {
+        let requests = self.inner.draftable();
+        requests.into_iter().map(|request| request.0).collect()
     }
 
     fn draft(&mut self, request_id: u64, forced: Vec<i32>) -> Vec<i32> {

@@ -49,7 +49,9 @@ impl Scheduler {
         let running = &mut self.running[index];
         running.land(row.num_tokens, row.num_samples > 0);
         let (num_taken, finish) = running.take(sampled);
-        self.learn(index, sampled, num_taken);
+        if !sampled.is_empty() {
+            self.learn(index, sampled, num_taken);
+        }
         let Running {
             sequence,
             table,
@@ -79,7 +81,7 @@ impl Scheduler {
         finish: FinishReason,
     ) {
         let Running {
-            sequence,
+            mut sequence,
             table,
             adapters,
             ..
@@ -88,18 +90,18 @@ impl Scheduler {
         for applied in adapters {
             self.memory.release_adapter(applied.adapter);
         }
-        self.finish_sequence(&sequence, token, finish);
+        self.finish_sequence(&mut sequence, token, finish);
     }
 
     /// The one final output of a request that holds no memory any more.
     pub(super) fn finish_sequence(
         &mut self,
-        sequence: &Sequence,
+        sequence: &mut Sequence,
         token: Option<i32>,
         finish: FinishReason,
     ) {
-        if let Some(speculation) = &sequence.speculation {
-            speculation.finish(&sequence.tokens, sequence.prompt_len);
+        if let Some(speculation) = &mut sequence.speculation {
+            speculation.finish(&sequence.tokens);
         }
         for adapter in sequence.request.adapter_ids() {
             let slot = self.memory.adapters.remove_user(adapter);

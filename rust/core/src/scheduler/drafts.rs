@@ -1,80 +1,90 @@
 //! Guesses: which steps check how many, and what becomes of them.
 //!
-//! A decoding sequence may have tokens guessed behind its last one, computed in the same step. Each place is sampled as
-//! it would have been later, from the same logits; samples are taken up to the first that differs from its guess. What
-//! was computed behind that is not counted as computed: it is overwritten, and never published.
+//! A sequence whose next token is sampled may have the tokens behind that guessed, computed in the same step. Each place is
+//! sampled as it would have been later, from the same logits; samples are taken up to the first that differs from its
+//! guess. What was computed behind that is not counted as computed: it is overwritten, and never published.
 //!
 //! Rows of a small step cost little, since it is the weights that take the time to read; so guesses fill a step up to
-//! `max_drafted_step` tokens, after everything else, and only into pages that nobody has to give up.
+//! `max_drafted_step` rows, after everything else, and only into pages that nobody has to give up. A prompt that ends with
+//! the step counts as one row: where the step is longer, guesses are the less of it.
 
 use super::{Plan, Scheduler};
 use crate::ids::RequestId;
 use crate::request::FinishReason;
-use crate::sequence::Running;
+use crate::sequence::{Running, Sequence};
 use crate::slot_table::Shield;
+use crate::speculation::DraftLimit;
 
 impl Scheduler {
+    /// Requests whose next token the next step may sample, as far as is known before it is planned: those for which it is
+    /// worth asking `draft`. None where a step has no room for guesses, or they are off.
+    pub fn draftable(&self) -> Vec<RequestId> {
+        let num_running = self.running.len();
+        let is_off = self.config.max_draft_tokens == 0;
+        let room = self.config.max_drafted_step.saturating_sub(num_running);
+        if is_off || room == 0 {
+            return Vec::new();
+        }
+        let decoding = self.running.iter().filter(|r| r.is_decoding());
+        let waiting = self.waiting.iter().take(room);
+        decoding
+            .map(|r| r.sequence.request.id)
+            .chain(waiting.map(|w| w.sequence.request.id))
+            .collect()
+    }
+
     /// What would be guessed of a request behind `forced`, tokens that are certain to come; for `give_draft`.
     ///
-    /// Empty if it does not decode, or guesses are off.
+    /// Empty if it is in the middle of its prompt, or guesses are off.
     pub fn draft(&mut self, request: RequestId, forced: Vec<i32>) -> Vec<i32> {
-        let limit = self.config.max_draft_tokens;
-        let decoding = self.decoding(request);
-        let draft = decoding.and_then(|running| {
-            let sequence = &mut running.sequence;
-            let limit = limit.min(sequence.num_left() - 1);
+        let (limit, num_seqs) = (self.config.max_draft_tokens, self.running.len());
+        let draft = self.sampled_next(request).and_then(|sequence| {
+            let limit = DraftLimit::new(limit.min(sequence.num_left() - 1), num_seqs);
             let speculation = sequence.speculation.as_mut()?;
             Some(speculation.guess(&sequence.tokens, forced, limit))
         });
         draft.unwrap_or_default()
     }
 
-    /// Takes `tokens` for what the next step guesses of a request, in place of its own guess.
+    /// Takes `tokens` for what is guessed of a request when its next token is sampled, in place of its own guess.
     ///
     /// Left alone where `draft` is empty. What is guessed changes no answer, only how fast it comes.
     pub fn give_draft(&mut self, request: RequestId, tokens: Vec<i32>) {
-        let decoding = self.decoding(request);
-        if let Some(speculation) = decoding.and_then(|r| r.sequence.speculation.as_mut()) {
+        let sequence = self.sampled_next(request);
+        if let Some(speculation) = sequence.and_then(|s| s.speculation.as_mut()) {
             speculation.give(tokens);
         }
     }
 
-    /// Whether the next step is small enough for guesses, as far as is known before it is planned.
-    pub fn may_draft(&self) -> bool {
-        self.config.max_draft_tokens > 0 && self.running.len() < self.config.max_drafted_step
-    }
-
-    /// The room is shared among those that decode, the oldest first.
+    /// The room is shared among those that sample, the oldest first.
     pub(super) fn plan_drafts(&mut self, plan: &Plan) {
         if self.config.max_draft_tokens == 0 {
             return;
         }
-        let num_tokens: usize = plan.rows.iter().map(|&(_, num_tokens)| num_tokens).sum();
-        let room = self.config.max_drafted_step.saturating_sub(num_tokens);
+        let room = self.config.max_drafted_step.saturating_sub(plan.rows.len());
         let mut room = room.min(plan.budget);
-        for (place, &(index, _)) in plan.rows.iter().enumerate() {
+        for (place, &(index, num_tokens)) in plan.rows.iter().enumerate() {
             let share = room.div_ceil(plan.rows.len() - place);
             if share == 0 {
                 return;
             }
-            room -= self.plan_draft(index, share);
+            if self.running[index].num_pending() == num_tokens {
+                room -= self.plan_draft(index, share, plan.rows.len());
+            }
         }
     }
 
     /// How many tokens of it are guessed, `share` at most.
-    fn plan_draft(&mut self, index: usize, share: usize) -> usize {
+    fn plan_draft(&mut self, index: usize, share: usize, num_seqs: usize) -> usize {
         let limit = share.min(self.config.max_draft_tokens);
         let headroom = self.running.len();
         let running = &mut self.running[index];
-        if !running.is_decoding() {
-            return 0;
-        }
         let sequence = &mut running.sequence;
-        let limit = limit.min(sequence.num_left() - 1);
+        let limit = DraftLimit::new(limit.min(sequence.num_left() - 1), num_seqs);
         let Some(speculation) = &mut sequence.speculation else {
             return 0;
         };
-        if limit == 0 {
+        if limit.num_tokens == 0 {
             return 0;
         }
         let mut draft = speculation.draft(&sequence.tokens, limit);
@@ -105,9 +115,16 @@ impl Scheduler {
         self.num_accepted_tokens += num_accepted as u64;
     }
 
-    fn decoding(&mut self, request: RequestId) -> Option<&mut Running> {
+    fn sampled_next(&mut self, request: RequestId) -> Option<&mut Sequence> {
+        let waiting = self
+            .waiting
+            .binary_search_by_key(&request, |w| w.sequence.request.id);
+        if let Ok(index) = waiting {
+            return Some(&mut self.waiting[index].sequence);
+        }
         let mut running = self.running.iter_mut();
-        running.find(|r| r.sequence.request.id == request && r.is_decoding())
+        let found = running.find(|r| r.sequence.request.id == request && r.is_decoding());
+        found.map(|running| &mut running.sequence)
     }
 }
 

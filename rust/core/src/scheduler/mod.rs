@@ -177,8 +177,8 @@ impl Scheduler {
             .waiting
             .binary_search_by_key(&request, |w| w.sequence.request.id)
         {
-            if let Some(waiting) = self.waiting.remove(index) {
-                self.finish_sequence(&waiting.sequence, None, reason);
+            if let Some(mut waiting) = self.waiting.remove(index) {
+                self.finish_sequence(&mut waiting.sequence, None, reason);
             }
             return true;
         }
@@ -248,9 +248,9 @@ impl Scheduler {
         let names = |w: &Waiting| w.sequence.request.adapter_ids().any(|id| id == adapter);
         let (failed, kept): (VecDeque<_>, VecDeque<_>) = self.waiting.drain(..).partition(names);
         self.waiting = kept;
-        for waiting in failed {
+        for mut waiting in failed {
             self.finish_sequence(
-                &waiting.sequence,
+                &mut waiting.sequence,
                 None,
                 FinishReason::Error(failure.clone()),
             );

@@ -105,7 +105,10 @@ impl Scheduler {
         }
         let identity = self.identity(new.scope, &adapters);
         let guesses = self.config.max_draft_tokens > 0 && !new.without_guesses;
-        let speculation = guesses.then(|| Speculation::new(self.answers.of(&identity)));
+        let speculation = guesses.then(|| {
+            let answers = self.answers.of(&identity);
+            Speculation::new(answers, new.prompt.len())
+        });
         let sequence = Sequence {
             prompt_len: new.prompt.len(),
             tokens: new.prompt,
