@@ -98,12 +98,19 @@ gpu-kit: $(STAMPS)/dev ## collect what a GPU machine without network needs for s
 
 RESULTS := benches/results
 BENCH_PEERS ?=
-bench: $(STAMPS)/bench ## scheduler, kernels, latencies, streams; beside PEFT and BENCH_PEERS="openvino vllm llamacpp" (20 minutes)
+BENCH_PRECISIONS ?= f32 bf16 int8 int4
+bench: $(STAMPS)/bench ## scheduler, kernels, latencies, streams; beside PEFT and BENCH_PEERS="openvino vllm llamacpp mistralrs" (40 minutes)
 	mkdir -p $(RESULTS) && rm -f $(RESULTS)/kernels.jsonl
 	cargo bench --package loraserve-core --bench scheduler -- --quiet
 	LORASERVE_BENCH_JSON=$(CURDIR)/$(RESULTS)/kernels.jsonl cargo bench --package loraserve-kernels --bench kernels -- --quiet
 	$(BIN)/python benches/bench_latency.py --json $(RESULTS)/latency.json
 	$(BIN)/python benches/bench_serving.py offline $(if $(BENCH_PEERS),--peers $(BENCH_PEERS)) --json $(RESULTS)/offline.json --plot $(RESULTS)/offline.png
+	for precision in $(BENCH_PRECISIONS); do \
+		$(BIN)/python benches/bench_serving.py offline --precision $$precision --distinct 0 32 $(if $(BENCH_PEERS),--peers $(BENCH_PEERS)) \
+			--json $(RESULTS)/offline_$${precision}_{machine}.json; \
+	done
+	$(BIN)/python benches/bench_serving.py offline --sampled --json $(RESULTS)/sampled_{machine}.json
+	$(BIN)/python benches/bench_quality.py --gguf BF16 Q8_0 Q4_0 Q4_K_M --passages 5 --json $(RESULTS)/quality_{machine}.json
 	for workload in slora zipf punica vtc; do \
 		$(BIN)/python benches/bench_serving.py $$workload --json $(RESULTS)/$$workload.json --plot $(RESULTS)/$$workload.png; \
 	done

@@ -2,12 +2,16 @@
 
 The reference is transformers in float32 on the same weights, dequantised where the file is quantised; the
 engine gives the logits after as many prefixes of each passage. Text: the reference that Python ships.
+
+With --gguf the model is the bfloat16 checkpoint of `bench_serving.py offline`, and llama.cpp's files of it
+run in llama.cpp and in loraserve. The reference is the checkpoint in float32: what file and engine lose.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import pydoc_data.topics  # type: ignore[import-not-found]
 import random
 from dataclasses import dataclass
@@ -16,6 +20,7 @@ from pathlib import Path
 
 import machine
 import torch
+from engines import DEFAULT_VENVS, RANK, BenchFiles
 from loraserve import _core
 from loraserve.config import EngineConfig
 from loraserve.engine.model_runner import BLOCK_SIZE, ModelRunner
@@ -26,6 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 PASSAGE_TOKENS = 256
 STEP = 8  # tokens between two prefixes
+LIKELY = math.log(1e-6)
 # As EngineConfig takes them; of a .gguf file "file" is what it has.
 STORAGES: dict[str, dict[str, str]] = {
     "float32": {"dtype": "float32", "quantization": "none"},
@@ -43,7 +49,7 @@ class Distance:
     kl: float  # mean Kullback-Leibler divergence, in nats
     kl_p99: float
     top1: float  # share of positions with the same likeliest token
-    max_error: float  # of a logit
+    max_error: float  # of a logarithm of a probability above 1e-6
 
     @classmethod
     def of(cls, logits: torch.Tensor, reference: torch.Tensor) -> Distance:
@@ -54,7 +60,7 @@ class Distance:
             kl=float(kl.mean()),
             kl_p99=float(kl.quantile(0.99)),
             top1=float(same.float().mean()),
-            max_error=float((logits - reference).abs().max()),
+            max_error=float((found - expected)[expected > LIKELY].abs().max()),
         )
 
 
@@ -145,9 +151,18 @@ def main() -> None:
     parser.add_argument(
         "--storages", nargs="+", choices=STORAGES, help="default: all that the model can have"
     )
-    parser.add_argument("--json", type=Path, help="write the results there")
+    parser.add_argument(
+        "--gguf", nargs="+", metavar="TYPE", help="beside llama.cpp, such as BF16 Q8_0 Q4_0 Q4_K_M"
+    )
+    parser.add_argument("--venvs", type=Path, default=DEFAULT_VENVS, help="keeps llama.cpp and its files")
+    parser.add_argument(
+        "--json", type=Path, help="write the results there; {machine} stands for this machine"
+    )
     args = parser.parse_args()
     print(machine.title())
+    files = BenchFiles(args.venvs.expanduser(), RANK)
+    if args.gguf:
+        args.model = files.model
     runner = ModelRunner(EngineConfig(model=str(args.model), dtype="bfloat16", memory="256MiB"))
     texts = passages(runner.model.tokenizer, args.passages)
     del runner
@@ -158,15 +173,24 @@ def main() -> None:
     can_have = ("float32", "bfloat16", *(("int8", "int4") if args.model.is_dir() else ("file",)))
     for name in args.storages or can_have:
         config = EngineConfig(model=str(args.model), memory="512MiB", **STORAGES[name])
-        distances[name] = Distance.of(engine_logits(config, texts), reference)
+        distances[f"loraserve, {name}"] = Distance.of(engine_logits(config, texts), reference)
+    for gguf_type in args.gguf or ():
+        dtype = "float32" if gguf_type == "F32" else "bfloat16"
+        config = EngineConfig(model=str(files.gguf(gguf_type)), memory="512MiB", dtype=dtype)
+        distances[f"loraserve, {gguf_type} file"] = Distance.of(engine_logits(config, texts), reference)
+        found = files.llama_cpp_logits(gguf_type, texts, STEP)
+        distances[f"llama.cpp, {gguf_type} file"] = Distance.of(found, reference)
     print(f"{len(reference)} positions")
-    print("| weights | mean KL | 99th percentile | same likeliest token | largest logit error |")
+    print("| weights | mean KL | 99th percentile | same likeliest token | largest error |")
     print("|---|---|---|---|---|")
     for name, d in distances.items():
         print(f"| {name} | {d.kl:.5f} | {d.kl_p99:.4f} | {100 * d.top1:.1f}% | {d.max_error:.3f} |")
     if args.json:
         results = {name: vars(distance) for name, distance in distances.items()}
-        args.json.write_text(json.dumps({"machine": machine.describe(), "quality": results}, indent=1))
+        document = {"machine": machine.describe(), "positions": len(reference), "quality": results}
+        path = Path(str(args.json).replace("{machine}", machine.slug()))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

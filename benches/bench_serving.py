@@ -10,6 +10,8 @@ Streams are open loop: requests arrive when they arrive, and latency counts from
 a minute each on two cores; the papers' settings are named in each command's --help. Examples:
 
   python benches/bench_serving.py offline --peers openvino vllm llamacpp --json o.json --plot o.png
+  python benches/bench_serving.py offline --precision int8 --peers openvino llamacpp mistralrs
+  python benches/bench_serving.py offline --sampled
   python benches/bench_serving.py slora --rate 1 2 3 --cv 1 --plot slora.png
   python benches/bench_serving.py slora --help
 """
@@ -27,14 +29,15 @@ import machine
 import metrics
 import offline
 import plots
+import sampled
 import workloads
 from adapter_files import write_adapters
+from engines import DEFAULT_VENVS, PRECISIONS, RANK
 from loraserve.async_engine import AsyncEngine
 from loraserve.config import EngineConfig
 from streams import run_stream, token_times
 from workloads import Request, Workload
 
-DEFAULT_VENVS = Path("~/.cache/loraserve-bench/peers")
 BATCH_SIZE = 32
 
 Streams = Mapping[str, Sequence[Request]]
@@ -54,13 +57,19 @@ def run_offline(args: argparse.Namespace) -> None:
         workload=workload,
         distinct=args.distinct,
         rank=args.rank,
-        dtype=args.dtype,
+        precision=PRECISIONS[args.precision],
         repeats=args.repeats,
+        long_turn_s=args.long_turn,
         with_transformers=not args.no_transformers,
         peers=args.peers,
         venvs=args.venvs.expanduser(),
         threads=args.threads,
     )
+    if args.sampled:
+        results = sampled.run(settings)
+        print(sampled.report(results))
+        write_json(args, results)
+        return
     results = offline.run(settings)
     print(offline.report(results))
     write_json(args, results)
@@ -184,8 +193,9 @@ def write_json(args: argparse.Namespace, results: Sequence[dict[str, Any]]) -> N
         return
     settings = {key: value for key, value in vars(args).items() if key != "run"}
     document = {"machine": machine.describe(), "settings": settings, "results": results}
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(document, indent=2, default=str) + "\n")
+    path = Path(str(args.json).replace("{machine}", machine.slug()))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=2, default=str) + "\n")
 
 
 def parse_args() -> argparse.Namespace:
@@ -198,8 +208,11 @@ def parse_args() -> argparse.Namespace:
         formatter = argparse.ArgumentDefaultsHelpFormatter
         sub = commands.add_parser(name, help=text, description=text, formatter_class=formatter)
         sub.set_defaults(run=run)
-        sub.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="storage")
-        sub.add_argument("--json", type=Path, help="also write settings and numbers to this file")
+        sub.add_argument(
+            "--json",
+            type=Path,
+            help="also write settings and numbers to this file; {machine} stands for this machine",
+        )
         sub.add_argument("--plot", type=Path, help="also draw a PNG (pip install 'loraserve[bench]')")
         return sub
 
@@ -219,18 +232,28 @@ def add_offline(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--distinct", type=int, nargs="+", default=[0, 1, 8, 32], help="adapters in the batch, at most 32"
     )
+    sub.add_argument("--precision", choices=PRECISIONS, default="bf16", help="of the weights, all engines'")
     sub.add_argument("--repeats", type=int, default=offline.MIN_REPEATS, help="measured turns of each engine")
-    sub.add_argument("--peers", nargs="+", default=[], help="openvino, vllm, llamacpp: see benches/peers")
+    sub.add_argument(
+        "--long-turn", type=float, default=20.0, help="seconds; a turn over this is the only one"
+    )
+    sub.add_argument(
+        "--peers", nargs="+", default=[], help="openvino, vllm, llamacpp, mistralrs: see benches/peers"
+    )
+    sub.add_argument(
+        "--sampled", action="store_true", help="loraserve alone: sampled turns beside greedy ones"
+    )
     sub.add_argument("--no-transformers", action="store_true", help="leave out transformers + PEFT")
     sub.add_argument("--requests", type=int, default=32, help="sent at once")
     sub.add_argument("--prompt-tokens", type=int, default=128, help="of each request")
     sub.add_argument("--new-tokens", type=int, default=64, help="of each answer")
-    sub.add_argument("--rank", type=int, default=16, help="of the adapters")
+    sub.add_argument("--rank", type=int, default=RANK, help="of the adapters")
     sub.add_argument("--venvs", type=Path, default=DEFAULT_VENVS, help="keeps peers, checkpoint, adapters")
     sub.add_argument("--threads", type=int, default=os.cpu_count(), help="of each peer")
 
 
 def add_engine(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="storage")
     sub.add_argument("--memory", default="2GiB", help="of the pool that KV cache and adapters share")
     sub.add_argument("--ranks", type=int, nargs="+", default=[8], help="adapters take them in turns")
     sub.add_argument("--slo", type=float, default=metrics.SLO_TTFT_S, help="seconds to the first token")

@@ -7,6 +7,7 @@ as it is, and named. With --publish the JSON files and plots go to docs/performa
 """
 
 import argparse
+import errno
 import json
 import os
 import re
@@ -14,6 +15,8 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+import precision_tables
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benches/results"
@@ -31,7 +34,9 @@ def main() -> None:
     text = DOCUMENT.read_text()
     for name, table in TABLES.items():
         try:
-            text = replace(text, name, table())
+            text = replace(text, name, written := table())
+            if name in SHOWN:
+                print(f"{name}\n{written}\n")
         except FileNotFoundError as error:
             print(f"table {name} is left as it is: no {error.filename}")
     DOCUMENT.write_text(text)
@@ -88,6 +93,31 @@ def offline() -> str:
         ratios = [f"{ratio:.2f}" if ratio is not None else "" for ratio in (own, best)]
         rows.append([f"{result['distinct']} distinct" if result["distinct"] else "base", *cells, *ratios])
     return markdown(("adapters", *engines, "over own base", "over best peer"), rows)
+
+
+def by_machine(tables: dict[str, tuple[Sequence[str], list[Sequence[str]]]]) -> str:
+    """A title and a table for each."""
+    return "\n\n".join(f"{title}:\n\n{markdown(*table)}" for title, table in tables.items())
+
+
+def precisions() -> str:
+    return by_machine(precision_tables.speed(measured("offline_*_*-cores.json")))
+
+
+def quality() -> str:
+    return by_machine(precision_tables.quality(measured("quality_*-cores.json")))
+
+
+def sampled() -> str:
+    return by_machine(precision_tables.sampled(measured("sampled_*-cores.json")))
+
+
+def measured(pattern: str) -> list[Any]:
+    """Results of all machines: published ones, and this machine's in their place."""
+    documents = precision_tables.latest(pattern, (PUBLISHED, RESULTS))
+    if not documents:
+        raise FileNotFoundError(errno.ENOENT, "no result", str(RESULTS / pattern))
+    return documents
 
 
 def latency() -> str:
@@ -180,12 +210,17 @@ def scheduler() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "machine": machine,
     "offline": offline,
+    "precisions": precisions,
+    "quality": quality,
+    "sampled": sampled,
     "latency": latency,
     "many": many,
     "streams": streams,
     "scheduler": scheduler,
     "kernels": kernels,
 }
+
+SHOWN = ("precisions", "quality", "sampled")  # also printed
 
 if __name__ == "__main__":
     main()

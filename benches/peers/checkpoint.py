@@ -23,7 +23,10 @@ SAFETENSORS = "model.safetensors"
 
 
 def prepare(directory: Path, rank: int) -> Path:
-    """Write `model/`, `adapters/`, both again in `gguf/`, and `workload.json`, once; returns their folder."""
+    """Write `model/`, `adapters/`, these also in `gguf/`, and `workload.json`, once; returns their folder.
+
+    The model's GGUF files are `gguf_models.ensure`'s.
+    """
     done = directory / f"rank-{rank}"
     if done.is_dir():
         return done
@@ -53,7 +56,6 @@ def _save_model(path: Path) -> None:
 
 def _write_gguf(path: Path, adapters: dict[str, str]) -> None:
     path.mkdir()
-    gguf_files.write_model(default_model_path(), path / "model.gguf")
     for name, source in adapters.items():
         gguf_files.write_adapter(Path(source), path / f"{name}.gguf")
 

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TextIO
 
+from precisions import PRECISIONS, Precision
+
 WARM_UP_TOKENS = 4
 
 
@@ -33,6 +35,12 @@ class Job:
     work: Path
     distinct: int
     threads: int
+    precision: Precision
+
+    @property
+    def gguf(self) -> Path:
+        """The base model as `gguf_models.ensure` left it."""
+        return self.data / f"gguf/model-{self.precision.gguf}.gguf"
 
     def adapter_of(self, request: int) -> int | None:
         return request % self.distinct if self.distinct else None
@@ -111,8 +119,9 @@ def parse_args() -> Job:
     parser.add_argument("--work", type=Path, required=True, help="folder for the peer's own model files")
     parser.add_argument("--distinct", type=int, required=True, help="adapters in the batch, 0 for none")
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--precision", choices=PRECISIONS, required=True)
     args = parser.parse_args()
-    return Job(args.data, args.work, args.distinct, args.threads)
+    return Job(args.data, args.work, args.distinct, args.threads, PRECISIONS[args.precision])
 
 
 def _take_stdout() -> TextIO:

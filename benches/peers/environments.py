@@ -13,11 +13,16 @@ DEFAULT_VENVS = Path("~/.cache/loraserve-bench/peers")
 
 @dataclass(frozen=True)
 class Peer:
-    """`unwanted` is uninstalled again: pinned by the engine, not needed here, and not always loadable."""
+    """`unwanted` is uninstalled again: pinned by the engine, not needed here, and not always loadable.
+
+    `is_dense_only`: the driver doesn't do quantised weights.
+    """
 
     name: str
     install_env: dict[str, str] = field(default_factory=dict)
     unwanted: tuple[str, ...] = ()
+    is_dense_only: bool = False
+    reads_gguf: bool = False
 
     @property
     def requirements(self) -> Path:
@@ -45,9 +50,10 @@ LLAMA_CPP_BUILD = {
 PEERS = {
     peer.name: peer
     for peer in (
-        Peer("openvino"),
-        Peer("llamacpp", LLAMA_CPP_BUILD),
-        Peer("vllm", unwanted=("torchvision", "torchaudio", "torchcodec")),
+        Peer("openvino", unwanted=("torchvision",)),
+        Peer("llamacpp", LLAMA_CPP_BUILD, reads_gguf=True),
+        Peer("vllm", unwanted=("torchvision", "torchaudio", "torchcodec"), is_dense_only=True),
+        Peer("mistralrs", reads_gguf=True),
     )
 }
 

@@ -1,4 +1,4 @@
-"""The base model and the adapters as llama.cpp reads them: bfloat16 GGUF, query and key rows interleaved."""
+"""The base model and the adapters as llama.cpp reads them: GGUF, query and key rows interleaved."""
 
 import json
 from pathlib import Path
@@ -20,26 +20,27 @@ MODULES = {
     "mlp.down_proj": "ffn_down",
 }
 HEAD_DIM = 64  # of SmolLM2-135M
+FILE_TYPES = {Kind.BF16: gguf.LlamaFileType.MOSTLY_BF16, Kind.F32: gguf.LlamaFileType.ALL_F32}
 
 
-def write_model(source: Path, path: Path) -> None:
-    """`source`, a quantised GGUF file of the model, with every weight rounded to bfloat16."""
+def write_model(source: Path, path: Path, kind: Kind = Kind.BF16) -> None:
+    """`source`, a quantised GGUF file of the model, with every weight rounded to bfloat16; kept as `kind`."""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
     for field in reader.fields.values():
         if field.name.startswith("GGUF.") or field.name in ("general.architecture", "general.file_type"):
             continue
-        kind, element = field.types[0], field.types[-1]
+        outer, element = field.types[0], field.types[-1]
         writer.add_key_value(
-            field.name, field.contents(), kind, element if kind == gguf.GGUFValueType.ARRAY else None
+            field.name, field.contents(), outer, element if outer == gguf.GGUFValueType.ARRAY else None
         )
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    writer.add_file_type(FILE_TYPES[kind])
     for tensor in reader.tensors:
         weight = gguf.quantize(gguf.dequantize(tensor.data, tensor.tensor_type), Kind.BF16)
-        if len(tensor.shape) == 1:  # llama.cpp multiplies by norms in float32 only
+        if kind == Kind.F32 or len(tensor.shape) == 1:  # llama.cpp multiplies by norms in float32 only
             writer.add_tensor(tensor.name, gguf.dequantize(weight, Kind.BF16))
         else:
-            writer.add_tensor(tensor.name, weight, raw_dtype=Kind.BF16)
+            writer.add_tensor(tensor.name, weight, raw_dtype=kind)
     _write(writer)
 
 

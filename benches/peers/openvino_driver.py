@@ -15,10 +15,13 @@ import numpy as np
 import openvino as ov
 import openvino_genai as genai
 from driver import Job, serve
+from precisions import Precision
 
 CACHE_GIB = 2
 MAX_BATCHED_TOKENS = 4096  # the prompts of the whole workload in one step
 MAX_SEQS = 32
+HINTS = {"bfloat16": "bf16", "float32": "f32"}
+GROUP_SIZE = 64  # the largest that divides the model's rows of 576 and 1,536; 128 leaves those of 576 at int8
 LORA_SCALE = 2.0  # GenAI's alpha is lora_alpha / r
 
 
@@ -26,7 +29,7 @@ class OpenVino:
     def __init__(self, job: Job) -> None:
         self.engine = f"OpenVINO GenAI {importlib.metadata.version('openvino-genai')}"
         self.settings: dict[str, object] = {
-            "INFERENCE_PRECISION_HINT": "bf16",
+            "INFERENCE_PRECISION_HINT": HINTS[job.precision.dtype],
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": job.threads,
         }
@@ -101,11 +104,11 @@ def ids(prompt: list[int]) -> ov.Tensor:
 
 
 def model_path(job: Job) -> Path:
-    return job.work / "openvino-bf16"
+    return job.work / f"openvino-{job.precision.quantization or 'bf16'}"
 
 
 def convert(job: Job) -> None:
-    """Export the checkpoint with optimum-intel, once; the weights stay bfloat16."""
+    """Export the checkpoint with optimum-intel, once; dense weights stay bfloat16 in the file."""
     path = model_path(job)
     if path.is_dir():
         return
@@ -113,9 +116,17 @@ def convert(job: Job) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     optimum = Path(sys.executable).with_name("optimum-cli")
     command = [optimum, "export", "openvino", "--model", job.data / "model"]
-    command += ["--task", "text-generation-with-past", partial]
+    command += ["--task", "text-generation-with-past", *weight_format(job.precision), partial]
     subprocess.run([str(part) for part in command], check=True)
     partial.rename(path)
+
+
+def weight_format(precision: Precision) -> list[str | int]:
+    """int8 has a scale a row, int4 one a group; embedding and head are int8 in both."""
+    if precision.quantization is None:
+        return []
+    groups = ["--group-size", GROUP_SIZE, "--sym", "--ratio", 1.0] if precision.quantization == "int4" else []
+    return ["--weight-format", precision.quantization, *groups]
 
 
 if __name__ == "__main__":

@@ -3,24 +3,35 @@
 import json
 import subprocess
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from environments import Peer
+from precisions import Precision
 
 END_TIMEOUT_S = 30
+
+
+@dataclass(frozen=True)
+class PeerJob:
+    """`distinct` adapters in the batch, 0 for none; `threads` of the engine."""
+
+    distinct: int
+    threads: int
+    precision: Precision
 
 
 class PeerProcess:
     """One peer serving one popularity; `hello` holds its engine, settings and the time it took to start."""
 
-    def __init__(self, peer: Peer, python: Path, data: Path, distinct: int, threads: int) -> None:
+    def __init__(self, peer: Peer, python: Path, data: Path, job: PeerJob) -> None:
         work = python.parents[1] / "models" / data.name
         work.mkdir(parents=True, exist_ok=True)
         self.log = python.parents[2] / f"{peer.name}.log"
         command = [python, peer.driver, "--data", data, "--work", work]
-        command += ["--distinct", distinct, "--threads", threads]
+        command += ["--distinct", job.distinct, "--threads", job.threads, "--precision", job.precision.name]
         self._name = peer.name
         with self.log.open("w") as log:
             self._process = subprocess.Popen(

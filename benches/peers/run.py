@@ -1,4 +1,4 @@
-"""Other engines on the offline workload: 32 requests at once, 128 tokens in, 64 out, greedy, bfloat16.
+"""Other engines on the offline workload: 32 requests at once, 128 tokens in, 64 out, greedy.
 
 Each peer is installed on first use into an environment of its own, with the versions pinned in
 requirements/<peer>.txt, and gets the same weights, adapters (rank 16, all projections) and prompts.
@@ -7,6 +7,7 @@ the protocol, `PeerProcess` in process.py speaks it, so another bench can altern
 
     python benches/peers/run.py openvino --distinct 0 1 8 32 --json peers.json
     python benches/peers/run.py openvino llamacpp vllm --repeats 5
+    python benches/peers/run.py openvino llamacpp --precision int8
 
 Prints output tokens per second (prompt time included) as min / median / max; for 0 distinct adapters also
 the time between tokens of one request alone.
@@ -20,10 +21,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gguf_models
 from checkpoint import NUM_ADAPTERS, prepare
 from environments import DEFAULT_VENVS, PEERS, Peer, ensure_environment
 from loraserve.errors import LoraserveError
-from process import PeerProcess
+from precisions import PRECISIONS
+from process import PeerJob, PeerProcess
 
 RANK = 16
 
@@ -35,6 +38,10 @@ def main() -> None:
     try:
         pythons = {name: ensure_environment(PEERS[name], args.venvs) for name in args.peers}
         data = prepare(args.venvs / "data", RANK)
+        if any(PEERS[name].reads_gguf for name in args.peers):
+            gguf_models.ensure(data, PRECISIONS[args.precision].gguf, args.venvs)
+        if PRECISIONS[args.precision].is_quantized and any(PEERS[name].is_dense_only for name in args.peers):
+            raise RuntimeError(f"some driver of {', '.join(args.peers)} has no quantised weights")
         results = [
             measure(PEERS[name], pythons[name], data, distinct, args)
             for distinct in args.distinct
@@ -43,13 +50,19 @@ def main() -> None:
     except (RuntimeError, LoraserveError) as error:
         sys.exit(f"error: {error}")
     if args.json:
-        document = {"threads": args.threads, "load_before": load_before, "results": results}
+        document = {
+            "precision": args.precision,
+            "threads": args.threads,
+            "load_before": load_before,
+            "results": results,
+        }
         args.json.write_text(json.dumps(document, indent=2) + "\n")
 
 
 def measure(peer: Peer, python: Path, data: Path, distinct: int, args: argparse.Namespace) -> dict[str, Any]:
     print(f"{peer.name}, {distinct} distinct: starting", file=sys.stderr)
-    with PeerProcess(peer, python, data, distinct, args.threads) as process:
+    job = PeerJob(distinct, args.threads, PRECISIONS[args.precision])
+    with PeerProcess(peer, python, data, job) as process:
         batches = [process.run("batch") for _ in range(args.repeats)]
         streams = [process.run("stream") for _ in range(args.repeats)] if distinct == 0 else []
         hello = process.hello
@@ -75,6 +88,9 @@ def parse_args() -> argparse.Namespace:
         choices=range(NUM_ADAPTERS + 1),
         metavar="N",
         help=f"adapters the requests take turns on, 0 (base model) to {NUM_ADAPTERS}; default 0 1 8 32",
+    )
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="bf16", help="of the weights; default bf16"
     )
     parser.add_argument("--repeats", type=int, default=3, help="default 3")
     parser.add_argument(

@@ -26,7 +26,7 @@ class Vllm:
         self._job = job
         self.engine = f"vLLM {vllm.__version__} CPU"
         self.settings: dict[str, object] = {
-            "dtype": "bfloat16",
+            "dtype": job.precision.dtype,
             "max_model_len": MAX_LEN,
             "max_num_seqs": MAX_SEQS,
             "max_num_batched_tokens": MAX_BATCHED_TOKENS,
