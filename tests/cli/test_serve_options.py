@@ -4,6 +4,7 @@ import argparse
 
 import pytest
 from loraserve.cli.main import build_parser, main
+from loraserve.cli.options import engine_config
 from loraserve.cli.serve_options import GivenFlags, add_serve_options, given_flags
 from loraserve.settings.foreign import FOREIGN_SETTINGS
 from loraserve.settings.schema import ServeSettings
@@ -196,3 +197,10 @@ def test_what_becomes_of_other_servers_flags_is_in_the_help(capsys: pytest.Captu
         if setting.is_flag:
             assert f"{setting.flag}" in text
             assert setting.text in text
+
+
+def test_generate_takes_what_adapters_are_kept_in_and_where() -> None:
+    flags = ["--adapter-dtype", "int8", "--adapter-host-memory", "0"]
+    args = build_parser().parse_args(["generate", "m", "-p", "hi", *flags])
+    config = engine_config(args, args.parser)
+    assert (config.adapter_dtype, config.adapter_host_nbytes) == ("int8", 0)

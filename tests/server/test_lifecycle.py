@@ -292,7 +292,7 @@ def test_a_start_says_what_is_served_and_who_may_come_in(values: dict[str, Any],
         ["base", "base1:ab"],
         ["device", "cpu, float32"],
         ["weights", "256 MiB, float32"],
-        ["pool", "16 MiB for KV cache and adapters"],
+        ["pool", "16 MiB for KV cache and adapters, which are kept in float32"],
         [
             "limits",
             "512 tokens of context, 8 sequences and 2048 tokens a step, adapters up to rank 64",
