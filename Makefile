@@ -106,7 +106,7 @@ bench: $(STAMPS)/bench ## scheduler, kernels, latencies, streams; beside PEFT an
 	$(BIN)/python benches/bench_latency.py --json $(RESULTS)/latency.json
 	$(BIN)/python benches/bench_serving.py offline $(if $(BENCH_PEERS),--peers $(BENCH_PEERS)) --json $(RESULTS)/offline.json --plot $(RESULTS)/offline.png
 	for precision in $(BENCH_PRECISIONS); do \
-		$(BIN)/python benches/bench_serving.py offline --precision $$precision --distinct 0 32 $(if $(BENCH_PEERS),--peers $(BENCH_PEERS)) \
+		$(BIN)/python benches/bench_serving.py offline --precision $$precision --distinct 0 32 --long-turn 10 $(if $(BENCH_PEERS),--peers $(BENCH_PEERS)) \
 			--json $(RESULTS)/offline_$${precision}_{machine}.json; \
 	done
 	$(BIN)/python benches/bench_serving.py offline --sampled --json $(RESULTS)/sampled_{machine}.json

@@ -1,7 +1,9 @@
 """A llama-server process and HTTP to it; needs nothing but Python's library."""
 
+import ctypes
 import http.client
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 START_TIMEOUT_S = 60
+PR_SET_PDEATHSIG = 1
 
 
 class LlamaServer:
@@ -20,7 +23,11 @@ class LlamaServer:
         self._port = free_port()
         command = [program, "--offline", "--lora-init-without-apply", "--port", self._port]
         command += [part for option in options.items() for part in option]
-        self._process = subprocess.Popen([str(part) for part in command], stdout=sys.stderr)
+        self._process = subprocess.Popen(
+            [str(part) for part in command],
+            stdout=sys.stderr,
+            preexec_fn=end_with_parent,  # noqa: PLW1509  no thread runs yet
+        )
         self._await_ready()
 
     def post(self, body: dict[str, Any]) -> http.client.HTTPResponse:
@@ -53,6 +60,12 @@ class LlamaServer:
             return connection.getresponse().status == http.HTTPStatus.OK
         except OSError:
             return False
+
+
+def end_with_parent() -> None:
+    """In the new process: it would spin on where its parent is killed (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def free_port() -> int:

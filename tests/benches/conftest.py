@@ -3,4 +3,5 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benches"))
+BENCHES = Path(__file__).parents[2] / "benches"
+sys.path[:0] = [str(BENCHES), str(BENCHES / "peers")]
