@@ -3,7 +3,7 @@
 use crate::cpu::element::{Element, load_first};
 use crate::cpu::memory::Scratch;
 use crate::cpu::pending::Pending;
-use crate::cpu::simd::{Isa, Kernel, LANES, Simd};
+use crate::cpu::simd::{Isa, Kernel, LANES, PACK, Simd};
 use crate::cpu::threads::Shareable;
 
 /// Columns that share a scale.
@@ -29,23 +29,65 @@ pub struct QuantizedRows<'a, E: Element> {
 #[derive(Clone, Copy)]
 pub struct RowBytes {
     num_groups: usize,
-    /// [M, K padded to groups] of i8
-    quants: Shareable<i8>,
     /// [M, groups]
-    scales: Shareable<f32>,
-    /// Of sixteen bytes each, [M, 2 · groups].
-    sums: Shareable<i32>,
+    groups: Shareable<RowGroup>,
 }
 
-/// One quantised row.
+/// A group of a row, with what its products need: one cache line.
+#[repr(C, align(64))]
+pub struct RowGroup {
+    quants: [i8; GROUP],
+    scale: f32,
+    whole: GroupSum,
+    /// Of sixteen columns each.
+    halves: [GroupSum; 2],
+}
+
+/// The sum of some columns, as products need it.
 #[derive(Clone, Copy)]
-pub struct QuantizedRow {
-    /// [K padded to 32]
+#[repr(C)]
+struct GroupSum {
+    /// Times −128.
+    start: i32,
+    /// Times the scale.
+    scaled: f32,
+}
+
+/// What a group of a weight meets in a row.
+#[derive(Clone, Copy)]
+pub struct RowPart {
     pub quants: *const i8,
-    /// [K / 32]
-    pub scales: *const f32,
-    /// Of sixteen bytes each, [K / 16].
-    pub sums: *const i32,
+    pub scale: *const f32,
+    /// −128 times the sum of the quants.
+    pub start: *const i32,
+    /// The sum of the values.
+    pub sum: *const f32,
+}
+
+impl RowGroup {
+    /// Group `index` of `row`, in groups of `PACKS · PACK` columns, 32 or 16.
+    ///
+    /// # Safety
+    /// The row has it.
+    #[inline(always)]
+    pub unsafe fn part<const PACKS: usize>(row: *const Self, index: usize) -> RowPart {
+        // SAFETY: the caller's contract; no reference to what isn't written yet is made.
+        unsafe {
+            let (group, half) = match PACKS * PACK {
+                GROUP => (row.add(index), None),
+                _ => (row.add(index / 2), Some(index % 2)),
+            };
+            let quants = (&raw const (*group).quants).cast::<i8>();
+            let sums = (&raw const (*group).halves).cast::<GroupSum>();
+            let sum = half.map_or(&raw const (*group).whole, |half| sums.add(half));
+            RowPart {
+                quants: quants.add(half.unwrap_or(0) * LANES),
+                scale: &raw const (*group).scale,
+                start: &raw const (*sum).start,
+                sum: &raw const (*sum).scaled,
+            }
+        }
+    }
 }
 
 impl<'a, E: Element> QuantizedRows<'a, E> {
@@ -54,12 +96,10 @@ impl<'a, E: Element> QuantizedRows<'a, E> {
         let (num_rows, num_groups) = (x.len() / in_features, in_features.div_ceil(GROUP));
         let rows_per_task = (ELEMENTS_PER_TASK / in_features).max(1);
         let num_tasks = num_rows.div_ceil(rows_per_task);
-        let num_row_groups = num_rows * num_groups;
-        let words_per_group = GROUP / size_of::<f32>() + 1 + GROUP / LANES;
-        let mut scratch = Scratch::take(num_row_groups * words_per_group);
-        let scales = scratch.as_mut_ptr();
-        let sums = scales.wrapping_add(num_row_groups);
-        let quants = sums.wrapping_add(num_row_groups * (GROUP / LANES));
+        let num_floats = (num_rows * num_groups + 1) * size_of::<RowGroup>() / size_of::<f32>();
+        let mut scratch = Scratch::take(num_floats);
+        let bytes = scratch.as_mut_ptr().cast::<u8>();
+        let groups = bytes.wrapping_add(bytes.align_offset(align_of::<RowGroup>()));
         Self {
             isa,
             x,
@@ -67,9 +107,7 @@ impl<'a, E: Element> QuantizedRows<'a, E> {
             rows_per_task,
             bytes: RowBytes {
                 num_groups,
-                quants: Shareable::from_ptr(quants.cast()),
-                scales: Shareable::from_ptr(scales),
-                sums: Shareable::from_ptr(sums.cast()),
+                groups: Shareable::from_ptr(groups.cast()),
             },
             tasks: Pending::new(num_tasks),
             num_tasks,
@@ -100,14 +138,9 @@ impl<'a, E: Element> QuantizedRows<'a, E> {
 }
 
 impl RowBytes {
-    /// Row `index` < M.
-    pub fn row(&self, index: usize) -> QuantizedRow {
-        let groups = index * self.num_groups;
-        QuantizedRow {
-            quants: self.quants.get().wrapping_add(groups * GROUP),
-            scales: self.scales.get().wrapping_add(groups),
-            sums: self.sums.get().wrapping_add(groups * (GROUP / LANES)),
-        }
+    /// Row `index` < M, [K / 32].
+    pub fn row(&self, index: usize) -> *const RowGroup {
+        self.groups.get().wrapping_add(index * self.num_groups)
     }
 }
 
@@ -123,7 +156,7 @@ impl<E: Element> Kernel for Task<'_, E> {
         let first = self.index * rows.rows_per_task;
         let end = (first + rows.rows_per_task).min(rows.x.len() / k);
         for index in first..end {
-            let row = rows.bytes.row(index);
+            let row = rows.bytes.row(index).cast_mut();
             // SAFETY: the row exists in x and in the scratch.
             unsafe { quantize_row::<S, E>(rows.x.as_ptr().add(index * k), k, row) }
         }
@@ -133,14 +166,15 @@ impl<E: Element> Kernel for Task<'_, E> {
 /// # Safety
 /// As for `Simd`: x holds `k` elements, `row` is the task's own.
 #[inline(always)]
-unsafe fn quantize_row<S: Simd, E: Element>(x: *const E, k: usize, row: QuantizedRow) {
+unsafe fn quantize_row<S: Simd, E: Element>(x: *const E, k: usize, row: *mut RowGroup) {
     // SAFETY: groups end at the row's padded end; x is read as far as it goes.
     unsafe {
-        for group in 0..k.div_ceil(GROUP) {
-            let start = group * GROUP;
+        let mut nothing = S::zero();
+        for index in 0..k.div_ceil(GROUP) {
+            let group = row.add(index);
+            let start = index * GROUP;
             let mut halves = [S::zero(); 2];
             let mut largest = S::zero();
-            let mut nothing = S::zero();
             for (half, values) in halves.iter_mut().enumerate() {
                 let at = start + half * LANES;
                 if at < k {
@@ -150,8 +184,6 @@ unsafe fn quantize_row<S: Simd, E: Element>(x: *const E, k: usize, row: Quantize
                 nothing = S::fma(*values, S::zero(), nothing);
             }
             let largest = S::reduce_max(largest);
-            // Of values that are no numbers, or not finite, all products are NaN.
-            let nothing = S::reduce_add(nothing);
             let inverse = if largest > 0.0 {
                 LARGEST / largest
             } else {
@@ -159,14 +191,25 @@ unsafe fn quantize_row<S: Simd, E: Element>(x: *const E, k: usize, row: Quantize
             };
             // A subnormal's inverse is infinite: such values are as good as zeros.
             let inverse = if inverse.is_finite() { inverse } else { 0.0 };
-            *row.scales.cast_mut().add(group) = largest / LARGEST + nothing;
+            let scale = largest * (1.0 / LARGEST);
+            let mut sums = [0; 2];
             for (half, values) in halves.into_iter().enumerate() {
-                let quants = S::round(S::mul(values, S::splat(inverse)));
-                let at = start + half * LANES;
-                S::store_i8(row.quants.cast_mut().add(at), quants);
-                let sum = S::reduce_add(quants);
-                *row.sums.cast_mut().add(2 * group + half) = sum as i32;
+                let to = (&raw mut (*group).quants).cast::<i8>();
+                let quants = S::mul(values, S::splat(inverse));
+                sums[half] = S::store_i8(to.add(half * LANES), quants);
             }
+            let sum = |sum: i32| GroupSum {
+                start: -128 * sum,
+                scaled: scale * sum as f32,
+            };
+            (&raw mut (*group).scale).write(scale);
+            (&raw mut (*group).whole).write(sum(sums[0] + sums[1]));
+            (&raw mut (*group).halves).write([sum(sums[0]), sum(sums[1])]);
+        }
+        // Of values that are no numbers, or not finite, all products of the row are NaN.
+        let nothing = S::reduce_add(nothing);
+        if nothing.is_nan() {
+            (&raw mut (*row).scale).write(nothing);
         }
     }
 }

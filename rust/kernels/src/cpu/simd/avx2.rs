@@ -3,7 +3,9 @@
 #[allow(clippy::wildcard_imports)] // every name carries the `_mm256` prefix
 use std::arch::x86_64::*;
 
-use super::byte_dots::{dot_bytes_avx2, dot_bytes_avxvnni, dot_nibbles_avx2, dot_nibbles_avxvnni};
+use super::byte_dots::{
+    dot_bytes_avx2, dot_bytes_avxvnni, dot_nibbles_avx2, dot_nibbles_avxvnni, sum_of_i8,
+};
 use super::{Kernel, Simd};
 
 #[derive(Clone, Copy)]
@@ -273,7 +275,7 @@ macro_rules! impl_avx2 {
             }
 
             #[inline(always)]
-            unsafe fn store_i8(p: *mut i8, v: Pair) {
+            unsafe fn store_i8(p: *mut i8, v: Pair) -> i32 {
                 unsafe {
                     let words =
                         _mm256_packs_epi32(_mm256_cvtps_epi32(v[0]), _mm256_cvtps_epi32(v[1]));
@@ -282,24 +284,26 @@ macro_rules! impl_avx2 {
                     let low = _mm256_castsi256_si128(words);
                     let bytes = _mm_packs_epi16(low, _mm256_extracti128_si256::<1>(words));
                     _mm_storeu_si128(p.cast(), bytes);
+                    sum_of_i8(bytes)
                 }
             }
 
             #[inline(always)]
-            unsafe fn dot_nibbles<const R: usize, const PACKS: usize>(
-                quants: *const u8,
+            unsafe fn dot_nibbles<const R: usize, const P: usize, const PACKS: usize>(
+                quants: [*const u8; P],
                 rows: [*const i8; R],
-            ) -> [Pair; R] {
-                unsafe { $dot_nibbles::<R, PACKS>(quants, rows) }
+                starts: [*const i32; R],
+            ) -> [[Pair; P]; R] {
+                unsafe { $dot_nibbles::<R, P, PACKS>(quants, rows, starts) }
             }
 
             #[inline(always)]
-            unsafe fn dot_bytes<const R: usize, const PACKS: usize>(
-                quants: *const u8,
+            unsafe fn dot_bytes<const R: usize, const P: usize, const PACKS: usize>(
+                quants: [*const u8; P],
                 rows: [*const i8; R],
-                sums: [i32; R],
-            ) -> [Pair; R] {
-                unsafe { $dot_bytes::<R, PACKS>(quants, rows, sums) }
+                starts: [*const i32; R],
+            ) -> [[Pair; P]; R] {
+                unsafe { $dot_bytes::<R, P, PACKS>(quants, rows, starts) }
             }
         }
     };

@@ -3,7 +3,9 @@
 #[allow(clippy::wildcard_imports)] // every name carries the `_mm512` prefix
 use std::arch::x86_64::*;
 
-use super::byte_dots::{dot_bytes_avx512, dot_bytes_vnni, dot_nibbles_avx512, dot_nibbles_vnni};
+use super::byte_dots::{
+    dot_bytes_avx512, dot_bytes_vnni, dot_nibbles_avx512, dot_nibbles_vnni, sum_of_i8,
+};
 use super::{Kernel, Simd};
 
 #[derive(Clone, Copy)]
@@ -228,25 +230,30 @@ macro_rules! impl_avx512 {
             }
 
             #[inline(always)]
-            unsafe fn store_i8(p: *mut i8, v: __m512) {
-                unsafe { _mm_storeu_si128(p.cast(), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v))) }
+            unsafe fn store_i8(p: *mut i8, v: __m512) -> i32 {
+                unsafe {
+                    let bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v));
+                    _mm_storeu_si128(p.cast(), bytes);
+                    sum_of_i8(bytes)
+                }
             }
 
             #[inline(always)]
-            unsafe fn dot_nibbles<const R: usize, const PACKS: usize>(
-                quants: *const u8,
+            unsafe fn dot_nibbles<const R: usize, const P: usize, const PACKS: usize>(
+                quants: [*const u8; P],
                 rows: [*const i8; R],
-            ) -> [__m512; R] {
-                unsafe { $dot_nibbles::<R, PACKS>(quants, rows) }
+                starts: [*const i32; R],
+            ) -> [[__m512; P]; R] {
+                unsafe { $dot_nibbles::<R, P, PACKS>(quants, rows, starts) }
             }
 
             #[inline(always)]
-            unsafe fn dot_bytes<const R: usize, const PACKS: usize>(
-                quants: *const u8,
+            unsafe fn dot_bytes<const R: usize, const P: usize, const PACKS: usize>(
+                quants: [*const u8; P],
                 rows: [*const i8; R],
-                sums: [i32; R],
-            ) -> [__m512; R] {
-                unsafe { $dot_bytes::<R, PACKS>(quants, rows, sums) }
+                starts: [*const i32; R],
+            ) -> [[__m512; P]; R] {
+                unsafe { $dot_bytes::<R, P, PACKS>(quants, rows, starts) }
             }
         }
     };

@@ -11,7 +11,7 @@ mod portable;
 
 use crate::KernelError;
 
-pub use byte_dots::PACK;
+pub use byte_dots::{NIBBLE_UNIT, PACK};
 pub use portable::{Portable, bf16_bits};
 
 /// f32 lanes of a vector, whatever the hardware's width.
@@ -71,20 +71,23 @@ pub trait Simd: Copy + 'static {
     unsafe fn load_f16(p: *const u16) -> Self::V;
     /// Sixteen signed bytes, widened.
     unsafe fn load_i8(p: *const i8) -> Self::V;
-    /// Integers of −127..=127 as bytes.
-    unsafe fn store_i8(p: *mut i8, v: Self::V);
-    /// Exact sums of `PACKS · PACK` products for R rows and sixteen columns of 0..=15: [`PACKS` / 2][16][`PACK`]
-    /// bytes, the earlier of two packs in their lower halves; rows of −127..=127.
-    unsafe fn dot_nibbles<const R: usize, const PACKS: usize>(
-        quants: *const u8,
+    /// Rounds values within −127..=127 to nearest even, stores them as bytes, and returns their sum.
+    unsafe fn store_i8(p: *mut i8, v: Self::V) -> i32;
+    /// Exact sums of `PACKS · PACK` products for R rows and P panels of sixteen columns of 0..=15, times
+    /// `NIBBLE_UNIT`, on top of `starts`: [`PACKS` / 2][16][`PACK`] bytes a panel, the earlier of two packs in their
+    /// lower halves; rows of −127..=127.
+    unsafe fn dot_nibbles<const R: usize, const P: usize, const PACKS: usize>(
+        quants: [*const u8; P],
         rows: [*const i8; R],
-    ) -> [Self::V; R];
-    /// As `dot_nibbles` for columns of −128..=127: [`PACKS`][16][`PACK`] bytes; `sums` are those of the rows.
-    unsafe fn dot_bytes<const R: usize, const PACKS: usize>(
-        quants: *const u8,
+        starts: [*const i32; R],
+    ) -> [[Self::V; P]; R];
+    /// Exact sums as `dot_nibbles`, of columns of −128..=127: [`PACKS`][16][`PACK`] bytes a panel; `starts` are
+    /// −128 times the rows' sums, which whoever multiplies q + 128 begins with.
+    unsafe fn dot_bytes<const R: usize, const P: usize, const PACKS: usize>(
+        quants: [*const u8; P],
         rows: [*const i8; R],
-        sums: [i32; R],
-    ) -> [Self::V; R];
+        starts: [*const i32; R],
+    ) -> [[Self::V; P]; R];
 }
 
 /// A computation generic over the instruction set; `run` must be `#[inline(always)]`.

@@ -209,53 +209,92 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    unsafe fn store_i8(p: *mut i8, v: Lanes) {
-        // SAFETY: the caller guarantees 16 lanes.
-        unsafe { p.cast::<[i8; LANES]>().write(v.map(|value| value as i8)) }
-    }
-
-    #[inline(always)]
-    unsafe fn dot_nibbles<const R: usize, const PACKS: usize>(
-        quants: *const u8,
-        rows: [*const i8; R],
-    ) -> [Lanes; R] {
-        // SAFETY: the caller guarantees half as many bytes as quants, and rows as long.
+    unsafe fn store_i8(p: *mut i8, v: Lanes) -> i32 {
+        // SAFETY: the caller guarantees 16 lanes; rounding is arithmetic only.
         unsafe {
-            rows.map(|row| {
-                let mut sums = [0; LANES];
-                for k in 0..PACKS * PACK {
-                    let (pack, i) = (k / PACK, k % PACK);
-                    let a = i32::from(*row.add(k));
-                    for (column, sum) in sums.iter_mut().enumerate() {
-                        let byte = *quants.add((pack / 2 * LANES + column) * PACK + i);
-                        *sum += a * i32::from(byte >> (pack % 2 * 4) & 15);
-                    }
-                }
-                sums.map(|sum: i32| sum as f32)
-            })
+            let bytes = Self::round(v).map(|value| value as i8);
+            p.cast::<[i8; LANES]>().write(bytes);
+            bytes.into_iter().map(i32::from).sum()
         }
     }
 
     #[inline(always)]
-    unsafe fn dot_bytes<const R: usize, const PACKS: usize>(
-        quants: *const u8,
+    unsafe fn dot_nibbles<const R: usize, const P: usize, const PACKS: usize>(
+        quants: [*const u8; P],
         rows: [*const i8; R],
-        _sums: [i32; R],
-    ) -> [Lanes; R] {
-        // SAFETY: the caller guarantees as many bytes as quants, and rows as long.
+        starts: [*const i32; R],
+    ) -> [[Lanes; P]; R] {
+        let mut products = [[[0.0; LANES]; P]; R];
+        // SAFETY: the caller guarantees half as many bytes as quants, rows as long, and starts.
         unsafe {
-            rows.map(|row| {
-                let mut sums = [0; LANES];
-                for k in 0..PACKS * PACK {
-                    let (pack, i) = (k / PACK, k % PACK);
-                    let a = i32::from(*row.add(k));
-                    for (column, sum) in sums.iter_mut().enumerate() {
-                        let byte = *quants.add((pack * LANES + column) * PACK + i);
-                        *sum += a * i32::from(byte.cast_signed());
+            for r in 0..R {
+                products[r] = [[*starts[r] as f32; LANES]; P];
+            }
+            for pack in 0..PACKS {
+                for p in 0..P {
+                    let bytes = quants[p].add(pack / 2 * PACK * LANES);
+                    let widen = |byte: u8| f32::from(byte << (4 * (1 - pack % 2)) & 0xf0);
+                    let weights = widened_pack(bytes, widen);
+                    for r in 0..R {
+                        add_pack(&mut products[r][p], rows[r].add(pack * PACK), &weights);
                     }
                 }
-                sums.map(|sum: i32| sum as f32)
-            })
+            }
+        }
+        products
+    }
+
+    #[inline(always)]
+    unsafe fn dot_bytes<const R: usize, const P: usize, const PACKS: usize>(
+        quants: [*const u8; P],
+        rows: [*const i8; R],
+        _starts: [*const i32; R],
+    ) -> [[Lanes; P]; R] {
+        let mut products = [[[0.0; LANES]; P]; R];
+        // SAFETY: the caller guarantees as many bytes as quants, and rows as long.
+        unsafe {
+            for pack in 0..PACKS {
+                for p in 0..P {
+                    let bytes = quants[p].add(pack * PACK * LANES);
+                    let weights = widened_pack(bytes, |byte| f32::from(byte.cast_signed()));
+                    for r in 0..R {
+                        add_pack(&mut products[r][p], rows[r].add(pack * PACK), &weights);
+                    }
+                }
+            }
+        }
+        products
+    }
+}
+
+/// The columns of [16][`PACK`] bytes, in f32, whose sums of a group's products are exact.
+///
+/// # Safety
+/// As many bytes are readable.
+#[inline(always)]
+unsafe fn widened_pack(bytes: *const u8, widen: impl Fn(u8) -> f32) -> [Lanes; PACK] {
+    // SAFETY: the caller's contract.
+    let bytes = unsafe { bytes.cast::<[[u8; PACK]; LANES]>().read_unaligned() };
+    let mut weights = [[0.0; LANES]; PACK];
+    for i in 0..PACK {
+        for lane in 0..LANES {
+            weights[i][lane] = widen(bytes[lane][i]);
+        }
+    }
+    weights
+}
+
+/// Adds the products of a pack of a row.
+///
+/// # Safety
+/// The row has it.
+#[inline(always)]
+unsafe fn add_pack(sums: &mut Lanes, row: *const i8, weights: &[Lanes; PACK]) {
+    for i in 0..PACK {
+        // SAFETY: the caller's contract.
+        let a = f32::from(unsafe { *row.add(i) });
+        for lane in 0..LANES {
+            sums[lane] += a * weights[i][lane];
         }
     }
 }
