@@ -100,9 +100,10 @@ RESULTS := benches/results
 BENCH_PEERS ?=
 BENCH_PRECISIONS ?= f32 bf16 int8 int4
 bench: $(STAMPS)/bench ## scheduler, kernels, latencies, streams; beside PEFT and BENCH_PEERS="openvino vllm llamacpp mistralrs" (40 minutes)
-	mkdir -p $(RESULTS) && rm -f $(RESULTS)/kernels.jsonl
+	mkdir -p $(RESULTS) && rm -f $(RESULTS)/kernels.jsonl $(RESULTS)/isas.jsonl
 	cargo bench --package loraserve-core --bench scheduler -- --quiet
 	LORASERVE_BENCH_JSON=$(CURDIR)/$(RESULTS)/kernels.jsonl cargo bench --package loraserve-kernels --bench kernels -- --quiet
+	LORASERVE_BENCH_JSON=$(CURDIR)/$(RESULTS)/isas.jsonl cargo bench --package loraserve-kernels --bench kernels -- isas
 	$(BIN)/python benches/bench_latency.py --json $(RESULTS)/latency.json
 	$(BIN)/python benches/bench_serving.py offline $(if $(BENCH_PEERS),--peers $(BENCH_PEERS)) --json $(RESULTS)/offline.json --plot $(RESULTS)/offline.png
 	for precision in $(BENCH_PRECISIONS); do \

@@ -194,6 +194,32 @@ def kernels() -> str:
     return markdown(("kernel", "us", "GB/s", "GFLOP/s"), rows)
 
 
+def isas() -> str:
+    """Shares of memory's rate at one row, and of the instruction set's own peak at 32 and 1,024."""
+    _, *lines = (json.loads(line) for line in (RESULTS / "isas.jsonl").read_text().splitlines())
+    rows = [
+        (
+            line["isa"],
+            line["type"],
+            f"{line['1']['gb_per_s']:.1f} ({line['1']['share']:.0%})",
+            *(product_cell(line, num_rows) for num_rows in ("32", "1024")),
+            "" if line["peak_gop_per_s"] is None else f"{line['peak_gop_per_s']:.0f}",
+        )
+        for line in sorted(lines, key=lambda line: isa_order(lines, line["isa"]))
+    ]
+    header = ("ISA", "weights", "1 row, GB/s", "32 rows, GOP/s", "1,024 rows, GOP/s", "peak, GOP/s")
+    return markdown(header, rows)
+
+
+def product_cell(line: dict[str, Any], num_rows: str) -> str:
+    rate, share = line[num_rows]["gop_per_s"], line[num_rows]["share"]
+    return f"{rate:.0f}" if share is None else f"{rate:.0f} ({share:.0%})"
+
+
+def isa_order(lines: Sequence[dict[str, Any]], isa: str) -> int:
+    return list(dict.fromkeys(line["isa"] for line in lines)).index(isa)
+
+
 def scheduler() -> str:
     rows = []
     for work in ("decode", "mixed", "churn"):
@@ -218,6 +244,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "streams": streams,
     "scheduler": scheduler,
     "kernels": kernels,
+    "isas": isas,
 }
 
 SHOWN = ("precisions", "quality", "sampled")  # also printed

@@ -9,7 +9,7 @@ use criterion::{Criterion, SamplingMode};
 use crate::limits::Limits;
 
 /// Names the file that results are appended to, a JSON object a line.
-const JSON_VARIABLE: &str = "LORASERVE_BENCH_JSON";
+pub const JSON_VARIABLE: &str = "LORASERVE_BENCH_JSON";
 
 /// What a call must move and compute at least.
 #[derive(Clone, Copy, Default)]

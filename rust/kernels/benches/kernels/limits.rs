@@ -7,9 +7,8 @@ use loraserve_kernels::cpu::context::CpuContext;
 use loraserve_kernels::cpu::element::Bf16;
 use loraserve_kernels::cpu::gemm::Epilogue;
 use loraserve_kernels::cpu::memory::AlignedBytes;
-#[cfg(target_arch = "x86_64")]
-use loraserve_kernels::cpu::simd::Isa;
-use loraserve_kernels::cpu::simd::{Kernel, LANES, Simd};
+use loraserve_kernels::cpu::simd::{Isa, Kernel, LANES, Simd};
+use loraserve_kernels::cpu::threads::ThreadPool;
 
 #[cfg(target_arch = "x86_64")]
 use crate::amx;
@@ -18,7 +17,7 @@ use crate::model::{Model, Projection, random};
 /// Larger than any cache in front of the memory, those of large servers included.
 const READ_NBYTES: usize = 2 << 30;
 /// Bytes a thread reads in one piece.
-const CHUNK_NBYTES: usize = 4 << 20;
+pub const CHUNK_NBYTES: usize = 4 << 20;
 const NUM_READS: usize = 5;
 /// How far ahead of a read its line is asked for; 0 leaves that to the hardware.
 const PREFETCH_NBYTES: [usize; 3] = [0, 1024, 4096];
@@ -72,7 +71,7 @@ pub fn measure() -> Limits {
     Limits {
         isa: context.isa.name(),
         num_threads: context.pool.num_threads(),
-        read_gb_per_s: read_rate(context),
+        read_gb_per_s: read_rate(&context.pool, context.isa),
         gemm_gflop_per_s: PRODUCTS
             .iter()
             .map(|&product| product_rate(&model, product))
@@ -91,16 +90,17 @@ fn tile_rate(_: &CpuContext) -> Option<f64> {
     None
 }
 
-fn read_rate(context: &CpuContext) -> f64 {
+/// GB/s of the best pass.
+pub fn read_rate(pool: &ThreadPool, isa: Isa) -> f64 {
     let bytes = AlignedBytes::zeroed(READ_NBYTES);
     let mut best = f64::INFINITY;
     for prefetch in PREFETCH_NBYTES {
         for _ in 0..NUM_READS {
             let start = Instant::now();
-            context.pool.run(READ_NBYTES / CHUNK_NBYTES, &|chunk| {
+            pool.run(READ_NBYTES / CHUNK_NBYTES, &|chunk| {
                 let from = bytes.as_ptr::<u8>() as usize + chunk * CHUNK_NBYTES;
                 // SAFETY: `isa` is supported; the chunk lies in `bytes`.
-                unsafe { context.isa.dispatch(Read { from, prefetch }) }
+                unsafe { isa.dispatch(Read { from, prefetch }) }
             });
             best = best.min(start.elapsed().as_secs_f64());
         }
@@ -109,9 +109,9 @@ fn read_rate(context: &CpuContext) -> f64 {
 }
 
 /// Reads one chunk from address `from` on.
-struct Read {
-    from: usize,
-    prefetch: usize,
+pub struct Read {
+    pub from: usize,
+    pub prefetch: usize,
 }
 
 impl Kernel for Read {
