@@ -52,6 +52,9 @@ WRONG_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"cuda_graphs": 1}, "cuda_graphs is 1, it must be True or False"),
     ({"speculate": True}, "speculate is True, it must be one of off, ngram"),
     ({"speculate": "eagle"}, "speculate is 'eagle', it must be one of off, ngram"),
+    ({"tool_parser": "hermess"}, "tool_parser is 'hermess', it must be one of auto, "),
+    ({"tool_parser": None}, "tool_parser is None, it must be one of auto, "),
+    ({"reasoning_parser": "r1"}, "reasoning_parser is 'r1', it must be one of auto, none, "),
     ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization is 1.5, it must be in [0.01, 1]"),
     ({"gpu_memory_utilization": True}, "gpu_memory_utilization is True, it must be a finite number"),
     *(

@@ -15,6 +15,7 @@ LAYERS = (
     "validation",
     "sampling.grammar",
     "sampling_params",
+    "tools",
     "request",
     "text",
     "models",

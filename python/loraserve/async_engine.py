@@ -18,7 +18,8 @@ from loraserve.adapters.stored import StoredAdapter, config_text, memory_source
 from loraserve.config import EngineConfig
 from loraserve.engine.adapters import AdapterReplacedError, CheckedAdapter
 from loraserve.engine.engine import Engine
-from loraserve.engine.frontend import MAX_PREPARED_AGAIN, Frontend, PreparedRequest, check_deadline
+from loraserve.engine.frontend import MAX_PREPARED_AGAIN, Frontend
+from loraserve.engine.prepared import PreparedRequest, check_deadline
 from loraserve.engine.queue import deadline_error
 from loraserve.engine.sequence import EngineOutputs
 from loraserve.engine.stats import AdapterInfo, EngineInfo, EngineStats

@@ -10,6 +10,7 @@ from loraserve.adapters.manifest import AdapterManifest
 from loraserve.adapters.registry import check_base_names
 from loraserve.adapters.startup import ON_ADAPTER_ERROR, AdapterFailure, start_error
 from loraserve.errors import InvalidRequestError
+from loraserve.tools.families import check_reasoning_parser, check_tool_parser
 from loraserve.validation.values import check_bool, check_choice, check_float, check_int
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -81,6 +82,10 @@ class EngineConfig:
         speculate: "ngram" guesses the next tokens of an answer, from what followed its last ones before and
             from its grammar where that leaves no choice, and checks them in one step: answers stay the same,
             those that repeat something come sooner (CPU only). "off" computes one token at a time.
+        tool_parser: form of the calls that answers of chats with tools are looked through for, one of
+            `TOOL_PARSERS`; "auto" is the one that the chat template plainly shows.
+        reasoning_parser: form of the reasoning that is set apart from answers of chats, one of
+            `REASONING_PARSERS`; "auto" is as of calls, "none" leaves it in the text.
         num_threads: CPU threads of the kernels; None uses every core this process may run on.
         on_adapter_error: what an adapter that can't be served does to the start: "fail" raises one error that
             names all such adapters, "skip" goes on without them (`adapter_failures` of the engine).
@@ -111,6 +116,8 @@ class EngineConfig:
     generation_config: str = "auto"
     prefix_caching: bool = True
     speculate: str = "off"
+    tool_parser: str = "auto"
+    reasoning_parser: str = "auto"
     num_threads: int | None = None
     on_adapter_error: str = "fail"
     failed_adapters: tuple[AdapterFailure, ...] = ()
@@ -136,6 +143,8 @@ class EngineConfig:
             if value is not None or name not in _OPTIONAL_COUNTS:
                 check_int(name, value, 1, high)
         check_choice("speculate", self.speculate, SPECULATIONS)
+        check_tool_parser(self.tool_parser)
+        check_reasoning_parser(self.reasoning_parser)
         check_bool("prefix_caching", self.prefix_caching)
         check_bool("cuda_graphs", self.cuda_graphs)
         check_float("gpu_memory_utilization", self.gpu_memory_utilization, 0.01, 1.0)

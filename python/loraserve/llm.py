@@ -17,12 +17,14 @@ from loraserve.adapters.manifest import AdapterManifest
 from loraserve.config import EngineConfig
 from loraserve.engine.adapters import AdapterReplacedError
 from loraserve.engine.engine import Engine
-from loraserve.engine.frontend import MAX_PREPARED_AGAIN, Frontend, PreparedRequest
+from loraserve.engine.frontend import MAX_PREPARED_AGAIN, Frontend
+from loraserve.engine.prepared import PreparedRequest
 from loraserve.engine.sequence import EngineOutputs
 from loraserve.engine.stats import AdapterInfo, EngineInfo, EngineStats
 from loraserve.errors import InvalidRequestError
 from loraserve.request import AdapterSpec, ChatOptions, Completion, Delta, GenerateRequest, RequestOutput
 from loraserve.sampling_params import SamplingParams
+from loraserve.tools.tool import Tool, ToolOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,18 +101,32 @@ class LLM:
         continue_final_message: bool = False,
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any] | Tool] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool | None = None,
+        thinking_token_budget: int | None = None,
         progress: bool | None = None,
         cache_salt: str | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation or many through the model's chat template.
 
-        Args and errors as of `generate`, and of `ChatOptions` for how the template is used.
+        Args and errors as of `generate`, and of `ChatOptions` for how the template is used. Reasoning and
+        calls are set apart from the text, as `tool_parser` and `reasoning_parser` of `EngineConfig` say.
+
+        Args:
+            messages: one conversation, or many.
+            tools: functions in OpenAI's form, the same for all.
+            tool_choice: "none", "auto", "required", or OpenAI's object that names a function, or several.
+            parallel_tool_calls: False allows one call an answer.
+            thinking_token_budget: most tokens of reasoning, after which its end is forced.
         """
         options = ChatOptions(
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             chat_template=chat_template,
             template_kwargs=chat_template_kwargs or {},
+            tools=ToolOptions.from_fields(tools, tool_choice, parallel_tool_calls),
+            thinking_budget=thinking_token_budget,
         )
         chats: list[Any] = [messages] if not messages or isinstance(messages[0], Mapping) else list(messages)
         requests = [

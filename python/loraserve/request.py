@@ -5,7 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from loraserve.errors import InvalidRequestError
-from loraserve.sampling_params import SamplingParams
+from loraserve.sampling_params import MAX_TOKENS, SamplingParams
+from loraserve.tools.call import ToolCall, ToolCallDelta, append_calls
+from loraserve.tools.tool import ToolOptions
+from loraserve.validation.values import check_int
 
 AdapterSpec: TypeAlias = "None | str | Mapping[str, float]"
 """The base model (None), one adapter by name, or an exact weighted sum of adapters."""
@@ -25,7 +28,7 @@ _NOT_TEMPLATE_KWARGS = (
     "tokenize",
 )
 
-FinishReason: TypeAlias = Literal["length", "stop", "abort"]
+FinishReason: TypeAlias = Literal["length", "stop", "tool_calls", "abort"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,9 @@ class ChatOptions:
         continue_final_message: leave the last message open, so that the answer goes on with it.
         chat_template: Jinja source that renders this chat in place of the adapter's or the model's template.
         template_kwargs: further variables that the template sees.
+        tools: functions that the answer may call, and which of them it must.
+        is_parsed: whether reasoning and calls are set apart from the answer's text.
+        thinking_budget: most tokens of reasoning, after which its end is forced; None sets no limit.
 
     Raises:
         InvalidRequestError: the values contradict each other, or one is too large or not of its type.
@@ -47,6 +53,9 @@ class ChatOptions:
     continue_final_message: bool = False
     chat_template: str | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    tools: ToolOptions = field(default_factory=ToolOptions)
+    is_parsed: bool = field(default=True, compare=False)  # how the answer is told
+    thinking_budget: int | None = None
 
     def __post_init__(self) -> None:
         if self.continue_final_message and self.add_generation_prompt:
@@ -57,6 +66,10 @@ class ChatOptions:
         if self.chat_template is not None:
             _check_template(self.chat_template)
         _check_template_kwargs(self.template_kwargs)
+        if self.tools.tools and "tools" in self.template_kwargs:
+            raise InvalidRequestError("tools is set twice, leave it out of chat_template_kwargs")
+        if self.thinking_budget is not None:
+            check_int("thinking_token_budget", self.thinking_budget, 0, MAX_TOKENS)
 
     @property
     def begins_answer(self) -> bool:
@@ -163,8 +176,9 @@ class Delta:
     """What one step added to answer `index` of n.
 
     `text` may come later than its tokens: an unfinished character waits, and so does what may yet become a
-    stop string. `logprobs` has one entry per token, None without any. The last delta of each answer, and no
-    other, has finish_reason, usage and timing.
+    stop string. Of a chat's answer, `text` is its content, beside its reasoning and its calls. `logprobs` has
+    one entry per token, None without any. The last delta of each answer, and no other, has finish_reason,
+    usage and timing.
     """
 
     index: int
@@ -174,6 +188,8 @@ class Delta:
     finish_reason: FinishReason | None
     usage: Usage | None
     timing: RequestTiming | None = None
+    reasoning: str = ""
+    tool_calls: Sequence[ToolCallDelta] = ()
 
 
 @dataclass
@@ -186,10 +202,15 @@ class Completion:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     timing: RequestTiming | None = None
+    reasoning: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
 
     def append(self, delta: Delta) -> None:
         """Add what one step brought; deltas come in order, all of this answer."""
         self.text += delta.text
+        self.reasoning += delta.reasoning
+        if delta.tool_calls:
+            append_calls(self.tool_calls, delta.tool_calls)
         self.token_ids += delta.token_ids
         if delta.logprobs is not None:
             self.logprobs = (self.logprobs or []) + delta.logprobs
@@ -211,6 +232,16 @@ class RequestOutput:
     def text(self) -> str:
         """Of the first answer, without the stop string that ended it."""
         return self.completions[0].text
+
+    @property
+    def reasoning(self) -> str:
+        """Of the first answer, where it is set apart from its text; "" where there is none."""
+        return self.completions[0].reasoning
+
+    @property
+    def tool_calls(self) -> list[ToolCall]:
+        """Of the first answer."""
+        return self.completions[0].tool_calls
 
     @property
     def token_ids(self) -> list[int]:

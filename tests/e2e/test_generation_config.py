@@ -10,7 +10,7 @@ import pytest
 import torch
 from loraserve import LLM, SamplingParams
 from loraserve.adapters.manifest import AdapterManifest
-from loraserve.engine.frontend import prepare
+from loraserve.engine.prepared import prepare
 from loraserve.errors import InvalidRequestError, ModelError
 from loraserve.request import GenerateRequest
 

@@ -14,7 +14,7 @@ NUM_TOKENS = 6
 PROMPT = [11, 220, 3405, 17, 92, 1033, 7, 7, 501]
 
 
-def make_tiny_model(path: Path, tokenizer: Any) -> torch.nn.Module:
+def make_tiny_model(path: Path, tokenizer: Any, max_position_embeddings: int = 256) -> torch.nn.Module:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -23,7 +23,7 @@ def make_tiny_model(path: Path, tokenizer: Any) -> torch.nn.Module:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=256,
+        max_position_embeddings=max_position_embeddings,
         tie_word_embeddings=True,
     )
     model = LlamaForCausalLM(config).eval()

@@ -115,6 +115,8 @@ def test_every_setting_can_be_a_variable() -> None:
         "adapter_dtype": "int8",
         "device": "cpu",
         "speculate": "ngram",
+        "tool_parser": "hermes",
+        "reasoning_parser": "none",
         "on_adapter_error": "skip",
         "log_level": "debug",
         "log_format": "json",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from loraserve.engine.frontend import prepare
+from loraserve.engine.prepared import prepare
 from loraserve.errors import InvalidRequestError
 from loraserve.loader import open_checkpoint
 from loraserve.request import MAX_CHAT_TEMPLATE_CHARS, ChatOptions, GenerateRequest

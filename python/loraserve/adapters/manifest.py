@@ -9,6 +9,8 @@
   "sampling": {"temperature": 0.0, "max_tokens": 200},
   "json_schema": {"type": "object"},
   "speculate": false,
+  "tool_parser": "hermes",
+  "reasoning_parser": "qwen3",
   "base_fingerprint": "base1:6f0c…"
 }
 ```
@@ -28,6 +30,7 @@ from typing import Any
 from loraserve.errors import AdapterFormatError, InvalidRequestError
 from loraserve.sampling.grammar import Grammar
 from loraserve.sampling_params import SamplingParams
+from loraserve.tools.families import check_reasoning_parser, check_tool_parser
 from loraserve.validation.did_you_mean import did_you_mean
 from loraserve.validation.files import read_regular_file, replace_file
 from loraserve.validation.values import check_bool
@@ -67,6 +70,8 @@ class AdapterManifest:
         stop: strings that end an answer.
         sampling: defaults of sampling parameters, those of `SAMPLING_FIELDS`.
         grammar: the form of an answer; "json_schema" in the file.
+        tool_parser: the form of its calls, where its chat template does not plainly show it.
+        reasoning_parser: the form of its reasoning; "none" sets none apart.
         base_fingerprint: of the base model it was trained on; with another it is refused.
         speculate: False has its answers computed token by token where the engine guesses ahead; True leaves
             that to the engine, as None does, and takes back a False of the file below.
@@ -78,6 +83,8 @@ class AdapterManifest:
     stop: tuple[str, ...] | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
     grammar: Grammar | None = None
+    tool_parser: str | None = None
+    reasoning_parser: str | None = None
     base_fingerprint: str | None = None
     speculate: bool | None = None
 
@@ -118,6 +125,8 @@ class AdapterManifest:
             "stop": None if self.stop is None else list(self.stop),
             "sampling": _with_json_types(self.sampling) or None,
             "json_schema": None if self.grammar is None else self.grammar.value,
+            "tool_parser": self.tool_parser,
+            "reasoning_parser": self.reasoning_parser,
             "base_fingerprint": self.base_fingerprint,
             "speculate": self.speculate,
         }
@@ -276,6 +285,8 @@ _READERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "stop": _stop,
     "sampling": _sampling,
     "json_schema": _schema,
+    "tool_parser": lambda value: {"tool_parser": check_tool_parser(value)},
+    "reasoning_parser": lambda value: {"reasoning_parser": check_reasoning_parser(value)},
     "base_fingerprint": _base_fingerprint,
     "speculate": _speculate,
 }

@@ -29,7 +29,8 @@ from loraserve.engine.stats import EngineInfo, EngineStats
 from loraserve.engine.thread import EngineThread
 from loraserve.errors import EngineStoppedError, InvalidRequestError
 from loraserve.request import SHARED_CACHE, CacheScope
-from loraserve.sampling.grammar_compiler import GrammarCompiler, GrammarMatcher
+from loraserve.sampling.grammar_compiler import GrammarCompiler
+from loraserve.sampling.matcher import Matcher
 from loraserve.sampling.sampler import FailedSamples, PendingSamples, Sampler
 from loraserve.sampling_params import SamplingParams
 
@@ -114,7 +115,7 @@ class Engine:
         deadline_s: float | None = None,
         cache_scope: CacheScope = SHARED_CACHE,
         needs_adapter: bool = False,
-        matcher: GrammarMatcher | None = None,
+        matcher: Matcher | None = None,
         eos_token_ids: Sequence[int] | None = None,
         registered: Mapping[str, RegisteredAdapter | None] = MappingProxyType({}),
     ) -> int:
@@ -164,10 +165,9 @@ class Engine:
                 self.runner.check_token_ids(chosen_ids, added.producible)
             ends = self.runner.producible(ends, added.producible)
             stop_token_ids = [*(() if params.ignore_eos else ends), *params.stop_token_ids]
-            to_apply = list(self.adapters.to_apply(adapters))
             request_id = self._scheduler.submit(
                 list(prompt),
-                to_apply,
+                to_apply := list(self.adapters.to_apply(adapters)),
                 params.max_tokens,
                 params.min_tokens,
                 stop_token_ids,

@@ -2,183 +2,32 @@
 
 from __future__ import annotations
 
-import operator
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from itertools import repeat
-from numbers import Real
-from types import MappingProxyType
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
-from loraserve.adapters.manifest import AdapterManifest
-from loraserve.adapters.registry import RegisteredAdapter
 from loraserve.adapters.text import common_text, without_weightless
 from loraserve.engine.engine import Engine
+from loraserve.engine.prepared import ALL_PARAMETERS, PreparedRequest, prepare, resolve_adapters
 from loraserve.engine.sequence import EngineOutputs, SequenceEnd, SequenceRecord
 from loraserve.errors import AdapterNotFoundError, InvalidRequestError
 from loraserve.request import (
-    SHARED_CACHE,
     AdapterSpec,
-    CacheScope,
-    ChatOptions,
     Delta,
     FinishReason,
     GenerateRequest,
     TokenLogprob,
     Usage,
 )
-from loraserve.sampling.grammar_compiler import GrammarMatcher
-from loraserve.sampling_params import SamplingParams
+from loraserve.sampling.matcher import Matcher
 from loraserve.text.detokenizer import IncrementalDetokenizer, StopStrings
 from loraserve.text.tokenizer import Tokenizer
+from loraserve.tools.sink import AnswerPiece
 
-MAX_ADAPTERS_PER_REQUEST = 16
-MAX_DEADLINE_S = 24 * 3600.0
-MAX_TRUNCATED_CONTEXTS = 8  # prompts of more contexts than this are refused, even if to be truncated
-MAX_CACHE_SALT_CHARS = 256
-MAX_ADAPTER_WEIGHT = 1000.0  # beyond, sums of deltas lose all meaning in bfloat16
-MIN_ADAPTER_WEIGHT = 0.001  # below, a delta is lost in the rounding of what it is added to
 MAX_PREPARED_AGAIN = 3  # of a request, whose adapters are replaced meanwhile
-ALL_PARAMETERS = frozenset(parameter.name for parameter in fields(SamplingParams))
 
 Owner = TypeVar("Owner")
-
-
-@dataclass(frozen=True)
-class PreparedRequest:
-    """A request the engine understands: token ids, (adapter, weight) pairs, checked parameters.
-
-    `tokenizer` has its tokens and their ends, those of its adapters or the model's; `registered` is what its
-    adapters' names meant.
-    """
-
-    request: GenerateRequest
-    prompt_token_ids: list[int]
-    adapters: list[tuple[str, float]]
-    params: SamplingParams
-    tokenizer: Tokenizer
-    arrived_at: float
-    deadline_s: float | None
-    registered: Mapping[str, RegisteredAdapter | None]
-    cache_scope: CacheScope = SHARED_CACHE
-    needs_adapter: bool = False
-    matcher: GrammarMatcher | None = None
-
-
-def prepare(
-    request: GenerateRequest,
-    tokenizer: Tokenizer,
-    max_model_len: int,
-    find_adapter: Callable[[str], RegisteredAdapter | None] = lambda _: None,
-    sampling_defaults: Mapping[str, Any] = MappingProxyType({}),
-    arrived_at: float | None = None,
-    merged: str | None = None,
-) -> PreparedRequest:
-    """Tokenise and resolve a request, which arrived at that time on `time.monotonic`; None is now.
-
-    The manifest of its one adapter fills the gaps of its parameters, then what lies beside its adapters, then
-    the model's `sampling_defaults`. `tokenizer` is the model's; adapters may have another (`common_text`).
-    `merged` is the adapter that the model has become; a request that names none asks for it.
-
-    Raises:
-        InvalidRequestError: not exactly one of prompt and messages, an empty prompt, a bad adapter spec, or
-            adapters that bring different tokens, templates or defaults.
-    """
-    arrived_at = time.monotonic() if arrived_at is None else arrived_at
-    check_deadline(request.deadline_s)
-    _check_cache_salt(request.cache_salt)
-    if (request.prompt is None) == (request.messages is None):
-        raise InvalidRequestError("give exactly one of prompt and messages")
-    if request.messages is None and request.chat != ChatOptions():
-        raise InvalidRequestError("chat options are given with a prompt, they need messages")
-    max_num_tokens = _max_prompt_tokens(request.truncate, max_model_len)
-    adapters = resolve_adapters(request.adapter)
-    if not adapters and merged is not None:
-        adapters = [(merged, 1.0)]
-    registered = {name: find_adapter(name) for name in without_weightless(adapters)}
-    named = {name: found for name, found in registered.items() if found is not None}
-    adapter = named.get(adapters[0][0]) if len(adapters) == 1 else None
-    text_of_adapters = common_text(
-        tokenizer,
-        {name: found.text for name, found in named.items()},
-        needs_template=request.messages is not None and request.chat.chat_template is None,
-        given=request.params.given if request.uses_model_defaults else ALL_PARAMETERS,
-    )
-    tokenizer = text_of_adapters.tokenizer
-    if request.messages is not None:
-        if not request.messages:
-            raise InvalidRequestError("messages is empty, give at least one message")
-        manifest = AdapterManifest() if adapter is None else adapter.manifest
-        messages = manifest.with_system_prompt(request.messages)
-        text = _render_chat(messages, request.chat, tokenizer)
-        tokenizer.check_fits(text, max_num_tokens - 1, "prompt")
-        token_ids = tokenizer.encode(text, add_special_tokens=False)
-    elif isinstance(request.prompt, str):
-        tokenizer.check_fits(request.prompt, max_num_tokens - 1, "prompt")
-        token_ids = tokenizer.encode(request.prompt)
-    else:
-        token_ids = _integers(request.prompt)
-    if request.truncate is not None:
-        token_ids = token_ids[-request.truncate :]
-    if not token_ids:
-        raise InvalidRequestError("the prompt is empty, give at least one token")
-    if len(token_ids) >= max_model_len:
-        raise InvalidRequestError(
-            f"prompt has {len(token_ids)} tokens, limit is {max_model_len - 1}: "
-            "the context length less one token to generate"
-        )
-    defaults = (
-        {**sampling_defaults, **text_of_adapters.sampling_defaults} if request.uses_model_defaults else {}
-    )
-    if adapter is not None:
-        defaults |= adapter.manifest.request_defaults
-    params = request.params.with_defaults(defaults) if defaults else request.params
-    cache_scope = (request.tenant, request.cache_salt or "")
-    return PreparedRequest(
-        request,
-        token_ids,
-        adapters,
-        params,
-        tokenizer,
-        arrived_at,
-        request.deadline_s,
-        registered,
-        cache_scope,
-        needs_adapter=not request.may_use_base_model,
-    )
-
-
-def resolve_adapters(spec: AdapterSpec) -> list[tuple[str, float]]:
-    """(name, weight) pairs of an adapter spec; the base model is no pair.
-
-    Raises:
-        InvalidRequestError: it is of another type, has too many adapters, or a weight is out of range.
-    """
-    if spec is None:
-        return []
-    if isinstance(spec, str):
-        return [(spec, 1.0)]
-    if not isinstance(spec, Mapping):
-        raise InvalidRequestError(f"adapter is {spec!r}, give None, a name, or a mapping of names to weights")
-    if not 0 < len(spec) <= MAX_ADAPTERS_PER_REQUEST:
-        raise InvalidRequestError(
-            f"adapter names {len(spec)} adapters, give from 1 to {MAX_ADAPTERS_PER_REQUEST}"
-        )
-    for name, weight in spec.items():
-        if not isinstance(name, str):
-            raise InvalidRequestError(f"adapter name is {name!r}, it must be a string")
-        if not isinstance(weight, Real) or not abs(weight) <= MAX_ADAPTER_WEIGHT:
-            raise InvalidRequestError(
-                f"weight of adapter {name!r} is {weight!r}, it must be a number "
-                f"from -{MAX_ADAPTER_WEIGHT:g} to {MAX_ADAPTER_WEIGHT:g}"
-            )
-        if 0.0 < abs(weight) < MIN_ADAPTER_WEIGHT:
-            raise InvalidRequestError(
-                f"weight of adapter {name!r} is {weight!r}, too small to change anything: "
-                f"give 0, or at least {MIN_ADAPTER_WEIGHT:g}"
-            )
-    return [(name, float(weight)) for name, weight in spec.items()]
 
 
 class ActiveSequence:
@@ -193,17 +42,25 @@ class ActiveSequence:
         self._detokenizer = IncrementalDetokenizer(tokenizer, prepared.prompt_token_ids)
         self._stop_strings = StopStrings(prepared.params.stop_strings)
         self._record = record
+        form = prepared.form
+        self._parser = None if form is None else form.parser()
+        self._shown: Mapping[int, str] = {} if form is None else form.shown
 
     def push(self, token_id: int, logprob: TokenLogprob | None) -> Delta:
-        """What a token adds behind which the engine goes on; the last delta if it ends a stop string."""
+        """What a token adds behind which the engine goes on; the last delta if it ends the answer."""
         self._num_tokens += 1
-        text = self._detokenizer.push_one(token_id)
+        text = self._text(token_id)
         logprobs = None if logprob is None else [logprob]
         if self._stop_strings.stops:
             text = self._stop_strings.push(text)
             if self._stop_strings.is_matched:
                 return self._last(text, [token_id], logprobs, "stop")
-        return Delta(self._index, text, [token_id], logprobs, None, None)
+        if self._parser is None:
+            return Delta(self._index, text, [token_id], logprobs, None, None)
+        piece = self._parser.push(text)
+        if self._parser.is_over:
+            return self._last("", [token_id], logprobs, "stop", piece)
+        return _delta(self._index, piece, [token_id], logprobs)
 
     def end(self, end: SequenceEnd) -> Delta:
         """The last delta.
@@ -219,10 +76,17 @@ class ActiveSequence:
         finish = "stop" if self._stop_strings.is_matched else end.finish_reason
         return self._last(text, token_ids, None if end.logprob is None else [end.logprob], finish)
 
+    def _text(self, token_id: int) -> str:
+        """What a token adds to the text that is complete; of special tokens, those that parsers see."""
+        shown = self._shown.get(token_id)
+        if shown is None:
+            return self._detokenizer.push_one(token_id)
+        return self._detokenizer.end_run() + shown
+
     def _last_text(self, token_ids: list[int], finish: FinishReason | None) -> str:
         """New text without the end token, and what was held back."""
         is_end_token = finish == "stop" and bool(token_ids) and token_ids[-1] in self._end_ids
-        text = self._detokenizer.push([] if is_end_token else token_ids) + self._detokenizer.flush()
+        text = "".join(map(self._text, () if is_end_token else token_ids)) + self._detokenizer.flush()
         text = self._stop_strings.push(text)
         return text if self._stop_strings.is_matched else text + self._stop_strings.flush()
 
@@ -232,7 +96,9 @@ class ActiveSequence:
         token_ids: list[int],
         logprobs: list[TokenLogprob] | None,
         finish: FinishReason | None,
+        piece: AnswerPiece | None = None,
     ) -> Delta:
+        """The last delta, of `text`, or of a piece that is parsed already."""
         record = self._record
         usage = Usage(
             self._num_prompt_tokens,
@@ -241,7 +107,30 @@ class ActiveSequence:
             min(record.num_accepted_tokens, self._num_tokens),  # some may stand behind a stop string
             record.num_draft_tokens - record.num_accepted_tokens,
         )
-        return Delta(self._index, text, token_ids, logprobs, finish, usage, self._record.timing())
+        timing = record.timing()
+        if self._parser is None:
+            return Delta(self._index, text, token_ids, logprobs, finish, usage, timing)
+        piece = piece or self._parser.finish(text)
+        delta = _delta(self._index, piece, token_ids, logprobs)
+        has_calls = finish == "stop" and self._parser.num_calls > 0
+        delta.finish_reason = "tool_calls" if has_calls else finish
+        delta.usage, delta.timing = usage, timing
+        return delta
+
+
+def _delta(
+    index: int, piece: AnswerPiece, token_ids: list[int], logprobs: list[TokenLogprob] | None
+) -> Delta:
+    return Delta(
+        index,
+        piece.content,
+        token_ids,
+        logprobs,
+        None,
+        None,
+        reasoning=piece.reasoning,
+        tool_calls=piece.tool_calls,
+    )
 
 
 class Frontend(Generic[Owner]):
@@ -267,13 +156,23 @@ class Frontend(Generic[Owner]):
             self._engine.adapters.find,
             self._engine.runner.model.sampling_defaults,
             arrived_at,
-            self._engine.config.merge,
+            self._engine.config,
         )
-        grammar = prepared.params.grammar
-        if grammar is None:
-            return prepared
-        matcher = self._engine.grammars.compile(grammar, prepared.cache_scope, prepared.tokenizer)
-        return replace(prepared, matcher=matcher)
+        return replace(prepared, matcher=self._matcher(prepared))
+
+    def _matcher(self, prepared: PreparedRequest) -> Matcher | None:
+        """Of the form that answers must have."""
+        tokenizer, form, matcher = prepared.tokenizer, prepared.form, None
+        of_calls = None if form is None else form.grammar(tokenizer)
+        grammar = of_calls or prepared.params.grammar
+        if grammar is not None:
+            try:
+                matcher = self._engine.grammars.compile(grammar, prepared.cache_scope, tokenizer)
+            except InvalidRequestError as error:
+                if of_calls is None:
+                    raise
+                raise InvalidRequestError(f"calls of the tools can't be forced: {error}") from None
+        return matcher if form is None else form.matcher(matcher, tokenizer, is_of_calls=of_calls is not None)
 
     def tokenizer_for(self, spec: AdapterSpec) -> Tokenizer:
         """What `prepare` tokenises prompts for these adapters with.
@@ -368,61 +267,3 @@ class Frontend(Generic[Owner]):
                 on_error(owner, error)
                 continue
             on_delta(owner, delta)
-
-
-def check_deadline(deadline_s: Any) -> None:
-    """Raises InvalidRequestError: it is no number of seconds that a request may be given."""
-    if deadline_s is None:
-        return
-    if not isinstance(deadline_s, Real) or not 0.0 < float(deadline_s) <= MAX_DEADLINE_S:
-        raise InvalidRequestError(
-            f"deadline_s is {deadline_s!r}, it must be a number of seconds in (0, {MAX_DEADLINE_S:g}]"
-        )
-
-
-def _check_cache_salt(salt: Any) -> None:
-    if salt is None:
-        return
-    if not isinstance(salt, str):
-        raise InvalidRequestError(f"cache_salt is {salt!r:.100}, it must be text")
-    if not 0 < len(salt) <= MAX_CACHE_SALT_CHARS:
-        raise InvalidRequestError(
-            f"cache_salt has {len(salt)} characters, it must have from 1 to {MAX_CACHE_SALT_CHARS}; "
-            "leave it out for none"
-        )
-    if any("\ud800" <= char <= "\udfff" for char in salt):
-        raise InvalidRequestError("cache_salt is not valid Unicode")
-
-
-def _max_prompt_tokens(truncate: Any, max_model_len: int) -> int:
-    """A prompt that is sure to have as many tokens is refused untokenised."""
-    if truncate is None:
-        return max_model_len
-    if isinstance(truncate, bool) or not isinstance(truncate, int) or truncate < 1:
-        raise InvalidRequestError(f"truncate is {truncate!r}, it must be at least 1 token")
-    return MAX_TRUNCATED_CONTEXTS * max_model_len
-
-
-def _render_chat(
-    messages: Sequence[Mapping[str, Any]],
-    options: ChatOptions,
-    tokenizer: Tokenizer,
-) -> str:
-    template = None
-    if options.chat_template is not None:
-        template = tokenizer.build_chat_template(options.chat_template)
-        template.check()
-    return tokenizer.apply_chat_template(
-        messages,
-        options.begins_answer,
-        template=template,
-        continue_final_message=options.continue_final_message,
-        kwargs=options.template_kwargs,
-    )
-
-
-def _integers(token_ids: Any) -> list[int]:
-    try:
-        return [operator.index(token_id) for token_id in token_ids]
-    except TypeError as error:
-        raise InvalidRequestError(f"a prompt is a string or integers: {error}") from None

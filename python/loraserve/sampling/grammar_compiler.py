@@ -20,6 +20,8 @@ import numpy.typing as npt
 from loraserve.errors import InvalidRequestError
 from loraserve.request import SHARED_CACHE, CacheScope
 from loraserve.sampling.grammar import Grammar
+from loraserve.sampling.matcher import Matcher
+from loraserve.tools.lark import WHITESPACE
 
 if TYPE_CHECKING:
     import llguidance
@@ -32,7 +34,6 @@ MAX_STEP_ITEMS = 10_000  # parser items of one token
 MAX_MEAN_STEP_S = 0.002  # CPU time of a token, on average
 FREE_S = 0.05  # CPU time that is not counted: states are built as they are met
 MAX_ERROR_CHARS = 300
-WHITESPACE = r"[ \t\n\r]{0,20}"  # between JSON tokens; unbounded, a model may write nothing else for ever
 ANY_OBJECT = '{"type": "object"}'
 
 
@@ -42,8 +43,8 @@ class GrammarMatcher:
     def __init__(self, matcher: llguidance.LLMatcher, end_token_ids: Sequence[int]) -> None:
         self._matcher = matcher
         self._end_token_ids = end_token_ids
-        self._num_places = 0
-        self._spent_s = 0.0
+        self.num_places = 0
+        self.spent_s = 0.0
 
     def allowed(self, num_tokens: int, *, without_end: bool = False) -> npt.NDArray[np.uint32] | None:
         """Which tokens may come next; None once the grammar has become too complex to follow.
@@ -54,8 +55,8 @@ class GrammarMatcher:
         """
         started = time.thread_time()
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        self._spent_s += time.thread_time() - started
-        self._num_places += 1
+        self.spent_s += time.thread_time() - started
+        self.num_places += 1
         if self.error is not None:
             return None
         num_words, num_bits_of_last = -(-num_tokens // 32), (num_tokens - 1) % 32 + 1
@@ -74,7 +75,7 @@ class GrammarMatcher:
         """Go past a token; one that may not come next, or takes too long, shows in `error`."""
         started = time.thread_time()
         self._matcher.consume_token(token_id)
-        self._spent_s += time.thread_time() - started
+        self.spent_s += time.thread_time() - started
 
     def forced(self) -> list[int]:
         """The next tokens as far as only one text can come, as the tokenizer would write that."""
@@ -96,17 +97,17 @@ class GrammarMatcher:
         """Why the grammar can't be followed any further."""
         if self._matcher.is_error():
             reason = _first_line(self._matcher.get_error())
-        elif self._spent_s > FREE_S + self._num_places * MAX_MEAN_STEP_S:
-            milliseconds = 1000 * self._spent_s / max(self._num_places, 1)
+        elif self.spent_s > FREE_S + self.num_places * MAX_MEAN_STEP_S:
+            milliseconds = 1000 * self.spent_s / max(self.num_places, 1)
             reason = f"{milliseconds:.1f} ms a token, the limit is {1000 * MAX_MEAN_STEP_S:g} ms"
         else:
             return None
         return InvalidRequestError(f"the grammar became too complex while it was followed: {reason}")
 
-    def add_time(self, trial: GrammarMatcher) -> None:
+    def add_time(self, trial: Matcher) -> None:
         """Count what a copy of this one has taken to look ahead."""
-        self._spent_s += trial._spent_s
-        self._num_places += trial._num_places
+        self.spent_s += trial.spent_s
+        self.num_places += trial.num_places
 
     def copy(self) -> GrammarMatcher:
         """Another answer's place in the grammar, now the same as this one's; its time counts from 0."""

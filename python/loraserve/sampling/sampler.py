@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from loraserve.models.ops import PendingRows
-    from loraserve.sampling.grammar_compiler import GrammarMatcher
+    from loraserve.sampling.matcher import Matcher
     from loraserve.sampling_params import SamplingParams
 
 Ending: TypeAlias = "Literal['stop'] | LoraserveError"
@@ -82,7 +82,7 @@ class _RequestRows:
 class _Form:
     """What a sequence's grammar is asked for."""
 
-    matcher: GrammarMatcher
+    matcher: Matcher
     min_tokens: int
     ignore_eos: bool
     num_tokens: int = 0
@@ -132,7 +132,7 @@ class Sampler:
         seed: int,
         prompt_token_ids: Sequence[int],
         end_token_ids: Sequence[int],
-        matcher: GrammarMatcher | None = None,
+        matcher: Matcher | None = None,
     ) -> None:
         """Take a sequence whose ids are columns of every row of logits that it will have.
 

@@ -69,6 +69,8 @@ def engine_config(
         gpu_memory_utilization=settings.gpu_memory_utilization,
         cuda_graphs=settings.cuda_graphs,
         prefix_caching=settings.prefix_caching,
+        tool_parser=settings.tool_parser,
+        reasoning_parser=settings.reasoning_parser,
         num_threads=settings.threads,
         on_adapter_error=settings.on_adapter_error,
     )

@@ -16,7 +16,7 @@ from loraserve.server.observe.outcomes import Outcome, outcome_of
 
 if TYPE_CHECKING:
     from loraserve.async_engine import AsyncEngine, RequestStream
-    from loraserve.engine.frontend import PreparedRequest
+    from loraserve.engine.prepared import PreparedRequest
     from loraserve.server.access.keys import Caller
     from loraserve.server.access.request_limits import RequestLimits
     from loraserve.server.observe.metrics import Metrics, RequestMetrics

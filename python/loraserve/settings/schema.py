@@ -27,6 +27,7 @@ from loraserve.settings.fields import (
     YesNo,
     option,
 )
+from loraserve.tools.families import check_reasoning_parser, check_tool_parser
 
 
 class ServeSettings(SettingsModel):
@@ -171,6 +172,21 @@ class ServeSettings(SettingsModel):
         EngineConfig.speculate,
         "engine",
         "ngram guesses what an answer repeats and checks it in one step: the same answers, sooner",
+    )
+    tool_parser: str = option(
+        EngineConfig.tool_parser,
+        "engine",
+        "form of calls in answers to chats with tools, as hermes or llama3_json; auto is the one that the "
+        "chat template plainly shows",
+        "NAME",
+        flags=("--tool-call-parser",),
+    )
+    reasoning_parser: str = option(
+        EngineConfig.reasoning_parser,
+        "engine",
+        "form of reasoning that is set apart from answers of chats, as qwen3 or deepseek_r1; auto is the one "
+        "that the chat template plainly shows, none leaves it in the text",
+        "NAME",
     )
     threads: Count | None = option(
         None,
@@ -364,6 +380,8 @@ class ServeSettings(SettingsModel):
     @model_validator(mode="after")
     def _check_together(self) -> ServeSettings:
         check_base_names(self.served_names)
+        check_tool_parser(self.tool_parser)
+        check_reasoning_parser(self.reasoning_parser)
         for name in self.adapters:
             check_adapter_name(name, self.served_names)
         if self.merge is not None:

@@ -1,5 +1,6 @@
 """ChatTemplate: a model's own Jinja template, rendered in a sandbox with what transformers shows it."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
@@ -27,6 +28,7 @@ _SCALARS: tuple[tuple[type, Callable[[Any], Any]], ...] = (
 )
 
 
+_TOOLS = re.compile(r"\btools\b")
 # ASCII letters, so that no filter escapes it; the space shows whether the template trims the message.
 _MARK = "the-final-message-ends-here-q7Zf4K "
 
@@ -47,6 +49,11 @@ class ChatTemplate:
         """Equal where all chats are rendered alike."""
         return self.source, frozenset(self._special_tokens.items())
 
+    @property
+    def takes_tools(self) -> bool:
+        """Whether it reads the variable `tools`."""
+        return _TOOLS.search(self.source) is not None
+
     def check(self) -> None:
         """Raises InvalidRequestError if it is no template."""
         _ = self._variables
@@ -58,6 +65,7 @@ class ChatTemplate:
         *,
         continue_final_message: bool = False,
         kwargs: Mapping[str, Any] = MappingProxyType({}),
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """The conversation as the model's prompt text.
 
@@ -66,6 +74,7 @@ class ChatTemplate:
             add_generation_prompt: a variable; templates begin the assistant's next message where it is true.
             continue_final_message: end the text with the last message, before what the template adds to it.
             kwargs: further variables.
+            tools: functions in OpenAI's form, which the template may show.
 
         Raises:
             InvalidRequestError: the template refuses the messages, does not show the final one, or reads no
@@ -75,7 +84,7 @@ class ChatTemplate:
         turns = [_with_reasoning(_plain_message(message)) for message in messages]
         final = self._marked(turns) if continue_final_message else None
         variables = {
-            "tools": None,
+            "tools": _plain(tools) if tools else None,
             "documents": None,
             **self._special_tokens,
             **_plain(kwargs),

@@ -45,6 +45,13 @@ class IncrementalDetokenizer:
                 return text
         return self._decode_one(token) if self._tokenizer.is_text(token) else ""
 
+    def end_run(self) -> str:
+        """What is left if a token that is no text comes next, as `flush` gives it; text may follow."""
+        text = self.flush()
+        self._shown = self._tokenizer.decode(self._window)
+        self._is_whole = True
+        return text
+
     def flush(self) -> str:
         """What is left if no more tokens come: an unfinished character, as U+FFFD."""
         self._take_whole()

@@ -310,6 +310,7 @@ class Tokenizer:
         template: ChatTemplate | None = None,
         continue_final_message: bool = False,
         kwargs: Mapping[str, Any] = MappingProxyType({}),
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """Prompt text of a conversation, by `template` or else the model's own; see `ChatTemplate.render`.
 
@@ -319,7 +320,11 @@ class Tokenizer:
         if template is None:
             raise InvalidRequestError("the model has no chat template, send a prompt instead of messages")
         return template.render(
-            messages, add_generation_prompt, continue_final_message=continue_final_message, kwargs=kwargs
+            messages,
+            add_generation_prompt,
+            continue_final_message=continue_final_message,
+            kwargs=kwargs,
+            tools=tools,
         )
 
     def build_chat_template(self, source: str) -> ChatTemplate:

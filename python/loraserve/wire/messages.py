@@ -34,6 +34,7 @@ _FINISH_REASONS: dict[FinishReason, pb.FinishReason] = {
     "stop": pb.FINISH_REASON_STOP,
     "length": pb.FINISH_REASON_LENGTH,
     "abort": pb.FINISH_REASON_ABORT,
+    # "tool_calls" is of answers that are parsed, which gRPC has none of
 }
 _FINISH_REASON_NAMES = {value: name for name, value in _FINISH_REASONS.items()}
 MAX_ENTRIES = 2**20  # such as token ids
@@ -111,6 +112,7 @@ def _chat_options_from_wire(chat: pb.ChatMessages) -> ChatOptions:
         continue_final_message=chat.continue_final_message,
         chat_template=chat.chat_template if chat.HasField("chat_template") else None,
         template_kwargs=kwargs,
+        is_parsed=False,
     )
 
 
@@ -177,6 +179,8 @@ def _set_prompt(message: pb.GenerateRequest, request: GenerateRequest) -> None:
 
 
 def _chat_to_wire(messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> pb.ChatMessages:
+    if options.tools.tools or options.thinking_budget is not None:
+        raise InvalidRequestError("gRPC carries no tools and no budget of reasoning: use HTTP, or Python")
     for turn in messages:
         for name in turn:
             if name not in _TURN_FIELDS:

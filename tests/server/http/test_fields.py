@@ -13,7 +13,9 @@ from loraserve.request import ChatOptions
 from loraserve.server.http.admin.routes import router as admin
 from loraserve.server.http.foreign_fields import (
     CHAT_NEUTRAL,
+    CHAT_NO_EFFECT,
     COMPLETION_NEUTRAL,
+    COMPLETION_NO_EFFECT,
     OPENAI_NEUTRAL,
     OPENAI_NO_EFFECT,
     TGI_NEUTRAL,
@@ -22,6 +24,7 @@ from loraserve.server.http.openai.routes import router as openai
 from loraserve.server.http.request_body import RequestBody
 from loraserve.server.http.state import HttpLimits
 from loraserve.server.http.tgi.routes import router as tgi
+from loraserve.tools.tool import ToolOptions
 from pydantic import BaseModel
 
 from tests.server.http.bodies import BODIES, CHAT, CHAT_ROUTE, COMPLETION_ROUTE, TGI_ROUTES, asked, refusal
@@ -29,6 +32,8 @@ from tests.server.http.fake_engine import FakeEngine
 from tests.server.http.http_thread import HttpThread
 
 SCHEMA = {"type": "object"}
+TOOL = {"type": "function", "function": {"name": "f"}}
+CALLING = {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{}"}}]}
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +69,10 @@ LEVELS: list[tuple[str, dict[str, Any], tuple[Any, ...]]] = [
         ("messages", 0, "content", 0),
     ),
     (CHAT_ROUTE, {"stream": True, "stream_options": {}}, ("stream_options",)),
+    (CHAT_ROUTE, {"tools": [TOOL]}, ("tools", 0)),
+    (CHAT_ROUTE, {"tools": [TOOL]}, ("tools", 0, "function")),
+    (CHAT_ROUTE, {"messages": [CALLING]}, ("messages", 0, "tool_calls", 0)),
+    (CHAT_ROUTE, {"messages": [CALLING]}, ("messages", 0, "tool_calls", 0, "function")),
     *((path, {}, ()) for path in TGI_ROUTES),
     *((path, {"parameters": {}}, ("parameters",)) for path in (*TGI_ROUTES, "/tokenize")),
     ("/generate", {"parameters": {"grammar": {"type": "json", "value": SCHEMA}}}, ("parameters", "grammar")),
@@ -109,7 +118,8 @@ def test_every_model_of_a_body_refuses_what_it_does_not_know_and_is_in_the_table
     tested = (
         "GenerateBody GenerateStreamBody CompatGenerateBody CompletionBody ChatCompletionBody StreamOptions "
         "ResponseFormat JsonSchema StructuredOutputs MergedAdapters LoraScale LoraRequest Message TextPart "
-        "Parameters GrammarField LoraxFormat TokenizeBody LoadBody PinBody VllmLoadBody VllmUnloadBody"
+        "Parameters GrammarField LoraxFormat TokenizeBody LoadBody PinBody VllmLoadBody VllmUnloadBody "
+        "ToolBody FunctionBody MessageToolCall MessageFunction"
     )
     assert {model.__name__ for model in reached} == set(tested.split()), "give a new model a row in LEVELS"
 
@@ -133,7 +143,8 @@ SLIPS: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETION_ROUTE, {"stream": True, "stream_options": {"includeUsage": True}}, "include_usage?"),
     (CHAT_ROUTE, {"temperatur": 0}, "did you mean temperature?"),
     (CHAT_ROUTE, {"prompt": "x"}, "did you mean messages?"),
-    (CHAT_ROUTE, {"enable_thinking": False}, "did you mean chat_template_kwargs.enable_thinking?"),
+    (CHAT_ROUTE, {"enable_thinkin": False}, "did you mean enable_thinking?"),
+    (CHAT_ROUTE, {"tool_choise": "none"}, "did you mean tool_choice?"),
     (
         CHAT_ROUTE,
         {"messages": [{"role": "user", "contnet": "x"}]},
@@ -161,8 +172,8 @@ def test_a_slip_is_told_what_was_likely_meant(
 @pytest.mark.parametrize(
     ("path", "names"),
     [
-        (COMPLETION_ROUTE, OPENAI_NO_EFFECT),
-        (CHAT_ROUTE, OPENAI_NO_EFFECT),
+        (COMPLETION_ROUTE, OPENAI_NO_EFFECT | COMPLETION_NO_EFFECT),
+        (CHAT_ROUTE, OPENAI_NO_EFFECT | CHAT_NO_EFFECT),
         *((path, {"options"}) for path in TGI_ROUTES),
     ],
 )
@@ -209,8 +220,11 @@ def test_a_field_that_is_not_supported_is_taken_only_where_it_asks_for_nothing(
 @pytest.mark.parametrize(
     ("message", "where"),
     [
-        ({"role": "assistant", "tool_calls": [{"id": "1"}]}, "messages.0.tool_calls: not supported"),
-        ({"role": "assistant", "function_call": {"name": "f"}}, "messages.0.function_call: not supported"),
+        (
+            {"role": "assistant", "tool_calls": [{"id": "1"}]},
+            "messages.0.tool_calls.0.function: Field required",
+        ),
+        ({"role": "user", "function_call": {"name": "f"}}, "only the assistant makes them"),
         ({"role": "assistant", "refusal": "no"}, "messages.0.refusal: not supported"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "'image_url'"),
         ({"role": "user", "content": [{"type": "text"}]}, "has text and nothing else"),
@@ -255,6 +269,21 @@ def test_chat_options_reach_the_engine(server: HttpThread, client: httpx.Client)
             ChatOptions(template_kwargs={"enable_thinking": False}),
         ),
         ({"documents": [{"text": "x"}]}, ChatOptions(template_kwargs={"documents": [{"text": "x"}]})),
+        ({"reasoning_effort": "low"}, ChatOptions(template_kwargs={"reasoning_effort": "low"})),
+        ({"enable_thinking": False}, ChatOptions(template_kwargs={"enable_thinking": False})),
+        (
+            {"thinking": {"type": "disabled"}},
+            ChatOptions(template_kwargs={"thinking": False, "enable_thinking": False}),
+        ),
+        ({"thinking_token_budget": 7}, ChatOptions(thinking_budget=7)),
+        (
+            {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False},
+            ChatOptions(tools=ToolOptions.from_fields([TOOL], "required", parallel=False)),
+        ),
+        (
+            {"functions": [TOOL["function"]], "function_call": {"name": "f"}},
+            ChatOptions(tools=ToolOptions.from_fields([TOOL], {"name": "f"}, parallel=False)),
+        ),
     ]
     for fields, expected in options:
         assert asked(server, client, CHAT_ROUTE, **fields).chat == expected
@@ -324,4 +353,5 @@ def test_the_document_shows_every_field_that_is_taken(client: httpx.Client) -> N
     chat = schemas["ChatCompletionBody"]
     assert chat["additionalProperties"] is False
     assert {"user", "tools", "adapter_id", "chat_template_kwargs"} <= chat["properties"].keys()
-    assert chat["properties"]["tool_choice"]["enum"] == [None, "none", "auto"]
+    assert "allowed_tools" in chat["properties"]["tool_choice"]["description"]
+    assert schemas["ToolBody"]["properties"]["function"]["$ref"].endswith("/FunctionBody")

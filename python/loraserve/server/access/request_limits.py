@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from loraserve.engine.frontend import check_deadline
+from loraserve.engine.prepared import check_deadline
 from loraserve.engine.queue import deadline_error
 from loraserve.errors import InvalidRequestError
 from loraserve.request import GenerateRequest
 
 if TYPE_CHECKING:
     from loraserve.async_engine import AsyncEngine
-    from loraserve.engine.frontend import PreparedRequest
+    from loraserve.engine.prepared import PreparedRequest
 
 
 @dataclass(frozen=True, kw_only=True)

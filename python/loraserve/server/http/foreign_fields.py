@@ -22,12 +22,6 @@ OPENAI_NO_EFFECT = frozenset(
         "prompt_cache_key",
         "prompt_cache_retention",
         "prediction",
-        # of tools and reasoning, neither of which there is
-        "parallel_tool_calls",
-        "tool_prompt",
-        "include_reasoning",
-        "separate_reasoning",
-        "stream_reasoning",
         # of another library's grammars, of special tokens that are not shown, of chunks of a stream
         "guided_decoding_backend",
         "spaces_between_special_tokens",
@@ -37,6 +31,12 @@ OPENAI_NO_EFFECT = frozenset(
         "return_token_offsets",
     }
 )
+
+# Of tools and reasoning, which completions don't have.
+COMPLETION_NO_EFFECT = frozenset(
+    {"parallel_tool_calls", "include_reasoning", "separate_reasoning", "stream_reasoning", "tool_prompt"}
+)
+CHAT_NO_EFFECT = frozenset({"stream_reasoning", "tool_prompt"})
 
 OPENAI_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "store": (False,),
@@ -59,7 +59,6 @@ OPENAI_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "structural_tag": (),
     "priority": (0,),
     "watermarking": (False,),
-    "thinking_token_budget": (),
     "repetition_detection": (),
     "return_tokens_as_token_ids": (False,),
     "return_token_ids": (False,),
@@ -84,19 +83,15 @@ COMPLETION_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "add_special_tokens": (True,),
     "prompt_embeds": (),
+    "thinking_token_budget": (),
 }
 
 CHAT_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
     "modalities": (["text"],),
     "audio": (),
     "web_search_options": (),
     "reasoning": (),
-    "reasoning_effort": (),
-    "thinking": (),
+    "separate_reasoning": (True,),
     "verbosity": ("medium",),
     "guideline": (),
     "echo": (False,),

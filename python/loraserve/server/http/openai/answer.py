@@ -10,12 +10,13 @@ from typing import Any, TypeAlias
 import orjson
 
 from loraserve._core import __version__
-from loraserve.request import Completion, Delta, TokenLogprob, Usage
+from loraserve.request import Completion, Delta, FinishReason, TokenLogprob, Usage
 from loraserve.server.http.answer import DONE
 from loraserve.server.http.openai.logprobs import chat_logprobs, completion_logprobs
 from loraserve.server.http.token_texts import TokenTexts
 from loraserve.server.request_run import RequestRun
 from loraserve.text.tokenizer import Tokenizer
+from loraserve.tools.call import ToolCallDelta
 
 SYSTEM_FINGERPRINT = f"loraserve-{__version__}"  # text_generation's client wants a string
 
@@ -25,13 +26,18 @@ Prompt: TypeAlias = str | Sequence[int]
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerHead:
-    """What every chunk and body repeats, and what the client asked to see; `created` is in Unix seconds."""
+    """What every chunk and body repeats, and what the client asked to see; `created` is in Unix seconds.
+
+    `is_legacy` is whether a call is told as the older `function_call`.
+    """
 
     id: str
     model: str
     num_answers: int
     wants_logprobs: bool
     wants_usage: bool
+    wants_reasoning: bool = True
+    is_legacy: bool = False
     texts_of: Callable[[Tokenizer], TokenTexts]
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -66,10 +72,29 @@ class WholeChat:
             logprobs = chat_logprobs(answer.logprobs or [], self._head.texts_of(run.tokenizer))
         return {
             "index": index,
-            "message": {"role": "assistant", "content": answer.text, "refusal": None},
+            "message": self._message(answer),
             "logprobs": logprobs,
-            "finish_reason": answer.finish_reason,
+            "finish_reason": finish_reason(answer.finish_reason, self._head),
         }
+
+    def _message(self, answer: Completion) -> dict[str, Any]:
+        content = None if answer.tool_calls and not answer.text else answer.text
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if answer.reasoning and self._head.wants_reasoning:
+            message |= {"reasoning_content": answer.reasoning, "reasoning": answer.reasoning}
+        calls = [(call.id, {"name": call.name, "arguments": call.arguments}) for call in answer.tool_calls]
+        if calls and self._head.is_legacy:
+            message["function_call"] = calls[0][1]
+        elif calls:
+            message["tool_calls"] = [
+                {"id": call_id, "type": "function", "function": function} for call_id, function in calls
+            ]
+        return message
+
+
+def finish_reason(reason: FinishReason | None, head: AnswerHead) -> str | None:
+    """As OpenAI words it."""
+    return "function_call" if reason == "tool_calls" and head.is_legacy else reason
 
 
 class WholeCompletion:
@@ -162,10 +187,40 @@ class ChatChunks(ChunkWriter):
         logprobs = b""
         if self._head.wants_logprobs and delta.logprobs:
             logprobs = b'"logprobs":' + orjson.dumps(chat_logprobs(delta.logprobs, self._texts)) + b","
-        if not (delta.text or logprobs or delta.finish_reason):
+        head = self._head
+        reasoning = delta.reasoning if head.wants_reasoning else ""
+        if not (delta.text or logprobs or delta.finish_reason or reasoning or delta.tool_calls):
             return b""
-        content = b'"delta":{"content":' + orjson.dumps(delta.text) + b"}" if delta.text else b'"delta":{}'
-        return self._chunk(delta.index, content, logprobs, delta.finish_reason)
+        if not (reasoning or delta.tool_calls):
+            content = b'"content":' + orjson.dumps(delta.text) if delta.text else b""
+            return self._chunk(
+                delta.index, b'"delta":{' + content + b"}", logprobs, finish_reason(delta.finish_reason, head)
+            )
+        fields: dict[str, Any] = {"content": delta.text} if delta.text else {}
+        if reasoning:
+            fields |= {"reasoning_content": reasoning, "reasoning": reasoning}
+        if delta.tool_calls:
+            fields |= self._calls(delta.tool_calls)
+        content = b'"delta":' + orjson.dumps(fields)
+        return self._chunk(delta.index, content, logprobs, finish_reason(delta.finish_reason, head))
+
+    def _calls(self, calls: Sequence[ToolCallDelta]) -> dict[str, Any]:
+        functions = [
+            {"arguments": call.arguments}
+            if call.id is None
+            else {"name": call.name, "arguments": call.arguments}
+            for call in calls
+        ]
+        if self._head.is_legacy:
+            return {"function_call": functions[0]}
+        return {
+            "tool_calls": [
+                {"index": call.index, "function": function}
+                if call.id is None
+                else {"index": call.index, "id": call.id, "type": "function", "function": function}
+                for call, function in zip(calls, functions, strict=True)
+            ]
+        }
 
 
 class CompletionChunks(ChunkWriter):

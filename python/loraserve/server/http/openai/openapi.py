@@ -71,13 +71,13 @@ class UsageFields(_Document):
 
 
 class Choice(_Document):
-    """`text` in completions, `message` in chats."""
+    """`text` in completions, `message` in chats: content, perhaps reasoning, perhaps calls."""
 
     index: int
     text: str | None = None
     message: dict[str, Any] | None = None
     logprobs: dict[str, Any] | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls", "function_call"]
 
 
 class Answer(_Document):

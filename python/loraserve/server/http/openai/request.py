@@ -11,11 +11,11 @@ from loraserve.sampling.grammar import Grammar
 from loraserve.sampling_params import MAX_LOGPROBS, SamplingParams
 from loraserve.server.http.adapter_selectors import adapter_of
 from loraserve.server.http.call import Call
+from loraserve.server.http.openai.chat import chat_options, template_messages
 from loraserve.server.http.openai.schema import (
     ChatCompletionBody,
     CompletionBody,
     GenerationBody,
-    Message,
     ResponseFormat,
     StructuredOutputs,
 )
@@ -35,7 +35,6 @@ _SAME_NAME = (
     "min_tokens",
     "n",
 )
-_FOR_TEMPLATES = ("name", "tool_call_id", "reasoning_content")
 _GUIDED = {
     "guided_json": "json_schema",
     "guided_regex": "regex",
@@ -79,8 +78,8 @@ def chat_request(call: Call, body: ChatCompletionBody) -> GenerateRequest:
         if "min_tokens" in given:
             params = SamplingParams(**given, max_tokens=None)
     adapter = adapter_of(call.state, call.caller, body.model, body)
-    messages = [_message(message) for message in body.messages]
-    return _request(call, body, adapter, params, messages=messages, chat=_chat_options(body))
+    messages = template_messages(body.messages)
+    return _request(call, body, adapter, params, messages=messages, chat=chat_options(body))
 
 
 def prompts_of(body: CompletionBody) -> list[str | list[int]]:
@@ -220,30 +219,3 @@ def _format_grammar(form: ResponseFormat) -> Grammar | None:
             raise InvalidRequestError("response_format has no json_schema.schema, give one")
     kind = {"json_object": "json_schema", "json": "json_schema", "grammar": "lark"}.get(form.type, form.type)
     return Grammar(kind, value)
-
-
-def _message(message: Message) -> dict[str, Any]:
-    content = message.content
-    if content is None:
-        text = ""
-    elif isinstance(content, str):
-        text = content
-    else:
-        text = "".join(part.words for part in content)
-    role = "system" if message.role == "developer" else message.role
-    others = {name: value for name in _FOR_TEMPLATES if (value := getattr(message, name)) is not None}
-    return {"role": role, "content": text, **others}
-
-
-def _chat_options(body: ChatCompletionBody) -> ChatOptions:
-    kwargs = body.chat_template_kwargs or {}
-    if body.documents:
-        if "documents" in kwargs:
-            raise InvalidRequestError("documents is set twice, leave it out of chat_template_kwargs")
-        kwargs = {**kwargs, "documents": body.documents}
-    return ChatOptions(
-        add_generation_prompt=body.add_generation_prompt,
-        continue_final_message=bool(body.continue_final_message),
-        chat_template=body.chat_template,
-        template_kwargs=kwargs,
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
@@ -70,7 +71,11 @@ async def chat_completions(
 ) -> Response:
     """Answers a conversation `n` times."""
     requests = [chat_request(call, body)]
-    head = _head(call, body, "chatcmpl", requests[0].adapter, wants_logprobs=bool(body.logprobs))
+    head = replace(
+        _head(call, body, "chatcmpl", requests[0].adapter, wants_logprobs=bool(body.logprobs)),
+        wants_reasoning=body.include_reasoning is not False,
+        is_legacy=body.functions is not None,
+    )
     if body.stream:
         return StreamResponse(call, requests, ChatChunks(head), Family.OPENAI)
     return WholeResponse(call, requests, WholeChat(head))

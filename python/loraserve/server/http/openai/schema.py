@@ -10,15 +10,19 @@ from pydantic_core import PydanticCustomError
 from loraserve.server.http.adapter_selectors import AdapterSelectors
 from loraserve.server.http.foreign_fields import (
     CHAT_NEUTRAL,
+    CHAT_NO_EFFECT,
     COMPLETION_NEUTRAL,
+    COMPLETION_NO_EFFECT,
     OPENAI_ELSEWHERE,
     OPENAI_NEUTRAL,
     OPENAI_NO_EFFECT,
     SELECTORS_ELSEWHERE,
 )
 from loraserve.server.http.request_body import Elsewhere, Neutral, NoEffect, RequestBody
+from loraserve.tools.tool import MAX_TOOLS
 
 MAX_TEXT_PARTS = 1024
+MAX_CALLS = 1024  # of one message
 TEXT_PART_TYPES = ("text", "input_text", "refusal")
 
 Text: TypeAlias = Annotated[str, Field(max_length=16 * 2**20)]
@@ -63,17 +67,53 @@ class TextPart(RequestBody):
         return self.text or self.refusal or ""
 
 
+class MessageFunction(RequestBody):
+    """A function that was called; `arguments` are JSON text, or the object."""
+
+    no_effect: ClassVar[NoEffect] = frozenset({"description", "parameters", "strict"})
+
+    name: str = Field(max_length=128)
+    arguments: Text | dict[str, Any] | None = None
+
+
+class MessageToolCall(RequestBody):
+    """A call that an assistant's message made."""
+
+    no_effect: ClassVar[NoEffect] = frozenset({"index", "caller"})
+
+    id: str | None = Field(default=None, max_length=256)
+    type: Literal["function"] = "function"
+    function: MessageFunction
+
+
+class FunctionBody(RequestBody):
+    """A function that the answer may call; `parameters` is a JSON schema of an object."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+    returns: Any = Field(default=None, alias="return", description="For the chat template.")
+
+
+class ToolBody(RequestBody):
+    """OpenAI's; functions only."""
+
+    type: Literal["function"] = "function"
+    function: FunctionBody
+
+
 class Message(RequestBody):
-    """`reasoning_content` and `tool_call_id` are for the chat template, if it reads them."""
+    """`reasoning_content` and `tool_call_id` are for the chat template, if it reads them.
+
+    A `function_call` is a tool call without an id, and role "function" is "tool".
+    """
 
     no_effect: ClassVar[NoEffect] = frozenset({"cache_control", "id"})
     neutral: ClassVar[Neutral] = {
-        "tool_calls": ([],),
-        "function_call": (),
         "refusal": (),
         "audio": (),
         "annotations": ([],),
-        "reasoning": (),
         "reasoning_details": ([],),
         "thinking_blocks": ([],),
         "prefix": (False,),
@@ -85,7 +125,10 @@ class Message(RequestBody):
     content: Text | Annotated[list[TextPart], Field(max_length=MAX_TEXT_PARTS)] | None = None
     name: str | None = None
     tool_call_id: str | None = None
+    tool_calls: Annotated[list[MessageToolCall], Field(max_length=MAX_CALLS)] | None = None
+    function_call: MessageFunction | None = None
     reasoning_content: Text | None = None
+    reasoning: Text | None = Field(default=None, description="The same as reasoning_content.")
 
 
 class JsonSchema(RequestBody):
@@ -188,6 +231,7 @@ class GenerationBody(AdapterSelectors):
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
+    no_effect: ClassVar[NoEffect] = OPENAI_NO_EFFECT | COMPLETION_NO_EFFECT
     neutral: ClassVar[Neutral] = OPENAI_NEUTRAL | COMPLETION_NEUTRAL
     elsewhere: ClassVar[Elsewhere] = GenerationBody.elsewhere | {
         "inputs": "prompt",
@@ -212,13 +256,13 @@ class CompletionBody(GenerationBody):
 class ChatCompletionBody(GenerationBody):
     """POST /v1/chat/completions."""
 
+    no_effect: ClassVar[NoEffect] = OPENAI_NO_EFFECT | CHAT_NO_EFFECT
     neutral: ClassVar[Neutral] = OPENAI_NEUTRAL | CHAT_NEUTRAL
     elsewhere: ClassVar[Elsewhere] = GenerationBody.elsewhere | {
         "inputs": "messages",
         "input": "messages",
         "prompt": "messages",
         "conversation": "messages",
-        "enable_thinking": "chat_template_kwargs.enable_thinking",
         "template": "chat_template",
         "best_of": "n",
     }
@@ -238,6 +282,32 @@ class ChatCompletionBody(GenerationBody):
     )
     chat_template_kwargs: dict[str, Any] | None = Field(
         default=None, description="Further variables of the chat template."
+    )
+    tools: Annotated[list[ToolBody], Field(max_length=MAX_TOOLS)] | None = Field(
+        default=None, description="Functions that the answer may call."
+    )
+    tool_choice: str | dict[str, Any] | None = Field(
+        default=None, description="none, auto, required, a function, or allowed_tools."
+    )
+    parallel_tool_calls: bool | None = Field(default=None, description="False allows one call an answer.")
+    functions: Annotated[list[FunctionBody], Field(max_length=MAX_TOOLS)] | None = Field(
+        default=None, description="The older form of tools; answers have function_call."
+    )
+    function_call: str | dict[str, Any] | None = Field(default=None, description="Of functions.")
+    reasoning_effort: str | None = Field(
+        default=None, max_length=64, description="The variable reasoning_effort of the chat template."
+    )
+    enable_thinking: bool | None = Field(
+        default=None, description="The variable enable_thinking of the chat template."
+    )
+    thinking: bool | dict[str, Any] | None = Field(
+        default=None, description="The variable thinking of the chat template; also {type: enabled}."
+    )
+    include_reasoning: bool | None = Field(
+        default=None, description="False leaves reasoning out of the answer."
+    )
+    thinking_token_budget: int | None = Field(
+        default=None, ge=0, description="Most tokens of reasoning, after which its end is forced."
     )
     documents: list[dict[str, Any]] | None = Field(
         default=None, description="For a chat template that reads documents."

@@ -1,0 +1,247 @@
+"""`PreparedRequest`: what a request means, checked, rendered and tokenised."""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from numbers import Real
+from types import MappingProxyType
+from typing import Any
+
+from loraserve.adapters.manifest import AdapterManifest
+from loraserve.adapters.registry import RegisteredAdapter
+from loraserve.adapters.text import common_text, without_weightless
+from loraserve.config import EngineConfig
+from loraserve.engine.answer_form import AnswerForm, answer_form
+from loraserve.errors import InvalidRequestError
+from loraserve.request import (
+    SHARED_CACHE,
+    AdapterSpec,
+    CacheScope,
+    ChatOptions,
+    GenerateRequest,
+)
+from loraserve.sampling.matcher import Matcher
+from loraserve.sampling_params import SamplingParams
+from loraserve.text.tokenizer import Tokenizer
+
+MAX_ADAPTERS_PER_REQUEST = 16
+MAX_DEADLINE_S = 24 * 3600.0
+MAX_TRUNCATED_CONTEXTS = 8  # prompts of more contexts than this are refused, even if to be truncated
+MAX_CACHE_SALT_CHARS = 256
+MAX_ADAPTER_WEIGHT = 1000.0  # beyond, sums of deltas lose all meaning in bfloat16
+MIN_ADAPTER_WEIGHT = 0.001  # below, a delta is lost in the rounding of what it is added to
+ALL_PARAMETERS = frozenset(parameter.name for parameter in fields(SamplingParams))
+
+
+@dataclass(frozen=True)
+class PreparedRequest:
+    """A request the engine understands: token ids, (adapter, weight) pairs, checked parameters.
+
+    `tokenizer` has its tokens and their ends, those of its adapters or the model's; `registered` is what its
+    adapters' names meant; `form` is of a chat's answers, None where all of them is content.
+    """
+
+    request: GenerateRequest
+    prompt_token_ids: list[int]
+    adapters: list[tuple[str, float]]
+    params: SamplingParams
+    tokenizer: Tokenizer
+    arrived_at: float
+    deadline_s: float | None
+    registered: Mapping[str, RegisteredAdapter | None]
+    cache_scope: CacheScope = SHARED_CACHE
+    needs_adapter: bool = False
+    form: AnswerForm | None = None
+    matcher: Matcher | None = None
+
+
+def prepare(
+    request: GenerateRequest,
+    tokenizer: Tokenizer,
+    max_model_len: int,
+    find_adapter: Callable[[str], RegisteredAdapter | None] = lambda _: None,
+    sampling_defaults: Mapping[str, Any] = MappingProxyType({}),
+    arrived_at: float | None = None,
+    config: EngineConfig | None = None,
+) -> PreparedRequest:
+    """Tokenise and resolve a request, which arrived at that time on `time.monotonic`; None is now.
+
+    The manifest of its one adapter fills the gaps of its parameters, then what lies beside its adapters, then
+    the model's `sampling_defaults`. `tokenizer` is the model's; adapters may have another (`common_text`).
+    `config` is the engine's: a request that names no adapter asks for the one that the model has become.
+
+    Raises:
+        InvalidRequestError: not exactly one of prompt and messages, an empty prompt, a bad adapter spec, or
+            adapters that bring different tokens, templates or defaults.
+    """
+    arrived_at = time.monotonic() if arrived_at is None else arrived_at
+    check_deadline(request.deadline_s)
+    _check_cache_salt(request.cache_salt)
+    if (request.prompt is None) == (request.messages is None):
+        raise InvalidRequestError("give exactly one of prompt and messages")
+    if request.messages is None and request.chat != ChatOptions():
+        raise InvalidRequestError("chat options are given with a prompt, they need messages")
+    merged = None if config is None else config.merge
+    max_num_tokens = _max_prompt_tokens(request.truncate, max_model_len)
+    adapters = resolve_adapters(request.adapter)
+    if not adapters and merged is not None:
+        adapters = [(merged, 1.0)]
+    registered = {name: find_adapter(name) for name in without_weightless(adapters)}
+    named = {name: found for name, found in registered.items() if found is not None}
+    adapter = named.get(adapters[0][0]) if len(adapters) == 1 else None
+    text_of_adapters = common_text(
+        tokenizer,
+        {name: found.text for name, found in named.items()},
+        needs_template=request.messages is not None and request.chat.chat_template is None,
+        given=request.params.given if request.uses_model_defaults else ALL_PARAMETERS,
+    )
+    tokenizer = text_of_adapters.tokenizer
+    manifest = AdapterManifest() if adapter is None else adapter.manifest
+    form: AnswerForm | None = None
+    if request.messages is not None:
+        if not request.messages:
+            raise InvalidRequestError("messages is empty, give at least one message")
+        messages = manifest.with_system_prompt(request.messages)
+        text = _render_chat(messages, request.chat, tokenizer)
+        form = answer_form(request.chat, text, tokenizer, manifest, config)
+        tokenizer.check_fits(text, max_num_tokens - 1, "prompt")
+        token_ids = tokenizer.encode(text, add_special_tokens=False)
+    elif isinstance(request.prompt, str):
+        tokenizer.check_fits(request.prompt, max_num_tokens - 1, "prompt")
+        token_ids = tokenizer.encode(request.prompt)
+    else:
+        token_ids = _integers(request.prompt)
+    if request.truncate is not None:
+        token_ids = token_ids[-request.truncate :]
+    if not token_ids:
+        raise InvalidRequestError("the prompt is empty, give at least one token")
+    if len(token_ids) >= max_model_len:
+        raise InvalidRequestError(
+            f"prompt has {len(token_ids)} tokens, limit is {max_model_len - 1}: "
+            "the context length less one token to generate"
+        )
+    defaults = (
+        {**sampling_defaults, **text_of_adapters.sampling_defaults} if request.uses_model_defaults else {}
+    )
+    defaults |= manifest.request_defaults
+    params = request.params.with_defaults(defaults) if defaults else request.params
+    if params.grammar is not None and request.chat.tools.may_call:
+        owner = "request" if "grammar" in request.params.given else "adapter"
+        raise InvalidRequestError(
+            f"the answer can't both call tools and have the form that the {owner} gives it: leave out the "
+            "tools or the form, or set tool_choice to none"
+        )
+    cache_scope = (request.tenant, request.cache_salt or "")
+    return PreparedRequest(
+        request,
+        token_ids,
+        adapters,
+        params,
+        tokenizer,
+        arrived_at,
+        request.deadline_s,
+        registered,
+        cache_scope,
+        needs_adapter=not request.may_use_base_model,
+        form=form,
+    )
+
+
+def resolve_adapters(spec: AdapterSpec) -> list[tuple[str, float]]:
+    """(name, weight) pairs of an adapter spec; the base model is no pair.
+
+    Raises:
+        InvalidRequestError: it is of another type, has too many adapters, or a weight is out of range.
+    """
+    if spec is None:
+        return []
+    if isinstance(spec, str):
+        return [(spec, 1.0)]
+    if not isinstance(spec, Mapping):
+        raise InvalidRequestError(f"adapter is {spec!r}, give None, a name, or a mapping of names to weights")
+    if not 0 < len(spec) <= MAX_ADAPTERS_PER_REQUEST:
+        raise InvalidRequestError(
+            f"adapter names {len(spec)} adapters, give from 1 to {MAX_ADAPTERS_PER_REQUEST}"
+        )
+    for name, weight in spec.items():
+        if not isinstance(name, str):
+            raise InvalidRequestError(f"adapter name is {name!r}, it must be a string")
+        if not isinstance(weight, Real) or not abs(weight) <= MAX_ADAPTER_WEIGHT:
+            raise InvalidRequestError(
+                f"weight of adapter {name!r} is {weight!r}, it must be a number "
+                f"from -{MAX_ADAPTER_WEIGHT:g} to {MAX_ADAPTER_WEIGHT:g}"
+            )
+        if 0.0 < abs(weight) < MIN_ADAPTER_WEIGHT:
+            raise InvalidRequestError(
+                f"weight of adapter {name!r} is {weight!r}, too small to change anything: "
+                f"give 0, or at least {MIN_ADAPTER_WEIGHT:g}"
+            )
+    return [(name, float(weight)) for name, weight in spec.items()]
+
+
+def check_deadline(deadline_s: Any) -> None:
+    """Raises InvalidRequestError: it is no number of seconds that a request may be given."""
+    if deadline_s is None:
+        return
+    if not isinstance(deadline_s, Real) or not 0.0 < float(deadline_s) <= MAX_DEADLINE_S:
+        raise InvalidRequestError(
+            f"deadline_s is {deadline_s!r}, it must be a number of seconds in (0, {MAX_DEADLINE_S:g}]"
+        )
+
+
+def _check_cache_salt(salt: Any) -> None:
+    if salt is None:
+        return
+    if not isinstance(salt, str):
+        raise InvalidRequestError(f"cache_salt is {salt!r:.100}, it must be text")
+    if not 0 < len(salt) <= MAX_CACHE_SALT_CHARS:
+        raise InvalidRequestError(
+            f"cache_salt has {len(salt)} characters, it must have from 1 to {MAX_CACHE_SALT_CHARS}; "
+            "leave it out for none"
+        )
+    if any("\ud800" <= char <= "\udfff" for char in salt):
+        raise InvalidRequestError("cache_salt is not valid Unicode")
+
+
+def _max_prompt_tokens(truncate: Any, max_model_len: int) -> int:
+    """A prompt that is sure to have as many tokens is refused untokenised."""
+    if truncate is None:
+        return max_model_len
+    if isinstance(truncate, bool) or not isinstance(truncate, int) or truncate < 1:
+        raise InvalidRequestError(f"truncate is {truncate!r}, it must be at least 1 token")
+    return MAX_TRUNCATED_CONTEXTS * max_model_len
+
+
+def _render_chat(
+    messages: Sequence[Mapping[str, Any]],
+    options: ChatOptions,
+    tokenizer: Tokenizer,
+) -> str:
+    template = tokenizer.chat_template
+    if options.chat_template is not None:
+        template = tokenizer.build_chat_template(options.chat_template)
+        template.check()
+    tools = options.tools
+    if tools.may_call and template is not None and not template.takes_tools:
+        raise InvalidRequestError(
+            "tools are given, but the chat template has no place for them: set tool_choice to none, or serve "
+            "an adapter whose chat template reads the variable tools"
+        )
+    return tokenizer.apply_chat_template(
+        messages,
+        options.begins_answer,
+        template=template,
+        continue_final_message=options.continue_final_message,
+        kwargs=options.template_kwargs,
+        tools=[tool.for_template() for tool in tools.tools],
+    )
+
+
+def _integers(token_ids: Any) -> list[int]:
+    try:
+        return [operator.index(token_id) for token_id in token_ids]
+    except TypeError as error:
+        raise InvalidRequestError(f"a prompt is a string or integers: {error}") from None

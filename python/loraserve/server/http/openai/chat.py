@@ -1,0 +1,110 @@
+"""Messages, tools and reasoning of a chat's body, as templates and the engine take them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from loraserve.errors import InvalidRequestError
+from loraserve.request import ChatOptions
+from loraserve.server.http.openai.schema import ChatCompletionBody, Message, MessageFunction
+from loraserve.tools.tool import ToolOptions
+
+_FOR_TEMPLATES = ("name", "tool_call_id", "reasoning_content")
+_TEMPLATE_FIELDS = ("reasoning_effort", "enable_thinking", "documents")
+
+
+def template_messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
+    """As chat templates are given them: content is text, arguments of calls are objects.
+
+    Raises:
+        InvalidRequestError: arguments of a call are no JSON object.
+    """
+    return [_message(message) for message in messages]
+
+
+def chat_options(body: ChatCompletionBody) -> ChatOptions:
+    """Raises InvalidRequestError."""
+    return ChatOptions(
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=bool(body.continue_final_message),
+        chat_template=body.chat_template,
+        template_kwargs=_template_kwargs(body),
+        tools=_tool_options(body),
+        thinking_budget=body.thinking_token_budget,
+    )
+
+
+def _message(message: Message) -> dict[str, Any]:
+    content = message.content
+    if content is None:
+        text = ""
+    elif isinstance(content, str):
+        text = content
+    else:
+        text = "".join(part.words for part in content)
+    role = {"developer": "system", "function": "tool"}.get(message.role, message.role)
+    fields: dict[str, Any] = {"role": role, "content": text}
+    fields |= {name: value for name in _FOR_TEMPLATES if (value := getattr(message, name)) is not None}
+    if message.reasoning is not None:
+        fields.setdefault("reasoning_content", message.reasoning)
+    calls = [
+        {**({} if call.id is None else {"id": call.id}), **_call(call.function)}
+        for call in message.tool_calls or ()
+    ]
+    if message.function_call is not None:
+        calls.append(_call(message.function_call))
+    if not calls:
+        return fields
+    if role != "assistant":
+        raise InvalidRequestError(f"a message of role {role!r} has calls, only the assistant makes them")
+    return {**fields, "tool_calls": calls}
+
+
+def _call(function: MessageFunction) -> dict[str, Any]:
+    arguments: Any = function.arguments
+    if arguments is None or arguments == "":
+        arguments = {}
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError) as error:
+            raise InvalidRequestError(
+                f"arguments of a call of {function.name!r:.150} are not JSON: {error}"
+            ) from None
+    if not isinstance(arguments, dict):
+        raise InvalidRequestError(f"arguments of a call of {function.name!r:.150} are no JSON object")
+    return {"type": "function", "function": {"name": function.name, "arguments": arguments}}
+
+
+def _template_kwargs(body: ChatCompletionBody) -> dict[str, Any]:
+    given = {name: value for name in _TEMPLATE_FIELDS if (value := getattr(body, name)) not in (None, [])}
+    if body.thinking is not None:
+        is_on = body.thinking
+        if isinstance(is_on, dict):
+            kind = is_on.get("type")
+            if kind not in ("enabled", "disabled"):
+                raise InvalidRequestError(
+                    f"type of thinking is {kind!r:.100}, it must be enabled or disabled"
+                )
+            is_on = kind == "enabled"
+        given["thinking"] = is_on
+        given.setdefault("enable_thinking", is_on)
+    kwargs = dict(body.chat_template_kwargs or {})
+    for name in given:
+        if name in kwargs:
+            raise InvalidRequestError(f"{name} is set twice, leave it out of chat_template_kwargs")
+    return {**kwargs, **given}
+
+
+def _tool_options(body: ChatCompletionBody) -> ToolOptions:
+    tools: Any = body.tools and [tool.function for tool in body.tools]
+    choice = body.tool_choice
+    if body.functions is not None or body.function_call is not None:
+        if body.tools is not None or body.tool_choice is not None:
+            raise InvalidRequestError("functions are the older form of tools, give one of them")
+        tools, choice = body.functions, body.function_call
+    fields = [tool.model_dump(by_alias=True, exclude_none=True) for tool in tools or ()]
+    parallel = False if body.functions is not None else body.parallel_tool_calls
+    return ToolOptions.from_fields(fields, None if choice == "auto" else choice, parallel if fields else None)

@@ -1,0 +1,1 @@
+"""Tools that an answer may call, and what of an answer's text is reasoning, content and calls."""

@@ -1,0 +1,1 @@
+"""How model families write calls: a parser and a grammar of each."""

@@ -1,0 +1,1 @@
+"""Parsers and grammars of calls and reasoning."""
