@@ -68,6 +68,8 @@ class ChatOptions:
         _check_template_kwargs(self.template_kwargs)
         if self.tools.tools and "tools" in self.template_kwargs:
             raise InvalidRequestError("tools is set twice, leave it out of chat_template_kwargs")
+        if not self.is_parsed and (self.tools.tools or self.thinking_budget is not None):
+            raise InvalidRequestError("tools and a budget of reasoning are of answers that are parsed")
         if self.thinking_budget is not None:
             check_int("thinking_token_budget", self.thinking_budget, 0, MAX_TOKENS)
 

@@ -275,6 +275,17 @@ def test_calls_in_messages_have_objects(client: openai.OpenAI, arguments: str) -
         create(client, messages, tools=TOOLS)
 
 
+def test_arguments_in_messages_are_bounded(client: openai.OpenAI) -> None:
+    for arguments, words in (
+        ('{"a":' * 100 + "1" + "}" * 100, "deeper"),
+        ('{"a":' * 10_000 + "1" + "}" * 10_000, "JSON"),
+        ('{"a": "' + "x" * 2**20 + '"}', "limit is"),
+    ):
+        call = {"id": "1", "type": "function", "function": {"name": "now", "arguments": arguments}}
+        with pytest.raises(openai.BadRequestError, match=words):
+            create(client, [*ASK, {"role": "assistant", "tool_calls": [call]}], tools=TOOLS)
+
+
 def test_deep_schemas_are_refused(client: openai.OpenAI) -> None:
     schema: dict[str, Any] = {"type": "object"}
     for _ in range(100):

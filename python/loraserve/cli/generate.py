@@ -17,7 +17,7 @@ from loraserve.cli.options import (
     engine_config,
     name_and_weight,
 )
-from loraserve.request import AdapterSpec, GenerateRequest
+from loraserve.request import AdapterSpec, ChatOptions, GenerateRequest
 from loraserve.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -111,7 +111,12 @@ def _requests(args: argparse.Namespace, adapter: AdapterSpec) -> list[GenerateRe
     params = SamplingParams(**{name: value for name, value in given.items() if value is not None})
     if args.chat:
         return [
-            GenerateRequest(messages=[{"role": "user", "content": text}], adapter=adapter, params=params)
+            GenerateRequest(
+                messages=[{"role": "user", "content": text}],
+                chat=ChatOptions(is_parsed=False),
+                adapter=adapter,
+                params=params,
+            )
             for text in args.prompt
         ]
     return [GenerateRequest(prompt=text, adapter=adapter, params=params) for text in args.prompt]

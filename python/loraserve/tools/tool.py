@@ -219,7 +219,7 @@ def _check_schema(where: str, schema: Any) -> None:
         raise InvalidRequestError(
             f"{where}: parameters is a schema of type {schema['type']!r:.100}, it must be an object's"
         )
-    if _depth_exceeds(schema, MAX_SCHEMA_DEPTH):
+    if depth_exceeds(schema, MAX_SCHEMA_DEPTH):
         raise InvalidRequestError(f"{where}: parameters is nested deeper than {MAX_SCHEMA_DEPTH}")
     try:
         size = len(json.dumps(schema, allow_nan=False))
@@ -231,7 +231,8 @@ def _check_schema(where: str, schema: Any) -> None:
         )
 
 
-def _depth_exceeds(value: Any, limit: int) -> bool:
+def depth_exceeds(value: Any, limit: int) -> bool:
+    """Whether objects and lists lie in one another more than `limit` deep."""
     level = [value]
     for _ in range(limit + 1):
         containers = [one for one in level if isinstance(one, Mapping | list | tuple)]

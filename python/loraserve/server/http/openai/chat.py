@@ -9,8 +9,9 @@ from typing import Any
 from loraserve.errors import InvalidRequestError
 from loraserve.request import ChatOptions
 from loraserve.server.http.openai.schema import ChatCompletionBody, Message, MessageFunction
-from loraserve.tools.tool import ToolOptions
+from loraserve.tools.tool import MAX_SCHEMA_DEPTH, ToolOptions, depth_exceeds
 
+MAX_ARGUMENTS_CHARS = 2**20  # of all calls of a chat: they are parsed while others wait
 _FOR_TEMPLATES = ("name", "tool_call_id", "reasoning_content")
 _TEMPLATE_FIELDS = ("reasoning_effort", "enable_thinking", "documents")
 
@@ -19,8 +20,16 @@ def template_messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
     """As chat templates are given them: content is text, arguments of calls are objects.
 
     Raises:
-        InvalidRequestError: arguments of a call are no JSON object.
+        InvalidRequestError: arguments of a call are no JSON object, nested too deep, or too long together.
     """
+    messages = list(messages)
+    functions = [call.function for message in messages for call in message.tool_calls or ()]
+    functions += [message.function_call for message in messages if message.function_call is not None]
+    num_chars = sum(len(one.arguments) for one in functions if isinstance(one.arguments, str))
+    if num_chars > MAX_ARGUMENTS_CHARS:
+        raise InvalidRequestError(
+            f"arguments of calls have {num_chars} characters together, the limit is {MAX_ARGUMENTS_CHARS}"
+        )
     return [_message(message) for message in messages]
 
 
@@ -75,6 +84,10 @@ def _call(function: MessageFunction) -> dict[str, Any]:
             ) from None
     if not isinstance(arguments, dict):
         raise InvalidRequestError(f"arguments of a call of {function.name!r:.150} are no JSON object")
+    if depth_exceeds(arguments, MAX_SCHEMA_DEPTH):
+        raise InvalidRequestError(
+            f"arguments of a call of {function.name!r:.150} are nested deeper than {MAX_SCHEMA_DEPTH}"
+        )
     return {"type": "function", "function": {"name": function.name, "arguments": arguments}}
 
 
