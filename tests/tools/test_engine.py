@@ -68,6 +68,22 @@ def test_forced_calls_in_python_fit(llm: LLM) -> None:
         assert jsonschema_rs.is_valid(SCHEMA, json.loads(call.arguments))
 
 
+def test_calls_go_back_into_a_chat_as_they_came(llm: LLM) -> None:
+    call = {"name": "now", "arguments": '{"a": 1}'}
+    chats = [
+        [
+            *ASK,
+            {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]},
+        ]
+        for function in (call, {**call, "arguments": {"a": 1}})
+    ]
+    of_text, of_object = llm.chat(chats, SamplingParams(max_tokens=1))
+    assert of_text.prompt_token_ids == of_object.prompt_token_ids
+    broken = {"type": "function", "function": {**call, "arguments": "{"}}
+    with pytest.raises(InvalidRequestError, match="not JSON"):
+        llm.chat([*ASK, {"role": "assistant", "tool_calls": [broken]}], SamplingParams(max_tokens=1))
+
+
 def begins_with(llm: LLM, text: str) -> dict[int, float]:
     """A bias for the token of this text."""
     return {llm._frontend._tokenizer.id_of(text): 100.0}  # type: ignore[dict-item]
@@ -104,6 +120,20 @@ def test_reasoning_comes_before_what_is_forced(llm: LLM) -> None:
         assert one.token_ids[0] == think
         assert one.token_ids.index(end) == 6
         assert jsonschema_rs.is_valid(SCHEMA, json.loads(one.tool_calls[0].arguments))
+
+
+def test_guesses_change_no_forced_answer(llm: LLM, tmp_path: Path, hf_smollm2_tokenizer: Any) -> None:
+    path = make_family_model(tmp_path / "model", hf_smollm2_tokenizer, "qwen3", TOKENS)
+    fields: Any = {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False}
+    params = SamplingParams(
+        max_tokens=300, temperature=1.0, n=4, seed=3, logit_bias=begins_with(llm, "<think>")
+    )
+    settings: Any = {"dtype": "float32", "memory": "256MiB", "max_model_len": 2048, "device": "cpu"}
+    with LLM(path, speculate="ngram", **settings) as guessing:
+        (guessed,) = guessing.chat(ASK, params, thinking_token_budget=8, **fields)
+    (usual,) = llm.chat(ASK, params, thinking_token_budget=8, **fields)
+    assert [one.token_ids for one in guessed.completions] == [one.token_ids for one in usual.completions]
+    assert any(one.usage and one.usage.accepted_prediction_tokens for one in guessed.completions)
 
 
 def test_a_form_begins_behind_the_reasoning(llm: LLM) -> None:

@@ -108,22 +108,22 @@ def test_reasoning_may_have_begun_in_the_prompt() -> None:
 
 
 HOSTILE = [
-    "<tool_call>" * 20_000,
-    "<tool_call>" + "[" * 100_000,
-    '<tool_call>{"name": "a", "arguments": ' + "[" * 100_000,
-    '<tool_call>{"name": "a", "arguments": {"b": "' + "\\" * 100_000,
-    '<tool_call>{"' + "a" * 100_000,
-    "<tool_cal" * 20_000,
-    "[" + "now()," * 20_000,
-    "[now(a=" + "[" * 100_000,
-    "[now(a='" + "\\x" * 50_000,
-    "[TOOL_CALLS]" * 20_000,
-    "<|channel|>" * 20_000,
-    "<|tool_call>call:a{b:" + "{c:" * 50_000,
-    "<function=a><parameter=b>" + "\n</parameter" * 20_000,
-    "<think>" + "</thin" * 20_000,
-    " " * 200_000,
-    "{" * 100_000,
+    "<tool_call>" * 4000,
+    "<tool_call>" + "[" * 20000,
+    '<tool_call>{"name": "a", "arguments": ' + "[" * 20000,
+    '<tool_call>{"name": "a", "arguments": {"b": "' + "\\" * 20000,
+    '<tool_call>{"' + "a" * 20000,
+    "<tool_cal" * 4000,
+    "[" + "now()," * 4000,
+    "[now(a=" + "[" * 20000,
+    "[now(a='" + "\\x" * 10000,
+    "[TOOL_CALLS]" * 4000,
+    "<|channel|>" * 4000,
+    "<|tool_call>call:a{b:" + "{c:" * 10000,
+    "<function=a><parameter=b>" + "\n</parameter" * 4000,
+    "<think>" + "</thin" * 4000,
+    " " * 40000,
+    "{" * 20000,
 ]
 
 
@@ -135,4 +135,4 @@ def test_hostile_text_takes_time_as_its_length(format: object) -> None:
             started = time.process_time()
             pieces = [text[at : at + 4] for at in range(0, len(text), 4)]
             assembled(parser, pieces)
-            assert time.process_time() - started < 5e-5 * len(pieces) + 1.0
+            assert time.process_time() - started < 5e-5 * len(pieces) + 0.3

@@ -1,5 +1,6 @@
 """ChatTemplate: a model's own Jinja template, rendered in a sandbox with what transformers shows it."""
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -81,7 +82,7 @@ class ChatTemplate:
                 variable of a name in `kwargs` but one much like it.
         """
         self._check_kwargs(kwargs)
-        turns = [_with_reasoning(_plain_message(message)) for message in messages]
+        turns = [_with_objects(_with_reasoning(_plain_message(message))) for message in messages]
         final = self._marked(turns) if continue_final_message else None
         variables = {
             "tools": _plain(tools) if tools else None,
@@ -190,6 +191,20 @@ def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
     if reasoning is None:
         return message
     return {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of calls that are JSON text, as answers have them, become objects, as templates want."""
+    calls = message.get("tool_calls")
+    for call in calls if isinstance(calls, list) else ():
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+            continue
+        try:
+            function["arguments"] = json.loads(function["arguments"] or "{}")
+        except (ValueError, RecursionError) as error:
+            raise InvalidRequestError(f"arguments of a call are not JSON: {error}") from None
+    return message
 
 
 def _cut_at_mark(text: str, final: str) -> str:

@@ -48,11 +48,11 @@ class Sink:
         self._content: list[str] = []
         self._reasoning: list[str] = []
         self._calls: list[ToolCallDelta] = []
-        self._space = ""  # held back until something else comes
+        self._space: list[str] = []  # held back until something else comes
         self._has_said = False  # content, since the last call
         self._is_plain = True  # neither reasoning nor calls yet
         self._is_after_reasoning = False
-        self._reasoning_space: str | None = None  # None before the first word of it
+        self._reasoning_space: list[str] | None = None  # None before the first word of it
 
     def types_of(self, tool: str, parameter: str) -> frozenset[str]:
         """JSON types that a parameter may have."""
@@ -65,36 +65,37 @@ class Sink:
         if self._has_said:
             self._content.append(text)
             return
-        self._space += text
-        if self._space.strip():
-            self._content.append(self._space.lstrip() if self._is_after_reasoning else self._space)
-            self._space, self._has_said, self._is_after_reasoning = "", True, False
+        self._space.append(text)
+        if text.strip():
+            held = "".join(self._space)
+            self._content.append(held.lstrip() if self._is_after_reasoning else held)
+            self._space, self._has_said, self._is_after_reasoning = [], True, False
 
     def reason(self, text: str) -> None:
         """Reasoning; white space at its beginning and end is left out."""
-        self._is_plain, self._space, self._is_after_reasoning = False, "", True
+        self._is_plain, self._space, self._is_after_reasoning = False, [], True
         self._has_said = False
         words = text.rstrip()
         if not words:
             if self._reasoning_space is not None:
-                self._reasoning_space += text
+                self._reasoning_space.append(text)
             return
         before = self._reasoning_space
-        self._reasoning.append(words.lstrip() if before is None else before + words)
-        self._reasoning_space = text[len(words) :]
+        self._reasoning.append(words.lstrip() if before is None else "".join([*before, words]))
+        self._reasoning_space = [text[len(words) :]]
 
     def end_reasoning(self) -> None:
         """What follows is something else; further reasoning begins on a line of its own."""
-        self._is_plain, self._space, self._is_after_reasoning = False, "", True
+        self._is_plain, self._space, self._is_after_reasoning = False, [], True
         if self._reasoning_space is not None:
-            self._reasoning_space = "\n"
+            self._reasoning_space = ["\n"]
 
     def begin_call(self, name: str) -> None:
         """A call of this function; its arguments follow."""
         self.is_over = self.is_over or self.num_calls == self._max_calls
         if self.is_over:
             return
-        self._is_plain, self._space, self._has_said = False, "", False
+        self._is_plain, self._space, self._has_said = False, [], False
         self._calls.append(ToolCallDelta(self.num_calls, self._new_id(), name))
         self.num_calls += 1
 
@@ -116,8 +117,8 @@ class Sink:
     def end(self) -> None:
         """Nothing more comes."""
         if self._is_plain:
-            self._content.append(self._space)
-        self._space = ""
+            self._content += self._space
+        self._space = []
 
     def _new_id(self) -> str:
         if not self._has_short_ids:
