@@ -12,16 +12,24 @@ import pytest
 from loraserve import LLM, SamplingParams
 from loraserve.adapters.manifest import AdapterManifest
 from loraserve.errors import AdapterFormatError, InvalidRequestError
+from loraserve.request import ChatOptions
 from loraserve.sampling.grammar import Grammar
+from loraserve.tools.tool import ToolOptions
 
 from tests.tools.examples import EXAMPLES, PARIS, TOOLS, WEATHER
 from tests.tools.models import SAY, let_models_say, make_family_model
 
 ASK = [{"role": "user", "content": "Weather?"}]
 GREEDY = SamplingParams(max_tokens=300, temperature=0.0)
-SAMPLED = SamplingParams(max_tokens=700, temperature=1.0, n=24, seed=1)
 TOKENS = ("<think>", "</think>", "[TOOL_CALLS]", "<tool_call>", "</tool_call>")
 SCHEMA = WEATHER["function"]["parameters"]
+SCHEMAS = {
+    tool["function"]["name"]: tool["function"].get("parameters", {"maxProperties": 0}) for tool in TOOLS
+}
+HARMONY = (
+    "{% if tools %}{{ tools }}{% endif %}{{ messages[-1].content }}<|start|>assistant"
+    "{# <|channel|>analysis<|message|> … <|end|> #}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,20 +60,24 @@ def test_special_tokens_of_no_form_are_not_shown(llm: LLM) -> None:
     assert output.text == "ab"
 
 
-def test_forced_calls_in_python_fit(llm: LLM) -> None:
-    (output,) = llm.chat(
-        ASK,
-        SAMPLED,
-        tools=[WEATHER],
-        tool_choice="required",
-        parallel_tool_calls=False,
-        chat_template_kwargs={"enable_thinking": False},
-    )
-    whole = [one for one in output.completions if one.finish_reason == "tool_calls"]
-    assert len(whole) >= 20
-    for one in whole:
-        (call,) = one.tool_calls
-        assert jsonschema_rs.is_valid(SCHEMA, json.loads(call.arguments))
+def test_a_thousand_sampled_calls_fit(llm: LLM) -> None:
+    names = set()
+    for seed in range(0, 1000, 100):
+        params = SamplingParams(max_tokens=900, temperature=1.0, n=100, seed=seed)
+        (output,) = llm.chat(
+            ASK,
+            params,
+            tools=TOOLS,
+            tool_choice="required",
+            parallel_tool_calls=False,
+            chat_template_kwargs={"enable_thinking": False},
+        )
+        for one in output.completions:
+            assert one.finish_reason == "tool_calls"
+            (call,) = one.tool_calls
+            names.add(call.name)
+            assert jsonschema_rs.is_valid(SCHEMAS[call.name], json.loads(call.arguments))
+    assert names == set(SCHEMAS)
 
 
 def test_calls_go_back_into_a_chat_as_they_came(llm: LLM) -> None:
@@ -212,3 +224,30 @@ def test_wrong_names_in_a_manifest_are_refused() -> None:
 def test_what_the_template_cant_do_is_told(llm: LLM, fields: dict[str, Any], words: str) -> None:
     with pytest.raises(InvalidRequestError, match=words):
         llm.chat(ASK, GREEDY, **fields)
+
+
+def test_harmony_has_reasoning_and_calls_in_channels(llm: LLM) -> None:
+    example = next(one for one in EXAMPLES if one.parser == "openai" and one.calls and one.reasoning)
+    (output,) = llm.chat(say(example.text), GREEDY, tools=TOOLS, chat_template=HARMONY)
+    assert (output.text, output.reasoning) == ("", example.reasoning)
+    assert [(call.name, json.loads(call.arguments)) for call in output.tool_calls] == example.calls
+    final = next(one for one in EXAMPLES if one.parser == "openai" and not one.calls)
+    (output,) = llm.chat(say(final.text), GREEDY, chat_template=HARMONY)
+    assert (output.text, output.reasoning) == (final.content, final.reasoning)
+    (output,) = llm.chat(say(example.text), GREEDY, chat_template=HARMONY)
+    assert (output.tool_calls, output.finish_reason) == ([], "stop")
+
+
+def test_harmony_forms_stand_in_the_final_channel(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=90, seed=5, grammar=Grammar("choice", ["yes", "no"]))
+    (output,) = llm.chat(ASK, params, chat_template=HARMONY, thinking_token_budget=4)
+    final = "<|channel|>final<|message|>"
+    text = llm._frontend._tokenizer.decode(output.token_ids, skip_special_tokens=False)
+    assert text.partition(final)[2] in ("yes", "no")
+    assert output.text.endswith(("yes", "no"))
+    assert "<|" not in output.text
+
+
+def test_an_answer_that_is_not_parsed_has_no_tools() -> None:
+    with pytest.raises(InvalidRequestError, match="parsed"):
+        ChatOptions(tools=ToolOptions.from_fields(TOOLS), is_parsed=False)

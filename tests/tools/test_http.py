@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jsonschema_rs
 import openai
 import pytest
 from loraserve import AsyncEngine, EngineConfig
+from pydantic import BaseModel, Field
 
 from tests.server.http.http_thread import HttpThread
 from tests.tools.examples import PARIS, TIME, TOOLS, WEATHER
@@ -189,6 +190,32 @@ def test_forced_calls_fit_their_schemas(client: openai.OpenAI, choice: Any, name
             num_whole += 1
             assert jsonschema_rs.is_valid(SCHEMAS[call.function.name], json.loads(call.function.arguments))
     assert num_whole
+
+
+class Weather(BaseModel):
+    """The weather in a place."""
+
+    city: str = Field(max_length=16)
+    unit: Literal["c", "f"]
+    days: int | None = Field(ge=0, le=9)
+
+
+def test_the_clients_own_tools_are_parsed_by_it(client: openai.OpenAI) -> None:
+    tools = [openai.pydantic_function_tool(Weather, name="weather")]
+    fields: Any = {"tools": tools, "max_completion_tokens": 700, "temperature": 1.0, "seed": 5}
+    answer = client.chat.completions.parse(
+        model="tiny", messages=ASK, tool_choice="required", parallel_tool_calls=False, **fields
+    )
+    (call,) = answer.choices[0].message.tool_calls or ()
+    assert isinstance(call.function.parsed_arguments, Weather)
+    arguments = '{"city": "Paris", "unit": "c", "days": null}'
+    text = f'<tool_call>\n{{"name": "weather", "arguments": {arguments}}}\n</tool_call>'
+    with client.chat.completions.stream(model="tiny", messages=say(text), **fields) as stream:
+        events = [event.type for event in stream]
+        message = stream.get_final_completion().choices[0].message
+    assert events.count("tool_calls.function.arguments.done") == 1
+    assert message.tool_calls
+    assert message.tool_calls[0].function.parsed_arguments == Weather(city="Paris", unit="c", days=None)
 
 
 def test_tool_loop_goes_on_with_what_tools_say(client: openai.OpenAI) -> None:

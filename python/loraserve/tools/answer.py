@@ -33,7 +33,7 @@ class AnswerParser:
     ) -> None:
         self._reader = Reader()
         has_short_ids = calls is not None and calls.has_short_ids
-        max_calls = None if options.parallel else 1
+        max_calls = 0 if not options.may_call else None if options.parallel else 1
         self._sink = Sink(options.tools, has_short_ids=has_short_ids, max_calls=max_calls)
         self._parse: Parse[None] | None = self._all(calls, reasoning, begins_in_reasoning)
         self._resume()

@@ -31,8 +31,11 @@ class Harmony(CallFormat):
 
     def parse(self, reader: Reader, sink: Sink) -> Parse[None]:
         while True:
-            if (yield from reader.until(("<|channel|>", "<|start|>"), sink.text)) is None:
+            marker = yield from reader.until(self.markers, sink.text)
+            if marker is None:
                 return
+            if marker not in ("<|channel|>", "<|start|>"):
+                continue
             header: list[str] = []
             if (yield from reader.until(("<|message|>",), header.append)) is None:
                 return
