@@ -1,5 +1,6 @@
 """Adapters kept in int8: as PEFT computes with the same values, near the file's values, more at once."""
 
+import copy
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,11 +82,12 @@ def test_a_mixed_batch_is_token_exact_with_peft_on_the_values_of_int8(case: Case
 
 @pytest.fixture(scope="module")
 def dequantised_oracle(
-    peft_base: torch.nn.Module, adapter_paths: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+    hf_smollm2: Any, adapter_paths: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> PeftOracle:
+    """On a copy of its own, as PEFT puts its layers into the model it is given."""
     directory = tmp_path_factory.mktemp("dequantised")
     dequantised = {name: with_int8_values(path, directory) for name, path in adapter_paths.items()}
-    return PeftOracle(peft_base, dequantised)
+    return PeftOracle(copy.deepcopy(hf_smollm2[0]), dequantised)
 
 
 def test_smollm2_is_token_exact_with_peft_on_the_values_of_int8(
