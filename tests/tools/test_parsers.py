@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 import time
 from collections.abc import Iterable
 
@@ -105,6 +107,24 @@ def test_reasoning_may_have_begun_in_the_prompt() -> None:
     example = Example("hermes", "", reasoning_parser="qwen3")
     answer = assembled(parser_of(example, begins_in_reasoning=True), "hm\n</think>\n\nyes")
     assert (answer.reasoning, answer.text) == ("hm", "yes")
+
+
+PIECES = sorted({piece for one in EXAMPLES for piece in re.findall(r"<[^<>]*>|\w+|\W", one.text)})
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_mutated_answers_are_told_alike_however_cut(seed: int) -> None:
+    draw = random.Random(seed)
+    for example in draw.sample(EXAMPLES, 12):
+        text = example.text
+        for _ in range(draw.randint(1, 6)):
+            at, length = draw.randrange(len(text) + 1), draw.randrange(8)
+            text = text[:at] + draw.choice([*PIECES, "", "\\", '"', "'"]) + text[at + length :]
+        whole = told(assembled(parser_of(example), [text]))
+        for _ in range(6):
+            cuts = sorted(draw.randrange(len(text) + 1) for _ in range(draw.randint(1, 9)))
+            pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+            assert told(assembled(parser_of(example), pieces)) == whole, (example.parser, text, pieces)
 
 
 HOSTILE = [
