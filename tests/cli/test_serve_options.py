@@ -106,6 +106,16 @@ JSON_ONE = '{"name": "a", "path": "/x", "base_model_name": "m"}'
         (["--payload-limit", "5"], {"max_body_size": 5}),
         (["--graceful-termination-timeout", "5"], {"drain_seconds": 5.0}),
         (["--max-batch-size", "5"], {"max_num_seqs": 5}),
+        (
+            [
+                "--enable-auto-tool-choice",
+                "--tool-call-parser",
+                "hermes",
+                "--reasoning-parser",
+                "deepseek_r1",
+            ],
+            {"tool_parser": "hermes", "reasoning_parser": "deepseek_r1"},
+        ),
         (["--sharded", "false", "--usage-stats", "off", "--adapter-source", "hub"], {}),
         (
             ["--preloaded-adapter-ids", "org/a@v1"],
@@ -123,6 +133,7 @@ def test_flags_of_other_servers_mean_what_they_mean_there(
     ("arguments", "note"),
     [
         (["--max-loras", "4"], "a batch mixes any number of adapters"),
+        (["--enable-auto-tool-choice"], "it is always so"),
         (["--max-cpu-loras", "4"], "--adapter-host-memory bounds"),
         (["--waiting-served-ratio", "0.3"], "waiting requests join at every step"),
         (["--max-batch-total-tokens", "9"], "--memory bounds the batch"),

@@ -80,6 +80,18 @@ def test_a_thousand_sampled_calls_fit(llm: LLM) -> None:
     assert names == set(SCHEMAS)
 
 
+def test_more_than_a_grammar_takes_is_refused(llm: LLM) -> None:
+    properties = {f"{'p' * 50}{index}": {"type": "string"} for index in range(500)}
+    tools = [
+        {"type": "function", "function": {"name": f"f{index}", "parameters": {"properties": properties}}}
+        for index in range(3)
+    ]
+    short = "{% if tools %}<tool_call> with arguments{% endif %}{{ messages[0].content }}"
+    fields: Any = {"tools": tools, "tool_choice": "required", "chat_template": short}
+    with pytest.raises(InvalidRequestError, match="can't be forced: .* limit is 65536"):
+        llm.chat(ASK, SamplingParams(max_tokens=1), **fields)
+
+
 def test_calls_go_back_into_a_chat_as_they_came(llm: LLM) -> None:
     call = {"name": "now", "arguments": '{"a": 1}'}
     chats = [

@@ -49,9 +49,8 @@ def form_of(family: CallFormat, tokenizer: Tokenizer, **fields: Any) -> AnswerFo
 
 
 def matcher_of(form: AnswerForm, tokenizer: Tokenizer) -> GrammarMatcher:
-    grammar = form.grammar(tokenizer)
-    assert grammar is not None
-    return GrammarCompiler(tokenizer, tokenizer.vocab_size).compile(grammar)
+    assert form.forces_calls
+    return GrammarCompiler(tokenizer, tokenizer.vocab_size).compile(form.grammar(tokenizer))
 
 
 def sampled(matcher: GrammarMatcher, tokenizer: Tokenizer, seed: int) -> str | None:
@@ -155,4 +154,4 @@ def test_what_text_without_quotes_cant_follow_is_refused(
 def test_left_to_the_model_there_is_no_grammar(tokenizers: Mapping[str, Tokenizer]) -> None:
     hermes = CALLS_BY_NAME["hermes"]
     for choice in ("auto", "none"):
-        assert form_of(hermes, tokenizers["hermes"], choice=choice).grammar(tokenizers["hermes"]) is None
+        assert not form_of(hermes, tokenizers["hermes"], choice=choice).forces_calls

@@ -47,22 +47,27 @@ class AnswerForm:
             self.calls, self.reasoning, self.options, begins_in_reasoning=self.begins_in_reasoning
         )
 
-    def grammar(self, tokenizer: Tokenizer) -> Grammar | None:
-        """What forces the calls; None where they are left to the model.
+    @property
+    def forces_calls(self) -> bool:
+        """Whether calls follow `grammar`, and are not left to the model."""
+        return self.calls is not None and self.options.is_forced
+
+    def grammar(self, tokenizer: Tokenizer) -> Grammar:
+        """What forces the calls.
 
         Raises:
             InvalidRequestError: a schema can't be forced in this form.
         """
-        if self.calls is None or not self.options.is_forced:
-            return None
+        assert self.calls is not None
         ids = {token.content: index for index, token in tokenizer.added_tokens().items()}
         lark = Lark(ids.get)
         tools = self.options.callable_tools
         build = self.calls.answer if self.options.mode == "auto" else self.calls.calls
         return Grammar("lark", lark.whole(build(lark, tools, parallel=self.options.parallel)))
 
-    def matcher(self, form: Matcher | None, tokenizer: Tokenizer, *, is_of_calls: bool) -> Matcher | None:
-        """`form`, what the answer must be, behind its reasoning; `is_of_calls` if it is `grammar`'s."""
+    def matcher(self, form: Matcher | None, tokenizer: Tokenizer) -> Matcher | None:
+        """`form`, what the answer or its calls must be, behind its reasoning."""
+        is_of_calls = self.forces_calls
         reasoning = self.reasoning
         if reasoning is None or (form is None and self.thinking_budget is None):
             return form

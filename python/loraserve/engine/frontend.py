@@ -20,6 +20,7 @@ from loraserve.request import (
     TokenLogprob,
     Usage,
 )
+from loraserve.sampling.grammar import Grammar
 from loraserve.sampling.matcher import Matcher
 from loraserve.text.detokenizer import IncrementalDetokenizer, StopStrings
 from loraserve.text.tokenizer import Tokenizer
@@ -162,17 +163,18 @@ class Frontend(Generic[Owner]):
 
     def _matcher(self, prepared: PreparedRequest) -> Matcher | None:
         """Of the form that answers must have."""
-        tokenizer, form, matcher = prepared.tokenizer, prepared.form, None
-        of_calls = None if form is None else form.grammar(tokenizer)
-        grammar = of_calls or prepared.params.grammar
-        if grammar is not None:
-            try:
-                matcher = self._engine.grammars.compile(grammar, prepared.cache_scope, tokenizer)
-            except InvalidRequestError as error:
-                if of_calls is None:
-                    raise
-                raise InvalidRequestError(f"calls of the tools can't be forced: {error}") from None
-        return matcher if form is None else form.matcher(matcher, tokenizer, is_of_calls=of_calls is not None)
+        tokenizer, form, grammar = prepared.tokenizer, prepared.form, prepared.params.grammar
+        if form is None or not form.forces_calls:
+            matcher = None if grammar is None else self._compiled(prepared, grammar)
+            return matcher if form is None else form.matcher(matcher, tokenizer)
+        try:
+            matcher = self._compiled(prepared, form.grammar(tokenizer))
+        except InvalidRequestError as error:
+            raise InvalidRequestError(f"calls of the tools can't be forced: {error}") from None
+        return form.matcher(matcher, tokenizer)
+
+    def _compiled(self, prepared: PreparedRequest, grammar: Grammar) -> Matcher:
+        return self._engine.grammars.compile(grammar, prepared.cache_scope, prepared.tokenizer)
 
     def tokenizer_for(self, spec: AdapterSpec) -> Tokenizer:
         """What `prepare` tokenises prompts for these adapters with.
