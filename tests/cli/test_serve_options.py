@@ -108,7 +108,6 @@ JSON_ONE = '{"name": "a", "path": "/x", "base_model_name": "m"}'
         (["--max-batch-size", "5"], {"max_num_seqs": 5}),
         (
             [
-                "--enable-auto-tool-choice",
                 "--tool-call-parser",
                 "hermes",
                 "--reasoning-parser",
