@@ -25,6 +25,7 @@ def run(program: str) -> dict[str, object] | None:
         pid = os.fork()
         if pid == 0:
             signal.alarm(LIMIT_S)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)
             return None
