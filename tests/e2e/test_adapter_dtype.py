@@ -71,13 +71,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
 
 
 def test_a_mixed_batch_is_token_exact_with_peft_on_the_values_of_int8(case: Case) -> None:
-    names = [None, *case.adapters, None]
-    outputs = case.llm.generate([PROMPT] * len(names), GREEDY, names)
-    answers = [output.token_ids for output in outputs]
-    assert answers == [
-        case.peft_greedy(PROMPT, answer, name) for name, answer in zip(names, answers, strict=True)
-    ]
-    assert len({tuple(answer) for answer in answers}) == len(case.adapters) + 1
+    case.check_mixed_batch(PROMPT, GREEDY)
 
 
 @pytest.fixture(scope="module")

@@ -80,13 +80,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_greedy_float32_of_a_mixed_batch_is_token_exact_with_peft(case: Case) -> None:
-    names = [None, *case.adapters, None]
-    outputs = case.llm.generate([PROMPT] * len(names), GREEDY, names)
-    answers = [output.token_ids for output in outputs]
-    assert answers == [
-        case.peft_greedy(PROMPT, answer, name) for name, answer in zip(names, answers, strict=True)
-    ]
-    assert len({tuple(answer) for answer in answers}) == len(case.adapters) + 1
+    case.check_mixed_batch(PROMPT, GREEDY)
 
 
 def test_a_request_gives_the_same_bits_alone_and_in_a_batch(case: Case) -> None:

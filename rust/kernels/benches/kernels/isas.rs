@@ -77,36 +77,27 @@ fn lone_read_rate(pool: &ThreadPool, isa: Isa) -> f64 {
 }
 
 fn float32(pool: &ThreadPool, arena: &Arena) -> Weights {
-    let pack = |shape: &Projection| {
+    weights("f32", Products::Float32, |shape| {
         let weight = random(shape.num_weights());
         let weight: Vec<_> = weight.into_iter().map(Element::to_f32).collect();
-        let packed = PackedLinear::pack(
-            pool,
-            arena,
-            &weight,
-            None,
-            shape.in_features,
-            shape.out_features,
-        );
-        packed.expect("the weight has its length")
-    };
-    weights("f32", Products::Float32, pack)
+        dense(pool, arena, shape, &weight)
+    })
 }
 
 fn bfloat16(pool: &ThreadPool, arena: &Arena) -> Weights {
-    let pack = |shape: &Projection| {
-        let weight = random(shape.num_weights());
-        let packed = PackedLinear::pack(
-            pool,
-            arena,
-            &weight,
-            None,
-            shape.in_features,
-            shape.out_features,
-        );
-        packed.expect("the weight has its length")
-    };
-    weights("bf16", Products::BFloat16, pack)
+    weights("bf16", Products::BFloat16, |shape| {
+        dense(pool, arena, shape, &random(shape.num_weights()))
+    })
+}
+
+fn dense<E: Element>(
+    pool: &ThreadPool,
+    arena: &Arena,
+    shape: &Projection,
+    weight: &[E],
+) -> PackedLinear {
+    let (k, n) = (shape.in_features, shape.out_features);
+    PackedLinear::pack(pool, arena, weight, None, k, n).expect("the weight has its length")
 }
 
 fn bytes(pool: &ThreadPool, arena: &Arena) -> Weights {
