@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -11,7 +12,7 @@ from loraserve.tools.sink import Sink
 from loraserve.tools.tool import Tool
 
 
-class CallFormat:
+class CallFormat(ABC):
     """Parses calls, and writes the grammar that forces them.
 
     names: what `--tool-parser` calls it.
@@ -26,10 +27,11 @@ class CallFormat:
     separator: ClassVar[str] = ""
     has_short_ids: ClassVar[bool] = False
 
+    @abstractmethod
     def is_of(self, template: str) -> bool:
         """Whether a chat template plainly asks for calls of this form."""
-        raise NotImplementedError
 
+    @abstractmethod
     def parse(self, reader: Reader, sink: Sink) -> Parse[None]:
         """Content and calls, to the end of the text or as far as there can be calls.
 
@@ -37,11 +39,10 @@ class CallFormat:
         markers only a name that is declared makes one. What begins as a call and has no name is content, as
         it was written. What breaks behind the name stays in the arguments as it came.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def call(self, lark: Lark, tool: Tool) -> str:
         """Lark of one call of `tool`, without what stands around several of them."""
-        raise NotImplementedError
 
     def calls(self, lark: Lark, tools: Sequence[Tool], *, parallel: bool) -> str:
         """Lark of one call or, if `parallel`, of one or more."""
