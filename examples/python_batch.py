@@ -2,7 +2,8 @@
 
     python examples/python_batch.py
 
-`generate` goes on with each prompt as it stands. Outputs come in the order of the prompts.
+`generate` goes on with each prompt as it stands. Outputs come in the order of the prompts. For more
+prompts than memory holds, `generate_iter` takes any iterable and yields outputs as it goes: docs/batches.md.
 """
 
 from loraserve import LLM, SamplingParams

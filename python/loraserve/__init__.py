@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from loraserve.async_engine import AsyncEngine as AsyncEngine
     from loraserve.config import EngineConfig as EngineConfig
     from loraserve.llm import LLM as LLM
+    from loraserve.request import BatchOutput as BatchOutput
     from loraserve.request import ChatOptions as ChatOptions
     from loraserve.request import GenerateRequest as GenerateRequest
     from loraserve.request import RequestOutput as RequestOutput
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "__version__": "loraserve._core",
     "AsyncEngine": "loraserve.async_engine",
+    "BatchOutput": "loraserve.request",
     "ChatOptions": "loraserve.request",
     "EngineConfig": "loraserve.config",
     "GenerateRequest": "loraserve.request",

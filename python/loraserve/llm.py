@@ -5,8 +5,10 @@ from __future__ import annotations
 import operator
 import os
 import queue
+import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -18,18 +20,21 @@ from loraserve.config import EngineConfig
 from loraserve.engine.adapters import AdapterReplacedError
 from loraserve.engine.engine import Engine
 from loraserve.engine.frontend import MAX_PREPARED_AGAIN, Frontend
-from loraserve.engine.prepared import PreparedRequest
+from loraserve.engine.gathering import GatheredRequest, Gathering
 from loraserve.engine.sequence import EngineOutputs
 from loraserve.engine.stats import AdapterInfo, EngineInfo, EngineStats
-from loraserve.errors import InvalidRequestError
-from loraserve.request import AdapterSpec, ChatOptions, Completion, Delta, GenerateRequest, RequestOutput
+from loraserve.errors import EngineStoppedError, InvalidRequestError, LoraserveError
+from loraserve.request import AdapterSpec, BatchOutput, ChatOptions, GenerateRequest, RequestOutput
 from loraserve.sampling_params import SamplingParams
 from loraserve.tools.tool import Tool, ToolOptions
+from loraserve.validation.values import check_int
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 PROGRESS_DELAY_S = 1.0  # batches that end sooner show no progress bar
+READ_AHEAD_STEPS = 4  # of an iterator: as many requests as so many full steps hold
+MAX_READ_AHEAD = 2**20
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
@@ -54,7 +59,7 @@ class LLM:
         settings.setdefault("max_waiting", None)  # a batch is as long as its caller made it
         config = EngineConfig(model=model, adapters={} if adapters is None else adapters, **settings)
         self._engine = Engine(config, self._events.put)
-        self._frontend: Frontend[_Pending] = Frontend(self._engine)
+        self._frontend: Frontend[GatheredRequest] = Frontend(self._engine)
 
     def generate(
         self,
@@ -145,6 +150,49 @@ class LLM:
             )
         ]
         return self._run(requests, progress)
+
+    def generate_iter(
+        self,
+        requests: Iterable[Prompt | GenerateRequest],
+        params: SamplingParams | None = None,
+        adapter: AdapterSpec = None,
+        *,
+        ordered: bool = True,
+        read_ahead: int | None = None,
+        cache_salt: str | None = None,
+    ) -> Iterator[BatchOutput]:
+        """Answer requests of any number in bounded memory; yields each one's output, or its error.
+
+        Requests are read from the iterator as there is room for them, all on the calling thread: one that is
+        slow is waited for while nothing is ready to be given out. An error of one does not end the others.
+        An iteration that is closed, or dropped, before its end aborts what is open. Other calls may be made
+        between two outputs.
+
+        Args:
+            requests: prompts, or a `GenerateRequest` with an adapter, parameters or a chat of its own.
+            params: of the prompts.
+            adapter: of the prompts: None, a name, or {name: weight}.
+            ordered: yield in the order of the requests; False yields each as it is ready.
+            read_ahead: most requests that are read and not yet given out, which memory is bounded by; None is
+                four times `max_num_seqs`. With `ordered` one long answer holds up so many.
+            cache_salt: of the prompts; as of `generate`.
+
+        Raises:
+            InvalidRequestError: an argument is wrong, or this thread is in another call.
+            EngineStoppedError: the engine has failed, or was closed.
+        """
+        config = self._engine.config
+        if read_ahead is None:
+            read_ahead = min(READ_AHEAD_STEPS * config.max_num_seqs, config.max_waiting or MAX_READ_AHEAD)
+        check_int("read_ahead", read_ahead, 1, MAX_READ_AHEAD)
+        (params,) = _params_per_request(params, 1)
+
+        def as_request(item: Prompt | GenerateRequest) -> GenerateRequest:
+            if isinstance(item, GenerateRequest):
+                return item
+            return GenerateRequest(prompt=item, adapter=adapter, params=params, cache_salt=cache_salt)
+
+        return self._iterate(map(as_request, _iterator(requests)), read_ahead, ordered=ordered)
 
     def load_adapter(
         self,
@@ -241,38 +289,135 @@ class LLM:
         return self._turn.lock
 
     def _answer(self, requests: Sequence[GenerateRequest], progress: bool | None) -> list[RequestOutput]:
-        pending = [_Pending(request, self._frontend.prepare(request)) for request in requests]
-        request_ids: list[int] = []
+        gathering = Gathering()
+        gathered = [
+            GatheredRequest(gathering, index, request, self._frontend.prepare(request))
+            for index, request in enumerate(requests)
+        ]
         with self._call:
             try:
-                for item in pending:
-                    request_ids += self._submit(item)
-                self._wait(pending, progress)
+                for item in gathered:
+                    self._submit(item)
+                self._wait(gathering, sum(item.num_open for item in gathered), progress)
             except BaseException:
-                self._frontend.abort(request_ids)
+                for item in gathered:
+                    self._frontend.abort(item.request_ids)
                 raise
-        return [item.output() for item in pending]
+        return [item.output() for item in gathered]
 
-    def _submit(self, item: _Pending) -> list[int]:
-        """Its request ids; what was prepared before another thread replaced its adapter is prepared again."""
+    def _submit(self, item: GatheredRequest) -> None:
+        """What was prepared before another thread replaced its adapter is prepared again."""
         for _ in range(MAX_PREPARED_AGAIN):
             try:
-                return self._frontend.submit(item.prepared, item)
+                item.request_ids = self._frontend.submit(item.prepared, item)
+                return
             except AdapterReplacedError:
                 item.prepare(self._frontend.prepare(item.request, item.prepared.arrived_at))
-        return self._frontend.submit(item.prepared, item)
+        item.request_ids = self._frontend.submit(item.prepared, item)
 
-    def _wait(self, pending: Sequence[_Pending], progress: bool | None) -> None:
-        collector = _Collector(sum(len(item.completions) for item in pending))
+    def _wait(self, gathering: Gathering, num_answers: int, progress: bool | None) -> None:
         disable = None if progress is None else not progress
         delay = PROGRESS_DELAY_S if progress is None else 0.0
-        with tqdm(total=collector.num_open, unit="answer", disable=disable, delay=delay) as bar:
-            while collector.num_open > 0:
-                num_open = collector.num_open
-                self._frontend.route(self._events.get(), collector.on_delta, collector.on_error)
-                if collector.error is not None:
-                    raise collector.error
-                bar.update(num_open - collector.num_open)
+        with tqdm(total=num_answers, unit="answer", disable=disable, delay=delay) as bar:
+            while gathering.num_ended < num_answers:
+                num_ended = gathering.num_ended
+                self._route(self._events.get())
+                if gathering.error is not None:
+                    raise gathering.error
+                bar.update(gathering.num_ended - num_ended)
+
+    def _route(self, outputs: EngineOutputs) -> None:
+        """Hands everybody what is theirs: an iteration between two of its outputs, too."""
+        self._frontend.route(outputs, GatheredRequest.on_delta, GatheredRequest.on_error)
+
+    def _iterate(
+        self, requests: Iterator[GenerateRequest], read_ahead: int, *, ordered: bool
+    ) -> Iterator[BatchOutput]:
+        gathering = Gathering()
+        held: deque[GatheredRequest] = deque()  # read and not given out, in order; only these if `ordered`
+        num_read, num_given, is_exhausted = 0, 0, False
+        open_ids: dict[int, list[int]] = {}  # by index
+        try:
+            while True:
+                ended = _next_ended(held if ordered else gathering.ended)
+                if ended is not None:
+                    num_given += 1
+                    open_ids.pop(ended.index, None)
+                    yield self._given_out(ended)
+                elif not is_exhausted and num_read - num_given < read_ahead:
+                    item = self._begun(gathering, num_read, requests)
+                    is_exhausted = item is None
+                    if item is not None:
+                        num_read += 1
+                        open_ids[item.index] = item.request_ids
+                        if ordered:
+                            held.append(item)
+                        self._take_events(is_waiting=False)
+                elif num_given < num_read:
+                    self._take_events(is_waiting=True)
+                else:
+                    return
+        finally:
+            self._abort_soon([request_id for ids in open_ids.values() for request_id in ids])
+
+    def _begun(
+        self, gathering: Gathering, index: int, requests: Iterator[GenerateRequest]
+    ) -> GatheredRequest | None:
+        """The next request, queued or with its error; None where there is none."""
+        item = GatheredRequest(gathering, index)
+        try:
+            request = next(requests)  # outside any lock: it may use this LLM itself
+        except StopIteration:
+            return None
+        except InvalidRequestError as error:
+            item.on_error(error)
+            return item
+        try:
+            with self._one_call():
+                item.request = request
+                item.prepare(self._frontend.prepare(request))
+                with self._call:
+                    self._submit(item)
+        except EngineStoppedError:
+            raise
+        except LoraserveError as error:
+            item.on_error(error)
+        return item
+
+    def _take_events(self, *, is_waiting: bool) -> None:
+        """Routes what has come, and if nothing has and `is_waiting`, what comes next."""
+        with self._one_call(), self._call:
+            try:
+                while True:
+                    self._route(self._events.get_nowait())
+                    is_waiting = False
+            except queue.Empty:
+                if is_waiting:
+                    self._route(self._events.get())
+
+    def _given_out(self, item: GatheredRequest) -> BatchOutput:
+        """Raises EngineStoppedError: the engine has ended, and this answer with it."""
+        if item.error is None:
+            output = item.output()
+            if any(one.finish_reason == "abort" for one in output.completions):
+                raise EngineStoppedError("the engine was closed, the answers that were open are not complete")
+            return BatchOutput(item.index, output, None)
+        if isinstance(item.error, EngineStoppedError) or not isinstance(item.error, LoraserveError):
+            raise item.error
+        self._frontend.abort(item.request_ids)  # the others of its n answers
+        return BatchOutput(item.index, None, item.error)
+
+    def _abort_soon(self, request_ids: list[int]) -> None:
+        """On a thread: a dropped iteration may be found anywhere, where the engine is locked as well."""
+        if request_ids and not sys.is_finalizing():
+            threading.Thread(
+                target=self._frontend.abort, args=(request_ids,), name="loraserve-abort", daemon=True
+            ).start()
+
+
+def _next_ended(items: deque[GatheredRequest]) -> GatheredRequest | None:
+    """Taken off the left, if that has ended."""
+    return items.popleft() if items and items[0].has_ended else None
 
 
 class _Turn(threading.local):
@@ -280,38 +425,6 @@ class _Turn(threading.local):
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-
-
-class _Collector:
-    """Counts the open answers of one call and keeps its first error."""
-
-    def __init__(self, num_open: int) -> None:
-        self.num_open = num_open
-        self.error: Exception | None = None
-
-    def on_delta(self, item: _Pending, delta: Delta) -> None:
-        item.completions[delta.index].append(delta)
-        self.num_open -= delta.finish_reason is not None
-
-    def on_error(self, item: _Pending, error: Exception) -> None:
-        self.error = self.error or error
-
-
-class _Pending:
-    """A request of this process and the answers collected so far."""
-
-    def __init__(self, request: GenerateRequest, prepared: PreparedRequest) -> None:
-        self.request = request
-        self.prepare(prepared)
-
-    def prepare(self, prepared: PreparedRequest) -> None:
-        """What is to be submitted of it."""
-        self.prepared = prepared
-        self.completions = [Completion() for _ in range(prepared.params.n)]
-
-    def output(self) -> RequestOutput:
-        prompt = self.request.prompt if isinstance(self.request.prompt, str) else None
-        return RequestOutput(prompt, self.prepared.prompt_token_ids, self.request.adapter, self.completions)
 
 
 def _as_prompts(prompts: Any) -> list[Prompt]:
@@ -323,6 +436,15 @@ def _as_prompts(prompts: Any) -> list[Prompt]:
     except TypeError:
         raise InvalidRequestError(f"prompts is {prompts!r}, give a string or a list") from None
     return [items] if items and _is_integer(items[0]) else items
+
+
+def _iterator(requests: Any) -> Iterator[Any]:
+    if isinstance(requests, str | GenerateRequest):
+        raise InvalidRequestError("requests is a single one, give an iterable of them")
+    try:
+        return iter(requests)
+    except TypeError:
+        raise InvalidRequestError(f"requests is {requests!r:.100}, give an iterable") from None
 
 
 def _is_integer(value: Any) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from loraserve.errors import InvalidRequestError
+from loraserve.errors import InvalidRequestError, LoraserveError
 from loraserve.sampling_params import MAX_TOKENS, SamplingParams
 from loraserve.tools.call import ToolCall, ToolCallDelta, append_calls
 from loraserve.tools.tool import ToolOptions
@@ -269,3 +269,22 @@ class RequestOutput:
     def timing(self) -> RequestTiming | None:
         """How long the first answer took."""
         return self.completions[0].timing
+
+
+@dataclass(frozen=True)
+class BatchOutput:
+    """What became of one of many requests: its output, or the error that it was refused with or failed.
+
+    `index` is its place among the requests, from 0.
+    """
+
+    index: int
+    output: RequestOutput | None
+    error: LoraserveError | None
+
+    def result(self) -> RequestOutput:
+        """The output. Raises `error` where there is none."""
+        if self.output is None:
+            assert self.error is not None, "there is one of the two"
+            raise self.error
+        return self.output

@@ -60,6 +60,11 @@ PROGRAMS = [
     Program("one replaced by the next", "for _ in range(3):\n    llm = make(); ask(llm)"),
     Program("two at once", "one, two = make(), make(); ask(one); ask(two)"),
     Program("never asked", "llm = make()"),
+    Program(
+        "an iteration left open",
+        "llm = make(); outputs = llm.generate_iter((request(LONG) for _ in iter(int, 1)), read_ahead=9)\n"
+        "next(outputs)",
+    ),
     Program("an exception", "llm = make(); ask(llm); raise ValueError('own')", 1, error="ValueError: own"),
     Program("sys.exit", "llm = make(); ask(llm); sys.exit(7)", 7),
     Program("sys.exit in a with", "with make() as llm: sys.exit(7)", 7),
