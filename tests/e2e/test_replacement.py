@@ -263,7 +263,7 @@ def test_a_batch_whose_adapter_is_replaced_while_it_is_prepared_is_of_the_new_on
 ) -> None:
     shorter = AdapterManifest.from_fields({"sampling": {"max_tokens": 3}}, "test")
     with LLM(config.model, config.adapters, dtype="float32", memory="4MiB") as llm:
-        prepare = llm._frontend.prepare
+        prepare = llm._run._frontend.prepare
         num_prepared = 0
 
         def prepare_late(*args: Any) -> Any:
@@ -274,7 +274,7 @@ def test_a_batch_whose_adapter_is_replaced_while_it_is_prepared_is_of_the_new_on
                 llm._engine.adapters.load("x", tiny_adapters["a1"], shorter, replace=True)
             return prepared
 
-        llm._frontend.prepare = prepare_late  # type: ignore[method-assign]
+        llm._run._frontend.prepare = prepare_late  # type: ignore[method-assign]
         params = SamplingParams(temperature=0.0, ignore_eos=True)
         (output,) = llm.generate([PROMPT], params, adapter="x")
     assert num_prepared == 2
