@@ -12,6 +12,7 @@ LAYERS = (
     "_core",
     "validation.printable",
     "errors",
+    "confined",
     "validation",
     "sampling.grammar",
     "sampling_params",

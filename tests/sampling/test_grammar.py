@@ -99,6 +99,18 @@ HOSTILE = [
     Grammar("lark", "start: " + "(" * 3000 + '"a"' + ")" * 3000),
     Grammar("json_schema", nested_schema(2, 10)),
     Grammar("json_schema", '{"items":' * 900 + "{}" + "}" * 900),
+    *(
+        Grammar("lark", "start: X\nX: " + " & ".join(f"/.*a.{{{index}}}b.*/" for index in range(count)))
+        for count in (6, 7, 8, 30)
+    ),
+]
+PATTERNS = [{"type": "string", "pattern": f".*a.{{{index}}}b.*"} for index in range(30)]
+CHAIN = {f"d{index}": {**one, "$ref": f"#/$defs/d{index + 1}"} for index, one in enumerate(PATTERNS)}
+ON_ONE_VALUE = [
+    {"properties": {"x": {"allOf": PATTERNS}}},
+    {"properties": {"x": {"anyOf": [{"allOf": [{"anyOf": [one]} for one in PATTERNS]}]}}},
+    {"$defs": {**CHAIN, "d30": {}}, "properties": {"x": {"$ref": "#/$defs/d0"}}},
+    {"allOf": [{"properties": {"x": one}} for one in PATTERNS]},
 ]
 
 
@@ -205,6 +217,20 @@ def test_a_hostile_grammar_costs_a_bounded_time_or_is_refused(
         times.append(time.thread_time() - started)
     assert (matcher.error is None) == (allowed is not None)
     assert sum(times) < FREE_S + (len(times) + 50) * MAX_MEAN_STEP_S
+
+
+@pytest.mark.parametrize("schema", ON_ONE_VALUE, ids=range(len(ON_ONE_VALUE)))
+def test_many_patterns_on_one_value_are_refused(compiler: GrammarCompiler, schema: dict[str, Any]) -> None:
+    for grammar in (Grammar("json_schema", schema), Grammar("lark", f"start: %json {json.dumps(schema)}")):
+        with pytest.raises(InvalidRequestError, match="s of computing|memory"):
+            compiler.compile(grammar)
+
+
+def test_many_patterns_on_values_of_their_own_are_taken(compiler: GrammarCompiler) -> None:
+    words = [{"type": "string", "pattern": f"a{index}"} for index in range(30)]
+    schema = {"$defs": {"a": words[0]}, "properties": {f"x{index}": one for index, one in enumerate(words)}}
+    schema["properties"] |= {"y": {"anyOf": words}, "z": {"$ref": "#/$defs/a"}, "self": {"$ref": "#"}}
+    compiler.compile(Grammar("json_schema", schema))
 
 
 def test_a_grammar_that_is_slow_at_every_token_is_given_up(

@@ -6,9 +6,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from loraserve.confined.pool import ConfinedError
 from loraserve.errors import InvalidRequestError
 from loraserve.text.chat_template import ChatTemplate
-from loraserve.text.template_pool import TemplateFailedError, TemplatePool, shared_pool
+from loraserve.text.template_pool import TemplatePool, shared_pool
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 GOOD = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -60,7 +61,7 @@ def test_what_computes_for_too_long_is_stopped_and_the_next_is_rendered(
 
 
 def test_a_text_beyond_the_limit_is_refused(pool: TemplatePool) -> None:
-    with pytest.raises(TemplateFailedError, match="bytes, the limit is 67108864"):
+    with pytest.raises(ConfinedError, match="bytes, the limit is 67108864"):
         pool.render("{{ 'ab' * (2**25 + 1) }}", {})
     assert pool.render("{{ x }}", {"x": "a" * 10**6}) == "a" * 10**6
 
@@ -87,7 +88,7 @@ def test_a_template_that_computes_leaves_the_python_of_the_engine_free() -> None
     def spin() -> None:
         try:
             pool.render("{{ 10**(10**9) }}", {})
-        except TemplateFailedError as error:
+        except ConfinedError as error:
             failures.append(error)
 
     thread = threading.Thread(target=spin)

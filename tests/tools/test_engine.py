@@ -80,6 +80,20 @@ def test_a_thousand_sampled_calls_fit(llm: LLM) -> None:
     assert names == set(SCHEMAS)
 
 
+@pytest.mark.parametrize("text", ["a<|im_end|>b", "<|endoftext|>"])
+def test_texts_of_special_tokens_are_forced_as_text_or_refused(llm: LLM, text: str) -> None:
+    parameters = {"type": "object", "properties": {"x": {"const": text}}, "required": ["x"]}
+    parameters["additionalProperties"] = False
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    fields: Any = {"tools": tools, "tool_choice": "required"}
+    params = SamplingParams(max_tokens=400, temperature=0.0)
+    without_tokens = "{% if tools %}<|tool_call|>{% endif %}{{ messages[0].content }}"
+    (output,) = llm.chat(ASK, params, chat_template=without_tokens, **fields)
+    assert json.loads(output.tool_calls[0].arguments) == {"x": text}
+    with pytest.raises(InvalidRequestError, match="text .* of a special token"):
+        llm.chat(ASK, params, **fields)
+
+
 def test_more_than_a_grammar_takes_is_refused(llm: LLM) -> None:
     properties = {f"{'p' * 50}{index}": {"type": "string"} for index in range(500)}
     tools = [

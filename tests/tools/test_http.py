@@ -140,6 +140,13 @@ def test_a_cut_call_ends_for_its_length(client: openai.OpenAI) -> None:
     assert choice.message.tool_calls[0].function.name == "get_weather"
 
 
+def test_a_call_that_a_stop_string_cuts_is_told_apart(client: openai.OpenAI) -> None:
+    (cut,) = create(client, say(CALL), tools=TOOLS, stop=["Paris"]).choices
+    assert cut.finish_reason == "stop"
+    (whole,) = create(client, say(f"{CALL}\nDone"), tools=TOOLS, stop=["Done"]).choices
+    assert whole.finish_reason == "tool_calls"
+
+
 def test_legacy_functions(client: openai.OpenAI) -> None:
     functions = [tool["function"] for tool in TOOLS]
     (choice,) = create(client, say(CALL), functions=functions).choices

@@ -113,7 +113,8 @@ class ActiveSequence:
             return Delta(self._index, text, token_ids, logprobs, finish, usage, timing)
         piece = piece or self._parser.finish(text)
         delta = _delta(self._index, piece, token_ids, logprobs)
-        has_calls = finish == "stop" and self._parser.num_calls > 0
+        is_cut = self._stop_strings.is_matched and not self._parser.is_whole
+        has_calls = finish == "stop" and self._parser.num_calls > 0 and not is_cut
         delta.finish_reason = "tool_calls" if has_calls else finish
         delta.usage, delta.timing = usage, timing
         return delta

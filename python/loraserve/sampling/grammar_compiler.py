@@ -8,6 +8,7 @@ mask, so a grammar that is slow at token after token is given up.
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -17,9 +18,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from loraserve.confined.pool import LimitError
 from loraserve.errors import InvalidRequestError
 from loraserve.request import SHARED_CACHE, CacheScope
 from loraserve.sampling.grammar import Grammar
+from loraserve.sampling.grammar_trial import check_cost
 from loraserve.sampling.matcher import Matcher
 from loraserve.tools.lark import WHITESPACE
 
@@ -142,7 +145,10 @@ class GrammarCompiler:
         tokenizer = tokenizer or self._tokenizer
         # A compilation can be timed, so it must not tell what others asked for.
         key = tokenizer.identity, scope, grammar
-        vocabulary = self.vocabulary(tokenizer, names_tokens=grammar.kind == "lark")
+        names_tokens = grammar.kind == "lark" and _names_tokens(str(grammar.value))
+        if names_tokens:
+            _check_texts(grammar, tokenizer)
+        vocabulary = self.vocabulary(tokenizer, names_tokens=names_tokens)
         with self._lock:
             known = self._compiled.get(key)
             if known is not None:
@@ -196,9 +202,11 @@ class GrammarCompiler:
         import llguidance  # noqa: PLC0415 (as above)
 
         try:
+            source = _source(grammar)
+            _check_cost(grammar, source)
             matcher = llguidance.LLMatcher(
                 vocabulary,
-                _source(grammar),
+                source,
                 log_level=0,
                 limits=llguidance.LLParserLimits(step_max_items=MAX_STEP_ITEMS, verbose_errors=False),
             )
@@ -218,6 +226,47 @@ class GrammarCompiler:
 def _clear(words: npt.NDArray[np.uint32], token_ids: Sequence[int]) -> None:
     for token_id in token_ids:
         words[token_id // 32] &= np.uint32(~(1 << token_id % 32) & 0xFFFFFFFF)
+
+
+_TEXTS = re.compile(r'"(?:[^"\\\n]|\\.)*"')
+_TEXT_OR_NAME = re.compile(_TEXTS.pattern + r"|(<[^<>\s]+>)")
+
+
+def _names_tokens(lark: str) -> bool:
+    """Whether tokens are named outside of texts, as `<[12]>` or `<name>`."""
+    return any(found[1] is not None for found in _TEXT_OR_NAME.finditer(lark))
+
+
+def _check_texts(grammar: Grammar, tokenizer: Tokenizer) -> None:
+    """Raises InvalidRequestError: a text holds a special token's, which is taken for the token there."""
+    texts = "\0".join(map(_text_of, _TEXTS.findall(str(grammar.value))))
+    for token in tokenizer.added_tokens().values():
+        if token.special and token.content in texts:
+            raise InvalidRequestError(
+                f"the grammar has the text {token.content!r:.100} of a special token, which can't be forced "
+                "as text where the grammar names tokens, as this form of calls does"
+            )
+
+
+def _text_of(quoted: str) -> str:
+    try:
+        return str(json.loads(quoted))
+    except ValueError:
+        return quoted
+
+
+def _check_cost(grammar: Grammar, source: str) -> None:
+    """Raises InvalidRequestError: its compilation takes too much; one that is wrong passes."""
+    if grammar.kind == "choice":
+        return
+    if grammar.kind == "lark":  # the trial has no tokens to name; a text costs the same
+        source = _TEXT_OR_NAME.sub(lambda found: found[0] if found[1] is None else '"t"', source)
+    try:
+        check_cost(source)
+    except LimitError as error:
+        raise _refusal(
+            grammar, f"{error}; what costs most is patterns on one value (allOf, $ref beside pattern, &)"
+        ) from None
 
 
 def _source(grammar: Grammar) -> str:

@@ -7,8 +7,9 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
+from loraserve.confined.pool import ConfinedError
 from loraserve.errors import InvalidRequestError
-from loraserve.text.template_pool import TemplateFailedError, TemplatePool, shared_pool
+from loraserve.text.template_pool import TemplatePool, shared_pool
 from loraserve.validation.did_you_mean import did_you_mean
 
 Message = Mapping[str, Any]
@@ -94,7 +95,7 @@ class ChatTemplate:
         }
         try:
             text = (self._pool or shared_pool()).render(self.source, variables)
-        except TemplateFailedError as error:
+        except ConfinedError as error:
             raise InvalidRequestError(f"chat template refused the messages: {error}") from None
         return text if final is None else _cut_at_mark(text, final)
 
@@ -111,7 +112,7 @@ class ChatTemplate:
         """Names the template reads and does not set itself."""
         try:
             return (self._pool or shared_pool()).names(self.source)
-        except TemplateFailedError as error:
+        except ConfinedError as error:
             raise InvalidRequestError(f"the chat template is malformed: {error}") from None
 
     def _marked(self, turns: list[dict[str, Any]]) -> str:

@@ -44,6 +44,11 @@ class AnswerParser:
         return self._sink.num_calls
 
     @property
+    def is_whole(self) -> bool:
+        """Whether the last call's arguments, if there is one, are JSON."""
+        return self._sink.is_whole
+
+    @property
     def is_over(self) -> bool:
         """Whether no more of the answer counts: a call more than may be has begun."""
         return self._sink.is_over

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import string
 from collections.abc import Sequence
@@ -48,6 +49,7 @@ class Sink:
         self._content: list[str] = []
         self._reasoning: list[str] = []
         self._calls: list[ToolCallDelta] = []
+        self._last_arguments: list[str] = []
         self._space: list[str] = []  # held back until something else comes
         self._has_said = False  # content, since the last call
         self._is_plain = True  # neither reasoning nor calls yet
@@ -97,16 +99,27 @@ class Sink:
             return
         self._is_plain, self._space, self._has_said = False, [], False
         self._calls.append(ToolCallDelta(self.num_calls, self._new_id(), name))
+        self._last_arguments = []
         self.num_calls += 1
 
     def arguments(self, text: str) -> None:
         """More of the last call's arguments."""
         if self.is_over:
             return
+        self._last_arguments.append(text)
         if self._calls:
             self._calls[-1].arguments += text
         else:
             self._calls.append(ToolCallDelta(self.num_calls - 1, arguments=text))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the last call's arguments, if there is one, are JSON."""
+        try:
+            json.loads("".join(self._last_arguments) if self.num_calls else "{}")
+        except (ValueError, RecursionError):
+            return False
+        return True
 
     def taken(self) -> AnswerPiece:
         """What came since the last time."""

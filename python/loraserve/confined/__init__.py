@@ -1,0 +1,1 @@
+"""Work on what strangers give, in processes with limits of their own."""
