@@ -6,8 +6,9 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -15,10 +16,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from loraserve.errors import EngineStoppedError, LoraserveError
 from loraserve.request import AdapterSpec, ChatOptions, Completion, Delta, GenerateRequest
 from loraserve.sampling_params import SamplingParams
+from loraserve.tools.tool import Tool, ToolOptions
 from loraserve.v1 import loraserve_pb2 as pb
 from loraserve.v1 import loraserve_pb2_grpc as pb_grpc
 from loraserve.wire.errors import typed_error
 from loraserve.wire.messages import delta_from_wire, request_to_wire
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 READY_POLL_S = 0.1
@@ -31,6 +36,34 @@ _CHANNEL_OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
 )
+
+
+class RequestFields(TypedDict, total=False):
+    """What a request says beside its prompt and its sampling; each may be left out.
+
+    Args:
+        messages: a chat, each message with "role" and "content"; in place of the prompt.
+        chat: how the chat becomes a prompt; None leaves it to the template.
+        tools: functions that the answer may call, in OpenAI's form.
+        tool_choice: "none", "auto", "required", or OpenAI's object that names a function, or several.
+        parallel_tool_calls: False allows one call an answer.
+        thinking_token_budget: most tokens of reasoning, after which its end is forced.
+        adapter: None for the base model, a name, or {name: weight}.
+        deadline_s: seconds the server has to finish it, else DeadlineError.
+        truncate: keep only this many tokens of the prompt, its last.
+        cache_salt: up to 256 characters; only requests of the same salt share cached prompts.
+    """
+
+    messages: Sequence[Mapping[str, Any]] | None
+    chat: ChatOptions | None
+    tools: Sequence[Mapping[str, Any] | Tool] | None
+    tool_choice: str | Mapping[str, Any] | None
+    parallel_tool_calls: bool | None
+    thinking_token_budget: int | None
+    adapter: AdapterSpec
+    deadline_s: float | None
+    truncate: int | None
+    cache_salt: str | None
 
 
 class Client:
@@ -67,28 +100,17 @@ class Client:
         self,
         prompt: str | Sequence[int] | None = None,
         params: SamplingParams | None = None,
-        *,
-        messages: Sequence[Mapping[str, Any]] | None = None,
-        chat: ChatOptions | None = None,
-        adapter: AdapterSpec = None,
-        deadline_s: float | None = None,
-        truncate: int | None = None,
-        cache_salt: str | None = None,
+        **fields: Unpack[RequestFields],
     ) -> Iterator[Delta]:
         """Deltas as the server makes them, of all n answers; closing the iterator cancels the request.
 
         Args:
-            prompt: text or token ids; or else `messages`.
+            prompt: text or token ids; or else `messages` of a chat.
             params: sampling; None takes the defaults.
-            messages: a chat, each message with "role" and "content".
-            chat: how the chat becomes a prompt; None leaves it to the template.
-            adapter: None for the base model, a name, or {name: weight}.
-            deadline_s: seconds the server has to finish it, else DeadlineError.
-            truncate: keep only this many tokens of the prompt, its last.
-            cache_salt: up to 256 characters; only requests of the same salt share cached prompts.
+            fields: of `RequestFields`.
         """
         call = self._stub.Generate(
-            _request(prompt, params, messages, chat, adapter, deadline_s, truncate, cache_salt),
+            _request(prompt, params, **fields),
             timeout=self._timeout,
             metadata=self._metadata,
         )
@@ -104,26 +126,11 @@ class Client:
         self,
         prompt: str | Sequence[int] | None = None,
         params: SamplingParams | None = None,
-        *,
-        messages: Sequence[Mapping[str, Any]] | None = None,
-        chat: ChatOptions | None = None,
-        adapter: AdapterSpec = None,
-        deadline_s: float | None = None,
-        truncate: int | None = None,
-        cache_salt: str | None = None,
+        **fields: Unpack[RequestFields],
     ) -> list[Completion]:
         """The n whole answers to one prompt; arguments as of `stream`."""
         answers = _no_answers(params)
-        for delta in self.stream(
-            prompt,
-            params,
-            messages=messages,
-            chat=chat,
-            adapter=adapter,
-            deadline_s=deadline_s,
-            truncate=truncate,
-            cache_salt=cache_salt,
-        ):
+        for delta in self.stream(prompt, params, **fields):
             answers[delta.index].append(delta)
         return answers
 
@@ -233,17 +240,11 @@ class AsyncClient:
         self,
         prompt: str | Sequence[int] | None = None,
         params: SamplingParams | None = None,
-        *,
-        messages: Sequence[Mapping[str, Any]] | None = None,
-        chat: ChatOptions | None = None,
-        adapter: AdapterSpec = None,
-        deadline_s: float | None = None,
-        truncate: int | None = None,
-        cache_salt: str | None = None,
+        **fields: Unpack[RequestFields],
     ) -> AsyncIterator[Delta]:
         """As `Client.stream`."""
         call = self._stub.Generate(
-            _request(prompt, params, messages, chat, adapter, deadline_s, truncate, cache_salt),
+            _request(prompt, params, **fields),
             timeout=self._timeout,
             metadata=self._metadata,
         )
@@ -259,26 +260,11 @@ class AsyncClient:
         self,
         prompt: str | Sequence[int] | None = None,
         params: SamplingParams | None = None,
-        *,
-        messages: Sequence[Mapping[str, Any]] | None = None,
-        chat: ChatOptions | None = None,
-        adapter: AdapterSpec = None,
-        deadline_s: float | None = None,
-        truncate: int | None = None,
-        cache_salt: str | None = None,
+        **fields: Unpack[RequestFields],
     ) -> list[Completion]:
         """As `Client.generate`."""
         answers = _no_answers(params)
-        async for delta in self.stream(
-            prompt,
-            params,
-            messages=messages,
-            chat=chat,
-            adapter=adapter,
-            deadline_s=deadline_s,
-            truncate=truncate,
-            cache_salt=cache_salt,
-        ):
+        async for delta in self.stream(prompt, params, **fields):
             answers[delta.index].append(delta)
         return answers
 
@@ -367,18 +353,28 @@ def _upload(
 def _request(
     prompt: str | Sequence[int] | None,
     params: SamplingParams | None,
-    messages: Sequence[Mapping[str, Any]] | None,
-    chat: ChatOptions | None,
-    adapter: AdapterSpec,
-    deadline_s: float | None,
-    truncate: int | None,
-    cache_salt: str | None,
+    *,
+    messages: Sequence[Mapping[str, Any]] | None = None,
+    chat: ChatOptions | None = None,
+    tools: Sequence[Mapping[str, Any] | Tool] | None = None,
+    tool_choice: str | Mapping[str, Any] | None = None,
+    parallel_tool_calls: bool | None = None,
+    thinking_token_budget: int | None = None,
+    adapter: AdapterSpec = None,
+    deadline_s: float | None = None,
+    truncate: int | None = None,
+    cache_salt: str | None = None,
 ) -> pb.GenerateRequest:
+    options = chat or ChatOptions()
+    if any(value is not None for value in (tools, tool_choice, parallel_tool_calls)):
+        options = replace(options, tools=ToolOptions.from_fields(tools, tool_choice, parallel_tool_calls))
+    if thinking_token_budget is not None:
+        options = replace(options, thinking_budget=thinking_token_budget)
     return request_to_wire(
         GenerateRequest(
             prompt=prompt,
             messages=messages,
-            chat=chat or ChatOptions(),
+            chat=options,
             adapter=adapter,
             params=params or SamplingParams(),
             deadline_s=deadline_s,

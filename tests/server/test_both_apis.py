@@ -176,7 +176,7 @@ def test_a_chat_is_the_same_over_both(server: HttpThread) -> None:
     ("message", "text"),
     [
         ({"role": "user", "content": "x", "contnet": "y"}, "contnet.*did you mean content"),
-        ({"role": "user", "content": "x", "tool_calls": []}, "tool_calls"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "x", "args": {}}}]}, "'args'"),
         ({"role": "user", "content": [{"type": "text", "text": "x"}]}, "content"),
     ],
 )

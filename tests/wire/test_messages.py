@@ -1,11 +1,14 @@
+import math
 from dataclasses import fields
 from typing import Any
 
 import pytest
 from loraserve.errors import InvalidRequestError
-from loraserve.request import Delta, GenerateRequest, RequestTiming, TokenLogprob, Usage
+from loraserve.request import ChatOptions, Delta, GenerateRequest, RequestTiming, TokenLogprob, Usage
 from loraserve.sampling.grammar import Grammar
 from loraserve.sampling_params import SamplingParams
+from loraserve.tools.call import ToolCallDelta
+from loraserve.tools.tool import Tool, ToolOptions
 from loraserve.v1 import loraserve_pb2 as pb
 from loraserve.wire.messages import delta_from_wire, delta_to_wire, request_from_wire, request_to_wire
 
@@ -45,7 +48,60 @@ REQUESTS = [
     GenerateRequest(prompt="x", params=SamplingParams(grammar=Grammar("regex", "[a-z]+"))),
     GenerateRequest(prompt="x", params=SamplingParams(grammar=Grammar("lark", 'start: "a"'))),
     GenerateRequest(prompt="x", params=SamplingParams(grammar=Grammar("choice", ["a", "b"]))),
+    GenerateRequest(
+        messages=[
+            {"role": "user", "content": "weather?", "name": "anna"},
+            {
+                "role": "assistant",
+                "content": "",
+                "reasoning_content": "hm",
+                "tool_calls": [
+                    {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"a": 1}'}},
+                    {"type": "function", "function": {"name": "time", "arguments": ""}},
+                ],
+            },
+            {"role": "tool", "content": "sunny", "tool_call_id": "1"},
+        ],
+        chat=ChatOptions(
+            template_kwargs={"enable_thinking": False},
+            tools=ToolOptions.from_fields(
+                [
+                    Tool(
+                        name="weather",
+                        description="of a city",
+                        parameters={"type": "object", "properties": {"a": {"type": "integer"}}},
+                        strict=True,
+                        returns={"type": "string"},
+                    ),
+                    Tool(name="time"),
+                ],
+                "auto",
+                parallel=False,
+            ),
+            thinking_budget=0,
+        ),
+    ),
+    *(
+        GenerateRequest(
+            messages=[{"role": "user", "content": "x"}],
+            chat=ChatOptions(tools=ToolOptions.from_fields([Tool(name="a"), Tool(name="b")], choice)),
+        )
+        for choice in (
+            "none",
+            "required",
+            {"type": "function", "function": {"name": "b"}},
+            {"type": "allowed_tools", "mode": "auto", "tools": ["a"]},
+        )
+    ),
 ]
+
+
+def chat_message(**fields: Any) -> pb.GenerateRequest:
+    """A chat with these fields."""
+    return pb.GenerateRequest(
+        chat=pb.ChatMessages(messages=[pb.ChatMessage(role="user", content="x")], **fields)
+    )
+
 
 DELTAS = [
     Delta(0, "é", [5], None, None, None),
@@ -59,6 +115,8 @@ DELTAS = [
         "stop",
         None,
     ),
+    Delta(0, "", [5], None, None, None, reasoning="hm", tool_calls=(ToolCallDelta(0, "call_1", "now", "{"),)),
+    Delta(0, "", [6], None, "tool_calls", None, tool_calls=(ToolCallDelta(0, arguments="}"),)),
 ]
 
 
@@ -104,6 +162,34 @@ def test_the_proto_has_every_sampling_parameter() -> None:
             pb.GenerateRequest(text="x", sampling=pb.SamplingParams(grammar=pb.Grammar())),
             "grammar has no form",
         ),
+        (
+            chat_message(tools=[pb.Tool(name="a", parameters_json="{")]),
+            "parameters_json of tool 'a': not JSON",
+        ),
+        (chat_message(tools=[pb.Tool(name="a", parameters_json='{"a": NaN}')]), "NaN is no JSON"),
+        (chat_message(tools=[pb.Tool(name="a", parameters_json="[]")]), "must be a JSON schema"),
+        (chat_message(tools=[pb.Tool(name="a b")]), "name of a tool"),
+        (chat_message(tools=[pb.Tool(name="a"), pb.Tool(name="a")]), "two tools"),
+        (chat_message(tools=[pb.Tool(name="a")] * 129), "limit is 128"),
+        (chat_message(tools=[pb.Tool(name="a", parameters_json=" " * 2**20)]), "limit is 262144"),
+        (chat_message(tools=[pb.Tool(name="a")], allowed_tools=["b"]), "none of the tools"),
+        (chat_message(tool_mode=pb.TOOL_MODE_REQUIRED), "there are no tools"),
+        (
+            chat_message(tools=[pb.Tool(name="a")], allowed_tools=["a"], tool_mode=pb.TOOL_MODE_NONE),
+            "give one of them",
+        ),
+        (chat_message(tool_mode=9), "tool_mode is 9"),  # type: ignore[arg-type]
+        (chat_message(template_kwargs_json="{"), "template_kwargs_json: not JSON"),
+        (
+            pb.GenerateRequest(
+                chat=pb.ChatMessages(
+                    messages=[
+                        pb.ChatMessage(tool_calls=[pb.ToolCall(name="a", arguments_json=" " * 2**20 + "{}")])
+                    ]
+                )
+            ),
+            "limit is 1048576",
+        ),
     ],
 )
 def test_a_wrong_message_is_refused(message: pb.GenerateRequest, text: str) -> None:
@@ -122,6 +208,9 @@ def test_a_wrong_message_is_refused(message: pb.GenerateRequest, text: str) -> N
         {"prompt": "x", "adapter": {"a": "heavy"}},
         {"messages": [{"role": "user", "content": 5}]},
         {"messages": [{"role": "user"}]},
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"nam": "x"}}]}]},
+        {"messages": [{"role": "assistant", "tool_calls": ["x"]}]},
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": {"a": math.nan}}}]}]},
     ],
 )
 def test_a_request_the_wire_cannot_carry_is_refused_before_it_is_sent(arguments: dict[str, Any]) -> None:

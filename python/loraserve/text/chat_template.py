@@ -1,6 +1,5 @@
 """ChatTemplate: a model's own Jinja template, rendered in a sandbox with what transformers shows it."""
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -10,6 +9,7 @@ from typing import Any
 from loraserve.confined.pool import ConfinedError
 from loraserve.errors import InvalidRequestError
 from loraserve.text.template_pool import TemplatePool, shared_pool
+from loraserve.tools.call import past_arguments
 from loraserve.validation.did_you_mean import did_you_mean
 
 Message = Mapping[str, Any]
@@ -199,12 +199,8 @@ def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
     calls = message.get("tool_calls")
     for call in calls if isinstance(calls, list) else ():
         function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-            continue
-        try:
-            function["arguments"] = json.loads(function["arguments"] or "{}")
-        except (ValueError, RecursionError) as error:
-            raise InvalidRequestError(f"arguments of a call are not JSON: {error}") from None
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            function["arguments"] = past_arguments(str(function.get("name")), function["arguments"])
     return message
 
 

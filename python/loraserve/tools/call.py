@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
+
+from loraserve.errors import InvalidRequestError
+from loraserve.validation.json_text import parse_json
+from loraserve.validation.values import depth_exceeds
+
+MAX_ARGUMENTS_CHARS = 2**20  # of all calls in a chat's messages, as JSON text
+MAX_ARGUMENTS_DEPTH = 64
 
 
 @dataclass(slots=True)
@@ -30,6 +38,32 @@ class ToolCall:
     id: str
     name: str
     arguments: str = ""
+
+
+def past_arguments(name: str, arguments: Any) -> dict[str, Any]:
+    """Of a call that a message makes: JSON text or an object; nothing is no arguments.
+
+    Raises:
+        InvalidRequestError: they are no JSON object, or nested too deep.
+    """
+    what = f"arguments of a call of {name!r:.150}"
+    if arguments is None or arguments == "":
+        return {}
+    if isinstance(arguments, str):
+        arguments = parse_json(what, arguments)
+    if not isinstance(arguments, dict):
+        raise InvalidRequestError(f"{what} are no JSON object")
+    if depth_exceeds(arguments, MAX_ARGUMENTS_DEPTH):
+        raise InvalidRequestError(f"{what} are nested deeper than {MAX_ARGUMENTS_DEPTH}")
+    return arguments
+
+
+def check_arguments_size(num_chars: int) -> None:
+    """Raises InvalidRequestError: arguments of a chat's calls are too long together."""
+    if num_chars > MAX_ARGUMENTS_CHARS:
+        raise InvalidRequestError(
+            f"arguments of calls have {num_chars} characters together, the limit is {MAX_ARGUMENTS_CHARS}"
+        )
 
 
 def append_calls(calls: list[ToolCall], deltas: Iterable[ToolCallDelta]) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from loraserve.errors import InvalidRequestError
 from loraserve.validation.did_you_mean import did_you_mean
-from loraserve.validation.values import check_bool
+from loraserve.validation.values import check_bool, depth_exceeds
 
 ToolMode: TypeAlias = Literal["none", "auto", "required"]
 
@@ -229,14 +229,3 @@ def _check_schema(where: str, schema: Any) -> None:
         raise InvalidRequestError(
             f"{where}: parameters has {size} characters, the limit is {MAX_SCHEMA_CHARS}"
         )
-
-
-def depth_exceeds(value: Any, limit: int) -> bool:
-    """Whether objects and lists lie in one another more than `limit` deep."""
-    level = [value]
-    for _ in range(limit + 1):
-        containers = [one for one in level if isinstance(one, Mapping | list | tuple)]
-        if not containers:
-            return False
-        level = [inner for one in containers for inner in (one.values() if isinstance(one, Mapping) else one)]
-    return True

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral, Real
+from typing import Any
 
 from loraserve.errors import InvalidRequestError, ModelError
 
@@ -53,3 +54,14 @@ def token_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
         if isinstance(token_id, bool) or not isinstance(token_id, int):
             raise ModelError(f"token ids are {value!r:.100}, they must be an integer or a list of integers")
     return ids
+
+
+def depth_exceeds(value: Any, limit: int) -> bool:
+    """Whether objects and lists lie in one another more than `limit` deep."""
+    level = [value]
+    for _ in range(limit + 1):
+        containers = [one for one in level if isinstance(one, Mapping | list | tuple)]
+        if not containers:
+            return False
+        level = [inner for one in containers for inner in (one.values() if isinstance(one, Mapping) else one)]
+    return True

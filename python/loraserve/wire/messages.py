@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,7 @@ from loraserve.request import (
 from loraserve.sampling.grammar import Grammar
 from loraserve.sampling_params import SamplingParams
 from loraserve.v1 import loraserve_pb2 as pb
-from loraserve.validation.did_you_mean import did_you_mean
+from loraserve.wire.chats import call_delta_from_wire, call_delta_to_wire, chat_from_wire, chat_to_wire
 
 if TYPE_CHECKING:
     from loraserve._core import Receipt
@@ -34,21 +33,19 @@ _FINISH_REASONS: dict[FinishReason, pb.FinishReason] = {
     "stop": pb.FINISH_REASON_STOP,
     "length": pb.FINISH_REASON_LENGTH,
     "abort": pb.FINISH_REASON_ABORT,
-    # "tool_calls" is of answers that are parsed, which gRPC has none of
+    "tool_calls": pb.FINISH_REASON_TOOL_CALLS,
 }
 _FINISH_REASON_NAMES = {value: name for name, value in _FINISH_REASONS.items()}
 MAX_ENTRIES = 2**20  # such as token ids
 MAX_MESSAGES = 8192  # of a chat, as over HTTP
 AS_MANY_AS_FIT = 0  # max_tokens on the wire, None in SamplingParams
-_OPTIONAL_TURN_FIELDS = ("name", "tool_call_id", "reasoning_content")
-_TURN_FIELDS = ("role", "content", *_OPTIONAL_TURN_FIELDS)
 _REPEATED_SAMPLING_FIELDS = {"stop", "stop_token_ids"}
 
 
 def request_from_wire(message: pb.GenerateRequest) -> GenerateRequest:
     """Raises InvalidRequestError: no prompt, both adapter fields, or a sampling value out of range."""
     prompt: str | list[int] | None = None
-    messages: list[dict[str, str]] | None = None
+    messages: list[dict[str, Any]] | None = None
     chat = ChatOptions()
     match message.WhichOneof("prompt"):
         case "text":
@@ -56,8 +53,7 @@ def request_from_wire(message: pb.GenerateRequest) -> GenerateRequest:
         case "token_ids":
             prompt = list(message.token_ids.ids)
         case "chat":
-            messages = [_turn_from_wire(turn) for turn in message.chat.messages]
-            chat = _chat_options_from_wire(message.chat)
+            messages, chat = chat_from_wire(message.chat)
         case _:
             raise InvalidRequestError("the request has no prompt, set one of text, token_ids and chat")
     return GenerateRequest(
@@ -93,27 +89,6 @@ def check_known(message: Message, where: str = "") -> None:
             )
         for inner in (value,) if isinstance(value, Message) else value:
             check_known(inner, f"{where}{field.name}.")
-
-
-def _turn_from_wire(turn: pb.ChatMessage) -> dict[str, str]:
-    others = {name: getattr(turn, name) for name in _OPTIONAL_TURN_FIELDS if turn.HasField(name)}
-    return {"role": turn.role, "content": turn.content, **others}
-
-
-def _chat_options_from_wire(chat: pb.ChatMessages) -> ChatOptions:
-    kwargs: Any = {}
-    if chat.HasField("template_kwargs_json"):
-        try:
-            kwargs = json.loads(chat.template_kwargs_json)
-        except (ValueError, RecursionError) as error:
-            raise InvalidRequestError(f"template_kwargs_json is not JSON: {error}") from None
-    return ChatOptions(
-        add_generation_prompt=chat.add_generation_prompt if chat.HasField("add_generation_prompt") else None,
-        continue_final_message=chat.continue_final_message,
-        chat_template=chat.chat_template if chat.HasField("chat_template") else None,
-        template_kwargs=kwargs,
-        is_parsed=False,
-    )
 
 
 def _adapter_from_wire(message: pb.GenerateRequest) -> AdapterSpec:
@@ -153,6 +128,8 @@ def request_to_wire(request: GenerateRequest) -> pb.GenerateRequest:
     """Raises InvalidRequestError: not exactly one prompt, or a value the wire format can't carry."""
     if (request.prompt is None) == (request.messages is None):
         raise InvalidRequestError("give exactly one of prompt and messages")
+    if request.messages is None and request.chat != ChatOptions():
+        raise InvalidRequestError("chat options are given with a prompt, they need messages")
     try:
         message = pb.GenerateRequest(
             sampling=_sampling_to_wire(request.params),
@@ -171,30 +148,11 @@ def request_to_wire(request: GenerateRequest) -> pb.GenerateRequest:
 
 def _set_prompt(message: pb.GenerateRequest, request: GenerateRequest) -> None:
     if request.messages is not None:
-        message.chat.CopyFrom(_chat_to_wire(request.messages, request.chat))
+        message.chat.CopyFrom(chat_to_wire(request.messages, request.chat))
     elif isinstance(request.prompt, str):
         message.text = request.prompt
     else:
         message.token_ids.CopyFrom(pb.TokenIds(ids=request.prompt))
-
-
-def _chat_to_wire(messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> pb.ChatMessages:
-    if options.tools.tools or options.thinking_budget is not None:
-        raise InvalidRequestError("gRPC carries no tools and no budget of reasoning: use HTTP, or Python")
-    for turn in messages:
-        for name in turn:
-            if name not in _TURN_FIELDS:
-                hint = did_you_mean(str(name), _TURN_FIELDS)
-                raise InvalidRequestError(f"a message has {name!r:.100}, which gRPC does not carry{hint}")
-        if not isinstance(turn["content"], str):
-            raise InvalidRequestError(f"content of a message is {turn['content']!r:.100}, give text")
-    return pb.ChatMessages(
-        messages=[pb.ChatMessage(**{"role": turn["role"], **turn}) for turn in messages],
-        add_generation_prompt=options.add_generation_prompt,
-        continue_final_message=options.continue_final_message or None,
-        chat_template=options.chat_template,
-        template_kwargs_json=json.dumps(options.template_kwargs) if options.template_kwargs else None,
-    )
 
 
 def _set_adapter(message: pb.GenerateRequest, adapter: AdapterSpec) -> None:
@@ -234,7 +192,10 @@ def _grammar_to_wire(grammar: Grammar) -> pb.Grammar:
 
 def delta_to_wire(delta: Delta) -> pb.GenerateResponse:
     """Fields that are None are left out."""
-    message = pb.GenerateResponse(index=delta.index, text=delta.text, token_ids=delta.token_ids)
+    message = pb.GenerateResponse(
+        index=delta.index, text=delta.text, token_ids=delta.token_ids, reasoning=delta.reasoning
+    )
+    message.tool_calls.extend(call_delta_to_wire(call) for call in delta.tool_calls)
     message.logprobs.extend(_logprob_to_wire(logprob) for logprob in delta.logprobs or ())
     if delta.finish_reason is not None:
         message.finish_reason = _FINISH_REASONS[delta.finish_reason]
@@ -270,6 +231,8 @@ def delta_from_wire(message: pb.GenerateResponse) -> Delta:
         finish_reason=_FINISH_REASON_NAMES.get(message.finish_reason),
         usage=_usage_from_wire(message.usage) if message.HasField("usage") else None,
         timing=_timing_from_wire(message.timing) if message.HasField("timing") else None,
+        reasoning=message.reasoning,
+        tool_calls=tuple(map(call_delta_from_wire, message.tool_calls)),
     )
 
 

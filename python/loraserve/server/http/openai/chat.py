@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from typing import Any
 
 from loraserve.errors import InvalidRequestError
 from loraserve.request import ChatOptions
 from loraserve.server.http.openai.schema import ChatCompletionBody, Message, MessageFunction
-from loraserve.tools.tool import MAX_SCHEMA_DEPTH, ToolOptions, depth_exceeds
+from loraserve.tools.call import check_arguments_size, past_arguments
+from loraserve.tools.tool import ToolOptions
 
-MAX_ARGUMENTS_CHARS = 2**20  # of all calls of a chat: they are parsed while others wait
 _FOR_TEMPLATES = ("name", "tool_call_id", "reasoning_content")
 _TEMPLATE_FIELDS = ("reasoning_effort", "enable_thinking", "documents")
 
@@ -26,10 +25,7 @@ def template_messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
     functions = [call.function for message in messages for call in message.tool_calls or ()]
     functions += [message.function_call for message in messages if message.function_call is not None]
     num_chars = sum(len(one.arguments) for one in functions if isinstance(one.arguments, str))
-    if num_chars > MAX_ARGUMENTS_CHARS:
-        raise InvalidRequestError(
-            f"arguments of calls have {num_chars} characters together, the limit is {MAX_ARGUMENTS_CHARS}"
-        )
+    check_arguments_size(num_chars)  # parsed while others wait
     return [_message(message) for message in messages]
 
 
@@ -72,22 +68,7 @@ def _message(message: Message) -> dict[str, Any]:
 
 
 def _call(function: MessageFunction) -> dict[str, Any]:
-    arguments: Any = function.arguments
-    if arguments is None or arguments == "":
-        arguments = {}
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError) as error:
-            raise InvalidRequestError(
-                f"arguments of a call of {function.name!r:.150} are not JSON: {error}"
-            ) from None
-    if not isinstance(arguments, dict):
-        raise InvalidRequestError(f"arguments of a call of {function.name!r:.150} are no JSON object")
-    if depth_exceeds(arguments, MAX_SCHEMA_DEPTH):
-        raise InvalidRequestError(
-            f"arguments of a call of {function.name!r:.150} are nested deeper than {MAX_SCHEMA_DEPTH}"
-        )
+    arguments = past_arguments(function.name, function.arguments)
     return {"type": "function", "function": {"name": function.name, "arguments": arguments}}
 
 
