@@ -37,6 +37,8 @@ LAYERS = (
     "server.observe",
     "server.adapters",
     "server.request_run",
+    "server.json_bounds",
+    "server.batches",
     "server.grpc",
     "server.http",
     "server",

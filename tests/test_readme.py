@@ -90,6 +90,7 @@ def test_the_commands_parse() -> None:
     assert [line[:2] for line in lines] == [
         ["loraserve", "serve"],
         ["loraserve", "generate"],
+        ["loraserve", "batch"],
         ["loraserve", "adapters"],
         ["loraserve", "adapters"],
         ["loraserve", "adapters"],

@@ -50,7 +50,11 @@ def add_command(commands: Subparsers, name: str, summary: str, examples: str) ->
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """MODEL and the options that `engine_config` reads."""
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    group = parser.add_argument_group("engine")
+    add_model_options(parser.add_argument_group("engine"))
+
+
+def add_model_options(group: argparse._ArgumentGroup) -> None:
+    """The options that `engine_config` reads, but for MODEL."""
     group.add_argument(
         "--adapter",
         action="append",

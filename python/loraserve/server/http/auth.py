@@ -10,6 +10,7 @@ from fastapi.security import HTTPBearer
 from fastapi.security.http import HTTPAuthorizationCredentials
 
 from loraserve.server.access.keys import PROXY_HEADERS, Caller, is_loopback
+from loraserve.server.batches.dispatch import CALLER
 from loraserve.server.http.state import HttpState, http_state
 
 _bearer = HTTPBearer(auto_error=False, description="An API key, where the server was given any.")
@@ -20,7 +21,10 @@ async def current_caller(
     state: Annotated[HttpState, Depends(http_state)],
     _documented: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
 ) -> Caller:
-    """Raises UnauthenticatedError: the key is missing or unknown."""
+    """Raises UnauthenticatedError: the key is missing or unknown. Lines of a batch come with their caller."""
+    if (known := request.scope.get(CALLER)) is not None:
+        assert isinstance(known, Caller), "no client can set it"
+        return known
     is_direct = request.client is not None and why_not_local(request) is None
     host = request.client.host if is_direct and request.client is not None else ""
     return state.access.authenticate(request.headers.get("authorization"), client_host=host)

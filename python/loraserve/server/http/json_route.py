@@ -15,12 +15,7 @@ from fastapi.routing import APIRoute
 from loraserve import _core
 from loraserve.server.http.errors import UNREAD_BODY
 from loraserve.server.http.state import HttpState
-
-# What is parsed and checked at once holds up everybody's streams: some 30 ms with as much as this.
-MAX_CONTAINERS = 8192  # objects and lists, such as messages
-MAX_VALUES = 2**18  # such as token ids; as many more as the model's context takes
-MAX_DEPTH = 1024  # orjson's
-UNCOUNTED_NBYTES = 16 * 2**10
+from loraserve.server.json_bounds import MAX_CONTAINERS, MAX_DEPTH, MAX_VALUES, UNCOUNTED_NBYTES
 
 
 class JsonRequest(Request):

@@ -1,0 +1,1 @@
+"""Batches: lines of requests in, lines of results out, however often the process ends in between."""
