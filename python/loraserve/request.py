@@ -44,6 +44,7 @@ class ChatOptions:
         tools: functions that the answer may call, and which of them it must.
         is_parsed: whether reasoning and calls are set apart from the answer's text.
         thinking_budget: most tokens of reasoning, after which its end is forced; None sets no limit.
+        needs_reasoning: whether a budget is an error where it is not known how the model writes reasoning.
 
     Raises:
         InvalidRequestError: the values contradict each other, or one is too large or not of its type.
@@ -56,6 +57,7 @@ class ChatOptions:
     tools: ToolOptions = field(default_factory=ToolOptions)
     is_parsed: bool = field(default=True, compare=False)  # how the answer is told
     thinking_budget: int | None = None
+    needs_reasoning: bool = True
 
     def __post_init__(self) -> None:
         if self.continue_final_message and self.add_generation_prompt:
@@ -146,6 +148,7 @@ class TokenLogprob:
 class Usage:
     """Token counts of one answer; cached_tokens of the prompt came from the prefix cache.
 
+    reasoning_tokens are those of its completion_tokens that lie within reasoning, the tag behind it included.
     Of what was guessed of the answer, the accepted tokens came and the rejected did not.
     """
 
@@ -154,6 +157,7 @@ class Usage:
     cached_tokens: int
     accepted_prediction_tokens: int = 0
     rejected_prediction_tokens: int = 0
+    reasoning_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -180,7 +184,7 @@ class Delta:
     `text` may come later than its tokens: an unfinished character waits, and so does what may yet become a
     stop string. Of a chat's answer, `text` is its content, beside its reasoning and its calls. `logprobs` has
     one entry per token, None without any. The last delta of each answer, and no other, has finish_reason,
-    usage and timing.
+    usage, timing and stop_string, the one that ended it, if any.
     """
 
     index: int
@@ -192,6 +196,7 @@ class Delta:
     timing: RequestTiming | None = None
     reasoning: str = ""
     tool_calls: Sequence[ToolCallDelta] = ()
+    stop_string: str | None = None
 
 
 @dataclass
@@ -206,6 +211,7 @@ class Completion:
     timing: RequestTiming | None = None
     reasoning: str = ""
     tool_calls: list[ToolCall] = field(default_factory=list)
+    stop_string: str | None = None
 
     def append(self, delta: Delta) -> None:
         """Add what one step brought; deltas come in order, all of this answer."""
@@ -219,6 +225,7 @@ class Completion:
         self.finish_reason = delta.finish_reason or self.finish_reason
         self.usage = delta.usage or self.usage
         self.timing = delta.timing or self.timing
+        self.stop_string = delta.stop_string or self.stop_string
 
 
 @dataclass(frozen=True)

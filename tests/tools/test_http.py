@@ -114,6 +114,15 @@ def test_streamed_is_the_same_as_whole(client: openai.OpenAI, text: str) -> None
     assert [(call["name"], call["arguments"]) for call in together["calls"]] == calls
 
 
+def test_tokens_of_reasoning_are_counted(client: openai.OpenAI) -> None:
+    text = "<think>\nHm, <b>.\n</think>\n\nHello."
+    usage = create(client, say(text)).usage
+    assert 5 < usage.completion_tokens_details.reasoning_tokens < usage.completion_tokens
+    cut = create(client, say(text), max_completion_tokens=8).usage
+    assert 1 < cut.completion_tokens_details.reasoning_tokens <= 8
+    assert create(client, say("Hello.")).usage.completion_tokens_details.reasoning_tokens == 0
+
+
 def test_arguments_are_streamed_in_pieces(client: openai.OpenAI) -> None:
     (call,) = streamed(client, say(CALL), tools=TOOLS)["calls"]
     assert call["num_pieces"] > 3

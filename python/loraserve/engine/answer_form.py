@@ -116,7 +116,7 @@ def answer_form(
             f"{', '.join(name for name in TOOL_PARSERS if name != AUTO)}"
         )
     reasoning = reasoning_of(reasoning_parser, template)
-    if chat.thinking_budget is not None and reasoning is None:
+    if chat.thinking_budget is not None and chat.needs_reasoning and reasoning is None:
         raise InvalidRequestError(
             "thinking_token_budget is set, but the chat template does not show how the model writes "
             "reasoning: leave it out, or set reasoning_parser in the adapter's loraserve.json or "

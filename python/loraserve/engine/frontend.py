@@ -39,6 +39,7 @@ class ActiveSequence:
         self._index = index
         self._num_prompt_tokens = len(prepared.prompt_token_ids)
         self._num_tokens = 0
+        self._num_reasoning_tokens = 0
         self._end_ids = {*tokenizer.eos_token_ids, *prepared.params.stop_token_ids}
         self._detokenizer = IncrementalDetokenizer(tokenizer, prepared.prompt_token_ids)
         self._stop_strings = StopStrings(prepared.params.stop_strings)
@@ -55,10 +56,13 @@ class ActiveSequence:
         if self._stop_strings.stops:
             text = self._stop_strings.push(text)
             if self._stop_strings.is_matched:
+                self._note_reasoning(1)
                 return self._last(text, [token_id], logprobs, "stop")
         if self._parser is None:
             return Delta(self._index, text, [token_id], logprobs, None, None)
+        was_reasoning = self._parser.is_reasoning
         piece = self._parser.push(text)
+        self._num_reasoning_tokens += was_reasoning or self._parser.is_reasoning
         if self._parser.is_over:
             return self._last("", [token_id], logprobs, "stop", piece)
         return _delta(self._index, piece, [token_id], logprobs)
@@ -73,9 +77,15 @@ class ActiveSequence:
             raise end.error
         token_ids = [] if end.token_id is None else [end.token_id]
         self._num_tokens += len(token_ids)
+        self._note_reasoning(len(token_ids))
         text = self._last_text(token_ids, end.finish_reason)
         finish = "stop" if self._stop_strings.is_matched else end.finish_reason
         return self._last(text, token_ids, None if end.logprob is None else [end.logprob], finish)
+
+    def _note_reasoning(self, num_last_tokens: int) -> None:
+        """The answer ends with these tokens, perhaps within its reasoning."""
+        if self._parser is not None and self._parser.is_reasoning:
+            self._num_reasoning_tokens += num_last_tokens
 
     def _text(self, token_id: int) -> str:
         """What a token adds to the text that is complete; of special tokens, those that parsers see."""
@@ -107,16 +117,19 @@ class ActiveSequence:
             record.num_cached_tokens,
             min(record.num_accepted_tokens, self._num_tokens),  # some may stand behind a stop string
             record.num_draft_tokens - record.num_accepted_tokens,
+            self._num_reasoning_tokens,
         )
-        timing = record.timing()
+        timing, stop_string = record.timing(), self._stop_strings.matched
         if self._parser is None:
-            return Delta(self._index, text, token_ids, logprobs, finish, usage, timing)
+            return Delta(
+                self._index, text, token_ids, logprobs, finish, usage, timing, stop_string=stop_string
+            )
         piece = piece or self._parser.finish(text)
         delta = _delta(self._index, piece, token_ids, logprobs)
         is_cut = self._stop_strings.is_matched and not self._parser.is_whole
         has_calls = finish == "stop" and self._parser.num_calls > 0 and not is_cut
         delta.finish_reason = "tool_calls" if has_calls else finish
-        delta.usage, delta.timing = usage, timing
+        delta.usage, delta.timing, delta.stop_string = usage, timing, stop_string
         return delta
 
 

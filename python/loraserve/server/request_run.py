@@ -80,7 +80,8 @@ class RequestRun:
         completion = sum(usage.completion_tokens for usage in self._usages)
         accepted = sum(usage.accepted_prediction_tokens for usage in self._usages)
         rejected = sum(usage.rejected_prediction_tokens for usage in self._usages)
-        return Usage(total, completion, min(cached, total), accepted, rejected)
+        reasoning = sum(usage.reasoning_tokens for usage in self._usages)
+        return Usage(total, completion, min(cached, total), accepted, rejected, reasoning)
 
     async def prepare(self, preparation: Coroutine[Any, Any, list[PreparedRequest]]) -> list[PreparedRequest]:
         """What `preparation` returns. Raises CallerGoneError: the run was abandoned meanwhile."""
@@ -196,6 +197,16 @@ class RequestRunner:
             raise
         finally:
             metrics.finished(run.outcome(failure), run.usage, run.timing)
+
+    async def num_prompt_tokens(self, request: GenerateRequest, caller: Caller) -> int:
+        """Tokens of its prompt; nothing is queued.
+
+        Raises:
+            LoraserveError: the caller may not, or the request would be refused.
+        """
+        caller.check_use(request.adapter)
+        (prepared,) = await self._limits.prepare(self._engine, [caller.sign(request)])
+        return len(prepared.prompt_token_ids)
 
     def refused(self, adapter: AdapterSpec, origin: CallOrigin) -> None:
         """A call was refused before it could be understood."""

@@ -105,18 +105,24 @@ class StopStrings:
     def __init__(self, stops: Sequence[str]) -> None:
         self.stops = tuple(stop for stop in stops if stop)
         self._held = ""
-        self.is_matched = False
+        self.matched: str | None = None  # the stop string that is complete
+
+    @property
+    def is_matched(self) -> bool:
+        """Whether a stop string is complete: no more text is shown."""
+        return self.matched is not None
 
     def push(self, text: str) -> str:
-        """Text now safe to show; sets `is_matched` when a stop string is complete."""
+        """Text now safe to show; sets `matched` when a stop string is complete."""
         if self.is_matched:
             return ""
         if not self.stops:
             return text
         buffer = self._held + text
-        start = self._first_stop(buffer)
-        if start is not None:
-            self.is_matched, self._held = True, ""
+        found = self._first_stop(buffer)
+        if found is not None:
+            start, self.matched = found
+            self._held = ""
             return buffer[:start]
         safe = len(buffer) - self._num_undecided(buffer)
         self._held = buffer[safe:]
@@ -127,10 +133,10 @@ class StopStrings:
         held, self._held = self._held, ""
         return held
 
-    def _first_stop(self, buffer: str) -> int | None:
-        """Where the match that ends first begins; of those ending together, the longest."""
-        found = [(at + len(stop), at) for stop in self.stops if (at := buffer.find(stop)) >= 0]
-        return min(found)[1] if found else None
+    def _first_stop(self, buffer: str) -> tuple[int, str] | None:
+        """Where the match that ends first begins, and what it is; of those ending together, the longest."""
+        found = [(at + len(stop), at, stop) for stop in self.stops if (at := buffer.find(stop)) >= 0]
+        return min(found)[1:] if found else None
 
     def _num_undecided(self, buffer: str) -> int:
         """Length of the longest end of the buffer that begins a stop string."""

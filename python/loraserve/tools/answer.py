@@ -53,6 +53,11 @@ class AnswerParser:
         """Whether no more of the answer counts: a call more than may be has begun."""
         return self._sink.is_over
 
+    @property
+    def is_reasoning(self) -> bool:
+        """Whether what came last lies within reasoning, whose end has not come."""
+        return self._sink.is_reasoning
+
     def push(self, text: str) -> AnswerPiece:
         """What this text brings; some of it may come later."""
         if text:

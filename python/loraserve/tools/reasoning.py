@@ -56,11 +56,14 @@ class ReasoningFormat:
 
     def parse(self, reader: Reader, sink: Sink, is_begun: bool) -> Parse[None]:
         """Reasoning up to its end; nothing where there is none."""
+        if is_begun:
+            sink.begin_reasoning()
         space = yield from reader.space()
         tag = yield from reader.literal((self.begin,))
         if tag is None and not is_begun:
             sink.text(space)
             return
+        sink.begin_reasoning()
         yield from reader.until((self.end,), sink.reason)
         sink.end_reasoning()
 

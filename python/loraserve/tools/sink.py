@@ -54,6 +54,7 @@ class Sink:
         self._has_said = False  # content, since the last call
         self._is_plain = True  # neither reasoning nor calls yet
         self._is_after_reasoning = False
+        self.is_reasoning = False
         self._reasoning_space: list[str] | None = None  # None before the first word of it
 
     def types_of(self, tool: str, parameter: str) -> frozenset[str]:
@@ -73,6 +74,10 @@ class Sink:
             self._content.append(held.lstrip() if self._is_after_reasoning else held)
             self._space, self._has_said, self._is_after_reasoning = [], True, False
 
+    def begin_reasoning(self) -> None:
+        """What follows, up to `end_reasoning`, is reasoning."""
+        self.is_reasoning = True
+
     def reason(self, text: str) -> None:
         """Reasoning; white space at its beginning and end is left out."""
         self._is_plain, self._space, self._is_after_reasoning = False, [], True
@@ -88,6 +93,7 @@ class Sink:
 
     def end_reasoning(self) -> None:
         """What follows is something else; further reasoning begins on a line of its own."""
+        self.is_reasoning = False
         self._is_plain, self._space, self._is_after_reasoning = False, [], True
         if self._reasoning_space is not None:
             self._reasoning_space = ["\n"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from typing import Any, Protocol
@@ -33,8 +33,8 @@ DONE = b"data: [DONE]\n\n"
 class WholeWriter(Protocol):
     """Makes the body of a whole answer."""
 
-    def body(self, run: RequestRun, answers: Sequence[Sequence[Completion]]) -> Any:
-        """`answers[prompt][index]` in order."""
+    def body(self, run: RequestRun, answers: Sequence[Sequence[Any]]) -> Any:
+        """`answers[prompt][index]` in order, Completions unless the response makes others."""
         ...
 
 
@@ -61,15 +61,23 @@ class StreamWriter(Protocol):
 class WholeResponse(Response):
     """Waits for all answers, then sends one JSON document with all headers."""
 
-    def __init__(self, call: Call, requests: Sequence[GenerateRequest], writer: WholeWriter) -> None:
+    def __init__(
+        self,
+        call: Call,
+        requests: Sequence[GenerateRequest],
+        writer: WholeWriter,
+        new_answer: Callable[[], Any] = Completion,
+    ) -> None:
+        """`new_answer` makes what an answer's deltas are appended to, and `writer` is given."""
         super().__init__()
         self._call = call
         self._requests = requests
         self._writer = writer
+        self._new_answer = new_answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with _running(self._call, self._requests) as run:
-            answers = [[Completion() for _ in range(request.params.n)] for request in self._requests]
+            answers = [[self._new_answer() for _ in range(request.params.n)] for request in self._requests]
             async with aclosing(_deltas(run)) as deltas:  # type: ignore[type-var]
                 async for prompt, delta in deltas:
                     answers[prompt][delta.index].append(delta)

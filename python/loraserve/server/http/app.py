@@ -9,6 +9,7 @@ from loraserve._core import __version__
 from loraserve.server.http import errors
 from loraserve.server.http.admin.routes import router as admin
 from loraserve.server.http.dashboard.router import router as dashboard
+from loraserve.server.http.messages.routes import router as messages
 from loraserve.server.http.middleware import RequestIdMiddleware
 from loraserve.server.http.openai.openapi import OpenAIError, Responses
 from loraserve.server.http.openai.routes import router as openai
@@ -22,8 +23,8 @@ ADMIN_ERRORS: Responses = {
 }
 CORS_METHODS = ("GET", "POST", "PUT", "DELETE")
 DESCRIPTION = """\
-One base model and many LoRA adapters, mixed in one batch. Choose an adapter by `model` (OpenAI) or by
-`parameters.adapter_id` (TGI, LoRAX). Every answer carries `X-Request-Id`.
+One base model and many LoRA adapters, mixed in one batch. Choose an adapter by `model` (OpenAI, Anthropic) or
+by `parameters.adapter_id` (TGI, LoRAX). Every answer carries `X-Request-Id`.
 """
 
 
@@ -35,6 +36,7 @@ def create_app(state: HttpState) -> FastAPI:
     )
     app.state.http = state
     app.include_router(openai)
+    app.include_router(messages)
     app.include_router(tgi)
     app.include_router(admin, responses=ADMIN_ERRORS)
     app.include_router(dashboard)

@@ -6,28 +6,39 @@ from typing import Annotated
 from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
-from fastapi.security import HTTPBearer
+from fastapi.security import APIKeyHeader, HTTPBearer
 from fastapi.security.http import HTTPAuthorizationCredentials
 
-from loraserve.server.access.keys import PROXY_HEADERS, Caller, is_loopback
+from loraserve.server.access.keys import PROXY_HEADERS, SCHEME, Caller, is_loopback
 from loraserve.server.batches.dispatch import CALLER
 from loraserve.server.http.state import HttpState, http_state
 
 _bearer = HTTPBearer(auto_error=False, description="An API key, where the server was given any.")
+_api_key = APIKeyHeader(
+    name="x-api-key", auto_error=False, description="The same; where there is no Authorization."
+)
 
 
 async def current_caller(
     request: Request,
     state: Annotated[HttpState, Depends(http_state)],
     _documented: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+    _documented_too: Annotated[str | None, Depends(_api_key)],
 ) -> Caller:
-    """Raises UnauthenticatedError: the key is missing or unknown. Lines of a batch come with their caller."""
+    """By `Authorization: Bearer KEY`, or else by `x-api-key: KEY`; lines of a batch come with their caller.
+
+    Raises:
+        UnauthenticatedError: the key is missing or unknown.
+    """
     if (known := request.scope.get(CALLER)) is not None:
         assert isinstance(known, Caller), "no client can set it"
         return known
     is_direct = request.client is not None and why_not_local(request) is None
     host = request.client.host if is_direct and request.client is not None else ""
-    return state.access.authenticate(request.headers.get("authorization"), client_host=host)
+    authorization = request.headers.get("authorization")
+    if authorization is None and (api_key := request.headers.get("x-api-key")) is not None:
+        authorization = f"{SCHEME} {api_key}"
+    return state.access.authenticate(authorization, client_host=host)
 
 
 def why_not_local(request: Request) -> str | None:

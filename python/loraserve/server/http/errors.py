@@ -51,7 +51,6 @@ CLIENT_CLOSED_REQUEST = 499  # nginx's: nobody is left to read it
 _CHAT = "ask /v1/chat/completions"
 INSTEAD = {  # of other servers' routes
     "/v1/responses": _CHAT,
-    "/v1/messages": _CHAT,
     "/api/chat": _CHAT,
     "/chat/completions": _CHAT,
     "/api/generate": "ask /v1/completions",
@@ -64,6 +63,18 @@ INSTEAD = {  # of other servers' routes
     "/load_lora_adapter": "POST /adapters, or /v1/load_lora_adapter",
     "/unload_lora_adapter": "DELETE /adapters/NAME, or POST /v1/unload_lora_adapter",
 }
+MESSAGES_PATH = "/v1/messages"
+ANTHROPIC_TYPES = {  # by status; other statuses below 500 are of the first, those above of the last
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    500: "api_error",
+}
 TGI_PATHS = frozenset(("/", "/generate", "/generate_stream", "/tokenize", "/invocations"))
 
 
@@ -71,6 +82,7 @@ class Family(enum.Enum):
     """Whose error shape a route answers with."""
 
     OPENAI = "openai"
+    ANTHROPIC = "anthropic"
     TGI = "tgi"
     PLAIN = "plain"
 
@@ -113,6 +125,8 @@ KINDS: dict[type[LoraserveError], ErrorKind] = {
 
 def family_of(path: str) -> Family:
     """By the path alone, so that routes that don't exist answer in some family's shape too."""
+    if path == MESSAGES_PATH or path.startswith(f"{MESSAGES_PATH}/"):
+        return Family.ANTHROPIC
     if path.startswith("/v1/"):
         return Family.OPENAI
     return Family.TGI if path in TGI_PATHS else Family.PLAIN
@@ -143,12 +157,21 @@ def error_body(error: Exception, family: Family) -> dict[str, Any]:
     if family is Family.OPENAI:
         code = error.reason if isinstance(error, OverloadedError) else kind.openai_code
         return openai_body(message, kind.openai_type, code)
+    if family is Family.ANTHROPIC:
+        return anthropic_body(message, kind.status)
     return {"error": message, "error_type": kind.tgi_type if family is Family.TGI else name}
 
 
 def openai_body(message: str, type_: str, code: str | None, param: str | None = None) -> dict[str, Any]:
     """OpenAI's shape of an error; `param` is the field of the body that it is about."""
     return {"error": {"message": message, "type": type_, "param": param, "code": code}}
+
+
+def anthropic_body(message: str, status: int, details: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Anthropic's shape of an error; `details` are for programs."""
+    kind = ANTHROPIC_TYPES.get(status, ANTHROPIC_TYPES[400 if status < 500 else 500])
+    more = {} if details is None else {"details": details}
+    return {"type": "error", "error": {"type": kind, "message": message, **more}}
 
 
 def error_response(error: Exception, family: Family) -> Response:
@@ -176,6 +199,8 @@ async def _on_validation_error(request: Request, error: Exception) -> Response:
     if family is Family.OPENAI:
         param = _printable(_location(problems[0])) or None if problems else None
         return _response(400, openai_body(_printable(message), _INVALID, None, param))
+    if family is Family.ANTHROPIC:
+        return _response(400, anthropic_body(_printable(message), 400))
     name = "validation" if family is Family.TGI else InvalidRequestError.__name__
     status = 422 if family is Family.TGI else 400
     return _response(status, {"error": _printable(message), "error_type": name})
@@ -191,6 +216,8 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
         message = f"{request.method} {path[:200]} is not served here, {instead}"
     if family is Family.OPENAI:
         body = openai_body(_printable(message), _INVALID, None)
+    elif family is Family.ANTHROPIC:
+        body = anthropic_body(_printable(message), error.status_code)
     else:
         body = {"error": _printable(message), "error_type": "validation"}
     response = _response(error.status_code, body, error.headers)

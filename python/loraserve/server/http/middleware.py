@@ -10,12 +10,13 @@ import re
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loraserve.errors import EngineStoppedError
-from loraserve.server.http.errors import error_response, family_of
+from loraserve.server.http.errors import Family, error_response, family_of
 from loraserve.server.http.turns import Turns
 
 logger = logging.getLogger(__name__)
 
 REQUEST_ID = b"x-request-id"
+ANTHROPIC_REQUEST_ID = b"request-id"
 _ACCEPTED = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
@@ -37,13 +38,16 @@ class RequestIdMiddleware:
         state = scope.setdefault("state", {})
         state["request_id"] = request_id.decode()
         state["send"] = send  # what streams send by once they have started: a layer less for each token
+        names = [(REQUEST_ID, request_id)]
+        if family_of(scope["path"]) is Family.ANTHROPIC:
+            names.append((ANTHROPIC_REQUEST_ID, request_id))
         has_started = False
 
         async def send_with_id(message: Message) -> None:
             nonlocal has_started
             if message["type"] == "http.response.start":
                 has_started = True
-                message["headers"] = [*message["headers"], (REQUEST_ID, request_id)]
+                message["headers"] = [*message["headers"], *names]
             await send(message)
 
         try:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from loraserve.adapters.registry import registered_name
+from loraserve.request import AdapterSpec
 from loraserve.server.access.keys import Caller
 from loraserve.server.http.state import HttpState
 
@@ -26,6 +27,15 @@ def adapter_in_model(state: HttpState, model: str | None) -> str | None:
 def is_placeholder(state: HttpState, model: str) -> bool:
     """Whether `model` stands for whatever model there is; an adapter that has such a name is meant by it."""
     return model in PLACEHOLDER_MODELS and all(one.name != model for one in state.engine.adapters())
+
+
+def answering_model(state: HttpState, model: str | None, adapter: AdapterSpec) -> str:
+    """As the client named it, unless another field chose an adapter or it named no model in particular."""
+    if model is not None and model not in state.served_names and not is_placeholder(state, model):
+        return model
+    if isinstance(adapter, str):
+        return adapter
+    return model if model in state.served_names else state.served_names[0]
 
 
 def models_for(state: HttpState, caller: Caller) -> Iterator[dict[str, Any]]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from functools import cache
-from typing import Any, ClassVar, TypeAlias
+from typing import Annotated, Any, ClassVar, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from loraserve.validation.did_you_mean import did_you_mean
@@ -15,6 +15,10 @@ NoEffect: TypeAlias = frozenset[str]
 Neutral: TypeAlias = dict[str, tuple[Any, ...]]
 Elsewhere: TypeAlias = dict[str, str]
 
+Text: TypeAlias = Annotated[str, Field(max_length=16 * 2**20)]
+
+MAX_TEXT_PARTS = 1024  # of one message
+MAX_CALLS = 1024  # of one message
 MAX_PROBLEMS = 3
 MAX_SHOWN_CHARS = 100
 

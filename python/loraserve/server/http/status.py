@@ -81,7 +81,7 @@ async def info(state: State, caller: AnyCaller) -> dict[str, Any]:
 async def metrics(request: Request, state: State) -> Response:
     """Prometheus' text format; where keys are configured an admin key is needed, unless opened to all."""
     if state.access.has_keys and not state.access.has_open_metrics:
-        caller = await current_caller(request, state, None)
+        caller = await current_caller(request, state, None, None)
         caller.require_admin()
     engine = state.engine
     return Response(render(state.metrics, engine.info(), engine.stats()), media_type=CONTENT_TYPE)

@@ -48,6 +48,7 @@ class Harmony(CallFormat):
             sink.begin_call(recipient[1])
             yield from reader.until(_ENDS[:3], sink.arguments)
         elif channel[:1] == ["analysis"]:
+            sink.begin_reasoning()
             yield from reader.until(_ENDS[:3], sink.reason)
             sink.end_reasoning()
         else:

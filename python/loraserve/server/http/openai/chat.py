@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from loraserve.errors import InvalidRequestError
 from loraserve.request import ChatOptions
-from loraserve.server.http.openai.schema import ChatCompletionBody, Message, MessageFunction
-from loraserve.tools.call import check_arguments_size, past_arguments
+from loraserve.server.http.chat_turns import PastCall, check_arguments_length, template_turn
+from loraserve.server.http.openai.schema import ChatCompletionBody, Message
 from loraserve.tools.tool import ToolOptions
 
 _FOR_TEMPLATES = ("name", "tool_call_id", "reasoning_content")
@@ -21,12 +21,9 @@ def template_messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
     Raises:
         InvalidRequestError: arguments of a call are no JSON object, nested too deep, or too long together.
     """
-    messages = list(messages)
-    functions = [call.function for message in messages for call in message.tool_calls or ()]
-    functions += [message.function_call for message in messages if message.function_call is not None]
-    num_chars = sum(len(one.arguments) for one in functions if isinstance(one.arguments, str))
-    check_arguments_size(num_chars)  # parsed while others wait
-    return [_message(message) for message in messages]
+    turns = [(message, _calls(message)) for message in messages]
+    check_arguments_length(call for _, calls in turns for call in calls)
+    return [_turn(message, calls) for message, calls in turns]
 
 
 def chat_options(body: ChatCompletionBody) -> ChatOptions:
@@ -41,7 +38,16 @@ def chat_options(body: ChatCompletionBody) -> ChatOptions:
     )
 
 
-def _message(message: Message) -> dict[str, Any]:
+def _calls(message: Message) -> list[PastCall]:
+    calls = [
+        PastCall(call.function.name, call.function.arguments, call.id) for call in message.tool_calls or ()
+    ]
+    if message.function_call is not None:
+        calls.append(PastCall(message.function_call.name, message.function_call.arguments))
+    return calls
+
+
+def _turn(message: Message, calls: Sequence[PastCall]) -> dict[str, Any]:
     content = message.content
     if content is None:
         text = ""
@@ -50,26 +56,10 @@ def _message(message: Message) -> dict[str, Any]:
     else:
         text = "".join(part.words for part in content)
     role = {"developer": "system", "function": "tool"}.get(message.role, message.role)
-    fields: dict[str, Any] = {"role": role, "content": text}
-    fields |= {name: value for name in _FOR_TEMPLATES if (value := getattr(message, name)) is not None}
-    if message.reasoning is not None:
-        fields.setdefault("reasoning_content", message.reasoning)
-    calls = [
-        {**({} if call.id is None else {"id": call.id}), **_call(call.function)}
-        for call in message.tool_calls or ()
-    ]
-    if message.function_call is not None:
-        calls.append(_call(message.function_call))
-    if not calls:
-        return fields
-    if role != "assistant":
-        raise InvalidRequestError(f"a message of role {role!r} has calls, only the assistant makes them")
-    return {**fields, "tool_calls": calls}
-
-
-def _call(function: MessageFunction) -> dict[str, Any]:
-    arguments = past_arguments(function.name, function.arguments)
-    return {"type": "function", "function": {"name": function.name, "arguments": arguments}}
+    fields: dict[str, Any] = {name: getattr(message, name) for name in _FOR_TEMPLATES}
+    if fields["reasoning_content"] is None:
+        fields["reasoning_content"] = message.reasoning
+    return template_turn(role, text, calls, **fields)
 
 
 def _template_kwargs(body: ChatCompletionBody) -> dict[str, Any]:

@@ -54,8 +54,9 @@ class PromptTokensDetails(_Document):
 
 
 class CompletionTokensDetails(_Document):
-    """Tokens that the engine guessed ahead (`--speculate`): those that came, and those that did not."""
+    """Tokens of reasoning; tokens guessed ahead (`--speculate`): those that came, and those that did not."""
 
+    reasoning_tokens: int
     accepted_prediction_tokens: int
     rejected_prediction_tokens: int
 

@@ -16,7 +16,7 @@ from loraserve.server.http.auth import current_caller
 from loraserve.server.http.call import Call, current_call
 from loraserve.server.http.errors import Family
 from loraserve.server.http.json_route import JsonRoute
-from loraserve.server.http.model_names import is_placeholder, models_for
+from loraserve.server.http.model_names import answering_model, models_for
 from loraserve.server.http.openai.answer import (
     AnswerHead,
     ChatChunks,
@@ -88,18 +88,9 @@ def _head(
         raise InvalidRequestError("stream_options is given without stream, set stream to true")
     return AnswerHead(
         id=f"{prefix}-{call.origin.request_id}",
-        model=_answering_model(call.state, body.model, adapter),
+        model=answering_model(call.state, body.model, adapter),
         num_answers=1 if body.n is None else body.n,
         wants_logprobs=wants_logprobs,
         wants_usage=body.stream_options is not None and body.stream_options.include_usage,
         texts_of=call.state.texts_of,
     )
-
-
-def _answering_model(state: HttpState, model: str | None, adapter: AdapterSpec) -> str:
-    """As the client named it, unless another field chose an adapter or it named no model in particular."""
-    if model is not None and model not in state.served_names and not is_placeholder(state, model):
-        return model
-    if isinstance(adapter, str):
-        return adapter
-    return model if model in state.served_names else state.served_names[0]

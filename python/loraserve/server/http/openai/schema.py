@@ -18,14 +18,19 @@ from loraserve.server.http.foreign_fields import (
     OPENAI_NO_EFFECT,
     SELECTORS_ELSEWHERE,
 )
-from loraserve.server.http.request_body import Elsewhere, Neutral, NoEffect, RequestBody
+from loraserve.server.http.request_body import (
+    MAX_CALLS,
+    MAX_TEXT_PARTS,
+    Elsewhere,
+    Neutral,
+    NoEffect,
+    RequestBody,
+    Text,
+)
 from loraserve.tools.tool import MAX_TOOLS
 
-MAX_TEXT_PARTS = 1024
-MAX_CALLS = 1024  # of one message
 TEXT_PART_TYPES = ("text", "input_text", "refusal")
 
-Text: TypeAlias = Annotated[str, Field(max_length=16 * 2**20)]
 TokenIds: TypeAlias = Annotated[
     list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(min_length=1, fail_fast=True)
 ]

@@ -8,8 +8,8 @@ from pydantic import Discriminator, Field, Tag
 
 from loraserve.server.http.adapter_selectors import AdapterSelectors
 from loraserve.server.http.foreign_fields import SELECTORS_ELSEWHERE, TGI_ELSEWHERE, TGI_NEUTRAL
-from loraserve.server.http.openai.schema import ChatCompletionBody, CompletionBody, Text
-from loraserve.server.http.request_body import Elsewhere, Neutral, NoEffect, RequestBody
+from loraserve.server.http.openai.schema import ChatCompletionBody, CompletionBody
+from loraserve.server.http.request_body import Elsewhere, Neutral, NoEffect, RequestBody, Text
 
 Fraction: TypeAlias = Annotated[float, Field(gt=0, le=1)]
 
