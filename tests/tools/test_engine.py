@@ -124,7 +124,7 @@ def test_calls_go_back_into_a_chat_as_they_came(llm: LLM) -> None:
 
 def begins_with(llm: LLM, text: str) -> dict[int, float]:
     """A bias for the token of this text."""
-    return {llm._frontend._tokenizer.id_of(text): 100.0}  # type: ignore[dict-item]
+    return {llm._engine.runner.model.tokenizer.id_of(text): 100.0}  # type: ignore[dict-item]
 
 
 def test_strict_calls_fit_wherever_they_begin(llm: LLM) -> None:
@@ -133,7 +133,7 @@ def test_strict_calls_fit_wherever_they_begin(llm: LLM) -> None:
         max_tokens=700, temperature=1.0, n=24, seed=3, logit_bias=begins_with(llm, "<tool_call>")
     )
     (output,) = llm.chat(ASK, params, tools=[strict], parallel_tool_calls=False)
-    end = llm._frontend._tokenizer.id_of("</tool_call>")
+    end = llm._engine.runner.model.tokenizer.id_of("</tool_call>")
     calls = [one.tool_calls[0] for one in output.completions if end in one.token_ids]
     assert len(calls) >= 20
     assert all(jsonschema_rs.is_valid(SCHEMA, json.loads(call.arguments)) for call in calls)
@@ -153,7 +153,7 @@ def test_reasoning_comes_before_what_is_forced(llm: LLM) -> None:
     )
     whole = [one for one in output.completions if one.finish_reason == "tool_calls"]
     assert len(whole) >= 5
-    think, end = (llm._frontend._tokenizer.id_of(text) for text in ("<think>", "</think>"))
+    think, end = (llm._engine.runner.model.tokenizer.id_of(text) for text in ("<think>", "</think>"))
     for one in whole:
         assert one.token_ids[0] == think
         assert one.token_ids.index(end) == 6
@@ -189,7 +189,7 @@ def test_a_form_begins_behind_the_reasoning(llm: LLM) -> None:
 
 def test_a_budget_of_none_ends_at_once_and_none_sets_no_limit(llm: LLM) -> None:
     bias = SamplingParams(max_tokens=20, temperature=0.0, logit_bias=begins_with(llm, "<think>"))
-    end = llm._frontend._tokenizer.id_of("</think>")
+    end = llm._engine.runner.model.tokenizer.id_of("</think>")
     (output,) = llm.chat(ASK, bias, thinking_token_budget=0)
     assert output.token_ids[1] == end
     (output,) = llm.chat(ASK, bias)
@@ -268,7 +268,7 @@ def test_harmony_forms_stand_in_the_final_channel(llm: LLM) -> None:
     params = SamplingParams(max_tokens=90, seed=5, grammar=Grammar("choice", ["yes", "no"]))
     (output,) = llm.chat(ASK, params, chat_template=HARMONY, thinking_token_budget=4)
     final = "<|channel|>final<|message|>"
-    text = llm._frontend._tokenizer.decode(output.token_ids, skip_special_tokens=False)
+    text = llm._engine.runner.model.tokenizer.decode(output.token_ids, skip_special_tokens=False)
     assert text.partition(final)[2] in ("yes", "no")
     assert output.text.endswith(("yes", "no"))
     assert "<|" not in output.text

@@ -50,7 +50,9 @@ def form_of(family: CallFormat, tokenizer: Tokenizer, **fields: Any) -> AnswerFo
 
 def matcher_of(form: AnswerForm, tokenizer: Tokenizer) -> GrammarMatcher:
     assert form.forces_calls
-    return GrammarCompiler(tokenizer, tokenizer.vocab_size).compile(form.grammar(tokenizer))
+    matcher = form.call_matcher(tokenizer, GrammarCompiler(tokenizer, tokenizer.vocab_size).compile)
+    assert isinstance(matcher, GrammarMatcher)
+    return matcher
 
 
 def sampled(matcher: GrammarMatcher, tokenizer: Tokenizer, seed: int) -> str | None:
@@ -148,7 +150,7 @@ def test_what_text_without_quotes_cant_follow_is_refused(
     tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
     form = form_of(CALLS_BY_NAME[name], tokenizers[name], tools=tools)
     with pytest.raises(InvalidRequestError, match="pattern"):
-        form.grammar(tokenizers[name])
+        matcher_of(form, tokenizers[name])
 
 
 def test_left_to_the_model_there_is_no_grammar(tokenizers: Mapping[str, Tokenizer]) -> None:

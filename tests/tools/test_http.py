@@ -262,6 +262,42 @@ def test_reasoning_is_set_apart_or_left_out(client: openai.OpenAI) -> None:
     assert streamed(client, say(text), include_reasoning=False)["reasoning"] == ""
 
 
+def with_property(schema: dict[str, Any]) -> dict[str, Any]:
+    """A tool whose argument has this schema."""
+    parameters = {"type": "object", "properties": {"b": schema}}
+    return {"type": "function", "function": {"name": "a", "parameters": parameters}}
+
+
+def test_a_refused_schema_shows_its_tool_and_no_grammar(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        create(client, tools=[*TOOLS, with_property({"not": {}})], tool_choice="required")
+    assert caught.value.body["message"] == (  # type: ignore[index]
+        "calls of the tools can't be forced: tool 'a': no grammar follows the schema's keywords \"not\", "
+        "leave them out"
+    )
+
+
+@pytest.mark.parametrize("format_", ["password", "path", "binary", "int32", "of-my-own"])
+def test_formats_that_are_notes_force_nothing(client: openai.OpenAI, format_: str) -> None:
+    schema = {"type": "string", "enum": ["x"], "format": format_}
+    tool = with_property(schema)
+    tool["function"]["parameters"] |= {"required": ["b"], "additionalProperties": False}
+    (choice,) = create(client, tools=[tool], tool_choice="required", parallel_tool_calls=False).choices
+    assert json.loads(choice.message.tool_calls[0].function.arguments) == {"b": "x"}
+
+
+@pytest.mark.parametrize("num_tokens", range(1, 40, 3))
+def test_what_the_length_cuts_of_a_mark_is_not_shown(client: openai.OpenAI, num_tokens: int) -> None:
+    text = f"I look.\n{CALL}\n{NOW}"
+    for fields in ({"tools": TOOLS}, {"tools": TOOLS, "stream": True}):
+        answer = create(client, say(text), max_completion_tokens=num_tokens, **fields)
+        if "stream" in fields:
+            content = "".join(chunk.choices[0].delta.content or "" for chunk in answer if chunk.choices)
+        else:
+            content = answer.choices[0].message.content or ""
+        assert "I look.\n".startswith(content)
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tools": [WEATHER, WEATHER]}, "two tools"),
     ({"tools": [{"type": "custom", "custom": {}}]}, "tools"),
@@ -272,6 +308,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"tools": [{"type": "function", "function": {"name": "a", "paramters": {}}}]}, "paramters"),
     ({"tools": [TIME] * 129}, "129"),
+    ({"tools": [{"type": "function", "name": "a", "parameters": {}}]}, "in the object function"),
+    ({"tools": [{"type": "function", "function": {"name": "a", "strict": "yes"}}]}, "strict"),
+    ({"tools": [TIME, with_property({"uniqueItems": True})], "tool_choice": "required"}, "uniqueItems"),
+    ({"tools": [TIME, with_property({"maximum": 2**63})], "tool_choice": "required"}, "64 bits"),
+    (
+        {"tools": [TIME, with_property({"format": "iri"})], "tool_choice": "required"},
+        "tool 'a': Unknown format",
+    ),
     ({"tools": TOOLS, "tool_choice": "always"}, "tool_choice"),
     (
         {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "get_wether"}}},
@@ -293,7 +337,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
             ],
             "tool_choice": "required",
         },
-        "can't be forced",
+        "tool 'a': Pointer '/nowhere' does not exist",
     ),
 ]
 

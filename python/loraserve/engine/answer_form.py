@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from loraserve.adapters.manifest import AdapterManifest
@@ -52,18 +52,22 @@ class AnswerForm:
         """Whether calls follow `grammar`, and are not left to the model."""
         return self.calls is not None and self.options.is_forced
 
-    def grammar(self, tokenizer: Tokenizer) -> Grammar:
-        """What forces the calls.
+    def call_matcher(self, tokenizer: Tokenizer, compiled: Callable[[Grammar], Matcher]) -> Matcher:
+        """What forces the calls, `compiled` from its grammar.
 
         Raises:
-            InvalidRequestError: a schema can't be forced in this form.
+            InvalidRequestError: a schema can't be forced in this form, with the name of its tool.
         """
         assert self.calls is not None
         ids = {token.content: index for index, token in tokenizer.added_tokens().items()}
         lark = Lark(ids.get)
         tools = self.options.callable_tools
         build = self.calls.answer if self.options.mode == "auto" else self.calls.calls
-        return Grammar("lark", lark.whole(build(lark, tools, parallel=self.options.parallel)))
+        try:
+            return compiled(Grammar("lark", lark.whole(build(lark, tools, parallel=self.options.parallel))))
+        except InvalidRequestError as error:
+            text = lark.explained(str(error))
+            raise InvalidRequestError(f"calls of the tools can't be forced: {text}") from None
 
     def matcher(self, form: Matcher | None, tokenizer: Tokenizer) -> Matcher | None:
         """`form`, what the answer or its calls must be, behind its reasoning."""

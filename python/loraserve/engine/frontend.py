@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import repeat
 from typing import Generic, TypeVar
 
@@ -11,7 +12,7 @@ from loraserve.adapters.text import common_text, without_weightless
 from loraserve.engine.engine import Engine
 from loraserve.engine.prepared import ALL_PARAMETERS, PreparedRequest, prepare, resolve_adapters
 from loraserve.engine.sequence import EngineOutputs, SequenceEnd, SequenceRecord
-from loraserve.errors import AdapterNotFoundError, InvalidRequestError
+from loraserve.errors import AdapterNotFoundError
 from loraserve.request import (
     AdapterSpec,
     Delta,
@@ -124,7 +125,7 @@ class ActiveSequence:
             return Delta(
                 self._index, text, token_ids, logprobs, finish, usage, timing, stop_string=stop_string
             )
-        piece = piece or self._parser.finish(text)
+        piece = piece or self._parser.finish(text, is_cut=finish in ("length", "abort"))
         delta = _delta(self._index, piece, token_ids, logprobs)
         is_cut = self._stop_strings.is_matched and not self._parser.is_whole
         has_calls = finish == "stop" and self._parser.num_calls > 0 and not is_cut
@@ -181,11 +182,8 @@ class Frontend(Generic[Owner]):
         if form is None or not form.forces_calls:
             matcher = None if grammar is None else self._compiled(prepared, grammar)
             return matcher if form is None else form.matcher(matcher, tokenizer)
-        try:
-            matcher = self._compiled(prepared, form.grammar(tokenizer))
-        except InvalidRequestError as error:
-            raise InvalidRequestError(f"calls of the tools can't be forced: {error}") from None
-        return form.matcher(matcher, tokenizer)
+        calls = form.call_matcher(tokenizer, partial(self._compiled, prepared))
+        return form.matcher(calls, tokenizer)
 
     def _compiled(self, prepared: PreparedRequest, grammar: Grammar) -> Matcher:
         return self._engine.grammars.compile(grammar, prepared.cache_scope, prepared.tokenizer)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 from loraserve.errors import InvalidRequestError
+from loraserve.validation.json_schema import forcible_schema
 
 GrammarKind: TypeAlias = Literal["json", "json_schema", "regex", "lark", "choice"]
 
@@ -60,7 +61,7 @@ def _read_schema(value: Any) -> str:
     if not isinstance(value, Mapping):
         raise InvalidRequestError(f"the JSON schema is {value!r:.100}, it must be an object or true")
     try:
-        return json.dumps(value)  # in the order given: properties are generated in it
+        return json.dumps(forcible_schema(value))  # in the order given: properties are generated in it
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequestError(f"the JSON schema is not JSON: {error}") from None
 

@@ -65,9 +65,13 @@ class AnswerParser:
             self._resume()
         return self._sink.taken()
 
-    def finish(self, text: str) -> AnswerPiece:
-        """What the last text brings, and all that was held back."""
+    def finish(self, text: str, *, is_cut: bool = False) -> AnswerPiece:
+        """What the last text brings, and all that was held back.
+
+        Where the answer `is_cut`, what may begin a mark at its end is left out, and a call without a name.
+        """
         self._reader.feed(text)
+        self._reader.is_cut = is_cut
         self._reader.is_ended = True
         self._resume()
         self._sink.end()

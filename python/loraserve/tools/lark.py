@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from loraserve.errors import InvalidRequestError
+from loraserve.validation.json_schema import forcible_schema
+
 WHITESPACE = r"[ \t\n\r]{0,20}"  # between JSON tokens; unbounded, a model may write nothing else for ever
+# llguidance's errors: where in the grammar, what, and lines of it.
+_COMPILATION = re.compile(
+    r"the lark grammar can't be used: at (?P<line>\d+)\(\d+\): (?:failed to compile JSON schema: )?"
+    r"(?P<reason>.*?)(?: \d+ \| .*)?"
+)
+_UNKNOWN_KEYWORDS = re.compile(r"Unimplemented keys: \[(?P<names>.*)\]")
 
 
 class Lark:
@@ -21,6 +31,8 @@ class Lark:
         self._id_of = id_of
         self._text_before: tuple[str, ...] | None = None
         self._rules: list[str] = []
+        self._tool: str | None = None
+        self._tools: list[str | None] = []  # of each rule
         self._num_names = 0
 
     def rule(self, name: str, body: str) -> str:
@@ -62,11 +74,37 @@ class Lark:
     def json(self, schema: Mapping[str, Any]) -> str:
         """JSON that fits a schema."""
         guidance = {"whitespace_pattern": WHITESPACE}
+        schema = forcible_schema(schema)
         return self.rule("json", f"%json {json.dumps({**schema, 'x-guidance': guidance})}")
 
     def free_text(self, without: Sequence[str], pattern: str = "(?s:.*)") -> str:
         """Any text that holds none of `without`."""
         return self.terminal("text", f"/{pattern}/{_without(without)}")
+
+    @contextmanager
+    def of_tool(self, name: str) -> Iterator[None]:
+        """Rules of the block are of this tool, and errors in it name it."""
+        self._tool = name
+        try:
+            yield
+        except InvalidRequestError as error:
+            if str(error).startswith(f"tool {name!r}"):
+                raise
+            raise InvalidRequestError(f"tool {name!r}: {error}") from None
+        finally:
+            self._tool = None
+
+    def explained(self, error: str) -> str:
+        """An error of the whole grammar, with the tool's name in place of the grammar's text."""
+        found = _COMPILATION.fullmatch(error)
+        if found is None:
+            return error
+        line, reason = int(found["line"]), found["reason"]
+        if keywords := _UNKNOWN_KEYWORDS.fullmatch(reason):
+            reason = f"no grammar follows the schema's keywords {keywords['names']}, leave them out"
+        tools = [None, *self._tools]
+        tool = tools[line - 1] if line <= len(tools) else None
+        return reason if tool is None else f"tool {tool!r}: {reason}"
 
     def whole(self, start: str) -> str:
         """The grammar that begins with `start`."""
@@ -78,6 +116,7 @@ class Lark:
         name, bracket, attributes = name.partition("[")
         name = f"{name}_{self._num_names}"
         self._rules.append(f"{name}{bracket}{attributes}: {body}")
+        self._tools.append(self._tool)
         return name
 
 

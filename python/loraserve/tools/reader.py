@@ -29,22 +29,28 @@ class Reader:
         self._text = ""
         self._at = 0
         self._recorded: list[str] | None = None
+        self._is_marked = False
         self.is_ended = False
+        self.is_cut = False  # in the middle: what may begin a mark at the end, or a call, is left out
 
     def feed(self, text: str) -> None:
         """More text; the parser is resumed afterwards."""
         self._text = self._text[self._at :] + text
         self._at = 0
 
-    def record(self, begin: str) -> None:
-        """Keep what is taken from now on, with `begin` before it."""
+    def record(self, begin: str, *, is_marked: bool = False) -> None:
+        """Keep what is taken from now on, with `begin` before it.
+
+        With a mark in `begin`, or `is_marked`, it is a call, and nothing else, as long as it may become one.
+        """
         self._recorded = [begin]
+        self._is_marked = is_marked or bool(begin.strip())
 
     def recorded(self) -> str:
-        """What was taken since `record`, which is over."""
+        """What was taken since `record`, which is over; nothing of a call that is cut at the text's end."""
         text = "".join(self._recorded or ())
         self._recorded = None
-        return text
+        return "" if self.is_cut and self._is_marked and not self._num_chars else text
 
     def _take(self, num_chars: int) -> str:
         text = self._text[self._at : self._at + num_chars]
@@ -88,9 +94,12 @@ class Reader:
             for option in options:
                 if rest.startswith(option):
                     return self._take(len(option))
-                if not self.is_ended and option.startswith(rest):
+                if option.startswith(rest) and (self.is_cut or not self.is_ended):
                     break  # it may come yet
             else:
+                return None
+            if self.is_ended:
+                self._at = len(self._text)
                 return None
             yield
 
@@ -103,10 +112,11 @@ class Reader:
                 if at > self._at:
                     take(self._take(at - self._at))
                 return self._take(len(stop))
-            num_kept = 0 if self.is_ended else self._num_undecided(stops)
+            num_kept = self._num_undecided(stops) if self.is_cut or not self.is_ended else 0
             if self._num_chars > num_kept:
                 take(self._take(self._num_chars - num_kept))
             if self.is_ended:
+                self._at = len(self._text)
                 return None
             yield
 

@@ -44,15 +44,23 @@ class CallFormat(ABC):
     def call(self, lark: Lark, tool: Tool) -> str:
         """Lark of one call of `tool`, without what stands around several of them."""
 
+    def one_of(self, lark: Lark, tools: Sequence[Tool]) -> str:
+        """Lark of one call of any of `tools`."""
+        options = []
+        for tool in tools:
+            with lark.of_tool(tool.name):
+                options.append(self.call(lark, tool))
+        return lark.rule("call", " | ".join(options))
+
     def calls(self, lark: Lark, tools: Sequence[Tool], *, parallel: bool) -> str:
         """Lark of one call or, if `parallel`, of one or more."""
-        one = lark.rule("call", " | ".join(self.call(lark, tool) for tool in tools))
+        one = self.one_of(lark, tools)
         return f"{one} ({lark.text(self.separator)} {one})*" if parallel else one
 
     def answer(self, lark: Lark, tools: Sequence[Tool], *, parallel: bool) -> str:
         """Lark of an answer that may be free text, and holds a call wherever one is begun."""
         lark.with_text(self.triggers)
-        one = lark.rule("call", " | ".join(self.call(lark, tool) for tool in tools))
+        one = self.one_of(lark, tools)
         return f"{one}{'*' if parallel else '?'} {lark.free_text(self.triggers)}"
 
     def listed(self, lark: Lark, tools: Sequence[Tool], *, parallel: bool) -> str:

@@ -60,12 +60,12 @@ class Harmony(CallFormat):
         return f'{channel} {head} {constrain} "json" {message} {lark.json(arguments_of(tool))}'
 
     def calls(self, lark: Lark, tools: Sequence[Tool], *, parallel: bool) -> str:
-        one = lark.rule("call", " | ".join(self.call(lark, tool) for tool in tools))
+        one = self.one_of(lark, tools)
         return f"{self._reasoning(lark)} {one}"  # its end ends the answer
 
     def answer(self, lark: Lark, tools: Sequence[Tool], *, parallel: bool) -> str:
         channel, message = map(lark.marker, ("<|channel|>", "<|message|>"))
-        one = lark.rule("call", " | ".join(self.call(lark, tool) for tool in tools))
+        one = self.one_of(lark, tools)
         preamble = f'({channel} "commentary" {message} {self._to_next_message(lark)})?'
         final = f'{channel} "final" {message} {lark.free_text(self.triggers)}'
         return f"{self._reasoning(lark)} ({final} | {preamble} {one})"

@@ -130,7 +130,7 @@ class Mistral(CallFormat):
         return json_call(lark, tool)
 
     def calls(self, lark: Lark, tools: Sequence[Tool], *, parallel: bool) -> str:
-        one = lark.rule("call", " | ".join(self.call(lark, tool) for tool in tools))
+        one = self.one_of(lark, tools)
         several = f'(", " {one})*' if parallel else ""
         return f'{lark.begin("[TOOL_CALLS]")} "[" {one} {several} "]"'
 
@@ -182,7 +182,7 @@ class _Listed(CallFormat):
         return json_call(lark, tool)
 
     def calls(self, lark: Lark, tools: Sequence[Tool], *, parallel: bool) -> str:
-        one = lark.rule("call", " | ".join(self.call(lark, tool) for tool in tools))
+        one = self.one_of(lark, tools)
         several = f'(", " {one})*' if parallel else ""
         end = lark.marker(self.end) if self.end else ""
         return f'{lark.begin(self.begins[0])} "[" {one} {several} "]" {end}'

@@ -34,7 +34,7 @@ def parse_objects(
         if one != "whole":
             return one if one == "broken" else outcome
         outcome = "whole"
-        reader.record("")
+        reader.record("", is_marked=True)
     if outcome == "none":
         sink.text(reader.recorded())
         return outcome

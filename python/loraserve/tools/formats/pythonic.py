@@ -31,7 +31,8 @@ class Pythonic(CallFormat):
     def parse(self, reader: Reader, sink: Sink) -> Parse[None]:
         space = yield from reader.space()
         reader.record(space)
-        begin = yield from reader.literal(self.triggers)
+        if begin := (yield from reader.literal(self.triggers)):
+            reader.record(space + begin)
         yield from reader.space()
         if (yield from reader.char()) != "[":
             sink.text(reader.recorded())
@@ -46,7 +47,7 @@ class Pythonic(CallFormat):
             if not (yield from self._call(reader, sink)):
                 return
             num_calls += 1
-            reader.record("")
+            reader.record("", is_marked=True)
         reader.recorded()
         yield from reader.space()
         if begin:
@@ -91,7 +92,7 @@ class Pythonic(CallFormat):
         return f'{lark.text(tool.name + "(")} {sequence(lark, items, lark.text(", "))} ")"'
 
     def calls(self, lark: Lark, tools: Sequence[Tool], *, parallel: bool) -> str:
-        one = lark.rule("call", " | ".join(self.call(lark, tool) for tool in tools))
+        one = self.one_of(lark, tools)
         several = f'(", " {one})*' if parallel else ""
         return f'"[" {one} {several} "]"'
 

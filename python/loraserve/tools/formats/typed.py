@@ -10,6 +10,7 @@ from loraserve.errors import InvalidRequestError
 from loraserve.tools.lark import Lark
 from loraserve.tools.schema import ANY_TYPE, resolved, types_of
 from loraserve.tools.tool import Tool
+from loraserve.validation.json_schema import forcible_schema
 
 EMPTY = '""'  # Lark of no text
 _CANT_FORCE = ("pattern", "format", "contentEncoding")  # of text without quotes
@@ -53,7 +54,7 @@ def parameters_of(tool: Tool, family: str) -> Iterator[tuple[str, Mapping[str, A
 def raw_value(lark: Lark, tool: Tool, family: str, name: str, schema: Mapping[str, Any], end: str) -> str:
     """Lark of a value where strings have no quotes, and of `end`, which stands behind it."""
     root = tool.parameters or {}
-    schema = resolved(schema, root)
+    schema = forcible_schema(resolved(schema, root))
     for key in ("anyOf", "oneOf"):
         if key in schema:
             options = [raw_value(lark, tool, family, name, one, end) for one in schema[key]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import Field, model_validator
+from pydantic import Field, StrictBool, model_validator
 from pydantic_core import PydanticCustomError
 
 from loraserve.server.http.adapter_selectors import AdapterSelectors
@@ -97,7 +97,7 @@ class FunctionBody(RequestBody):
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: bool | None = None
+    strict: StrictBool | None = None
     returns: Any = Field(default=None, alias="return", description="For the chat template.")
 
 
@@ -106,6 +106,17 @@ class ToolBody(RequestBody):
 
     type: Literal["function"] = "function"
     function: FunctionBody
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_function(cls, tool: Any) -> Any:
+        if isinstance(tool, dict) and "function" not in tool and "name" in tool:
+            raise PydanticCustomError(
+                "flat_tool",
+                "a tool of a chat has name, description, parameters and strict in the object function, not "
+                "beside type as in /v1/responses",
+            )
+        return tool
 
 
 class Message(RequestBody):
