@@ -6,10 +6,12 @@
 //! wave 1                    | slot 2      |              segment  (4, 8, 2)
 //! ```
 
+use std::ops::Range;
+
 use crate::ids::{Applied, PageId, RequestId, SlotId};
 
 /// What a step does for one sequence.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Scheduled<'a> {
     pub request: RequestId,
     /// All tokens known; the step computes `num_tokens` from `num_computed` on.
@@ -23,13 +25,24 @@ pub struct Scheduled<'a> {
     pub pages: &'a [PageId],
     pub adapters: &'a [Applied<SlotId>],
     pub is_decoding: bool,
+    /// Whether the token behind the last known one is sampled.
+    pub generates: bool,
+    /// Positions whose hidden states are wanted, of all its tokens.
+    pub rows: Range<usize>,
 }
 
 impl Scheduled<'_> {
     /// Whether the step reaches the last known token, whose logits choose the next.
     pub fn samples(&self) -> bool {
         let num_tokens = self.tokens.len() + usize::from(self.awaited.is_some());
-        self.num_computed + self.num_tokens == num_tokens
+        self.generates && self.num_computed + self.num_tokens == num_tokens
+    }
+
+    /// Those of `rows` that the step computes.
+    fn rows_of_step(&self) -> Range<usize> {
+        let end = self.num_computed + self.num_tokens;
+        let start = self.rows.start.max(self.num_computed);
+        start..self.rows.end.min(end).max(start)
     }
 
     /// Tokens the step samples: the next one, and one behind each guess.
@@ -41,6 +54,15 @@ impl Scheduled<'_> {
     fn end(&self) -> usize {
         self.num_computed + self.num_tokens + self.draft.len()
     }
+}
+
+/// Rows of one request, next to each other in `Batch::hidden_indices`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HiddenSpan {
+    pub request: RequestId,
+    /// In the request's prompt, of the first row.
+    pub position: usize,
+    pub num_rows: usize,
 }
 
 /// T tokens of S sequences, L of them sampled, W waves of G segments together.
@@ -62,6 +84,10 @@ pub struct Batch {
     pub block_table_indptr: Vec<i32>,
     /// `[L]` rows of T.
     pub logits_indices: Vec<i32>,
+    /// `[H]` rows of T whose hidden states are wanted, ascending.
+    pub hidden_indices: Vec<i32>,
+    /// Whose they are, in their order; each stands for one row or more.
+    pub hidden_spans: Vec<HiddenSpan>,
     /// `[S]` whose the sequences are.
     pub request_ids: Vec<u64>,
     /// `[L]` in rows next to each other, where guesses give a sequence several.
@@ -118,6 +144,7 @@ impl Batch {
             self.token_ids.push(-1 - sample as i32);
         }
         self.token_ids.extend_from_slice(row.draft);
+        self.push_rows(row);
         for position in row.num_computed..row.end() {
             let page = row.pages[position / block_size].index();
             self.positions.push(position as i32);
@@ -136,6 +163,23 @@ impl Batch {
             self.logits_indices.push(sampled);
             self.sample_request_ids.push(row.request.0);
         }
+    }
+
+    /// Before the row's sequence is in `query_indptr`.
+    fn push_rows(&mut self, row: &Scheduled<'_>) {
+        let rows = row.rows_of_step();
+        if rows.is_empty() {
+            return;
+        }
+        let first = self.positions.len() + rows.start - row.num_computed;
+        let indices = first..first + rows.len();
+        self.hidden_indices
+            .extend(indices.map(|index| index as i32));
+        self.hidden_spans.push(HiddenSpan {
+            request: row.request,
+            position: rows.start,
+            num_rows: rows.len(),
+        });
     }
 
     fn push_table(&mut self, row: &Scheduled<'_>, block_size: usize) {
@@ -221,6 +265,8 @@ mod tests {
             pages: &PAGES,
             adapters,
             is_decoding: num_computed == 4,
+            generates: true,
+            rows: 5..5,
         }
     }
 
@@ -269,6 +315,27 @@ mod tests {
         assert_eq!(batch.draft_token_ids, [-1, 21, 22, -1, -1]);
         let without = Batch::build(&rows[2..], 4);
         assert!(without.draft_token_ids.is_empty());
+    }
+
+    #[test]
+    fn wanted_rows_of_a_chunk_name_their_places_and_whose_they_are() {
+        let pooled = |rows: Range<usize>, num_computed| Scheduled {
+            generates: false,
+            rows,
+            ..row(num_computed, 2, &[])
+        };
+        let rows = [
+            row(4, 1, &[]),
+            pooled(0..5, 3),
+            pooled(4..5, 1),
+            pooled(2..5, 1),
+        ];
+        let batch = Batch::build(&rows, 2);
+        assert_eq!(batch.logits_indices, [0]);
+        assert_eq!(batch.hidden_indices, [1, 2, 6]);
+        let spans = batch.hidden_spans.iter();
+        let spans: Vec<_> = spans.map(|span| (span.position, span.num_rows)).collect();
+        assert_eq!(spans, [(3, 2), (2, 1)]);
     }
 
     #[test]

@@ -7,9 +7,14 @@ pub enum Error {
     #[error("prompt is empty, at least one token is needed")]
     EmptyPrompt,
     #[error(
-        "prompt has {tokens} tokens, limit is {limit}: the context length less one token to generate"
+        "prompt has {tokens} tokens, limit is {limit}: the context length{}",
+        if *generates { " less one token to generate" } else { "" }
     )]
-    PromptTooLong { tokens: usize, limit: usize },
+    PromptTooLong {
+        tokens: usize,
+        limit: usize,
+        generates: bool,
+    },
     #[error("prompt token {index} is {token}, token ids start at 0")]
     NegativeToken { index: usize, token: i32 },
     #[error("max_tokens is 0, it must be at least 1")]

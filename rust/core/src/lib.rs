@@ -21,8 +21,8 @@ pub mod slot_table;
 pub mod speculation;
 
 pub use adapter_cache::{AdapterContent, AdapterStats};
-pub use batch::Batch;
+pub use batch::{Batch, HiddenSpan};
 pub use error::{Error, ErrorKind};
 pub use ids::{AdapterId, AdapterKey, CacheScope, PageId, PrefixIdentity, RequestId, SlotId};
-pub use request::{Failure, FinishReason, NewRequest, RequestOutput};
+pub use request::{Failure, FinishReason, NewRequest, PromptRows, RequestOutput};
 pub use scheduler::{Admission, Load, Scheduler, SchedulerConfig, SchedulerOutput, SchedulerStats};

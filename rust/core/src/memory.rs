@@ -71,14 +71,16 @@ impl Memory {
         self.pool.num_free() + self.prefix.num_idle() > headroom
     }
 
-    /// Pages for all of `tokens`, cached ones first, if `headroom` pages stay available; and how many tokens were cached.
+    /// Pages for all of `tokens`, cached ones first, of `max_cached` tokens at most, if `headroom` pages stay available;
+    /// and how many tokens were cached.
     pub fn take_table(
         &mut self,
         identity: &PrefixIdentity,
         tokens: &[i32],
+        max_cached: usize,
         headroom: usize,
     ) -> Option<(BlockTable, usize)> {
-        let mut table = self.take_cached(identity, tokens);
+        let mut table = self.take_cached(identity, tokens, max_cached);
         let num_cached = table.pages.len();
         let num_blocks = tokens.len().div_ceil(self.block_size);
         if self.available() < num_blocks - num_cached + headroom {
@@ -209,12 +211,18 @@ impl Memory {
         }
     }
 
-    fn take_cached(&mut self, identity: &PrefixIdentity, tokens: &[i32]) -> BlockTable {
-        let found = if self.prefix_caching {
+    fn take_cached(
+        &mut self,
+        identity: &PrefixIdentity,
+        tokens: &[i32],
+        max_cached: usize,
+    ) -> BlockTable {
+        let mut found = if self.prefix_caching {
             self.prefix.find(identity, tokens)
         } else {
             Vec::new()
         };
+        found.truncate(max_cached / self.block_size);
         let root = Parent::Root(identity.scope.clone());
         let last = found.last().map_or(root, |&block| Parent::Block(block));
         for block in &found {

@@ -5,14 +5,35 @@ use std::sync::Arc;
 use crate::error::Error;
 use crate::ids::{AdapterId, Applied, CacheScope, PrefixIdentity, RequestId};
 
+/// Of which tokens of its prompt a request is given the hidden states.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum PromptRows {
+    #[default]
+    None,
+    Last,
+    All,
+}
+
+impl PromptRows {
+    /// The first of these tokens; `prompt_len` where there are none.
+    pub fn first(self, prompt_len: usize) -> usize {
+        match self {
+            Self::None => prompt_len,
+            Self::Last => prompt_len - 1,
+            Self::All => 0,
+        }
+    }
+}
+
 /// A request as the caller words it.
 #[derive(Debug, Clone, Default)]
 pub struct NewRequest {
     pub prompt: Vec<i32>,
     /// Names and weights; the deltas are summed.
     pub adapters: Vec<(String, f32)>,
-    /// Most tokens to generate; none is as many as fit.
+    /// Most tokens to generate; none is as many as fit. 0 is for who wants rows of the prompt and nothing else.
     pub max_tokens: Option<usize>,
+    pub prompt_rows: PromptRows,
     pub min_tokens: usize,
     pub stop_token_ids: Vec<i32>,
     pub scope: CacheScope,
@@ -26,12 +47,17 @@ impl NewRequest {
     /// Checks everything but the adapters, and clamps `max_tokens` to the context.
     pub fn validate(&mut self, max_model_len: usize) -> Result<(), Error> {
         let tokens = self.prompt.len();
-        let limit = max_model_len - 1;
+        let generates = self.max_tokens != Some(0);
+        let limit = max_model_len - usize::from(generates);
         if tokens == 0 {
             return Err(Error::EmptyPrompt);
         }
         if tokens > limit {
-            return Err(Error::PromptTooLong { tokens, limit });
+            return Err(Error::PromptTooLong {
+                tokens,
+                limit,
+                generates,
+            });
         }
         if let Some(index) = self.prompt.iter().position(|&token| token < 0) {
             return Err(Error::NegativeToken {
@@ -39,7 +65,7 @@ impl NewRequest {
                 token: self.prompt[index],
             });
         }
-        if self.max_tokens == Some(0) {
+        if !generates && self.prompt_rows == PromptRows::None {
             return Err(Error::ZeroMaxTokens);
         }
         let (min_tokens, room) = (self.min_tokens, max_model_len - tokens);
@@ -80,6 +106,7 @@ pub struct Request {
     /// Ordered by id; the w-th goes into wave w.
     pub adapters: Vec<Applied<AdapterId>>,
     pub identity: PrefixIdentity,
+    /// 0 of one that is sampled nothing: it ends when its prompt is computed.
     pub max_tokens: usize,
     pub min_tokens: usize,
     pub stop_token_ids: Vec<i32>,
@@ -169,6 +196,14 @@ mod tests {
             ),
             (
                 NewRequest {
+                    max_tokens: Some(0),
+                    prompt_rows: PromptRows::Last,
+                    ..request(8193)
+                },
+                "prompt has 8193 tokens, limit is 8192: the context length",
+            ),
+            (
+                NewRequest {
                     min_tokens: 9,
                     ..request(1)
                 },
@@ -200,6 +235,17 @@ mod tests {
         for (mut request, message) in cases {
             assert_eq!(request.validate(8192).unwrap_err().to_string(), message);
         }
+    }
+
+    #[test]
+    fn prompt_that_fills_the_context_is_taken_where_nothing_is_generated() {
+        let mut request = NewRequest {
+            max_tokens: Some(0),
+            prompt_rows: PromptRows::All,
+            ..request(32)
+        };
+        request.validate(32).unwrap();
+        assert_eq!(request.max_tokens, Some(0));
     }
 
     #[test]

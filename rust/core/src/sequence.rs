@@ -11,6 +11,8 @@ pub struct Sequence {
     /// Prompt, then what was generated.
     pub tokens: Vec<i32>,
     pub prompt_len: usize,
+    /// The first token of the prompt whose row it is still to be given; `prompt_len` where there is none.
+    pub next_row: usize,
     /// Whether it ran before; it may wait again since.
     pub was_admitted: bool,
     /// Its guesses; none where it asked for none.
@@ -68,7 +70,21 @@ impl Sequence {
         }
     }
 
-    /// Tokens that it may still be given; a sequence that runs has one or more.
+    /// Whether tokens are sampled for it, or it ends with its prompt.
+    pub fn generates(&self) -> bool {
+        self.request.max_tokens > 0
+    }
+
+    /// How many of its tokens may come from the prefix cache: who wants rows has to compute them.
+    pub fn max_cached_tokens(&self) -> usize {
+        if self.next_row < self.prompt_len {
+            self.next_row
+        } else {
+            self.tokens.len()
+        }
+    }
+
+    /// Tokens that it may still be given; a sequence that runs and generates has one or more.
     pub fn num_left(&self) -> usize {
         self.request.max_tokens - (self.tokens.len() - self.prompt_len)
     }
@@ -142,6 +158,7 @@ mod tests {
             request,
             tokens: vec![7],
             prompt_len: 1,
+            next_row: 1,
             was_admitted: false,
             speculation: None,
         }

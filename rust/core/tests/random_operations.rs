@@ -23,7 +23,7 @@ const PROGRESS_EVERY: Duration = Duration::from_secs(30);
 
 /// What must happen at least this often in as many operations as are run without being asked for more.
 const AT_LEAST: u64 = 100;
-const SEEN: [&str; 22] = [
+const SEEN: [&str; 24] = [
     "accepted to the last page",
     "adapters evicted",
     "adapters loaded",
@@ -39,10 +39,12 @@ const SEEN: [&str; 22] = [
     "pinned",
     "pins passed on",
     "planned ahead",
+    "pooled",
     "preempted",
     "prefix hits",
     "refused for one page",
     "replaced under load",
+    "rows of prompts",
     "samples discarded",
     "sums of weights too large",
     "weights of zero beside others",

@@ -4,7 +4,7 @@ use crate::KernelError;
 use crate::error::{check_below, check_length};
 use crate::geometry::BLOCK_SIZE;
 
-/// The arrays of a batch: T tokens of S sequences, G segments in W waves, L sampled rows.
+/// The arrays of a batch: T tokens of S sequences, G segments in W waves, L sampled rows, H given out.
 #[derive(Clone, Debug, Default)]
 pub struct StepArrays {
     pub token_ids: Vec<i32>,
@@ -15,6 +15,8 @@ pub struct StepArrays {
     pub block_table: Vec<i32>,
     pub block_table_indptr: Vec<i32>,
     pub logits_indices: Vec<i32>,
+    /// `[H]` rows whose hidden states are given out, ascending.
+    pub hidden_indices: Vec<i32>,
     pub wave_indptr: Vec<i32>,
     pub seg_start: Vec<i32>,
     pub seg_end: Vec<i32>,
@@ -50,6 +52,9 @@ impl StepArrays {
         }
         for &row in &self.logits_indices {
             check_below("logits index", row.into(), num_tokens as i64)?;
+        }
+        for &row in &self.hidden_indices {
+            check_below("hidden index", row.into(), num_tokens as i64)?;
         }
         Ok(())
     }

@@ -18,6 +18,8 @@ pub struct Batch {
     sample_request_ids: Vec<u64>,
     #[pyo3(get)]
     draft_token_ids: Vec<i32>,
+    #[pyo3(get)]
+    hidden_spans: Vec<(u64, usize, usize)>,
 }
 
 impl From<core::Batch> for Batch {
@@ -27,6 +29,7 @@ impl From<core::Batch> for Batch {
             request_ids: batch.request_ids,
             sample_request_ids: batch.sample_request_ids,
             draft_token_ids: batch.draft_token_ids,
+            hidden_spans: batch.hidden_spans.iter().map(fields).collect(),
             arrays: StepArrays {
                 token_ids: batch.token_ids,
                 positions: batch.positions,
@@ -36,6 +39,7 @@ impl From<core::Batch> for Batch {
                 block_table: batch.block_table,
                 block_table_indptr: batch.block_table_indptr,
                 logits_indices: batch.logits_indices,
+                hidden_indices: batch.hidden_indices,
                 wave_indptr: batch.wave_indptr,
                 seg_start: batch.seg_start,
                 seg_end: batch.seg_end,
@@ -46,12 +50,23 @@ impl From<core::Batch> for Batch {
     }
 }
 
+/// (request, position, number of rows)
+fn fields(span: &core::HiddenSpan) -> (u64, usize, usize) {
+    (span.request.0, span.position, span.num_rows)
+}
+
 #[pymethods]
 impl Batch {
     #[new]
-    fn new(arrays: NumpyArrays<'_>, num_prefill_tokens: usize) -> PyResult<Self> {
+    #[pyo3(signature = (arrays, num_prefill_tokens, hidden_indices=Vec::new()))]
+    fn new(
+        arrays: NumpyArrays<'_>,
+        num_prefill_tokens: usize,
+        hidden_indices: Vec<i32>,
+    ) -> PyResult<Self> {
         Ok(Self {
-            arrays: arrays.into_step()?,
+            arrays: arrays.into_step(hidden_indices)?,
+            hidden_spans: Vec::new(),
             num_prefill_tokens,
             request_ids: Vec::new(),
             sample_request_ids: Vec::new(),
@@ -72,6 +87,16 @@ impl Batch {
     #[getter]
     fn num_samples(&self) -> usize {
         self.arrays.logits_indices.len()
+    }
+
+    #[getter]
+    fn num_hidden(&self) -> usize {
+        self.arrays.hidden_indices.len()
+    }
+
+    #[getter]
+    fn hidden_indices<'py>(&self, py: Python<'py>) -> IntArray<'py> {
+        self.arrays.hidden_indices.clone().into_pyarray(py)
     }
 
     #[getter]
@@ -139,8 +164,9 @@ impl<'py> NumpyArrays<'py> {
         }
     }
 
-    fn into_step(self) -> PyResult<StepArrays> {
+    fn into_step(self, hidden_indices: Vec<i32>) -> PyResult<StepArrays> {
         Ok(StepArrays {
+            hidden_indices,
             token_ids: copy(&self.token_ids)?,
             positions: copy(&self.positions)?,
             slot_mapping: copy(&self.slot_mapping)?,

@@ -2,7 +2,7 @@
 
 use loraserve_core::{
     self as core, AdapterContent, AdapterId, CacheScope, Failure, FinishReason, NewRequest,
-    RequestId, SchedulerConfig,
+    PromptRows, RequestId, SchedulerConfig,
 };
 use numpy::{PyArray1, PyArrayMethods, PyReadonlyArray1};
 use pyo3::exceptions::{PyBaseException, PyValueError};
@@ -178,7 +178,7 @@ impl Scheduler {
         self.inner.pin_adapter(name, is_pinned).map_err(of_core)
     }
 
-    #[pyo3(signature = (prompt, adapters, max_tokens, min_tokens, stop_token_ids, cache_scope=(String::new(), String::new()), needs_adapter=false, without_guesses=false))]
+    #[pyo3(signature = (prompt, adapters, max_tokens, min_tokens, stop_token_ids, cache_scope=(String::new(), String::new()), needs_adapter=false, without_guesses=false, prompt_rows=None))]
     fn submit(
         &mut self,
         prompt: &Bound<'_, PyAny>,
@@ -189,6 +189,7 @@ impl Scheduler {
         cache_scope: (String, String),
         needs_adapter: bool,
         without_guesses: bool,
+        prompt_rows: Option<&str>,
     ) -> PyResult<u64> {
         let request = NewRequest {
             prompt: token_ids(prompt)?,
@@ -204,6 +205,7 @@ impl Scheduler {
             },
             needs_adapter,
             without_guesses,
+            prompt_rows: rows(prompt_rows)?,
         };
         Ok(self.inner.submit(request).map_err(of_core)?.0)
     }
@@ -318,6 +320,18 @@ fn token_ids(prompt: &Bound<'_, PyAny>) -> PyResult<Vec<i32>> {
         let message = format!("prompt must be a list of 32-bit token ids: {error}");
         InvalidRequestError::new_err(message)
     })
+}
+
+fn rows(name: Option<&str>) -> PyResult<PromptRows> {
+    match name {
+        None => Ok(PromptRows::None),
+        Some("last") => Ok(PromptRows::Last),
+        Some("all") => Ok(PromptRows::All),
+        Some(other) => {
+            let message = format!("prompt_rows is '{other}', expected 'last' or 'all'");
+            Err(PyValueError::new_err(message))
+        }
+    }
 }
 
 fn count(name: &str, value: i64) -> PyResult<usize> {

@@ -114,9 +114,10 @@ impl Scheduler {
     fn admit(&mut self, index: usize, plan: &mut Plan) -> Verdict {
         let sequence = &self.waiting[index].sequence;
         let headroom = self.running.len();
+        let (identity, max_cached) = (&sequence.request.identity, sequence.max_cached_tokens());
         let taken = self
             .memory
-            .take_table(&sequence.request.identity, &sequence.tokens, headroom);
+            .take_table(identity, &sequence.tokens, max_cached, headroom);
         let Some((table, num_computed)) = taken else {
             return Verdict::Blocked;
         };

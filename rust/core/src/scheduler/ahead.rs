@@ -56,6 +56,7 @@ impl Scheduler {
 impl Running {
     /// Whether the token that is awaited is its last for certain.
     fn will_have_ended(&self) -> bool {
-        self.num_tokens() - self.sequence.prompt_len >= self.sequence.request.max_tokens
+        let num_generated = self.num_tokens() - self.sequence.prompt_len;
+        self.awaited().is_some() && num_generated >= self.sequence.request.max_tokens
     }
 }

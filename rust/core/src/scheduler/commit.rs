@@ -60,6 +60,12 @@ impl Scheduler {
         } = &mut self.running[index];
         let (identity, tokens) = (&sequence.request.identity, &sequence.tokens);
         self.memory.publish(table, identity, tokens, *num_computed);
+        let num_given = (*num_computed).min(sequence.prompt_len);
+        sequence.next_row = sequence.next_row.max(num_given);
+        if !sequence.generates() && *num_computed == sequence.prompt_len {
+            self.finish_running(index, None, FinishReason::Length);
+            return 0;
+        }
         let Some((&last, others)) = sampled[..num_taken].split_last() else {
             return 0;
         };

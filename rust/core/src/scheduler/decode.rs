@@ -23,7 +23,8 @@ impl Scheduler {
             if plan.budget == 0 {
                 return;
             }
-            if !running.is_decoding() {
+            // One that generates nothing has none left while its last step is in flight.
+            if !running.is_decoding() && running.num_pending() > 0 {
                 let num_tokens = running.num_pending().min(plan.budget);
                 plan.rows.push((index, num_tokens));
                 plan.budget -= num_tokens;

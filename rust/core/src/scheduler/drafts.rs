@@ -25,8 +25,10 @@ impl Scheduler {
         if is_off || room == 0 {
             return Vec::new();
         }
-        let decoding = self.running.iter().filter(|r| r.is_decoding());
-        let waiting = self.waiting.iter().take(room);
+        let generates = |r: &&Running| r.is_decoding() && r.sequence.generates();
+        let decoding = self.running.iter().filter(generates);
+        let waiting = self.waiting.iter().filter(|w| w.sequence.generates());
+        let waiting = waiting.take(room);
         decoding
             .map(|r| r.sequence.request.id)
             .chain(waiting.map(|w| w.sequence.request.id))
@@ -68,7 +70,8 @@ impl Scheduler {
             if share == 0 {
                 return;
             }
-            if self.running[index].num_pending() == num_tokens {
+            let running = &self.running[index];
+            if running.num_pending() == num_tokens && running.sequence.generates() {
                 room -= self.plan_draft(index, share, plan.rows.len());
             }
         }
@@ -119,12 +122,14 @@ impl Scheduler {
         let waiting = self
             .waiting
             .binary_search_by_key(&request, |w| w.sequence.request.id);
-        if let Ok(index) = waiting {
-            return Some(&mut self.waiting[index].sequence);
-        }
-        let mut running = self.running.iter_mut();
-        let found = running.find(|r| r.sequence.request.id == request && r.is_decoding());
-        found.map(|running| &mut running.sequence)
+        let sequence = if let Ok(index) = waiting {
+            &mut self.waiting[index].sequence
+        } else {
+            let mut running = self.running.iter_mut();
+            let found = running.find(|r| r.sequence.request.id == request && r.is_decoding());
+            &mut found?.sequence
+        };
+        sequence.generates().then_some(sequence)
     }
 }
 

@@ -378,7 +378,7 @@ impl Scheduler {
         });
         let rows: Vec<_> = scheduled
             .iter()
-            .map(|&(index, s)| Row {
+            .map(|&(index, ref s)| Row {
                 admitted: self.running[index].admitted,
                 num_tokens: s.num_tokens,
                 num_samples: s.num_samples(),
@@ -423,6 +423,8 @@ impl Scheduler {
             pages: &running.table.pages,
             adapters: &running.adapters,
             is_decoding: running.is_decoding(),
+            generates: running.sequence.generates(),
+            rows: running.sequence.next_row..running.sequence.prompt_len,
         }
     }
 }

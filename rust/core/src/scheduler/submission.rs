@@ -104,13 +104,14 @@ impl Scheduler {
             self.memory.adapters.add_user(applied.adapter);
         }
         let identity = self.identity(new.scope, &adapters);
-        let guesses = self.config.max_draft_tokens > 0 && !new.without_guesses;
+        let guesses = self.config.max_draft_tokens > 0 && !new.without_guesses && max_tokens > 0;
         let speculation = guesses.then(|| {
             let answers = self.answers.of(&identity);
             Speculation::new(answers, new.prompt.len())
         });
         let sequence = Sequence {
             prompt_len: new.prompt.len(),
+            next_row: new.prompt_rows.first(new.prompt.len()),
             tokens: new.prompt,
             was_admitted: false,
             speculation,

@@ -23,6 +23,8 @@ pub struct Device {
     loading: BTreeMap<u32, i32>,
     /// What the last batch sampled.
     samples: Vec<i32>,
+    /// "Hidden states" of the rows that the last batch was to give out.
+    pub hidden: Vec<u64>,
 }
 
 /// What an adapter's extent is filled with.
@@ -53,6 +55,7 @@ impl Device {
             slots: HashMap::new(),
             loading: BTreeMap::new(),
             samples: Vec::new(),
+            hidden: Vec::new(),
         }
     }
 
@@ -139,6 +142,8 @@ impl Device {
                 "the context ends at the last token"
             );
         }
+        let rows = batch.hidden_indices.iter();
+        self.hidden = rows.map(|&row| computed[row as usize]).collect();
         let rows = batch.logits_indices.iter();
         self.samples = rows.map(|&row| sample(computed[row as usize])).collect();
         self.samples.clone()
@@ -197,6 +202,9 @@ fn check_shapes(batch: &Batch) {
     assert_eq!(batch.query_indptr.len(), num_seqs + 1);
     assert_eq!(batch.block_table_indptr.len(), num_seqs + 1);
     assert_eq!(batch.logits_indices.len(), batch.sample_request_ids.len());
+    let num_rows = batch.hidden_spans.iter().map(|span| span.num_rows);
+    assert_eq!(batch.hidden_indices.len(), num_rows.sum());
+    assert!(batch.hidden_indices.is_sorted_by(|a, b| a < b));
     assert_eq!(
         *batch.wave_indptr.last().unwrap() as usize,
         batch.seg_start.len()

@@ -6,7 +6,9 @@ mod operations;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use loraserve_core::{FinishReason, RequestOutput, Scheduler, SchedulerConfig, SchedulerOutput};
+use loraserve_core::{
+    Batch, FinishReason, RequestOutput, Scheduler, SchedulerConfig, SchedulerOutput,
+};
 
 use super::Rng;
 use super::device::{Device, kv, sample};
@@ -16,6 +18,8 @@ use super::weights::{Operation, Weights};
 /// A request as it must turn out.
 struct Expected {
     kv: u64,
+    /// Positions of its prompt whose rows it is still to be given, and what is in them.
+    rows: VecDeque<(usize, u64)>,
     /// Weight and word of those that act on its last token, and so on what it generates.
     adapters: Vec<(f32, u64)>,
     hashes: Vec<String>,
@@ -30,6 +34,13 @@ struct Expected {
     overtaken: usize,
 }
 
+/// A step that the device has run: what it sampled, and the rows it gave out.
+struct Launched {
+    step: SchedulerOutput,
+    token_ids: Vec<i32>,
+    hidden: Vec<u64>,
+}
+
 pub struct Harness {
     pub scheduler: Scheduler,
     config: SchedulerConfig,
@@ -40,7 +51,7 @@ pub struct Harness {
     /// Invariants are checked after each operation; what is done and traced is the same without.
     checks_invariants: bool,
     /// In the order in which the device has run them.
-    in_flight: VecDeque<(SchedulerOutput, Vec<i32>)>,
+    in_flight: VecDeque<Launched>,
     has_ample_budget: bool,
     /// Whether it does so wherever it can until everything has ended.
     runs_ahead: bool,
@@ -199,7 +210,7 @@ impl Harness {
 
     /// What a device that has its next step before the last is committed is given.
     fn schedule_ahead(&mut self) {
-        let runs = |(step, _): &(SchedulerOutput, Vec<i32>)| step.batch.is_some();
+        let runs = |launched: &Launched| launched.step.batch.is_some();
         if self.in_flight.len() == 1 && self.in_flight.iter().all(runs) {
             if let Some(step) = self.scheduler.schedule_ahead() {
                 self.count("planned ahead", 1);
@@ -222,7 +233,12 @@ impl Harness {
         self.count("moves", step.moves.len() as u64);
         let token_ids = self.device.run(&step);
         self.check_overtakes(&step);
-        self.in_flight.push_back((step, token_ids));
+        let hidden = std::mem::take(&mut self.device.hidden);
+        self.in_flight.push_back(Launched {
+            step,
+            token_ids,
+            hidden,
+        });
     }
 
     /// Who steps sleeps after a step without work until something happens: there must be nothing left to do.
@@ -235,8 +251,14 @@ impl Harness {
     }
 
     fn commit(&mut self) {
-        if let Some((step, mut token_ids)) = self.in_flight.pop_front() {
+        if let Some(launched) = self.in_flight.pop_front() {
+            let Launched {
+                step,
+                mut token_ids,
+                hidden,
+            } = launched;
             if let Some(batch) = &step.batch {
+                self.take_rows(batch, &hidden);
                 self.lose_samples(batch, &mut token_ids);
             }
             let are_taken = self.scheduler.commit(step.id, &token_ids);
@@ -249,6 +271,21 @@ impl Harness {
         }
     }
 
+    /// Every row that was asked for comes once, in order, and is what the request alone would have.
+    fn take_rows(&mut self, batch: &Batch, hidden: &[u64]) {
+        let mut values = hidden.iter();
+        for span in &batch.hidden_spans {
+            let values: Vec<_> = values.by_ref().take(span.num_rows).collect();
+            let Some(expected) = self.expected.get_mut(&span.request.0) else {
+                continue; // it was ended since
+            };
+            for (position, &value) in (span.position..).zip(values) {
+                assert_eq!(expected.rows.pop_front(), Some((position, value)));
+            }
+            self.count("rows of prompts", span.num_rows as u64);
+        }
+    }
+
     /// Under a budget that never splits a prompt, a request is first sampled in the step that admits it. Who waits for
     /// a late load may be overtaken without limit.
     fn check_overtakes(&mut self, step: &SchedulerOutput) {
@@ -257,7 +294,7 @@ impl Harness {
             return;
         }
         let mut admitted = BTreeSet::new();
-        for request in &batch.sample_request_ids {
+        for request in &batch.request_ids {
             let expected = self
                 .expected
                 .get_mut(request)
@@ -325,6 +362,9 @@ impl Harness {
             }
         } else if let Some(reason) = self.finishing.remove(&request) {
             finish = Some(reason);
+        } else if expected.max_tokens == 0 && output.finish == Some(FinishReason::Length) {
+            finish = Some(FinishReason::Length);
+            *self.counts.entry("pooled").or_default() += 1;
         } else if let Some(FinishReason::Error(failure)) = &output.finish {
             assert!(
                 self.failing.contains(&request),
@@ -335,6 +375,8 @@ impl Harness {
             finish.clone_from(&output.finish);
         }
         assert_eq!(output.finish, finish);
+        let is_whole = output.token.is_some() || finish == Some(FinishReason::Length);
+        assert!(!is_whole || expected.rows.is_empty(), "rows come first");
         if finish.is_some() {
             self.expected.remove(&request);
             self.count("finished", 1);

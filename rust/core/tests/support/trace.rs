@@ -48,6 +48,7 @@ impl Trace {
             &batch.block_table_indptr,
             &batch.logits_indices,
             &batch.draft_token_ids,
+            &batch.hidden_indices,
             &batch.wave_indptr,
             &batch.seg_start,
             &batch.seg_end,

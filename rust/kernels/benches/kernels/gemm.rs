@@ -158,9 +158,10 @@ fn bench_lm_head<'a>(bench: &mut Bench, model: &impl Fn() -> &'a Model) {
             setup,
             |(step, hidden, weights, gathered, logits), call| {
                 let weight = &weights[call % count];
-                let result = model()
-                    .context
-                    .logits(step, hidden, weight, gathered, logits);
+                let (context, sampled) = (&model().context, step.sampled());
+                let rows = context.gather(step, sampled, (&*hidden, HIDDEN), gathered);
+                rows.expect("shapes agree");
+                let result = context.logits(step, sampled, gathered, weight, logits);
                 result.expect("shapes agree");
             },
         );

@@ -18,7 +18,7 @@ use super::rope::{HeadTransform, rope_and_cache};
 use super::simd::Isa;
 use super::step::{BoundAdapter, CpuStep, Owner, StepArrays};
 use super::threads::ThreadPool;
-use super::token_lora::{add_embedding_loras, sampled_segments};
+use super::token_lora::{add_embedding_loras, segments_of_rows};
 use super::token_rows::{HeadScratch, Heads, OwnEmbeddings};
 use crate::KernelError;
 use crate::error::{check_below, check_end, check_length, check_not_empty, check_product};
@@ -180,31 +180,41 @@ impl CpuContext {
         )
     }
 
-    /// Logits of the sampled rows of `hidden` [T, K], of the head and of their adapters': f32 [L, the step's columns];
-    /// `rows` [L, K] takes those rows.
-    pub fn logits<E: Element>(
+    /// Copies the rows `indices` of `hidden` [T, K] to `rows`.
+    pub fn gather<E: Element>(
         &self,
         step: &CpuStep,
-        hidden: &[E],
-        lm_head: &PackedLinear,
+        indices: &[i32],
+        (hidden, width): (&[E], usize),
         rows: &mut [E],
-        out: &mut [f32],
     ) -> Result<(), KernelError> {
         step.check_owner(&self.owner)?;
-        let width = lm_head.in_features();
         check_length("hidden", hidden.len(), step.num_tokens() * width)?;
-        check_length("sampled rows", rows.len(), step.num_logits() * width)?;
-        for (row, &index) in rows
-            .chunks_exact_mut(width)
-            .zip(&step.arrays.logits_indices)
-        {
+        check_length("rows", rows.len(), indices.len() * width)?;
+        for (row, &index) in rows.chunks_exact_mut(width).zip(indices) {
             let start = index as usize * width;
             row.copy_from_slice(&hidden[start..start + width]);
         }
-        let (pool, isa, heads) = (&self.pool, self.isa, Heads::of(step));
+        Ok(())
+    }
+
+    /// Logits of the step's rows `indices`, of which `rows` [L, K] has the hidden states, of the head and of their
+    /// adapters': f32 [L, the step's columns].
+    pub fn logits<E: Element>(
+        &self,
+        step: &CpuStep,
+        indices: &[i32],
+        rows: &[E],
+        lm_head: &PackedLinear,
+        out: &mut [f32],
+    ) -> Result<(), KernelError> {
+        step.check_owner(&self.owner)?;
+        let (width, num_rows) = (lm_head.in_features(), indices.len());
+        check_length("rows with logits", rows.len(), num_rows * width)?;
+        let (pool, isa, heads) = (&self.pool, self.isa, Heads::of(step, indices));
         let vocabulary = lm_head.out_features();
         let columns = step.num_columns(vocabulary);
-        check_length("logits", out.len(), step.num_logits() * columns)?;
+        check_length("logits", out.len(), num_rows * columns)?;
         if !heads.replace_all(vocabulary) {
             let within = Epilogue::StoreWithin { columns };
             let projection = Projection {
@@ -213,11 +223,11 @@ impl CpuContext {
                 in_features: width,
                 out_features: vocabulary,
             };
-            let segments = sampled_segments(step, projection)?;
-            let sampled = (&segments[..], step.num_logits());
-            let (num_threads, rows) = (pool.num_threads(), &*rows);
+            let segments = segments_of_rows(step, indices, projection)?;
+            let segments = (&segments[..], num_rows);
+            let num_threads = pool.num_threads();
             let mut scratch = lock(&self.scratch);
-            let lora = Lora::plan(num_threads, isa, sampled, projection, rows, &mut scratch)?;
+            let lora = Lora::plan(num_threads, isa, segments, projection, rows, &mut scratch)?;
             gemm(pool, isa, rows, lm_head, lora.as_ref(), within, out)?;
         }
         let mut scratch = lock(&self.head_scratch);

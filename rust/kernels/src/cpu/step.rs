@@ -109,6 +109,16 @@ impl CpuStep {
         self.arrays.logits_indices.len()
     }
 
+    /// Rows that are sampled.
+    pub fn sampled(&self) -> &[i32] {
+        &self.arrays.logits_indices
+    }
+
+    /// Rows whose hidden states are given out.
+    pub fn num_hidden(&self) -> usize {
+        self.arrays.hidden_indices.len()
+    }
+
     /// Columns of its logits: tokens of the base's head, or of an adapter's that has more.
     pub fn num_columns(&self, vocabulary: usize) -> usize {
         let acting = self.segments.iter().filter(|segment| segment.acts());

@@ -18,9 +18,10 @@ use super::threads::{Shareable, ThreadPool};
 use crate::KernelError;
 use crate::error::check_length;
 
-/// The step's segments as ranges of its sampled rows, of adapters that have the projection.
-pub(super) fn sampled_segments(
+/// The step's segments as ranges of some of its rows, of adapters that have the projection.
+pub(super) fn segments_of_rows(
     step: &CpuStep,
+    rows: &[i32],
     projection: Projection,
 ) -> Result<Vec<Segment>, KernelError> {
     let has_it = |segment: &&Segment| {
@@ -31,12 +32,11 @@ pub(super) fn sampled_segments(
         group.is_some()
     };
     let mut segments = step.segments.iter().filter(has_it).peekable();
-    let sampled = &step.arrays.logits_indices;
-    if segments.peek().is_some() && !sampled.is_sorted() {
-        let message = "sampled rows of a step with LoRA on the head must ascend";
+    if segments.peek().is_some() && !rows.is_sorted() {
+        let message = "rows with logits of a step with LoRA on the head must ascend";
         return Err(KernelError::Invalid(message.into()));
     }
-    let row_of = |token: usize| sampled.partition_point(|&index| (index as usize) < token);
+    let row_of = |token: usize| rows.partition_point(|&index| (index as usize) < token);
     let over_rows = segments.map(|segment| Segment {
         start: row_of(segment.start),
         end: row_of(segment.end),

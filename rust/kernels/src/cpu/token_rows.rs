@@ -123,20 +123,20 @@ impl Default for HeadScratch {
     }
 }
 
-/// Sampled rows of one adapter with a head of its own.
+/// Rows with logits of one adapter with a head of its own.
 struct HeadRows<'a> {
     adapter: &'a BoundAdapter,
     rows: Vec<usize>,
 }
 
-/// What a step's adapters replace of its logits.
+/// What a step's adapters replace of the logits of some of its rows.
 pub(super) struct Heads<'a> {
     heads: Vec<HeadRows<'a>>,
     num_rows: usize,
 }
 
 impl<'a> Heads<'a> {
-    pub fn of(step: &'a CpuStep) -> Self {
+    pub fn of(step: &'a CpuStep, indices: &[i32]) -> Self {
         let mut heads: Vec<HeadRows<'a>> = Vec::new();
         let has_own = |adapter: &BoundAdapter| {
             let layout = &adapter.layout;
@@ -144,8 +144,8 @@ impl<'a> Heads<'a> {
         };
         for (segment, ()) in acting(step, has_own) {
             let tokens = segment.start..segment.end;
-            let sampled = step.arrays.logits_indices.iter().enumerate();
-            let rows = sampled.filter(|(_, index)| tokens.contains(&(**index as usize)));
+            let rows = indices.iter().enumerate();
+            let rows = rows.filter(|(_, index)| tokens.contains(&(**index as usize)));
             let rows = rows.map(|(row, _)| row);
             let adapter = &segment.adapter;
             match heads
@@ -162,7 +162,7 @@ impl<'a> Heads<'a> {
         heads.retain(|head| !head.rows.is_empty());
         Self {
             heads,
-            num_rows: step.num_logits(),
+            num_rows: indices.len(),
         }
     }
 
@@ -177,7 +177,7 @@ impl<'a> Heads<'a> {
         rows.sum::<usize>() == self.num_rows
     }
 
-    /// Overwrites their columns of `logits` [L, N], of the sampled rows `hidden` [L, K]; what a row's adapter has
+    /// Overwrites their columns of `logits` [L, N], of the rows `hidden` [L, K]; what a row's adapter has
     /// no token for becomes -∞. `vocabulary`: tokens of the base's head.
     pub fn replace<E: Element>(
         &self,

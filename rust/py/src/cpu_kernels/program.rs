@@ -191,16 +191,53 @@ pub struct CpuProgram {
 #[pymethods]
 impl CpuProgram {
     /// Runs a step that these kernels began; `result_ptr`: float32 [L, the step's columns], or [T, width] of the
-    /// storage dtype where an activation is the output.
-    fn run(&self, py: Python<'_>, step: &Bound<'_, CpuStep>, result_ptr: usize) -> PyResult<()> {
+    /// storage dtype where an activation is the output; `hidden_ptr`: [H, width] of the storage dtype.
+    #[pyo3(signature = (step, result_ptr, hidden_ptr=0))]
+    fn run(
+        &self,
+        py: Python<'_>,
+        step: &Bound<'_, CpuStep>,
+        result_ptr: usize,
+        hidden_ptr: usize,
+    ) -> PyResult<()> {
         let (context, step) = (&self.kernels.get().inner, &step.get().inner);
+        if step.num_hidden() > 0 && hidden_ptr == 0 {
+            return Err(PyValueError::new_err(
+                "the step gives rows out, and has no place for them",
+            ));
+        }
         detached(py, || {
-            // An empty tensor has no address.
-            let result = NonNull::new(result_ptr as *mut f32).unwrap_or(NonNull::dangling());
+            let (result, hidden) = (address(result_ptr), address(hidden_ptr));
             // SAFETY: the file's contract of `cpu_kernels`.
             with_element!(context.dtype, E => unsafe {
-                self.inner.run::<E>(context, step, result.cast())
+                self.inner.run::<E>(context, step, result, hidden)
             })
         })
     }
+
+    /// Logits of `count` of the rows that a step gave out, from the `first` on; `rows_ptr`: [count, width] of the
+    /// storage dtype, what it gave out; `result_ptr`: float32 [count, the step's columns].
+    fn logits_of_hidden(
+        &self,
+        py: Python<'_>,
+        step: &Bound<'_, CpuStep>,
+        first: usize,
+        count: usize,
+        rows_ptr: usize,
+        result_ptr: usize,
+    ) -> PyResult<()> {
+        let (context, step) = (&self.kernels.get().inner, &step.get().inner);
+        detached(py, || {
+            let (rows, result) = (address(rows_ptr), address(result_ptr));
+            // SAFETY: the file's contract of `cpu_kernels`.
+            with_element!(context.dtype, E => unsafe {
+                self.inner.logits_of_hidden::<E>(context, step, (first, count), rows, result)
+            })
+        })
+    }
+}
+
+/// Of a tensor; an empty one has no address, and nobody reads or writes it.
+fn address(address: usize) -> NonNull<u8> {
+    NonNull::new(address as *mut f32).map_or(NonNull::<f32>::dangling().cast(), NonNull::cast)
 }

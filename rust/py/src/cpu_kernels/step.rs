@@ -21,6 +21,11 @@ impl CpuStep {
         self.inner.num_logits()
     }
 
+    #[getter]
+    fn num_hidden(&self) -> usize {
+        self.inner.num_hidden()
+    }
+
     fn num_columns(&self, vocabulary: usize) -> usize {
         self.inner.num_columns(vocabulary)
     }

@@ -1,6 +1,7 @@
 //! KV found again: by whom, under which adapter.
 
 use super::*;
+use crate::request::PromptRows;
 
 #[test]
 fn second_request_reuses_the_prefix_but_recomputes_its_last_token() {
@@ -120,4 +121,31 @@ fn an_adapter_that_the_prompt_does_not_invoke_leaves_the_base() {
     }
     assert_eq!(state_of(&s, "a"), "registered");
     assert_eq!(s.adapters()[0].num_uninvoked, 3);
+}
+
+#[test]
+fn who_wants_rows_of_a_prompt_computes_them_and_finds_what_is_before_them() {
+    let mut scheduler = scheduler(|config| config.max_batched_tokens = 5);
+    let prompt = [5, 6, 7, 8, 9, 10, 11, 12, 13];
+    let rows = |prompt_rows| NewRequest {
+        prompt_rows,
+        ..request(&prompt, &[], 0)
+    };
+    scheduler.submit(request(&prompt, &[], 1)).unwrap();
+    assert_eq!(num_cached(&mut scheduler), [0]);
+    for (prompt_rows, cached) in [(PromptRows::Last, 8), (PromptRows::All, 0)] {
+        scheduler.submit(rows(prompt_rows)).unwrap();
+        assert_eq!(num_cached(&mut scheduler), [cached]);
+    }
+    let ends = finishes(&mut scheduler).into_iter();
+    assert!(
+        ends.map(|(_, finish)| finish)
+            .all(|finish| finish == FinishReason::Length)
+    );
+    scheduler.submit(rows(PromptRows::All)).unwrap();
+    let chunks: Vec<_> = std::iter::from_fn(|| step(&mut scheduler)).collect();
+    let spans = chunks.iter().flat_map(|batch| &batch.hidden_spans);
+    let spans: Vec<_> = spans.map(|span| (span.position, span.num_rows)).collect();
+    assert_eq!(spans, [(0, 5), (5, 4)]);
+    assert!(chunks.iter().all(|batch| batch.logits_indices.is_empty()));
 }

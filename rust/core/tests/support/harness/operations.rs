@@ -1,10 +1,10 @@
 //! What is asked of the scheduler from outside: requests, their ends, adapters and the answers to their loads.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 use loraserve_core::{
     AdapterContent, AdapterId, AdapterStats, CacheScope, Error, Failure, FinishReason, NewRequest,
-    RequestId,
+    PromptRows, RequestId,
 };
 
 use super::{Expected, Harness};
@@ -15,6 +15,11 @@ impl Harness {
         let prompt_len = self.rng.range(1, self.config.max_model_len);
         let (max_tokens, adapters) = (self.rng.range(1, 12), self.some_adapters());
         let max_tokens = (!self.rng.one_in(8)).then_some(max_tokens);
+        let max_tokens = if self.rng.one_in(6) {
+            Some(0)
+        } else {
+            max_tokens
+        };
         self.submit_one(prompt_len, max_tokens, adapters);
     }
 
@@ -73,11 +78,19 @@ impl Harness {
                 self.rng.range(0, 7) as i32
             }
         });
+        let prompt = prompt.collect();
+        let generates = max_tokens != Some(0);
+        let rows = [PromptRows::Last, PromptRows::All, PromptRows::None];
         let new = NewRequest {
-            prompt: prompt.collect(),
+            prompt,
+            prompt_rows: if generates && !self.rng.one_in(6) {
+                PromptRows::None
+            } else {
+                rows[self.rng.range(0, if generates { 2 } else { 1 })]
+            },
             adapters,
             max_tokens,
-            min_tokens: self.rng.range(0, 1),
+            min_tokens: if generates { self.rng.range(0, 1) } else { 0 },
             stop_token_ids: if self.rng.one_in(3) { vec![3] } else { vec![] },
             scope: CacheScope {
                 tenant: ["", "t"][self.rng.range(0, 1)].into(),
@@ -179,11 +192,15 @@ impl Harness {
             .copied()
             .zip(hashes.iter().map(|h| adapter_word(h)))
             .collect();
-        let mut before = 0;
+        let (mut before, mut rows) = (0, VecDeque::new());
+        let first_row = new.prompt_rows.first(new.prompt.len());
         for (position, &token) in new.prompt.iter().enumerate() {
             let acting = adapters.iter().zip(&firsts);
             let acting = acting.filter(|&(_, &first)| first <= position);
             before = kv(before, token, acting.map(|(&adapter, _)| adapter));
+            if position >= first_row {
+                rows.push_back((position, before));
+            }
         }
         if firsts.iter().any(|&first| first > 0) {
             self.count("adapters that act from within a prompt", 1);
@@ -195,6 +212,7 @@ impl Harness {
             .min(room - new.prompt.len());
         let expected = Expected {
             kv: before,
+            rows,
             kv_pages: (new.prompt.len() + max_tokens).div_ceil(self.config.block_size),
             adapter_pages: own_pages,
             adapters,
@@ -406,8 +424,8 @@ impl Harness {
         let mut batches = self
             .in_flight
             .iter()
-            .filter_map(|(step, _)| step.batch.as_ref());
-        batches.any(|batch| batch.sample_request_ids.contains(&request))
+            .filter_map(|launched| launched.step.batch.as_ref());
+        batches.any(|batch| batch.request_ids.contains(&request))
     }
 }
 

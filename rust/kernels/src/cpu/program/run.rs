@@ -87,15 +87,17 @@ impl Program {
         }
     }
 
-    /// Runs all ops for `step` and writes the result: float32 [L, vocabulary], or [T, width] of `E`.
+    /// Runs all ops for `step` and writes the result: float32 [L, vocabulary] and beside it `hidden`, the rows that
+    /// the step gives out, [H, width] of `E`; or [T, width] of `E`, where an activation is the output.
     ///
     /// # Safety
-    /// `E` is the context's dtype, and the result is writable and nobody else's meanwhile.
+    /// `E` is the context's dtype, and both are writable and nobody else's meanwhile.
     pub unsafe fn run<E: Element>(
         &self,
         context: &CpuContext,
         step: &CpuStep,
         result: NonNull<u8>,
+        hidden: NonNull<u8>,
     ) -> Result<(), KernelError> {
         let mut workspace = self
             .workspace
@@ -119,9 +121,45 @@ impl Program {
                 self.prefetch_after(index, context);
             }
             // SAFETY: this op's activations are the only ones in use.
-            unsafe { run_op(op, buffers, context, step, result)? }
+            unsafe { run_op(op, buffers, context, step, (result, hidden))? }
         }
         Ok(())
+    }
+
+    /// Logits of the rows `first..first + count` of those that a step gave out, of which `rows` has the hidden
+    /// states, [count, width] of `E`: float32 [count, the step's columns].
+    ///
+    /// # Safety
+    /// `E` is the context's dtype, the rows live meanwhile, and the result is writable and nobody else's.
+    pub unsafe fn logits_of_hidden<E: Element>(
+        &self,
+        context: &CpuContext,
+        step: &CpuStep,
+        (first, count): (usize, usize),
+        rows: NonNull<u8>,
+        result: NonNull<u8>,
+    ) -> Result<(), KernelError> {
+        let Some(Op::Logits { lm_head, .. }) = self.ops.last() else {
+            let message = "the program ends with an activation, it has no logits";
+            return Err(KernelError::Invalid(message.into()));
+        };
+        let indices = &step.arrays.hidden_indices;
+        let end = first.checked_add(count).filter(|end| *end <= indices.len());
+        let Some(end) = end else {
+            let message = format!("rows {first} + {count} of {} given out", indices.len());
+            return Err(KernelError::Invalid(message));
+        };
+        let num_columns = step.num_columns(lm_head.out_features());
+        // SAFETY: the caller's contract; the sizes are those promised.
+        unsafe {
+            let rows = std::slice::from_raw_parts(
+                rows.cast::<E>().as_ptr(),
+                count * lm_head.in_features(),
+            );
+            let logits =
+                std::slice::from_raw_parts_mut(result.cast().as_ptr(), count * num_columns);
+            context.logits(step, &indices[first..end], rows, lm_head, logits)
+        }
     }
 }
 
@@ -133,7 +171,7 @@ unsafe fn run_op<E: Element>(
     buffers: Buffers<'_, E>,
     context: &CpuContext,
     step: &CpuStep,
-    result: NonNull<u8>,
+    (result, given_out): (NonNull<u8>, NonNull<u8>),
 ) -> Result<(), KernelError> {
     // SAFETY: an op's activations differ from each other, so their slices don't overlap; constants
     // are what `Constant::new` was promised.
@@ -201,10 +239,16 @@ unsafe fn run_op<E: Element>(
                 lm_head,
                 rows,
             } => {
-                let rows = &mut buffers.get::<E>(*rows)[..step.num_logits() * rows.width];
-                let len = step.num_logits() * step.num_columns(lm_head.out_features());
+                let (width, sampled) = (hidden.width, &step.arrays.logits_indices);
+                let hidden = (&*buffers.get::<E>(*hidden), width);
+                let len = step.num_hidden() * width;
+                let given_out = std::slice::from_raw_parts_mut(given_out.cast().as_ptr(), len);
+                context.gather(step, &step.arrays.hidden_indices, hidden, given_out)?;
+                let rows = &mut buffers.get::<E>(*rows)[..sampled.len() * width];
+                context.gather(step, sampled, hidden, rows)?;
+                let len = sampled.len() * step.num_columns(lm_head.out_features());
                 let logits = std::slice::from_raw_parts_mut(result.cast().as_ptr(), len);
-                context.logits(step, buffers.get(*hidden), lm_head, rows, logits)
+                context.logits(step, sampled, rows, lm_head, logits)
             }
             Op::Output { x } => {
                 let result: *mut E = result.cast().as_ptr();
