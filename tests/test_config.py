@@ -95,6 +95,7 @@ WRONG_PARAMS: list[tuple[dict[str, Any], str]] = [
     ({"ignore_eos": "no"}, "ignore_eos is 'no', it must be True or False"),
     ({"ignore_eos": 0}, "ignore_eos is 0, it must be True or False"),
     ({"speculate": "ngram"}, "speculate is 'ngram', it must be True or False"),
+    ({"prompt_logprobs": "1"}, "prompt_logprobs is '1'"),
     ({"grammar": "json"}, "grammar is 'json'"),
     ({"grammar": {}}, "grammar is {}"),
 ]

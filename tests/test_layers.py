@@ -17,6 +17,7 @@ LAYERS = (
     "sampling.grammar",
     "sampling_params",
     "tools",
+    "pooling",
     "request",
     "text",
     "models",

@@ -35,7 +35,9 @@ CRATES: dict[str, tuple[set[str], str]] = {
         bind place tables
         norms token_lora
         factor replaced_rows
-        columns content notes receipt
+        columns content notes
+        head
+        receipt
         pack
         adapter
         fuzz

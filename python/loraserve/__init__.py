@@ -8,9 +8,11 @@ if TYPE_CHECKING:
     from loraserve.async_engine import AsyncEngine as AsyncEngine
     from loraserve.config import EngineConfig as EngineConfig
     from loraserve.llm import LLM as LLM
+    from loraserve.pooling.params import PoolingParams as PoolingParams
     from loraserve.request import BatchOutput as BatchOutput
     from loraserve.request import ChatOptions as ChatOptions
     from loraserve.request import GenerateRequest as GenerateRequest
+    from loraserve.request import PoolingOutput as PoolingOutput
     from loraserve.request import RequestOutput as RequestOutput
     from loraserve.sampling.grammar import Grammar as Grammar
     from loraserve.sampling_params import SamplingParams as SamplingParams
@@ -24,6 +26,8 @@ _MODULES = {
     "GenerateRequest": "loraserve.request",
     "Grammar": "loraserve.sampling.grammar",
     "LLM": "loraserve.llm",
+    "PoolingOutput": "loraserve.request",
+    "PoolingParams": "loraserve.pooling.params",
     "RequestOutput": "loraserve.request",
     "SamplingParams": "loraserve.sampling_params",
 }

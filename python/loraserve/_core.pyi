@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraserve.errors import LoraserveError
-from loraserve.models.ops import Linear, StepHandle
+from loraserve.models.ops import Linear
 
 __all__ = [
     "Activation",
@@ -83,7 +83,9 @@ class Batch:
     Raises TypeError for an array of another type, or one that is not contiguous.
     """
 
-    def __new__(cls, arrays: _StepArrays, num_prefill_tokens: int) -> Batch: ...
+    def __new__(
+        cls, arrays: _StepArrays, num_prefill_tokens: int, hidden_indices: list[int] = ...
+    ) -> Batch: ...
     @property
     def num_tokens(self) -> int:
         """T"""
@@ -114,6 +116,15 @@ class Batch:
     @property
     def draft_token_ids(self) -> list[int]:
         """[L] what each sample is guessed to be, -1 where nothing is; empty in a step without guesses."""
+    @property
+    def num_hidden(self) -> int:
+        """H, rows of T whose hidden states are given out."""
+    @property
+    def hidden_indices(self) -> NDArray[np.int32]:
+        """[H] which rows of T these are, ascending; a copy."""
+    @property
+    def hidden_spans(self) -> list[tuple[int, int, int]]:
+        """Whose they are, in order: request, position of the first row in its prompt, number of rows."""
     def arrays(self) -> _StepArrays:
         """Copies of the arrays, for a backend that computes in Python."""
 
@@ -329,8 +340,12 @@ class Scheduler:
         cache_scope: tuple[str, str] = ...,
         needs_adapter: bool = False,
         without_guesses: bool = False,
+        prompt_rows: Literal["last", "all"] | None = None,
     ) -> int:
         """Queue a request and return its id; it gets exactly one output with a finish reason.
+
+        `prompt_rows` says of which tokens of the prompt hidden states are given out; with them `max_tokens`
+        may be 0, and the request ends, by "length", with the step that computes its last token.
 
         `cache_scope` is (tenant, salt); no KV is shared between scopes, ("", "") is the default.
 
@@ -540,6 +555,15 @@ class Receipt:
     def invocation_tokens(self) -> list[int]:
         """Tokens of a prompt from whose last occurrence on the adapter acts; empty, it acts on all."""
     @property
+    def head(self) -> tuple[str, int, int, bytes, bytes | None] | None:
+        """What it classifies with: module, labels, features, weight [labels, features] and bias, float32.
+
+        None where the file has no head; it is no part of what is packed.
+        """
+    @property
+    def task_type(self) -> str | None:
+        """PEFT's name of what it was trained for."""
+    @property
     def notes(self) -> list[str]:
         """What was understood beyond the plain case, in words, in the order found."""
     @property
@@ -549,7 +573,10 @@ class Receipt:
     def not_used(self) -> list[str]:
         """What lies beside the weights, differs from the base model's and is not used, in words."""
     def with_beside(self, notes: list[str], not_used: list[str]) -> Receipt:
-        """The same receipt with what lies beside the weights: further notes, and what is not used."""
+        """The same receipt with what lies beside the weights: further notes, and what is not used.
+
+        Without the head, which is taken from this one.
+        """
 
 @final
 class LoadPace:
@@ -788,6 +815,9 @@ class CpuStep:
     def num_tokens(self) -> int: ...
     @property
     def num_logits(self) -> int: ...
+    @property
+    def num_hidden(self) -> int:
+        """Rows whose hidden states are given out."""
     def num_columns(self, vocabulary: int) -> int:
         """Columns of its logits: tokens of the base's head, or of an adapter's that has more."""
 
@@ -898,8 +928,17 @@ class CpuRecording:
 class CpuProgram:
     """A recorded forward pass; one step at a time, without the GIL."""
 
-    def run(self, step: StepHandle, result_ptr: int) -> None:
-        """Runs a step of its kernels and writes the result. Raises ValueError as the ops do."""
+    def run(self, step: CpuStep, result_ptr: int, hidden_ptr: int = 0) -> None:
+        """Runs a step of its kernels and writes the result, and what it gives out: [H, hidden].
+
+        Raises ValueError as the ops do.
+        """
+    def logits_of_hidden(self, step: CpuStep, first: int, count: int, rows_ptr: int, result_ptr: int) -> None:
+        """Logits of these of the rows that a step gave out, float32 [count, the step's columns].
+
+        `rows_ptr`: [count, hidden], as it gave them out. Raises ValueError as the ops do, and where the
+        program has no logits.
+        """
 
 def default_isa() -> str:
     """The instruction set of the CPU kernels here: `LORASERVE_CPU_ISA`, or the best there is."""

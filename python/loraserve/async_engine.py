@@ -55,7 +55,7 @@ class RequestStream(AsyncIterator[Delta]):
         self.tokenizer = prepared.tokenizer
         self.inbox = Inbox()
         self._engine = engine
-        self._num_open = prepared.params.n
+        self._num_open = prepared.num_sequences
         self._on_drop = weakref.finalize(self, engine.abort_soon, self.request_ids)
         self._on_drop.atexit = False
 

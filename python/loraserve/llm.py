@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,10 +11,20 @@ from typing import TYPE_CHECKING, Any
 from loraserve._core import Receipt
 from loraserve.adapters.manifest import AdapterManifest
 from loraserve.config import EngineConfig
+from loraserve.engine.calls import Prompt, as_prompts, params_per_request, per_request
 from loraserve.engine.local_run import LocalRun
+from loraserve.engine.pooled_calls import PooledCalls
 from loraserve.engine.stats import AdapterInfo, EngineInfo, EngineStats
 from loraserve.errors import InvalidRequestError
-from loraserve.request import AdapterSpec, BatchOutput, ChatOptions, GenerateRequest, RequestOutput
+from loraserve.pooling.head import ClassificationHead
+from loraserve.request import (
+    AdapterSpec,
+    BatchOutput,
+    ChatOptions,
+    GenerateRequest,
+    PoolingOutput,
+    RequestOutput,
+)
 from loraserve.sampling_params import SamplingParams
 from loraserve.tools.tool import Tool, ToolOptions
 from loraserve.validation.values import check_int
@@ -26,11 +35,10 @@ if TYPE_CHECKING:
 READ_AHEAD_STEPS = 4  # of an iterator: as many requests as so many full steps hold
 MAX_READ_AHEAD = 2**20
 
-Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
 
 
-class LLM:
+class LLM(PooledCalls):
     """One base model with its adapters, in this process.
 
     Args:
@@ -71,13 +79,13 @@ class LLM:
             CapacityError, NotFiniteError, EngineStoppedError: some request was refused or failed; the
                 others of this call are aborted.
         """
-        prompt_list = _as_prompts(prompts)
+        prompt_list = as_prompts(prompts)
         requests = [
             GenerateRequest(prompt=prompt, adapter=one_adapter, params=one_params, cache_salt=cache_salt)
             for prompt, one_adapter, one_params in zip(
                 prompt_list,
-                _per_request(adapter, len(prompt_list), "adapter"),
-                _params_per_request(params, len(prompt_list)),
+                per_request(adapter, len(prompt_list), "adapter"),
+                params_per_request(params, len(prompt_list)),
                 strict=True,
             )
         ]
@@ -131,8 +139,8 @@ class LLM:
             )
             for chat, one_adapter, one_params in zip(
                 chats,
-                _per_request(adapter, len(chats), "adapter"),
-                _params_per_request(params, len(chats)),
+                per_request(adapter, len(chats), "adapter"),
+                params_per_request(params, len(chats)),
                 strict=True,
             )
         ]
@@ -172,7 +180,7 @@ class LLM:
         if read_ahead is None:
             read_ahead = min(READ_AHEAD_STEPS * config.max_num_seqs, config.max_waiting or MAX_READ_AHEAD)
         check_int("read_ahead", read_ahead, 1, MAX_READ_AHEAD)
-        (params,) = _params_per_request(params, 1)
+        (params,) = params_per_request(params, 1)
 
         def as_request(item: Prompt | GenerateRequest) -> GenerateRequest:
             if isinstance(item, GenerateRequest):
@@ -248,6 +256,12 @@ class LLM:
         else:
             self._engine.shutdown(0.0)
 
+    def _pool(self, requests: Sequence[GenerateRequest], progress: bool | None) -> list[PoolingOutput]:
+        return [PoolingOutput.of(output) for output in self._run.run(requests, progress)]
+
+    def _head_of(self, adapter: AdapterSpec) -> ClassificationHead | None:
+        return self._run.head_of(adapter)
+
     def __enter__(self) -> LLM:
         return self
 
@@ -257,17 +271,6 @@ class LLM:
         self.close()
 
 
-def _as_prompts(prompts: Any) -> list[Prompt]:
-    """A list of prompts; one string, or one list of token ids, is one prompt."""
-    if isinstance(prompts, str):
-        return [prompts]
-    try:
-        items = list(prompts)
-    except TypeError:
-        raise InvalidRequestError(f"prompts is {prompts!r}, give a string or a list") from None
-    return [items] if items and _is_integer(items[0]) else items
-
-
 def _iterator(requests: Any) -> Iterator[Any]:
     if isinstance(requests, str | GenerateRequest):
         raise InvalidRequestError("requests is a single one, give an iterable of them")
@@ -275,31 +278,3 @@ def _iterator(requests: Any) -> Iterator[Any]:
         return iter(requests)
     except TypeError:
         raise InvalidRequestError(f"requests is {requests!r:.100}, give an iterable") from None
-
-
-def _is_integer(value: Any) -> bool:
-    try:
-        operator.index(value)
-    except TypeError:
-        return False
-    return True
-
-
-def _per_request(value: Any, num_requests: int, name: str) -> list[Any]:
-    if value is None or isinstance(value, str | Mapping | SamplingParams):
-        return [value] * num_requests
-    if not isinstance(value, Sequence):
-        raise InvalidRequestError(
-            f"{name} is {value!r}, give one for all prompts or a list with one for each"
-        )
-    if len(value) != num_requests:
-        raise InvalidRequestError(f"{name} has {len(value)} entries for {num_requests} prompts")
-    return list(value)
-
-
-def _params_per_request(value: Any, num_requests: int) -> list[SamplingParams]:
-    params = [one or SamplingParams() for one in _per_request(value, num_requests, "params")]
-    for one in params:
-        if not isinstance(one, SamplingParams):
-            raise InvalidRequestError(f"params is {one!r}, give SamplingParams")
-    return params

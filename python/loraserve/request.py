@@ -2,13 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from loraserve.errors import InvalidRequestError, LoraserveError
+from loraserve.errors import EngineStoppedError, InvalidRequestError, LoraserveError
+from loraserve.pooling.params import Pooled, PoolingParams
 from loraserve.sampling_params import MAX_TOKENS, SamplingParams
 from loraserve.tools.call import ToolCall, ToolCallDelta, append_calls
 from loraserve.tools.tool import ToolOptions
 from loraserve.validation.values import check_int
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 AdapterSpec: TypeAlias = "None | str | Mapping[str, float]"
 """The base model (None), one adapter by name, or an exact weighted sum of adapters."""
@@ -112,6 +117,7 @@ class GenerateRequest:
     """One prompt (or one chat) with its adapter and its sampling; exactly one of prompt and messages.
 
     Args:
+        prompt_pair: a second text behind the prompt, put together as the tokenizer does with pairs.
         chat: how `messages` become the prompt.
         deadline_s: seconds from its arrival in which it must be finished, else it ends with DeadlineError.
         truncate: keep only this many tokens of the prompt, its last ones.
@@ -119,10 +125,13 @@ class GenerateRequest:
             not given.
         cache_salt: up to 256 characters; only requests of the same salt share cached prompts.
         tenant: whose prompt it is; a server says so, and no cached prompt is shared between tenants.
+        pooling: what to make of the prompt's hidden states in place of an answer; of `params` nothing counts
+            then.
         may_use_base_model: whether the base model may answer where the weights leave no adapter to run.
     """
 
     prompt: str | Sequence[int] | None = None
+    prompt_pair: str | None = None
     messages: Sequence[Mapping[str, Any]] | None = None
     chat: ChatOptions = ChatOptions()
     adapter: AdapterSpec = None
@@ -133,6 +142,7 @@ class GenerateRequest:
     cache_salt: str | None = None
     tenant: str = ""
     may_use_base_model: bool = True
+    pooling: PoolingParams | None = None
 
 
 @dataclass(frozen=True)
@@ -184,7 +194,8 @@ class Delta:
     `text` may come later than its tokens: an unfinished character waits, and so does what may yet become a
     stop string. Of a chat's answer, `text` is its content, beside its reasoning and its calls. `logprobs` has
     one entry per token, None without any. The last delta of each answer, and no other, has finish_reason,
-    usage, timing and stop_string, the one that ended it, if any.
+    usage, timing and stop_string, the one that ended it, if any, and what the prompt was pooled to, if that
+    was asked for. The first delta of answer 0 has the prompt's logprobs, if they were.
     """
 
     index: int
@@ -197,6 +208,8 @@ class Delta:
     reasoning: str = ""
     tool_calls: Sequence[ToolCallDelta] = ()
     stop_string: str | None = None
+    pooled: Pooled | None = None
+    prompt_logprobs: Sequence[TokenLogprob | None] | None = None
 
 
 @dataclass
@@ -212,6 +225,8 @@ class Completion:
     reasoning: str = ""
     tool_calls: list[ToolCall] = field(default_factory=list)
     stop_string: str | None = None
+    pooled: Pooled | None = None
+    prompt_logprobs: Sequence[TokenLogprob | None] | None = None
 
     def append(self, delta: Delta) -> None:
         """Add what one step brought; deltas come in order, all of this answer."""
@@ -226,6 +241,8 @@ class Completion:
         self.usage = delta.usage or self.usage
         self.timing = delta.timing or self.timing
         self.stop_string = delta.stop_string or self.stop_string
+        self.pooled = delta.pooled or self.pooled
+        self.prompt_logprobs = delta.prompt_logprobs or self.prompt_logprobs
 
 
 @dataclass(frozen=True)
@@ -263,6 +280,11 @@ class RequestOutput:
         return self.completions[0].logprobs
 
     @property
+    def prompt_logprobs(self) -> Sequence[TokenLogprob | None] | None:
+        """One per token of the prompt, None for the first; None if none were asked for."""
+        return self.completions[0].prompt_logprobs
+
+    @property
     def finish_reason(self) -> FinishReason | None:
         """Why the first answer ended."""
         return self.completions[0].finish_reason
@@ -295,3 +317,50 @@ class BatchOutput:
             assert self.error is not None, "there is one of the two"
             raise self.error
         return self.output
+
+
+@dataclass(frozen=True)
+class PoolingOutput:
+    """What one prompt was pooled to; the fields of `pooled` are also attributes of this."""
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    adapter: AdapterSpec
+    pooled: Pooled
+    usage: Usage | None = None
+    timing: RequestTiming | None = None
+
+    @staticmethod
+    def of(output: RequestOutput) -> "PoolingOutput":
+        """Of the answer to a request with `pooling`. Raises EngineStoppedError where there is none."""
+        (answer,) = output.completions
+        if answer.pooled is None:
+            raise EngineStoppedError("the engine stopped before the prompt was computed")
+        return PoolingOutput(
+            output.prompt,
+            output.prompt_token_ids,
+            output.adapter,
+            answer.pooled,
+            answer.usage,
+            answer.timing,
+        )
+
+    @property
+    def values(self) -> "npt.NDArray[np.float32]":
+        """The embedding [dimensions], hidden states [tokens, dimensions], or logits [labels]."""
+        return self.pooled.values
+
+    @property
+    def probabilities(self) -> "npt.NDArray[np.float32] | None":
+        """Of the labels; None of embeddings."""
+        return self.pooled.probabilities
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """Names of the labels; empty of embeddings."""
+        return self.pooled.labels
+
+    @property
+    def label(self) -> str | None:
+        """The likeliest label; None of embeddings."""
+        return self.labels[int(self.values.argmax())] if self.labels else None

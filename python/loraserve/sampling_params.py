@@ -28,8 +28,8 @@ class SamplingParams:
     replace only the others. `dataclasses.replace` keeps what was given as given, and adds what it changes.
 
     Args:
-        max_tokens: most tokens to generate, at least 1; also bounded by the context. None is as many as fit
-            the context and the memory.
+        max_tokens: most tokens to generate, at least 1, or 0 where only `prompt_logprobs` are asked for; also
+            bounded by the context. None is as many as fit the context and the memory.
         temperature: 0 (or below 1e-5) is greedy; otherwise logits are divided by it.
         top_p: smallest set of tokens whose probability reaches this, in (0, 1].
         top_k: the k most likely tokens; 0 keeps all.
@@ -48,6 +48,8 @@ class SamplingParams:
         min_tokens: no end token before this many.
         logprobs: None for none; k ≥ 0 gives each chosen token's and the k likeliest tokens' natural-log
             probabilities, of the model's own distribution (before penalties and temperature).
+        prompt_logprobs: None for none; k ≥ 0 gives the same of each token of the prompt but the first.
+            Nothing of the prompt comes from the cache then.
         grammar: the form the answer must have; None leaves it free. It ends where the grammar ends.
         speculate: False computes its tokens one by one where the engine guesses ahead (`speculate` of
             EngineConfig); True asks for guesses, None leaves it to the engine. The answer is the same.
@@ -74,6 +76,7 @@ class SamplingParams:
     ignore_eos: bool = False
     min_tokens: int = 0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     grammar: Grammar | None = None
     speculate: bool | None = None
     n: int = 1
@@ -91,7 +94,7 @@ class SamplingParams:
         object.__setattr__(self, "stop", _as_tuple("stop", stop))
         object.__setattr__(self, "stop_token_ids", _as_tuple("stop_token_ids", self.stop_token_ids))
         if self.max_tokens is not None:
-            check_int("max_tokens", self.max_tokens, 1, MAX_TOKENS)
+            check_int("max_tokens", self.max_tokens, int(self.prompt_logprobs is None), MAX_TOKENS)
         max_tokens = MAX_TOKENS if self.max_tokens is None else self.max_tokens
         check_int("min_tokens", self.min_tokens, 0, max_tokens)
         check_int("top_k", self.top_k, 0, 2**31 - 1)
@@ -110,6 +113,10 @@ class SamplingParams:
             check_int("seed", self.seed, -(2**63), 2**63 - 1)
         if self.logprobs is not None:
             check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.prompt_logprobs is not None:
+            check_int("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
+        if self.max_tokens == 0 and self.n > 1:
+            raise InvalidRequestError(f"n is {self.n}, but max_tokens is 0: there is one prompt, set n to 1")
         if self.grammar is not None and not isinstance(self.grammar, Grammar):
             raise InvalidRequestError(f"grammar is {self.grammar!r:.100}, give a Grammar")
         object.__setattr__(self, "logit_bias", _checked_logit_bias(self.logit_bias))

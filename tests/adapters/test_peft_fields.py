@@ -66,7 +66,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "kasa_config": ({"beta": 1.0}, "not supported yet"),
     "layer_replication": ([[0, 2]], "merge the adapter"),
     "megatron_config": ({"a": 1}, "not supported yet"),
-    "modules_to_save": (["o_proj"], "only embed_tokens, lm_head and norms"),
+    "modules_to_save": (["o_proj"], "only embed_tokens, lm_head, norms, score and classifier"),
     "monteclora_config": ({"a": 1}, "not supported yet"),
     "peft_type": ("VERA", "train a LORA adapter"),
     "target_parameters": (["experts.gate_up_proj"], "name linear layers"),

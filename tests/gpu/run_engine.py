@@ -12,7 +12,8 @@ from loraserve import LLM, SamplingParams, _core
 from loraserve.backends.cuda.backend import CudaBackend
 from loraserve.config import EngineConfig
 from loraserve.models.decoder import Decoder
-from loraserve.request import TokenLogprob
+from loraserve.pooling.params import PoolingParams
+from loraserve.request import GenerateRequest, TokenLogprob
 
 from tests.gpu.device import open_driver
 from tests.gpu.emulated_backend import EmulatedBackend
@@ -71,8 +72,25 @@ def answer(job: dict[str, Any], device: str, **settings: Any) -> dict[str, Any]:
             outputs = llm.generate(prompts, params, adapters, progress=False)
             rounds.append([output.token_ids for output in outputs])
             margins.append([min(map(_margin, output.logprobs or [])) for output in outputs])
+        pooled = _pooled(llm, job)
         host_tier_hits = llm.stats().host_tier.num_hits
-    return {"rounds": rounds, "margins": margins, "host_tier_hits": host_tier_hits}
+    return {"rounds": rounds, "margins": margins, "host_tier_hits": host_tier_hits, "pooled": pooled}
+
+
+def _pooled(llm: LLM, job: dict[str, Any]) -> list[list[float]]:
+    """Of (prompt, adapter, fields of PoolingParams), one batch with answers; then logprobs of the prompts."""
+    asked = [
+        GenerateRequest(prompt=prompt, adapter=adapter, pooling=PoolingParams(**fields))
+        for prompt, adapter, fields in job.get("pooled", ())
+    ]
+    answers = [GenerateRequest(prompt=one.prompt, adapter=one.adapter) for one in asked]
+    outputs = llm._run.run([*asked, *answers], progress=False)[: len(asked)]
+    values = [output.completions[0].pooled for output in outputs]
+    scores = SamplingParams(max_tokens=0, prompt_logprobs=0)
+    scored = [llm.generate([one.prompt or ()], scores, one.adapter, progress=False)[0] for one in asked]
+    return [one.values.ravel().tolist() for one in values if one is not None] + [
+        [token.logprob for token in one.prompt_logprobs or () if token is not None] for one in scored
+    ]
 
 
 def _margin(logprob: TokenLogprob) -> float:

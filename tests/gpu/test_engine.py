@@ -118,6 +118,25 @@ def test_the_demo_adapters_answer_on_the_demo_model_as_on_the_cpu(
     check(job, run_on_cuda(job, tmp_path))
 
 
+def test_pooled_prompts_and_their_logprobs_are_as_on_the_cpu(
+    driver: Driver, job: dict[str, Any], tmp_path: Path
+) -> None:
+    names = list(job["adapters"])
+    kinds = [{}, {"kind": "mean"}, {"kind": "cls", "dimensions": 9}, {"task": "token_embed"}]
+    job["pooled"] = [
+        (PROMPT * 3, [None, *names][index % 3], fields) for index, fields in enumerate([*kinds, *kinds])
+    ]
+    job["settings"] = {**SETTINGS, "max_batched_tokens": 16}  # prompts of 27 tokens in chunks
+    job["rounds"] = job["rounds"][:1]
+    actual = run_on_cuda(job, tmp_path)
+    check(job, actual)
+    expected = answer(job, "cpu")["pooled"]
+    assert len(actual["pooled"]) == len(expected) == 4 * len(kinds)
+    for found, wanted in zip(actual["pooled"], expected, strict=True):
+        assert torch.tensor(found) == pytest.approx(torch.tensor(wanted), abs=0.06)
+        assert len(found) > 8
+
+
 def check(job: dict[str, Any], actual: dict[str, Any]) -> None:
     """Every decisive answer is the CPU's; most are decisive, and adapters matter."""
     expected = answer(job, "cpu")["rounds"]

@@ -13,6 +13,7 @@ from loraserve.v1 import loraserve_pb2 as pb
 from loraserve.wire.messages import delta_from_wire, delta_to_wire, request_from_wire, request_to_wire
 
 REQUESTS = [
+    GenerateRequest(prompt="x", params=SamplingParams(max_tokens=0, prompt_logprobs=3)),
     GenerateRequest(prompt="hello"),
     GenerateRequest(prompt=""),
     GenerateRequest(prompt=[1, 2, 3], adapter="sql"),
@@ -116,6 +117,7 @@ DELTAS = [
         None,
     ),
     Delta(0, "", [5], None, None, None, reasoning="hm", tool_calls=(ToolCallDelta(0, "call_1", "now", "{"),)),
+    Delta(0, "", [7], None, None, None, prompt_logprobs=[None, TokenLogprob(5, -0.5, [(7, -0.25)])]),
     Delta(0, "", [6], None, "tool_calls", None, tool_calls=(ToolCallDelta(0, arguments="}"),)),
 ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from loraserve import _core
 from loraserve.adapters.beside import BesideReader, has_files
@@ -12,11 +13,18 @@ from loraserve.adapters.manifest import AdapterManifest, has_manifest, read_mani
 from loraserve.adapters.served_base import BaseComparison, ServedBase
 from loraserve.adapters.stored import AdapterStore, StoredAdapter
 from loraserve.adapters.text import AdapterText, AddedTokens
+from loraserve.errors import AdapterFormatError, ModelError
 from loraserve.loader.base_weights import BaseWeights
 from loraserve.loader.checkpoint import Checkpoint
 from loraserve.loader.fingerprint import fingerprint
 from loraserve.loader.load import base_shape
 from loraserve.models.config import ModelConfig
+from loraserve.pooling.head import ClassificationHead, HeadMemory
+from loraserve.validation.files import is_regular_file
+from loraserve.validation.json_file import read_json
+
+MAX_HEADS_NBYTES = 2**30  # of all adapters of an engine
+CONFIG = "config.json"  # of the model that the adapter was trained as
 
 
 @dataclass(frozen=True)
@@ -24,6 +32,7 @@ class CheckedFiles:
     """All of an adapter: its weights' receipt, its manifest, and what holds for its requests.
 
     `path` is where it lies, or what stands for that; `stored` has the weights where they are not read there;
+    `head` is what it classifies with;
     `manifest_directory` is where a manifest lies, or would, None where none is looked for.
     """
 
@@ -34,6 +43,7 @@ class CheckedFiles:
     base: BaseComparison
     manifest_directory: str | None
     stored: StoredAdapter | None = None
+    head: ClassificationHead | None = None
 
     def try_chat(self) -> None:
         """Try out what the manifest asks of chats. Raises InvalidRequestError."""
@@ -93,6 +103,7 @@ class AdapterCheck:
         self.base_weights = base_weights
         self._config = config
         self._beside = beside
+        self._heads = HeadMemory(MAX_HEADS_NBYTES)
 
     def check_weights(
         self, path: str, pace: _core.LoadPace | None = None, stored: StoredAdapter | None = None
@@ -129,7 +140,7 @@ class AdapterCheck:
         Raises:
             AdapterFormatError: something of it can't be read, or can't be used with this model, or it is
                 stamped for another.
-            CapacityError: as of `BesideReader.read`, or there is no room to store what it becomes.
+            CapacityError: as of `BesideReader.read`, or there is no room for what it becomes or its head.
             OverloadedError: as of `BesideReader.read`.
         """
         stored = source if isinstance(source, StoredAdapter) else convert(source, self._config, self.store)
@@ -153,7 +164,23 @@ class AdapterCheck:
             base,
             with_own or next(reversed(directories), None),
             stored,
+            self._head(receipt, directories),
         )
+
+    def _head(self, receipt: _core.Receipt, directories: list[str]) -> ClassificationHead | None:
+        """The adapter's head, with the labels of a config.json that lies beside it."""
+        if receipt.head is None:
+            return None
+        paths = [Path(directory, CONFIG) for directory in reversed(directories)]
+        path = next(filter(is_regular_file, paths), None)
+        try:
+            config = {} if path is None else read_json(path)
+        except ModelError as error:
+            raise AdapterFormatError(str(error)) from error
+        head = ClassificationHead.of_receipt(receipt, config)
+        assert head is not None, "invariant: the receipt has one"
+        self._heads.take(head)
+        return head
 
 
 def _directories(receipt: _core.Receipt, path: str, stored: StoredAdapter | None) -> list[str]:

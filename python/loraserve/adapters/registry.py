@@ -16,6 +16,7 @@ from loraserve.errors import AdapterNotFoundError, InvalidRequestError
 
 if TYPE_CHECKING:
     from loraserve.adapters.stored import StoredAdapter
+    from loraserve.pooling.head import ClassificationHead
 
 MAX_NAME_CHARS = 256
 NAME_PATTERN = re.compile(r"[a-zA-Z0-9_\-.:]+")
@@ -48,7 +49,7 @@ class RegisteredAdapter:
     """One name; several names may share one adapter id, which stands for the content of the weights.
 
     `text` is how its requests become tokens and its tokens text; `turn` is when it was asked for, among all
-    loads; `stored` is as of its `WeightsSource`.
+    loads; `stored` is as of its `WeightsSource`; `head` is what it classifies with.
     """
 
     name: str
@@ -59,6 +60,7 @@ class RegisteredAdapter:
     text: AdapterText
     turn: int
     stored: StoredAdapter | None = None
+    head: ClassificationHead | None = None
 
     @cached_property
     def added(self) -> AddedTokens:

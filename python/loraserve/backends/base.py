@@ -39,6 +39,22 @@ class PlacedModel:
     host_tier_nbytes: int
 
 
+@dataclass(frozen=True)
+class StepRows:
+    """A step that gives out hidden states beside logits.
+
+    Args:
+        logits: of the sampled rows: float32 [L, vocab], good until the next step.
+        hidden: behind the final norm, [H, hidden] in the storage dtype on the device.
+        logits_of: (first, count) → logits of these of the H rows, float32 [count, vocab], until the
+            next step.
+    """
+
+    logits: torch.Tensor
+    hidden: torch.Tensor
+    logits_of: Callable[[int, int], torch.Tensor]
+
+
 class BaseLinears(Protocol):
     """The model's linears as `_core.load_adapter` asks for them; bytes are float32."""
 
@@ -125,6 +141,10 @@ class Backend(Protocol):
 
     def logits(self, decoder: Decoder, batch: _core.Batch) -> torch.Tensor:
         """Run one step: float32 [L, vocab], good until the next one. Raises torch.OutOfMemoryError."""
+        ...
+
+    def rows(self, decoder: Decoder, batch: _core.Batch) -> StepRows:
+        """Run one step that gives out `batch.num_hidden` rows. Raises torch.OutOfMemoryError."""
         ...
 
     def empty_caches(self) -> None:

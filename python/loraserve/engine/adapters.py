@@ -240,6 +240,7 @@ class EngineAdapters:
                     files.text,
                     turn,
                     files.stored,
+                    files.head,
                 )
             )
             if old is not None and old.adapter_id != adapter_id:

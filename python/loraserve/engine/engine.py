@@ -20,8 +20,10 @@ from loraserve.adapters.registry import RegisteredAdapter
 from loraserve.backends import Backend
 from loraserve.config import EngineConfig
 from loraserve.engine.adapters import EngineAdapters
+from loraserve.engine.launch import StepLauncher
 from loraserve.engine.lock import EngineLock
 from loraserve.engine.model_runner import BLOCK_SIZE, ModelRunner
+from loraserve.engine.prompt_rows import RowReader, RowReaders
 from loraserve.engine.queue import Deadlines, Intake, WaitingLimit, deadline_error
 from loraserve.engine.running_step import RunningStep, StepLogprobs
 from loraserve.engine.sequence import EngineOutputs, SequenceEnd, SequenceRecord, SequenceState
@@ -31,7 +33,7 @@ from loraserve.errors import EngineStoppedError, InvalidRequestError
 from loraserve.request import SHARED_CACHE, CacheScope
 from loraserve.sampling.grammar_compiler import GrammarCompiler
 from loraserve.sampling.matcher import Matcher
-from loraserve.sampling.sampler import FailedSamples, PendingSamples, Sampler
+from loraserve.sampling.sampler import FailedSamples, Sampler
 from loraserve.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -80,11 +82,9 @@ class Engine:
         self._sequences: dict[int, SequenceState] = {}
         self._deadlines = Deadlines()
         self._waiting_limit = WaitingLimit(config.max_waiting)
-        self._uses_every_core = self.runner.backend.computes_on_cpu and (
-            config.num_threads is None or config.num_threads >= _core.usable_cores()
-        )
         self.max_model_len = self.runner.model.max_model_len
         self._sampler = Sampler(self.runner.sample)
+        self._readers = RowReaders()
         self.grammars = GrammarCompiler(self.runner.model.tokenizer, self.runner.vocab_size)
         self._scheduler = _core.Scheduler(
             num_pages=self.runner.num_pages,
@@ -99,6 +99,14 @@ class Engine:
         )
         self.adapters = EngineAdapters(
             config, self.runner, self._scheduler, self.grammars, self._lock, self._intake, self._wake
+        )
+        self._launcher = StepLauncher(
+            self.runner,
+            self.adapters,
+            self._sampler,
+            self._readers,
+            uses_every_core=self.runner.backend.computes_on_cpu
+            and (config.num_threads is None or config.num_threads >= _core.usable_cores()),
         )
         self.adapters.load_configured()
         self.runner.backend.start()
@@ -116,6 +124,7 @@ class Engine:
         cache_scope: CacheScope = SHARED_CACHE,
         needs_adapter: bool = False,
         matcher: Matcher | None = None,
+        reader: RowReader | None = None,
         eos_token_ids: Sequence[int] | None = None,
         registered: Mapping[str, RegisteredAdapter | None] = MappingProxyType({}),
     ) -> int:
@@ -131,6 +140,7 @@ class Engine:
             cache_scope: whose cached prompts it finds and adds to.
             needs_adapter: refuse it if the weights leave only the base model.
             matcher: of the grammar it follows, for this sequence alone.
+            reader: of rows of its prompt, for this sequence alone.
             eos_token_ids: what ends it by itself, unless `params` ignores that; None is as the model's.
             registered: what the adapters' names meant when the prompt was made.
 
@@ -150,6 +160,7 @@ class Engine:
         if has_own_ids:  # else what its adapter adds is looked up with the adapter
             self.runner.check_token_ids(prompt)
             self.runner.check_token_ids(chosen_ids)
+        generates = reader is None or not reader.ends_with_prompt
         record = record or SequenceRecord(time.monotonic())
         if deadline_s is not None and time.monotonic() >= record.arrived_at + deadline_s:
             raise deadline_error(deadline_s)
@@ -168,17 +179,21 @@ class Engine:
             request_id = self._scheduler.submit(
                 list(prompt),
                 to_apply := list(self.adapters.to_apply(adapters)),
-                params.max_tokens,
-                params.min_tokens,
+                params.max_tokens if generates else 0,
+                params.min_tokens if generates else 0,
                 stop_token_ids,
                 cache_scope,
                 needs_adapter and len(to_apply) == len(adapters),
                 params.speculate is False,
+                None if reader is None else reader.rows,
             )
+            if reader is not None:
+                self._readers.add(request_id, reader)
             seed = secrets.randbits(64) if seed is None else seed
-            # A token that only prompts may have is no column of its logits.
-            seen = self.runner.producible(prompt, added.producible) if added.known else prompt
-            self._sampler.add(request_id, params, seed, seen, stop_token_ids, matcher)
+            if generates:
+                # A token that only prompts may have is no column of its logits.
+                seen = self.runner.producible(prompt, added.producible) if added.known else prompt
+                self._sampler.add(request_id, params, seed, seen, stop_token_ids, matcher)
             record.adapter_was_resident = self._scheduler.has_its_adapters(request_id)
             names = tuple(name for name, _ in adapters)
             usage = self.adapters.usage.counters(names)
@@ -327,27 +342,9 @@ class Engine:
         """Begin what was planned; None if nothing of it is to be committed."""
         if planned is None:
             return None
-        for move in planned.moves:
-            self.runner.move(*move)
-        if planned.loads:
-            self.runner.backend.order_loads()
-        for load in planned.loads:
-            self.adapters.start_load(*load)
-        batch = planned.batch
-        is_contended = self._uses_every_core and batch is not None
-        self.adapters.loader.set_contended(is_contended)
-        self.runner.backend.set_contended(is_contended)
-        if batch is None:
-            return None
-        if self._step_began is None:
+        if planned.batch is not None and self._step_began is None:
             self._step_began = time.monotonic()
-        request_ids, guesses = batch.sample_request_ids, batch.draft_token_ids
-        samples: PendingSamples
-        try:
-            samples = self._sampler.sample(self.runner.execute(batch), request_ids, guesses)
-        except torch.OutOfMemoryError as error:
-            samples = FailedSamples(error.with_traceback(None))  # which would keep the step's tensors
-        return RunningStep(planned, request_ids, guesses, samples)
+        return self._launcher.launch(planned)
 
     def _commit(self, running: RunningStep) -> StepLogprobs:
         """Wait for the step's tokens and take them; the logprobs that were asked for, by request."""
@@ -365,6 +362,8 @@ class Engine:
                     token_ids[row] = -1  # behind a guess: the next step finds it so, if the guess comes true
                 else:
                     self._end_not_finite(request_ids[row])  # before the commit, which takes no token for it
+            for request_id in running.with_rows and self._readers.not_finite(running.with_rows):
+                self._end_not_finite(request_id)
             are_taken = self._scheduler.commit(running.planned, token_ids)
         if running.guesses:
             running.note_guesses(self._sequences, token_ids, are_taken)
@@ -400,9 +399,9 @@ class Engine:
                 self._scheduler.finish(request_id, deadline_error(deadline_s))
 
     def _end_not_finite(self, request_id: int) -> None:
-        num_output_tokens = self._sampler.num_output_tokens(request_id)
-        if num_output_tokens is None:  # it ended while the step ran
+        if request_id not in self._sequences:  # it ended while the step ran
             return
+        num_output_tokens = self._sampler.num_output_tokens(request_id)
         error = self._sequences[request_id].not_finite_error(self.config.dtype, num_output_tokens)
         if self._scheduler.finish(request_id, error):
             logger.warning("a request failed: %s", error)
@@ -426,6 +425,7 @@ class Engine:
         request_id, token_id, error = end.request_id, end.token_id, end.error
         self._sampler.remove(request_id)
         del self._sequences[request_id]
+        self._readers.remove(request_id)
         return SequenceEnd(
             request_id,
             token_id,

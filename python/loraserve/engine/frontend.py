@@ -13,6 +13,8 @@ from loraserve.engine.engine import Engine
 from loraserve.engine.prepared import ALL_PARAMETERS, PreparedRequest, prepare, resolve_adapters
 from loraserve.engine.sequence import EngineOutputs, SequenceEnd, SequenceRecord
 from loraserve.errors import AdapterNotFoundError
+from loraserve.pooling.head import ClassificationHead
+from loraserve.pooling.pooler import Pooler
 from loraserve.request import (
     AdapterSpec,
     Delta,
@@ -23,6 +25,7 @@ from loraserve.request import (
 )
 from loraserve.sampling.grammar import Grammar
 from loraserve.sampling.matcher import Matcher
+from loraserve.sampling.prompt_scores import PromptScores
 from loraserve.text.detokenizer import IncrementalDetokenizer, StopStrings
 from loraserve.text.tokenizer import Tokenizer
 from loraserve.tools.sink import AnswerPiece
@@ -35,7 +38,13 @@ Owner = TypeVar("Owner")
 class ActiveSequence:
     """One of the n answers to a request: turns what the engine gives it into deltas of text."""
 
-    def __init__(self, index: int, prepared: PreparedRequest, record: SequenceRecord) -> None:
+    def __init__(
+        self,
+        index: int,
+        prepared: PreparedRequest,
+        record: SequenceRecord,
+        reader: Pooler | PromptScores | None = None,
+    ) -> None:
         tokenizer = prepared.tokenizer
         self._index = index
         self._num_prompt_tokens = len(prepared.prompt_token_ids)
@@ -45,12 +54,23 @@ class ActiveSequence:
         self._detokenizer = IncrementalDetokenizer(tokenizer, prepared.prompt_token_ids)
         self._stop_strings = StopStrings(prepared.params.stop_strings)
         self._record = record
+        self._pooler = reader if isinstance(reader, Pooler) else None
+        self._scores = reader if isinstance(reader, PromptScores) else None  # until they are told
         form = prepared.form
         self._parser = None if form is None else form.parser()
         self._shown: Mapping[int, str] = {} if form is None else form.shown
 
     def push(self, token_id: int, logprob: TokenLogprob | None) -> Delta:
         """What a token adds behind which the engine goes on; the last delta if it ends the answer."""
+        return self._with_scores(self._push(token_id, logprob))
+
+    def _with_scores(self, delta: Delta) -> Delta:
+        if self._scores is not None:
+            delta.prompt_logprobs = self._scores.logprobs
+            self._scores = None
+        return delta
+
+    def _push(self, token_id: int, logprob: TokenLogprob | None) -> Delta:
         self._num_tokens += 1
         text = self._text(token_id)
         logprobs = None if logprob is None else [logprob]
@@ -76,12 +96,17 @@ class ActiveSequence:
         """
         if end.error is not None:
             raise end.error
+        if self._pooler is not None:
+            delta = self._last("", [], None, "abort" if end.finish_reason == "abort" else "stop")
+            delta.pooled = self._pooler.pooled
+            return delta
         token_ids = [] if end.token_id is None else [end.token_id]
         self._num_tokens += len(token_ids)
         self._note_reasoning(len(token_ids))
         text = self._last_text(token_ids, end.finish_reason)
         finish = "stop" if self._stop_strings.is_matched else end.finish_reason
-        return self._last(text, token_ids, None if end.logprob is None else [end.logprob], finish)
+        logprobs = None if end.logprob is None else [end.logprob]
+        return self._with_scores(self._last(text, token_ids, logprobs, finish))
 
     def _note_reasoning(self, num_last_tokens: int) -> None:
         """The answer ends with these tokens, perhaps within its reasoning."""
@@ -173,7 +198,11 @@ class Frontend(Generic[Owner]):
             self._engine.runner.model.sampling_defaults,
             arrived_at,
             self._engine.config,
+            self._engine.runner.model.head,
+            self._engine.runner.model.config.hidden_size,
         )
+        if request.pooling is not None:
+            return prepared
         return replace(prepared, matcher=self._matcher(prepared))
 
     def _matcher(self, prepared: PreparedRequest) -> Matcher | None:
@@ -187,6 +216,17 @@ class Frontend(Generic[Owner]):
 
     def _compiled(self, prepared: PreparedRequest, grammar: Grammar) -> Matcher:
         return self._engine.grammars.compile(grammar, prepared.cache_scope, prepared.tokenizer)
+
+    def head_of(self, spec: AdapterSpec) -> ClassificationHead | None:
+        """What classifies prompts for these adapters, the model's where they have none; None without any.
+
+        Raises InvalidRequestError: as of `resolve_adapters`.
+        """
+        merged = self._engine.config.merge
+        adapters = resolve_adapters(spec) or ([] if merged is None else [(merged, 1.0)])
+        found = [self._engine.adapters.find(name) for name, _ in adapters]
+        heads = [one.head for one in found if one is not None and one.head is not None]
+        return heads[0] if heads else self._engine.runner.model.head
 
     def tokenizer_for(self, spec: AdapterSpec) -> Tokenizer:
         """What `prepare` tokenises prompts for these adapters with.
@@ -217,7 +257,8 @@ class Frontend(Generic[Owner]):
         request_ids: list[int] = []
         params = prepared.params
         try:
-            for index in range(params.n):
+            for index in range(prepared.num_sequences):
+                reader = self._reader(prepared) if index == 0 else None
                 seed = None if params.seed is None else params.seed + index
                 record = SequenceRecord(prepared.arrived_at)
                 request_id = self._engine.submit(
@@ -230,16 +271,28 @@ class Frontend(Generic[Owner]):
                     cache_scope=prepared.cache_scope,
                     needs_adapter=prepared.needs_adapter,
                     matcher=prepared.matcher and prepared.matcher.copy(),
+                    reader=reader,
                     eos_token_ids=prepared.tokenizer.eos_token_ids,
                     registered=prepared.registered,
                 )
                 request_ids.append(request_id)
-                sequence = ActiveSequence(index, prepared, record)
+                sequence = ActiveSequence(index, prepared, record, reader)
                 self._active[request_id] = (sequence, owner)
         except BaseException:
             self.abort(request_ids)
             raise
         return request_ids
+
+    def _reader(self, prepared: PreparedRequest) -> Pooler | PromptScores | None:
+        """What is to be made of the rows of its prompt."""
+        prompt, pooling, params = prepared.prompt_token_ids, prepared.request.pooling, prepared.params
+        if pooling is not None:
+            return Pooler(pooling, len(prompt), prepared.head)
+        if params.prompt_logprobs is None:
+            return None
+        vocab_size = self._engine.runner.vocab_size
+        ends = params.max_tokens == 0
+        return PromptScores(prompt, params.prompt_logprobs, vocab_size, ends_with_prompt=ends)
 
     def abort(self, request_ids: Iterable[int]) -> None:
         """End sequences now, without further deltas."""

@@ -55,8 +55,8 @@ class GatheredRequest:
     def prepare(self, prepared: PreparedRequest) -> None:
         """What is to be submitted of it, anew."""
         self.prepared = prepared
-        self.completions = [Completion() for _ in range(prepared.params.n)]
-        self.num_open = prepared.params.n
+        self.completions = [Completion() for _ in range(prepared.num_sequences)]
+        self.num_open = prepared.num_sequences
 
     @property
     def has_ended(self) -> bool:

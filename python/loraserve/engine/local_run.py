@@ -17,7 +17,8 @@ from loraserve.engine.frontend import MAX_PREPARED_AGAIN, Frontend
 from loraserve.engine.gathering import GatheredRequest, Gathering
 from loraserve.engine.sequence import EngineOutputs
 from loraserve.errors import EngineStoppedError, InvalidRequestError, LoraserveError
-from loraserve.request import BatchOutput, GenerateRequest, RequestOutput
+from loraserve.pooling.head import ClassificationHead
+from loraserve.request import AdapterSpec, BatchOutput, GenerateRequest, RequestOutput
 
 PROGRESS_DELAY_S = 1.0  # batches that end sooner show no progress bar
 
@@ -67,6 +68,11 @@ class LocalRun:
         """
         with self.one_call():
             return self._answer(requests, progress)
+
+    def head_of(self, adapter: AdapterSpec) -> ClassificationHead | None:
+        """What classifies prompts for an adapter, as of `Frontend.head_of`."""
+        with self.one_call():
+            return self._frontend.head_of(adapter)
 
     def _answer(self, requests: Sequence[GenerateRequest], progress: bool | None) -> list[RequestOutput]:
         gathering = Gathering()

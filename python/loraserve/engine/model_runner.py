@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
+from typing import TypeVar
 
 import torch
 
@@ -11,6 +12,7 @@ from loraserve import _core
 from loraserve.adapters.check import CheckedFiles
 from loraserve.adapters.merged_weights import MergedAdapter, MergedWeights
 from loraserve.backends import Backend, Extent, open_backend
+from loraserve.backends.base import StepRows
 from loraserve.config import EngineConfig
 from loraserve.errors import CapacityError, InvalidRequestError
 from loraserve.loader import Checkpoint, LoadedModel, load_model
@@ -20,6 +22,8 @@ from loraserve.models.ops import KvGeometry, Ops, PendingRows
 from loraserve.models.weights import BuildDecoder
 
 BLOCK_SIZE = 16  # tokens per page
+
+Result = TypeVar("Result")
 
 
 class ModelRunner:
@@ -146,7 +150,6 @@ class ModelRunner:
         vars(self).pop("ops", None)
         self.model.release()
 
-    @torch.inference_mode()
     def execute(self, batch: _core.Batch) -> torch.Tensor:
         """Logits of the rows the batch samples: float32 [L, vocab].
 
@@ -155,12 +158,20 @@ class ModelRunner:
         Raises:
             torch.OutOfMemoryError: that did not help; `out_of_memory` makes it an answer.
         """
+        return self._run(self.backend.logits, batch)
+
+    def execute_with_rows(self, batch: _core.Batch) -> StepRows:
+        """As `execute`, of a batch that gives out hidden states."""
+        return self._run(self.backend.rows, batch)
+
+    @torch.inference_mode()
+    def _run(self, run: Callable[[Decoder, _core.Batch], Result], batch: _core.Batch) -> Result:
         try:
-            return self.backend.logits(self.model.decoder, batch)
+            return run(self.model.decoder, batch)
         except torch.OutOfMemoryError:
             pass  # what the failed run has made is kept alive until here
         self.backend.empty_caches()
-        return self.backend.logits(self.model.decoder, batch)
+        return run(self.model.decoder, batch)
 
     def out_of_memory(self, batch: _core.Batch, error: torch.OutOfMemoryError) -> CapacityError:
         """What a step's requests are told that found no memory; later steps have what it gave up."""

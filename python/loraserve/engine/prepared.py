@@ -16,6 +16,7 @@ from loraserve.adapters.text import common_text, without_weightless
 from loraserve.config import EngineConfig
 from loraserve.engine.answer_form import AnswerForm, answer_form
 from loraserve.errors import InvalidRequestError
+from loraserve.pooling.head import ClassificationHead
 from loraserve.request import (
     SHARED_CACHE,
     AdapterSpec,
@@ -41,7 +42,8 @@ class PreparedRequest:
     """A request the engine understands: token ids, (adapter, weight) pairs, checked parameters.
 
     `tokenizer` has its tokens and their ends, those of its adapters or the model's; `registered` is what its
-    adapters' names meant; `form` is of a chat's answers, None where all of them is content.
+    adapters' names meant; `form` is of a chat's answers, None where all of them is content; `head` is what
+    classifies, where that is asked for.
     """
 
     request: GenerateRequest
@@ -56,6 +58,12 @@ class PreparedRequest:
     needs_adapter: bool = False
     form: AnswerForm | None = None
     matcher: Matcher | None = None
+    head: ClassificationHead | None = None
+
+    @property
+    def num_sequences(self) -> int:
+        """How many the engine runs for it."""
+        return 1 if self.request.pooling is not None else self.params.n
 
 
 def prepare(
@@ -66,12 +74,15 @@ def prepare(
     sampling_defaults: Mapping[str, Any] = MappingProxyType({}),
     arrived_at: float | None = None,
     config: EngineConfig | None = None,
+    model_head: ClassificationHead | None = None,
+    hidden_size: int | None = None,
 ) -> PreparedRequest:
     """Tokenise and resolve a request, which arrived at that time on `time.monotonic`; None is now.
 
     The manifest of its one adapter fills the gaps of its parameters, then what lies beside its adapters, then
     the model's `sampling_defaults`. `tokenizer` is the model's; adapters may have another (`common_text`).
     `config` is the engine's: a request that names no adapter asks for the one that the model has become.
+    `model_head` is of a model that classifies; `hidden_size` bounds the dimensions of embeddings.
 
     Raises:
         InvalidRequestError: not exactly one of prompt and messages, an empty prompt, a bad adapter spec, or
@@ -80,10 +91,10 @@ def prepare(
     arrived_at = time.monotonic() if arrived_at is None else arrived_at
     check_deadline(request.deadline_s)
     _check_cache_salt(request.cache_salt)
-    if (request.prompt is None) == (request.messages is None):
-        raise InvalidRequestError("give exactly one of prompt and messages")
-    if request.messages is None and request.chat != ChatOptions():
-        raise InvalidRequestError("chat options are given with a prompt, they need messages")
+    _check_form(request, model_head)
+    generates = request.pooling is None and request.params.max_tokens != 0
+    if request.pooling is not None and hidden_size is not None:
+        request.pooling.check_dimensions(hidden_size)
     merged = None if config is None else config.merge
     max_num_tokens = _max_prompt_tokens(request.truncate, max_model_len)
     adapters = resolve_adapters(request.adapter)
@@ -100,29 +111,8 @@ def prepare(
     )
     tokenizer = text_of_adapters.tokenizer
     manifest = AdapterManifest() if adapter is None else adapter.manifest
-    form: AnswerForm | None = None
-    if request.messages is not None:
-        if not request.messages:
-            raise InvalidRequestError("messages is empty, give at least one message")
-        messages = manifest.with_system_prompt(request.messages)
-        text = _render_chat(messages, request.chat, tokenizer)
-        form = answer_form(request.chat, text, tokenizer, manifest, config)
-        tokenizer.check_fits(text, max_num_tokens - 1, "prompt")
-        token_ids = tokenizer.encode(text, add_special_tokens=False)
-    elif isinstance(request.prompt, str):
-        tokenizer.check_fits(request.prompt, max_num_tokens - 1, "prompt")
-        token_ids = tokenizer.encode(request.prompt)
-    else:
-        token_ids = _integers(request.prompt)
-    if request.truncate is not None:
-        token_ids = token_ids[-request.truncate :]
-    if not token_ids:
-        raise InvalidRequestError("the prompt is empty, give at least one token")
-    if len(token_ids) >= max_model_len:
-        raise InvalidRequestError(
-            f"prompt has {len(token_ids)} tokens, limit is {max_model_len - 1}: "
-            "the context length less one token to generate"
-        )
+    token_ids, form = _prompt_tokens(request, tokenizer, manifest, max_num_tokens - generates, config)
+    _check_length(len(token_ids), max_model_len, generates=generates)
     defaults = (
         {**sampling_defaults, **text_of_adapters.sampling_defaults} if request.uses_model_defaults else {}
     )
@@ -147,7 +137,90 @@ def prepare(
         cache_scope,
         needs_adapter=not request.may_use_base_model,
         form=form,
+        head=_head(request, adapters, named, model_head),
     )
+
+
+def _check_form(request: GenerateRequest, model_head: ClassificationHead | None) -> None:
+    """Whether it says once what the prompt is, and asks for something that the model does."""
+    if (request.prompt is None) == (request.messages is None):
+        raise InvalidRequestError("give exactly one of prompt and messages")
+    if request.messages is None and request.chat != ChatOptions():
+        raise InvalidRequestError("chat options are given with a prompt, they need messages")
+    if request.prompt_pair is not None and not isinstance(request.prompt, str):
+        raise InvalidRequestError("prompt_pair is behind a prompt that is text, give that")
+    if request.pooling is None and model_head is not None:
+        raise InvalidRequestError(
+            "the model classifies and has no head that predicts tokens: it can't generate, classify with it"
+        )
+
+
+def _prompt_tokens(
+    request: GenerateRequest,
+    tokenizer: Tokenizer,
+    manifest: AdapterManifest,
+    limit: int,
+    config: EngineConfig | None,
+) -> tuple[list[int], AnswerForm | None]:
+    """The prompt's tokens and the form of a chat's answers; texts of far more than `limit` tokens fail."""
+    form: AnswerForm | None = None
+    if request.messages is not None:
+        if not request.messages:
+            raise InvalidRequestError("messages is empty, give at least one message")
+        messages = manifest.with_system_prompt(request.messages)
+        text = _render_chat(messages, request.chat, tokenizer)
+        if request.pooling is None:
+            form = answer_form(request.chat, text, tokenizer, manifest, config)
+        tokenizer.check_fits(text, limit, "prompt")
+        token_ids = tokenizer.encode(text, add_special_tokens=False)
+    elif isinstance(request.prompt, str):
+        tokenizer.check_fits(request.prompt, limit, "prompt")
+        if request.prompt_pair is None:
+            token_ids = tokenizer.encode(request.prompt)
+        else:
+            tokenizer.check_fits(request.prompt_pair, limit, "prompt_pair")
+            token_ids = tokenizer.encode_pair(request.prompt, request.prompt_pair)
+    else:
+        token_ids = _integers(request.prompt)
+    if request.truncate is not None:
+        token_ids = token_ids[-request.truncate :]
+    return token_ids, form
+
+
+def _check_length(num_tokens: int, max_model_len: int, *, generates: bool) -> None:
+    if num_tokens == 0:
+        raise InvalidRequestError("the prompt is empty, give at least one token")
+    limit = max_model_len - 1 if generates else max_model_len
+    if num_tokens > limit:
+        less = " less one token to generate" if generates else ""
+        raise InvalidRequestError(
+            f"prompt has {num_tokens} tokens, limit is {limit}: the context length{less}"
+        )
+
+
+def _head(
+    request: GenerateRequest,
+    adapters: Sequence[tuple[str, float]],
+    named: Mapping[str, RegisteredAdapter],
+    model_head: ClassificationHead | None,
+) -> ClassificationHead | None:
+    """What classifies: the head of the request's one adapter, else the model's."""
+    if request.pooling is None or request.pooling.task != "classify":
+        return None
+    with_heads = [name for name, _ in adapters if name in named and named[name].head is not None]
+    if with_heads and (len(adapters) > 1 or adapters[0][1] != 1.0):
+        raise InvalidRequestError(
+            f"adapter {with_heads[0]!r} has a head, which is no delta that could be weighted or summed: "
+            "classify with it alone and weight 1"
+        )
+    head = named[with_heads[0]].head if with_heads else model_head
+    if head is None:
+        who = f"adapter {adapters[0][0]!r} has" if adapters else "the model has"
+        raise InvalidRequestError(
+            f"{who} no head to classify with: name an adapter that was trained with one (task_type SEQ_CLS, "
+            "with score or classifier in its file)"
+        )
+    return head
 
 
 def resolve_adapters(spec: AdapterSpec) -> list[tuple[str, float]]:

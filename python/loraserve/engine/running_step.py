@@ -26,6 +26,12 @@ class RunningStep:
     guesses: Sequence[int]
     samples: PendingSamples
 
+    @property
+    def with_rows(self) -> list[int]:
+        """Requests that the step gives rows of their prompts."""
+        assert self.planned.batch is not None
+        return [request_id for request_id, *_ in self.planned.batch.hidden_spans]
+
     def is_behind_guess(self, row: int) -> bool:
         """Whether a row's token counts only if the one before it was guessed right."""
         return bool(self.guesses) and row > 0 and self.guesses[row - 1] >= 0

@@ -97,12 +97,16 @@ class SequenceState:
         self.record.num_draft_tokens += 1
         self.record.num_accepted_tokens += came_true
 
-    def not_finite_error(self, dtype: str, num_output_tokens: int) -> NotFiniteError:
-        """Of logits that were no numbers after as many tokens, of a model stored as `dtype`."""
+    def not_finite_error(self, dtype: str, num_output_tokens: int | None) -> NotFiniteError:
+        """Of logits that were no numbers after as many tokens, of a model stored as `dtype`.
+
+        None stands for a prompt that nothing is generated for.
+        """
         remedy = "use other weights" if dtype == "float32" else "use other weights, or dtype float32"
         adapters = ", ".join(repr(name) for name in self.adapter_names)
         where = f"with adapter {adapters}" if adapters else "of the base model"
+        of_what = "hidden states" if num_output_tokens is None else "logits"
+        at = "in the prompt" if num_output_tokens is None else f"at token {num_output_tokens} of the answer"
         return NotFiniteError(
-            f"the logits {where} are not finite at token {num_output_tokens} of the "
-            f"answer: weights or their products overflow {dtype}; {remedy}"
+            f"the {of_what} {where} are not finite {at}: weights or their products overflow {dtype}; {remedy}"
         )

@@ -18,8 +18,11 @@ from loraserve.models.config import ModelConfig
 from loraserve.models.decoder import Decoder
 from loraserve.models.ops import Packer
 from loraserve.models.weights import BuildDecoder, Tensors, build_decoder, weights_nbytes
+from loraserve.pooling.head import ClassificationHead
 from loraserve.text.tokenizer import Tokenizer
 from loraserve.validation.files import expanded, is_regular_file
+
+MAX_LABELS = 2**16
 
 
 def base_shape(config: ModelConfig) -> _core.BaseShape:
@@ -34,7 +37,7 @@ class LoadedModel:
 
     `fingerprint` says which weights they are (`loader/fingerprint.py`). `sampling_defaults` is what
     `SamplingParams.with_defaults` takes. `quantization` is what matrices are quantised as, as "q4_k" or
-    "int8", None where they are dense; `weights_nbytes` what they take.
+    "int8", None where they are dense; `weights_nbytes` what they take. `head` is of a model that classifies.
     """
 
     path: Path
@@ -46,6 +49,7 @@ class LoadedModel:
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
     quantization: str | None = None
     weights_nbytes: int = 0
+    head: ClassificationHead | None = None
 
     @property
     def base_shape(self) -> _core.BaseShape:
@@ -94,6 +98,7 @@ def load_model(
         weights, kept = packed_weights(checkpoint, changed, quantization, keeps_quantized=keeps_quantized)
         tokenizer = checkpoint.load_tokenizer()
         defaults = _sampling_defaults(checkpoint, generation_config)
+        head = _head(checkpoint) if config.is_classifier else None
 
         def build(packer: Packer, num_positions: int) -> Decoder:
             decoder = build_decoder(config, weights, packer, dtype, num_positions)
@@ -112,7 +117,20 @@ def load_model(
             defaults,
             kept,
             nbytes,
+            head,
         )
+
+
+def _head(checkpoint: Checkpoint) -> ClassificationHead:
+    """What a checkpoint classifies with. Raises ModelError."""
+    weight = checkpoint.tensor("score.weight").float()
+    hidden_size = checkpoint.config.hidden_size
+    if weight.ndim != 2 or weight.shape[1] != hidden_size or not 0 < len(weight) <= MAX_LABELS:
+        raise ModelError(
+            f"{checkpoint.path}: tensor score.weight has shape {list(weight.shape)}, expected from 1 to "
+            f"{MAX_LABELS} labels of {hidden_size} features"
+        )
+    return ClassificationHead.of_tensors(weight, None, checkpoint.raw_config)
 
 
 def _sampling_defaults(checkpoint: Checkpoint, generation_config: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from loraserve.errors import ModelError
 from loraserve.models.ops import DOWN, GATE_UP, QKV, O
-from loraserve.models.registry import find_architecture
+from loraserve.models.registry import CLASSIFIES, find_architecture
 from loraserve.models.rope import RopeConfig
 from loraserve.validation.values import token_ids
 
@@ -97,6 +97,11 @@ class ModelConfig:
                 f"num_attention_heads {self.num_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_kv_heads}"
             )
+
+    @property
+    def is_classifier(self) -> bool:
+        """Whether it has a head for labels in place of the one for tokens."""
+        return self.architecture.endswith(CLASSIFIES)
 
     @property
     def q_size(self) -> int:

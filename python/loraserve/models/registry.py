@@ -66,7 +66,10 @@ _QWEN_2 = _LLAMA | {
 }
 _QWEN_3 = _QWEN_2 | {"head_dim": 128}
 
-ARCHITECTURES: Mapping[str, Architecture] = {
+GENERATES = "ForCausalLM"
+CLASSIFIES = "ForSequenceClassification"
+
+_GENERATING: dict[str, Architecture] = {
     "LlamaForCausalLM": Architecture(
         "llama", _LLAMA, None, None, None, qk_norm=False, uses_window_fields=False
     ),
@@ -79,6 +82,11 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "Qwen3ForCausalLM": Architecture(
         "qwen3", _QWEN_3, None, None, False, qk_norm=True, uses_window_fields=True
     ),
+}
+
+# The same decoder, with another head.
+ARCHITECTURES: Mapping[str, Architecture] = _GENERATING | {
+    name.removesuffix(GENERATES) + CLASSIFIES: one for name, one in _GENERATING.items()
 }
 
 

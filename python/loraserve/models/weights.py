@@ -89,7 +89,8 @@ def build_decoder(
 
 def weights_nbytes(config: ModelConfig, weights: Weights, itemsize: int) -> int:
     """Bytes of all matrices once packed, those that are dense of `itemsize`. Raises ModelError."""
-    tables = [EMBEDDING] if config.tie_word_embeddings else [EMBEDDING, HEAD]
+    is_one = config.tie_word_embeddings or config.is_classifier
+    tables = [EMBEDDING] if is_one else [EMBEDDING, HEAD]
     shape = (config.vocab_size, config.hidden_size)
     fused = [[(name, shape)] for name in tables]
     fused += [parts for index in range(config.num_layers) for parts in _layer_parts(config, index)]
@@ -129,6 +130,8 @@ def table_names(config: ModelConfig, weights: Tensors) -> tuple[str, str]:
 
     Raises ModelError.
     """
+    if config.is_classifier:
+        return EMBEDDING, EMBEDDING  # nothing is generated
     if not config.tie_word_embeddings:
         return EMBEDDING, HEAD
     if not weights.has(HEAD):

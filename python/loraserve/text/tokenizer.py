@@ -221,6 +221,13 @@ class Tokenizer:
         Runs without the GIL, as a batch does: a long text takes seconds. Raises InvalidRequestError: the
         tokenizer has no tokens for it.
         """
+        return self._encode(text, add_special_tokens)
+
+    def encode_pair(self, text: str, pair: str) -> list[int]:
+        """As `encode` of two texts, put together as the tokenizer does."""
+        return self._encode((text, pair))
+
+    def _encode(self, text: str | tuple[str, str], add_special_tokens: bool = True) -> list[int]:
         with ENCODING:
             (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         ids: list[int] = encoding.ids

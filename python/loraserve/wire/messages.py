@@ -61,7 +61,7 @@ def request_from_wire(message: pb.GenerateRequest) -> GenerateRequest:
         messages=messages,
         chat=chat,
         adapter=_adapter_from_wire(message),
-        params=_sampling_from_wire(message.sampling),
+        params=_sampling_from_wire(message.sampling, only_prompt=message.only_prompt),
         deadline_s=message.deadline_s if message.HasField("deadline_s") else None,
         truncate=message.truncate if message.HasField("truncate") else None,
         cache_salt=message.cache_salt if message.HasField("cache_salt") else None,
@@ -97,12 +97,14 @@ def _adapter_from_wire(message: pb.GenerateRequest) -> AdapterSpec:
     return message.adapter or dict(message.adapters) or None
 
 
-def _sampling_from_wire(message: pb.SamplingParams) -> SamplingParams:
+def _sampling_from_wire(message: pb.SamplingParams, *, only_prompt: bool) -> SamplingParams:
     given: dict[str, Any] = {field.name: value for field, value in message.ListFields()}
     for name in _REPEATED_SAMPLING_FIELDS & given.keys():
         given[name] = tuple(given[name])
     if given.get("max_tokens") == AS_MANY_AS_FIT:
         given["max_tokens"] = None
+    if only_prompt:
+        given["max_tokens"] = 0
     if message.logit_bias:
         given["logit_bias"] = dict(message.logit_bias)
     if message.HasField("grammar"):
@@ -136,6 +138,7 @@ def request_to_wire(request: GenerateRequest) -> pb.GenerateRequest:
             deadline_s=request.deadline_s,
             truncate=request.truncate,
             cache_salt=request.cache_salt,
+            only_prompt=request.params.max_tokens == 0,
         )
         _set_prompt(message, request)
         _set_adapter(message, request.adapter)
@@ -174,6 +177,8 @@ def _sampling_to_wire(params: SamplingParams) -> pb.SamplingParams:
     values = {name: value for name, value in values.items() if value is not None}
     if params.max_tokens is None:
         values["max_tokens"] = AS_MANY_AS_FIT
+    elif params.max_tokens == 0:
+        del values["max_tokens"]  # `only_prompt` says so
     if params.grammar is not None:
         values["grammar"] = _grammar_to_wire(params.grammar)
     return pb.SamplingParams(**values)
@@ -197,6 +202,8 @@ def delta_to_wire(delta: Delta) -> pb.GenerateResponse:
     )
     message.tool_calls.extend(call_delta_to_wire(call) for call in delta.tool_calls)
     message.logprobs.extend(_logprob_to_wire(logprob) for logprob in delta.logprobs or ())
+    of_prompt = [logprob for logprob in delta.prompt_logprobs or () if logprob is not None]
+    message.prompt_logprobs.extend(_logprob_to_wire(logprob) for logprob in of_prompt)
     if delta.finish_reason is not None:
         message.finish_reason = _FINISH_REASONS[delta.finish_reason]
     if delta.usage is not None:
@@ -233,6 +240,9 @@ def delta_from_wire(message: pb.GenerateResponse) -> Delta:
         timing=_timing_from_wire(message.timing) if message.HasField("timing") else None,
         reasoning=message.reasoning,
         tool_calls=tuple(map(call_delta_from_wire, message.tool_calls)),
+        prompt_logprobs=[None, *map(_logprob_from_wire, message.prompt_logprobs)]
+        if message.prompt_logprobs
+        else None,
     )
 
 

@@ -12,6 +12,7 @@ use crate::bind::{Binding, Factors, bind};
 use crate::columns::Tensors;
 use crate::content::ContentHash;
 use crate::error::{Error, Result};
+use crate::head::{Head, HeadSource, take_head};
 use crate::layout::{AdapterLayout, FactorDtype, StorageDtype};
 use crate::matrix::{Matrix, check_finite, finite_values, store};
 use crate::names::Names;
@@ -68,8 +69,8 @@ pub fn check_paced(
 ) -> Result<Receipt> {
     let mut adapter = Adapter::open(place, shape, limits)?;
     adapter.find_rows(base, None, pace)?;
-    let hash = adapter.read(pace, None)?;
-    Ok(adapter.receipt(shape, hash))
+    let (hash, head) = adapter.read(pace, None)?;
+    Ok(adapter.receipt(shape, hash, head))
 }
 
 /// Reads, checks and packs a registered adapter into `extent`, and says where its parts lie.
@@ -121,12 +122,14 @@ struct Adapter {
     dtype: StorageDtype,
     factors: FactorDtype,
     base_model: Option<String>,
+    task_type: Option<String>,
     invocation_tokens: Vec<i32>,
     weights: Weights,
     /// In order of (layer, path).
     bindings: Vec<Binding>,
     token_loras: Vec<TokenLora>,
     norms: Vec<Norm>,
+    head: Option<HeadSource>,
     tables: Tables,
     /// Of the tables, once they are found.
     rows: ReplacedRows,
@@ -155,6 +158,8 @@ impl Adapter {
             token_loras.map_err(|error| error.trained_on(config.base_model.as_deref()))?;
         let norms = take_norms(&mut names.tensors, &config, shape);
         let norms = norms.map_err(|error| error.trained_on(config.base_model.as_deref()))?;
+        let head = take_head(&mut names.tensors, &config, shape);
+        let head = head.map_err(|error| error.trained_on(config.base_model.as_deref()))?;
         let alphas = read_alphas(&mut weights, std::mem::take(&mut names.alphas))?;
         let bindings = bind(names, alphas, &config, shape, limits.max_lora_rank);
         let bindings = bindings.map_err(|error| error.trained_on(config.base_model.as_deref()))?;
@@ -169,11 +174,13 @@ impl Adapter {
             dtype: limits.dtype,
             factors: limits.factors,
             base_model: config.base_model,
+            task_type: config.task_type,
             invocation_tokens: config.invocation_tokens,
             weights,
             bindings,
             token_loras,
             norms,
+            head,
             tables,
             rows: ReplacedRows::default(),
             notes,
@@ -235,7 +242,7 @@ impl Adapter {
             shape,
             base,
         });
-        let hash = self.read(pace, packing.as_mut())?;
+        let (hash, _) = self.read(pace, packing.as_mut())?;
         if hash != expected_hash {
             return Err(Error::Changed {
                 path: self.directory,
@@ -248,15 +255,22 @@ impl Adapter {
         Ok(layout)
     }
 
-    /// Reads, checks and hashes all of it, and packs it where there is a place; returns the content's hash.
-    fn read(&mut self, pace: &Pace, mut packing: Option<&mut Packing<'_>>) -> Result<String> {
+    /// Reads, checks and hashes all of it, and packs it where there is a place; returns the content's hash, and the
+    /// head to classify with, which is not packed.
+    fn read(
+        &mut self,
+        pace: &Pace,
+        mut packing: Option<&mut Packing<'_>>,
+    ) -> Result<(String, Option<Head>)> {
         let (mut hash, mut bursts) = (ContentHash::new(), Bursts::new(pace));
         self.read_modules(&mut hash, &mut bursts, packing.as_deref_mut())?;
         hash.invocation(&self.invocation_tokens);
         self.read_token_loras(&mut hash, &mut bursts, packing.as_deref_mut())?;
         self.read_norms(&mut hash, packing.as_deref_mut())?;
         self.read_rows(&mut hash, &mut bursts, packing)?;
-        Ok(hash.finish())
+        let head = self.head.as_ref();
+        let head = head.map(|head| head.read(&mut self.weights, &mut hash));
+        Ok((hash.finish(), head.transpose()?))
     }
 
     /// One module's tensors are in memory at a time.
@@ -392,10 +406,12 @@ impl Adapter {
         Ok(())
     }
 
-    fn receipt(self, shape: &BaseShape, hash: String) -> Receipt {
+    fn receipt(mut self, shape: &BaseShape, hash: String, head: Option<Head>) -> Receipt {
         let nbytes = self.layout(shape).nbytes;
         let num_beside = self.rows.used(&self.tables).count() + 2 * self.token_loras.len();
-        let num_beside = num_beside + self.norms.len();
+        let of_head = self.head.as_ref().map_or(0, HeadSource::num_tensors);
+        let num_beside = num_beside + self.norms.len() + of_head;
+        self.notes.extend(head.as_ref().map(head_note));
         let bindings = || self.bindings.iter();
         let layers: BTreeSet<_> = bindings().map(|binding| binding.layer).collect();
         let ranks = bindings().map(|binding| binding.rank);
@@ -413,6 +429,8 @@ impl Adapter {
                 && self.token_loras.is_empty()
                 && self.norms.is_empty()),
             is_compared: !self.tables.all.is_empty(),
+            head,
+            task_type: self.task_type,
             nbytes,
             alone: alone(&self.bindings, &self.rows, &self.norms),
             replaced_rows: self.rows,
@@ -423,6 +441,12 @@ impl Adapter {
             not_used: Vec::new(),
         }
     }
+}
+
+fn head_note(head: &Head) -> String {
+    let (module, num_labels) = (head.module, head.num_labels);
+    let labels = if num_labels == 1 { "label" } else { "labels" };
+    format!("{module}: a head to classify with, of {num_labels} {labels}")
 }
 
 fn check_magnitude(binding: &Binding, tensors: &Tensors<'_>) -> Result<()> {

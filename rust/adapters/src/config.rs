@@ -10,7 +10,7 @@ use crate::fields::Fields;
 use crate::initialisation;
 use crate::pattern::PatternMap;
 use crate::target::Targets;
-use crate::tensor_name::{TokenModule, names_norms};
+use crate::tensor_name::{CLASSIFIERS, TokenModule, names_norms};
 
 /// PEFT's defaults for fields left out.
 const DEFAULT_RANK: usize = 8;
@@ -42,6 +42,8 @@ impl TrainedBias {
 #[expect(clippy::struct_excessive_bools, reason = "as many as PEFT has")]
 pub(crate) struct Config {
     pub(crate) base_model: Option<String>,
+    /// PEFT's name of what it was trained for.
+    pub(crate) task_type: Option<String>,
     pub(crate) targets: Targets,
     /// `modules_to_save`: names of modules, or ends of their paths.
     pub(crate) saved_modules: Vec<String>,
@@ -88,6 +90,7 @@ impl Config {
         let alpha_pattern = fields.numbers_by_pattern("alpha_pattern")?;
         Ok(Self {
             base_model: fields.string("base_model_name_or_path").map(String::from),
+            task_type: fields.string("task_type").map(String::from),
             targets: Targets::new(fields)?,
             saved_modules: saved_modules(fields)?,
             ensures_tying: fields.flag("ensure_weight_tying")?,
@@ -174,11 +177,13 @@ fn trained_bias(fields: &Fields) -> Result<TrainedBias> {
     }
 }
 
-/// Embedding, head and norms may be listed, other modules may not.
+/// Embedding, heads and norms may be listed, other modules may not.
 fn saved_modules(fields: &Fields) -> Result<Vec<String>> {
     let field = "modules_to_save";
     let listed = fields.strings(field)?;
-    let is_served = |path: &&str| TokenModule::of(path).is_some() || names_norms(path);
+    let is_served = |path: &&str| {
+        TokenModule::of(path).is_some() || names_norms(path) || CLASSIFIERS.contains(path)
+    };
     if !listed.iter().all(is_served) {
         return Err(fields.unsupported(field));
     }

@@ -70,6 +70,8 @@ pub enum Error {
         module: &'static str,
         reason: String,
     },
+    #[error("tensor {tensor} can't be served as a head to classify with: {reason}")]
+    Head { tensor: String, reason: String },
     #[error(
         "{source}; the adapter was trained on {trained_on:?} (base_model_name_or_path), is that the base model here?"
     )]

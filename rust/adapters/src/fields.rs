@@ -22,7 +22,6 @@ const HARMLESS: &[&str] = &[
     "qalora_group_size", // used only with use_qalora
     "revision",
     "runtime_config",
-    "task_type",
     "unsloth_fixed",
 ];
 
@@ -39,8 +38,8 @@ const REMEDIES: &[(&str, &str)] = &[
     ),
     (
         "modules_to_save",
-        "only embed_tokens, lm_head and norms may be listed: train without others, or merge the adapter into \
-         its base and serve that",
+        "only embed_tokens, lm_head, norms, score and classifier may be listed: train without others, or \
+         merge the adapter into its base and serve that",
     ),
     ("target_parameters", "name linear layers in target_modules"),
 ];
@@ -73,6 +72,7 @@ const READ: &[&str] = &[
     "r",
     "rank_pattern",
     "target_modules",
+    "task_type",
     "trainable_token_indices",
     "use_dora",
     "use_rslora",

@@ -19,6 +19,7 @@ mod fields;
 mod foreign;
 #[cfg(fuzzing)]
 pub mod fuzz;
+mod head;
 mod host_tier;
 mod initialisation;
 mod layout;
@@ -46,6 +47,7 @@ pub use base_linears::{BaseLinears, Delta};
 pub use base_weights::{BaseWeights, DIGEST_NBYTES, StoredWeight, row_digests};
 pub use error::{Error, ErrorKind, Result};
 pub use foreign::{Expected, recognise, recognise_file};
+pub use head::Head;
 pub use host_tier::{HostTier, HostTierStats, PackedAdapter};
 pub use layout::{
     AdapterLayout, BLOCK_ALIGN, COLUMNS_NBYTES, ColumnsLayout, EmbeddingLoraLayout, FactorDtype,

@@ -28,7 +28,11 @@ const BESIDE_LAYERS: &[(&str, &str)] = &[
     ("embed_tokens", "model.embed_tokens"),
     ("lm_head", "lm_head"),
     ("norm", "model.norm"),
+    ("score", "score"),
+    ("classifier", "classifier"),
 ];
+/// Those of them that stand beside the root, not in it.
+const OUTSIDE_ROOT: &[&str] = &["lm_head", "score", "classifier"];
 /// What other tools call the two halves, and PEFT.
 const HALVES: &[(&str, &str)] = &[("lora_down", "lora_A"), ("lora_up", "lora_B")];
 /// Parts of an adapter whose own name may follow them.
@@ -195,7 +199,7 @@ fn split_module<'a, 'b>(parts: &'b [&'a str]) -> Option<(Option<String>, String,
     }
     let (first, rest) = inner.split_first()?;
     let (_, module) = BESIDE_LAYERS.iter().find(|(name, _)| name == first)?;
-    let root = (*first != "lm_head").then_some(root);
+    let root = (!OUTSIDE_ROOT.contains(first)).then_some(root);
     Some((root, (*module).into(), rest))
 }
 
@@ -405,6 +409,11 @@ mod tests {
                 "base_model.model.lm_head.modules_to_save.weight",
                 "lm_head.modules_to_save.weight",
             ),
+            (
+                "base_model.model.score.modules_to_save.default.weight",
+                "score.weight",
+            ),
+            ("classifier.bias", "classifier.bias"),
             (
                 "model.layers.1.input_layernorm.modules_to_save.mine.weight",
                 "model.layers.1.input_layernorm.weight",

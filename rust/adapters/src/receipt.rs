@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use crate::head::Head;
 use crate::replaced_rows::ReplacedRows;
 
 /// Facts about an adapter that fits the base model.
@@ -25,6 +26,10 @@ pub struct Receipt {
     pub changes_tables: bool,
     /// Whether the file has embeddings or a head, which were compared with the base's.
     pub is_compared: bool,
+    /// What it classifies with; it is no part of what is packed.
+    pub head: Option<Head>,
+    /// PEFT's name of what it was trained for (`task_type`).
+    pub task_type: Option<String>,
     /// Packed length in bytes.
     pub nbytes: usize,
     /// BLAKE3 of the content, in hex.

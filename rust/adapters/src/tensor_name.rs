@@ -78,6 +78,9 @@ impl TokenModule {
     }
 }
 
+/// Modules beside the layers that PEFT saves with a sequence classifier.
+pub(crate) const CLASSIFIERS: [&str; 2] = ["score", "classifier"];
+
 /// Last parts of the paths of norms: before attention, before the MLP, after all layers.
 pub(crate) const BEFORE_ATTENTION: &str = "input_layernorm";
 pub(crate) const BEFORE_MLP: &str = "post_attention_layernorm";

@@ -40,7 +40,7 @@ fn config_fields_that_change_the_result_are_refused_by_name() {
         ("bias", json!("some")),
         ("bias", json!(true)),
         ("fan_in_fan_out", json!(true)),
-        ("modules_to_save", json!(["lm_head", "score"])),
+        ("modules_to_save", json!(["lm_head", "qa_outputs"])),
         ("layer_replication", json!([[0, 1]])),
         ("megatron_config", json!({"a": 1})),
         ("target_parameters", json!(["experts.w1"])),

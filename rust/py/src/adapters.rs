@@ -43,6 +43,14 @@ impl BaseWeights for BaseFunction {
     }
 }
 
+type HeadParts<'py> = (
+    &'static str,
+    usize,
+    usize,
+    Bound<'py, PyBytes>,
+    Option<Bound<'py, PyBytes>>,
+);
+
 /// What a checked adapter turned out to be.
 #[pyclass(frozen, module = "loraserve._core")]
 pub struct Receipt {
@@ -132,6 +140,25 @@ impl Receipt {
         self.inner.replaced_rows.added_head_tokens().collect()
     }
 
+    /// (module, labels, features, weight, bias) as float32 in bytes.
+    #[getter]
+    fn head<'py>(&self, py: Python<'py>) -> Option<HeadParts<'py>> {
+        let head = self.inner.head.as_ref()?;
+        let bias = head.bias.as_ref().map(|bias| PyBytes::new(py, bias));
+        Some((
+            head.module,
+            head.num_labels,
+            head.num_features,
+            PyBytes::new(py, &head.weight),
+            bias,
+        ))
+    }
+
+    #[getter]
+    fn task_type(&self) -> Option<&str> {
+        self.inner.task_type.as_deref()
+    }
+
     #[getter]
     fn notes(&self) -> Vec<String> {
         self.inner.notes.clone()
@@ -147,9 +174,10 @@ impl Receipt {
         self.inner.alone
     }
 
-    /// The same receipt with what lies beside the weights: further notes, and what is not used.
+    /// The same receipt with what lies beside the weights: further notes, and what is not used; without a head.
     fn with_beside(&self, notes: Vec<String>, not_used: Vec<String>) -> Self {
         let mut inner = self.inner.clone();
+        inner.head = None;
         inner.notes.extend(notes);
         inner.not_used = not_used;
         Self { inner }

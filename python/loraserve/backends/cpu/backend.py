@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from loraserve import _core
-from loraserve.backends.base import Extent, PlacedModel
+from loraserve.backends.base import Extent, PlacedModel, StepRows
 from loraserve.backends.cpu.ops import BLOCK_SIZE, CpuOps
 from loraserve.backends.cpu.program import CpuProgram
 from loraserve.backends.machine_memory import host_memory
@@ -94,12 +94,21 @@ class CpuBackend:
             self._pretouch.stop()
 
     def logits(self, decoder: Decoder, batch: _core.Batch) -> torch.Tensor:
+        program = self._begin(decoder, batch)
+        return program.run(self._ops.begin_step(batch))
+
+    def rows(self, decoder: Decoder, batch: _core.Batch) -> StepRows:
+        program = self._begin(decoder, batch)
+        return program.run_with_rows(self._ops.begin_step(batch))
+
+    def _begin(self, decoder: Decoder, batch: _core.Batch) -> CpuProgram:
+        """What runs the batch, whose pages are about to be written."""
         if self._pretouch is not None:
             page_end = -(-batch.slot_end // BLOCK_SIZE)
             self._pretouch.use_below(page_end * self._page_nbytes)
         if self._program is None:
             self._program = self._ops.record(decoder)
-        return self._program.run(self._ops.begin_step(batch))
+        return self._program
 
     def empty_caches(self) -> None:
         """Nothing is kept."""

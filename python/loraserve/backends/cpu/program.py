@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from loraserve import _core
+from loraserve.backends.base import StepRows
 
 if TYPE_CHECKING:
     from loraserve.models.decoder import Decoder
@@ -19,12 +20,23 @@ class CpuProgram:
     Args:
         program: the recording.
         vocab_size: tokens of the head.
+        hidden_size: features of a hidden state.
+        dtype: of hidden states.
         constants: tensors whose addresses the program holds; kept alive here.
     """
 
-    def __init__(self, program: _core.CpuProgram, vocab_size: int, constants: list[torch.Tensor]) -> None:
+    def __init__(
+        self,
+        program: _core.CpuProgram,
+        vocab_size: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+        constants: list[torch.Tensor],
+    ) -> None:
         self._program = program
         self._vocab_size = vocab_size
+        self._hidden_size = hidden_size
+        self._dtype = dtype
         self._constants = constants
         self._logits = torch.empty(0, dtype=torch.float32)
 
@@ -33,13 +45,32 @@ class CpuProgram:
 
         Columns are the head's tokens, and what an adapter of the step has beyond: -inf in others' rows.
         """
+        logits = self._room(step)
+        self._program.run(step, logits.data_ptr())
+        return logits
+
+    def run_with_rows(self, step: _core.CpuStep) -> StepRows:
+        """As `run`, with the hidden states that the step gives out, which stay good."""
+        logits = self._room(step)
+        hidden = torch.empty(step.num_hidden, self._hidden_size, dtype=self._dtype)
+        self._program.run(step, logits.data_ptr(), hidden.data_ptr())
+        num_columns = step.num_columns(self._vocab_size)
+
+        def logits_of(first: int, count: int) -> torch.Tensor:
+            out = torch.empty(count, num_columns, dtype=torch.float32)
+            rows = hidden[first : first + count]
+            self._program.logits_of_hidden(step, first, len(rows), rows.data_ptr(), out.data_ptr())
+            return out
+
+        return StepRows(logits, hidden, logits_of)
+
+    def _room(self, step: _core.CpuStep) -> torch.Tensor:
         num_rows, num_columns = step.num_logits, step.num_columns(self._vocab_size)
         if self._logits.numel() < num_rows * num_columns:
             # Kept from step to step, because fresh memory is cleared page by page; a quarter more, so that
             # steps that grow don't each allocate.
             num_kept_rows = num_rows + num_rows // 4
             self._logits = torch.empty(num_kept_rows * num_columns, dtype=torch.float32)
-        self._program.run(step, self._logits.data_ptr())
         return self._logits[: num_rows * num_columns].view(num_rows, num_columns)
 
 
@@ -60,7 +91,8 @@ def record(
     recorder = Recorder(dtype, attention_features)
     hidden = decoder.forward(recorder, None)
     program = recorder.recording.logits(kernels, hidden, decoder.lm_head)
-    return CpuProgram(program, decoder.lm_head.out_features, recorder.constants)
+    head = decoder.lm_head
+    return CpuProgram(program, head.out_features, head.in_features, dtype, recorder.constants)
 
 
 class Recorder:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from loraserve import _core
-from loraserve.backends.base import Extent, PlacedModel
+from loraserve.backends.base import Extent, PlacedModel, StepRows
 from loraserve.backends.cuda.base_linears import CudaBaseLinears
 from loraserve.backends.cuda.device import CudaDevice, TorchCudaDevice
 from loraserve.backends.cuda.dummy_batch import largest_batch
@@ -222,6 +222,17 @@ class CudaBackend:
         if self._graphs is not None and bucket is not None:
             return self._graphs.run(batch, bucket)
         return self._run(decoder)(self._ops.begin_step(batch))
+
+    def rows(self, decoder: Decoder, batch: _core.Batch) -> StepRows:
+        ops, step = self._ops, self._ops.begin_step(batch)
+        hidden = decoder.forward(ops, step)
+        indices = torch.from_numpy(batch.hidden_indices).to(hidden.device)
+        rows = hidden.index_select(0, indices)
+
+        def logits_of(first: int, count: int) -> torch.Tensor:
+            return ops.logits_of(rows[first : first + count], decoder.lm_head)
+
+        return StepRows(ops.logits(step, hidden, decoder.lm_head), rows, logits_of)
 
     def empty_caches(self) -> None:
         self._device.empty_caches()

@@ -205,6 +205,13 @@ class CudaOps(CudaPacker):
         self._device.matmul_float32(rows, _own_linear(lm_head).weight, out)
         return out
 
+    def logits_of(self, rows: torch.Tensor, lm_head: Linear) -> torch.Tensor:
+        """Logits of hidden states [N, hidden]: float32 [N, vocab], memory of its own."""
+        weight = _own_linear(lm_head).weight
+        out = torch.empty(len(rows), len(weight), dtype=torch.float32, device=self.device)
+        self._device.matmul_float32(rows, weight, out)
+        return out
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return self._norm(x, None, weight, eps)
 

@@ -47,6 +47,7 @@ class RequestLimits:
                 f"stop has {num_strings} strings, limit is {self.max_stop_sequences}: send fewer"
             )
         self.check_alternatives("logprobs", request.params.logprobs or 0)
+        self.check_alternatives("prompt_logprobs", request.params.prompt_logprobs or 0)
         if request.chat.chat_template is not None and not self.trust_request_chat_template:
             raise InvalidRequestError(
                 "chat_template is given, but this server takes no templates from requests: leave it out, "

@@ -2,6 +2,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod heads;
 mod norms;
 mod refusals;
 mod token_lora;

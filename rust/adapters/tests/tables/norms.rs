@@ -78,7 +78,7 @@ fn norms_that_do_not_fit_are_refused() {
         ),
         (
             Box::new(|p| p.config["modules_to_save"] = json!(["q_norm"])),
-            "only embed_tokens, lm_head and norms may be listed",
+            "only embed_tokens, lm_head, norms, score and classifier may be listed",
         ),
     ];
     for (change, fragment) in cases {

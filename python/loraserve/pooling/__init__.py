@@ -1,0 +1,1 @@
+"""Requests whose answer is no text: embeddings, classes, hidden states."""
