@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from loraserve import errors
-from loraserve.server.http.errors import KINDS
+from loraserve.server.http.errors import KINDS, PreviousResponseNotFoundError, ResponseNotFoundError
 
 from tests.server.http.fake_engine import FakeEngine
 from tests.server.http.http_thread import HttpThread
@@ -53,7 +53,6 @@ def completion(prompt: str, *, stream: bool = False) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("method", "path", "instead"),
     [
-        ("POST", "/v1/responses", "ask /v1/chat/completions"),
         ("POST", "/api/generate", "ask /v1/completions"),
         ("POST", "/completion", "ask /v1/completions"),
         ("GET", "/models", "see /v1/models"),
@@ -70,8 +69,8 @@ def test_a_route_of_another_server_says_what_to_ask_here(
 
 def test_every_typed_error_has_a_status() -> None:
     typed = {cls for cls in vars(errors).values() if isinstance(cls, type)} - {errors.LoraserveError}
-    assert typed == set(KINDS)
-    assert {name for name, *_ in TABLE} == {cls.__name__ for cls in KINDS}
+    assert typed | {ResponseNotFoundError, PreviousResponseNotFoundError} == set(KINDS)
+    assert {name for name, *_ in TABLE} == {cls.__name__ for cls in typed}
 
 
 @pytest.mark.parametrize("stream", [False, True])

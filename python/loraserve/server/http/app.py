@@ -13,6 +13,7 @@ from loraserve.server.http.messages.routes import router as messages
 from loraserve.server.http.middleware import RequestIdMiddleware
 from loraserve.server.http.openai.openapi import OpenAIError, Responses
 from loraserve.server.http.openai.routes import router as openai
+from loraserve.server.http.responses.routes import router as responses
 from loraserve.server.http.state import HttpState
 from loraserve.server.http.tgi.openapi import TgiError
 from loraserve.server.http.tgi.routes import router as tgi
@@ -36,6 +37,7 @@ def create_app(state: HttpState) -> FastAPI:
     )
     app.state.http = state
     app.include_router(openai)
+    app.include_router(responses)
     app.include_router(messages)
     app.include_router(tgi)
     app.include_router(admin, responses=ADMIN_ERRORS)

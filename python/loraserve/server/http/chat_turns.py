@@ -1,13 +1,28 @@
-"""Turns of a chat as chat templates are given them, whichever API they come by."""
+"""What chats of all APIs share: turns as chat templates are given them, and how long an answer may be."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from loraserve.errors import InvalidRequestError
+from loraserve.sampling_params import SamplingParams
 from loraserve.tools.call import check_arguments_size, past_arguments
+
+
+def chat_params(given: Mapping[str, Any]) -> SamplingParams:
+    """Of the fields that were given.
+
+    Without max_tokens an answer may be as long as fits, unless the adapter's manifest says otherwise.
+
+    Raises:
+        InvalidRequestError: a value is out of its range.
+    """
+    if "max_tokens" in given:
+        return SamplingParams(**given)
+    params = SamplingParams(**{**given, "min_tokens": 0}).with_defaults({"max_tokens": None})
+    return SamplingParams(**given, max_tokens=None) if "min_tokens" in given else params
 
 
 @dataclass(frozen=True)

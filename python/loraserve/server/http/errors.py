@@ -50,7 +50,6 @@ DISCARD_S = 2.0
 CLIENT_CLOSED_REQUEST = 499  # nginx's: nobody is left to read it
 _CHAT = "ask /v1/chat/completions"
 INSTEAD = {  # of other servers' routes
-    "/v1/responses": _CHAT,
     "/api/chat": _CHAT,
     "/chat/completions": _CHAT,
     "/api/generate": "ask /v1/completions",
@@ -78,6 +77,23 @@ ANTHROPIC_TYPES = {  # by status; other statuses below 500 are of the first, tho
 TGI_PATHS = frozenset(("/", "/generate", "/generate_stream", "/tokenize", "/invocations"))
 
 
+class ResponseNotFoundError(InvalidRequestError):
+    """No response of this id is kept for the caller, or not any more."""
+
+    def __init__(self, response_id: str) -> None:
+        super().__init__(f"response {response_id!r:.150} is not kept here, or not any more, for this key")
+
+
+class PreviousResponseNotFoundError(InvalidRequestError):
+    """What a request would go on from is not kept."""
+
+    def __init__(self, response_id: str) -> None:
+        super().__init__(
+            f"previous_response_id {response_id!r:.150} is not kept here, or not any more, for this key: "
+            "send the whole conversation as input"
+        )
+
+
 class Family(enum.Enum):
     """Whose error shape a route answers with."""
 
@@ -102,6 +118,8 @@ _INVALID = "invalid_request_error"
 INTERNAL = ErrorKind(500, "server_error", "internal_error", tgi_type="generation")
 
 KINDS: dict[type[LoraserveError], ErrorKind] = {
+    ResponseNotFoundError: ErrorKind(404, _INVALID, "response_not_found"),
+    PreviousResponseNotFoundError: ErrorKind(400, _INVALID, "previous_response_not_found"),
     InvalidRequestError: ErrorKind(400, _INVALID, tgi_status=422),
     AdapterNotFoundError: ErrorKind(404, _INVALID, "model_not_found", tgi_status=422),
     AdapterFormatError: ErrorKind(400, _INVALID, "adapter_format", tgi_status=422),

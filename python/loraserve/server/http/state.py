@@ -10,6 +10,7 @@ from fastapi import Request
 
 from loraserve.engine.workers import Workers
 from loraserve.server.access.request_limits import RequestLimits
+from loraserve.server.http.responses.store import ResponseStore, StoreLimits
 from loraserve.server.http.token_texts import TokenTexts
 from loraserve.server.request_run import RequestRunner
 
@@ -61,6 +62,7 @@ class HttpState:
         adapter_failures: adapters that the server started without.
         kept: where changes of adapters are kept for the next start; None forgets them.
         cors_origins: whose web pages a browser lets call this server; "*" is everybody's.
+        response_limits: how many responses are kept for their callers.
         adapters_at_start: names of the adapters that were given at start, in order.
         started_at: when, in Unix seconds.
     """
@@ -75,6 +77,7 @@ class HttpState:
     adapters_at_start: tuple[str, ...] = ()
     adapter_failures: tuple[AdapterFailure, ...] = ()
     kept: AdapterState | None = None
+    response_limits: StoreLimits = field(default_factory=StoreLimits)
     started_at: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -84,6 +87,7 @@ class HttpState:
         self._token_texts = TokenTexts(self.engine.tokenizer)
         self.parsing = Workers("request bodies", NUM_TOKENIZERS, MAX_TOKENIZATIONS)
         self.tokenizations = Workers("tokenizations", NUM_TOKENIZERS, MAX_TOKENIZATIONS)
+        self.responses = ResponseStore(self.response_limits)
         self.runner = RequestRunner(self.engine, self.metrics, self.limits)
 
     def texts_of(self, tokenizer: Tokenizer) -> TokenTexts:

@@ -11,6 +11,7 @@ from loraserve.sampling.grammar import Grammar
 from loraserve.sampling_params import MAX_LOGPROBS, SamplingParams
 from loraserve.server.http.adapter_selectors import adapter_of
 from loraserve.server.http.call import Call
+from loraserve.server.http.chat_turns import chat_params
 from loraserve.server.http.openai.chat import chat_options, template_messages
 from loraserve.server.http.openai.schema import (
     ChatCompletionBody,
@@ -71,12 +72,7 @@ def chat_request(call: Call, body: ChatCompletionBody) -> GenerateRequest:
     if body.logprobs:
         check_int("top_logprobs", body.top_logprobs or 0, 0, MAX_LOGPROBS)
         given["logprobs"] = body.top_logprobs or 0
-    if "max_tokens" in given:
-        params = SamplingParams(**given)
-    else:  # an answer may be as long as fits, unless the adapter's manifest says otherwise
-        params = SamplingParams(**given | {"min_tokens": 0}).with_defaults({"max_tokens": None})
-        if "min_tokens" in given:
-            params = SamplingParams(**given, max_tokens=None)
+    params = chat_params(given)
     adapter = adapter_of(call.state, call.caller, body.model, body)
     messages = template_messages(body.messages)
     return _request(call, body, adapter, params, messages=messages, chat=chat_options(body))
