@@ -322,6 +322,10 @@ class AsyncEngine:
         """Settings, and the load of this moment."""
         return self._engine.info()
 
+    def answer_fingerprint(self, adapter: AdapterSpec = None) -> str:
+        """See `Frontend.answer_fingerprint`."""
+        return self._frontend.answer_fingerprint(adapter)
+
     async def shutdown(self, deadline_s: float = 30.0) -> None:
         """Refuse new requests, finish running ones within the deadline, abort the rest, stop."""
         with suppress(EngineStoppedError):  # of a forked child, where there is nothing to stop

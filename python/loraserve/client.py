@@ -52,6 +52,7 @@ class RequestFields(TypedDict, total=False):
         deadline_s: seconds the server has to finish it, else DeadlineError.
         truncate: keep only this many tokens of the prompt, its last.
         cache_salt: up to 256 characters; only requests of the same salt share cached prompts.
+        suffix: what stands behind the answer, where the model fills in the middle.
     """
 
     messages: Sequence[Mapping[str, Any]] | None
@@ -64,6 +65,7 @@ class RequestFields(TypedDict, total=False):
     deadline_s: float | None
     truncate: int | None
     cache_salt: str | None
+    suffix: str | None
 
 
 class Client:
@@ -364,6 +366,7 @@ def _request(
     deadline_s: float | None = None,
     truncate: int | None = None,
     cache_salt: str | None = None,
+    suffix: str | None = None,
 ) -> pb.GenerateRequest:
     options = chat or ChatOptions()
     if any(value is not None for value in (tools, tool_choice, parallel_tool_calls)):
@@ -380,6 +383,7 @@ def _request(
             deadline_s=deadline_s,
             truncate=truncate,
             cache_salt=cache_salt,
+            suffix=suffix,
         )
     )
 

@@ -119,6 +119,7 @@ class GenerateRequest:
     Args:
         prompt_pair: a second text behind the prompt, put together as the tokenizer does with pairs.
         chat: how `messages` become the prompt.
+        suffix: what stands behind the answer, where the model fills in the middle of a text.
         deadline_s: seconds from its arrival in which it must be finished, else it ends with DeadlineError.
         truncate: keep only this many tokens of the prompt, its last ones.
         uses_model_defaults: whether what the model's generation_config.json says holds for `params` that were
@@ -136,6 +137,7 @@ class GenerateRequest:
     chat: ChatOptions = ChatOptions()
     adapter: AdapterSpec = None
     params: SamplingParams = field(default_factory=SamplingParams)
+    suffix: str | None = None
     deadline_s: float | None = None
     truncate: int | None = None
     uses_model_defaults: bool = True

@@ -44,6 +44,8 @@ REQUESTS = [
         truncate=10,
     ),
     GenerateRequest(prompt="x", params=SamplingParams(max_tokens=None)),
+    GenerateRequest(prompt="x", suffix="y"),
+    GenerateRequest(prompt="x", suffix=""),
     GenerateRequest(prompt="x", params=SamplingParams(grammar=Grammar("json"))),
     GenerateRequest(prompt="x", params=SamplingParams(grammar=Grammar("json_schema", {"type": "string"}))),
     GenerateRequest(prompt="x", params=SamplingParams(grammar=Grammar("regex", "[a-z]+"))),

@@ -11,6 +11,7 @@
   "speculate": false,
   "tool_parser": "hermes",
   "reasoning_parser": "qwen3",
+  "infill_template": "<fim_prefix>{prefix}<fim_suffix>{suffix}<fim_middle>",
   "base_fingerprint": "base1:6f0c…"
 }
 ```
@@ -30,6 +31,7 @@ from typing import Any
 from loraserve.errors import AdapterFormatError, InvalidRequestError
 from loraserve.sampling.grammar import Grammar
 from loraserve.sampling_params import SamplingParams
+from loraserve.text.infill import check_infill_template
 from loraserve.tools.families import check_reasoning_parser, check_tool_parser
 from loraserve.validation.did_you_mean import did_you_mean
 from loraserve.validation.files import read_regular_file, replace_file
@@ -72,6 +74,7 @@ class AdapterManifest:
         grammar: the form of an answer; "json_schema" in the file.
         tool_parser: the form of its calls, where its chat template does not plainly show it.
         reasoning_parser: the form of its reasoning; "none" sets none apart.
+        infill_template: how a prompt with a suffix is written, where its tokens don't plainly show it.
         base_fingerprint: of the base model it was trained on; with another it is refused.
         speculate: False has its answers computed token by token where the engine guesses ahead; True leaves
             that to the engine, as None does, and takes back a False of the file below.
@@ -85,6 +88,7 @@ class AdapterManifest:
     grammar: Grammar | None = None
     tool_parser: str | None = None
     reasoning_parser: str | None = None
+    infill_template: str | None = None
     base_fingerprint: str | None = None
     speculate: bool | None = None
 
@@ -127,6 +131,7 @@ class AdapterManifest:
             "json_schema": None if self.grammar is None else self.grammar.value,
             "tool_parser": self.tool_parser,
             "reasoning_parser": self.reasoning_parser,
+            "infill_template": self.infill_template,
             "base_fingerprint": self.base_fingerprint,
             "speculate": self.speculate,
         }
@@ -286,6 +291,7 @@ _READERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "sampling": _sampling,
     "json_schema": _schema,
     "tool_parser": lambda value: {"tool_parser": check_tool_parser(value)},
+    "infill_template": lambda value: {"infill_template": check_infill_template(value)},
     "reasoning_parser": lambda value: {"reasoning_parser": check_reasoning_parser(value)},
     "base_fingerprint": _base_fingerprint,
     "speculate": _speculate,

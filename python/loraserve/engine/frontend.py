@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import repeat
 from typing import Generic, TypeVar
 
+from loraserve._core import __version__
 from loraserve.adapters.text import common_text, without_weightless
 from loraserve.engine.engine import Engine
 from loraserve.engine.prepared import ALL_PARAMETERS, PreparedRequest, prepare, resolve_adapters
@@ -244,6 +246,19 @@ class Frontend(Generic[Owner]):
                 raise AdapterNotFoundError(f"adapter {name!r} is not registered")
             texts[name] = found.text
         return common_text(self._tokenizer, texts, needs_template=False, given=ALL_PARAMETERS).tokenizer
+
+    def answer_fingerprint(self, spec: AdapterSpec) -> str:
+        """Of what decides on answers: version, base, precision, device, weights of adapters; 16 hex digits.
+
+        An adapter that is not registered has no part in it.
+        """
+        runner, config = self._engine.runner, self._engine.config
+        base = (runner.model.fingerprint, runner.model.quantization, runner.device)
+        parts: list[object] = [__version__, *base, config.dtype, config.adapter_dtype, config.merge]
+        for name, weight in resolve_adapters(spec):
+            if (found := self._engine.adapters.find(name)) is not None:
+                parts.append((found.receipt.hash, weight))
+        return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
 
     def submit(self, prepared: PreparedRequest, owner: Owner) -> list[int]:
         """Queue all n sequences of a request, or none; their request ids.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from numbers import Real
 from types import MappingProxyType
 from typing import Any
@@ -26,6 +26,7 @@ from loraserve.request import (
 )
 from loraserve.sampling.matcher import Matcher
 from loraserve.sampling_params import SamplingParams
+from loraserve.text.infill import InfillForm, infill_form
 from loraserve.text.tokenizer import Tokenizer
 
 MAX_ADAPTERS_PER_REQUEST = 16
@@ -118,6 +119,10 @@ def prepare(
     )
     defaults |= manifest.request_defaults
     params = request.params.with_defaults(defaults) if defaults else request.params
+    if infill := _infill_form(request, manifest, tokenizer):
+        ends = (tokenizer.id_of(end) for end in infill.ends)
+        ids = {*params.stop_token_ids, *(token_id for token_id in ends if token_id is not None)}
+        params = replace(params, stop_token_ids=tuple(sorted(ids)))
     if params.grammar is not None and request.chat.tools.may_call:
         owner = "request" if "grammar" in request.params.given else "adapter"
         raise InvalidRequestError(
@@ -147,6 +152,7 @@ def _check_form(request: GenerateRequest, model_head: ClassificationHead | None)
         raise InvalidRequestError("give exactly one of prompt and messages")
     if request.messages is None and request.chat != ChatOptions():
         raise InvalidRequestError("chat options are given with a prompt, they need messages")
+    _check_suffix(request)
     if request.prompt_pair is not None and not isinstance(request.prompt, str):
         raise InvalidRequestError("prompt_pair is behind a prompt that is text, give that")
     if request.pooling is None and model_head is not None:
@@ -174,9 +180,12 @@ def _prompt_tokens(
         tokenizer.check_fits(text, limit, "prompt")
         token_ids = tokenizer.encode(text, add_special_tokens=False)
     elif isinstance(request.prompt, str):
-        tokenizer.check_fits(request.prompt, limit, "prompt")
+        infill, text = _infill_form(request, manifest, tokenizer), request.prompt
+        if infill is not None:
+            text = infill.prompt(text, request.suffix or "")
+        tokenizer.check_fits(text, limit, "prompt")
         if request.prompt_pair is None:
-            token_ids = tokenizer.encode(request.prompt)
+            token_ids = tokenizer.encode(text)
         else:
             tokenizer.check_fits(request.prompt_pair, limit, "prompt_pair")
             token_ids = tokenizer.encode_pair(request.prompt, request.prompt_pair)
@@ -277,6 +286,26 @@ def _check_cache_salt(salt: Any) -> None:
         )
     if any("\ud800" <= char <= "\udfff" for char in salt):
         raise InvalidRequestError("cache_salt is not valid Unicode")
+
+
+def _check_suffix(request: GenerateRequest) -> None:
+    if request.suffix is None:
+        return
+    if not isinstance(request.suffix, str):
+        raise InvalidRequestError(f"suffix is {request.suffix!r:.100}, it must be text")
+    if not isinstance(request.prompt, str):
+        raise InvalidRequestError("suffix is given, it needs a prompt that is text")
+    if request.truncate is not None:
+        raise InvalidRequestError("suffix is given with a truncated prompt, which would cut its marks")
+    if request.prompt_pair is not None or request.pooling is not None:
+        raise InvalidRequestError("suffix is of a prompt that is continued, leave it out")
+
+
+def _infill_form(
+    request: GenerateRequest, manifest: AdapterManifest, tokenizer: Tokenizer
+) -> InfillForm | None:
+    """How the prompt of a request with a suffix is written."""
+    return None if request.suffix is None else infill_form(manifest.infill_template, tokenizer.id_of)
 
 
 def _max_prompt_tokens(truncate: Any, max_model_len: int) -> int:

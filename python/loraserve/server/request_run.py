@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loraserve.errors import EngineStoppedError, LoraserveError
+from loraserve.errors import AdapterNotFoundError, EngineStoppedError, LoraserveError
 from loraserve.request import AdapterSpec, Delta, GenerateRequest, RequestTiming, Usage
 from loraserve.server.access.disclosure import shown_error
 from loraserve.server.observe.outcomes import Outcome, outcome_of
@@ -198,14 +198,23 @@ class RequestRunner:
         finally:
             metrics.finished(run.outcome(failure), run.usage, run.timing)
 
-    async def num_prompt_tokens(self, request: GenerateRequest, caller: Caller) -> int:
-        """Tokens of its prompt; nothing is queued.
+    async def prepared(self, requests: Sequence[GenerateRequest], caller: Caller) -> list[PreparedRequest]:
+        """What they mean, of one adapter; nothing is queued.
 
         Raises:
-            LoraserveError: the caller may not, or the request would be refused.
+            LoraserveError: the caller may not, or a request would be refused.
         """
-        caller.check_use(request.adapter)
-        (prepared,) = await self._limits.prepare(self._engine, [caller.sign(request)])
+        caller.check_use(requests[0].adapter)
+        signed = [caller.sign(request) for request in requests]
+        prepared = await self._limits.prepare(self._engine, signed)
+        for name, found in prepared[0].registered.items():
+            if found is None:
+                raise AdapterNotFoundError(f"adapter {name!r} is not registered")
+        return prepared
+
+    async def num_prompt_tokens(self, request: GenerateRequest, caller: Caller) -> int:
+        """Tokens of its prompt; as of `prepared`."""
+        (prepared,) = await self.prepared([request], caller)
         return len(prepared.prompt_token_ids)
 
     def refused(self, adapter: AdapterSpec, origin: CallOrigin) -> None:

@@ -294,6 +294,10 @@ class Tokenizer:
         """The token's text, special or not; "" where there is no such token."""
         return self.decode([token_id], skip_special_tokens=False)
 
+    def vocabulary_name(self, token_id: int) -> str:
+        """As the vocabulary writes it, in its own alphabet; "" where there is no such token."""
+        return self._backend.id_to_token(token_id) or ""
+
     def is_text(self, token_id: int) -> bool:
         """Whether the token is part of a text: it is known, and no special one."""
         return token_id not in self.special_ids and self._backend.id_to_token(token_id) is not None

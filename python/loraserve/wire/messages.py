@@ -65,6 +65,7 @@ def request_from_wire(message: pb.GenerateRequest) -> GenerateRequest:
         deadline_s=message.deadline_s if message.HasField("deadline_s") else None,
         truncate=message.truncate if message.HasField("truncate") else None,
         cache_salt=message.cache_salt if message.HasField("cache_salt") else None,
+        suffix=message.suffix if message.HasField("suffix") else None,
     )
 
 
@@ -139,6 +140,7 @@ def request_to_wire(request: GenerateRequest) -> pb.GenerateRequest:
             truncate=request.truncate,
             cache_salt=request.cache_salt,
             only_prompt=request.params.max_tokens == 0,
+            suffix=request.suffix,
         )
         _set_prompt(message, request)
         _set_adapter(message, request.adapter)

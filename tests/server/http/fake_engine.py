@@ -94,6 +94,9 @@ class FakeEngine:
     def info(self) -> Any:
         return SimpleNamespace(model="fake", max_model_len=1024, device="cpu")
 
+    def answer_fingerprint(self, adapter: Any = None) -> str:
+        return f"{adapter}"
+
     def adapters(self) -> list[Any]:
         return [SimpleNamespace(name=name, path=f"/adapters/{name}") for name in ("one", "two")]
 

@@ -24,6 +24,7 @@ from loraserve.server.http.openai.routes import router as openai
 from loraserve.server.http.request_body import RequestBody
 from loraserve.server.http.state import HttpLimits
 from loraserve.server.http.tgi.routes import router as tgi
+from loraserve.server.http.tokens.routes import router as tokens
 from loraserve.tools.tool import ToolOptions
 from pydantic import BaseModel
 
@@ -32,6 +33,7 @@ from tests.server.http.fake_engine import FakeEngine
 from tests.server.http.http_thread import HttpThread
 
 SCHEMA = {"type": "object"}
+TOKEN_ROUTES = ("/tokenize", "/detokenize")
 TOOL = {"type": "function", "function": {"name": "f"}}
 CALLING = {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{}"}}]}
 
@@ -82,6 +84,9 @@ LEVELS: list[tuple[str, dict[str, Any], tuple[Any, ...]]] = [
         ("parameters", "response_format"),
     ),
     ("/tokenize", {}, ()),
+    ("/tokenize?of=text", {"prompt": "x"}, ()),
+    ("/tokenize?of=chat", {"messages": CHAT}, ()),
+    ("/detokenize", {"tokens": [1]}, ()),
     ("/adapters", {}, ()),
     ("/v1/load_lora_adapter", {}, ()),
     ("/v1/unload_lora_adapter", {}, ()),
@@ -100,7 +105,9 @@ def test_an_unknown_field_is_refused_by_name_on_every_level(
     inner["zzz_unheard_of"] = 1
     num_asked = len(server.engine.requests)
     answer = client.request("PUT" if path.endswith("/pin") else "POST", path, json=body)
-    assert answer.status_code == (422 if path in (*TGI_ROUTES, "/tokenize") else 400), answer.text
+    assert answer.status_code == (422 if path.partition("?")[0] in (*TGI_ROUTES, *TOKEN_ROUTES) else 400), (
+        answer.text
+    )
     where = ".".join(map(str, (*level, "zzz_unheard_of")))
     assert f"{where}: unknown field" in answer.text
     assert len(server.engine.requests) == num_asked
@@ -110,7 +117,7 @@ def test_an_unknown_field_is_refused_by_name_on_every_level(
 
 def test_every_model_of_a_body_refuses_what_it_does_not_know_and_is_in_the_table() -> None:
     reached: set[type[BaseModel]] = set()
-    for router in (openai, tgi, admin):
+    for router in (openai, tgi, tokens, admin):
         for route in router.routes:
             if isinstance(route, APIRoute) and route.body_field is not None:
                 _reach(route.body_field.field_info.annotation, reached)
@@ -119,7 +126,8 @@ def test_every_model_of_a_body_refuses_what_it_does_not_know_and_is_in_the_table
         "GenerateBody GenerateStreamBody CompatGenerateBody CompletionBody ChatCompletionBody StreamOptions "
         "ResponseFormat JsonSchema StructuredOutputs MergedAdapters LoraScale LoraRequest Message TextPart "
         "Parameters GrammarField LoraxFormat TokenizeBody LoadBody PinBody VllmLoadBody VllmUnloadBody "
-        "ToolBody FunctionBody MessageToolCall MessageFunction"
+        "ToolBody FunctionBody MessageToolCall MessageFunction TokenizeTextBody TokenizeChatBody "
+        "DetokenizeBody"
     )
     assert {model.__name__ for model in reached} == set(tested.split()), "give a new model a row in LEVELS"
 

@@ -17,6 +17,7 @@ from loraserve.server.http.responses.routes import router as responses
 from loraserve.server.http.state import HttpState
 from loraserve.server.http.tgi.openapi import TgiError
 from loraserve.server.http.tgi.routes import router as tgi
+from loraserve.server.http.tokens.routes import router as tokens
 
 ADMIN_ERRORS: Responses = {
     status: {"model": OpenAIError | TgiError}
@@ -40,6 +41,7 @@ def create_app(state: HttpState) -> FastAPI:
     app.include_router(responses)
     app.include_router(messages)
     app.include_router(tgi)
+    app.include_router(tokens)
     app.include_router(admin, responses=ADMIN_ERRORS)
     app.include_router(dashboard)
     errors.install(app)

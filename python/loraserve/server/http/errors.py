@@ -74,7 +74,7 @@ ANTHROPIC_TYPES = {  # by status; other statuses below 500 are of the first, tho
     503: "overloaded_error",
     500: "api_error",
 }
-TGI_PATHS = frozenset(("/", "/generate", "/generate_stream", "/tokenize", "/invocations"))
+TGI_PATHS = frozenset(("/", "/generate", "/generate_stream", "/tokenize", "/detokenize", "/invocations"))
 
 
 class ResponseNotFoundError(InvalidRequestError):

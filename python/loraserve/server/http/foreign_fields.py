@@ -12,13 +12,11 @@ OPENAI_NO_EFFECT = frozenset(
     {
         # who asks, what for, and what the request is called
         "user",
-        "metadata",
         "safety_identifier",
         "request_id",
         "rid",
         "session_id",
         # how OpenAI runs it
-        "service_tier",
         "prompt_cache_key",
         "prompt_cache_retention",
         "prediction",
@@ -80,7 +78,6 @@ OPENAI_NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 COMPLETION_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "suffix": ("",),
     "add_special_tokens": (True,),
     "prompt_embeds": (),
     "thinking_token_budget": (),
@@ -118,6 +115,14 @@ OPENAI_ELSEWHERE = {
     "parameters": "its fields beside it",
     "extra_body": "its fields beside it",
     "sampling_params": "its fields beside it",
+}
+
+OPENAI_REASONS = {
+    "store": "answers are not kept for later",
+    "structural_tag": "guided_grammar takes Lark",
+    "allowed_token_ids": "logit_bias of 100 does the same",
+    "include_stop_str_in_output": "a stop string is cut from the answer",
+    "use_beam_search": "best_of compares sampled answers",
 }
 
 TGI_NEUTRAL: dict[str, tuple[Any, ...]] = {"watermark": (False,), "apply_chat_template": (False,)}

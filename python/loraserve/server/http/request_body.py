@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, ClassVar, TypeAlias
 
@@ -39,6 +40,7 @@ class RequestBody(BaseModel):
     no_effect: names of fields that have any value and change nothing here.
     neutral: fields that are not supported → values that ask for nothing; null is always one.
     elsewhere: names that clients of other servers write → what to write here instead.
+    reasons: neutral fields → why they are not supported, where that is not plain.
     """
 
     model_config = ConfigDict(
@@ -48,6 +50,7 @@ class RequestBody(BaseModel):
     no_effect: ClassVar[NoEffect] = frozenset()
     neutral: ClassVar[Neutral] = {}
     elsewhere: ClassVar[Elsewhere] = {}
+    reasons: ClassVar[Mapping[str, str]] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -74,8 +77,11 @@ class RequestBody(BaseModel):
             others = " or ".join(map(json.dumps, cls.neutral[name]))
             return PydanticCustomError(
                 "not_supported",
-                "not supported here, leave it out{others}",
-                {"others": f" or set it to {others}" if others else ""},
+                "not supported here, leave it out{others}{reason}",
+                {
+                    "others": f" or set it to {others}" if others else "",
+                    "reason": f": {reason}" if (reason := cls.reasons.get(name)) else "",
+                },
             )
         known = [*_own_names(cls), *cls.no_effect, *cls.neutral]
         return PydanticCustomError(

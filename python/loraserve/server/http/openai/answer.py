@@ -9,7 +9,6 @@ from typing import Any, TypeAlias
 
 import orjson
 
-from loraserve._core import __version__
 from loraserve.request import Completion, Delta, FinishReason, TokenLogprob, Usage
 from loraserve.server.http.answer import DONE
 from loraserve.server.http.openai.logprobs import chat_logprobs, completion_logprobs
@@ -18,9 +17,7 @@ from loraserve.server.request_run import RequestRun
 from loraserve.text.tokenizer import Tokenizer
 from loraserve.tools.call import ToolCallDelta
 
-SYSTEM_FINGERPRINT = f"loraserve-{__version__}"  # text_generation's client wants a string
-
-
+SERVICE_TIER = "default"  # whichever was asked for, there is no other
 Prompt: TypeAlias = str | Sequence[int]
 
 
@@ -33,6 +30,8 @@ class AnswerHead:
 
     id: str
     model: str
+    fingerprint: str
+    tells_service_tier: bool = False
     num_answers: int
     wants_logprobs: bool
     wants_usage: bool
@@ -48,7 +47,8 @@ class AnswerHead:
             "object": kind,
             "created": self.created,
             "model": self.model,
-            "system_fingerprint": SYSTEM_FINGERPRINT,
+            "system_fingerprint": self.fingerprint,
+            **({"service_tier": SERVICE_TIER} if self.tells_service_tier else {}),
         }
 
 

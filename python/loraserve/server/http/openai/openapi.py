@@ -91,6 +91,17 @@ class Answer(_Document):
     choices: list[Choice]
     usage: UsageFields
     system_fingerprint: str
+    service_tier: Literal["default"] | None = None
+
+
+class Rendered(_Document):
+    """A prompt as a request would get it, and how its answer would be sampled."""
+
+    request_id: str
+    model: str
+    prompt: str
+    token_ids: list[int]
+    sampling_params: dict[str, Any]
 
 
 EVENTS: dict[str, Any] = {
@@ -106,8 +117,10 @@ _ERROR: dict[str, Any] = {"model": OpenAIError}
 _PROTECTED: Responses = {401: _ERROR, 403: _ERROR, 404: _ERROR}
 MODELS_RESPONSES: Responses = {200: {"model": ModelList}, 401: _ERROR}
 MODEL_RESPONSES: Responses = {200: {"model": Model}, 401: _ERROR, 404: _ERROR, 422: _ERROR}
-GENERATION_RESPONSES: Responses = {
-    200: {"model": Answer, "content": EVENTS},
+_REFUSALS: Responses = {
     **_PROTECTED,
     **{status: _ERROR for status in (400, 408, 409, 413, 415, 422, 429, 503)},
 }
+GENERATION_RESPONSES: Responses = {200: {"model": Answer, "content": EVENTS}, **_REFUSALS}
+RENDER_RESPONSES: Responses = {200: {"model": Rendered}, **_REFUSALS}
+RENDER_ALL_RESPONSES: Responses = {200: {"model": list[Rendered]}, **_REFUSALS}

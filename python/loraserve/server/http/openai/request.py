@@ -60,7 +60,8 @@ def completion_requests(call: Call, body: CompletionBody) -> list[GenerateReques
     call.state.limits.check_num_prompts(len(prompts))
     adapter = adapter_of(call.state, call.caller, body.model, body, num_prompts=len(prompts))
     params = SamplingParams(**given)
-    return [_request(call, body, adapter, params, prompt=prompt) for prompt in prompts]
+    suffix = body.suffix or None  # OpenAI's clients send "" for none
+    return [_request(call, body, adapter, params, prompt=prompt, suffix=suffix) for prompt in prompts]
 
 
 def chat_request(call: Call, body: ChatCompletionBody) -> GenerateRequest:
@@ -97,6 +98,7 @@ def _request(
     prompt: str | Sequence[int] | None = None,
     messages: Sequence[Mapping[str, Any]] | None = None,
     chat: ChatOptions | None = None,
+    suffix: str | None = None,
 ) -> GenerateRequest:
     return GenerateRequest(
         prompt=prompt,
@@ -104,6 +106,7 @@ def _request(
         chat=chat or ChatOptions(),
         adapter=adapter,
         params=params,
+        suffix=suffix,
         deadline_s=call.deadline_s,
         truncate=body.truncate_prompt_tokens,
         cache_salt=body.cache_salt,

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends
 from fastapi.responses import Response
 
+from loraserve._core import __version__
 from loraserve.errors import AdapterNotFoundError, InvalidRequestError
 from loraserve.request import AdapterSpec
 from loraserve.server.access.keys import Caller
@@ -24,7 +25,14 @@ from loraserve.server.http.openai.answer import (
     WholeChat,
     WholeCompletion,
 )
-from loraserve.server.http.openai.openapi import GENERATION_RESPONSES, MODEL_RESPONSES, MODELS_RESPONSES
+from loraserve.server.http.openai.openapi import (
+    GENERATION_RESPONSES,
+    MODEL_RESPONSES,
+    MODELS_RESPONSES,
+    RENDER_ALL_RESPONSES,
+    RENDER_RESPONSES,
+)
+from loraserve.server.http.openai.render import rendered
 from loraserve.server.http.openai.request import chat_request, completion_requests
 from loraserve.server.http.openai.schema import ChatCompletionBody, CompletionBody, GenerationBody
 from loraserve.server.http.state import HttpState, http_state
@@ -81,6 +89,28 @@ async def chat_completions(
     return WholeResponse(call, requests, WholeChat(head))
 
 
+@router.post("/completions/render", responses=RENDER_ALL_RESPONSES)
+async def render_completions(
+    body: CompletionBody, call: Annotated[Call, Depends(current_call)]
+) -> list[dict[str, Any]]:
+    """The prompts of a completion, each as text and tokens, without an answer."""
+    requests = completion_requests(call, body)
+    prepared = await call.state.runner.prepared(requests, call.caller)
+    model = answering_model(call.state, body.model, requests[0].adapter)
+    return [rendered(f"cmpl-{call.origin.request_id}", model, one) for one in prepared]
+
+
+@router.post("/chat/completions/render", responses=RENDER_RESPONSES)
+async def render_chat(
+    body: ChatCompletionBody, call: Annotated[Call, Depends(current_call)]
+) -> dict[str, Any]:
+    """The prompt of a chat, as text and tokens, without an answer."""
+    request = chat_request(call, body)
+    (prepared,) = await call.state.runner.prepared([request], call.caller)
+    model = answering_model(call.state, body.model, request.adapter)
+    return rendered(f"chatcmpl-{call.origin.request_id}", model, prepared)
+
+
 def _head(
     call: Call, body: GenerationBody, prefix: str, adapter: AdapterSpec, *, wants_logprobs: bool
 ) -> AnswerHead:
@@ -89,6 +119,8 @@ def _head(
     return AnswerHead(
         id=f"{prefix}-{call.origin.request_id}",
         model=answering_model(call.state, body.model, adapter),
+        fingerprint=f"loraserve-{__version__}-{call.state.engine.answer_fingerprint(adapter)}",
+        tells_service_tier=body.service_tier is not None,
         num_answers=1 if body.n is None else body.n,
         wants_logprobs=wants_logprobs,
         wants_usage=body.stream_options is not None and body.stream_options.include_usage,

@@ -16,6 +16,7 @@ from loraserve.server.http.foreign_fields import (
     OPENAI_ELSEWHERE,
     OPENAI_NEUTRAL,
     OPENAI_NO_EFFECT,
+    OPENAI_REASONS,
     SELECTORS_ELSEWHERE,
 )
 from loraserve.server.http.request_body import (
@@ -34,6 +35,12 @@ TEXT_PART_TYPES = ("text", "input_text", "refusal")
 TokenIds: TypeAlias = Annotated[
     list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(min_length=1, fail_fast=True)
 ]
+
+
+Metadata: TypeAlias = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+]
+"""OpenAI's bounds: 16 pairs of text, keys of 64 characters, values of 512."""
 
 
 class TextPart(RequestBody):
@@ -204,6 +211,7 @@ class GenerationBody(AdapterSelectors):
     no_effect: ClassVar[NoEffect] = OPENAI_NO_EFFECT
     neutral: ClassVar[Neutral] = OPENAI_NEUTRAL
     elsewhere: ClassVar[Elsewhere] = SELECTORS_ELSEWHERE | OPENAI_ELSEWHERE
+    reasons = OPENAI_REASONS
 
     model: str | None = Field(
         default=None,
@@ -238,6 +246,10 @@ class GenerationBody(AdapterSelectors):
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
     truncate_prompt_tokens: int | None = Field(default=None, ge=1, description="Keep the last tokens only.")
+    metadata: Metadata | None = Field(default=None, description="Taken, and changes nothing here.")
+    service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = Field(
+        default=None, description="Whichever it is, the answer tells that it was default."
+    )
     cache_salt: str | None = Field(
         default=None,
         description="1 to 256 characters: only requests of the same salt (and key) share cached prompts.",
@@ -263,6 +275,9 @@ class CompletionBody(GenerationBody):
         | TokenIds
         | Annotated[list[TokenIds], Field(fail_fast=True)]
         | Annotated[list[Text], Field(fail_fast=True)]
+    )
+    suffix: Text | None = Field(
+        default=None, description="What stands behind the answer; needs a model that fills in the middle."
     )
     best_of: int | None = None
     echo: bool | None = None

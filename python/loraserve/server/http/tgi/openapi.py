@@ -87,4 +87,3 @@ INVOCATION_RESPONSES: Responses = {
     404: _ERROR,
     **_ERRORS,
 }
-TOKENIZE_RESPONSES: Responses = {200: {"model": list[TokenizedToken]}, **_ERRORS}

@@ -1,31 +1,24 @@
-"""TGI's routes: generate, whole and streamed, under all their names; tokenize; SageMaker's invocations."""
+"""TGI's routes: generate, whole and streamed, under all their names; SageMaker's invocations."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
-import orjson
 from fastapi import APIRouter, Body, Depends
 from fastapi.responses import Response
 
-from loraserve.errors import InvalidRequestError
-from loraserve.server.access.keys import Caller
-from loraserve.server.http.adapter_selectors import adapter_of
 from loraserve.server.http.answer import StreamResponse, WholeResponse
-from loraserve.server.http.auth import current_caller
 from loraserve.server.http.call import Call, current_call
 from loraserve.server.http.errors import Family
 from loraserve.server.http.json_route import JsonRoute
 from loraserve.server.http.openai.routes import chat_completions, completions
 from loraserve.server.http.openai.schema import ChatCompletionBody, CompletionBody
-from loraserve.server.http.state import HttpState, http_state
 from loraserve.server.http.tgi.answer import GenerateEvents, WholeGenerate
 from loraserve.server.http.tgi.openapi import (
     COMPAT_RESPONSES,
     GENERATE_RESPONSES,
     INVOCATION_RESPONSES,
     STREAM_RESPONSES,
-    TOKENIZE_RESPONSES,
 )
 from loraserve.server.http.tgi.request import generate_request
 from loraserve.server.http.tgi.schema import (
@@ -35,9 +28,7 @@ from loraserve.server.http.tgi.schema import (
     GenerateStreamBody,
     InvocationBody,
     Parameters,
-    TokenizeBody,
 )
-from loraserve.text.tokenizer import Tokenizer
 
 router = APIRouter(tags=["TGI"], route_class=JsonRoute)
 
@@ -70,44 +61,6 @@ async def invocations(
     if isinstance(body, CompletionBody):
         return await completions(body, call)
     return await compat_generate(body, call)
-
-
-@router.post("/tokenize", responses=TOKENIZE_RESPONSES)
-async def tokenize(
-    body: TokenizeBody,
-    state: Annotated[HttpState, Depends(http_state)],
-    caller: Annotated[Caller, Depends(current_caller)],
-) -> Response:
-    """The tokens of a text, as an adapter has them, with the characters `start` to `stop` of each."""
-    parameters = body.parameters or Parameters()
-    adapter = adapter_of(state, caller, None, body, parameters)
-    if adapter is not None:
-        caller.check_use(adapter)
-    tokenizer = state.engine.tokenizer if adapter is None else state.engine.tokenizer_for(adapter)
-    answer = await state.tokenizations.run(
-        _tokens, state, tokenizer, body.inputs, body.add_special_tokens, parameters.truncate
-    )
-    return Response(answer, media_type="application/json")
-
-
-def _tokens(
-    state: HttpState, tokenizer: Tokenizer, text: str, add_special_tokens: bool, truncate: int | None
-) -> bytes:
-    """The answer's JSON; for long texts slow, so not for the loop."""
-    tokenizer.check_fits(text, state.max_model_len, "inputs")
-    spans = tokenizer.encode_with_offsets(text, add_special_tokens)
-    if len(spans) > state.max_model_len:
-        raise InvalidRequestError(
-            f"inputs has {len(spans)} tokens, the limit is {state.max_model_len}: the context length"
-        )
-    texts = state.texts_of(tokenizer)
-    return orjson.dumps(
-        [
-            {"id": token_id, "text": text[start:stop] or texts.text(token_id)}
-            | {"start": start, "stop": stop}
-            for token_id, start, stop in (spans if truncate is None else spans[-truncate:])
-        ]
-    )
 
 
 def _whole(call: Call, body: AnyGenerateBody, *, is_array: bool) -> Response:
