@@ -314,6 +314,10 @@ class AsyncEngine:
         """Every registered adapter, in order of registration."""
         return self._engine.adapters.infos()
 
+    def num_waiting(self) -> int:
+        """Sequences that wait for their turn; takes microseconds."""
+        return self._engine.num_waiting()
+
     def stats(self) -> EngineStats:
         """Load and counters of this moment."""
         return self._engine.stats()

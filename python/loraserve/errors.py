@@ -75,7 +75,15 @@ class NotFiniteError(LoraserveError):
 
 
 class StateError(LoraserveError):
-    """The directory that keeps adapters for the next start can't be used."""
+    """The directory that keeps adapters, or batches, for the next start can't be used."""
+
+
+class BatchFileError(LoraserveError):
+    """A file of a batch can't be read or written, or is not what it should be."""
+
+
+class NotStoredError(LoraserveError, LookupError):
+    """The caller keeps no such file, or no such batch, on this server."""
 
 
 class UnauthenticatedError(LoraserveError):

@@ -71,6 +71,9 @@ class FakeEngine:
         self.streams.append(FakeStream(request))
         return self.streams[-1]
 
+    def num_waiting(self) -> int:
+        return 0
+
     def info(self) -> Any:
         return SimpleNamespace(
             base_fingerprint="base1:ab",

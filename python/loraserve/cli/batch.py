@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from loraserve.cli.options import MODEL_HELP, Subparsers, add_command, add_model_options, engine_config
-from loraserve.errors import InvalidRequestError
+from loraserve.errors import BatchFileError, InvalidRequestError
 from loraserve.validation.files import is_regular_file
 
 if TYPE_CHECKING:
@@ -128,7 +128,6 @@ def _is_same_file(one: str, other: str) -> bool:
 @contextmanager
 def _input(name: str) -> Iterator[BinaryIO]:
     """The input, which is read twice: what comes by a pipe is kept in a file without a name."""
-    from loraserve.server.batches.results import BatchFileError  # noqa: PLC0415 (imports torch)
 
     if name == STDIO:
         with tempfile.TemporaryFile() as copy:

@@ -33,6 +33,7 @@ GROUPS = {
     "engine": "engine",
     "server": "server",
     "limits": "limits",
+    "batches": "batches",
     "keys": "keys and administration",
     "tls": "TLS",
     "observation": "logs, metrics and traces",

@@ -97,6 +97,7 @@ class Engine:
             max_num_slots=self.runner.max_num_slots,
             max_draft_tokens=MAX_DRAFT_TOKENS if config.speculate == "ngram" else 0,
         )
+        self.num_waiting = self._scheduler.num_waiting  # accepted and not running; takes microseconds
         self.adapters = EngineAdapters(
             config, self.runner, self._scheduler, self.grammars, self._lock, self._intake, self._wake
         )

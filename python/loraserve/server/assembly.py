@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from loraserve.adapters.hub import download_adapter
 from loraserve.adapters.startup import AdapterFailure, StartingAdapters
-from loraserve.config import EngineConfig
+from loraserve.config import EngineConfig, parse_memory
 from loraserve.loader.hub import download_model
 from loraserve.server.access.keys import AccessControl
 from loraserve.server.access.request_limits import RequestLimits
@@ -28,7 +28,11 @@ from loraserve.validation.files import expanded
 if TYPE_CHECKING:
     from loraserve.adapters.manifest import AdapterManifest
     from loraserve.async_engine import AsyncEngine
+    from loraserve.server.batches.service import BatchService
     from loraserve.server.http.server import HttpServer
+
+
+BATCH_DIR_NBYTES = 16 * 2**30  # where the setting says auto
 
 
 def adapter_state(settings: ServeSettings) -> AdapterState | None:
@@ -179,6 +183,18 @@ def grpc_server(
     )
 
 
+def batch_service(settings: ServeSettings, engine: AsyncEngine, access: AccessControl) -> BatchService | None:
+    """None where there is no directory for it. Raises StateError: it can't be used."""
+    if settings.batch_dir is None:
+        return None
+    from loraserve.server.batches.service import batch_service  # noqa: PLC0415 (imports starlette)
+    from loraserve.server.batches.store import BatchStore  # noqa: PLC0415
+
+    max_nbytes = parse_memory(settings.batch_dir_size, "batch_dir_size") or BATCH_DIR_NBYTES
+    max_running = settings.batch_max_num_seqs or max(settings.max_num_seqs // 2, 1)
+    return batch_service(BatchStore(settings.batch_dir, max_nbytes), access, max_running, engine.num_waiting)
+
+
 def http_server(
     settings: ServeSettings,
     engine: AsyncEngine,
@@ -188,6 +204,7 @@ def http_server(
     tls: TlsConfig | None,
     failures: Sequence[AdapterFailure] = (),
     kept: AdapterState | None = None,
+    batches: BatchService | None = None,
 ) -> HttpServer | None:
     """None where it is off. Raises ListenError: the port can't be had."""
     if settings.http_port is None:
@@ -212,6 +229,7 @@ def http_server(
         adapters_at_start=tuple(settings.adapters),
         adapter_failures=tuple(failures),
         kept=kept,
+        batches=batches,
     )
     context = None if tls is None else tls.http_context()
     return HttpServer(state, settings.host, settings.http_port, tls=context)

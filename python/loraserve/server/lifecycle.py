@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from loraserve.engine.stats import EngineInfo
     from loraserve.server.adapters.sources import AdapterSources
     from loraserve.server.adapters.state import AdapterState
+    from loraserve.server.batches.service import BatchService
     from loraserve.server.http.server import HttpServer
     from loraserve.server.observe.tracing import Tracing
 
@@ -55,6 +56,7 @@ class Servers:
     traces: Tracing | None
     kept: AdapterState | None
     sources: AdapterSources
+    batches: BatchService | None = None
 
     async def start(self) -> None:
         """Takes calls from here on, gRPC first; the ports are bound already."""
@@ -62,6 +64,8 @@ class Servers:
             await self.grpc.start()
         if self.http is not None:
             await self.http.start()
+            if self.batches is not None:
+                self.batches.start(self.http.app, self.http.app.openapi())
         self.engine.get_ready()
         self.sources.get_ready()
         gc.collect()
@@ -75,6 +79,8 @@ class Servers:
         exiting = threading.Timer(drain_s + EXIT_GRACE_S, _leave_unfinished)
         exiting.daemon = True
         exiting.start()
+        if self.batches is not None:  # which go on after the next start: the drain is for those who wait
+            await self.batches.stop()
         await asyncio.gather(self._stop_grpc(drain_s), self._stop_http(drain_s))
         closing = Workers("last writes", 2, 2)
         if self.traces is not None:
@@ -180,11 +186,12 @@ async def _assemble_with(settings: ServeSettings, kept: AdapterState | None) -> 
                 reason=str(failure.error),
             )
         grpc = assembly.grpc_server(settings, engine, access, sources, metrics, tls, kept)
-        http = assembly.http_server(settings, engine, access, sources, metrics, tls, failures, kept)
+        batches = assembly.batch_service(settings, engine, access)
+        http = assembly.http_server(settings, engine, access, sources, metrics, tls, failures, kept, batches)
     except BaseException:
         await engine.shutdown(0.0)
         raise
-    return Servers(engine, grpc, http, traces, kept, sources)
+    return Servers(engine, grpc, http, traces, kept, sources, batches)
 
 
 def _log_kept(kept: AdapterState) -> None:

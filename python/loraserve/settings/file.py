@@ -12,7 +12,7 @@ from loraserve.settings.errors import ConfigError
 from loraserve.settings.yaml_file import read_yaml
 from loraserve.validation.files import expanded
 
-PATH_KEYS = ("keys_file", "state_dir", "tls_certificate", "tls_key", "tls_client_ca")
+PATH_KEYS = ("keys_file", "state_dir", "batch_dir", "tls_certificate", "tls_key", "tls_client_ca")
 
 
 def read_config_file(path: Path) -> tuple[dict[str, Any], list[str]]:

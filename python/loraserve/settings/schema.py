@@ -9,7 +9,7 @@ from pydantic import Field, SecretStr, model_validator
 
 from loraserve.adapters.registry import check_adapter_name, check_base_names
 from loraserve.adapters.startup import OnAdapterError
-from loraserve.config import MAX_COUNTS, EngineConfig, check_merge
+from loraserve.config import MAX_COUNTS, EngineConfig, check_merge, parse_memory
 from loraserve.sampling_params import MAX_LOGPROBS, MAX_N, MAX_STOP_STRINGS
 from loraserve.settings.entries import AdapterSettings, KeySettings, PrefixCacheScope
 from loraserve.settings.fields import (
@@ -297,6 +297,25 @@ class ServeSettings(SettingsModel):
         False, "limits", "let a request bring a chat template of its own, a program that runs here"
     )
 
+    batch_dir: Path | None = option(
+        None,
+        "batches",
+        "keep files and batches (/v1/files, /v1/batches) here, and go on with them at the next start "
+        "(default: there are none)",
+        "DIRECTORY",
+    )
+    batch_dir_size: Memory = option(
+        "16GiB", "batches", "most that all files there may take, a key's half of it", "SIZE"
+    )
+    batch_max_num_seqs: Count | None = option(
+        None,
+        "batches",
+        "most lines of batches at once, a fourth of it beside other requests (default: half of "
+        "--max-num-seqs)",
+        "N",
+        most=MAX_COUNTS["max_num_seqs"],
+    )
+
     api_key: SecretStr | None = option(
         None,
         "keys",
@@ -380,6 +399,7 @@ class ServeSettings(SettingsModel):
     @model_validator(mode="after")
     def _check_together(self) -> ServeSettings:
         check_base_names(self.served_names)
+        parse_memory(self.batch_dir_size, "batch_dir_size")
         check_tool_parser(self.tool_parser)
         check_reasoning_parser(self.reasoning_parser)
         for name in self.adapters:

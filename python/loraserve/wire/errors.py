@@ -8,6 +8,7 @@ from loraserve.errors import (
     AdapterFormatError,
     AdapterNotFoundError,
     AdapterUnavailableError,
+    BatchFileError,
     CapacityError,
     DeadlineError,
     DeviceError,
@@ -16,6 +17,7 @@ from loraserve.errors import (
     LoraserveError,
     ModelError,
     NotFiniteError,
+    NotStoredError,
     OverloadedError,
     OverloadReason,
     PermissionDeniedError,
@@ -34,6 +36,7 @@ STATUS_CODES: dict[type[LoraserveError], grpc.StatusCode] = {
     AdapterFormatError: grpc.StatusCode.INVALID_ARGUMENT,
     ModelError: grpc.StatusCode.INVALID_ARGUMENT,
     AdapterNotFoundError: grpc.StatusCode.NOT_FOUND,
+    NotStoredError: grpc.StatusCode.NOT_FOUND,
     CapacityError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     AdapterUnavailableError: grpc.StatusCode.FAILED_PRECONDITION,
@@ -44,6 +47,7 @@ STATUS_CODES: dict[type[LoraserveError], grpc.StatusCode] = {
     DeviceError: grpc.StatusCode.INTERNAL,
     NotFiniteError: grpc.StatusCode.INTERNAL,
     StateError: grpc.StatusCode.INTERNAL,
+    BatchFileError: grpc.StatusCode.INTERNAL,
 }
 
 _CLASSES_BY_NAME = {cls.__name__: cls for cls in STATUS_CODES}

@@ -5,10 +5,10 @@ import os
 from pathlib import Path
 
 import pytest
+from loraserve.errors import BatchFileError
 from loraserve.server.batches.lines import BadLine
 from loraserve.server.batches.results import (
     Answer,
-    BatchFileError,
     DoneLines,
     ResultFile,
     answer_line,

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from loraserve.errors import EngineStoppedError
+from loraserve.errors import BatchFileError, EngineStoppedError
 from loraserve.server.access.keys import AccessControl
 from loraserve.server.batches import lines
 from loraserve.server.batches.dispatch import AppDispatcher, batch_urls
 from loraserve.server.batches.lines import known_urls, read_lines, scan
-from loraserve.server.batches.results import BatchFileError, Counts, ResultFile
+from loraserve.server.batches.results import Counts, ResultFile
 from loraserve.server.batches.run import BatchRun, FixedSlots
 from loraserve.server.http.app import create_app
 from loraserve.server.http.state import HttpState

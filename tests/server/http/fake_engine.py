@@ -91,6 +91,9 @@ class FakeEngine:
         self.streams: list[FakeStream] = []
         self.requests: list[GenerateRequest] = []
 
+    def num_waiting(self) -> int:
+        return 0
+
     def info(self) -> Any:
         return SimpleNamespace(model="fake", max_model_len=1024, device="cpu")
 

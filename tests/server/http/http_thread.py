@@ -11,6 +11,8 @@ from typing import Any
 
 from loraserve.server.access.keys import AccessControl
 from loraserve.server.adapters.sources import AdapterSources
+from loraserve.server.batches.service import batch_service
+from loraserve.server.batches.store import BatchStore
 from loraserve.server.grpc.service import GrpcServer
 from loraserve.server.http.server import HttpServer
 from loraserve.server.http.state import HttpLimits, HttpState
@@ -33,6 +35,9 @@ class HttpThread:
         max_concurrent_requests: int | None = None,
         adapters_at_start: tuple[str, ...] = (),
         adapter_roots: Sequence[Path] = (),
+        batch_dir: Path | None = None,
+        batch_dir_nbytes: int = 2**30,
+        batch_max_num_seqs: int = 4,
     ) -> None:
         self._make_engine = make_engine
         self._served_names = served_names
@@ -41,6 +46,8 @@ class HttpThread:
         self._adapters_at_start = adapters_at_start
         self.metrics = Metrics()
         self._adapter_roots = adapter_roots
+        self._batch_dir = batch_dir
+        self._batch_dir_nbytes, self._batch_max_num_seqs = batch_dir_nbytes, batch_max_num_seqs
         self._ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="test-http")
         self.engine: Any = None
@@ -55,6 +62,12 @@ class HttpThread:
         try:
             self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
             self.engine = self._make_engine()
+            batches = None
+            if self._batch_dir is not None:
+                store = BatchStore(self._batch_dir, self._batch_dir_nbytes)
+                waiting = self.engine.num_waiting
+                batches = batch_service(store, self._access, self._batch_max_num_seqs, waiting)
+            self.batches = batches
             state = HttpState(
                 engine=self.engine,
                 served_names=self._served_names,
@@ -63,6 +76,7 @@ class HttpThread:
                 limits=self._limits,
                 adapters_at_start=self._adapters_at_start,
                 sources=AdapterSources(roots=self._adapter_roots, hub_repos=()),
+                batches=batches,
             )
             http = HttpServer(state, "127.0.0.1", 0)
             grpc = GrpcServer(
@@ -75,10 +89,14 @@ class HttpThread:
             )
             await http.start()
             await grpc.start()
+            if batches is not None:
+                batches.start(http.app, http.app.openapi())
             self.address, self.grpc_address = http.address, grpc.address
         finally:
             self._ready.set()
         await self._stop.wait()
+        if batches is not None:
+            await batches.stop()
         await grpc.stop(0.0)
         await http.stop(0.0)
 

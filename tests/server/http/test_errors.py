@@ -26,6 +26,8 @@ TABLE = [
     ("DeadlineError", 408, "deadline_exceeded", 408, "generation"),
     ("NotFiniteError", 500, "not_finite", 500, "generation"),
     ("StateError", 500, "state_not_written", 500, "generation"),
+    ("NotStoredError", 404, "not_found", 422, "validation"),
+    ("BatchFileError", 500, "not_written", 500, "generation"),
     ("UnauthenticatedError", 401, "invalid_api_key", 401, "unauthenticated"),
     ("PermissionDeniedError", 403, "permission_denied", 403, "permission_denied"),
     ("ModelError", 400, None, 422, "validation"),

@@ -166,6 +166,28 @@ class AccessControl:
         """Requests of all callers together that may run at once; None has no limit."""
         return self._server.limit
 
+    @property
+    def num_running(self) -> int:
+        """Requests of all callers together that run now."""
+        return self._server.num_running
+
+    def owner_of(self, caller: Caller) -> str:
+        """Whose what a caller keeps here is: a key's, everybody's where there are none."""
+        return caller.name if self._callers else ""
+
+    def caller_of(self, owner: str) -> Caller:
+        """Who `owner_of` said it of.
+
+        Raises:
+            UnauthenticatedError: there is no such key any more, or there are keys now where there were none.
+        """
+        if not self._callers and owner == "":
+            return self._anybody
+        for _, caller in self._callers:
+            if caller.name == owner:
+                return caller
+        raise UnauthenticatedError(f"the key {owner!r} is none of this server's now")
+
     def authenticate(self, authorization: str | None, *, client_host: str) -> Caller:
         """Who sends `Authorization: authorization` from `client_host`, an IP address or "".
 

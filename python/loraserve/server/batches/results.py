@@ -16,14 +16,10 @@ from typing import Any, Protocol
 
 import orjson
 
-from loraserve.errors import LoraserveError
+from loraserve.errors import BatchFileError
 from loraserve.server.batches.lines import BadLine
 
 _ID = re.compile(rb'\{"id":"batch_req_([0-9a-f]{16})_([0-9]{1,12})",')
-
-
-class BatchFileError(LoraserveError):
-    """A file of a batch can't be read or written, or is not what it should be."""
 
 
 @dataclass
@@ -137,6 +133,7 @@ class ResultFile:
     def __init__(self, path: Path, fingerprint: str, *, overwrites: bool = False) -> None:
         self.path = path
         self._fingerprint = fingerprint.encode()
+        self._nbytes_synced = -1
         self.done = DoneLines()
         self.counts = Counts()
         try:
@@ -172,11 +169,15 @@ class ResultFile:
 
     def sync(self) -> None:
         """Raises BatchFileError: it can't be told that it was kept."""
+        if self._nbytes_synced == self._nbytes:
+            return
+        nbytes = self._nbytes
         try:
             os.fsync(self._file)
         except OSError as error:
             if error.errno != errno.EINVAL:  # of a pipe or a device
                 raise self._failed("written", error) from error
+        self._nbytes_synced = nbytes
 
     def close(self) -> None:
         """Lets others have it."""

@@ -8,6 +8,7 @@ from starlette.middleware.cors import CORSMiddleware
 from loraserve._core import __version__
 from loraserve.server.http import errors
 from loraserve.server.http.admin.routes import router as admin
+from loraserve.server.http.batches.routes import router as batches
 from loraserve.server.http.dashboard.router import router as dashboard
 from loraserve.server.http.messages.routes import router as messages
 from loraserve.server.http.middleware import RequestIdMiddleware
@@ -42,6 +43,7 @@ def create_app(state: HttpState) -> FastAPI:
     app.include_router(messages)
     app.include_router(tgi)
     app.include_router(tokens)
+    app.include_router(batches)
     app.include_router(admin, responses=ADMIN_ERRORS)
     app.include_router(dashboard)
     errors.install(app)

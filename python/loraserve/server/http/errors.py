@@ -22,6 +22,7 @@ from loraserve.errors import (
     AdapterFormatError,
     AdapterNotFoundError,
     AdapterUnavailableError,
+    BatchFileError,
     CapacityError,
     DeadlineError,
     DeviceError,
@@ -30,6 +31,7 @@ from loraserve.errors import (
     LoraserveError,
     ModelError,
     NotFiniteError,
+    NotStoredError,
     OverloadedError,
     PermissionDeniedError,
     StateError,
@@ -137,6 +139,8 @@ KINDS: dict[type[LoraserveError], ErrorKind] = {
     EngineStoppedError: ErrorKind(503, "server_error", "engine_stopped", tgi_type="incomplete_generation"),
     DeviceError: INTERNAL,
     NotFiniteError: ErrorKind(500, "server_error", "not_finite", tgi_type="generation"),
+    NotStoredError: ErrorKind(404, _INVALID, "not_found", tgi_status=422),
+    BatchFileError: ErrorKind(500, "server_error", "not_written", tgi_type="generation"),
     StateError: ErrorKind(500, "server_error", "state_not_written", tgi_type="generation"),
 }
 

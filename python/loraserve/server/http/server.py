@@ -27,8 +27,9 @@ class HttpServer:
         """Binds the port; 0 takes a free one. Raises ListenError if the port can't be had."""
         self._socket = bound_socket(host, port, "--http-port", BACKLOG)
         self.address = socket_address(host, self._socket.getsockname()[1])
+        self.app = create_app(state)
         config = uvicorn.Config(
-            create_app(state),
+            self.app,
             http=bounded_protocol(state.limits),
             ws="none",
             lifespan="off",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from loraserve.server.access.keys import AccessControl
     from loraserve.server.adapters.sources import AdapterSources
     from loraserve.server.adapters.state import AdapterState
+    from loraserve.server.batches.service import BatchService
     from loraserve.server.observe.metrics import Metrics
     from loraserve.text.tokenizer import Tokenizer
 
@@ -60,6 +61,7 @@ class HttpState:
         limits: see `HttpLimits`.
         sources: where adapters may be loaded from.
         adapter_failures: adapters that the server started without.
+        batches: files and batches; None keeps none.
         kept: where changes of adapters are kept for the next start; None forgets them.
         cors_origins: whose web pages a browser lets call this server; "*" is everybody's.
         response_limits: how many responses are kept for their callers.
@@ -78,6 +80,7 @@ class HttpState:
     adapter_failures: tuple[AdapterFailure, ...] = ()
     kept: AdapterState | None = None
     response_limits: StoreLimits = field(default_factory=StoreLimits)
+    batches: BatchService | None = None
     started_at: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:

@@ -84,7 +84,9 @@ async def metrics(request: Request, state: State) -> Response:
         caller = await current_caller(request, state, None, None)
         caller.require_admin()
     engine = state.engine
-    return Response(render(state.metrics, engine.info(), engine.stats()), media_type=CONTENT_TYPE)
+    batches = None if state.batches is None else state.batches.counts()
+    text = render(state.metrics, engine.info(), engine.stats(), batches)
+    return Response(text, media_type=CONTENT_TYPE)
 
 
 @router.get("/dashboard/stats", include_in_schema=False)

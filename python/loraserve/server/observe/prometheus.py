@@ -17,6 +17,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import CollectorRegistry
 
 from loraserve.server.observe.adapter_series import AdapterCounts
+from loraserve.server.observe.batch_series import BatchCounts, batch_families
 from loraserve.server.observe.histogram import Histogram
 from loraserve.server.observe.metrics import OTHER_LABEL, Metrics
 
@@ -39,19 +40,24 @@ _ADAPTER_COUNTERS = (
 _STATES = ("registered", "loading", "resident", "failed")
 
 
-def render(metrics: Metrics, info: EngineInfo, stats: EngineStats) -> bytes:
-    """What a scrape is answered with, in `CONTENT_TYPE`."""
+def render(
+    metrics: Metrics, info: EngineInfo, stats: EngineStats, batches: BatchCounts | None = None
+) -> bytes:
+    """What a scrape is answered with, in `CONTENT_TYPE`; None is a server without batches."""
     metrics.keep_only(stats.adapters)
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Collected(metrics, info, stats))
+    registry.register(_Collected(metrics, info, stats, batches))
     return generate_latest(registry)
 
 
 class _Collected:
     """All families, as prometheus_client collects them."""
 
-    def __init__(self, metrics: Metrics, info: EngineInfo, stats: EngineStats) -> None:
+    def __init__(
+        self, metrics: Metrics, info: EngineInfo, stats: EngineStats, batches: BatchCounts | None
+    ) -> None:
         self._metrics = metrics
+        self._batches = batches
         self._info = info
         self._stats = stats
 
@@ -60,6 +66,8 @@ class _Collected:
         yield from _engine(self._info, self._stats)
         yield from self._adapters()
         yield from self._tgi()
+        if self._batches is not None:
+            yield from batch_families(self._batches)
         yield from ProcessCollector(registry=None).collect()
 
     def _requests(self) -> Iterator[Metric]:
