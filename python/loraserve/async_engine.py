@@ -25,6 +25,7 @@ from loraserve.engine.sequence import EngineOutputs
 from loraserve.engine.stats import AdapterInfo, EngineInfo, EngineStats
 from loraserve.engine.workers import Workers
 from loraserve.errors import AdapterUnavailableError, EngineStoppedError
+from loraserve.pooling.head import ClassificationHead
 from loraserve.request import AdapterSpec, Delta, GenerateRequest
 from loraserve.text.tokenizer import Tokenizer
 
@@ -220,6 +221,13 @@ class AsyncEngine:
             InvalidRequestError: it is no adapter, or several that bring different tokens.
         """
         return self._frontend.tokenizer_for(adapter)
+
+    def head_of(self, adapter: AdapterSpec) -> ClassificationHead | None:
+        """What classifies prompts for this adapter, the model's where it has none; for any thread.
+
+        Raises InvalidRequestError: it is no adapter.
+        """
+        return self._frontend.head_of(adapter)
 
     async def load_adapter(
         self,

@@ -81,7 +81,7 @@ class WholeResponse(Response):
             async with aclosing(_deltas(run)) as deltas:  # type: ignore[type-var]
                 async for prompt, delta in deltas:
                     answers[prompt][delta.index].append(delta)
-            body = orjson.dumps(self._writer.body(run, answers))
+            body = orjson.dumps(self._writer.body(run, answers), option=orjson.OPT_SERIALIZE_NUMPY)
             headers = [
                 (b"content-type", b"application/json"),
                 (b"content-length", b"%d" % len(body)),

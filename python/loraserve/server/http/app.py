@@ -14,6 +14,7 @@ from loraserve.server.http.messages.routes import router as messages
 from loraserve.server.http.middleware import RequestIdMiddleware
 from loraserve.server.http.openai.openapi import OpenAIError, Responses
 from loraserve.server.http.openai.routes import router as openai
+from loraserve.server.http.pooling.routes import router as pooling
 from loraserve.server.http.responses.routes import router as responses
 from loraserve.server.http.state import HttpState
 from loraserve.server.http.tgi.openapi import TgiError
@@ -41,6 +42,7 @@ def create_app(state: HttpState) -> FastAPI:
     app.include_router(openai)
     app.include_router(responses)
     app.include_router(messages)
+    app.include_router(pooling)
     app.include_router(tgi)
     app.include_router(tokens)
     app.include_router(batches)

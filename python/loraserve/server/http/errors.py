@@ -76,6 +76,7 @@ ANTHROPIC_TYPES = {  # by status; other statuses below 500 are of the first, tho
     503: "overloaded_error",
     500: "api_error",
 }
+POOLING_PATHS = frozenset(("/pooling", "/classify", "/score", "/rerank", "/v2/rerank"))  # beside /v1
 TGI_PATHS = frozenset(("/", "/generate", "/generate_stream", "/tokenize", "/detokenize", "/invocations"))
 
 
@@ -149,7 +150,7 @@ def family_of(path: str) -> Family:
     """By the path alone, so that routes that don't exist answer in some family's shape too."""
     if path == MESSAGES_PATH or path.startswith(f"{MESSAGES_PATH}/"):
         return Family.ANTHROPIC
-    if path.startswith("/v1/"):
+    if path.startswith("/v1/") or path in POOLING_PATHS:
         return Family.OPENAI
     return Family.TGI if path in TGI_PATHS else Family.PLAIN
 

@@ -125,6 +125,36 @@ OPENAI_REASONS = {
     "use_beam_search": "best_of compares sampled answers",
 }
 
+POOLING_NO_EFFECT = OPENAI_NO_EFFECT
+POOLING_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "add_special_tokens": (True,),
+    "priority": (0,),
+    "truncation_side": ("left",),
+    "activation": (True,),
+    "softmax": (True,),
+    "embed_dtype": ("float32",),
+    "endianness": ("native", "little"),
+    "mm_processor_kwargs": ({},),
+    "input_type": ("text",),
+    "late_chunking": (False,),
+    "embedding_type": ("float",),
+    "stream": (False,),
+}
+
+POOLING_ELSEWHERE = {
+    "inputs": "input",
+    "prompt": "input",
+    "texts": "input",
+    "text": "input",
+    "output_dimension": "dimensions",
+    "normalized": "normalize",
+    "truncate": "truncate_prompt_tokens",
+    "top_k": "top_n",
+    "data_1": "text_1",
+    "data_2": "text_2",
+    "messages": "input, as text",
+}
+
 TGI_NEUTRAL: dict[str, tuple[Any, ...]] = {"watermark": (False,), "apply_chat_template": (False,)}
 
 TGI_ELSEWHERE = {

@@ -1,0 +1,112 @@
+"""Bodies of the pooling routes to engine requests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from loraserve.engine.scoring import Scoring
+from loraserve.errors import InvalidRequestError
+from loraserve.pooling.params import PoolingKind, PoolingParams
+from loraserve.request import AdapterSpec, GenerateRequest
+from loraserve.server.http.adapter_selectors import adapter_of
+from loraserve.server.http.call import Call
+from loraserve.server.http.pooling.schema import (
+    MAX_INPUTS,
+    ClassifyBody,
+    EmbeddingsBody,
+    PooledBody,
+    PoolingBody,
+    RerankBody,
+    ScoreBody,
+    VectorBody,
+    inputs_of,
+)
+
+
+def embedding_requests(call: Call, body: EmbeddingsBody) -> list[GenerateRequest]:
+    """One request per input. Raises InvalidRequestError."""
+    params = PoolingParams(
+        kind=body.pooling or "last", normalize=body.normalize is not False, dimensions=body.dimensions
+    )
+    return _requests(call, body, params)
+
+
+def classify_requests(call: Call, body: ClassifyBody) -> list[GenerateRequest]:
+    """One request per input. Raises InvalidRequestError."""
+    return _requests(call, body, PoolingParams(task="classify"))
+
+
+def pooling_requests(call: Call, body: PoolingBody) -> list[GenerateRequest]:
+    """One request per input; vectors of tokens are normalised only if that is asked for.
+
+    Raises InvalidRequestError.
+    """
+    task = body.task or "token_embed"
+    normalize = task == "embed" if body.normalize is None else body.normalize
+    params = PoolingParams(
+        task=task, kind=body.pooling or "last", normalize=normalize, dimensions=body.dimensions
+    )
+    return _requests(call, body, params)
+
+
+def score_pairs(call: Call, body: ScoreBody) -> Scoring:
+    """What scores the pairs. Raises InvalidRequestError."""
+    queries = _either(body.text_1, body.queries, "text_1", "queries")
+    documents = _either(body.text_2, body.documents, "text_2", "documents")
+    return _scoring(call, body, queries, documents, body.pooling)
+
+
+def rerank_pairs(call: Call, body: RerankBody) -> tuple[Scoring, list[str]]:
+    """What scores the documents, and their texts. Raises InvalidRequestError."""
+    documents = [one if isinstance(one, str) else one.text for one in body.documents]
+    return _scoring(call, body, [body.query], documents, body.pooling), documents
+
+
+def _scoring(
+    call: Call, body: PooledBody, queries: list[str], documents: list[str], kind: PoolingKind | None
+) -> Scoring:
+    _check_num_inputs(max(len(queries), len(documents)))
+    adapter = adapter_of(call.state, call.caller, body.model, body, num_prompts=len(documents))
+    call.caller.check_use(adapter)  # before it shows what head there is
+    request = _request(call, body, adapter, PoolingParams(kind=kind or "last"))
+    return Scoring.of(queries, documents, request, call.state.engine.head_of(adapter))
+
+
+def _requests(call: Call, body: ClassifyBody | VectorBody, params: PoolingParams) -> list[GenerateRequest]:
+    inputs = inputs_of(body.input)
+    _check_num_inputs(len(inputs))
+    adapter = adapter_of(call.state, call.caller, body.model, body, num_prompts=len(inputs))
+    return [_request(call, body, adapter, params, prompt) for prompt in inputs]
+
+
+def _request(
+    call: Call,
+    body: PooledBody,
+    adapter: AdapterSpec,
+    params: PoolingParams,
+    prompt: str | Sequence[int] | None = None,
+) -> GenerateRequest:
+    return GenerateRequest(
+        prompt=prompt,
+        adapter=adapter,
+        pooling=params,
+        deadline_s=call.deadline_s,
+        truncate=body.truncate_prompt_tokens,
+        cache_salt=body.cache_salt,
+    )
+
+
+def _check_num_inputs(num_inputs: int) -> None:
+    if num_inputs == 0:
+        raise InvalidRequestError("input is an empty list, give at least one")
+    if num_inputs > MAX_INPUTS:
+        raise InvalidRequestError(f"the request has {num_inputs} inputs, limit is {MAX_INPUTS}: send several")
+
+
+def _either(
+    first: str | list[str] | None, second: str | list[str] | None, name: str, other: str
+) -> list[str]:
+    if (first is None) == (second is None):
+        raise InvalidRequestError(f"give one of {name} and {other}")
+    given = second if first is None else first
+    return [given] if isinstance(given, str) else list(given or ())
