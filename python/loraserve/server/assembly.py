@@ -209,7 +209,8 @@ def http_server(
     """None where it is off. Raises ListenError: the port can't be had."""
     if settings.http_port is None:
         return None
-    from loraserve.server.http.server import HttpServer  # noqa: PLC0415 (imports fastapi)
+    from loraserve.server.http.responses.store import StoreLimits  # noqa: PLC0415 (imports fastapi)
+    from loraserve.server.http.server import HttpServer  # noqa: PLC0415
     from loraserve.server.http.state import HttpLimits, HttpState  # noqa: PLC0415
 
     limits = HttpLimits(
@@ -230,6 +231,9 @@ def http_server(
         adapter_failures=tuple(failures),
         kept=kept,
         batches=batches,
+        response_limits=StoreLimits(
+            max_nbytes=settings.response_store_memory, max_age_s=settings.response_store_seconds
+        ),
     )
     context = None if tls is None else tls.http_context()
     return HttpServer(state, settings.host, settings.http_port, tls=context)

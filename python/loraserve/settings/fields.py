@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from loraserve.config import parse_quantization
+from loraserve.config import parse_memory, parse_quantization
 from loraserve.errors import InvalidRequestError
 
 OFF = "off"
@@ -98,6 +98,17 @@ def _quantization(value: str | None) -> str | None:
         raise ValueError(str(error)) from None
 
 
+def _size(value: Any) -> int:
+    """Bytes, as engine's settings of memory are written."""
+    try:
+        nbytes = parse_memory(_integer(value), "size", least=0)
+    except InvalidRequestError as error:
+        raise ValueError(str(error)) from None
+    if nbytes is None:
+        raise ValueError("give a size, as 64MiB, or 0 for none")
+    return nbytes
+
+
 def _yes_or_no(value: Any) -> Any:
     if isinstance(value, int | float) and not isinstance(value, bool):
         raise ValueError(f"give yes or no, not {value!r}")
@@ -113,6 +124,7 @@ Port: TypeAlias = Annotated[int, Field(ge=0, le=MAX_PORT), BeforeValidator(_inte
 OptionalPort: TypeAlias = Annotated[Port | None, BeforeValidator(_none_if_off)]
 Count: TypeAlias = Annotated[int, Field(ge=1), BeforeValidator(_integer), AfterValidator(_bounded)]
 Memory: TypeAlias = Annotated[str | int, BeforeValidator(_integer)]
+Size: TypeAlias = Annotated[int, BeforeValidator(_size)]
 Quantization: TypeAlias = Annotated[str | None, AfterValidator(_quantization)]
 YesNo: TypeAlias = Annotated[bool, BeforeValidator(_yes_or_no)]
 Share: TypeAlias = Annotated[float, Field(ge=0.01, le=1), BeforeValidator(_number)]

@@ -22,6 +22,7 @@ from loraserve.settings.fields import (
     Seconds,
     SettingsModel,
     Share,
+    Size,
     Speculate,
     Texts,
     YesNo,
@@ -245,6 +246,14 @@ class ServeSettings(SettingsModel):
         flags=("--payload-limit",),
         env=("PAYLOAD_LIMIT",),
     )
+
+    response_store_memory: Size = option(
+        64 * 2**20,
+        "server",
+        "memory for responses of /v1/responses that their callers may go on from, as 64MiB; 0 keeps none",
+        "SIZE",
+    )
+    response_store_seconds: Seconds = option(24 * 3600.0, "server", "forget responses after this time", "S")
 
     max_concurrent_requests: Count | None = option(
         None,

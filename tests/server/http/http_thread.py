@@ -14,6 +14,7 @@ from loraserve.server.adapters.sources import AdapterSources
 from loraserve.server.batches.service import batch_service
 from loraserve.server.batches.store import BatchStore
 from loraserve.server.grpc.service import GrpcServer
+from loraserve.server.http.responses.store import StoreLimits
 from loraserve.server.http.server import HttpServer
 from loraserve.server.http.state import HttpLimits, HttpState
 from loraserve.server.observe.metrics import Metrics
@@ -38,6 +39,7 @@ class HttpThread:
         batch_dir: Path | None = None,
         batch_dir_nbytes: int = 2**30,
         batch_max_num_seqs: int = 4,
+        response_limits: StoreLimits | None = None,
     ) -> None:
         self._make_engine = make_engine
         self._served_names = served_names
@@ -48,6 +50,7 @@ class HttpThread:
         self._adapter_roots = adapter_roots
         self._batch_dir = batch_dir
         self._batch_dir_nbytes, self._batch_max_num_seqs = batch_dir_nbytes, batch_max_num_seqs
+        self._response_limits = response_limits or StoreLimits()
         self._ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="test-http")
         self.engine: Any = None
@@ -77,6 +80,7 @@ class HttpThread:
                 adapters_at_start=self._adapters_at_start,
                 sources=AdapterSources(roots=self._adapter_roots, hub_repos=()),
                 batches=batches,
+                response_limits=self._response_limits,
             )
             http = HttpServer(state, "127.0.0.1", 0)
             grpc = GrpcServer(

@@ -18,6 +18,7 @@ from tests.server.http.http_thread import HttpThread
 from tests.server.http.soon import soon
 
 LONG: dict[str, Any] = {"max_tokens": 1900, "ignore_eos": True}
+TELL = [{"role": "user", "content": "Tell me a very long story."}]
 FREED_WITHIN_S = 3.0
 
 
@@ -38,6 +39,10 @@ def send(server: HttpThread, path: str, body: Any) -> socket.socket:
         ("/v1/completions", {"prompt": [STORY, STORY], "n": 2, "stream": True, **LONG}),
         ("/v1/completions", {"prompt": STORY, **LONG}),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": STORY}], "stream": True, **LONG}),
+        ("/v1/messages", {"messages": TELL, "stream": True, "max_tokens": 1900}),
+        ("/v1/messages", {"messages": TELL, "max_tokens": 1900}),
+        ("/v1/responses", {"input": TELL, "stream": True, "max_output_tokens": 1900}),
+        ("/v1/responses", {"input": TELL, "max_output_tokens": 1900}),
         (
             "/generate_stream",
             {"inputs": STORY, "parameters": {"max_new_tokens": 1900, "ignore_eos_token": True}},

@@ -11,6 +11,7 @@ import jsonschema_rs
 import openai
 import pytest
 from loraserve import LLM, AsyncEngine, EngineConfig, SamplingParams
+from loraserve.server.http.responses.store import StoreLimits
 from loraserve.settings.entries import ApiKey
 from pydantic import BaseModel
 
@@ -549,3 +550,14 @@ def test_the_store_stays_bounded_under_load() -> None:
         assert found[-1] == 200
         assert 40 < found.count(200) < 64
         assert found == sorted(found, reverse=True)
+
+
+def test_a_server_that_keeps_nothing_says_so() -> None:
+    limits = StoreLimits(max_nbytes=0)
+    with HttpThread(FakeEngine, response_limits=limits) as server, client_of(server) as client:
+        response = client.responses.create(input="x")
+        assert response.store is False
+        with pytest.raises(openai.NotFoundError):
+            client.responses.retrieve(response.id)
+        with pytest.raises(openai.BadRequestError, match="keeps no responses"):
+            client.responses.create(input="x", store=True)

@@ -53,19 +53,20 @@ MAX_LISTED = 100
 @router.post("", responses=CREATE_RESPONSES)
 async def responses(body: ResponsesBody, call: Annotated[Call, Depends(current_call)]) -> Response:
     """Answers an input, which may go on from an earlier response."""
+    is_kept = _is_kept(call.state, body)
     conversation = conversation_of(call, body)
     request = response_request(call, body, conversation)
     model = answering_model(call.state, body.model, request.adapter)
     response_id = new_id("response")
 
     def keep(response: Mapping[str, Any], output: Sequence[Mapping[str, Any]]) -> None:
-        if body.store is not False:
+        if is_kept:
             stored = _stored(conversation, response, output)
             call.state.responses.put(call.caller.name, response_id, stored)
 
     head = ResponseHead(
         id=response_id,
-        echoed=_echoed(body, model),
+        echoed={**_echoed(body), "model": model, "store": is_kept},
         wants_logprobs=wants_logprobs(body),
         wants_packed=ENCRYPTED_REASONING in (body.include or ()),
         texts_of=call.state.texts_of,
@@ -141,7 +142,13 @@ def _stored(
     return StoredResponse(orjson.dumps(response), orjson.dumps([*inputs, *output]), len(inputs))
 
 
-def _echoed(body: ResponsesBody, model: str) -> dict[str, Any]:
+def _is_kept(state: HttpState, body: ResponsesBody) -> bool:
+    if body.store and not state.responses.keeps_any:
+        raise InvalidRequestError("store is true, but this server keeps no responses, set it to false")
+    return body.store is not False and state.responses.keeps_any
+
+
+def _echoed(body: ResponsesBody) -> dict[str, Any]:
     """Fields of the request as responses show them."""
     form = None if body.text is None else body.text.format
     shown_format = {"type": "text"} if form is None else form.model_dump(by_alias=True, exclude_none=True)
@@ -151,7 +158,6 @@ def _echoed(body: ResponsesBody, model: str) -> dict[str, Any]:
         for tool in body.tools or ()
     ]
     return {
-        "model": model,
         "instructions": body.instructions,
         "previous_response_id": body.previous_response_id,
         "max_output_tokens": body.max_output_tokens,
@@ -164,7 +170,6 @@ def _echoed(body: ResponsesBody, model: str) -> dict[str, Any]:
         "text": {"format": shown_format, "verbosity": "medium"},
         "reasoning": {"effort": effort, "summary": None},
         "metadata": body.metadata or {},
-        "store": body.store is not False,
         "background": False,
         "truncation": "disabled",
         "service_tier": "default",

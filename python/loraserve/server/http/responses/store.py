@@ -64,6 +64,11 @@ class ResponseStore:
         self._nbytes: dict[str, int] = {}
 
     @property
+    def keeps_any(self) -> bool:
+        """Whether anything is kept at all."""
+        return self._limits.max_nbytes > 0 and self._limits.max_responses > 0
+
+    @property
     def nbytes(self) -> int:
         """Of all that is kept."""
         return sum(self._nbytes.values())
@@ -74,7 +79,7 @@ class ResponseStore:
     def put(self, caller: str, response_id: str, response: StoredResponse) -> None:
         """Keeps a response; one that is larger than all that may be kept is not."""
         self._forget_old()
-        if response.nbytes > self._limits.max_nbytes or self._limits.max_responses == 0:
+        if response.nbytes > self._limits.max_nbytes or not self.keeps_any:
             return
         self._of_callers.setdefault(caller, OrderedDict())[response_id] = (self._now(), response)
         self._nbytes[caller] = self._nbytes.get(caller, 0) + response.nbytes
