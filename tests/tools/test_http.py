@@ -208,6 +208,29 @@ def test_forced_calls_fit_their_schemas(client: openai.OpenAI, choice: Any, name
     assert num_whole
 
 
+def test_a_thousand_sampled_calls_fit(client: openai.OpenAI) -> None:
+    names = set()
+    for seed in range(0, 1000, 100):
+        answer = create(
+            client,
+            tools=TOOLS,
+            tool_choice="required",
+            parallel_tool_calls=False,
+            temperature=1.0,
+            n=100,
+            seed=seed,
+            max_completion_tokens=900,
+            enable_thinking=False,
+        )
+        assert len(answer.choices) == 100
+        for choice in answer.choices:
+            assert choice.finish_reason == "tool_calls"
+            (call,) = choice.message.tool_calls
+            names.add(call.function.name)
+            assert jsonschema_rs.is_valid(SCHEMAS[call.function.name], json.loads(call.function.arguments))
+    assert names == set(SCHEMAS)
+
+
 class Weather(BaseModel):
     """The weather in a place."""
 
