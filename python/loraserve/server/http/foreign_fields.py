@@ -46,7 +46,6 @@ OPENAI_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "stop_regex": ([],),
     "skip_special_tokens": (True,),
     "truncation_side": ("left",),
-    "prompt_logprobs": (),
     "logprob_token_ids": (),
     "allowed_token_ids": (),
     "bad_words": ([],),

@@ -5,12 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import orjson
 
 from loraserve.request import Completion, Delta, FinishReason, TokenLogprob, Usage
 from loraserve.server.http.answer import DONE
+from loraserve.server.http.openai.echo import (
+    Prompt,
+    PromptLogprobs,
+    echo_logprobs,
+    echoed_text,
+    joined,
+    prompt_logprobs_of,
+    vllm_logprobs,
+)
 from loraserve.server.http.openai.logprobs import chat_logprobs, completion_logprobs
 from loraserve.server.http.token_texts import TokenTexts
 from loraserve.server.request_run import RequestRun
@@ -18,7 +27,6 @@ from loraserve.text.tokenizer import Tokenizer
 from loraserve.tools.call import ToolCallDelta
 
 SERVICE_TIER = "default"  # whichever was asked for, there is no other
-Prompt: TypeAlias = str | Sequence[int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +43,7 @@ class AnswerHead:
     num_answers: int
     wants_logprobs: bool
     wants_usage: bool
+    wants_prompt_logprobs: bool = False
     wants_reasoning: bool = True
     is_legacy: bool = False
     texts_of: Callable[[Tokenizer], TokenTexts]
@@ -60,11 +69,15 @@ class WholeChat:
 
     def body(self, run: RequestRun, answers: Sequence[Sequence[Completion]]) -> dict[str, Any]:
         choices = [self._choice(index, answer, run) for index, answer in enumerate(answers[0])]
-        return {
+        body = {
             **self._head.fields("chat.completion"),
             "choices": choices,
             "usage": usage_body(run.usage),
         }
+        of_prompt = prompt_logprobs_of(answers[0])
+        if self._head.wants_prompt_logprobs and of_prompt is not None:
+            body["prompt_logprobs"] = vllm_logprobs(of_prompt, self._head.texts_of(run.tokenizer))
+        return body
 
     def _choice(self, index: int, answer: Completion, run: RequestRun) -> dict[str, Any]:
         logprobs = None
@@ -108,30 +121,37 @@ class WholeCompletion:
         self._echoed = echoed
 
     def body(self, run: RequestRun, answers: Sequence[Sequence[Completion]]) -> dict[str, Any]:
-        chosen = [
-            (echo, answer)
-            for echo, of_prompt in zip(_echoes(self._echoed, run), answers, strict=True)
-            for answer in likeliest(of_prompt, self._head.num_answers)
-        ]
+        choices: list[dict[str, Any]] = []
+        for place, of_prompt in enumerate(answers):
+            of_prompt_logprobs = prompt_logprobs_of(of_prompt)
+            for answer in likeliest(of_prompt, self._head.num_answers):
+                choices.append({"index": len(choices)} | self._choice(place, answer, of_prompt_logprobs, run))
         return {
             **self._head.fields("text_completion"),
-            "choices": [
-                self._choice(index, echo, answer, run) for index, (echo, answer) in enumerate(chosen)
-            ],
+            "choices": choices,
             "usage": usage_body(run.usage),
         }
 
-    def _choice(self, index: int, echo: str, answer: Completion, run: RequestRun) -> dict[str, Any]:
+    def _choice(
+        self, place: int, answer: Completion, of_prompt: PromptLogprobs | None, run: RequestRun
+    ) -> dict[str, Any]:
+        """Of an answer to prompt number `place`."""
+        prompt, texts = self._echoed[place], self._head.texts_of(run.tokenizer)
+        echo = echoed_text(prompt, run.tokenizer)
         logprobs = None
         if self._head.wants_logprobs:
-            texts = self._head.texts_of(run.tokenizer)
             logprobs = completion_logprobs(answer.logprobs or [], texts, len(echo))
-        return {
-            "index": index,
+            if prompt is not None and of_prompt is not None:
+                token_ids = run.streams[place].prompt_token_ids
+                logprobs = joined(echo_logprobs(prompt, token_ids, of_prompt, texts), logprobs)
+        choice: dict[str, Any] = {
             "text": echo + answer.text,
             "logprobs": logprobs,
             "finish_reason": answer.finish_reason,
         }
+        if self._head.wants_prompt_logprobs and of_prompt is not None:
+            choice["prompt_logprobs"] = vllm_logprobs(of_prompt, texts)
+        return choice
 
 
 class ChunkWriter:
@@ -235,8 +255,11 @@ class CompletionChunks(ChunkWriter):
     def first(self, run: RequestRun) -> bytes:
         self._note_texts(run)
         n = self._head.num_answers
-        texts = [echo for echo in _echoes(self._echoed, run) for _ in range(n)]
+        self._run = run
+        texts = [echoed_text(echo, run.tokenizer) for echo in self._echoed for _ in range(n)]
         self._offsets = [len(text) for text in texts]
+        if self._head.wants_logprobs:  # then a prompt is repeated with its log-probabilities
+            return b""
         return b"".join(
             self._chunk(index, b'"text":' + orjson.dumps(text), b'"logprobs":null,', None)
             for index, text in enumerate(texts)
@@ -245,6 +268,19 @@ class CompletionChunks(ChunkWriter):
 
     def delta(self, prompt: int, delta: Delta) -> bytes:
         index = prompt * self._head.num_answers + delta.index
+        echo = b"" if delta.prompt_logprobs is None else self._echo(index, prompt, delta.prompt_logprobs)
+        return echo + self._answer(index, delta)
+
+    def _echo(self, index: int, prompt: int, of_prompt: PromptLogprobs) -> bytes:
+        """The prompt and what is known of its tokens."""
+        echoed = self._echoed[prompt]
+        if echoed is None or not self._head.wants_logprobs:
+            return b""
+        fields = echo_logprobs(echoed, self._run.streams[prompt].prompt_token_ids, of_prompt, self._texts)
+        text = orjson.dumps(echoed_text(echoed, self._run.tokenizer))
+        return self._chunk(index, b'"text":' + text, b'"logprobs":' + orjson.dumps(fields) + b",", None)
+
+    def _answer(self, index: int, delta: Delta) -> bytes:
         logprobs = b'"logprobs":null,'
         if self._head.wants_logprobs and delta.logprobs:
             logprobs = b'"logprobs":' + orjson.dumps(self._logprobs(index, delta.logprobs)) + b","
@@ -256,15 +292,6 @@ class CompletionChunks(ChunkWriter):
         fields = completion_logprobs(logprobs, self._texts, self._offsets[index])
         self._offsets[index] += sum(map(len, fields["tokens"]))
         return fields
-
-
-def _echoes(prompts: Sequence[Prompt | None], run: RequestRun) -> list[str]:
-    def echo(prompt: Prompt | None) -> str:
-        if prompt is None or isinstance(prompt, str):
-            return prompt or ""
-        return run.tokenizer.decode(prompt, skip_special_tokens=False)
-
-    return [echo(prompt) for prompt in prompts]
 
 
 def likeliest(answers: Sequence[Completion], count: int) -> list[Completion]:

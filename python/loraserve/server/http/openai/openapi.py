@@ -78,6 +78,7 @@ class Choice(_Document):
     text: str | None = None
     message: dict[str, Any] | None = None
     logprobs: dict[str, Any] | None
+    prompt_logprobs: list[dict[str, Any] | None] | None = None
     finish_reason: Literal["stop", "length", "tool_calls", "function_call"]
 
 
@@ -91,6 +92,7 @@ class Answer(_Document):
     choices: list[Choice]
     usage: UsageFields
     system_fingerprint: str
+    prompt_logprobs: list[dict[str, Any] | None] | None = None
     service_tier: Literal["default"] | None = None
 
 

@@ -34,6 +34,7 @@ _SAME_NAME = (
     "ignore_eos",
     "speculate",
     "min_tokens",
+    "prompt_logprobs",
     "n",
 )
 _GUIDED = {
@@ -46,14 +47,11 @@ _GUIDED = {
 
 def completion_requests(call: Call, body: CompletionBody) -> list[GenerateRequest]:
     """One request per prompt. Raises InvalidRequestError."""
-    if body.echo and body.logprobs is not None:
-        raise InvalidRequestError(
-            "echo with logprobs is not supported: a prompt's own log-probabilities are not computed, "
-            "set one of them"
-        )
     given = _sampling(body, body.max_tokens)
     if body.logprobs is not None:
         given["logprobs"] = body.logprobs
+    if body.echo and (body.logprobs is not None or body.max_tokens == 0):
+        _score_prompt(body, given)
     if body.best_of is not None:
         _compare_answers(call, body, given)
     prompts = prompts_of(body)
@@ -115,6 +113,8 @@ def _request(
 
 def _sampling(body: GenerationBody, max_tokens: int | None) -> dict[str, Any]:
     """What `SamplingParams` takes, of the fields that were given."""
+    if body.prompt_logprobs is not None and body.stream:
+        raise InvalidRequestError("prompt_logprobs are not possible in a stream, set stream to false")
     given = {name: value for name in _SAME_NAME if (value := getattr(body, name)) is not None}
     if max_tokens is not None:
         given["max_tokens"] = max_tokens
@@ -130,6 +130,18 @@ def _sampling(body: GenerationBody, max_tokens: int | None) -> dict[str, Any]:
     if grammar is not None:
         given["grammar"] = grammar
     return given
+
+
+def _score_prompt(body: CompletionBody, given: dict[str, Any]) -> None:
+    """What is repeated has its own log-probabilities, as many as the answer's tokens."""
+    if body.suffix and body.logprobs is not None:
+        raise InvalidRequestError(
+            "echo with logprobs and suffix are given, but what is repeated is the prompt without the tokens "
+            "around it: leave one of them out"
+        )
+    if body.stream and max(body.n or 1, body.best_of or 1) > 1 and body.logprobs is not None:
+        raise InvalidRequestError("a stream repeats a prompt with logprobs for one answer only: set n to 1")
+    given["prompt_logprobs"] = max(body.logprobs or 0, body.prompt_logprobs or 0)
 
 
 def _compare_answers(call: Call, body: CompletionBody, given: dict[str, Any]) -> None:

@@ -124,5 +124,6 @@ def _head(
         num_answers=1 if body.n is None else body.n,
         wants_logprobs=wants_logprobs,
         wants_usage=body.stream_options is not None and body.stream_options.include_usage,
+        wants_prompt_logprobs=body.prompt_logprobs is not None,
         texts_of=call.state.texts_of,
     )

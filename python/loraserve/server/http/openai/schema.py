@@ -238,6 +238,9 @@ class GenerationBody(AdapterSelectors):
         default=None, description="False: no guesses ahead (`--speculate`); the answer is the same."
     )
     min_tokens: int | None = None
+    prompt_logprobs: int | None = Field(
+        default=None, description="vLLM's: likeliest tokens beside each of the prompt's; not in a stream."
+    )
     n: int | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None

@@ -10,6 +10,7 @@ import orjson
 from loraserve.request import Completion, Delta, FinishReason, GenerateRequest, TokenLogprob
 from loraserve.sampling_params import SamplingParams
 from loraserve.server.http.openai.answer import likeliest
+from loraserve.server.http.openai.echo import prompt_logprobs_of
 from loraserve.server.http.state import HttpState
 from loraserve.server.http.tgi.schema import Parameters
 from loraserve.server.http.token_texts import TokenTexts
@@ -37,6 +38,7 @@ class WholeGenerate:
         if self._given.details:
             prompt_ids = run.streams[0].prompt_token_ids
             self._texts = self._state.texts_of(run.tokenizer)
+            self._of_prompt = prompt_logprobs_of(answers[0])
             body["details"] = self._details(best, place, prompt_ids)
             if others:
                 body["details"]["best_of_sequences"] = [
@@ -68,12 +70,14 @@ class WholeGenerate:
         return details
 
     def _prefill(self, prompt_ids: Sequence[int]) -> list[dict[str, Any]]:
-        """Prompt tokens, where asked for; their log-probabilities are not computed."""
-        if not self._given.decoder_input_details:
+        """Prompt tokens, where asked for; the first has no log-probability."""
+        if self._of_prompt is None:
             return []
-        texts = self._texts
-        pairs = zip(prompt_ids, texts.texts(prompt_ids), strict=True)
-        return [{"id": id_, "text": text, "logprob": None} for id_, text in pairs]
+        triples = zip(prompt_ids, self._texts.texts(prompt_ids), self._of_prompt, strict=True)
+        return [
+            {"id": id_, "text": text, "logprob": None if one is None else one.logprob}
+            for id_, text, one in triples
+        ]
 
     def _tokens(self, answer: Completion, prompt_ids: Sequence[int]) -> list[dict[str, Any]]:
         """Each token with the text that it completes; joined, these are the text."""

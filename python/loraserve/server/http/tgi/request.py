@@ -38,6 +38,8 @@ def generate_request(
     call.state.limits.check_alternatives("top_n_tokens", num_top)
     sampling = _sampling(call, given)
     sampling["n"] = best_of
+    if given.details and given.decoder_input_details:
+        sampling["prompt_logprobs"] = 0
     if is_stream or given.details or best_of > 1:
         sampling["logprobs"] = num_top
     defaults = {
