@@ -23,6 +23,10 @@ class InvalidRequestError(LoraserveError, ValueError):
     """The request itself is wrong: prompt, sampling parameters, adapter name or weights."""
 
 
+class PromptTooLongError(InvalidRequestError):
+    """A prompt has more tokens than the context, or a limit on prompts, has room for."""
+
+
 class AdapterNotFoundError(LoraserveError, LookupError):
     """No adapter is registered under this name."""
 
@@ -83,7 +87,7 @@ class BatchFileError(LoraserveError):
 
 
 class NotStoredError(LoraserveError, LookupError):
-    """The caller keeps no such file, or no such batch, on this server."""
+    """The caller keeps no such file, batch or response on this server."""
 
 
 class UnauthenticatedError(LoraserveError):

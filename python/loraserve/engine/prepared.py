@@ -15,7 +15,7 @@ from loraserve.adapters.registry import RegisteredAdapter
 from loraserve.adapters.text import common_text, without_weightless
 from loraserve.config import EngineConfig
 from loraserve.engine.answer_form import AnswerForm, answer_form
-from loraserve.errors import InvalidRequestError
+from loraserve.errors import InvalidRequestError, PromptTooLongError
 from loraserve.pooling.head import ClassificationHead
 from loraserve.request import (
     SHARED_CACHE,
@@ -202,7 +202,7 @@ def _check_length(num_tokens: int, max_model_len: int, *, generates: bool) -> No
     limit = max_model_len - 1 if generates else max_model_len
     if num_tokens > limit:
         less = " less one token to generate" if generates else ""
-        raise InvalidRequestError(
+        raise PromptTooLongError(
             f"prompt has {num_tokens} tokens, limit is {limit}: the context length{less}"
         )
 

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import tokenizers
 
 from loraserve import _core
-from loraserve.errors import InvalidRequestError, ModelError
+from loraserve.errors import InvalidRequestError, ModelError, PromptTooLongError
 from loraserve.text.backend_errors import BackendCall
 from loraserve.text.byte_level_bpe import BYTE_OF_CHAR, build_byte_level_bpe, find_pre_tokenizer
 from loraserve.text.chat_template import ChatTemplate, Message
@@ -243,11 +243,12 @@ class Tokenizer:
         One that passes may have some times as many tokens.
 
         Raises:
-            InvalidRequestError: it has more tokens, or is no Unicode; `what` it is called.
+            PromptTooLongError: it has more tokens; `what` it is called.
+            InvalidRequestError: it is no Unicode.
         """
         min_tokens = len(text) // self.max_token_len
         if min_tokens > max_num_tokens:
-            raise InvalidRequestError(
+            raise PromptTooLongError(
                 f"{what} has at least {min_tokens} tokens, the limit is {max_num_tokens}: send less"
             )
         try:
@@ -261,7 +262,7 @@ class Tokenizer:
         for start in range(0, len(text), PART_CHARS):
             num_tokens += len(self.encode(text[start : start + PART_CHARS], add_special_tokens=False))
             if num_tokens > 2 * max_num_tokens:
-                raise InvalidRequestError(
+                raise PromptTooLongError(
                     f"{what} has more than {max_num_tokens} tokens, which is the limit: send less"
                 )
 

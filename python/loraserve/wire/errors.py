@@ -21,6 +21,7 @@ from loraserve.errors import (
     OverloadedError,
     OverloadReason,
     PermissionDeniedError,
+    PromptTooLongError,
     StateError,
     UnauthenticatedError,
 )
@@ -32,6 +33,7 @@ REASON_KEY = "loraserve-reason"
 MAX_MESSAGE_CHARS = 2000  # a status message travels in a header, and headers are limited to 8 KiB
 
 STATUS_CODES: dict[type[LoraserveError], grpc.StatusCode] = {
+    PromptTooLongError: grpc.StatusCode.INVALID_ARGUMENT,
     InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
     AdapterFormatError: grpc.StatusCode.INVALID_ARGUMENT,
     ModelError: grpc.StatusCode.INVALID_ARGUMENT,

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from loraserve import errors
-from loraserve.server.http.errors import KINDS, PreviousResponseNotFoundError, ResponseNotFoundError
+from loraserve.server.http.errors import KINDS, PreviousResponseNotFoundError
 
 from tests.server.http.fake_engine import FakeEngine
 from tests.server.http.http_thread import HttpThread
@@ -18,6 +18,7 @@ from tests.server.http.http_thread import HttpThread
 # class, OpenAI's status and code, TGI's status and type
 TABLE = [
     ("InvalidRequestError", 400, None, 422, "validation"),
+    ("PromptTooLongError", 400, "context_length_exceeded", 422, "validation"),
     ("AdapterNotFoundError", 404, "model_not_found", 422, "validation"),
     ("AdapterFormatError", 400, "adapter_format", 422, "validation"),
     ("AdapterUnavailableError", 409, "adapter_unavailable", 424, "generation"),
@@ -71,7 +72,7 @@ def test_a_route_of_another_server_says_what_to_ask_here(
 
 def test_every_typed_error_has_a_status() -> None:
     typed = {cls for cls in vars(errors).values() if isinstance(cls, type)} - {errors.LoraserveError}
-    assert typed | {ResponseNotFoundError, PreviousResponseNotFoundError} == set(KINDS)
+    assert typed | {PreviousResponseNotFoundError} == set(KINDS)
     assert {name for name, *_ in TABLE} == {cls.__name__ for cls in typed}
 
 

@@ -201,6 +201,13 @@ def test_length_is_the_clients_or_the_contexts(client: anthropic.Anthropic) -> N
     assert message.stop_reason == "model_context_window_exceeded"
 
 
+def test_a_prompt_that_is_too_long_is_told_as_agents_look_for_it(client: anthropic.Anthropic) -> None:
+    for num_words in (5000, 500_000):
+        with pytest.raises(anthropic.BadRequestError, match="prompt is too long: prompt has") as refused:
+            create(client, [{"role": "user", "content": "word " * num_words}])
+        assert refused.value.body["error"]["type"] == "invalid_request_error"
+
+
 def test_cut_and_broken_arguments(client: anthropic.Anthropic) -> None:
     for ask in (create, streamed):
         message = ask(client, say(CALL), tools=TOOLS, max_tokens=25)
@@ -556,6 +563,12 @@ def test_hostile_bodies_are_bounded(server: HttpThread) -> None:
         headers={"content-type": "application/json"},
     )
     assert (too_large.status_code, too_large.json()["error"]["type"]) == (413, "request_too_large")
+
+
+def test_models_are_listed_as_the_client_reads_them(client: anthropic.Anthropic) -> None:
+    (model,) = client.models.list()
+    assert (model.id, model.type, model.display_name) == ("tiny", "model", "tiny")
+    assert client.models.retrieve("tiny").created_at == model.created_at
 
 
 def test_routes_that_are_not_there_answer_in_the_same_shape(server: HttpThread) -> None:

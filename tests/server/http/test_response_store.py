@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from loraserve.server.http.errors import ResponseNotFoundError
+from loraserve.errors import NotStoredError
 from loraserve.server.http.responses.store import OVERHEAD_NBYTES, ResponseStore, StoredResponse, StoreLimits
 
 
@@ -16,7 +16,7 @@ def response(nbytes: int) -> StoredResponse:
 def has(store: ResponseStore, caller: str, response_id: str) -> bool:
     try:
         store.get(caller, response_id)
-    except ResponseNotFoundError:
+    except NotStoredError:
         return False
     return True
 
@@ -26,7 +26,7 @@ def test_what_is_kept_is_found_by_its_caller_alone() -> None:
     store.put("a", "r", response(2000))
     assert has(store, "a", "r")
     assert not has(store, "b", "r")
-    with pytest.raises(ResponseNotFoundError, match="'r'"):
+    with pytest.raises(NotStoredError, match="'r'"):
         store.delete("b", "r")
     store.delete("a", "r")
     assert not has(store, "a", "r")

@@ -338,7 +338,7 @@ def test_responses_are_kept_listed_and_forgotten(client: openai.OpenAI) -> None:
     for ask in (client.responses.retrieve, client.responses.delete, client.responses.input_items.list):
         with pytest.raises(openai.NotFoundError) as missing:
             ask(response.id)
-        assert missing.value.code == "response_not_found"
+        assert missing.value.code == "not_found"
     with pytest.raises(openai.BadRequestError) as lost:
         create(client, previous_response_id=response.id)
     assert lost.value.code == "previous_response_not_found"
@@ -471,6 +471,13 @@ def test_what_is_not_supported_is_refused_by_name(
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["type"] == "invalid_request_error"
     assert message in answer.json()["error"]["message"]
+
+
+def test_a_prompt_that_is_too_long_has_its_code(client: openai.OpenAI) -> None:
+    for num_words in (5000, 500_000):
+        with pytest.raises(openai.BadRequestError) as refused:
+            create(client, "word " * num_words)
+        assert refused.value.code == "context_length_exceeded"
 
 
 def test_hostile_bodies_are_bounded(server: HttpThread) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from loraserve.engine.prepared import check_deadline
 from loraserve.engine.queue import deadline_error
-from loraserve.errors import InvalidRequestError
+from loraserve.errors import InvalidRequestError, PromptTooLongError
 from loraserve.request import GenerateRequest
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class RequestLimits:
         for one in prepared:
             num_tokens, limit = len(one.prompt_token_ids), self.max_input_tokens
             if limit is not None and num_tokens > limit:
-                raise InvalidRequestError(
+                raise PromptTooLongError(
                     f"prompt has {num_tokens} tokens, limit is {limit}: send a shorter one"
                 )
         return prepared

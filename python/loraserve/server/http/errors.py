@@ -34,6 +34,7 @@ from loraserve.errors import (
     NotStoredError,
     OverloadedError,
     PermissionDeniedError,
+    PromptTooLongError,
     StateError,
     UnauthenticatedError,
 )
@@ -80,13 +81,6 @@ POOLING_PATHS = frozenset(("/pooling", "/classify", "/score", "/rerank", "/v2/re
 TGI_PATHS = frozenset(("/", "/generate", "/generate_stream", "/tokenize", "/detokenize", "/invocations"))
 
 
-class ResponseNotFoundError(InvalidRequestError):
-    """No response of this id is kept for the caller, or not any more."""
-
-    def __init__(self, response_id: str) -> None:
-        super().__init__(f"response {response_id!r:.150} is not kept here, or not any more, for this key")
-
-
 class PreviousResponseNotFoundError(InvalidRequestError):
     """What a request would go on from is not kept."""
 
@@ -121,8 +115,8 @@ _INVALID = "invalid_request_error"
 INTERNAL = ErrorKind(500, "server_error", "internal_error", tgi_type="generation")
 
 KINDS: dict[type[LoraserveError], ErrorKind] = {
-    ResponseNotFoundError: ErrorKind(404, _INVALID, "response_not_found"),
     PreviousResponseNotFoundError: ErrorKind(400, _INVALID, "previous_response_not_found"),
+    PromptTooLongError: ErrorKind(400, _INVALID, "context_length_exceeded", tgi_status=422),
     InvalidRequestError: ErrorKind(400, _INVALID, tgi_status=422),
     AdapterNotFoundError: ErrorKind(404, _INVALID, "model_not_found", tgi_status=422),
     AdapterFormatError: ErrorKind(400, _INVALID, "adapter_format", tgi_status=422),
@@ -181,7 +175,8 @@ def error_body(error: Exception, family: Family) -> dict[str, Any]:
         code = error.reason if isinstance(error, OverloadedError) else kind.openai_code
         return openai_body(message, kind.openai_type, code)
     if family is Family.ANTHROPIC:
-        return anthropic_body(message, kind.status)
+        too_long = "prompt is too long: " if isinstance(error, PromptTooLongError) else ""
+        return anthropic_body(too_long + message, kind.status)
     return {"error": message, "error_type": kind.tgi_type if family is Family.TGI else name}
 
 

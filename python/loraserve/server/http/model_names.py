@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from datetime import datetime, timezone
 from typing import Any
 
 from loraserve.adapters.registry import registered_name
@@ -48,6 +49,17 @@ def models_for(state: HttpState, caller: Caller) -> Iterator[dict[str, Any]]:
         if caller.may_use(adapter.name):
             root = adapter.path if caller.sees_paths else None
             yield _model(state, adapter.name, root=root, parent=base)
+
+
+def anthropic_model(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry of `models_for` as Anthropic's clients read it."""
+    return {
+        "type": "model",
+        "id": entry["id"],
+        "display_name": entry["id"],
+        "created_at": datetime.fromtimestamp(entry["created"], timezone.utc).isoformat(),
+        "lifecycle": "active",
+    }
 
 
 def _model(state: HttpState, name: str, *, root: str | None, parent: str | None) -> dict[str, Any]:

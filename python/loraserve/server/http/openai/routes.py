@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
 from loraserve._core import __version__
@@ -17,7 +17,7 @@ from loraserve.server.http.auth import current_caller
 from loraserve.server.http.call import Call, current_call
 from loraserve.server.http.errors import Family
 from loraserve.server.http.json_route import JsonRoute
-from loraserve.server.http.model_names import answering_model, models_for
+from loraserve.server.http.model_names import answering_model, anthropic_model, models_for
 from loraserve.server.http.openai.answer import (
     AnswerHead,
     ChatChunks,
@@ -37,27 +37,37 @@ from loraserve.server.http.openai.request import chat_request, completion_reques
 from loraserve.server.http.openai.schema import ChatCompletionBody, CompletionBody, GenerationBody
 from loraserve.server.http.state import HttpState, http_state
 
+ANTHROPIC_VERSION = "anthropic-version"  # a header that Anthropic's clients send
+
 router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=JsonRoute)
 
 
 @router.get("/models", responses=MODELS_RESPONSES)
 async def list_models(
-    state: Annotated[HttpState, Depends(http_state)], caller: Annotated[Caller, Depends(current_caller)]
+    request: Request,
+    state: Annotated[HttpState, Depends(http_state)],
+    caller: Annotated[Caller, Depends(current_caller)],
 ) -> dict[str, Any]:
     """The base model's names and every adapter the caller may use."""
-    return {"object": "list", "data": list(models_for(state, caller))}
+    entries = list(models_for(state, caller))
+    if ANTHROPIC_VERSION not in request.headers:
+        return {"object": "list", "data": entries}
+    data = list(map(anthropic_model, entries))
+    first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
+    return {"data": data, "has_more": False, "first_id": first, "last_id": last}
 
 
 @router.get("/models/{model:path}", responses=MODEL_RESPONSES)
 async def get_model(
     model: str,
+    request: Request,
     state: Annotated[HttpState, Depends(http_state)],
     caller: Annotated[Caller, Depends(current_caller)],
 ) -> dict[str, Any]:
     """One entry of the list."""
     for entry in models_for(state, caller):
         if entry["id"] == model:
-            return entry
+            return anthropic_model(entry) if ANTHROPIC_VERSION in request.headers else entry
     raise AdapterNotFoundError(f"model {model[:200]!r} does not exist, GET /v1/models lists those that do")
 
 

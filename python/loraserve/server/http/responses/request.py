@@ -9,13 +9,13 @@ from typing import Any
 import orjson
 from pydantic import TypeAdapter
 
-from loraserve.errors import InvalidRequestError
+from loraserve.errors import InvalidRequestError, NotStoredError
 from loraserve.request import ChatOptions, GenerateRequest
 from loraserve.sampling.grammar import Grammar
 from loraserve.server.http.adapter_selectors import adapter_of
 from loraserve.server.http.call import Call
 from loraserve.server.http.chat_turns import chat_params
-from loraserve.server.http.errors import PreviousResponseNotFoundError, ResponseNotFoundError
+from loraserve.server.http.errors import PreviousResponseNotFoundError
 from loraserve.server.http.responses.items import template_messages
 from loraserve.server.http.responses.schema import (
     LOGPROBS,
@@ -61,7 +61,7 @@ def conversation_of(call: Call, body: ConversationBody) -> Conversation:
     if body.previous_response_id is not None:
         try:
             kept = call.state.responses.get(call.caller.name, body.previous_response_id).items
-        except ResponseNotFoundError:
+        except NotStoredError:
             raise PreviousResponseNotFoundError(body.previous_response_id) from None
     earlier = _ITEMS.validate_python(orjson.loads(kept))
     if not earlier and not new:

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from loraserve.server.http.errors import ResponseNotFoundError
+from loraserve.errors import NotStoredError
 
 OVERHEAD_NBYTES = 1024  # of one response, beside its texts
 
@@ -87,15 +87,17 @@ class ResponseStore:
             self._drop_oldest(max(self._nbytes, key=lambda name: self._nbytes[name]))
 
     def get(self, caller: str, response_id: str) -> StoredResponse:
-        """Raises ResponseNotFoundError: the caller has no such response, or not any more."""
+        """Raises NotStoredError: the caller has no such response, or not any more."""
         self._forget_old()
         responses = self._of_callers.get(caller)
         if responses is None or response_id not in responses:
-            raise ResponseNotFoundError(response_id)
+            raise NotStoredError(
+                f"response {response_id!r:.150} is not kept here, or not any more, for this key"
+            )
         return responses[response_id][1]
 
     def delete(self, caller: str, response_id: str) -> None:
-        """Forgets a response. Raises ResponseNotFoundError."""
+        """Forgets a response. Raises NotStoredError."""
         self.get(caller, response_id)
         self._remove(caller, response_id)
 
