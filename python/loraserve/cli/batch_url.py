@@ -8,6 +8,7 @@ import re
 import ssl
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from urllib.parse import urlsplit
 
@@ -71,7 +72,9 @@ class ServerDispatcher:
         if status == UNAUTHENTICATED:
             raise self._not_let_in(body)
 
-    async def send(self, line: Line, stop: asyncio.Event) -> Answer | None:
+    async def send(
+        self, line: Line, stop: asyncio.Event, on_begun: Callable[[], None] = lambda: None
+    ) -> Answer | None:
         """As of `Dispatcher`; while the server is away or busy it is asked again.
 
         Raises:

@@ -32,12 +32,14 @@ class CallOrigin:
         route: one of few, never a client's path.
         request_id: what logs call it.
         traceparent: the client's span (W3C Trace Context).
+        on_begun: called when its first token has come.
     """
 
     caller: Caller
     route: str
     request_id: str | None = None
     traceparent: str | None = None
+    on_begun: Callable[[], None] | None = None
 
 
 class CallerGoneError(Exception):
@@ -47,7 +49,7 @@ class CallerGoneError(Exception):
 class RequestRun:
     """The running answers of one call, of one prompt or several; iterate `deltas()` once."""
 
-    def __init__(self, caller: Caller, metrics: RequestMetrics) -> None:
+    def __init__(self, origin: CallOrigin, metrics: RequestMetrics) -> None:
         self.streams: list[RequestStream] = []
         self.submitted_at: float | None = None  # on time.perf_counter
         self.timing: RequestTiming | None = None
@@ -56,7 +58,8 @@ class RequestRun:
         self.has_tokens = False
         self._usages: list[Usage] = []
         self._preparing: asyncio.Task[list[PreparedRequest]] | None = None
-        self._caller = caller
+        self._caller = origin.caller
+        self._on_begun = origin.on_begun
         self._metrics = metrics
 
     @property
@@ -115,6 +118,8 @@ class RequestRun:
 
     def _note(self, delta: Delta) -> None:
         if delta.token_ids:
+            if self._on_begun is not None and not self.has_tokens:
+                self._on_begun()
             self.has_tokens = True
             self._metrics.token(len(delta.token_ids))
         if delta.usage is not None:
@@ -176,7 +181,7 @@ class RequestRunner:
         """
         caller, adapter = origin.caller, requests[0].adapter
         metrics = self._started(adapter, origin)
-        run = RequestRun(caller, metrics)
+        run = RequestRun(origin, metrics)
         failure: BaseException | None = None
         try:
             caller.check_use(adapter)

@@ -319,7 +319,7 @@ class ServeSettings(SettingsModel):
     batch_max_num_seqs: Count | None = option(
         None,
         "batches",
-        "most lines of batches at once, a fourth of it beside other requests (default: half of "
+        "most lines of batches at once, a fourth of it beside other requests (default: an eighth of "
         "--max-num-seqs)",
         "N",
         most=MAX_COUNTS["max_num_seqs"],

@@ -139,6 +139,56 @@ def test_a_bounded_number_is_open_at_once_and_a_stop_aborts_them(tmp_path: Path)
     assert [one["custom_id"] for one in results_of(tmp_path / "out")] == ["done"]
 
 
+def test_a_slot_is_told_when_the_answer_begins_and_when_it_ends(tmp_path: Path) -> None:
+    told: list[str] = []
+
+    class ToldSlots:
+        async def take(self, nbytes: int) -> "ToldSlots":
+            told.append("taken")
+            assert nbytes > 10
+            return self
+
+        def begun(self) -> None:
+            told.append("begun")
+
+        def give_back(self) -> None:
+            told.append("ended")
+
+    world = World(tmp_path / "out", line("a", "hang"))
+
+    async def run() -> None:
+        batch = world.begin()
+        batch._slots = ToldSlots()
+        running = asyncio.create_task(batch.run())
+        while told != ["taken", "begun"]:
+            await asyncio.sleep(0.01)
+        batch.stop()
+        await running
+        assert told == ["taken", "begun", "ended"]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("url", "body"),
+    [
+        ("/v1/responses", {"model": "one", "input": "x"}),
+        (
+            "/v1/messages",
+            {"model": "one", "max_tokens": 9, "messages": [{"role": "user", "content": "x"}]},
+        ),
+    ],
+)
+def test_other_apis_answer_lines_in_their_own_form(tmp_path: Path, url: str, body: dict[str, Any]) -> None:
+    request = {"custom_id": "1", "method": "POST", "url": url, "body": body}
+    world = World(tmp_path / "out", json.dumps(request).encode())
+    answer = world.run()["1"]["response"]
+    assert answer["status_code"] == 200
+    assert answer["body"]["id"].startswith(("resp_", "msg_"))
+    assert answer["body"]["status" if "responses" in url else "stop_reason"] in ("completed", "end_turn")
+    assert world.counts.completion_tokens == 2
+
+
 def test_what_is_done_is_not_run_again(tmp_path: Path) -> None:
     data = b"\n".join(line(str(index), f"x {index}") for index in range(30))
     whole = {**World(tmp_path / "whole", data).run()}

@@ -39,10 +39,13 @@ MODES = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
 
 
 @pytest.fixture(scope="module")
-def server(tiny_model: tuple[Path, Any], tiny_adapters: dict[str, str]) -> Iterator[HttpThread]:
+def server(
+    tiny_model: tuple[Path, Any], tiny_adapters: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[HttpThread]:
     adapters = {name: tiny_adapters[name] for name in ("a0", "a1")}
     config = EngineConfig(model=str(tiny_model[0]), adapters=adapters, dtype="float32", memory="32MiB")
-    with HttpThread(lambda: AsyncEngine(config), served_names=("tiny",)) as server:
+    batches = tmp_path_factory.mktemp("batches")
+    with HttpThread(lambda: AsyncEngine(config), served_names=("tiny",), batch_dir=batches) as server:
         yield server
 
 

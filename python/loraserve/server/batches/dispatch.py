@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import orjson
@@ -16,7 +16,9 @@ from loraserve.server.batches.results import Answer
 if TYPE_CHECKING:
     from loraserve.server.access.keys import Caller
 
-CALLER: Final = "loraserve.caller"  # in the scope of a call that comes from inside
+# In the scope of a call that comes from inside:
+CALLER: Final = "loraserve.caller"
+ON_BEGUN: Final = "loraserve.on_begun"  # called when the first token has come
 MAX_RETRY_S = 5.0
 NOT_IN_BATCHES = frozenset(("administration", "batches", "TGI"))  # tags of routes
 
@@ -24,8 +26,15 @@ NOT_IN_BATCHES = frozenset(("administration", "batches", "TGI"))  # tags of rout
 class Dispatcher(Protocol):
     """Whoever answers lines."""
 
-    async def send(self, line: Line, stop: asyncio.Event) -> Answer | None:
+    async def send(
+        self, line: Line, stop: asyncio.Event, on_begun: Callable[[], None] = lambda: None
+    ) -> Answer | None:
         """The answer, however long that takes; None once `stop` is set, if it had not come by then.
+
+        Args:
+            line: what is asked.
+            stop: set when the answer is not wanted any more.
+            on_begun: called where it is known that the first token has come.
 
         Raises:
             LoraserveError: nothing is answered any more, the run can't go on.
@@ -45,14 +54,16 @@ class AppDispatcher:
         self._app = app
         self._caller = caller
 
-    async def send(self, line: Line, stop: asyncio.Event) -> Answer | None:
+    async def send(
+        self, line: Line, stop: asyncio.Event, on_begun: Callable[[], None] = lambda: None
+    ) -> Answer | None:
         """As of `Dispatcher`; too busy a server, and a caller's rate, are waited for.
 
         Raises:
             EngineStoppedError: the engine takes no requests any more.
         """
         while not stop.is_set():
-            call = _AppCall(line, self._caller, stop)
+            call = _AppCall(line, self._caller, stop, on_begun)
             await call.run(self._app)
             if stop.is_set() and not call.is_success:
                 return None
@@ -65,13 +76,16 @@ class AppDispatcher:
 
 
 class _AppCall:
-    def __init__(self, line: Line, caller: Caller | None, stop: asyncio.Event) -> None:
+    def __init__(
+        self, line: Line, caller: Caller | None, stop: asyncio.Event, on_begun: Callable[[], None]
+    ) -> None:
         self.status = 500
         self.body = b""
         self._headers: Mapping[bytes, bytes] = {}
         self._line = line
         self._caller = caller
         self._stop = stop
+        self._on_begun = on_begun
         self._is_sent = False
 
     @property
@@ -109,6 +123,7 @@ class _AppCall:
             "client": ("127.0.0.1", 0),
             "server": ("127.0.0.1", 0),
         }
+        scope[ON_BEGUN] = self._on_begun
         if self._caller is not None:
             scope[CALLER] = self._caller
         return scope

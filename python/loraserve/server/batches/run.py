@@ -18,15 +18,23 @@ SYNC_S = 1.0
 LINES_PER_TURN = 64  # that need no answer, after which others may use the loop
 
 
-class Slots(Protocol):
-    """How many lines may be answered at once."""
+class Slot(Protocol):
+    """What a line holds while it is answered."""
 
-    async def take(self) -> None:
-        """Returns when there is one."""
+    def begun(self) -> None:
+        """Its answer has begun."""
         ...
 
     def give_back(self) -> None:
-        """One that was taken is free."""
+        """It has ended; told once."""
+        ...
+
+
+class Slots(Protocol):
+    """How many lines may be answered at once."""
+
+    async def take(self, nbytes: int) -> Slot:
+        """Returns when there is one for a line of so many bytes."""
         ...
 
 
@@ -36,12 +44,16 @@ class FixedSlots:
     def __init__(self, number: int) -> None:
         self._semaphore = asyncio.Semaphore(number)
 
-    async def take(self) -> None:
+    async def take(self, nbytes: int) -> FixedSlots:
         """As of `Slots`."""
         await self._semaphore.acquire()
+        return self
+
+    def begun(self) -> None:
+        """As of `Slot`."""
 
     def give_back(self) -> None:
-        """As of `Slots`."""
+        """As of `Slot`."""
         self._semaphore.release()
 
 
@@ -115,29 +127,29 @@ class BatchRun:
                 if num_unanswered % LINES_PER_TURN == 0:
                     await asyncio.sleep(0)
                 continue
-            if not await self._take_slot():
+            slot = await self._take_slot(line)
+            if slot is None:
                 return
-            task = asyncio.create_task(self._answer(line))
+            task = asyncio.create_task(self._answer(line, slot))
             self._open.add(task)
             task.add_done_callback(self._open.discard)
 
-    async def _take_slot(self) -> bool:
-        """False if the run was stopped before there was one."""
-        taking = asyncio.ensure_future(self._slots.take())
+    async def _take_slot(self, line: Line) -> Slot | None:
+        """None if the run was stopped before there was one."""
+        taking = asyncio.ensure_future(self._slots.take(len(line.body)))
         stopping = asyncio.ensure_future(self._stop.wait())
         await asyncio.wait({taking, stopping}, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
         if not self._stop.is_set():
-            return True
+            return taking.result()
         taking.cancel()
         with suppress(asyncio.CancelledError):
-            await taking
-            self._slots.give_back()
-        return False
+            (await taking).give_back()
+        return None
 
-    async def _answer(self, line: Line) -> None:
+    async def _answer(self, line: Line, slot: Slot) -> None:
         try:
-            answer = await self._dispatcher.send(line, self._stop)
+            answer = await self._dispatcher.send(line, self._stop, slot.begun)
             if answer is not None:
                 self._count_tokens(answer)
                 result = answer_line(self._fingerprint, line.number, line.custom_id, answer)
@@ -146,7 +158,7 @@ class BatchRun:
             self._error = self._error or error
             self._stop.set()
         finally:
-            self._slots.give_back()
+            slot.give_back()
 
     def _add(self, number: int, result: bytes, *, is_completed: bool) -> None:
         self._results.add(number, result, is_completed=is_completed)

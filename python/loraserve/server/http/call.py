@@ -10,6 +10,7 @@ from fastapi import Depends, Header, Request
 from starlette.types import Receive
 
 from loraserve.server.access.keys import Caller
+from loraserve.server.batches.dispatch import ON_BEGUN
 from loraserve.server.http.auth import current_caller
 from loraserve.server.http.state import HttpState, http_state
 from loraserve.server.request_run import CallOrigin
@@ -49,6 +50,7 @@ async def current_call(
         route=request.scope["route"].path,
         request_id=request.scope["state"]["request_id"],
         traceparent=request.headers.get("traceparent"),
+        on_begun=request.scope.get(ON_BEGUN),
     )
     return Call(
         state=state,
