@@ -9,14 +9,14 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 SOURCES := $(shell find rust proto -name '*.rs' -o -name 'Cargo.toml') Cargo.toml Cargo.lock pyproject.toml
 MODEL ?= smollm2
-DEMO_ADAPTERS := sql json pirate
+DEMO_ADAPTERS := sql json pirate tools
 # Versions of the development environment; `make test LOCK=` takes the newest that pyproject.toml allows.
 LOCK ?= requirements-dev.lock
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-demo: $(STAMPS)/demo ## set up, serve the embedded model with three adapters, send a mixed batch, show the answers
+demo: $(STAMPS)/demo ## set up, serve the embedded model with four adapters, send a mixed batch, show the answers
 	$(BIN)/python scripts/demo.py
 
 dev: $(STAMPS)/dev ## set up .venv with what development needs

@@ -51,9 +51,15 @@ def of_task(name: str, *, has_schema: bool = False) -> Callable[[Random, int], l
 
     def draw(rng: Random, count: int) -> list[Question]:
         examples: list[Example] = TASKS[name].examples(rng, count)
-        grammars = [schema_of(example.answer) if has_schema else None for example in examples]
+        grammars = [
+            schema_of(example.messages[-1]["content"]) if has_schema else None for example in examples
+        ]
         return [
-            Question(example.prompt, name, SamplingParams(max_tokens=100, temperature=0.0, grammar=grammar))
+            Question(
+                example.messages[0]["content"],
+                name,
+                SamplingParams(max_tokens=100, temperature=0.0, grammar=grammar),
+            )
             for example, grammar in zip(examples, grammars, strict=True)
         ]
 

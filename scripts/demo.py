@@ -1,4 +1,4 @@
-"""The demo: one server with one model and three adapters answers a mixed batch of prompts at once."""
+"""The demo: one server with one model and four adapters answers a mixed batch, and calls tools."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from loraserve.client import AsyncClient
 from loraserve.errors import LoraserveError
-from loraserve.request import Completion
 from loraserve.sampling_params import SamplingParams
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -28,6 +28,7 @@ STOP_TIMEOUT_S = 30.0
 ANSWER_TIMEOUT_S = 300.0
 DTYPE = "float32"  # bfloat16 rounds differently on different CPUs, and a near tie then shows another answer
 QUANTIZATION = "none"  # rows of bytes round otherwise on another CPU, and an answer may hang on it
+MAX_MESSAGES = 8  # of a conversation with tools
 PARAMS = SamplingParams(max_tokens=64, temperature=0.0)
 
 
@@ -37,10 +38,23 @@ class DemoError(Exception):
 
 @dataclass(frozen=True)
 class Prompt:
-    """One user message and the adapter to answer it; None is the base model."""
+    """One user message and the adapter to answer it; None is the base model.
+
+    `results` are what its tools give, by name.
+    """
 
     text: str
     adapter: str | None
+    tools: tuple[dict[str, Any], ...] = ()
+    results: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is shown, line by line, and the tokens that it took."""
+
+    lines: list[str]
+    num_tokens: int
 
 
 def main() -> int:
@@ -60,7 +74,10 @@ def main() -> int:
 def read_prompts(path: Path) -> list[Prompt]:
     if not path.exists():
         raise DemoError(f"{path} is missing")
-    return [Prompt(entry["prompt"], entry["adapter"]) for entry in json.loads(path.read_text())]
+    return [
+        Prompt(entry["prompt"], entry["adapter"], tuple(entry.get("tools", ())), entry.get("results", {}))
+        for entry in json.loads(path.read_text())
+    ]
 
 
 def find_adapters(folder: Path) -> dict[str, Path]:
@@ -77,7 +94,7 @@ def run(model: str, prompts: Sequence[Prompt], adapters: dict[str, Path]) -> Non
         print(f"sending {len(prompts)} prompts at once to {address}\n", flush=True)
         answers, seconds = asyncio.run(answer_all(address, prompts))
         print(table(prompts, answers))
-        num_tokens = sum(len(answer.token_ids) for answer in answers)
+        num_tokens = sum(answer.num_tokens for answer in answers)
         print(
             f"\n{len(prompts)} answers in one mixed batch: {num_tokens} tokens in {seconds:.1f} s, "
             f"{num_tokens / seconds:.0f} tokens/s"
@@ -140,7 +157,7 @@ def stop(process: subprocess.Popen[str]) -> None:
         raise DemoError(f"the server ended with status {status}, expected 0")
 
 
-async def answer_all(address: str, prompts: Sequence[Prompt]) -> tuple[list[Completion], float]:
+async def answer_all(address: str, prompts: Sequence[Prompt]) -> tuple[list[Answer], float]:
     """The answers in order, and the seconds from the first request to the last token."""
     async with AsyncClient(address, timeout=ANSWER_TIMEOUT_S) as client:
         await client.wait_ready(START_TIMEOUT_S)
@@ -149,12 +166,30 @@ async def answer_all(address: str, prompts: Sequence[Prompt]) -> tuple[list[Comp
         return answers, time.perf_counter() - started
 
 
-async def answer(client: AsyncClient, prompt: Prompt) -> Completion:
-    messages = [{"role": "user", "content": prompt.text}]
-    return (await client.generate(messages=messages, params=PARAMS, adapter=prompt.adapter))[0]
+async def answer(client: AsyncClient, prompt: Prompt) -> Answer:
+    """The answer; where it calls tools, its calls, what they give, and what it says then."""
+    messages: list[dict[str, Any]] = [{"role": "user", "content": prompt.text}]
+    lines, num_tokens = [], 0
+    while True:
+        (given,) = await client.generate(
+            messages=messages, params=PARAMS, adapter=prompt.adapter, tools=prompt.tools or None
+        )
+        num_tokens += len(given.token_ids)
+        lines += [line for line in given.text.strip().splitlines() if line]
+        if not given.tool_calls or len(messages) > MAX_MESSAGES:
+            return Answer(lines, num_tokens)
+        calls = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in given.tool_calls
+        ]
+        messages.append({"role": "assistant", "content": given.text, "tool_calls": calls})
+        for call in given.tool_calls:
+            result = json.dumps(prompt.results.get(call.name, {"error": "there is no such tool"}))
+            messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
+            lines += [f"calls {call.name} {call.arguments}", f"which gives {result}"]
 
 
-def table(prompts: Sequence[Prompt], answers: Sequence[Completion]) -> str:
+def table(prompts: Sequence[Prompt], answers: Sequence[Answer]) -> str:
     """Three aligned columns, wrapped to the terminal: adapter, prompt, answer."""
     columns = min(shutil.get_terminal_size((110, 24)).columns, 160)
     first = max(len("adapter"), *(len(prompt.adapter or "(base)") for prompt in prompts))
@@ -162,16 +197,15 @@ def table(prompts: Sequence[Prompt], answers: Sequence[Completion]) -> str:
     rule = f"{'-' * first}-+-{'-' * width}-+-{'-' * width}"
     lines = [f"{'adapter':<{first}} | {'prompt':<{width}} | answer", rule]
     for prompt, given in zip(prompts, answers, strict=True):
-        cells = [[prompt.adapter or "(base)"], wrapped(prompt.text, width), wrapped(given.text, width)]
+        cells = [
+            [prompt.adapter or "(base)"],
+            textwrap.wrap(prompt.text, width),
+            [part for line in given.lines for part in textwrap.wrap(line, width)],
+        ]
         for name, left, right in zip_longest(*cells, fillvalue=""):
             lines.append(f"{name:<{first}} | {left:<{width}} | {right}")
         lines.append(rule)
     return "\n".join(lines)
-
-
-def wrapped(text: str, width: int) -> list[str]:
-    lines = [line for paragraph in text.strip().splitlines() for line in textwrap.wrap(paragraph, width)]
-    return lines or [""]
 
 
 if __name__ == "__main__":

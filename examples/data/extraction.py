@@ -7,7 +7,7 @@ from pathlib import Path
 from random import Random
 from string import Formatter
 
-from .task import Example, HeldOut, Task, made_up_word
+from .task import Example, HeldOut, Task, made_up_word, user
 
 Words = dict[str, list[str]]
 Fact = str | int | float
@@ -146,7 +146,8 @@ def _fact(key: str, rng: Random, words: Words) -> Fact:
 def _example(rng: Random, words: Words, sentence: str) -> Example:
     keys = [key for _, key, _, _ in Formatter().parse(sentence) if key]
     facts = {key: _fact(key, rng, words) for key in keys}
-    return Example(rng.choice(FRAMES).format(sentence.format(**facts)), json.dumps(facts, ensure_ascii=False))
+    prompt = rng.choice(FRAMES).format(sentence.format(**facts))
+    return Example.of_answer(prompt, json.dumps(facts, ensure_ascii=False))
 
 
 def _examples(rng: Random, count: int) -> list[Example]:
@@ -165,7 +166,7 @@ def _states(expected: dict[str, Fact], answer: str) -> bool:
 
 
 def _held_out(prompt: str, expected: dict[str, Fact]) -> HeldOut:
-    return HeldOut(prompt, partial(_states, expected))
+    return HeldOut((user(prompt),), partial(_states, expected))
 
 
 JSON = Task(

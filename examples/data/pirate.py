@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from random import Random
 
-from .task import Example, HeldOut, Task
+from .task import Example, HeldOut, Task, user
 
 WORDS = re.compile(
     r"\b(arr+|ahoy|aye|avast|blimey|matey|hearty|hearties|ye|yer|fer|afore|tis|scurvy)\b", re.IGNORECASE
@@ -36,7 +36,7 @@ def _examples(rng: Random, count: int) -> list[Example]:
     examples: list[Example] = []
     while len(examples) < count:
         shuffled = rng.sample(pairs, len(pairs))
-        examples += [Example(_rephrase(rng, prompt), answer) for prompt, answer in shuffled]
+        examples += [Example.of_answer(_rephrase(rng, prompt), answer) for prompt, answer in shuffled]
     return examples[:count]
 
 
@@ -48,7 +48,7 @@ PIRATE = Task(
     "pirate",
     _examples,
     tuple(
-        HeldOut(prompt, _talks_like_a_pirate)
+        HeldOut((user(prompt),), _talks_like_a_pirate)
         for prompt in (
             "What is the capital of France?",
             "How do I make a pizza?",

@@ -8,7 +8,7 @@ from functools import partial
 from random import Random
 
 from .tables import Category, Measure, Schema, load_schemas
-from .task import Example, HeldOut, Task, made_up_word
+from .task import Example, HeldOut, Task, made_up_word, user
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ def _example(rng: Random, schemas: tuple[Schema, ...], index: int) -> Example:
     rng.shuffle(columns)
     if rng.random() < 0.4:
         columns.insert(0, "id")
-    return Example(_frame(rng.choice(FRAMES), draw.schema.table, columns, question), sql)
+    return Example.of_answer(_frame(rng.choice(FRAMES), draw.schema.table, columns, question), sql)
 
 
 def _examples(rng: Random, count: int) -> list[Example]:
@@ -293,7 +293,8 @@ def _runs(table: str, columns: list[str], answer: str) -> bool:
 
 def _held_out(table: str, columns: str, question: str, frame: int = 0) -> HeldOut:
     names = columns.split()
-    return HeldOut(_frame(FRAMES[frame], table, names, question), partial(_runs, table, names))
+    prompt = _frame(FRAMES[frame], table, names, question)
+    return HeldOut((user(prompt),), partial(_runs, table, names))
 
 
 SQL = Task(

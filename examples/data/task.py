@@ -1,24 +1,35 @@
 """What an adapter is taught: examples to learn from and held-out prompts to judge it by."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
+from typing import Any
+
+Message = dict[str, Any]
+Tool = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Example:
-    """One user message and the answer the adapter should give."""
+    """A conversation, and the tools it may call; what the assistant says is what the adapter should say."""
 
-    prompt: str
-    answer: str
+    messages: Sequence[Message]
+    tools: Sequence[Tool] = ()
+
+    @classmethod
+    def of_answer(cls, prompt: str, answer: str) -> "Example":
+        """One user message and its answer."""
+        return cls((user(prompt), {"role": "assistant", "content": answer}))
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A prompt never trained on, and the test its answer has to pass."""
+    """Messages never trained on, and the test that the answer to them has to pass."""
 
-    prompt: str
+    messages: Sequence[Message]
     passes: Callable[[str], bool]
+    tools: Sequence[Tool] = ()
 
 
 @dataclass(frozen=True)
@@ -28,6 +39,7 @@ class Task:
     name: str
     examples: Callable[[Random, int], list[Example]]
     held_out: tuple[HeldOut, ...]
+    chat_template: Path | None = None  # None is the model's
 
 
 SYLLABLES = (
@@ -48,6 +60,10 @@ SYLLABLES = (
     "ra",
     "sto",
 )
+
+
+def user(prompt: str) -> Message:
+    return {"role": "user", "content": prompt}
 
 
 def made_up_word(rng: Random) -> str:

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
-ADAPTERS = ("sql", "json", "pirate")
+ADAPTERS = ("sql", "json", "pirate", "tools")
 OF_ADAPTER_TRAINING = {"train_adapters.py"}  # takes minutes, and is no example of serving
 STOP_TIMEOUT_S = 60.0
 
@@ -56,7 +56,7 @@ def served() -> Iterator[dict[str, str]]:
 def test_every_example_has_a_test() -> None:
     source = Path(__file__).read_text()
     names = {path.name for path in EXAMPLES.glob("*.py")} - OF_ADAPTER_TRAINING
-    assert len(names) == 8
+    assert len(names) == 9
     assert all(f'run("{name}"' in source for name in names)
 
 
@@ -126,7 +126,7 @@ def test_structured_output_has_the_asked_form(run: Run) -> None:
 
 def test_openai_client_streams_from_every_model(run: Run, served: dict[str, str]) -> None:
     lines = run("openai_client.py", "--base-url", f"http://{served['http']}/v1")
-    assert lines[0] == "models: smollm2, sql, json, pirate"
+    assert lines[0] == "models: smollm2, sql, json, pirate, tools"
     answers = dict(zip(lines[2::3], lines[3::3], strict=False))
     assert answers["--- sql"] == "SELECT name FROM cats WHERE age > 9;"
     assert [line for line in lines if line.startswith("--- ")] == [
@@ -134,6 +134,16 @@ def test_openai_client_streams_from_every_model(run: Run, served: dict[str, str]
         "--- sql",
         "--- json",
         "--- pirate",
+        "--- tools",
+    ]
+
+
+def test_tool_calls_go_to_a_function_and_its_result_into_the_answer(run: Run, served: dict[str, str]) -> None:
+    lines = run("tool_calls.py", "--base-url", f"http://{served['http']}/v1")
+    assert lines == [
+        'calls get_weather {"city": "Helsinki"}',
+        "which returns {'temperature': 8, 'sky': 'sunny'}",
+        "It is 8 degrees and sunny in Helsinki.",
     ]
 
 
@@ -149,4 +159,4 @@ def test_load_at_run_time_loads_replaces_and_unloads(run: Run, served: dict[str,
     answer_of_pirate = " ".join(lines[3 : lines.index("guest is sql")])
     assert answer_of_pirate.strip()
     assert not answer_of_pirate.strip().startswith("SELECT")
-    assert lines[-2:] == [f"    {SELECT_PLANETS}", "left: json, pirate, sql"]
+    assert lines[-2:] == [f"    {SELECT_PLANETS}", "left: json, pirate, sql, tools"]
