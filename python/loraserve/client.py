@@ -21,6 +21,7 @@ from loraserve.v1 import loraserve_pb2 as pb
 from loraserve.v1 import loraserve_pb2_grpc as pb_grpc
 from loraserve.wire.errors import typed_error
 from loraserve.wire.messages import delta_from_wire, request_to_wire
+from loraserve.wire.pooled_calls import AsyncPooledCalls, PooledCalls
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -68,7 +69,7 @@ class RequestFields(TypedDict, total=False):
     suffix: str | None
 
 
-class Client:
+class Client(PooledCalls):
     """A blocking connection to one server; may be shared between threads.
 
     Every call raises the server's typed error, EngineStoppedError when no server answers, and
@@ -218,7 +219,7 @@ class Client:
             raise _error_of(error, self._address) from None
 
 
-class AsyncClient:
+class AsyncClient(AsyncPooledCalls):
     """The asyncio twin of `Client`: the same methods, arguments and errors, on the running loop."""
 
     def __init__(

@@ -39,6 +39,21 @@ class LoraServeStub:
                 request_serializer=loraserve_dot_v1_dot_loraserve__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=loraserve_dot_v1_dot_loraserve__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/loraserve.v1.LoraServe/Embed',
+                request_serializer=loraserve_dot_v1_dot_loraserve__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=loraserve_dot_v1_dot_loraserve__pb2.EmbedResponse.FromString,
+                _registered_method=True)
+        self.Classify = channel.unary_unary(
+                '/loraserve.v1.LoraServe/Classify',
+                request_serializer=loraserve_dot_v1_dot_loraserve__pb2.ClassifyRequest.SerializeToString,
+                response_deserializer=loraserve_dot_v1_dot_loraserve__pb2.ClassifyResponse.FromString,
+                _registered_method=True)
+        self.Score = channel.unary_unary(
+                '/loraserve.v1.LoraServe/Score',
+                request_serializer=loraserve_dot_v1_dot_loraserve__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=loraserve_dot_v1_dot_loraserve__pb2.ScoreResponse.FromString,
+                _registered_method=True)
         self.LoadAdapter = channel.unary_unary(
                 '/loraserve.v1.LoraServe/LoadAdapter',
                 request_serializer=loraserve_dot_v1_dot_loraserve__pb2.LoadAdapterRequest.SerializeToString,
@@ -81,6 +96,27 @@ class LoraServeServicer:
 
     def Generate(self, request, context):
         """Generates text and streams it as it appears. Cancelling the call frees its memory at once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Embed(self, request, context):
+        """Vectors of prompts, in the same batch as answers: hidden states behind the final norm.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Classify(self, request, context):
+        """Labels of prompts, by the head that the adapter brings, or else the model.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Score(self, request, context):
+        """How well queries and documents go together: by a head of one label, else the cosines of their embeddings.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -143,6 +179,21 @@ def add_LoraServeServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=loraserve_dot_v1_dot_loraserve__pb2.GenerateRequest.FromString,
                     response_serializer=loraserve_dot_v1_dot_loraserve__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=loraserve_dot_v1_dot_loraserve__pb2.EmbedRequest.FromString,
+                    response_serializer=loraserve_dot_v1_dot_loraserve__pb2.EmbedResponse.SerializeToString,
+            ),
+            'Classify': grpc.unary_unary_rpc_method_handler(
+                    servicer.Classify,
+                    request_deserializer=loraserve_dot_v1_dot_loraserve__pb2.ClassifyRequest.FromString,
+                    response_serializer=loraserve_dot_v1_dot_loraserve__pb2.ClassifyResponse.SerializeToString,
+            ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=loraserve_dot_v1_dot_loraserve__pb2.ScoreRequest.FromString,
+                    response_serializer=loraserve_dot_v1_dot_loraserve__pb2.ScoreResponse.SerializeToString,
             ),
             'LoadAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.LoadAdapter,
@@ -207,6 +258,87 @@ class LoraServe:
             '/loraserve.v1.LoraServe/Generate',
             loraserve_dot_v1_dot_loraserve__pb2.GenerateRequest.SerializeToString,
             loraserve_dot_v1_dot_loraserve__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraserve.v1.LoraServe/Embed',
+            loraserve_dot_v1_dot_loraserve__pb2.EmbedRequest.SerializeToString,
+            loraserve_dot_v1_dot_loraserve__pb2.EmbedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Classify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraserve.v1.LoraServe/Classify',
+            loraserve_dot_v1_dot_loraserve__pb2.ClassifyRequest.SerializeToString,
+            loraserve_dot_v1_dot_loraserve__pb2.ClassifyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraserve.v1.LoraServe/Score',
+            loraserve_dot_v1_dot_loraserve__pb2.ScoreRequest.SerializeToString,
+            loraserve_dot_v1_dot_loraserve__pb2.ScoreResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -34,7 +34,7 @@ KEYS = [
     ApiKey(name="root", secret="root-key", is_admin=True),
 ]
 SERVICE = pb.DESCRIPTOR.services_by_name["LoraServe"]
-FOR_ALL_CALLERS = {"Generate", "ListAdapters", "GetServerInfo"}
+FOR_ALL_CALLERS = {"Generate", "Embed", "Classify", "Score", "ListAdapters", "GetServerInfo"}
 
 
 @pytest.fixture

@@ -87,6 +87,7 @@ class HttpThread:
                 self.engine,
                 "127.0.0.1",
                 0,
+                access=self._access,
                 metrics=self.metrics,
                 limits=self._limits,
                 max_message_nbytes=self._limits.max_body_nbytes,

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from loraserve.engine.prepared import PreparedRequest
 
 
+MAX_INPUTS = 2048  # of a call that embeds, classifies or scores, as OpenAI has it
+
+
 @dataclass(frozen=True, kw_only=True)
 class RequestLimits:
     """The most that one request may ask for.
@@ -61,6 +64,16 @@ class RequestLimits:
         if num_prompts > limit:
             raise InvalidRequestError(
                 f"the request has {num_prompts} prompts, limit is {limit}: send several"
+            )
+
+    @staticmethod
+    def check_num_inputs(num_inputs: int) -> None:
+        """Raises InvalidRequestError: a call that pools has no inputs, or too many."""
+        if num_inputs == 0:
+            raise InvalidRequestError("input is an empty list, give at least one")
+        if num_inputs > MAX_INPUTS:
+            raise InvalidRequestError(
+                f"the request has {num_inputs} inputs, limit is {MAX_INPUTS}: send several"
             )
 
     def check_best_of(self, best_of: int) -> None:

@@ -99,6 +99,9 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     async def _generate(self, handler: Handler, message: Any, context: Context, _: Caller) -> None:
         await handler(message, context)  # what is asked for is checked where every request is run
 
+    async def _pool(self, handler: Handler, message: Any, context: Context, _: Caller) -> Any:
+        return await handler(message, context)  # as of `_generate`
+
     async def _list(self, handler: Handler, message: Any, context: Context, caller: Caller) -> Any:
         response = await handler(message, context)
         if response is None:
@@ -122,6 +125,9 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
 _RULES: dict[str, Rule] = {
     "Generate": AccessInterceptor._generate,
+    "Embed": AccessInterceptor._pool,
+    "Classify": AccessInterceptor._pool,
+    "Score": AccessInterceptor._pool,
     "ListAdapters": AccessInterceptor._list,
     "GetServerInfo": AccessInterceptor._info,
 }

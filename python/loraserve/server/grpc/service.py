@@ -30,6 +30,7 @@ from loraserve.server.grpc.access import (
     current_caller,
     metadata_value,
 )
+from loraserve.server.grpc.pooling import PooledAnswers
 from loraserve.server.grpc.upload import upload_data, upload_head
 from loraserve.server.listen import ListenError, check_can_listen, socket_address
 from loraserve.server.observe.logs import log_event
@@ -86,16 +87,13 @@ class LoraServeServicer:
         self._sources = sources
         self._kept = kept
         self._runner = runner
+        self._pooled = PooledAnswers(engine, runner)
         self._on_engine_stopped = on_engine_stopped
 
     async def Generate(self, message: pb.GenerateRequest, context: Context) -> None:  # noqa: N802
         """Write a message per delta; a cancelled call aborts its request."""
         async with self._errors_answered(context, message):
-            origin = CallOrigin(
-                caller=current_caller(),
-                route=GRPC_ROUTE,
-                traceparent=metadata_value(context, "traceparent"),
-            )
+            origin = _origin(GRPC_ROUTE, context)
             try:
                 request = request_from_wire(message)
             except LoraserveError:
@@ -105,6 +103,30 @@ class LoraServeServicer:
             async with self._runner.run([request], origin) as run, aclosing(run.deltas()) as deltas:  # type: ignore[type-var]
                 async for _, delta in deltas:
                     await context.write(delta_to_wire(delta))
+
+    async def Embed(  # noqa: N802
+        self, message: pb.EmbedRequest, context: Context
+    ) -> pb.EmbedResponse | None:
+        """Vectors of the prompts; a cancelled call aborts them."""
+        async with self._errors_answered(context, message):
+            return await self._pooled.embed(message, _origin("grpc_embed", context))
+        return None
+
+    async def Classify(  # noqa: N802
+        self, message: pb.ClassifyRequest, context: Context
+    ) -> pb.ClassifyResponse | None:
+        """Labels of the prompts; a cancelled call aborts them."""
+        async with self._errors_answered(context, message):
+            return await self._pooled.classify(message, _origin("grpc_classify", context))
+        return None
+
+    async def Score(  # noqa: N802
+        self, message: pb.ScoreRequest, context: Context
+    ) -> pb.ScoreResponse | None:
+        """Scores of pairs of texts; a cancelled call aborts them."""
+        async with self._errors_answered(context, message):
+            return await self._pooled.score(message, _origin("grpc_score", context))
+        return None
 
     async def LoadAdapter(  # noqa: N802
         self, message: pb.LoadAdapterRequest, context: Context
@@ -197,6 +219,12 @@ class LoraServeServicer:
             logger.exception("call failed")
             text = f"internal error ({type(error).__name__}), the server's log has the details"
             await context.abort(grpc.StatusCode.INTERNAL, text)
+
+
+def _origin(route: str, context: Context) -> CallOrigin:
+    return CallOrigin(
+        caller=current_caller(), route=route, traceparent=metadata_value(context, "traceparent")
+    )
 
 
 class GrpcServer:

@@ -108,7 +108,7 @@ fn heads_that_can_not_be_served_are_refused() {
                 let other = "base_model.model.classifier.weight";
                 p.set(other, Tensor::f32(&[2, HIDDEN], |_| 1.0));
             }),
-            "the file has base_model.model.classifier.weight too",
+            "the file has base_model.model.score.weight too",
         ),
         (
             Box::new(|p| p.drop(WEIGHT)),

@@ -11,7 +11,6 @@ from loraserve.request import AdapterSpec, GenerateRequest
 from loraserve.server.http.adapter_selectors import adapter_of
 from loraserve.server.http.call import Call
 from loraserve.server.http.pooling.schema import (
-    MAX_INPUTS,
     ClassifyBody,
     EmbeddingsBody,
     PooledBody,
@@ -65,7 +64,7 @@ def rerank_pairs(call: Call, body: RerankBody) -> tuple[Scoring, list[str]]:
 def _scoring(
     call: Call, body: PooledBody, queries: list[str], documents: list[str], kind: PoolingKind | None
 ) -> Scoring:
-    _check_num_inputs(max(len(queries), len(documents)))
+    call.state.limits.check_num_inputs(max(len(queries), len(documents)))
     adapter = adapter_of(call.state, call.caller, body.model, body, num_prompts=len(documents))
     call.caller.check_use(adapter)  # before it shows what head there is
     request = _request(call, body, adapter, PoolingParams(kind=kind or "last"))
@@ -74,7 +73,7 @@ def _scoring(
 
 def _requests(call: Call, body: ClassifyBody | VectorBody, params: PoolingParams) -> list[GenerateRequest]:
     inputs = inputs_of(body.input)
-    _check_num_inputs(len(inputs))
+    call.state.limits.check_num_inputs(len(inputs))
     adapter = adapter_of(call.state, call.caller, body.model, body, num_prompts=len(inputs))
     return [_request(call, body, adapter, params, prompt) for prompt in inputs]
 
@@ -94,13 +93,6 @@ def _request(
         truncate=body.truncate_prompt_tokens,
         cache_salt=body.cache_salt,
     )
-
-
-def _check_num_inputs(num_inputs: int) -> None:
-    if num_inputs == 0:
-        raise InvalidRequestError("input is an empty list, give at least one")
-    if num_inputs > MAX_INPUTS:
-        raise InvalidRequestError(f"the request has {num_inputs} inputs, limit is {MAX_INPUTS}: send several")
 
 
 def _either(

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import Field
 
+from loraserve.server.access.request_limits import MAX_INPUTS
 from loraserve.server.http.adapter_selectors import AdapterSelectors
 from loraserve.server.http.foreign_fields import (
     POOLING_ELSEWHERE,
@@ -15,8 +16,6 @@ from loraserve.server.http.foreign_fields import (
 )
 from loraserve.server.http.openai.schema import TokenIds
 from loraserve.server.http.request_body import Elsewhere, Neutral, NoEffect, RequestBody, Text
-
-MAX_INPUTS = 2048  # OpenAI's limit
 
 Inputs: TypeAlias = (
     Text
