@@ -14,6 +14,7 @@ LAYERS = (
     "errors",
     "confined",
     "validation",
+    "remote",
     "sampling.grammar",
     "sampling_params",
     "tools",

@@ -318,6 +318,10 @@ class AsyncEngine:
         """Adapters of the configuration that the engine started without."""
         return self._engine.adapters.failures
 
+    def has_adapter(self, name: str) -> bool:
+        """Whether an adapter has this name."""
+        return self._engine.adapters.find(name) is not None or self._engine.adapters.is_merged(name)
+
     def adapters(self) -> list[AdapterInfo]:
         """Every registered adapter, in order of registration."""
         return self._engine.adapters.infos()

@@ -39,6 +39,19 @@ class AdapterUnavailableError(LoraserveError):
     """A registered adapter can't be used now: its files are gone or changed, or it is being unloaded."""
 
 
+class SourceUnavailableError(AdapterUnavailableError):
+    """Where an adapter comes from does not answer; the same request may succeed later.
+
+    Args:
+        message: which source, and what it said.
+        retry_after_s: when to come back, in seconds.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class CapacityError(LoraserveError):
     """The memory is too small for this; the message says how much is needed."""
 

@@ -115,7 +115,7 @@ JSON_ONE = '{"name": "a", "path": "/x", "base_model_name": "m"}'
             ],
             {"tool_parser": "hermes", "reasoning_parser": "deepseek_r1"},
         ),
-        (["--sharded", "false", "--usage-stats", "off", "--adapter-source", "hub"], {}),
+        (["--sharded", "false", "--usage-stats", "off"], {}),
         (
             ["--preloaded-adapter-ids", "org/a@v1"],
             {"adapters": {"org-a": {"repo": "org/a", "revision": "v1", "warm": True}}},
@@ -160,7 +160,6 @@ def test_a_flag_without_effect_is_noted(arguments: list[str], note: str) -> None
         (["--kv-cache-dtype", "fp8"], "the KV cache has the dtype of --dtype"),
         (["--adapter-id", "org/a"], "serve it by --adapter NAME=SOURCE"),
         (["--merge-adapter-weights"], "--adapter NAME=SOURCE --merge NAME"),
-        (["--adapter-source", "s3"], "download it and give its directory"),
         (["--no-enable-lora"], "give none"),
         (["--chat-template", "x.jinja"], "put the file into the model's directory"),
         (["--tokenizer", "other"], "the tokenizer is the model's"),

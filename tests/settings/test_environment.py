@@ -130,7 +130,7 @@ def test_adapters_of_all_variables_are_served() -> None:
         ({"ROPE_FACTOR": "2"}, "ROPE_FACTOR is '2': write it into"),
         ({"ADAPTER_ID": "org/a"}, "ADAPTER_ID is 'org/a': no adapter applies to all requests"),
         ({"MERGE_ADAPTER_WEIGHTS": "true"}, "MERGE_ADAPTER_WEIGHTS is 'true'"),
-        ({"ADAPTER_SOURCE": "s3"}, "ADAPTER_SOURCE is 's3': .*download it"),
+        ({"ADAPTER_SOURCE": "s3"}, "ADAPTER_SOURCE: .*write .name. once"),
         ({"WEIGHTS_CACHE_OVERRIDE": "/w"}, "WEIGHTS_CACHE_OVERRIDE is '/w': give the directory as MODEL"),
         ({"TOKENIZER_CONFIG_PATH": "/t"}, "TOKENIZER_CONFIG_PATH is '/t'"),
         ({"DISABLE_GRAMMAR_SUPPORT": "1"}, "DISABLE_GRAMMAR_SUPPORT is 'true'"),

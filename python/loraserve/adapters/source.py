@@ -1,4 +1,4 @@
-"""Where an adapter comes from, a directory or a repository of the Hub, and how that is written."""
+"""Where an adapter comes from: a directory, a repository of the Hub, a URL; and how that is written."""
 
 from __future__ import annotations
 
@@ -9,37 +9,47 @@ from typing import Literal
 
 from loraserve.adapters.registry import check_adapter_name, registered_name
 from loraserve.errors import InvalidRequestError
+from loraserve.remote.location import is_remote, parse_remote
 from loraserve.validation.files import expanded
 
 # TGI's LORA_ADAPTERS: id, name=path, id@revision, name=path@revision; at most one "=" and one "@".
 _ENTRY = re.compile(r"([^=@]+)(?:=([^=@]+))?(?:@([^=@]+))?")
 _HUB_ID = re.compile(r"[\w\-.]+(?:/[\w\-.]+)?")
 _HUB_SCHEMES = ("hf://", "hub:")
+PLACE = "{name}"
 
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """`location` is a directory, or a repository of the Hub at a branch, tag or commit (`revision`).
+    """`location` is a directory, a repository of the Hub at a branch, tag or commit (`revision`), or a URL.
 
-    "memory" is for adapters that were sent: then `location` only names them.
+    What gives access to a URL is shown nowhere. "memory" is for adapters that were sent: then `location` only
+    names them.
 
     `sought` says in words where a directory was looked for first, None where it was not.
     """
 
-    kind: Literal["local", "hub", "memory"]
-    location: str
+    kind: Literal["local", "hub", "remote", "memory"]
+    location: str = field(repr=False)
     revision: str | None = None
     sought: str | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
+        if self.kind == "remote":
+            return str(parse_remote(self.location))
         return self.location if self.revision is None else f"{self.location}@{self.revision}"
 
 
 def parse_source(text: str, revision: str | None = None) -> AdapterSource:
     """A path, or else what looks like a Hub id; "hf://owner/name" is never a path, "./name" always.
 
-    Raises InvalidRequestError: a directory has a revision.
+    Raises InvalidRequestError: a directory or a URL has a revision, or a URL can't be read.
     """
+    if is_remote(text):
+        if revision is not None:
+            raise InvalidRequestError("an adapter's URL has a revision, only Hub ids have those")
+        parse_remote(text)
+        return AdapterSource("remote", text)
     for scheme in _HUB_SCHEMES:
         if text.startswith(scheme):
             return AdapterSource("hub", text.removeprefix(scheme), revision)
@@ -50,6 +60,20 @@ def parse_source(text: str, revision: str | None = None) -> AdapterSource:
             )
         return AdapterSource("local", text)
     return AdapterSource("hub", text, revision)
+
+
+def check_template(template: str) -> str:
+    """Raises InvalidRequestError: it names no place for a name, or can't be read with one in it."""
+    if template.count(PLACE) != 1:
+        raise InvalidRequestError(
+            f"adapter_source is {template.partition('?')[0]!r}, write {PLACE} once where an adapter's name "
+            f"is to be, as s3://bucket/adapters/{PLACE}"
+        )
+    if is_remote(template):
+        location = parse_remote(template.replace(PLACE, "name"))
+        if "name" not in location.path.split("/") and not location.is_archive:
+            raise InvalidRequestError(f"adapter_source: {PLACE} must be a whole part of the path")
+    return template
 
 
 def parse_lora_adapters(text: str) -> dict[str, AdapterSource]:

@@ -35,10 +35,11 @@ GROUPS = {
     "limits": "limits",
     "batches": "batches",
     "keys": "keys and administration",
+    "sources": "where adapters come from at run time",
     "tls": "TLS",
     "observation": "logs, metrics and traces",
 }
-REPEATED = ("adapter_root", "hub_repo", "cors_origin")
+REPEATED = ("adapter_root", "hub_repo", "adapter_url", "adapter_source_name", "cors_origin")
 SEVERAL = ("served_model_name",)  # values of one flag, as vLLM takes them
 
 

@@ -27,7 +27,7 @@ from loraserve.engine.lock import EngineLock
 from loraserve.engine.merged import Merged
 from loraserve.engine.model_runner import ModelRunner
 from loraserve.engine.queue import Intake
-from loraserve.engine.servable import check_servable
+from loraserve.engine.servable import check_servable, log_receipt
 from loraserve.engine.stats import AdapterInfo, UsageCounters
 from loraserve.errors import (
     AdapterUnavailableError,
@@ -246,7 +246,7 @@ class EngineAdapters:
             if old is not None and old.adapter_id != adapter_id:
                 self._forget_replaced(old.adapter_id, name)
         self._wake.set()  # a pinned one is loaded soon
-        self._log_receipt(name, receipt, files.base.warning)
+        log_receipt(name, receipt, files.base.warning)
         return receipt
 
     def take_turn(self) -> int:
@@ -278,7 +278,7 @@ class EngineAdapters:
         """
         with self._lock:
             self._intake.check()
-            if self._is_merged(name) or self._scheduler.warm_adapter(name):
+            if self.is_merged(name) or self._scheduler.warm_adapter(name):
                 done: Future[float] = Future()
                 done.set_result(0.0)
                 return done
@@ -296,7 +296,7 @@ class EngineAdapters:
         """
         with self._lock:
             self._intake.check()
-            if not self._is_merged(name):
+            if not self.is_merged(name):
                 self._scheduler.pin_adapter(name, is_pinned)
         self._wake.set()
 
@@ -329,7 +329,7 @@ class EngineAdapters:
 
     def to_apply(self, adapters: Sequence[tuple[str, float]]) -> Sequence[tuple[str, float]]:
         """Those that the scheduler has to bring into a sequence; what is in the weights already is none."""
-        return [(name, weight) for name, weight in adapters if not self._is_merged(name)]
+        return [(name, weight) for name, weight in adapters if not self.is_merged(name)]
 
     def added_tokens(self, adapters: Sequence[tuple[str, float]]) -> AddedTokens:
         """Tokens beyond the model's for a request of these (name, weight) pairs, which may be used together;
@@ -413,17 +413,11 @@ class EngineAdapters:
         assert self._runner.merged is not None, "invariant: the runner merges what the configuration says"
         self.merged = Merged(name, files, self._runner.merged, self.take_turn())
         self._registry.add(self.merged.adapter)
-        self._log_receipt(name, self.merged.receipt, files.base.warning)
+        log_receipt(name, self.merged.receipt, files.base.warning)
 
-    def _is_merged(self, name: str) -> bool:
+    def is_merged(self, name: str) -> bool:
+        """Whether this adapter is in the model's weights."""
         return self.merged is not None and name == self.merged.name
-
-    def _log_receipt(self, name: str, receipt: _core.Receipt, warning: str | None) -> None:
-        for what in receipt.notes:
-            level = logging.WARNING if what == warning else logging.INFO
-            logger.log(level, "adapter %s: %s", name, what)
-        for what in receipt.not_used:
-            logger.warning("beside adapter %s, not used: %s", name, what)
 
     def __len__(self) -> int:
         return len(self._registry)

@@ -1,6 +1,8 @@
-"""`check_servable`: whether an adapter that fits the model can be served by this engine."""
+"""`check_servable`: whether an adapter that fits the model can be served by this engine; `log_receipt`."""
 
 from __future__ import annotations
+
+import logging
 
 from loraserve import _core
 from loraserve.adapters.check import CheckedFiles
@@ -8,6 +10,8 @@ from loraserve.adapters.text import AddedTokens
 from loraserve.engine.model_runner import ModelRunner
 from loraserve.errors import AdapterFormatError, InvalidRequestError
 from loraserve.sampling.grammar_compiler import GrammarCompiler
+
+logger = logging.getLogger(__name__)
 
 
 def check_servable(name: str, files: CheckedFiles, runner: ModelRunner, grammars: GrammarCompiler) -> None:
@@ -19,6 +23,15 @@ def check_servable(name: str, files: CheckedFiles, runner: ModelRunner, grammars
     _check_tables(name, files.receipt, runner)
     _check_invocation(name, files.receipt, runner)
     _try_manifest(name, files, runner, grammars)
+
+
+def log_receipt(name: str, receipt: _core.Receipt, warning: str | None) -> None:
+    """What was found in an adapter's files, for the operator; `warning` is the note that is one."""
+    for what in receipt.notes:
+        level = logging.WARNING if what == warning else logging.INFO
+        logger.log(level, "adapter %s: %s", name, what)
+    for what in receipt.not_used:
+        logger.warning("beside adapter %s, not used: %s", name, what)
 
 
 def _check_tables(name: str, receipt: _core.Receipt, runner: ModelRunner) -> None:

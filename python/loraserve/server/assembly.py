@@ -8,14 +8,19 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from loraserve.adapters.hub import download_adapter
+from loraserve.adapters.remote import RemoteAdapters
 from loraserve.adapters.startup import AdapterFailure, StartingAdapters
 from loraserve.config import EngineConfig, parse_memory
+from loraserve.errors import InvalidRequestError
 from loraserve.loader.hub import download_model
+from loraserve.remote.location import AllowedLocations, parse_remote
 from loraserve.server.access.keys import AccessControl
 from loraserve.server.access.request_limits import RequestLimits
 from loraserve.server.access.tls import TlsConfig
+from loraserve.server.adapters.resolver import AdapterResolver, allowed_by
 from loraserve.server.adapters.sources import AdapterSources
 from loraserve.server.adapters.state import AdapterState
+from loraserve.server.adapters.watched import WatchedDirectory
 from loraserve.server.grpc.service import GrpcServer
 from loraserve.server.observe.metrics import Metrics
 from loraserve.server.observe.request_log import log_request
@@ -82,6 +87,7 @@ def engine_config(
     model = settings.model
     if settings.revision is not None and with_downloads:
         model = str(download_model(settings.model, settings.revision))
+    remote = (None if sources is None else sources.remote) or remote_adapters(settings)
     adapters: dict[str, str] = {}
     manifests: dict[str, AdapterManifest] = {}
     starting = StartingAdapters()
@@ -89,8 +95,8 @@ def engine_config(
     for name, adapter in {**settings.adapters, **restored}.items():
         with starting.trying(name, str(adapter.adapter_source())):
             manifest = _manifest(name, adapter)
-            if adapter.repo is None or with_downloads:
-                adapters[name] = _adapter_path(adapter, sources if name in restored else None)
+            if adapter.path is not None or with_downloads:
+                adapters[name] = _adapter_path(adapter, remote, sources if name in restored else None)
                 if manifest is not None:
                     manifests[name] = manifest
     is_left_out = not with_downloads and settings.merge not in adapters
@@ -116,8 +122,47 @@ def access_control(settings: ServeSettings) -> AccessControl:
 
 
 def adapter_sources(settings: ServeSettings, access: AccessControl) -> AdapterSources:
-    """What may be loaded at run time: no path without roots; with keys, of the Hub what settings name."""
-    return AdapterSources(settings.adapter_root, hub_repos(settings, has_keys=access.has_keys))
+    """What may be loaded at run time: no path without roots; with keys, of the Hub what settings name.
+
+    Raises InvalidRequestError, ConfigError: a URL or size can't be read.
+    """
+    by_template = allowed_by(settings.adapter_source)
+    return AdapterSources(
+        (*settings.adapter_root, *by_template.roots),
+        (*hub_repos(settings, has_keys=access.has_keys), *by_template.hub_repos),
+        remote_adapters(settings),
+    )
+
+
+def remote_adapters(settings: ServeSettings) -> RemoteAdapters:
+    """What brings adapters of URLs. Raises InvalidRequestError: a URL or the size can't be read."""
+    nbytes = parse_memory(settings.adapter_cache_size, "adapter_cache_size")
+    if nbytes is None:
+        raise InvalidRequestError("adapter_cache_size is auto, give bytes, or text such as 20GiB")
+    allowed = AllowedLocations.parsed((*settings.adapter_url, *allowed_by(settings.adapter_source).urls))
+    return RemoteAdapters(settings.adapter_cache_dir, nbytes, allowed)
+
+
+def adapter_resolver(
+    settings: ServeSettings, engine: AsyncEngine, sources: AdapterSources
+) -> AdapterResolver | None:
+    """None where adapters are served by name only. Raises InvalidRequestError: the template can't be used."""
+    if settings.adapter_source is None:
+        return None
+    return AdapterResolver(
+        engine,
+        sources,
+        settings.adapter_source,
+        settings.adapter_source_name,
+        settings.adapter_source_refresh_seconds,
+    )
+
+
+def watched_directory(settings: ServeSettings, engine: AsyncEngine) -> WatchedDirectory | None:
+    """None where no directory is watched."""
+    if settings.adapter_dir is None:
+        return None
+    return WatchedDirectory(engine, settings.adapter_dir, settings.adapters)
 
 
 def request_limits(settings: ServeSettings) -> RequestLimits:
@@ -129,6 +174,7 @@ def request_limits(settings: ServeSettings) -> RequestLimits:
         max_top_n_tokens=settings.max_top_n_tokens,
         max_client_batch_size=settings.max_client_batch_size,
         max_input_tokens=settings.max_input_tokens,
+        adapter_wait_s=settings.adapter_wait_seconds,
         trust_request_chat_template=settings.trust_request_chat_template,
     )
 
@@ -165,6 +211,7 @@ def grpc_server(
     metrics: Metrics,
     tls: TlsConfig | None,
     kept: AdapterState | None = None,
+    resolver: AdapterResolver | None = None,
 ) -> GrpcServer | None:
     """None where it is off. Raises ListenError: the port can't be had."""
     if settings.grpc_port is None:
@@ -181,6 +228,7 @@ def grpc_server(
         limits=request_limits(settings),
         max_message_nbytes=settings.max_body_size,
         kept=kept,
+        resolver=resolver,
     )
 
 
@@ -206,6 +254,7 @@ def http_server(
     failures: Sequence[AdapterFailure] = (),
     kept: AdapterState | None = None,
     batches: BatchService | None = None,
+    resolver: AdapterResolver | None = None,
 ) -> HttpServer | None:
     """None where it is off. Raises ListenError: the port can't be had."""
     if settings.http_port is None:
@@ -230,6 +279,7 @@ def http_server(
         cors_origins=settings.cors_origin,
         adapters_at_start=tuple(settings.adapters),
         adapter_failures=tuple(failures),
+        resolver=resolver,
         kept=kept,
         batches=batches,
         response_limits=StoreLimits(
@@ -265,12 +315,15 @@ async def warm_up(
     return tuple(starting.failures)
 
 
-def _adapter_path(adapter: AdapterSettings, sources: AdapterSources | None) -> str:
+def _adapter_path(adapter: AdapterSettings, remote: RemoteAdapters, sources: AdapterSources | None) -> str:
+    """Its directory, fetched if it is elsewhere; with `sources`, if they allow that."""
     source = adapter.adapter_source()
     if sources is not None:
         return str(sources.fetch(source))
     if source.kind == "local":
         return str(expanded(source.location))
+    if source.kind == "remote":
+        return str(remote.fetch(parse_remote(source.location)))
     return str(download_adapter(source.location, source.revision))
 
 

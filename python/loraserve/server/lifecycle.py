@@ -32,8 +32,10 @@ from loraserve.settings.schema import ServeSettings
 if TYPE_CHECKING:
     from loraserve.async_engine import AsyncEngine
     from loraserve.engine.stats import EngineInfo
+    from loraserve.server.adapters.resolver import AdapterResolver
     from loraserve.server.adapters.sources import AdapterSources
     from loraserve.server.adapters.state import AdapterState
+    from loraserve.server.adapters.watched import WatchedDirectory
     from loraserve.server.batches.service import BatchService
     from loraserve.server.http.server import HttpServer
     from loraserve.server.observe.tracing import Tracing
@@ -56,10 +58,16 @@ class Servers:
     traces: Tracing | None
     kept: AdapterState | None
     sources: AdapterSources
+    resolver: AdapterResolver | None
+    watched: WatchedDirectory | None
     batches: BatchService | None = None
 
     async def start(self) -> None:
         """Takes calls from here on, gRPC first; the ports are bound already."""
+        if self.watched is not None:
+            await self.watched.start()
+        if self.resolver is not None:
+            self.resolver.start()
         if self.grpc is not None:
             await self.grpc.start()
         if self.http is not None:
@@ -67,7 +75,7 @@ class Servers:
             if self.batches is not None:
                 self.batches.start(self.http.app, self.http.app.openapi())
         self.engine.get_ready()
-        self.sources.get_ready()
+        self.sources.get_ready(self.engine)
         gc.collect()
         gc.freeze()  # libraries and the model: a collection would look at all of it again and again
 
@@ -81,7 +89,11 @@ class Servers:
         exiting.start()
         if self.batches is not None:  # which go on after the next start: the drain is for those who wait
             await self.batches.stop()
+        if self.watched is not None:
+            self.watched.stop()
         await asyncio.gather(self._stop_grpc(drain_s), self._stop_http(drain_s))
+        if self.resolver is not None:
+            self.resolver.stop()
         closing = Workers("last writes", 2, 2)
         if self.traces is not None:
             await closing.run(self.traces.shutdown)
@@ -185,13 +197,17 @@ async def _assemble_with(settings: ServeSettings, kept: AdapterState | None) -> 
                 error=type(failure.error).__name__,
                 reason=str(failure.error),
             )
-        grpc = assembly.grpc_server(settings, engine, access, sources, metrics, tls, kept)
+        resolver = assembly.adapter_resolver(settings, engine, sources)
+        watched = assembly.watched_directory(settings, engine)
+        grpc = assembly.grpc_server(settings, engine, access, sources, metrics, tls, kept, resolver)
         batches = assembly.batch_service(settings, engine, access)
-        http = assembly.http_server(settings, engine, access, sources, metrics, tls, failures, kept, batches)
+        http = assembly.http_server(
+            settings, engine, access, sources, metrics, tls, failures, kept, batches, resolver
+        )
     except BaseException:
         await engine.shutdown(0.0)
         raise
-    return Servers(engine, grpc, http, traces, kept, sources, batches)
+    return Servers(engine, grpc, http, traces, kept, sources, resolver, watched, batches)
 
 
 def _log_kept(kept: AdapterState) -> None:

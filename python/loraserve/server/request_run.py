@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from loraserve.engine.prepared import resolve_adapters
 from loraserve.errors import AdapterNotFoundError, EngineStoppedError, LoraserveError
 from loraserve.request import AdapterSpec, Delta, GenerateRequest, RequestTiming, Usage
 from loraserve.server.access.disclosure import shown_error
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from loraserve.engine.prepared import PreparedRequest
     from loraserve.server.access.keys import Caller
     from loraserve.server.access.request_limits import RequestLimits
+    from loraserve.server.adapters.loading import LoadProgress
+    from loraserve.server.adapters.resolver import AdapterResolver
     from loraserve.server.observe.metrics import Metrics, RequestMetrics
     from loraserve.text.tokenizer import Tokenizer
 
@@ -33,6 +36,7 @@ class CallOrigin:
         request_id: what logs call it.
         traceparent: the client's span (W3C Trace Context).
         on_begun: called when its first token has come.
+        adapter_wait_s: how long to wait for adapters that are fetched; None is as the server is set.
     """
 
     caller: Caller
@@ -40,6 +44,7 @@ class CallOrigin:
     request_id: str | None = None
     traceparent: str | None = None
     on_begun: Callable[[], None] | None = None
+    adapter_wait_s: float | None = None
 
 
 class CallerGoneError(Exception):
@@ -154,12 +159,20 @@ class RequestRunner:
         engine: what answers.
         metrics: told of every call, how it ended, and every token.
         limits: what one request may ask.
+        resolver: fetches adapters that nobody has loaded; None fetches none.
     """
 
-    def __init__(self, engine: AsyncEngine, metrics: Metrics, limits: RequestLimits) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        metrics: Metrics,
+        limits: RequestLimits,
+        resolver: AdapterResolver | None = None,
+    ) -> None:
         self._engine = engine
         self._metrics = metrics
         self._limits = limits
+        self._resolver = resolver
 
     @asynccontextmanager
     async def run(
@@ -185,11 +198,11 @@ class RequestRunner:
         failure: BaseException | None = None
         try:
             caller.check_use(adapter)
-            async with caller.admit():
+            async with caller.admit(), AsyncExitStack() as adapters:
                 signed = [caller.sign(request) for request in requests]
                 watcher = None if gone is None else asyncio.create_task(_abandon_when(gone, run))
                 try:
-                    for prepared in await run.prepare(self._limits.prepare(self._engine, signed)):
+                    for prepared in await run.prepare(self._prepare(signed, origin.adapter_wait_s, adapters)):
                         run.streams.append(await self._engine.submit(prepared))
                     run.submitted_at = time.perf_counter()
                     yield run
@@ -211,7 +224,8 @@ class RequestRunner:
         """
         caller.check_use(requests[0].adapter)
         signed = [caller.sign(request) for request in requests]
-        prepared = await self._limits.prepare(self._engine, signed)
+        async with AsyncExitStack() as adapters:
+            prepared = await self._prepare(signed, None, adapters)
         for name, found in prepared[0].registered.items():
             if found is None:
                 raise AdapterNotFoundError(f"adapter {name!r} is not registered")
@@ -221,6 +235,24 @@ class RequestRunner:
         """Tokens of its prompt; as of `prepared`."""
         (prepared,) = await self.prepared([request], caller)
         return len(prepared.prompt_token_ids)
+
+    def waits_for(self, adapter: AdapterSpec) -> LoadProgress | None:
+        """How far the fetch of an adapter is that requests for this wait for; None where they don't."""
+        if self._resolver is None:
+            return None
+        return self._resolver.progress(name for name, _ in resolve_adapters(adapter))
+
+    async def _prepare(
+        self, requests: Sequence[GenerateRequest], wait_s: float | None, adapters: AsyncExitStack
+    ) -> list[PreparedRequest]:
+        """Ready to be submitted; their adapters are there until `adapters` is closed."""
+        if self._resolver is not None:
+            names = {name for one in requests for name, _ in resolve_adapters(one.adapter)}
+            wait_s = self._limits.adapter_wait_s if wait_s is None else wait_s
+            deadlines = [one.deadline_s for one in requests if one.deadline_s is not None]
+            wait_s = min(wait_s, *deadlines) if deadlines else wait_s
+            await adapters.enter_async_context(self._resolver.using(sorted(names), wait_s))
+        return await self._limits.prepare(self._engine, requests)
 
     def refused(self, adapter: AdapterSpec, origin: CallOrigin) -> None:
         """A call was refused before it could be understood."""

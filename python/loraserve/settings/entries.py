@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import Field, SecretStr, model_validator
 
 from loraserve.adapters.source import AdapterSource, parse_source
+from loraserve.remote.location import is_remote
 from loraserve.settings.errors import ConfigError
 from loraserve.settings.fields import Count, PerMinute, SettingsModel, Texts, YesNo
 
@@ -46,6 +47,7 @@ class AdapterSettings(SettingsModel):
         path: a PEFT directory.
         repo: or else a Hub repository.
         revision: branch, tag or commit of `repo`.
+        url: or else a directory or archive of s3://, gs://, az:// or https://.
         source: "HF" or "local", only for files written for other servers.
         pin: keep it in the memory pool.
         warm: load it into the pool at start.
@@ -55,6 +57,7 @@ class AdapterSettings(SettingsModel):
     path: str | None = None
     repo: str | None = None
     revision: str | None = None
+    url: str | None = Field(None, repr=False)
     source: Literal["HF", "hub", "local"] | None = None
     pin: YesNo = False
     warm: YesNo = False
@@ -66,6 +69,8 @@ class AdapterSettings(SettingsModel):
         """`name: path-or-repo` is short for the usual case."""
         if not isinstance(value, str):
             return value
+        if is_remote(value):
+            return {"url": value}
         location, _, revision = value.partition("@")
         source = parse_source(location, revision or None)
         where = "path" if source.kind == "local" else "repo"
@@ -73,8 +78,10 @@ class AdapterSettings(SettingsModel):
 
     @model_validator(mode="after")
     def _check(self) -> AdapterSettings:
-        if (self.path is None) == (self.repo is None):
-            raise ValueError("give exactly one of path and repo")
+        if sum(one is not None for one in (self.path, self.repo, self.url)) != 1:
+            raise ValueError("give exactly one of path, repo and url")
+        if self.url is not None:
+            parse_source(self.url, self.revision)
         if self.path is not None and (self.revision is not None or self.source in ("HF", "hub")):
             raise ValueError("a path has neither a revision nor the source HF, give repo instead")
         if self.repo is not None and self.source == "local":
@@ -82,10 +89,12 @@ class AdapterSettings(SettingsModel):
         return self
 
     def adapter_source(self) -> AdapterSource:
-        """`path`, or `repo` at its `revision`."""
+        """`path`, `url`, or `repo` at its `revision`."""
+        if self.url is not None:
+            return AdapterSource("remote", self.url)
         if self.path is not None:
             return AdapterSource("local", self.path)
-        assert self.repo is not None, "one of path and repo is given"
+        assert self.repo is not None, "one of the three is given"
         return AdapterSource("hub", self.repo, self.revision)
 
 

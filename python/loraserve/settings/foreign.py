@@ -75,10 +75,13 @@ class ForeignSetting:
         raise ConfigError(f"{where} is {value!r:.100}: {self.text}")
 
 
+_WHERE = {"local": "path", "hub": "repo", "remote": "url"}
+
+
 def adapter_values(sources: Mapping[str, AdapterSource]) -> dict[str, Any]:
     """Sources as the values of `adapters`."""
     return {
-        name: {"path" if source.kind == "local" else "repo": source.location, "revision": source.revision}
+        name: {_WHERE[source.kind]: source.location, "revision": source.revision}
         for name, source in sources.items()
     }
 
@@ -197,7 +200,7 @@ TGI_AND_LORAX: tuple[ForeignSetting, ...] = (
     *_values("sharded", "a model runs on one device, only false is possible", "BOOL", accepted=FALSE),
     *_values("quantize", "the same as --quantization", "METHOD", meaning=_quantize),
     *_values("kv_cache_dtype", CACHE_DTYPE, "DTYPE", accepted=("auto",)),
-    *_values("source adapter_source default_adapter_source preloaded_adapter_source",
+    *_values("source default_adapter_source preloaded_adapter_source",
              "adapters and models come from directories and the Hub: download it and give its directory",
              "hub|local", accepted=("hub", "local")),
     *_values("adapter_id", "no adapter applies to all requests: serve it by --adapter NAME=SOURCE, "

@@ -11,6 +11,7 @@ from loraserve.adapters.registry import check_adapter_name, check_base_names
 from loraserve.adapters.startup import OnAdapterError
 from loraserve.config import MAX_COUNTS, EngineConfig, check_merge, parse_memory
 from loraserve.sampling_params import MAX_LOGPROBS, MAX_N, MAX_STOP_STRINGS
+from loraserve.settings.adapter_sources import AdapterSourceSettings
 from loraserve.settings.entries import AdapterSettings, KeySettings, PrefixCacheScope
 from loraserve.settings.fields import (
     Count,
@@ -20,7 +21,6 @@ from loraserve.settings.fields import (
     PositiveSeconds,
     Quantization,
     Seconds,
-    SettingsModel,
     Share,
     Size,
     Speculate,
@@ -31,7 +31,7 @@ from loraserve.settings.fields import (
 from loraserve.tools.families import check_reasoning_parser, check_tool_parser
 
 
-class ServeSettings(SettingsModel):
+class ServeSettings(AdapterSourceSettings):
     """The settings, checked one by one; what they mean together is checked where they are used."""
 
     model: str = option(
@@ -345,16 +345,6 @@ class ServeSettings(SettingsModel):
         "FILE",
     )
     keys: tuple[KeySettings, ...] = Field(default=())
-    adapter_root: Texts = option(
-        (), "keys", "directory under which adapters may be loaded at run time; repeat for more", "DIRECTORY"
-    )
-    hub_repo: Texts | None = option(
-        None,
-        "keys",
-        "pattern of Hub repositories that may be loaded at run time; repeat for more "
-        "(default: none where keys are configured, else all)",
-        "PATTERN",
-    )
     prefix_cache_scope: PrefixCacheScope | None = option(
         None,
         "keys",

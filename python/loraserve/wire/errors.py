@@ -22,6 +22,7 @@ from loraserve.errors import (
     OverloadReason,
     PermissionDeniedError,
     PromptTooLongError,
+    SourceUnavailableError,
     StateError,
     UnauthenticatedError,
 )
@@ -41,6 +42,7 @@ STATUS_CODES: dict[type[LoraserveError], grpc.StatusCode] = {
     NotStoredError: grpc.StatusCode.NOT_FOUND,
     CapacityError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    SourceUnavailableError: grpc.StatusCode.UNAVAILABLE,
     AdapterUnavailableError: grpc.StatusCode.FAILED_PRECONDITION,
     DeadlineError: grpc.StatusCode.DEADLINE_EXCEEDED,
     UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
@@ -73,6 +75,8 @@ def error_metadata(error: LoraserveError) -> tuple[tuple[str, str], ...]:
     name = (ERROR_CLASS_KEY, type(error).__name__)
     if isinstance(error, OverloadedError):
         return name, (RETRY_AFTER_KEY, f"{error.retry_after_s:.3f}"), (REASON_KEY, error.reason)
+    if isinstance(error, SourceUnavailableError):
+        return name, (RETRY_AFTER_KEY, f"{error.retry_after_s:.3f}")
     return (name,)
 
 
@@ -82,7 +86,10 @@ def typed_error(metadata: Iterable[tuple[str, str | bytes]], message: str) -> Lo
     if ERROR_CLASS_KEY not in values:
         return None
     cls = _CLASSES_BY_NAME.get(values[ERROR_CLASS_KEY], LoraserveError)
+    retry_after_s = float(values.get(RETRY_AFTER_KEY, "1"))
+    if cls is SourceUnavailableError:
+        return SourceUnavailableError(message, retry_after_s=retry_after_s)
     if cls is not OverloadedError:
         return cls(message)
     reason: OverloadReason = "adapter_loading" if values.get(REASON_KEY) == "adapter_loading" else "busy"
-    return OverloadedError(message, retry_after_s=float(values.get(RETRY_AFTER_KEY, "1")), reason=reason)
+    return OverloadedError(message, retry_after_s=retry_after_s, reason=reason)

@@ -37,6 +37,7 @@ CODES = [
     ("AdapterNotFoundError", grpc.StatusCode.NOT_FOUND),
     ("CapacityError", grpc.StatusCode.RESOURCE_EXHAUSTED),
     ("AdapterUnavailableError", grpc.StatusCode.FAILED_PRECONDITION),
+    ("SourceUnavailableError", grpc.StatusCode.UNAVAILABLE),
     ("EngineStoppedError", grpc.StatusCode.UNAVAILABLE),
     ("DeviceError", grpc.StatusCode.INTERNAL),
     ("OverloadedError", grpc.StatusCode.RESOURCE_EXHAUSTED),

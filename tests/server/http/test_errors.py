@@ -22,6 +22,7 @@ TABLE = [
     ("AdapterNotFoundError", 404, "model_not_found", 422, "validation"),
     ("AdapterFormatError", 400, "adapter_format", 422, "validation"),
     ("AdapterUnavailableError", 409, "adapter_unavailable", 424, "generation"),
+    ("SourceUnavailableError", 503, "adapter_source_unavailable", 424, "generation"),
     ("CapacityError", 400, "capacity_exceeded", 422, "validation"),
     ("OverloadedError", 429, "busy", 429, "overloaded"),
     ("DeadlineError", 408, "deadline_exceeded", 408, "generation"),

@@ -31,6 +31,7 @@ class RequestLimits:
         max_top_n_tokens: alternatives per token.
         max_client_batch_size: prompts of one request.
         max_input_tokens: of a prompt; None is the context length less one.
+        adapter_wait_s: how long it waits for an adapter that is fetched.
         trust_request_chat_template: whether a request may bring a chat template of its own.
     """
 
@@ -40,6 +41,7 @@ class RequestLimits:
     max_top_n_tokens: int = 20
     max_client_batch_size: int = 128
     max_input_tokens: int | None = None
+    adapter_wait_s: float = 60.0
     trust_request_chat_template: bool = False
 
     def check(self, request: GenerateRequest) -> None:

@@ -211,10 +211,11 @@ async def _keep(
         return
     for adapter in engine.adapters():
         if adapter.name == request.name and _is_from(adapter.path, os.path.abspath(path)):
-            is_hub = request.source.kind == "hub"
+            kind, location = request.source.kind, request.source.location
             settings = AdapterSettings(
-                path=None if is_hub else adapter.path,
-                repo=request.source.location if is_hub else None,
+                path=adapter.path if kind == "local" else None,
+                repo=location if kind == "hub" else None,
+                url=location if kind == "remote" else None,
                 revision=request.source.revision,
                 pin=adapter.is_pinned,
                 manifest=None if request.manifest is None else request.manifest.to_fields(),
@@ -239,6 +240,6 @@ async def _fetch(
     def on_bytes(done: int, total: int | None) -> None:
         loop.call_soon_threadsafe(on_progress, LoadProgress("downloading", done, total))
 
-    if request.source.kind == "hub":
+    if request.source.kind != "local":
         on_progress(LoadProgress("downloading"))
     return str(await sources.resolve(request.source, request.token, on_bytes))

@@ -1,7 +1,8 @@
-"""Which adapter sources a running server reads: directories under its roots, and allowed Hub repositories."""
+"""Which adapter sources a running server reads: directories under roots, allowed repositories and URLs."""
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 from collections.abc import Iterator, Sequence
@@ -9,17 +10,26 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loraserve.adapters.hub import download_adapter
+from loraserve.adapters.remote import RemoteAdapters
 from loraserve.adapters.source import AdapterSource, parse_source
 from loraserve.engine.workers import Workers
 from loraserve.errors import AdapterFormatError, InvalidRequestError, PermissionDeniedError
 from loraserve.loader.hub import OnProgress, load_client
+from loraserve.remote.location import AllowedLocations, RemoteLocation, is_remote, parse_remote
 from loraserve.validation.files import expanded
 
+if TYPE_CHECKING:
+    from loraserve.async_engine import AsyncEngine
+
 MAX_DOWNLOADS = 8
-MAX_WAITING_DOWNLOADS = 64
+MAX_WAITING_DOWNLOADS = 1024
+MAX_WAITING_LISTS = 16
+SWEEP_S = 60.0
 MAX_ENTRIES = 4096  # of a directory, and of each below it that may hold the adapter
+_NO_REMOTE = RemoteAdapters(Path(), 0, AllowedLocations())
 
 
 class AdapterSources:
@@ -28,26 +38,41 @@ class AdapterSources:
     Args:
         roots: directories under which adapters may lie; with none, no path may be loaded.
         hub_repos: patterns of Hub repositories that may be fetched; with none, nothing is.
+        remote: what brings adapters of URLs; None brings none.
     """
 
-    def __init__(self, roots: Sequence[str | Path] = (), hub_repos: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        roots: Sequence[str | Path] = (),
+        hub_repos: Sequence[str] = (),
+        remote: RemoteAdapters | None = None,
+    ) -> None:
+        self.remote = remote
         self._roots = tuple(expanded(root).resolve() for root in roots)
         self._hub_repos = tuple(hub_repos)
         self._downloads = Workers("adapter downloads", MAX_DOWNLOADS, MAX_WAITING_DOWNLOADS)
+        self._listings = Workers("lists of adapters", 1, MAX_WAITING_LISTS)
 
-    def get_ready(self) -> None:
-        """Load the Hub's client, if it may be needed: streams would show the half a second of that."""
+    def get_ready(self, engine: AsyncEngine) -> None:
+        """Load the Hub's client, if it may be needed: streams would show the half a second of that.
+
+        And from now on let the disk forget what was fetched for `engine` and is not served any more.
+        """
         if self._hub_repos:
             self._downloads.submit(load_client)
+        self._house_keeping = asyncio.create_task(self._keep_house(engine))
 
     def find(self, text: str, revision: str | None = None) -> AdapterSource:
         """What a request means by a source.
 
         "hf://owner/name" is on the Hub; "/path", "./path" and "~/path" are directories. A name, or
         owner/name, is a directory where one of that name lies under a root, else a repository of the Hub.
+        s3://, gs://, az:// and https:// are as they say.
 
-        Raises InvalidRequestError: a directory has a revision.
+        Raises InvalidRequestError: a directory or a URL has a revision, or a URL can't be read.
         """
+        if is_remote(text):
+            return parse_source(text, revision)
         if revision is None and self._below_roots(text) is not None:
             return AdapterSource("local", text)
         source = parse_source(text, revision)
@@ -58,14 +83,25 @@ class AdapterSources:
     async def resolve(
         self, source: AdapterSource, token: str | None = None, on_progress: OnProgress | None = None
     ) -> Path:
-        """The adapter's directory, fetched if it is on the Hub; disk and network are used off the loop.
+        """The adapter's directory, fetched if it is elsewhere; disk and network are used off the loop.
 
         Raises:
             PermissionDeniedError: the source is not one of those allowed.
             AdapterFormatError: there is no adapter, or the Hub does not answer.
+            SourceUnavailableError: a URL's source does not answer.
             OverloadedError: too many downloads are under way.
         """
         return await self._downloads.run(self.fetch, source, token, on_progress)
+
+    async def names(self, location: RemoteLocation) -> list[str]:
+        """Names of the directories in it, read off the loop. Raises as `Fetcher.names` does."""
+        return await self._listings.run((self.remote or _NO_REMOTE).names, location)
+
+    async def _keep_house(self, engine: AsyncEngine) -> None:
+        while self.remote is not None:
+            await asyncio.sleep(SWEEP_S)
+            paths = {adapter.path for adapter in engine.adapters()}
+            await self._listings.run(self.remote.sweep, paths)
 
     def fetch(
         self, source: AdapterSource, token: str | None = None, on_progress: OnProgress | None = None
@@ -73,6 +109,10 @@ class AdapterSources:
         """As `resolve`, on the calling thread."""
         if source.kind == "local":
             return self.check_path(source.location)
+        if source.kind == "remote":
+            location, remote = parse_remote(source.location), self.remote or _NO_REMOTE
+            remote.check_allowed(location)
+            return remote.fetch(location, on_progress)
         try:
             self._check_repo(source.location)
             return download_adapter(source.location, source.revision, token, on_progress)

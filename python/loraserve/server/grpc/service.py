@@ -12,8 +12,9 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from loraserve.adapters.source import AdapterSource
+from loraserve.adapters.source import AdapterSource, parse_source
 from loraserve.errors import EngineStoppedError, LoraserveError
+from loraserve.remote.location import is_remote
 from loraserve.server.access.keys import AccessControl
 from loraserve.server.access.request_limits import RequestLimits
 from loraserve.server.adapters.loading import (
@@ -50,6 +51,7 @@ from loraserve.wire.messages import (
 
 if TYPE_CHECKING:
     from loraserve.async_engine import AsyncEngine
+    from loraserve.server.adapters.resolver import AdapterResolver
     from loraserve.server.adapters.state import AdapterState
 
     Context: TypeAlias = grpc.aio.ServicerContext[object, object]
@@ -133,9 +135,10 @@ class LoraServeServicer:
     ) -> pb.LoadAdapterResponse | None:
         """Register a directory of this machine, and answer with the receipt."""
         async with self._errors_answered(context, message):
-            wanted = LoadRequest(
-                name=message.name, source=AdapterSource("local", message.path), replaces=message.replace
-            )
+            source = AdapterSource("local", message.path)
+            if is_remote(message.path):
+                source = parse_source(message.path)
+            wanted = LoadRequest(name=message.name, source=source, replaces=message.replace)
             receipt = await load_adapter(
                 self._engine, self._sources, wanted, lambda _: None, by=current_caller().name, kept=self._kept
             )
@@ -243,6 +246,7 @@ class GrpcServer:
         limits: RequestLimits | None = None,
         max_message_nbytes: int = MAX_MESSAGE_NBYTES,
         kept: AdapterState | None = None,
+        resolver: AdapterResolver | None = None,
     ) -> None:
         """Binds the port; 0 takes a free one. Raises ListenError if the port can't be had.
 
@@ -257,6 +261,7 @@ class GrpcServer:
             limits: what one request may ask; None takes the defaults.
             max_message_nbytes: of a request's message; a larger one is refused with RESOURCE_EXHAUSTED.
             kept: where changes of adapters are kept for the next start; None forgets them.
+            resolver: fetches adapters that requests name; None fetches none.
         """
         self._engine = engine
         self._credentials = credentials
@@ -265,7 +270,7 @@ class GrpcServer:
         options = (*SERVER_OPTIONS, ("grpc.max_receive_message_length", max_message_nbytes))
         self._server = grpc.aio.server(interceptors=interceptors, options=options)
         stop_serving = self._health.enter_graceful_shutdown
-        runner = RequestRunner(engine, metrics or Metrics(), limits or RequestLimits())
+        runner = RequestRunner(engine, metrics or Metrics(), limits or RequestLimits(), resolver)
         servicer = LoraServeServicer(engine, runner, stop_serving, sources, kept)
         pb_grpc.add_LoraServeServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

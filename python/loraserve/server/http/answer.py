@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from functools import partial
 from typing import Any, Protocol
 
@@ -28,6 +29,7 @@ SSE_HEADERS: Headers = [
     (b"x-accel-buffering", b"no"),
 ]
 DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE_S = 10.0  # between comments, while there is nothing to tell
 
 
 class WholeWriter(Protocol):
@@ -103,15 +105,48 @@ class StreamResponse(Response):
         self._requests = requests
         self._writer = writer
         self._family = family
+        self._has_started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._call.state.resolver is None:
+            await self._answer(scope, send, None)
+            return
+        waiting = asyncio.create_task(self._tell_fetch(send))
+        try:
+            await self._answer(scope, send, waiting)
+        except LoraserveError as error:
+            await _ended(waiting)
+            if not self._has_started:
+                raise
+            chunk = self._writer.error(error_body(error, self._family))
+            await send({"type": "http.response.body", "body": chunk})
+        finally:
+            waiting.cancel()
+
+    async def _tell_fetch(self, send: Send) -> None:
+        """While the request waits for an adapter that is fetched, comments keep its connection open."""
+        while True:
+            await asyncio.sleep(KEEP_ALIVE_S)
+            progress = self._call.state.runner.waits_for(self._requests[0].adapter)
+            if progress is None:
+                continue
+            if not self._has_started:
+                self._has_started = True
+                await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
+            far = "" if progress.done_bytes is None else f", {progress.done_bytes} bytes so far"
+            await send(_event(f": the adapter is being fetched{far}\n\n".encode()))
+
+    async def _answer(self, scope: Scope, send: Send, waiting: asyncio.Task[None] | None) -> None:
         async with (
             _running(self._call, self._requests) as run,
             aclosing(_deltas(run)) as deltas,  # type: ignore[type-var]
         ):
             prompt, delta = await anext(deltas)
-            headers = SSE_HEADERS + early_headers(self._call, run, self._requests)
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            if waiting is not None:
+                await _ended(waiting)
+            if not self._has_started:
+                headers = SSE_HEADERS + early_headers(self._call, run, self._requests)
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
             send = scope["state"]["send"]
             try:
                 await send(_event(self._writer.first(run) + self._writer.delta(prompt, delta)))
@@ -127,6 +162,13 @@ class StreamResponse(Response):
                 run.error = error
                 chunk = self._writer.error(error_body(error, self._family))
                 await send({"type": "http.response.body", "body": chunk})
+
+
+async def _ended(task: asyncio.Task[None]) -> None:
+    """Cancelled, and over: it sends no more. Raises what it has raised, where a client left."""
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
 
 
 def _event(chunk: bytes) -> Message:

@@ -43,6 +43,14 @@ async def current_call(
         float | None,
         Header(gt=0, allow_inf_nan=False, description="Seconds in which the answer must be complete."),
     ] = None,
+    x_adapter_wait: Annotated[
+        float | None,
+        Header(
+            ge=0,
+            allow_inf_nan=False,
+            description="Seconds to wait for an adapter that is fetched; then 503 and when to come back.",
+        ),
+    ] = None,
 ) -> Call:
     """The call that a generating route answers, as a dependency. Raises UnauthenticatedError."""
     origin = CallOrigin(
@@ -51,6 +59,7 @@ async def current_call(
         request_id=request.scope["state"]["request_id"],
         traceparent=request.headers.get("traceparent"),
         on_begun=request.scope.get(ON_BEGUN),
+        adapter_wait_s=x_adapter_wait,
     )
     return Call(
         state=state,

@@ -35,6 +35,7 @@ from loraserve.errors import (
     OverloadedError,
     PermissionDeniedError,
     PromptTooLongError,
+    SourceUnavailableError,
     StateError,
     UnauthenticatedError,
 )
@@ -120,6 +121,9 @@ KINDS: dict[type[LoraserveError], ErrorKind] = {
     InvalidRequestError: ErrorKind(400, _INVALID, tgi_status=422),
     AdapterNotFoundError: ErrorKind(404, _INVALID, "model_not_found", tgi_status=422),
     AdapterFormatError: ErrorKind(400, _INVALID, "adapter_format", tgi_status=422),
+    SourceUnavailableError: ErrorKind(
+        503, "server_error", "adapter_source_unavailable", tgi_status=424, tgi_type="generation"
+    ),
     AdapterUnavailableError: ErrorKind(
         409, _INVALID, "adapter_unavailable", tgi_status=424, tgi_type="generation"
     ),
@@ -269,6 +273,8 @@ def _printable(text: str) -> str:
 def _headers(error: Exception) -> dict[str, str]:
     if isinstance(error, OverloadedError):
         return {"retry-after": str(max(1, math.ceil(error.retry_after_s))), "x-overload-reason": error.reason}
+    if isinstance(error, SourceUnavailableError):
+        return {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
     if isinstance(error, UnauthenticatedError):
         return {"www-authenticate": "Bearer"}
     return {}

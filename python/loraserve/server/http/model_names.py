@@ -40,15 +40,20 @@ def answering_model(state: HttpState, model: str | None, adapter: AdapterSpec) -
 
 
 def models_for(state: HttpState, caller: Caller) -> Iterator[dict[str, Any]]:
-    """Entries of /v1/models: the base model's names and the adapters the caller may use; `root` is a path."""
+    """Entries of /v1/models: the base model's names and what the caller may use, fetched or to be fetched."""
     base = state.served_names[0]
     if caller.may_use(None):
         root = state.engine.info().model if caller.sees_paths else None
         yield from (_model(state, name, root=root, parent=None) for name in state.served_names)
+    registered = set()
     for adapter in state.engine.adapters():
+        registered.add(adapter.name)
         if caller.may_use(adapter.name):
             root = adapter.path if caller.sees_paths else None
             yield _model(state, adapter.name, root=root, parent=base)
+    for name in () if state.resolver is None else state.resolver.names:
+        if name not in registered and caller.may_use(name):
+            yield _model(state, name, root=None, parent=base)
 
 
 def anthropic_model(entry: Mapping[str, Any]) -> dict[str, Any]:

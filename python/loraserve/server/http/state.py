@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from loraserve.adapters.startup import AdapterFailure
     from loraserve.async_engine import AsyncEngine
     from loraserve.server.access.keys import AccessControl
+    from loraserve.server.adapters.resolver import AdapterResolver
     from loraserve.server.adapters.sources import AdapterSources
     from loraserve.server.adapters.state import AdapterState
     from loraserve.server.batches.service import BatchService
@@ -62,6 +63,7 @@ class HttpState:
         sources: where adapters may be loaded from.
         adapter_failures: adapters that the server started without.
         batches: files and batches; None keeps none.
+        resolver: fetches adapters that requests name; None fetches none.
         kept: where changes of adapters are kept for the next start; None forgets them.
         cors_origins: whose web pages a browser lets call this server; "*" is everybody's.
         response_limits: how many responses are kept for their callers.
@@ -78,6 +80,7 @@ class HttpState:
     cors_origins: tuple[str, ...] = ()
     adapters_at_start: tuple[str, ...] = ()
     adapter_failures: tuple[AdapterFailure, ...] = ()
+    resolver: AdapterResolver | None = None
     kept: AdapterState | None = None
     response_limits: StoreLimits = field(default_factory=StoreLimits)
     batches: BatchService | None = None
@@ -91,7 +94,7 @@ class HttpState:
         self.parsing = Workers("request bodies", NUM_TOKENIZERS, MAX_TOKENIZATIONS)
         self.tokenizations = Workers("tokenizations", NUM_TOKENIZERS, MAX_TOKENIZATIONS)
         self.responses = ResponseStore(self.response_limits)
-        self.runner = RequestRunner(self.engine, self.metrics, self.limits)
+        self.runner = RequestRunner(self.engine, self.metrics, self.limits, self.resolver)
 
     def texts_of(self, tokenizer: Tokenizer) -> TokenTexts:
         """Texts of single tokens of a request's tokenizer; the model's are kept from request to request."""

@@ -85,7 +85,8 @@ async def metrics(request: Request, state: State) -> Response:
         caller.require_admin()
     engine = state.engine
     batches = None if state.batches is None else state.batches.counts()
-    text = render(state.metrics, engine.info(), engine.stats(), batches)
+    remote = None if state.sources is None else state.sources.remote
+    text = render(state.metrics, engine.info(), engine.stats(), batches, remote)
     return Response(text, media_type=CONTENT_TYPE)
 
 

@@ -22,6 +22,7 @@ from loraserve.server.observe.histogram import Histogram
 from loraserve.server.observe.metrics import OTHER_LABEL, Metrics
 
 if TYPE_CHECKING:
+    from loraserve.adapters.remote import RemoteAdapters
     from loraserve.engine.stats import EngineInfo, EngineStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -41,12 +42,19 @@ _STATES = ("registered", "loading", "resident", "failed")
 
 
 def render(
-    metrics: Metrics, info: EngineInfo, stats: EngineStats, batches: BatchCounts | None = None
+    metrics: Metrics,
+    info: EngineInfo,
+    stats: EngineStats,
+    batches: BatchCounts | None = None,
+    remote: RemoteAdapters | None = None,
 ) -> bytes:
-    """What a scrape is answered with, in `CONTENT_TYPE`; None is a server without batches."""
+    """What a scrape is answered with, in `CONTENT_TYPE`.
+
+    None is a server without batches, or one that brings no adapters of URLs.
+    """
     metrics.keep_only(stats.adapters)
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Collected(metrics, info, stats, batches))
+    registry.register(_Collected(metrics, info, stats, batches, remote))
     return generate_latest(registry)
 
 
@@ -54,8 +62,14 @@ class _Collected:
     """All families, as prometheus_client collects them."""
 
     def __init__(
-        self, metrics: Metrics, info: EngineInfo, stats: EngineStats, batches: BatchCounts | None
+        self,
+        metrics: Metrics,
+        info: EngineInfo,
+        stats: EngineStats,
+        batches: BatchCounts | None,
+        remote: RemoteAdapters | None,
     ) -> None:
+        self._remote = remote
         self._metrics = metrics
         self._batches = batches
         self._info = info
@@ -65,6 +79,7 @@ class _Collected:
         yield from self._requests()
         yield from _engine(self._info, self._stats)
         yield from self._adapters()
+        yield from self._sources()
         yield from self._tgi()
         if self._batches is not None:
             yield from batch_families(self._batches)
@@ -126,6 +141,20 @@ class _Collected:
         for name, traffic in self._metrics.traffic.items():
             family.add_metric([name], traffic.num_requests, traffic.total_s)
         return family
+
+    def _sources(self) -> Iterator[Metric]:
+        if self._remote is None:
+            return
+        counts = self._remote.counts
+        for name, text, count in (
+            ("downloads", "Adapters fetched from URLs", counts.downloads),
+            ("download_bytes", "Bytes that came of them", counts.downloaded_nbytes),
+            ("download_failures", "Fetches that the source or the adapter refused", counts.failures),
+            ("disk_hits", "Adapters of URLs that lay on disk", counts.disk_hits),
+        ):
+            yield _counter(f"loraserve_adapter_{name}", text, count)
+        held = self._remote.held_nbytes()
+        yield _gauge("loraserve_adapter_disk_bytes", "Adapters of URLs on disk that are served", held)
 
     def _tgi(self) -> Iterator[Metric]:
         """TGI's names; its counters have no `_total`, so they are untyped here."""

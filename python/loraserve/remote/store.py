@@ -1,0 +1,90 @@
+"""`Store`: what the files of a location are asked by, whatever serves them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+CHUNK_NBYTES = 2**20
+CONNECT_LIMIT_S = 10.0
+READ_LIMIT_S = 30.0  # between two pieces of an answer
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file as it is now.
+
+    Args:
+        name: within its location; "" for an archive itself.
+        nbytes: None where the server does not tell.
+        version: changes with the content (an ETag, or size and time); None where the server does not tell.
+    """
+
+    name: str
+    nbytes: int | None
+    version: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WantedFiles:
+    """What counts of a location's files.
+
+    Args:
+        wants: whether a name does.
+        names: those to ask a web server for.
+        index: the one of them that lists further ones.
+        max_nbytes: of all of them together.
+    """
+
+    wants: Callable[[str], bool]
+    names: Sequence[str]
+    index: str
+    max_nbytes: int
+
+
+class TransientError(Exception):
+    """The source does not answer, or not now: the same may work later.
+
+    Args:
+        why: in words.
+        retry_after_s: as the source says; None where it does not.
+    """
+
+    def __init__(self, why: str, retry_after_s: float | None = None) -> None:
+        super().__init__(why)
+        self.retry_after_s = retry_after_s
+
+
+class ChangedError(Exception):
+    """The file is another one than when it was listed."""
+
+
+class NotThereError(Exception):
+    """There is nothing of this name."""
+
+
+class DeniedError(Exception):
+    """The source refuses, whoever asks again: the message says what it said."""
+
+
+class Store(Protocol):
+    """One location's files, until it is closed; may block for `READ_LIMIT_S` at a time."""
+
+    def close(self) -> None:
+        """Its connections end."""
+        ...
+
+    def files(self) -> list[RemoteFile]:
+        """What lies there, of the names that are wanted.
+
+        Raises NotThereError, DeniedError, TransientError.
+        """
+        ...
+
+    def read(self, file: RemoteFile, start: int) -> Iterator[bytes]:
+        """The bytes of that version from `start` on.
+
+        Raises NotThereError, DeniedError, TransientError, ChangedError.
+        """
+        ...

@@ -1,0 +1,162 @@
+"""`WatchedDirectory`: a directory whose directories are adapters, served as they come, change and go."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Collection
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+from loraserve.adapters.source import AdapterSource
+from loraserve.engine.workers import Workers
+from loraserve.errors import AdapterNotFoundError, EngineStoppedError, InvalidRequestError, LoraserveError
+from loraserve.server.adapters.loading import LoadRequest, load_adapter, unload_adapter
+from loraserve.server.observe.logs import log_event
+from loraserve.validation.files import expanded
+
+if TYPE_CHECKING:
+    from loraserve.async_engine import AsyncEngine
+
+logger = logging.getLogger(__name__)
+
+POLL_S: Final = 2.0
+FIRST_POLL_S: Final = 0.2
+MAX_ADAPTERS: Final = 10_000
+MAX_FILES: Final = 4096  # of one adapter that are looked at
+WATCHED: Final = "adapter_dir"  # who loads, in logs
+
+Signature: TypeAlias = tuple[tuple[str, int, int, int], ...]
+"""(name, bytes, time of the last change in ns, inode) of each file."""
+
+
+class WatchedDirectory:
+    """Loads, replaces and unloads adapters of one directory; what is being written is left until it rests.
+
+    An adapter is loaded once two looks in a row found the same files, so its writing must not rest for the
+    time between them; one that is renamed into the directory is whole at once.
+
+    Args:
+        engine: serves them.
+        directory: what is watched; it need not be there yet.
+        configured: names that the configuration gives, which are left alone.
+        poll_s: between two looks.
+    """
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        directory: Path,
+        configured: Collection[str] = (),
+        poll_s: float = POLL_S,
+    ) -> None:
+        self._engine = engine
+        self._directory = expanded(directory).absolute()
+        self._configured = frozenset(configured)
+        self._poll_s = poll_s
+        self._looks = Workers("looks at watched adapters", 1, 4)
+        self._seen: dict[str, Signature] = {}  # at the last look
+        self._loaded: dict[str, Signature] = {}
+        self._refused: dict[str, Signature] = {}  # what can't be served, until it changes
+        self._has_failed = False
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Serve what lies there now, and from then on what comes."""
+        await self._look()
+        await asyncio.sleep(FIRST_POLL_S)
+        await self._look()
+        self._task = asyncio.create_task(self._watch())
+
+    def stop(self) -> None:
+        """Look no more."""
+        if self._task is not None:
+            self._task.cancel()
+        self._looks.close()
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(self._poll_s)
+            try:
+                await self._look()
+            except EngineStoppedError:
+                return
+            except Exception:
+                logger.exception("the watched directory can't be looked at")
+
+    async def _look(self) -> None:
+        try:
+            found = await self._looks.run(_signatures, self._directory)
+        except OSError as error:
+            # What can't be seen is not gone: a mount that is away for a moment unloads nothing.
+            if not self._has_failed:
+                reason = error.strerror or str(error)
+                where = str(self._directory)
+                log_event(logger, "adapters not seen", level=logging.WARNING, directory=where, reason=reason)
+            self._has_failed = True
+            return
+        self._has_failed = False
+        for name, signature in found.items():
+            is_done = signature in (self._loaded.get(name), self._refused.get(name))
+            if signature == self._seen.get(name) and not is_done:
+                await self._load(name, signature)
+        for name in self._loaded.keys() - found.keys():
+            await self._unload(name)
+        for name in self._refused.keys() - found.keys():
+            del self._refused[name]
+        self._seen = found
+
+    async def _load(self, name: str, signature: Signature) -> None:
+        source = AdapterSource("local", str(self._directory / name))
+        try:
+            if name in self._configured:
+                raise InvalidRequestError(f"the configuration has an adapter {name!r} already, rename one")
+            wanted = LoadRequest(name=name, source=source, replaces=True)
+            await load_adapter(self._engine, None, wanted, lambda _: None, by=WATCHED)
+        except EngineStoppedError:
+            raise
+        except LoraserveError as error:
+            if name in self._configured:
+                log_event(
+                    logger, "adapter not loaded", level=logging.WARNING, adapter=name, reason=str(error)
+                )
+            self._refused[name] = signature
+            return
+        self._refused.pop(name, None)
+        self._loaded[name] = signature
+
+    async def _unload(self, name: str) -> None:
+        del self._loaded[name]
+        try:
+            await unload_adapter(self._engine, name, by=WATCHED)
+        except AdapterNotFoundError:
+            return  # somebody has unloaded it
+
+
+def _signatures(directory: Path) -> dict[str, Signature]:
+    """Of each directory in one, by its name; one without files or with "." in front is none.
+
+    Raises OSError: the directory can't be read, or has too many.
+    """
+    try:
+        with os.scandir(directory) as entries:
+            names = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
+    except FileNotFoundError:
+        return {}
+    if len(names) > MAX_ADAPTERS:
+        raise OSError(f"it has more than {MAX_ADAPTERS} directories, the limit")
+    found = {}
+    for name in sorted(names):
+        try:
+            with os.scandir(directory / name) as entries:
+                files = [entry for entry in islice(entries, MAX_FILES) if entry.is_file()]
+            stats = [(file.name, file.stat()) for file in files]
+        except FileNotFoundError:
+            continue  # gone meanwhile
+        if stats:
+            found[name] = tuple(
+                sorted((file, stat.st_size, stat.st_mtime_ns, stat.st_ino) for file, stat in stats)
+            )
+    return found

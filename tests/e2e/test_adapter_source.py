@@ -1,0 +1,235 @@
+"""Adapters that requests name come from a bucket, each once; it may fail, and versions change."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from loraserve.client import Client
+
+from tests.e2e.test_state_dir import GREEDY, serving
+from tests.e2e.tiny import PROMPT
+from tests.remote.s3 import BUCKET, Bucket
+
+TEMPLATE = f"s3://{BUCKET}/adapters/{{name}}"
+WAIT_S = 60.0
+Model = tuple[Path, torch.nn.Module]
+
+
+@pytest.fixture
+def bucket(tiny_adapters: dict[str, str]) -> Iterator[Bucket]:
+    with pytest.MonkeyPatch.context() as patch:
+        bucket = Bucket(patch)
+        for name, path in tiny_adapters.items():
+            bucket.put_directory(f"adapters/{name}", path)
+        yield bucket
+        bucket.stop()
+
+
+def options(folder: Path, *more: str) -> list[str]:
+    return ["--adapter-source", TEMPLATE, "--adapter-cache-dir", str(folder / "cache"), *more]
+
+
+def ask(http: httpx.Client, name: str, **headers: str) -> httpx.Response:
+    body = {"model": name, "prompt": PROMPT, "max_tokens": 1, "temperature": 0}
+    return http.post("/v1/completions", json=body, headers=headers)
+
+
+def tokens(grpc: Client, name: str) -> list[int]:
+    return grpc.generate(PROMPT, GREEDY, adapter=name)[0].token_ids
+
+
+def metric(http: httpx.Client, name: str) -> float:
+    lines = http.get("/metrics").text.splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith(f"loraserve_adapter_{name} "))
+
+
+def until(is_so: Callable[[], bool]) -> None:
+    ends_at = time.monotonic() + WAIT_S
+    while not is_so():
+        assert time.monotonic() < ends_at
+        time.sleep(0.05)
+
+
+def test_many_clients_find_every_adapter_and_each_comes_once(
+    tiny_model: Model,
+    tiny_adapters: dict[str, str],
+    tiny_expected: dict[str, list[int]],
+    bucket: Bucket,
+    tmp_path: Path,
+) -> None:
+    names = list(tiny_adapters)
+    with serving(tiny_model[0], *options(tmp_path)) as (http, grpc):
+        until(lambda: len(http.get("/v1/models").json()["data"]) == len(names) + 1)
+        rng = random.Random(0)
+        asked = rng.choices(names, [1 / (rank + 1) ** 1.2 for rank in range(len(names))], k=200) + names
+        with ThreadPoolExecutor(16) as clients:
+            answers = list(clients.map(lambda name: tokens(grpc, name), asked))
+        assert answers == [tiny_expected[name] for name in asked]
+        assert metric(http, "downloads_total") == len(names)
+        assert ask(http, "none").status_code == 404
+        assert ask(http, "..").status_code == 404
+    with serving(tiny_model[0], *options(tmp_path)) as (http, grpc):  # what lies on disk is not fetched again
+        assert tokens(grpc, "a1") == tiny_expected["a1"]
+        assert metric(http, "downloads_total") == 0
+
+
+def test_an_outage_is_told_and_harms_nothing_that_is_here(
+    tiny_model: Model, tiny_expected: dict[str, list[int]], bucket: Bucket, tmp_path: Path
+) -> None:
+    with serving(tiny_model[0], *options(tmp_path)) as (http, grpc):
+        assert tokens(grpc, "a1") == tiny_expected["a1"]
+    with serving(tiny_model[0], *options(tmp_path)) as (http, grpc):
+        assert tokens(grpc, "a2") == tiny_expected["a2"]
+        bucket.stop()
+        for _ in range(7):
+            answer = ask(http, "a3")
+            assert answer.status_code == 503, answer.text
+            assert int(answer.headers["retry-after"]) >= 1
+            assert answer.json()["error"]["code"] == "adapter_source_unavailable"
+            assert tokens(grpc, "a1") == tiny_expected["a1"]  # on disk
+            assert tokens(grpc, "a2") == tiny_expected["a2"]  # in memory
+        assert "left alone" in ask(http, "a3").text
+
+
+def test_a_new_version_takes_the_place_of_the_old_one(
+    tiny_model: Model,
+    tiny_adapters: dict[str, str],
+    tiny_expected: dict[str, list[int]],
+    bucket: Bucket,
+    tmp_path: Path,
+) -> None:
+    more = ("--adapter-source-refresh-seconds", "0.2")
+    with serving(tiny_model[0], *options(tmp_path, *more)) as (_http, grpc):
+        assert tokens(grpc, "a1") == tiny_expected["a1"]
+        bucket.put_directory("adapters/a1", tiny_adapters["a7"])
+        found: list[list[int]] = []
+
+        def is_new() -> bool:
+            found.append(tokens(grpc, "a1"))
+            return found[-1] == tiny_expected["a7"]
+
+        until(is_new)
+        assert all(one in (tiny_expected["a1"], tiny_expected["a7"]) for one in found)
+
+
+def test_a_small_disk_lets_the_oldest_go(
+    tiny_model: Model,
+    tiny_adapters: dict[str, str],
+    tiny_expected: dict[str, list[int]],
+    bucket: Bucket,
+    tmp_path: Path,
+) -> None:
+    sizes = [sum(file.stat().st_size for file in Path(path).iterdir()) for path in tiny_adapters.values()]
+    limit = str(int(sum(sizes) / 3))
+    with serving(tiny_model[0], *options(tmp_path, "--adapter-cache-size", limit)) as (http, grpc):
+        for name in [*tiny_adapters, *tiny_adapters]:
+            assert tokens(grpc, name) == tiny_expected[name]
+            lies = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+            assert sum(path.stat().st_size for path in lies) <= int(limit) + 4096 * len(lies)
+        assert len(http.get("/adapters").json()["adapters"]) < len(tiny_adapters)
+
+
+def test_who_does_not_wait_is_told_when_to_come_back(
+    tiny_model: Model, tiny_expected: dict[str, list[int]], bucket: Bucket, tmp_path: Path
+) -> None:
+    with serving(tiny_model[0], *options(tmp_path)) as (http, _grpc):
+        answer = ask(http, "a5", **{"x-adapter-wait": "0"})
+        assert (answer.status_code, "being fetched" in answer.text) == (503, True)
+        assert int(answer.headers["retry-after"]) >= 1
+        until(lambda: ask(http, "a5", **{"x-adapter-wait": "0"}).status_code == 200)
+
+
+def test_keys_hold_for_what_can_be_fetched(tiny_model: Model, bucket: Bucket, tmp_path: Path) -> None:
+    keys = tmp_path / "keys.yaml"
+    keys.write_text("- {name: one, secret: of-one, adapters: [a1]}\n- {name: all, secret: of-all}\n")
+    with serving(tiny_model[0], *options(tmp_path, "--keys-file", str(keys))) as (http, _grpc):
+        as_one = {"authorization": "Bearer of-one"}
+        assert ask(http, "a2", **as_one).status_code == 403
+        assert ask(http, "a1", **as_one).status_code == 200
+        as_all = {"authorization": "Bearer of-all"}
+        until(lambda: len(http.get("/v1/models", headers=as_all).json()["data"]) > 30)
+        listed = http.get("/v1/models", headers=as_one).json()["data"]
+        assert [model["id"] for model in listed[1:]] == ["a1"]
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["s3://elsewhere/adapters/a1", "https://127.0.0.1/a1", f"s3://{BUCKET}/adapters-2/a1", "gs://b/a"],
+)
+def test_what_is_not_allowed_is_not_asked_for(
+    tiny_model: Model, bucket: Bucket, tmp_path: Path, source: str
+) -> None:
+    with serving(tiny_model[0], *options(tmp_path)) as (http, _grpc):
+        answer = http.post("/adapters", json={"name": "x", "source": source})
+        assert (answer.status_code, "--adapter-url" in answer.text) == (403, True)
+
+
+def test_configured_sent_and_kept_ones_come_from_urls_too(
+    tiny_model: Model, tiny_expected: dict[str, list[int]], bucket: Bucket, tmp_path: Path
+) -> None:
+    url = f"s3://{BUCKET}/adapters"
+    more = [
+        "--adapter",
+        f"fixed={url}/a1",
+        "--adapter-url",
+        url,
+        "--adapter-cache-dir",
+        str(tmp_path / "cache"),
+    ]
+    more += ["--state-dir", str(tmp_path / "state")]
+    with serving(tiny_model[0], *more) as (http, grpc):
+        assert tokens(grpc, "fixed") == tiny_expected["a1"]
+        assert http.post("/adapters", json={"name": "sent", "source": f"{url}/a2"}).status_code == 201
+        grpc.load_adapter("wired", f"{url}/a3")
+        assert tokens(grpc, "sent") == tiny_expected["a2"]
+        assert tokens(grpc, "wired") == tiny_expected["a3"]
+        assert ask(http, "a4").status_code == 404  # no --adapter-source
+    with serving(tiny_model[0], *more) as (http, grpc):
+        assert tokens(grpc, "sent") == tiny_expected["a2"]
+        assert tokens(grpc, "wired") == tiny_expected["a3"]
+
+
+def write(folder: Path, source: str) -> None:
+    """As a program writes it that does not know better: file by file, in place."""
+    folder.mkdir(exist_ok=True)
+    for path in sorted(Path(source).iterdir(), reverse=True):
+        shutil.copyfile(path, folder / path.name)
+
+
+def names(http: httpx.Client) -> Sequence[Any]:
+    return [adapter["name"] for adapter in http.get("/adapters").json()["adapters"]]
+
+
+def test_a_watched_directory_is_served_as_it_is(
+    tiny_model: Model, tiny_adapters: dict[str, str], tiny_expected: dict[str, list[int]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapters"
+    write(folder.parent / "whole", tiny_adapters["a2"])
+    folder.mkdir()
+    write(folder / "first", tiny_adapters["a1"])
+    (folder / "broken").mkdir()
+    (folder / "broken/adapter_config.json").write_text("{")
+    (folder / ".hidden").mkdir()
+    with serving(tiny_model[0], "--adapter-dir", str(folder)) as (http, grpc):
+        assert names(http) == ["first"]
+        assert tokens(grpc, "first") == tiny_expected["a1"]
+        (folder.parent / "whole").rename(folder / "second")
+        until(lambda: names(http) == ["first", "second"])
+        assert tokens(grpc, "second") == tiny_expected["a2"]
+        write(folder / "first", tiny_adapters["a3"])
+        until(lambda: tokens(grpc, "first") == tiny_expected["a3"])
+        shutil.rmtree(folder / "second")
+        until(lambda: names(http) == ["first"])
+        write(folder / "broken", tiny_adapters["a4"])
+        until(lambda: names(http) == ["broken", "first"])
+        folder.rename(folder.parent / "away")
+        (folder.parent / "away").rename(folder)
