@@ -19,6 +19,7 @@ from loraserve.settings.entries import ApiKey, PrefixCacheScope
 from tests.server.control_server import ControlServer
 
 KEYS = [ApiKey(name=name, secret=f"{name}-key") for name in ("ann", "ben", "annben")]
+CHAT = [{"role": "user", "content": "x"}]
 NUM_CACHED = 64  # of the 70 tokens of a prompt, its full blocks; a chat's template has one of a key's own
 SPECS: list[AdapterSpec] = [None, "a", "same-as-a", {"a": 0.5}, {"same-as-a": 0.25, "a": 0.25}]
 
@@ -62,6 +63,24 @@ def chat(server: ControlServer, key: str, adapter: AdapterSpec, salt: str | None
     return cached_tokens(post(server, key, "/v1/chat/completions", body))
 
 
+def messages(server: ControlServer, key: str, adapter: AdapterSpec, salt: str | None, number: int) -> int:
+    asked = [{"role": "user", "content": f"{number:04} " + "lorem ipsum " * 40}]
+    body = {"messages": asked} | openai_body(adapter, salt)
+    answer = post(server, key, "/v1/messages", body)
+    num_tokens: int = answer.json()["usage"]["cache_read_input_tokens"]
+    assert answer.headers["x-cached-tokens"] == str(num_tokens)
+    return num_tokens
+
+
+def responses(server: ControlServer, key: str, adapter: AdapterSpec, salt: str | None, number: int) -> int:
+    fields = openai_body(adapter, salt)
+    body = {"input": f"{number:04} " + "lorem ipsum " * 40, "max_output_tokens": fields.pop("max_tokens")}
+    answer = post(server, key, "/v1/responses", body | fields)
+    num_tokens: int = answer.json()["usage"]["input_tokens_details"]["cached_tokens"]
+    assert answer.headers["x-cached-tokens"] == str(num_tokens)
+    return num_tokens
+
+
 def tgi(server: ControlServer, key: str, adapter: AdapterSpec, salt: str | None, number: int) -> int:
     parameters: dict[str, Any] = {"max_new_tokens": 1} | ({} if salt is None else {"cache_salt": salt})
     if isinstance(adapter, dict):
@@ -80,7 +99,7 @@ def grpc(server: ControlServer, key: str, adapter: AdapterSpec, salt: str | None
     return usage.cached_tokens
 
 
-ROUTES: list[Ask] = [completions, chat, tgi, grpc]
+ROUTES: list[Ask] = [completions, chat, messages, responses, tgi, grpc]
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +164,9 @@ def test_a_salt_of_a_wrong_length_is_refused_by_name(server: ControlServer, salt
     headers = {"authorization": "Bearer ann-key"}
     bodies: list[tuple[str, dict[str, Any]]] = [
         ("/v1/completions", {"prompt": "x", "cache_salt": salt}),
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "cache_salt": salt}),
+        ("/v1/chat/completions", {"messages": CHAT, "cache_salt": salt}),
+        ("/v1/messages", {"messages": CHAT, "max_tokens": 4, "cache_salt": salt}),
+        ("/v1/responses", {"input": "x", "cache_salt": salt}),
         ("/generate", {"inputs": "x", "parameters": {"cache_salt": salt}}),
     ]
     for path, body in bodies:

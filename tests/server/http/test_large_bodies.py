@@ -97,7 +97,12 @@ async def _longest_pause(end: threading.Event) -> float:
 def test_as_much_as_is_allowed_is_taken(server: ControlServer) -> None:
     turns = [{"role": "user", "content": "x"}] * (MAX_CONTAINERS - 2)
     ids = [1] * (MAX_VALUES - 10)
-    for path, body in (("/v1/chat/completions", {"messages": turns}), ("/v1/completions", {"prompt": ids})):
+    for path, body in (
+        ("/v1/chat/completions", {"messages": turns}),
+        ("/v1/messages", {"messages": turns, "max_tokens": 1}),
+        ("/v1/responses", {"input": turns}),
+        ("/v1/completions", {"prompt": ids}),
+    ):
         response = httpx.post(f"{server.url}{path}", json={"model": "base", **body}, timeout=60.0)
         assert response.status_code == 200
 

@@ -83,7 +83,6 @@ COMPLETION: list[tuple[dict[str, Any], int, str]] = [
     ({"prompt": "x", "best_of": 2, "stream": True}, 400, "stream"),
     ({"prompt": "x", "best_of": 100}, 400, "best_of"),
     ({"prompt": "x", "logprobs": 21}, 400, "logprobs"),
-    ({"prompt": "x", "logprobs": 1, "echo": True}, 400, "echo"),
     ({"prompt": "x", "suffix": "y"}, 400, "suffix"),
     ({"prompt": "x", "stop": [""]}, 400, "stop"),
     ({"prompt": "x", "stop": ["x"] * 17}, 400, "stop"),
@@ -155,7 +154,17 @@ def client(server: HttpThread) -> Iterator[httpx.Client]:
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1/completions", "/v1/chat/completions", "/generate", "/generate_stream", "/", "/invocations"]
+    "path",
+    [
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/v1/messages",
+        "/v1/responses",
+        "/generate",
+        "/generate_stream",
+        "/",
+        "/invocations",
+    ],
 )
 @pytest.mark.parametrize(("content", "headers", "status"), BODIES)
 def test_a_body_that_is_no_request_is_refused(
@@ -165,7 +174,7 @@ def test_a_body_that_is_no_request_is_refused(
     assert answer.status_code == (status or (400 if path.startswith("/v1") else 422))
     error = answer.json()["error"]
     assert (error["message"] if path.startswith("/v1") else error) != ""
-    assert not path.startswith("/v1") or not str(error["param"]).isdecimal()
+    assert not path.startswith("/v1") or not str(error.get("param")).isdecimal()
     assert len(answer.content) < 3000
 
 
@@ -185,7 +194,8 @@ def _check(answer: httpx.Response, status: int, text: str) -> None:
     assert answer.status_code == status, answer.text
     if status != 200:
         assert text in answer.json()["error"]["message"]
-        assert answer.json()["error"]["code"] == ("model_not_found" if status == 404 else None)
+        code = "context_length_exceeded" if "limit is 2047" in answer.text else None
+        assert answer.json()["error"]["code"] == ("model_not_found" if status == 404 else code)
     assert len(answer.content) < 3000
 
 
