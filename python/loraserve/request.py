@@ -120,6 +120,7 @@ class GenerateRequest:
         prompt_pair: a second text behind the prompt, put together as the tokenizer does with pairs.
         chat: how `messages` become the prompt.
         suffix: what stands behind the answer, where the model fills in the middle of a text.
+        prediction: text that the answer is expected to repeat in large parts: guesses, which change nothing.
         deadline_s: seconds from its arrival in which it must be finished, else it ends with DeadlineError.
         truncate: keep only this many tokens of the prompt, its last ones.
         uses_model_defaults: whether what the model's generation_config.json says holds for `params` that were
@@ -138,6 +139,7 @@ class GenerateRequest:
     adapter: AdapterSpec = None
     params: SamplingParams = field(default_factory=SamplingParams)
     suffix: str | None = None
+    prediction: str | None = None
     deadline_s: float | None = None
     truncate: int | None = None
     uses_model_defaults: bool = True

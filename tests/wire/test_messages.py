@@ -45,7 +45,7 @@ REQUESTS = [
     ),
     GenerateRequest(prompt="x", params=SamplingParams(max_tokens=None)),
     GenerateRequest(prompt="x", suffix="y"),
-    GenerateRequest(prompt="x", suffix=""),
+    GenerateRequest(prompt="x", suffix="", prediction="y"),
     GenerateRequest(prompt="x", params=SamplingParams(grammar=Grammar("json"))),
     GenerateRequest(prompt="x", params=SamplingParams(grammar=Grammar("json_schema", {"type": "string"}))),
     GenerateRequest(prompt="x", params=SamplingParams(grammar=Grammar("regex", "[a-z]+"))),
@@ -110,6 +110,7 @@ DELTAS = [
     Delta(0, "é", [5], None, None, None),
     Delta(2, "", [], None, "abort", Usage(3, 0, 1), RequestTiming(0.5, None, 0.75, False)),
     Delta(0, "", [4], None, "stop", Usage(3, 1, 1), RequestTiming(0.5, 0.125, 0.75, True)),
+    Delta(0, "", [4], None, "stop", Usage(3, 9, 1, 4, 2, 5), stop_string="STOP"),
     Delta(
         1,
         "a",

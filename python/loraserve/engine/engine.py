@@ -33,6 +33,7 @@ from loraserve.errors import EngineStoppedError, InvalidRequestError
 from loraserve.request import SHARED_CACHE, CacheScope
 from loraserve.sampling.grammar_compiler import GrammarCompiler
 from loraserve.sampling.matcher import Matcher
+from loraserve.sampling.prediction import Prediction
 from loraserve.sampling.sampler import FailedSamples, Sampler
 from loraserve.sampling_params import SamplingParams
 
@@ -127,6 +128,7 @@ class Engine:
         matcher: Matcher | None = None,
         reader: RowReader | None = None,
         eos_token_ids: Sequence[int] | None = None,
+        prediction: Prediction | None = None,
         registered: Mapping[str, RegisteredAdapter | None] = MappingProxyType({}),
     ) -> int:
         """Queue one sequence and return its request id.
@@ -140,22 +142,20 @@ class Engine:
             deadline_s: seconds from arrival after which it ends with DeadlineError.
             cache_scope: whose cached prompts it finds and adds to.
             needs_adapter: refuse it if the weights leave only the base model.
-            matcher: of the grammar it follows, for this sequence alone.
-            reader: of rows of its prompt, for this sequence alone.
+            matcher, reader, prediction: of its grammar, its prompt's rows, its answer; for it alone.
             eos_token_ids: what ends it by itself, unless `params` ignores that; None is as the model's.
             registered: what the adapters' names meant when the prompt was made.
 
         Raises:
             AdapterReplacedError: they mean something else now.
             InvalidRequestError, PermissionDeniedError, AdapterNotFoundError, AdapterUnavailableError,
-            CapacityError, OverloadedError, DeadlineError, EngineStoppedError: the request was refused;
-                nothing was queued.
+            CapacityError, OverloadedError, DeadlineError, EngineStoppedError: nothing was queued.
         """
         if params.speculate and self.config.speculate == "off":
-            raise InvalidRequestError(
-                "speculate is true, but the engine was started with --speculate off: leave it out, "
-                "or start it with --speculate ngram"
+            text = (
+                "speculate is true, but the engine was started with --speculate off: leave it out, or start"
             )
+            raise InvalidRequestError(f"{text} it with --speculate ngram")
         chosen_ids = (*params.stop_token_ids, *params.logit_bias)
         has_own_ids = self.runner.are_own(prompt) and self.runner.are_own(chosen_ids)
         if has_own_ids:  # else what its adapter adds is looked up with the adapter
@@ -194,7 +194,7 @@ class Engine:
             if generates:
                 # A token that only prompts may have is no column of its logits.
                 seen = self.runner.producible(prompt, added.producible) if added.known else prompt
-                self._sampler.add(request_id, params, seed, seen, stop_token_ids, matcher)
+                self._sampler.add(request_id, params, seed, seen, stop_token_ids, matcher, prediction)
             record.adapter_was_resident = self._scheduler.has_its_adapters(request_id)
             names = tuple(name for name, _ in adapters)
             usage = self.adapters.usage.counters(names)

@@ -286,6 +286,7 @@ class Frontend(Generic[Owner]):
                     cache_scope=prepared.cache_scope,
                     needs_adapter=prepared.needs_adapter,
                     matcher=prepared.matcher and prepared.matcher.copy(),
+                    prediction=prepared.prediction and prepared.prediction.copy(),
                     reader=reader,
                     eos_token_ids=prepared.tokenizer.eos_token_ids,
                     registered=prepared.registered,

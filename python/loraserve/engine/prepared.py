@@ -25,6 +25,7 @@ from loraserve.request import (
     GenerateRequest,
 )
 from loraserve.sampling.matcher import Matcher
+from loraserve.sampling.prediction import Prediction
 from loraserve.sampling_params import SamplingParams
 from loraserve.text.infill import InfillForm, infill_form
 from loraserve.text.tokenizer import Tokenizer
@@ -60,6 +61,7 @@ class PreparedRequest:
     form: AnswerForm | None = None
     matcher: Matcher | None = None
     head: ClassificationHead | None = None
+    prediction: Prediction | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -143,6 +145,7 @@ def prepare(
         needs_adapter=not request.may_use_base_model,
         form=form,
         head=_head(request, adapters, named, model_head),
+        prediction=_prediction(request, tokenizer, max_model_len, config),
     )
 
 
@@ -299,6 +302,20 @@ def _check_suffix(request: GenerateRequest) -> None:
         raise InvalidRequestError("suffix is given with a truncated prompt, which would cut its marks")
     if request.prompt_pair is not None or request.pooling is not None:
         raise InvalidRequestError("suffix is of a prompt that is continued, leave it out")
+
+
+def _prediction(
+    request: GenerateRequest, tokenizer: Tokenizer, max_model_len: int, config: EngineConfig | None
+) -> Prediction | None:
+    """What is expected of the answer, where the engine makes guesses and the request wants them."""
+    if request.prediction is None:
+        return None
+    if not isinstance(request.prediction, str):
+        raise InvalidRequestError(f"prediction is {request.prediction!r:.100}, it must be text")
+    tokenizer.check_fits(request.prediction, max_model_len, "prediction")
+    if config is None or config.speculate == "off" or request.params.speculate is False:
+        return None
+    return Prediction(tokenizer.encode(request.prediction, add_special_tokens=False)[:max_model_len])
 
 
 def _infill_form(

@@ -21,10 +21,12 @@ if TYPE_CHECKING:
 
     from loraserve.models.ops import PendingRows
     from loraserve.sampling.matcher import Matcher
+    from loraserve.sampling.prediction import Prediction
     from loraserve.sampling_params import SamplingParams
 
 Ending: TypeAlias = "Literal['stop'] | LoraserveError"
 _MASK64 = 2**64 - 1
+MAX_PREDICTED = 8  # as many as a step checks of a sequence
 
 
 class Sampled(NamedTuple):
@@ -124,6 +126,7 @@ class Sampler:
         self._sample = sample
         self._sequences = _core.Sampler()
         self._forms: dict[int, _Form] = {}
+        self._predictions: dict[int, Prediction] = {}
 
     def add(
         self,
@@ -133,6 +136,7 @@ class Sampler:
         prompt_token_ids: Sequence[int],
         end_token_ids: Sequence[int],
         matcher: Matcher | None = None,
+        prediction: Prediction | None = None,
     ) -> None:
         """Take a sequence whose ids are columns of every row of logits that it will have.
 
@@ -143,7 +147,10 @@ class Sampler:
             prompt_token_ids: what the repetition penalty finds in its prompt.
             end_token_ids: what may not come before `params.min_tokens`; with a grammar, that says so.
             matcher: of the grammar it follows, for this sequence alone.
+            prediction: of its answer, for this sequence alone.
         """
+        if prediction is not None:
+            self._predictions[request_id] = prediction
         if matcher is not None:
             self._forms[request_id] = _Form(matcher, params.min_tokens, params.ignore_eos)
         self._sequences.add(
@@ -169,23 +176,28 @@ class Sampler:
     def remove(self, request_id: int) -> None:
         """Forget a sequence; unknown ones are left alone."""
         self._forms.pop(request_id, None)
+        self._predictions.pop(request_id, None)
         self._sequences.remove(request_id)
 
     def drafts(
         self, request_ids: Sequence[int], draft: Callable[[int, list[int]], Sequence[int]]
     ) -> Iterator[tuple[int, list[int]]]:
-        """Guesses that grammars allow, of those of the sequences that have one.
+        """Guesses that grammars allow, and that were given for answers, of the sequences that have either.
 
         Args:
             request_ids: whose guesses the next step may check.
             draft: what is guessed of a request behind tokens that are certain, and these in front.
         """
-        for request_id in request_ids if self._forms else ():
-            form = self._forms.get(request_id)
-            if form is None:
-                continue
-            guesses = draft(request_id, form.matcher.forced())
-            yield request_id, list(guesses[: form.matcher.num_possible(guesses)]) if guesses else []
+        for request_id in request_ids if self._forms or self._predictions else ():
+            form, prediction = self._forms.get(request_id), self._predictions.get(request_id)
+            certain = [] if form is None else form.matcher.forced()
+            if prediction is not None and not certain:
+                certain = prediction.next(MAX_PREDICTED)
+            if form is not None:
+                guesses = draft(request_id, certain)
+                yield request_id, list(guesses[: form.matcher.num_possible(guesses)]) if guesses else []
+            elif certain:
+                yield request_id, list(draft(request_id, certain))
 
     def sample(
         self, logits: torch.Tensor, request_ids: Sequence[int], draft_token_ids: Sequence[int] = ()
@@ -229,6 +241,10 @@ class Sampler:
         """
         self._sequences.append(request_ids, token_ids)
         endings = []
+        if self._predictions:
+            for request_id, token_id in zip(request_ids, token_ids, strict=True):
+                if (prediction := self._predictions.get(request_id)) is not None:
+                    prediction.append(token_id)
         if self._forms:
             for request_id, token_id in zip(request_ids, token_ids, strict=True):
                 form = self._forms.get(request_id)

@@ -66,6 +66,7 @@ def request_from_wire(message: pb.GenerateRequest) -> GenerateRequest:
         truncate=message.truncate if message.HasField("truncate") else None,
         cache_salt=message.cache_salt if message.HasField("cache_salt") else None,
         suffix=message.suffix if message.HasField("suffix") else None,
+        prediction=message.prediction if message.HasField("prediction") else None,
     )
 
 
@@ -141,6 +142,7 @@ def request_to_wire(request: GenerateRequest) -> pb.GenerateRequest:
             cache_salt=request.cache_salt,
             only_prompt=request.params.max_tokens == 0,
             suffix=request.suffix,
+            prediction=request.prediction,
         )
         _set_prompt(message, request)
         _set_adapter(message, request.adapter)
@@ -200,7 +202,11 @@ def _grammar_to_wire(grammar: Grammar) -> pb.Grammar:
 def delta_to_wire(delta: Delta) -> pb.GenerateResponse:
     """Fields that are None are left out."""
     message = pb.GenerateResponse(
-        index=delta.index, text=delta.text, token_ids=delta.token_ids, reasoning=delta.reasoning
+        index=delta.index,
+        text=delta.text,
+        token_ids=delta.token_ids,
+        reasoning=delta.reasoning,
+        stop_string=delta.stop_string,
     )
     message.tool_calls.extend(call_delta_to_wire(call) for call in delta.tool_calls)
     message.logprobs.extend(_logprob_to_wire(logprob) for logprob in delta.logprobs or ())
@@ -227,6 +233,7 @@ def _usage_to_wire(usage: Usage) -> pb.Usage:
         cached_tokens=usage.cached_tokens,
         accepted_prediction_tokens=usage.accepted_prediction_tokens,
         rejected_prediction_tokens=usage.rejected_prediction_tokens,
+        reasoning_tokens=usage.reasoning_tokens,
     )
 
 
@@ -245,6 +252,7 @@ def delta_from_wire(message: pb.GenerateResponse) -> Delta:
         prompt_logprobs=[None, *map(_logprob_from_wire, message.prompt_logprobs)]
         if message.prompt_logprobs
         else None,
+        stop_string=message.stop_string if message.HasField("stop_string") else None,
     )
 
 
@@ -260,6 +268,7 @@ def _usage_from_wire(message: pb.Usage) -> Usage:
         cached_tokens=message.cached_tokens,
         accepted_prediction_tokens=message.accepted_prediction_tokens,
         rejected_prediction_tokens=message.rejected_prediction_tokens,
+        reasoning_tokens=message.reasoning_tokens,
     )
 
 

@@ -71,6 +71,7 @@ LEVELS: list[tuple[str, dict[str, Any], tuple[Any, ...]]] = [
         ("messages", 0, "content", 0),
     ),
     (CHAT_ROUTE, {"stream": True, "stream_options": {}}, ("stream_options",)),
+    (CHAT_ROUTE, {"prediction": {"type": "content", "content": "x"}}, ("prediction",)),
     (CHAT_ROUTE, {"tools": [TOOL]}, ("tools", 0)),
     (CHAT_ROUTE, {"tools": [TOOL]}, ("tools", 0, "function")),
     (CHAT_ROUTE, {"messages": [CALLING]}, ("messages", 0, "tool_calls", 0)),
@@ -127,7 +128,7 @@ def test_every_model_of_a_body_refuses_what_it_does_not_know_and_is_in_the_table
         "ResponseFormat JsonSchema StructuredOutputs MergedAdapters LoraScale LoraRequest Message TextPart "
         "Parameters GrammarField LoraxFormat TokenizeBody LoadBody PinBody VllmLoadBody VllmUnloadBody "
         "ToolBody FunctionBody MessageToolCall MessageFunction TokenizeTextBody TokenizeChatBody "
-        "DetokenizeBody"
+        "DetokenizeBody PredictionBody"
     )
     assert {model.__name__ for model in reached} == set(tested.split()), "give a new model a row in LEVELS"
 

@@ -19,7 +19,6 @@ OPENAI_NO_EFFECT = frozenset(
         # how OpenAI runs it
         "prompt_cache_key",
         "prompt_cache_retention",
-        "prediction",
         # of another library's grammars, of special tokens that are not shown, of chunks of a stream
         "guided_decoding_backend",
         "spaces_between_special_tokens",

@@ -105,6 +105,7 @@ def _request(
         adapter=adapter,
         params=params,
         suffix=suffix,
+        prediction=None if body.prediction is None else body.prediction.text,
         deadline_s=call.deadline_s,
         truncate=body.truncate_prompt_tokens,
         cache_salt=body.cache_salt,

@@ -205,6 +205,20 @@ class StreamOptions(RequestBody):
     include_usage: bool = False
 
 
+class PredictionBody(RequestBody):
+    """OpenAI's predicted output: a text that the answer is expected to repeat in large parts."""
+
+    type: Literal["content"]
+    content: Text | Annotated[list[TextPart], Field(max_length=MAX_TEXT_PARTS)]
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.words for part in self.content)
+
+
 class GenerationBody(AdapterSelectors):
     """What completions and chat completions share."""
 
@@ -249,6 +263,9 @@ class GenerationBody(AdapterSelectors):
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
     truncate_prompt_tokens: int | None = Field(default=None, ge=1, description="Keep the last tokens only.")
+    prediction: PredictionBody | None = Field(
+        default=None, description="What the answer will mostly repeat: it comes faster with `--speculate`."
+    )
     metadata: Metadata | None = Field(default=None, description="Taken, and changes nothing here.")
     service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = Field(
         default=None, description="Whichever it is, the answer tells that it was default."
