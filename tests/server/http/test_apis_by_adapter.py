@@ -50,6 +50,23 @@ def test_all_adapters_and_routes_at_once(client: httpx.Client, expected: Expecte
     assert list(texts) == [expected.chat[name] for _, name in wanted]
 
 
+def test_another_adapter_goes_on_from_a_response(client: httpx.Client) -> None:
+    fields = {"max_output_tokens": NUM_TOKENS, "temperature": 0}
+    first = client.post("/v1/responses", json={"model": "small", "input": CHAT, **fields}).json()
+    text = first["output"][0]["content"][0]["text"]
+    more = [{"role": "user", "content": "And another."}]
+    chat = [*CHAT, {"role": "assistant", "content": text}, *more]
+    for name in ("small", "large", "smollm2"):
+        body = {"model": name, "input": more, "previous_response_id": first["id"], **fields}
+        second = client.post("/v1/responses", json=body).json()
+        sent = client.post(
+            "/v1/chat/completions",
+            json={"model": name, "messages": chat, "temperature": 0, "max_tokens": NUM_TOKENS},
+        ).json()
+        assert second["output"][0]["content"][0]["text"] == sent["choices"][0]["message"]["content"]
+        assert second["usage"]["input_tokens"] == sent["usage"]["prompt_tokens"]
+
+
 @pytest.mark.parametrize("route", ROUTES)
 def test_an_unknown_adapter_is_not_the_base_model(client: httpx.Client, route: str) -> None:
     body = {"messages": CHAT, "max_tokens": 4} if route == "/v1/messages" else {"input": CHAT}
