@@ -239,15 +239,15 @@ def served(**options: Any) -> Iterator[HttpThread]:
 
 def test_a_server_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, output = tmp_path / "in", tmp_path / "out"
-    lines = [line(str(index), f"x {index}") for index in range(50)]
+    lines = [line(str(index), f"x {index}") for index in range(500)]
     source.write_bytes(b"\n".join([*lines, line("late", "late NotFiniteError"), b"{}"]))
     monkeypatch.setenv("MY_KEY", "secret")
-    with served(keys=[ApiKey(name="k", secret="secret", max_concurrent=3)]) as server:
+    with served(keys=[ApiKey(name="k", secret="secret", max_concurrent=12)]) as server:
         for base in (server.url, f"{server.url}/v1"):
             arguments = ["batch", str(source), "-o", str(output), "--url", base, "--overwrite"]
             assert main([*arguments, "--api-key-env", "MY_KEY", "--concurrency", "8"]) == 3
             found = {one["custom_id"]: one["response"] for one in results_of(output)}
-            assert len(found) == 52
+            assert len(found) == 502
             assert found["7"]["body"]["choices"][0]["text"] == "x7"
             assert found["late"]["status_code"] == 500
             assert found[None] is None

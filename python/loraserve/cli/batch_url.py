@@ -59,7 +59,7 @@ class ServerDispatcher:
         self._headers = {"content-type": "application/json"}
         if key is not None:
             self._headers["authorization"] = f"Bearer {key}"
-        self._senders = Workers("requests of the batch", concurrency, 1)
+        self._senders = Workers("requests of the batch", concurrency, concurrency)
         self._idle: deque[http.client.HTTPConnection] = deque()
         self._answered_at = time.monotonic()
 

@@ -1,5 +1,6 @@
 """Files and batches by OpenAI's client: their lives, bad inputs, tenants, bounds, restarts."""
 
+import asyncio
 import io
 import json
 import time
@@ -11,9 +12,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from loraserve.errors import StateError
+from loraserve.errors import BatchFileError, StateError
 from loraserve.server.batches import records, service, store
 from loraserve.server.batches.lines import MAX_LINE_NBYTES
+from loraserve.server.batches.results import ResultFile
 from loraserve.server.batches.store import BatchStore
 from loraserve.settings.entries import ApiKey
 from openai import OpenAI
@@ -237,7 +239,7 @@ def test_expiry_of_a_file_can_be_said(
     assert file.expires_at == file.created_at + 3600
     server.batches.store.files[file.id].expires_at = 0
     wait_for(lambda: not [*client.files.list()], 30)
-    assert [*(tmp_path / "batches/files").iterdir()] == []
+    wait_for(lambda: not [*(tmp_path / "batches/files").iterdir()])
 
 
 def test_a_form_that_is_cut_leaves_nothing(server: HttpThread, tmp_path: Path) -> None:
@@ -444,3 +446,74 @@ def test_a_large_file_comes_back_as_it_was(server: HttpThread) -> None:
     client = client_of(server)
     file = client.files.create(file=io.BytesIO(data), purpose="batch")
     assert client.files.content(file.id).content == data
+
+
+@pytest.mark.parametrize("last", range(1, 7))
+def test_an_end_at_any_write_of_a_record_loses_and_repeats_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: int
+) -> None:
+    """The last of: created, in progress, finalizing, two files, completed."""
+    data = b"\n".join([line("a"), line("b"), line("c", "refuse AdapterNotFoundError")])
+    save, num_saves = BatchStore._save, 0
+
+    async def save_some(self: BatchStore, *arguments: Any) -> None:
+        nonlocal num_saves
+        num_saves += 1
+        if num_saves > last:
+            await asyncio.Event().wait()
+        await save(self, *arguments)
+
+    with served(tmp_path) as server:
+        client = client_of(server)
+        file = upload(client, data)
+        monkeypatch.setattr(BatchStore, "_save", save_some)
+        batch_id = client.batches.create(input_file_id=file, endpoint=COMPLETIONS, completion_window="24h").id
+        wait_for(lambda: num_saves > last or server.batches.store.batches[batch_id].is_final)
+    monkeypatch.undo()
+    assert num_saves == min(last + 1, 6)
+    with served(tmp_path) as server:
+        client = client_of(server)
+        batch = ended(client, batch_id)
+        assert batch.status == "completed"
+        assert (batch.request_counts.completed, batch.request_counts.failed) == (2, 1)
+        assert set(results(client, batch.output_file_id)) == {"a", "b"}
+        assert set(results(client, batch.error_file_id)) == {"c"}
+        assert len([*client.files.list()]) == 3
+
+
+def test_a_disk_that_is_full_for_a_while_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "RETRY_S", 0.05)
+    real_write, real_replace, num_left = ResultFile.append, store.replace_file, 6
+
+    def fail_sometimes() -> None:
+        nonlocal num_left
+        num_left -= 1
+        if num_left > 0 and num_left % 2:
+            raise OSError(28, "No space left on device")
+
+    def append(self: ResultFile, data: bytes) -> None:
+        try:
+            fail_sometimes()
+        except OSError as error:
+            raise BatchFileError(f"out can't be written: {error.strerror}") from error
+        real_write(self, data)
+
+    def replace(*arguments: Any) -> None:
+        fail_sometimes()
+        real_replace(*arguments)
+
+    with served(tmp_path) as server:
+        client = client_of(server)
+        file = upload(client, b"\n".join(line(str(index)) for index in range(20)))
+        monkeypatch.setattr(ResultFile, "append", append)
+        monkeypatch.setattr(store, "replace_file", replace)
+        with pytest.raises(openai.InternalServerError, match="can't be written: No space left on device"):
+            client.batches.create(input_file_id=file, endpoint=COMPLETIONS, completion_window="24h")
+        assert [*client.batches.list()] == []
+        created = client.batches.create(input_file_id=file, endpoint=COMPLETIONS, completion_window="24h")
+        batch = ended(client, created.id)
+        assert (batch.status, batch.request_counts.completed) == ("completed", 20)
+        assert num_left < 0
+        assert len(results(client, batch.output_file_id)) == 20

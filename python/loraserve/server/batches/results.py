@@ -219,5 +219,5 @@ class ResultFile:
 
     def _failed(self, what: str, error: OSError) -> BatchFileError:
         return BatchFileError(
-            f"{self.path} can't be {what}: {error.strerror}; mend that, the same command then goes on"
+            f"{self.path} can't be {what}: {error.strerror}; mend that, what is done is kept"
         )

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.types import ASGIApp
 
-from loraserve.errors import EngineStoppedError, InvalidRequestError, LoraserveError, NotStoredError
+from loraserve.errors import (
+    BatchFileError,
+    EngineStoppedError,
+    InvalidRequestError,
+    LoraserveError,
+    NotStoredError,
+)
 from loraserve.server.batches.dispatch import AppDispatcher, batch_urls
 from loraserve.server.batches.gate import BatchGate, OwnersSlots
 from loraserve.server.batches.lines import BadLine, InputFacts, known_urls, parse_line, read_lines, scan
@@ -38,6 +44,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LOOK_S = 5.0  # between looks for what has expired
+RETRY_S = 30.0  # until a file that can't be written is tried again
+STOP_S = 0.5  # in which lines that are aborted end
 MAX_PROBLEMS = 20
 MAX_EXPIRED_PER_TURN = 64
 
@@ -60,6 +68,7 @@ class BatchService:
         self._urls: frozenset[str] = frozenset()
         self._runs: dict[str, _Running] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._looking: asyncio.Task[None] | None = None
         self._is_stopping = False
 
     def start(self, app: ASGIApp, document: dict[str, Any]) -> None:
@@ -69,19 +78,21 @@ class BatchService:
         for record in sorted(self.store.batches.values(), key=lambda one: one.created_at):
             if not record.is_final:
                 self._begin(record)
-        self._spawn(self._look_for_expired())
+        self._looking = asyncio.create_task(self._look_for_expired())
 
     async def stop(self) -> None:
         """Stops all lines at once; the next start goes on with them."""
         self._is_stopping = True
+        if self._looking is not None:
+            self._looking.cancel()
         for run in self._runs.values():
             run.stop(None)
-        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
-        for task in tasks:
-            if not task.get_name().startswith("batch_"):
-                task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=STOP_S)
+        for task in self._tasks:  # of inputs that are scanned
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
         self.store.close()
 
     def check_endpoint(self, endpoint: str) -> None:
@@ -138,49 +149,39 @@ class BatchService:
 
     def _begin(self, record: BatchRecord) -> None:
         run = self._runs[record.id] = _Running(self, record)
-        self._spawn(self._run(run), record.id)
-
-    def _spawn(self, work: Any, name: str | None = None) -> None:
-        task = asyncio.create_task(work, name=name)
+        task = asyncio.create_task(self._run(run))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _run(self, run: _Running) -> None:
-        record = run.record
+        """To its end; what can't be read or written, as on a full disk, is tried again."""
+        failure: str | None = None
         try:
-            await run.go(self._dispatcher(record.owner), self._urls)
-        except EngineStoppedError as error:
-            log_event(logger, "batch stopped", batch=record.id, reason=str(error))
-        except Exception as error:
-            if not isinstance(error, LoraserveError):
-                logger.exception("batch %s failed", record.id)
-            if not self._is_stopping:
-                await self._fail(run, error)
+            while True:
+                try:
+                    if failure is None:
+                        await run.go(self._dispatcher(run.record.owner), self._urls)
+                    else:
+                        await run.finish("failed", failure)
+                    break
+                except EngineStoppedError as error:
+                    log_event(logger, "batch stopped", batch=run.record.id, reason=str(error))
+                    break
+                except BatchFileError as error:
+                    level = logging.ERROR
+                    log_event(logger, "batch waits", level=level, batch=run.record.id, reason=str(error))
+                    await asyncio.sleep(RETRY_S)
+                except LoraserveError as error:
+                    failure = str(error)
+                except Exception:
+                    logger.exception("batch %s failed", run.record.id)
+                    failure = "internal error, the server's log has the details"
         finally:
-            self._runs.pop(record.id, None)
+            self._runs.pop(run.record.id, None)
+        record = run.record
         if record.is_final:
-            log_event(
-                logger,
-                "batch ended",
-                batch=record.id,
-                status=record.status,
-                lines=record.completed,
-                failed=record.failed,
-            )
-
-    async def _fail(self, run: _Running, error: Exception) -> None:
-        told = (
-            str(error)
-            if isinstance(error, LoraserveError)
-            else "internal error, the server's log has the details"
-        )
-        run.record.problems.append(LineProblem(code="batch_failed", message=told))
-        try:
-            await run.finish("failed")
-        except LoraserveError as unwritten:  # the next start tries again
-            log_event(
-                logger, "batch not kept", level=logging.ERROR, batch=run.record.id, reason=str(unwritten)
-            )
+            counts = f"{record.completed} answered, {record.failed} failed"
+            log_event(logger, "batch ended", batch=record.id, status=record.status, lines=counts)
 
     def _dispatcher(self, owner: str) -> AppDispatcher:
         assert self._app is not None, "it was started"
@@ -268,7 +269,7 @@ class _Running:
                 await asyncio.sleep(0)
         self._note(results)
 
-    async def finish(self, status: Status) -> None:
+    async def finish(self, status: Status, failure: str | None = None) -> None:
         """Its results become files, and it is final. Raises BatchFileError: that can't be written."""
         record, store = self.record, self._store
         if status in ("completed", "expired"):
@@ -276,8 +277,12 @@ class _Running:
             await store.keep_batch(record)
         record.has_output = await self._keep(record.output_id, f"{record.id}_output.jsonl")
         record.has_errors = await self._keep(record.error_id, f"{record.id}_error.jsonl")
-        record.reach(status)
-        await store.keep_batch(record)
+        final = record.model_copy(deep=True)
+        if failure is not None:
+            final.problems.append(LineProblem(code="batch_failed", message=failure))
+        final.reach(status)
+        await store.keep_batch(final)
+        self.record = final
 
     async def _keep(self, file_id: str, filename: str) -> bool:
         path = self._store.content(file_id)
