@@ -7,7 +7,7 @@ import os
 import time
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ParamSpec
 
@@ -26,7 +26,7 @@ from loraserve.engine.stats import AdapterInfo, EngineInfo, EngineStats
 from loraserve.engine.workers import Workers
 from loraserve.errors import AdapterUnavailableError, EngineStoppedError
 from loraserve.pooling.head import ClassificationHead
-from loraserve.request import AdapterSpec, Delta, GenerateRequest
+from loraserve.request import AdapterSpec, Completion, Delta, GenerateRequest, PoolingOutput, RequestOutput
 from loraserve.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -171,6 +171,23 @@ class AsyncEngine:
         stream = RequestStream(self, prepared)
         stream.request_ids += self._frontend.submit(prepared, stream.inbox)
         return stream
+
+    async def pool(self, requests: Sequence[GenerateRequest]) -> list[PoolingOutput]:
+        """What the prompts of requests with `pooling` come to, in order; they share steps.
+
+        For pairs of texts see `loraserve.engine.scoring`, with what `head_of` tells.
+
+        Raises:
+            LoraserveError: as of `submit`, or one failed; the others are aborted.
+        """
+        streams: list[RequestStream] = []
+        try:
+            for request in requests:
+                streams.append(await self.submit(request))
+            return [await _pooled(request, stream) for request, stream in zip(requests, streams, strict=True)]
+        finally:
+            for stream in streams:
+                stream.abort()
 
     def get_ready(self) -> None:
         """Build now, on a thread, what the first grammar needs: a fifth of a second with the GIL.
@@ -371,6 +388,14 @@ class AsyncEngine:
 
     def _route(self, outputs: EngineOutputs) -> None:
         self._frontend.route(outputs, Inbox.put, Inbox.put)
+
+
+async def _pooled(request: GenerateRequest, stream: RequestStream) -> PoolingOutput:
+    answer = Completion()
+    async for delta in stream:
+        answer.append(delta)
+    prompt = request.prompt if isinstance(request.prompt, str) else None
+    return PoolingOutput.of(RequestOutput(prompt, stream.prompt_token_ids, request.adapter, [answer]))
 
 
 def _weak(method: Callable[P, None]) -> Callable[P, None]:

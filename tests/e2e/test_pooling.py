@@ -1,6 +1,8 @@
 """Embeddings, classes and hidden states: as transformers and PEFT compute them, mixed with answers."""
 
+import asyncio
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from loraserve import LLM, SamplingParams
+from loraserve import LLM, AsyncEngine, EngineConfig, SamplingParams
 from loraserve.errors import AdapterFormatError, InvalidRequestError, NotFiniteError
 from loraserve.pooling.params import PoolingParams
 from loraserve.request import GenerateRequest, PoolingOutput
@@ -250,3 +252,100 @@ def test_in_bfloat16_classes_and_embeddings_are_near(tmp_path: Path) -> None:
             (output,) = case.llm.embed([prompt], "embedder", pooling="mean")
             expected = torch.nn.functional.normalize(case.hidden("embedder", prompt).mean(0), dim=0).numpy()
             assert float(output.values @ expected) > 0.999
+
+
+def copied(source: str, path: Path) -> Path:
+    path.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (path / name).write_bytes((Path(source) / name).read_bytes())
+    return path
+
+
+def write_pooling(path: Path, **modes: bool) -> None:
+    (path / "1_Pooling").mkdir(exist_ok=True)
+    (path / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 64, **modes}))
+
+
+def test_embeddings_are_pooled_as_files_beside_the_adapter_or_the_model_say(
+    case: PoolingCase, tmp_path: Path
+) -> None:
+    beside = copied(case.adapters["embedder"], tmp_path / "beside")
+    write_pooling(beside, pooling_mode_mean_tokens=True, pooling_mode_cls_token=False)
+    stated = copied(case.adapters["embedder"], tmp_path / "stated")
+    write_pooling(stated, pooling_mode_mean_tokens=True)
+    (stated / "loraserve.json").write_text(json.dumps({"pooling": "cls"}))
+    model = tmp_path / "model"
+    shutil.copytree(case.path, model)
+    write_pooling(model, pooling_mode_mean_tokens=True)
+    adapters = {"beside": str(beside), "stated": str(stated), "embedder": case.adapters["embedder"]}
+    with LLM(str(model), adapters, dtype="float32", memory="16MiB") as llm:
+        for name, kind in (("beside", "mean"), ("stated", "cls"), ("embedder", "mean"), (None, "mean")):
+            (found,) = llm.embed([PROMPTS[0]], name)
+            (expected,) = llm.embed([PROMPTS[0]], name, pooling=kind)  # type: ignore[arg-type]
+            (last,) = llm.embed([PROMPTS[0]], name, pooling="last")
+            assert bits(found) == bits(expected) != bits(last)
+        assert llm.encode([PROMPTS[0]], "beside")[0].values.shape == (len(PROMPTS[0]), 64)
+
+
+@pytest.mark.parametrize(
+    ("modes", "modules", "words"),
+    [
+        ({"pooling_mode_max_tokens": True}, None, "asks for pooling_mode_max_tokens"),
+        (
+            {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True},
+            None,
+            "asks for pooling_mode_mean",
+        ),
+        ({}, None, "asks for none"),
+        ({"pooling_mode": "weightedmean"}, None, "asks for weightedmean"),
+        ({"pooling_mode": ["mean"]}, None, "asks for"),
+        ({"pooling_mode": "mean"}, [{"type": "sentence_transformers.models.Dense"}], "a module 'Dense'"),
+        ({"pooling_mode": "mean"}, {"a": 1}, "is not a JSON list of objects"),
+    ],
+)
+def test_pooling_that_is_not_served_is_refused_at_load(
+    case: PoolingCase, tmp_path: Path, modes: Any, modules: Any, words: str
+) -> None:
+    path = copied(case.adapters["embedder"], tmp_path / "adapter")
+    write_pooling(path, **modes)
+    if modules is not None:
+        (path / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(AdapterFormatError, match=words):
+        case.llm.load_adapter("other", path)
+
+
+def test_the_async_engine_pools_as_the_llm(case: PoolingCase) -> None:
+    embed, classify = PoolingParams(kind="mean"), PoolingParams(task="classify")
+    requests = [
+        GenerateRequest(prompt=prompt, adapter=adapter, pooling=pooling)
+        for prompt in PROMPTS
+        for adapter, pooling in (("embedder", embed), ("three", classify), (None, embed))
+    ]
+
+    async def pool() -> tuple[list[PoolingOutput], str]:
+        config = EngineConfig(
+            model=str(case.path),
+            adapters=case.adapters,
+            dtype="float32",
+            memory="16MiB",
+            max_batched_tokens=48,
+        )
+        engine = AsyncEngine(config)
+        try:
+            outputs = await engine.pool(requests)
+            with pytest.raises(InvalidRequestError) as refused:
+                await engine.pool(
+                    [requests[0], GenerateRequest(prompt=[5], adapter="plain", pooling=classify)]
+                )
+            assert engine.stats().num_running == 0
+            return outputs, str(refused.value)
+        finally:
+            await engine.shutdown(0.0)
+
+    outputs, refused = asyncio.run(pool())
+    assert "has no head" in refused
+    for request, output in zip(requests, outputs, strict=True):
+        (expected,) = case.llm._run.run([request], progress=False)
+        assert expected.completions[0].pooled is not None
+        assert output.prompt_token_ids == request.prompt
+        assert bits(output) == expected.completions[0].pooled.values.tobytes()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loraserve import _core
@@ -20,6 +20,8 @@ from loraserve.loader.fingerprint import fingerprint
 from loraserve.loader.load import base_shape
 from loraserve.models.config import ModelConfig
 from loraserve.pooling.head import ClassificationHead, HeadMemory
+from loraserve.pooling.params import PoolingKind
+from loraserve.pooling.sentence_transformers import pooling_beside
 from loraserve.validation.files import is_regular_file
 from loraserve.validation.json_file import read_json
 
@@ -150,6 +152,8 @@ class AdapterCheck:
         with_own = next(filter(has_manifest, directories), None)
         own = None if with_own is None else read_manifest(with_own)
         manifest = (manifest or AdapterManifest()).merged_over(own)
+        if manifest.pooling is None:
+            manifest = replace(manifest, pooling=_pooling(directories))
         base = self.base.compare(path, manifest, receipt.base_model)
         beside = next(filter(has_files, reversed(directories)), directories[0] if directories else None)
         text = self._beside.read(beside, manifest.chat_template, AddedTokens.of(receipt))
@@ -181,6 +185,14 @@ class AdapterCheck:
         assert head is not None, "invariant: the receipt has one"
         self._heads.take(head)
         return head
+
+
+def _pooling(directories: list[str]) -> PoolingKind | None:
+    try:
+        kinds = [pooling_beside(Path(directory)) for directory in reversed(directories)]
+    except ModelError as error:
+        raise AdapterFormatError(str(error)) from error
+    return next((kind for kind in kinds if kind is not None), None)
 
 
 def _directories(receipt: _core.Receipt, path: str, stored: StoredAdapter | None) -> list[str]:

@@ -11,6 +11,7 @@
   "speculate": false,
   "tool_parser": "hermes",
   "reasoning_parser": "qwen3",
+  "pooling": "mean",
   "infill_template": "<fim_prefix>{prefix}<fim_suffix>{suffix}<fim_middle>",
   "base_fingerprint": "base1:6f0c…"
 }
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from loraserve.errors import AdapterFormatError, InvalidRequestError
+from loraserve.pooling.params import PoolingKind, check_pooling
 from loraserve.sampling.grammar import Grammar
 from loraserve.sampling_params import SamplingParams
 from loraserve.text.infill import check_infill_template
@@ -75,6 +77,7 @@ class AdapterManifest:
         tool_parser: the form of its calls, where its chat template does not plainly show it.
         reasoning_parser: the form of its reasoning; "none" sets none apart.
         infill_template: how a prompt with a suffix is written, where its tokens don't plainly show it.
+        pooling: which hidden state embeddings are: "last", "mean" or "cls".
         base_fingerprint: of the base model it was trained on; with another it is refused.
         speculate: False has its answers computed token by token where the engine guesses ahead; True leaves
             that to the engine, as None does, and takes back a False of the file below.
@@ -89,6 +92,7 @@ class AdapterManifest:
     tool_parser: str | None = None
     reasoning_parser: str | None = None
     infill_template: str | None = None
+    pooling: PoolingKind | None = None
     base_fingerprint: str | None = None
     speculate: bool | None = None
 
@@ -133,6 +137,7 @@ class AdapterManifest:
             "reasoning_parser": self.reasoning_parser,
             "infill_template": self.infill_template,
             "base_fingerprint": self.base_fingerprint,
+            "pooling": self.pooling,
             "speculate": self.speculate,
         }
         return {name: value for name, value in values.items() if value is not None}
@@ -274,6 +279,11 @@ def _base_fingerprint(value: Any) -> dict[str, Any]:
     return {"base_fingerprint": value}
 
 
+def _pooling(value: Any) -> dict[str, Any]:
+    check_pooling(value)
+    return {"pooling": value}
+
+
 def _speculate(value: Any) -> dict[str, Any]:
     check_bool("speculate", value)
     return {"speculate": value}
@@ -293,6 +303,7 @@ _READERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "tool_parser": lambda value: {"tool_parser": check_tool_parser(value)},
     "infill_template": lambda value: {"infill_template": check_infill_template(value)},
     "reasoning_parser": lambda value: {"reasoning_parser": check_reasoning_parser(value)},
+    "pooling": _pooling,
     "base_fingerprint": _base_fingerprint,
     "speculate": _speculate,
 }

@@ -202,6 +202,7 @@ class Frontend(Generic[Owner]):
             self._engine.config,
             self._engine.runner.model.head,
             self._engine.runner.model.config.hidden_size,
+            self._engine.runner.model.pooling,
         )
         if request.pooling is not None:
             return prepared
@@ -301,7 +302,7 @@ class Frontend(Generic[Owner]):
 
     def _reader(self, prepared: PreparedRequest) -> Pooler | PromptScores | None:
         """What is to be made of the rows of its prompt."""
-        prompt, pooling, params = prepared.prompt_token_ids, prepared.request.pooling, prepared.params
+        prompt, pooling, params = prepared.prompt_token_ids, prepared.pooling, prepared.params
         if pooling is not None:
             return Pooler(pooling, len(prompt), prepared.head)
         if params.prompt_logprobs is None:

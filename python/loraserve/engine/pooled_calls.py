@@ -25,7 +25,7 @@ class PooledCalls(ABC):
         prompts: Prompt | Sequence[Prompt],
         adapter: AdapterSpec | Sequence[AdapterSpec] = None,
         *,
-        pooling: PoolingKind = "last",
+        pooling: PoolingKind | None = None,
         normalize: bool = True,
         dimensions: int | None = None,
         progress: bool | None = None,
@@ -36,7 +36,8 @@ class PooledCalls(ABC):
         Args:
             prompts: one prompt or many; a prompt is a string or a list of token ids.
             adapter: for all, or one per prompt: None, a name, or {name: weight}.
-            pooling: "last" takes the last token's hidden state, "mean" the mean of all, "cls" the first's.
+            pooling: "last" takes the last token's hidden state, "mean" the mean of all, "cls" the first's;
+                None is as the adapter's or the model's files say, else "last".
             normalize: give vectors the length 1.
             dimensions: keep only the first ones, before vectors are normalised.
             progress, cache_salt: as of `LLM.generate`.
@@ -83,7 +84,7 @@ class PooledCalls(ABC):
         documents: str | Sequence[str],
         adapter: AdapterSpec = None,
         *,
-        pooling: PoolingKind = "last",
+        pooling: PoolingKind | None = None,
         progress: bool | None = None,
         cache_salt: str | None = None,
     ) -> list[float]:

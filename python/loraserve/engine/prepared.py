@@ -17,6 +17,7 @@ from loraserve.config import EngineConfig
 from loraserve.engine.answer_form import AnswerForm, answer_form
 from loraserve.errors import InvalidRequestError, PromptTooLongError
 from loraserve.pooling.head import ClassificationHead
+from loraserve.pooling.params import PoolingKind, PoolingParams
 from loraserve.request import (
     SHARED_CACHE,
     AdapterSpec,
@@ -44,8 +45,8 @@ class PreparedRequest:
     """A request the engine understands: token ids, (adapter, weight) pairs, checked parameters.
 
     `tokenizer` has its tokens and their ends, those of its adapters or the model's; `registered` is what its
-    adapters' names meant; `form` is of a chat's answers, None where all of them is content; `head` is what
-    classifies, where that is asked for.
+    adapters' names meant; `form` is of a chat's answers, None where all of them is content; `pooling` is
+    what becomes of its hidden states, `head` what classifies, where that is asked for.
     """
 
     request: GenerateRequest
@@ -60,13 +61,14 @@ class PreparedRequest:
     needs_adapter: bool = False
     form: AnswerForm | None = None
     matcher: Matcher | None = None
+    pooling: PoolingParams | None = None
     head: ClassificationHead | None = None
     prediction: Prediction | None = None
 
     @property
     def num_sequences(self) -> int:
         """How many the engine runs for it."""
-        return 1 if self.request.pooling is not None else self.params.n
+        return 1 if self.pooling is not None else self.params.n
 
 
 def prepare(
@@ -79,13 +81,15 @@ def prepare(
     config: EngineConfig | None = None,
     model_head: ClassificationHead | None = None,
     hidden_size: int | None = None,
+    model_pooling: PoolingKind | None = None,
 ) -> PreparedRequest:
     """Tokenise and resolve a request, which arrived at that time on `time.monotonic`; None is now.
 
     The manifest of its one adapter fills the gaps of its parameters, then what lies beside its adapters, then
     the model's `sampling_defaults`. `tokenizer` is the model's; adapters may have another (`common_text`).
     `config` is the engine's: a request that names no adapter asks for the one that the model has become.
-    `model_head` is of a model that classifies; `hidden_size` bounds the dimensions of embeddings.
+    `model_head` is of a model that classifies; `hidden_size` bounds the dimensions of embeddings;
+    `model_pooling` is how the model embeds, where its files say so.
 
     Raises:
         InvalidRequestError: not exactly one of prompt and messages, an empty prompt, a bad adapter spec, or
@@ -144,6 +148,7 @@ def prepare(
         cache_scope,
         needs_adapter=not request.may_use_base_model,
         form=form,
+        pooling=request.pooling and request.pooling.with_default(manifest.pooling or model_pooling),
         head=_head(request, adapters, named, model_head),
         prediction=_prediction(request, tokenizer, max_model_len, config),
     )

@@ -19,6 +19,8 @@ from loraserve.models.decoder import Decoder
 from loraserve.models.ops import Packer
 from loraserve.models.weights import BuildDecoder, Tensors, build_decoder, weights_nbytes
 from loraserve.pooling.head import ClassificationHead
+from loraserve.pooling.params import PoolingKind
+from loraserve.pooling.sentence_transformers import pooling_beside
 from loraserve.text.tokenizer import Tokenizer
 from loraserve.validation.files import expanded, is_regular_file
 
@@ -37,7 +39,8 @@ class LoadedModel:
 
     `fingerprint` says which weights they are (`loader/fingerprint.py`). `sampling_defaults` is what
     `SamplingParams.with_defaults` takes. `quantization` is what matrices are quantised as, as "q4_k" or
-    "int8", None where they are dense; `weights_nbytes` what they take. `head` is of a model that classifies.
+    "int8", None where they are dense; `weights_nbytes` what they take. `head` is of a model that classifies,
+    `pooling` how it embeds, where its files say so.
     """
 
     path: Path
@@ -50,6 +53,7 @@ class LoadedModel:
     quantization: str | None = None
     weights_nbytes: int = 0
     head: ClassificationHead | None = None
+    pooling: PoolingKind | None = None
 
     @property
     def base_shape(self) -> _core.BaseShape:
@@ -118,6 +122,7 @@ def load_model(
             kept,
             nbytes,
             head,
+            pooling_beside(checkpoint.path) if checkpoint.path.is_dir() else None,
         )
 
 

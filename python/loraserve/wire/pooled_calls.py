@@ -30,7 +30,7 @@ class PooledCalls(ABC):
         prompts: Prompt | Sequence[Prompt],
         adapter: AdapterSpec = None,
         *,
-        pooling: Pooling = "last",
+        pooling: Pooling | None = None,
         normalize: bool | None = None,
         dimensions: int | None = None,
         deadline_s: float | None = None,
@@ -42,7 +42,8 @@ class PooledCalls(ABC):
         Args:
             prompts: one prompt or up to 2,048; a prompt is a string or a list of token ids.
             adapter: of all prompts.
-            pooling: "last" takes the last token's hidden state, "mean" the mean of all, "cls" the first's.
+            pooling: "last" takes the last token's hidden state, "mean" the mean of all, "cls" the first's;
+                None is as files of the adapter or the model say, else "last".
             normalize: give vectors the length 1; None does so unless pooling is "every".
             dimensions: keep only the first ones, before vectors are normalised.
             deadline_s, truncate, cache_salt: as of `stream`.
@@ -70,7 +71,7 @@ class PooledCalls(ABC):
         documents: str | Sequence[str],
         adapter: AdapterSpec = None,
         *,
-        pooling: Literal["last", "mean", "cls"] = "last",
+        pooling: Literal["last", "mean", "cls"] | None = None,
         deadline_s: float | None = None,
         truncate: int | None = None,
         cache_salt: str | None = None,
@@ -95,7 +96,7 @@ class AsyncPooledCalls(ABC):
         prompts: Prompt | Sequence[Prompt],
         adapter: AdapterSpec = None,
         *,
-        pooling: Pooling = "last",
+        pooling: Pooling | None = None,
         normalize: bool | None = None,
         dimensions: int | None = None,
         deadline_s: float | None = None,
@@ -128,7 +129,7 @@ class AsyncPooledCalls(ABC):
         documents: str | Sequence[str],
         adapter: AdapterSpec = None,
         *,
-        pooling: Literal["last", "mean", "cls"] = "last",
+        pooling: Literal["last", "mean", "cls"] | None = None,
         deadline_s: float | None = None,
         truncate: int | None = None,
         cache_salt: str | None = None,

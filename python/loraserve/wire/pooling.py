@@ -16,7 +16,12 @@ PooledMessage: TypeAlias = pb.EmbedRequest | pb.ClassifyRequest | pb.ScoreReques
 Prompt: TypeAlias = str | Sequence[int]
 Message = TypeVar("Message", pb.EmbedRequest, pb.ClassifyRequest, pb.ScoreRequest)
 
-_KINDS: dict[int, PoolingKind] = {pb.POOLING_LAST: "last", pb.POOLING_MEAN: "mean", pb.POOLING_CLS: "cls"}
+_KINDS: dict[int, PoolingKind | None] = {
+    pb.POOLING_UNSPECIFIED: None,
+    pb.POOLING_LAST: "last",
+    pb.POOLING_MEAN: "mean",
+    pb.POOLING_CLS: "cls",
+}
 _POOLINGS: dict[str, pb.Pooling] = {
     "last": pb.POOLING_LAST,
     "mean": pb.POOLING_MEAN,
@@ -60,13 +65,13 @@ def pooling_from_wire(message: pb.EmbedRequest) -> PoolingParams:
     every = message.pooling == pb.POOLING_EVERY
     return PoolingParams(
         task="token_embed" if every else "embed",
-        kind="last" if every else kind_from_wire(message.pooling),
+        kind=None if every else kind_from_wire(message.pooling),
         normalize=message.normalize if message.HasField("normalize") else not every,
         dimensions=message.dimensions if message.HasField("dimensions") else None,
     )
 
 
-def kind_from_wire(pooling: int) -> PoolingKind:
+def kind_from_wire(pooling: int) -> PoolingKind | None:
     """Raises InvalidRequestError: it makes no one vector of a prompt."""
     if pooling not in _KINDS:
         raise InvalidRequestError(f"pooling is {pooling}, which makes no one vector of a prompt")
@@ -113,7 +118,7 @@ def classes_from_wire(message: pb.ClassifyResponse) -> list[Pooled]:
 def embed_request(
     prompts: Prompt | Sequence[Prompt],
     adapter: AdapterSpec,
-    pooling: str,
+    pooling: str | None,
     normalize: bool | None,
     dimensions: int | None,
     options: dict[str, Any],
@@ -141,7 +146,7 @@ def score_request(
     queries: str | Sequence[str],
     documents: str | Sequence[str],
     adapter: AdapterSpec,
-    pooling: str,
+    pooling: str | None,
     options: dict[str, Any],
 ) -> pb.ScoreRequest:
     """Raises InvalidRequestError: a value that the wire format can't carry."""
@@ -156,7 +161,9 @@ def score_request(
     )
 
 
-def _pooling(name: str) -> pb.Pooling:
+def _pooling(name: str | None) -> pb.Pooling:
+    if name is None:
+        return pb.POOLING_UNSPECIFIED
     if name not in _POOLINGS:
         raise InvalidRequestError(f"pooling is {name!r:.100}, it must be one of {', '.join(_POOLINGS)}")
     return _POOLINGS[name]

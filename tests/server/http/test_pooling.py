@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Any
 
 import httpx
@@ -17,6 +18,8 @@ from loraserve.settings.entries import ApiKey
 
 from tests.e2e.pooling_case import HEADS, NAMES, PoolingCase, make_case
 from tests.server.http.http_thread import HttpThread
+from tests.server.http.soon import soon
+from tests.server.http.test_disconnect import send
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`"),
@@ -189,6 +192,14 @@ def test_many_inputs_are_one_call(server: HttpThread) -> None:
 def test_answers_of_too_many_numbers_are_refused(server: HttpThread, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loraserve.server.http.pooling.answer.MAX_VALUES", 64 * 90)
     assert "the answer would have" in refusal(server, "/pooling", input=TEXTS)
+
+
+def test_leaving_ends_what_is_left_of_the_inputs(server: HttpThread) -> None:
+    inputs = [f"w{index % 190} " * 250 for index in range(2048)]
+    with closing(send(server, "/v1/embeddings", {"input": inputs, "pooling": "mean"})):
+        assert soon(lambda: server.engine.info().num_running > 0)
+    assert soon(lambda: server.engine.info().num_running == server.engine.info().num_waiting == 0)
+    assert server.engine.info().num_kv_pages == 0
 
 
 def test_metrics_and_headers_know_them(server: HttpThread) -> None:

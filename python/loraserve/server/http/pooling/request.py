@@ -25,7 +25,7 @@ from loraserve.server.http.pooling.schema import (
 def embedding_requests(call: Call, body: EmbeddingsBody) -> list[GenerateRequest]:
     """One request per input. Raises InvalidRequestError."""
     params = PoolingParams(
-        kind=body.pooling or "last", normalize=body.normalize is not False, dimensions=body.dimensions
+        kind=body.pooling, normalize=body.normalize is not False, dimensions=body.dimensions
     )
     return _requests(call, body, params)
 
@@ -42,9 +42,7 @@ def pooling_requests(call: Call, body: PoolingBody) -> list[GenerateRequest]:
     """
     task = body.task or "token_embed"
     normalize = task == "embed" if body.normalize is None else body.normalize
-    params = PoolingParams(
-        task=task, kind=body.pooling or "last", normalize=normalize, dimensions=body.dimensions
-    )
+    params = PoolingParams(task=task, kind=body.pooling, normalize=normalize, dimensions=body.dimensions)
     return _requests(call, body, params)
 
 
@@ -67,7 +65,7 @@ def _scoring(
     call.state.limits.check_num_inputs(max(len(queries), len(documents)))
     adapter = adapter_of(call.state, call.caller, body.model, body, num_prompts=len(documents))
     call.caller.check_use(adapter)  # before it shows what head there is
-    request = _request(call, body, adapter, PoolingParams(kind=kind or "last"))
+    request = _request(call, body, adapter, PoolingParams(kind=kind))
     return Scoring.of(queries, documents, request, call.state.engine.head_of(adapter))
 
 

@@ -61,7 +61,7 @@ class EmbeddingsBody(VectorBody):
     """POST /v1/embeddings."""
 
     pooling: Literal["last", "mean", "cls"] | None = Field(
-        default=None, description="Which hidden state: the last token's, the mean of all, or the first's."
+        default=None, description="Which hidden state; none is as the adapter or the model says."
     )
 
 
