@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loraserve.engine.prepared import resolve_adapters
 from loraserve.errors import AdapterNotFoundError, EngineStoppedError, LoraserveError
+from loraserve.pooling.head import ClassificationHead
 from loraserve.request import AdapterSpec, Delta, GenerateRequest, RequestTiming, Usage
 from loraserve.server.access.disclosure import shown_error
 from loraserve.server.observe.outcomes import Outcome, outcome_of
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     from loraserve.server.adapters.resolver import AdapterResolver
     from loraserve.server.observe.metrics import Metrics, RequestMetrics
     from loraserve.text.tokenizer import Tokenizer
+
+
+MAX_POOLED_AT_ONCE = 128  # of one call's prompts; others wait outside the engine's queue for these to end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +59,14 @@ class CallerGoneError(Exception):
 class RequestRun:
     """The running answers of one call, of one prompt or several; iterate `deltas()` once."""
 
-    def __init__(self, origin: CallOrigin, metrics: RequestMetrics) -> None:
+    def __init__(
+        self,
+        origin: CallOrigin,
+        metrics: RequestMetrics,
+        submit: Callable[[PreparedRequest], Awaitable[RequestStream]],
+    ) -> None:
         self.streams: list[RequestStream] = []
+        self.later: deque[PreparedRequest] = deque()  # submitted as others of them end
         self.submitted_at: float | None = None  # on time.perf_counter
         self.timing: RequestTiming | None = None
         self.error: Exception | None = None  # one that the caller was told inside an answer
@@ -66,6 +77,7 @@ class RequestRun:
         self._caller = origin.caller
         self._on_begun = origin.on_begun
         self._metrics = metrics
+        self._submit = submit
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -115,11 +127,21 @@ class RequestRun:
                     self._note(delta)
                     yield 0, delta
             else:
-                async for prompt, delta in _merged(self.streams):
+                async for prompt, delta in _merged(self.streams, self._next_stream):
                     self._note(delta)
                     yield prompt, delta
         except LoraserveError as error:
             raise shown_error(error, self._caller) from None
+
+    async def _next_stream(self) -> RequestStream | None:
+        """Of a request that has waited for another one of the call to end; None if none has."""
+        if not self.later:
+            return None
+        stream = await self._submit(self.later.popleft())
+        self.streams.append(stream)
+        if self.is_abandoned:
+            stream.abort()
+        return stream
 
     def _note(self, delta: Delta) -> None:
         if delta.token_ids:
@@ -142,6 +164,7 @@ class RequestRun:
         """End what is being prepared and what runs, and free its pages; safe to call twice."""
         if self._preparing is not None:
             self._preparing.cancel()
+        self.later.clear()
         for stream in self.streams:
             stream.abort()
 
@@ -183,6 +206,8 @@ class RequestRunner:
     ) -> AsyncIterator[RequestRun]:
         """Submits `requests`, all or none; at the end of the block nothing of them runs any more.
 
+        Of those that pool `MAX_POOLED_AT_ONCE` are submitted, and the others one by one as these end.
+
         Args:
             requests: at least one.
             origin: who asks.
@@ -194,7 +219,7 @@ class RequestRunner:
         """
         caller, adapter = origin.caller, requests[0].adapter
         metrics = self._started(adapter, origin)
-        run = RequestRun(origin, metrics)
+        run = RequestRun(origin, metrics, self._engine.submit)
         failure: BaseException | None = None
         try:
             caller.check_use(adapter)
@@ -202,8 +227,11 @@ class RequestRunner:
                 signed = [caller.sign(request) for request in requests]
                 watcher = None if gone is None else asyncio.create_task(_abandon_when(gone, run))
                 try:
-                    for prepared in await run.prepare(self._prepare(signed, origin.adapter_wait_s, adapters)):
-                        run.streams.append(await self._engine.submit(prepared))
+                    preparation = self._prepare(signed, origin.adapter_wait_s, adapters)
+                    run.later = deque(await run.prepare(preparation))
+                    num_at_once = len(signed) if requests[0].pooling is None else MAX_POOLED_AT_ONCE
+                    while run.later and len(run.streams) < num_at_once:
+                        run.streams.append(await self._engine.submit(run.later.popleft()))
                     run.submitted_at = time.perf_counter()
                     yield run
                 finally:
@@ -236,6 +264,17 @@ class RequestRunner:
         (prepared,) = await self.prepared([request], caller)
         return len(prepared.prompt_token_ids)
 
+    async def head_of(self, adapter: AdapterSpec, origin: CallOrigin) -> ClassificationHead | None:
+        """What classifies for an adapter that the caller may use, once it is there.
+
+        Raises:
+            LoraserveError: the caller may not, or the adapter can't be had.
+        """
+        origin.caller.check_use(adapter)
+        async with AsyncExitStack() as adapters:
+            await self._fetch([adapter], origin.adapter_wait_s, adapters)
+            return self._engine.head_of(adapter)
+
     def waits_for(self, adapter: AdapterSpec) -> LoadProgress | None:
         """How far the fetch of an adapter is that requests for this wait for; None where they don't."""
         if self._resolver is None:
@@ -246,13 +285,25 @@ class RequestRunner:
         self, requests: Sequence[GenerateRequest], wait_s: float | None, adapters: AsyncExitStack
     ) -> list[PreparedRequest]:
         """Ready to be submitted; their adapters are there until `adapters` is closed."""
-        if self._resolver is not None:
-            names = {name for one in requests for name, _ in resolve_adapters(one.adapter)}
-            wait_s = self._limits.adapter_wait_s if wait_s is None else wait_s
-            deadlines = [one.deadline_s for one in requests if one.deadline_s is not None]
-            wait_s = min(wait_s, *deadlines) if deadlines else wait_s
-            await adapters.enter_async_context(self._resolver.using(sorted(names), wait_s))
+        deadlines = [one.deadline_s for one in requests if one.deadline_s is not None]
+        specs = [one.adapter for one in requests]
+        await self._fetch(specs, wait_s, adapters, min(deadlines, default=None))
         return await self._limits.prepare(self._engine, requests)
+
+    async def _fetch(
+        self,
+        specs: Sequence[AdapterSpec],
+        wait_s: float | None,
+        adapters: AsyncExitStack,
+        deadline_s: float | None = None,
+    ) -> None:
+        """Has adapters brought that nobody has loaded, and kept until `adapters` is closed."""
+        if self._resolver is None:
+            return
+        names = {name for spec in specs for name, _ in resolve_adapters(spec)}
+        wait_s = self._limits.adapter_wait_s if wait_s is None else wait_s
+        wait_s = wait_s if deadline_s is None else min(wait_s, deadline_s)
+        await adapters.enter_async_context(self._resolver.using(sorted(names), wait_s))
 
     def refused(self, adapter: AdapterSpec, origin: CallOrigin) -> None:
         """A call was refused before it could be understood."""
@@ -278,8 +329,10 @@ async def _abandon_when(gone: Callable[[], Coroutine[Any, Any, None]], run: Requ
     run.abandon()
 
 
-async def _merged(streams: Sequence[RequestStream]) -> AsyncIterator[tuple[int, Delta]]:
-    """Deltas of all streams as they come; the first error ends it."""
+async def _merged(
+    streams: Sequence[RequestStream], next_stream: Callable[[], Awaitable[RequestStream | None]]
+) -> AsyncIterator[tuple[int, Delta]]:
+    """Deltas of all streams as they come, and of a next one for each that ends; the first error ends it."""
     events: asyncio.Queue[tuple[int, Delta | Exception | None]] = asyncio.Queue()
 
     async def pump(index: int, stream: RequestStream) -> None:
@@ -298,7 +351,11 @@ async def _merged(streams: Sequence[RequestStream]) -> AsyncIterator[tuple[int, 
             if isinstance(event, Exception):
                 raise event
             if event is None:
-                num_open -= 1
+                following = await next_stream()
+                if following is None:
+                    num_open -= 1
+                else:
+                    tasks.append(asyncio.create_task(pump(len(tasks), following)))
             else:
                 yield index, event
     finally:

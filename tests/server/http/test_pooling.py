@@ -195,7 +195,7 @@ def test_answers_of_too_many_numbers_are_refused(server: HttpThread, monkeypatch
 
 
 def test_leaving_ends_what_is_left_of_the_inputs(server: HttpThread) -> None:
-    inputs = [f"w{index % 190} " * 250 for index in range(2048)]
+    inputs = [f"w{index % 190} " * 150 for index in range(2048)]
     with closing(send(server, "/v1/embeddings", {"input": inputs, "pooling": "mean"})):
         assert soon(lambda: server.engine.info().num_running > 0)
     assert soon(lambda: server.engine.info().num_running == server.engine.info().num_waiting == 0)

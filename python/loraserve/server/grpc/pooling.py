@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from loraserve.engine.scoring import Scoring
 from loraserve.errors import InvalidRequestError, LoraserveError
@@ -24,22 +23,17 @@ from loraserve.wire.pooling import (
     request_without_prompt,
 )
 
-if TYPE_CHECKING:
-    from loraserve.async_engine import AsyncEngine
-
 MAX_VALUES = 2**21  # of one answer: a message has 16 MiB at most
 
 
 class PooledAnswers:
-    """Answers what is pooled from one engine.
+    """Answers what is pooled.
 
     Args:
-        engine: knows who has a head.
         runner: runs the requests.
     """
 
-    def __init__(self, engine: AsyncEngine, runner: RequestRunner) -> None:
-        self._engine = engine
+    def __init__(self, runner: RequestRunner) -> None:
         self._runner = runner
 
     async def embed(self, message: pb.EmbedRequest, origin: CallOrigin) -> pb.EmbedResponse:
@@ -61,8 +55,7 @@ class PooledAnswers:
         with self._understood(message, origin):
             request = request_without_prompt(message, PoolingParams(kind=kind_from_wire(message.pooling)))
             RequestLimits.check_num_inputs(max(len(message.queries), len(message.documents)))
-            origin.caller.check_use(request.adapter)  # before it shows what head there is
-            head = self._engine.head_of(request.adapter)
+            head = await self._runner.head_of(request.adapter, origin)
             scoring = Scoring.of(list(message.queries), list(message.documents), request, head)
         pooled, num_tokens = await self._run(scoring.requests, origin)
         return pb.ScoreResponse(scores=scoring.scores(pooled), prompt_tokens=num_tokens)

@@ -89,7 +89,7 @@ class LoraServeServicer:
         self._sources = sources
         self._kept = kept
         self._runner = runner
-        self._pooled = PooledAnswers(engine, runner)
+        self._pooled = PooledAnswers(runner)
         self._on_engine_stopped = on_engine_stopped
 
     async def Generate(self, message: pb.GenerateRequest, context: Context) -> None:  # noqa: N802

@@ -46,27 +46,27 @@ def pooling_requests(call: Call, body: PoolingBody) -> list[GenerateRequest]:
     return _requests(call, body, params)
 
 
-def score_pairs(call: Call, body: ScoreBody) -> Scoring:
+async def score_pairs(call: Call, body: ScoreBody) -> Scoring:
     """What scores the pairs. Raises InvalidRequestError."""
     queries = _either(body.text_1, body.queries, "text_1", "queries")
     documents = _either(body.text_2, body.documents, "text_2", "documents")
-    return _scoring(call, body, queries, documents, body.pooling)
+    return await _scoring(call, body, queries, documents, body.pooling)
 
 
-def rerank_pairs(call: Call, body: RerankBody) -> tuple[Scoring, list[str]]:
+async def rerank_pairs(call: Call, body: RerankBody) -> tuple[Scoring, list[str]]:
     """What scores the documents, and their texts. Raises InvalidRequestError."""
     documents = [one if isinstance(one, str) else one.text for one in body.documents]
-    return _scoring(call, body, [body.query], documents, body.pooling), documents
+    return await _scoring(call, body, [body.query], documents, body.pooling), documents
 
 
-def _scoring(
+async def _scoring(
     call: Call, body: PooledBody, queries: list[str], documents: list[str], kind: PoolingKind | None
 ) -> Scoring:
     call.state.limits.check_num_inputs(max(len(queries), len(documents)))
     adapter = adapter_of(call.state, call.caller, body.model, body, num_prompts=len(documents))
-    call.caller.check_use(adapter)  # before it shows what head there is
     request = _request(call, body, adapter, PoolingParams(kind=kind))
-    return Scoring.of(queries, documents, request, call.state.engine.head_of(adapter))
+    head = await call.state.runner.head_of(adapter, call.origin)
+    return Scoring.of(queries, documents, request, head)
 
 
 def _requests(call: Call, body: ClassifyBody | VectorBody, params: PoolingParams) -> list[GenerateRequest]:

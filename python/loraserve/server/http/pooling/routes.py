@@ -68,7 +68,7 @@ async def classify(body: ClassifyBody, call: Annotated[Call, Depends(current_cal
 @router.post("/v1/score", responses=responses(Scores))
 async def score(body: ScoreBody, call: Annotated[Call, Depends(current_call)]) -> Response:
     """How well texts go together: of a head of one label, else the cosine of their embeddings."""
-    scoring = score_pairs(call, body)
+    scoring = await score_pairs(call, body)
     head = _head(call, body, "score", scoring.requests[0].adapter)
     return WholeResponse(call, scoring.requests, WholeScores(head, scoring))
 
@@ -78,7 +78,7 @@ async def score(body: ScoreBody, call: Annotated[Call, Depends(current_call)]) -
 @router.post("/v2/rerank", responses=responses(Ranking))
 async def rerank(body: RerankBody, call: Annotated[Call, Depends(current_call)]) -> Response:
     """Documents by how well they answer the query, scored as by /score."""
-    scoring, documents = rerank_pairs(call, body)
+    scoring, documents = await rerank_pairs(call, body)
     head = _head(call, body, "rerank", scoring.requests[0].adapter)
     shows = call.origin.route != "/v2/rerank" if body.return_documents is None else body.return_documents
     writer = WholeRanking(head, scoring, body.top_n, documents if shows else None)
