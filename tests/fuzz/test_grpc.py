@@ -39,11 +39,28 @@ CHAT = pb.ChatMessages(
     add_generation_prompt=True,
     template_kwargs_json='{"x": 1}',
 )
+WITH_TOOLS = pb.ChatMessages(
+    messages=[
+        pb.ChatMessage(role="user", content="ab"),
+        pb.ChatMessage(
+            role="assistant", tool_calls=[pb.ToolCall(id="t", name="f", arguments_json='{"a": 1}')]
+        ),
+        pb.ChatMessage(role="tool", content="c", tool_call_id="t"),
+    ],
+    tools=[
+        pb.Tool(
+            name="f", description="x", parameters_json='{"type": "object"}', strict=True, return_json="{}"
+        )
+    ],
+    tool_mode=pb.TOOL_MODE_NONE,
+    parallel_tool_calls=False,
+)
 MESSAGES: dict[str, list[Message]] = {
     "Generate": [
         pb.GenerateRequest(text="ab é", adapter="a", sampling=SAMPLING, deadline_s=20.0, truncate=3),
         pb.GenerateRequest(token_ids=pb.TokenIds(ids=[3, 4]), adapters={"a": 0.5}, cache_salt="s"),
         pb.GenerateRequest(chat=CHAT, sampling=SAMPLING),
+        pb.GenerateRequest(chat=WITH_TOOLS, prediction="x", suffix="y"),
     ],
     "LoadAdapter": [pb.LoadAdapterRequest(name="new", path="one", replace=True)],
     "PinAdapter": [pb.PinAdapterRequest(name="a", is_pinned=True)],

@@ -256,7 +256,8 @@ class Frontend(Generic[Owner]):
         runner, config = self._engine.runner, self._engine.config
         base = (runner.model.fingerprint, runner.model.quantization, runner.device)
         parts: list[object] = [__version__, *base, config.dtype, config.adapter_dtype, config.merge]
-        for name, weight in resolve_adapters(spec):
+        weights = {spec: 1.0} if isinstance(spec, str) else spec or {}
+        for name, weight in weights.items():
             if (found := self._engine.adapters.find(name)) is not None:
                 parts.append((found.receipt.hash, weight))
         return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()

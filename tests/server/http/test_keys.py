@@ -47,6 +47,10 @@ REQUESTS: list[tuple[str, str, Any]] = [
     ("POST", "/", {"inputs": "one", "parameters": {"adapter_id": "one"}}),
     ("POST", "/invocations", {"inputs": "one"}),
     ("POST", "/tokenize", {"inputs": "one"}),
+    ("POST", "/tokenize", {"messages": [{"role": "user", "content": "x"}], "model": "one"}),
+    ("POST", "/detokenize", {"tokens": [1], "model": "one"}),
+    ("POST", "/v1/completions/render", {"prompt": "one", "model": "one"}),
+    ("POST", "/v1/chat/completions/render", {"messages": [{"role": "user", "content": "x"}]}),
 ]
 
 
@@ -82,6 +86,11 @@ def test_without_a_known_key_nothing_is_answered(
         ("/v1/completions", {"prompt": "x"}),
         ("/v1/completions", {"prompt": "x", "adapters": {"one": 1.0, "two": 0.0}}),
         ("/generate", {"inputs": "x", "parameters": {"adapter_id": "two"}}),
+        ("/tokenize", {"prompt": "x", "model": "two"}),
+        ("/tokenize", {"messages": [{"role": "user", "content": "x"}], "model": "two"}),
+        ("/detokenize", {"tokens": [1], "model": "two"}),
+        ("/v1/completions/render", {"prompt": "x", "model": "two"}),
+        ("/v1/chat/completions/render", {"messages": [{"role": "user", "content": "x"}]}),
         ("/generate_stream", {"inputs": "x"}),
         ("/", {"inputs": "x", "parameters": {"merged_adapters": {"ids": ["one", "two"], "weights": [1, 0]}}}),
     ],

@@ -11,7 +11,10 @@ from loraserve.sampling.grammar import Grammar
 
 
 def rendered(request_id: str, model: str, prepared: PreparedRequest) -> dict[str, Any]:
-    """The prompt's text (special tokens by their names) and tokens, and how an answer would be sampled."""
+    """The prompt's text (special tokens by their names) and tokens, and how an answer would be sampled.
+
+    Of a long prompt it takes some milliseconds, and so is not for the loop.
+    """
     ids, params = prepared.prompt_token_ids, prepared.params
     return {
         "request_id": request_id,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any
 
+import orjson
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
 from loraserve._core import __version__
+from loraserve.engine.prepared import PreparedRequest
 from loraserve.errors import AdapterNotFoundError, InvalidRequestError
 from loraserve.request import AdapterSpec
 from loraserve.server.access.keys import Caller
@@ -100,25 +104,36 @@ async def chat_completions(
 
 
 @router.post("/completions/render", responses=RENDER_ALL_RESPONSES)
-async def render_completions(
-    body: CompletionBody, call: Annotated[Call, Depends(current_call)]
-) -> list[dict[str, Any]]:
+async def render_completions(body: CompletionBody, call: Annotated[Call, Depends(current_call)]) -> Response:
     """The prompts of a completion, each as text and tokens, without an answer."""
     requests = completion_requests(call, body)
     prepared = await call.state.runner.prepared(requests, call.caller)
     model = answering_model(call.state, body.model, requests[0].adapter)
-    return [rendered(f"cmpl-{call.origin.request_id}", model, one) for one in prepared]
+    return await _rendered(call, prepared, partial(rendered, f"cmpl-{call.origin.request_id}", model))
 
 
 @router.post("/chat/completions/render", responses=RENDER_RESPONSES)
-async def render_chat(
-    body: ChatCompletionBody, call: Annotated[Call, Depends(current_call)]
-) -> dict[str, Any]:
+async def render_chat(body: ChatCompletionBody, call: Annotated[Call, Depends(current_call)]) -> Response:
     """The prompt of a chat, as text and tokens, without an answer."""
     request = chat_request(call, body)
-    (prepared,) = await call.state.runner.prepared([request], call.caller)
+    prepared = await call.state.runner.prepared([request], call.caller)
     model = answering_model(call.state, body.model, request.adapter)
-    return rendered(f"chatcmpl-{call.origin.request_id}", model, prepared)
+    write = partial(rendered, f"chatcmpl-{call.origin.request_id}", model)
+    return await _rendered(call, prepared, write, is_list=False)
+
+
+async def _rendered(
+    call: Call,
+    prepared: Sequence[PreparedRequest],
+    write: Callable[[PreparedRequest], dict[str, Any]],
+    *,
+    is_list: bool = True,
+) -> Response:
+    def body() -> bytes:
+        entries = [write(one) for one in prepared]
+        return orjson.dumps(entries if is_list else entries[0])
+
+    return Response(await call.state.tokenizations.run(body), media_type="application/json")
 
 
 def _head(
