@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from loraserve.engine.answer_form import AnswerForm
 from loraserve.errors import InvalidRequestError
+from loraserve.sampling.grammar import Grammar
 from loraserve.sampling.grammar_compiler import GrammarCompiler, GrammarMatcher
 from loraserve.text.tokenizer import Tokenizer
 from loraserve.tools.families import CALLS, CALLS_BY_NAME
@@ -24,6 +25,12 @@ from tests.tools.test_parsers import assembled
 
 SCHEMAS = {tool["function"]["name"]: tool["function"].get("parameters", {}) for tool in TOOLS}
 STRICT = [{**tool, "function": {**tool["function"], "strict": True}} for tool in TOOLS]
+PLACE = {
+    "type": "object",
+    "properties": {"place": {"enum": ["Rome", "Paris"]}},
+    "required": ["place"],
+    "additionalProperties": False,
+}
 NUM_ANSWERS = 16
 MAX_TOKENS = 1500
 
@@ -116,6 +123,52 @@ def test_strict_calls_may_come_behind_text_and_fit(
         assert taken == all_of_it, example.text
         wrong = example.text.replace("Paris", "\u0393" * 30)
         assert num_taken(wrong)[0] < num_taken(wrong)[1]
+
+
+@pytest.mark.parametrize("family", CALLS, ids=lambda one: one.names[0])
+def test_an_answer_calls_tools_or_has_its_form(
+    family: CallFormat, tokenizers: Mapping[str, Tokenizer]
+) -> None:
+    tokenizer = tokenizers[family.names[0]]
+    form = form_of(family, tokenizer, choice="auto")
+    if not family.differs_from_json:
+        with pytest.raises(InvalidRequestError, match="can't be told from"):
+            form.with_text_form(Grammar("json_schema", PLACE))
+        return
+    form = form.with_text_form(Grammar("json_schema", PLACE))
+    matcher = matcher_of(form, tokenizer)
+    num_whole = 0
+    for seed in range(NUM_ANSWERS):
+        text = sampled(matcher, tokenizer, seed)
+        if text is None:
+            continue
+        answer = assembled(form.parser(), [text])
+        for call in answer.tool_calls:
+            assert jsonschema_rs.is_valid(SCHEMAS[call.name], json.loads(call.arguments)), text
+        if answer.tool_calls:
+            assert not answer.text.strip(), text
+        else:
+            assert jsonschema_rs.is_valid(PLACE, json.loads(answer.text)), text
+        num_whole += 1
+    assert num_whole > 0
+
+    def is_begun(text: str) -> bool:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        taken: int = matcher._matcher.deep_copy().try_consume_tokens(ids)
+        return taken == len(ids)
+
+    assert is_begun('{"place": "Rome"}')
+    assert not is_begun("Rome")
+    for example in EXAMPLES:
+        if CALLS_BY_NAME[example.parser] is family and _is_written_usually(example):
+            assert is_begun(example.text) or not example.text.startswith(family.triggers), example.text
+
+
+@pytest.mark.parametrize("grammar", [Grammar("regex", "a+"), Grammar("json_schema", {"type": "array"})])
+def test_other_forms_have_no_calls_beside(tokenizers: Mapping[str, Tokenizer], grammar: Grammar) -> None:
+    form = form_of(CALLS_BY_NAME["hermes"], tokenizers["hermes"], choice="auto")
+    with pytest.raises(InvalidRequestError, match="must be a JSON schema of an object"):
+        form.with_text_form(grammar)
 
 
 def _is_written_usually(example: Example) -> bool:

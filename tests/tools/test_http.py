@@ -114,6 +114,32 @@ def test_streamed_is_the_same_as_whole(client: openai.OpenAI, text: str) -> None
     assert [(call["name"], call["arguments"]) for call in together["calls"]] == calls
 
 
+def test_an_answer_calls_tools_or_has_its_form(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"place": {"enum": ["Rome", "Paris"]}},
+        "required": ["place"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "place", "schema": schema}}
+    fields: Any = {"tools": TOOLS, "response_format": form, "temperature": 1, "enable_thinking": False}
+    kinds = set()
+    for seed in range(12):
+        (choice,) = create(client, seed=seed, max_completion_tokens=1000, **fields).choices
+        if choice.finish_reason == "length":
+            continue
+        kinds.add(choice.finish_reason)
+        for call in choice.message.tool_calls or ():
+            jsonschema_rs.validate(SCHEMAS[call.function.name], json.loads(call.function.arguments))
+        if choice.finish_reason == "stop":
+            jsonschema_rs.validate(schema, json.loads(choice.message.content))
+    assert kinds
+    forced = create(client, **{**fields, "tools": [TIME], "tool_choice": "required"}).choices[0]
+    assert forced.finish_reason == "tool_calls"
+    free = create(client, **{**fields, "tool_choice": "none"}).choices[0]
+    jsonschema_rs.validate(schema, json.loads(free.message.content))
+
+
 def test_tokens_of_reasoning_are_counted(client: openai.OpenAI) -> None:
     text = "<think>\nHm, <b>.\n</think>\n\nHello."
     usage = create(client, say(text)).usage
@@ -345,7 +371,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "get_weather",
     ),
     ({"tool_choice": "required"}, "no tools"),
-    ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "both"),
+    (
+        {
+            "tools": TOOLS,
+            "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}},
+        },
+        "must be a JSON schema of an object",
+    ),
     ({"tools": TOOLS, "functions": [TIME["function"]]}, "older form"),
     (
         {

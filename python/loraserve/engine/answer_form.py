@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from loraserve.adapters.manifest import AdapterManifest
 from loraserve.config import EngineConfig
@@ -32,6 +34,7 @@ class AnswerForm:
         begins_in_reasoning: whether the prompt ends within it.
         thinking_budget: most tokens of it.
         shown: texts of special tokens that parsers see, by id.
+        text_schema: of the JSON object that the answer is where it calls nothing; None leaves text free.
     """
 
     options: ToolOptions
@@ -40,6 +43,26 @@ class AnswerForm:
     begins_in_reasoning: bool
     thinking_budget: int | None
     shown: Mapping[int, str]
+    text_schema: Mapping[str, Any] | None = None
+
+    def with_text_form(self, grammar: Grammar) -> AnswerForm:
+        """The same, whose answers either call tools or have this form.
+
+        Raises:
+            InvalidRequestError: there is no grammar of both.
+        """
+        assert self.calls is not None, "tools may be called"
+        remedy = "leave out the tools or the form, or set tool_choice to none"
+        if not self.calls.differs_from_json:
+            raise InvalidRequestError(
+                f"calls in the form {self.calls.names[0]} can't be told from an answer of a form: {remedy}"
+            )
+        schema = json.loads(str(grammar.value)) if grammar.kind == "json_schema" else {"type": "object"}
+        if grammar.kind not in ("json", "json_schema") or schema.get("type") != "object":
+            raise InvalidRequestError(
+                f"beside tools the form of an answer must be a JSON schema of an object: {remedy}"
+            )
+        return replace(self, text_schema=schema)
 
     def parser(self) -> AnswerParser:
         """For one answer."""
@@ -50,7 +73,8 @@ class AnswerForm:
     @property
     def forces_calls(self) -> bool:
         """Whether calls follow `grammar`, and are not left to the model."""
-        return self.calls is not None and self.options.is_forced
+        is_forced = self.options.is_forced or self.text_schema is not None
+        return self.calls is not None and self.options.may_call and is_forced
 
     def call_matcher(self, tokenizer: Tokenizer, compiled: Callable[[Grammar], Matcher]) -> Matcher:
         """What forces the calls, `compiled` from its grammar.
@@ -61,13 +85,22 @@ class AnswerForm:
         assert self.calls is not None
         ids = {token.content: index for index, token in tokenizer.added_tokens().items()}
         lark = Lark(ids.get)
-        tools = self.options.callable_tools
-        build = self.calls.answer if self.options.mode == "auto" else self.calls.calls
         try:
-            return compiled(Grammar("lark", lark.whole(build(lark, tools, parallel=self.options.parallel))))
+            return compiled(Grammar("lark", lark.whole(self._start(self.calls, lark))))
         except InvalidRequestError as error:
             text = lark.explained(str(error))
             raise InvalidRequestError(f"calls of the tools can't be forced: {text}") from None
+
+    def _start(self, calls: CallFormat, lark: Lark) -> str:
+        """Of an answer: calls alone where they must come, else with text, free or of its form."""
+        options = self.options
+        tools, parallel = options.callable_tools, options.parallel
+        if options.mode != "auto":
+            return calls.calls(lark, tools, parallel=parallel)
+        if self.text_schema is None:
+            return calls.answer(lark, tools, parallel=parallel)
+        called = lark.rule("calls", calls.calls(lark, tools, parallel=parallel))
+        return f"{lark.json(self.text_schema)} | {called}"
 
     def matcher(self, form: Matcher | None, tokenizer: Tokenizer) -> Matcher | None:
         """`form`, what the answer or its calls must be, behind its reasoning."""

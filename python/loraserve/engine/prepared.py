@@ -129,12 +129,8 @@ def prepare(
         ends = (tokenizer.id_of(end) for end in infill.ends)
         ids = {*params.stop_token_ids, *(token_id for token_id in ends if token_id is not None)}
         params = replace(params, stop_token_ids=tuple(sorted(ids)))
-    if params.grammar is not None and request.chat.tools.may_call:
-        owner = "request" if "grammar" in request.params.given else "adapter"
-        raise InvalidRequestError(
-            f"the answer can't both call tools and have the form that the {owner} gives it: leave out the "
-            "tools or the form, or set tool_choice to none"
-        )
+    if form is not None and params.grammar is not None and request.chat.tools.may_call:
+        form = form.with_text_form(params.grammar)
     cache_scope = (request.tenant, request.cache_salt or "")
     return PreparedRequest(
         request,

@@ -427,10 +427,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"tools": TOOLS, "tool_choice": {"type": "web_search_preview"}}, "web_search_preview"),
     ({"tool_choice": "required"}, "there are no tools"),
-    (
-        {"tools": TOOLS, "text": {"format": {"type": "json_object"}}},
-        "can't both call tools and have the form",
-    ),
     ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "schema"),
     ({"text": {"verbosity": "low"}}, "verbosity"),
     ({"include": ["everything"]}, "include"),

@@ -19,6 +19,7 @@ class CallFormat(ABC):
     markers: texts that are special tokens in the family's vocabularies, which parsers must see.
     triggers: what no free text holds; where one comes a call begins.
     separator: between the calls of a forced answer.
+    differs_from_json: whether its first characters tell a call from an answer that is a JSON object.
     """
 
     names: ClassVar[tuple[str, ...]] = ()
@@ -26,6 +27,7 @@ class CallFormat(ABC):
     triggers: tuple[str, ...] = ()
     separator: ClassVar[str] = ""
     has_short_ids: ClassVar[bool] = False
+    differs_from_json: ClassVar[bool] = True
 
     @abstractmethod
     def is_of(self, template: str) -> bool:

@@ -23,6 +23,7 @@ class Harmony(CallFormat):
     """
 
     names = ("openai", "gpt_oss", "harmony")
+    differs_from_json = False  # an answer begins with a channel, too
     markers = ("<|channel|>", "<|message|>", "<|constrain|>", *_ENDS)
     triggers = markers
 

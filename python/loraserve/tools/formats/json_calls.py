@@ -61,6 +61,7 @@ class Llama3(CallFormat):
     triggers = ("<|python_tag|>", "<|python_start|>")
     markers = (*triggers, "<|python_end|>")
     separator = "; "
+    differs_from_json = False
 
     def is_of(self, template: str) -> bool:
         return "dictionary of argument name" in template
