@@ -70,6 +70,16 @@ def test_prompts_share_parameters_and_adapter(llm: LLM) -> None:
     assert list(llm.generate_iter([])) == []
 
 
+def test_chats_are_requests_too(llm: LLM) -> None:
+    chats = [[{"role": "user", "content": text}] for text in ("one", "two")]
+    expected = llm.chat(chats, SHORT, ["a0", None])
+    outputs = llm.generate_iter(
+        GenerateRequest(messages=chat, adapter=adapter, params=SHORT)
+        for chat, adapter in zip(chats, ["a0", None], strict=True)
+    )
+    assert [one.result().token_ids for one in outputs] == [one.token_ids for one in expected]
+
+
 def test_answers_of_one_request_come_together(llm: LLM) -> None:
     params = SamplingParams(max_tokens=4, temperature=1.0, seed=3, n=3)
     (expected,) = llm.generate([PROMPT], params)
@@ -200,12 +210,33 @@ def test_threads_iterate_side_by_side(llm: LLM) -> None:
         outputs = llm.generate_iter(map(request, range(40)), read_ahead=2 + thread, ordered=thread % 2 == 0)
         found[thread] = [one.result().token_ids for one in sorted(outputs, key=lambda one: one.index)]
 
-    threads = [threading.Thread(target=iterate, args=(thread,)) for thread in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == {0: expected, 1: expected, 2: expected}
+    for _ in range(10):
+        found.clear()
+        threads = [threading.Thread(target=iterate, args=(thread,), daemon=True) for thread in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert found == {0: expected, 1: expected, 2: expected}
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_an_end_that_another_thread_has_routed_is_not_waited_for(llm: LLM, ordered: bool) -> None:
+    iteration = llm.generate_iter([request(1)], ordered=ordered)
+    run = llm._run
+    found: list[BatchOutput] = []
+    take_events = run._take_events
+
+    def routed_before(awaited: Any) -> None:
+        if awaited is not None:  # it was not there when it was looked for
+            llm.generate([PROMPT], LONG)
+        take_events(awaited)
+
+    run._take_events = routed_before  # type: ignore[method-assign]
+    thread = threading.Thread(target=lambda: found.extend(iteration), daemon=True)
+    thread.start()
+    thread.join(30)
+    assert [one.index for one in found] == [0]
 
 
 def test_a_closed_engine_ends_the_iteration(make: Callable[..., LLM]) -> None:

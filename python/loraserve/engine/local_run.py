@@ -7,6 +7,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 from tqdm.auto import tqdm
 
@@ -139,9 +140,9 @@ class LocalRun:
                         open_ids[item.index] = item.request_ids
                         if ordered:
                             held.append(item)
-                        self._take_events(is_waiting=False)
+                        self._take_events(None)
                 elif num_given < num_read:
-                    self._take_events(is_waiting=True)
+                    self._take_events(held if ordered else gathering.ended)
                 else:
                     return
         finally:
@@ -171,16 +172,17 @@ class LocalRun:
             item.on_error(error)
         return item
 
-    def _take_events(self, *, is_waiting: bool) -> None:
-        """Routes what has come, and if nothing has and `is_waiting`, what comes next."""
+    def _take_events(self, awaited: deque[GatheredRequest] | None) -> None:
+        """Routes what has come; of `awaited`, if it has not ended, waits for what comes next.
+
+        Another thread may have routed its end meanwhile: nothing would come of it any more.
+        """
         with self.one_call(), self._call:
-            try:
+            with suppress(queue.Empty):
                 while True:
                     self._route(self._events.get_nowait())
-                    is_waiting = False
-            except queue.Empty:
-                if is_waiting:
-                    self._route(self._events.get())
+            if awaited is not None and not _has_ended(awaited):
+                self._route(self._events.get())
 
     def _given_out(self, item: GatheredRequest) -> BatchOutput:
         """Raises EngineStoppedError: the engine has ended, and this answer with it."""
@@ -204,7 +206,12 @@ class LocalRun:
 
 def _next_ended(items: deque[GatheredRequest]) -> GatheredRequest | None:
     """Taken off the left, if that has ended."""
-    return items.popleft() if items and items[0].has_ended else None
+    return items.popleft() if _has_ended(items) else None
+
+
+def _has_ended(items: deque[GatheredRequest]) -> bool:
+    """Whether the first has."""
+    return bool(items) and items[0].has_ended
 
 
 class _Turn(threading.local):

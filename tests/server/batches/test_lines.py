@@ -6,8 +6,11 @@ import random
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from loraserve.server.batches import lines
 from loraserve.server.batches.lines import BadLine, InputFacts, Line, known_urls, read_lines, scan
+from loraserve.server.batches.results import error_line
 
 from tests.server.batches.inputs import line
 
@@ -130,3 +133,47 @@ def test_a_million_lines_take_little_memory(tmp_path: Path) -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 100 * 100_000
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.lists(
+        st.one_of(
+            st.binary(max_size=40),
+            st.sampled_from(
+                [line("a"), line("b"), line(7), b"", b"{}", b"null", b'"x"', b"\xef\xbb\xbf", b" "]
+            ),
+            st.recursive(
+                st.none() | st.booleans() | st.floats(allow_nan=False) | st.text(max_size=8),
+                lambda inner: (
+                    st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+                ),
+            ).map(lambda value: json.dumps(value).encode()),
+            st.fixed_dictionaries(
+                {},
+                optional={
+                    "custom_id": st.text(max_size=4) | st.integers(),
+                    "method": st.sampled_from(["POST", "GET", 1]),
+                    "url": st.sampled_from(["/v1/completions", "/", ""]) | st.text(max_size=5),
+                    "body": st.dictionaries(st.text(max_size=3), st.integers(), max_size=2) | st.none(),
+                },
+            ).map(lambda value: json.dumps(value).encode()),
+        ),
+        max_size=12,
+    ),
+    st.sampled_from([b"\n", b"\r\n"]),
+)
+def test_whatever_is_in_a_file_each_line_is_a_request_or_says_what_is_wrong(
+    parts: list[bytes], end: bytes
+) -> None:
+    data = end.join(parts)
+    found = read(data)
+    physical = data.removeprefix(lines.UTF8_BOM).split(b"\n")
+    numbers = [number for number, raw in enumerate(physical, 1) if raw.strip(b" \t\r")]
+    assert [one.number for one in found] == numbers
+    ids = [one.custom_id for one in found if isinstance(one, Line)]
+    assert len(set(ids)) == len(ids)
+    for one in found:
+        if isinstance(one, BadLine):
+            assert one.message.isprintable()
+            json.loads(error_line("0" * 16, one))

@@ -163,9 +163,11 @@ class BatchStore:
             filename, life_s = told()
             record = new_file(owner, filename, reserved, life_s, id=record.id)
             await self.keep_file(record)
-        except BaseException:
+        except BaseException as error:
             self.give_room_back(owner, reserved)
             path.unlink(missing_ok=True)
+            if isinstance(error, OSError):  # of the end, which writes what was buffered
+                raise BatchFileError(f"the file can't be written: {error.strerror}") from error
             raise
         finally:
             self._num_uploads -= 1
