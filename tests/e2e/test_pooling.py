@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from loraserve import LLM, AsyncEngine, EngineConfig, SamplingParams
+from loraserve.adapters.merging import read_summands
 from loraserve.errors import AdapterFormatError, InvalidRequestError, NotFiniteError
 from loraserve.pooling.params import PoolingParams
 from loraserve.request import GenerateRequest, PoolingOutput
@@ -349,3 +350,17 @@ def test_the_async_engine_pools_as_the_llm(case: PoolingCase) -> None:
         assert expected.completions[0].pooled is not None
         assert output.prompt_token_ids == request.prompt
         assert bits(output) == expected.completions[0].pooled.values.tobytes()
+
+
+def test_a_head_is_merged_into_the_model_with_its_adapter_and_with_no_other(
+    case: PoolingCase, tmp_path: Path
+) -> None:
+    adapters = {"three": case.adapters["three"]}
+    with LLM(str(case.path), adapters, dtype="float32", memory="16MiB", merge="three") as llm:
+        for name in (None, "three"):
+            (output,) = llm.classify([PROMPTS[0]], name)
+            close(output.values, case.logits("three", PROMPTS[0]))
+    paths = [case.adapters["plain"], case.adapters["three"]]
+    for model in (None, str(case.path)):
+        with pytest.raises(AdapterFormatError, match="it has a head to classify with"):
+            read_summands(paths, [1.0, 0.5], model)

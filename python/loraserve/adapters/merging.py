@@ -95,6 +95,7 @@ def read_summands(paths: Sequence[str], weights: Sequence[float], model: str | N
             check = open_check(checkpoint, (model,), "float32", MAX_RANK)
         for path, weight in zip(paths, weights, strict=True):
             files = check.check(path)
+            _refuse_head(path, has_head=files.head is not None)
             summands.append(
                 _summand(path, weight, shape, files.receipt, files.manifest, files.path, files.stored)
             )
@@ -103,6 +104,7 @@ def read_summands(paths: Sequence[str], weights: Sequence[float], model: str | N
         base_shape = _base_shape(shape)
         for path, weight in zip(paths, weights, strict=True):
             receipt = _core.check_adapter(path, base_shape, "float32", MAX_RANK, base_weights=_no_base)
+            _refuse_head(path, has_head=receipt.head is not None)
             directory = next(filter(has_manifest, (path, receipt.directory)), None)
             manifest = (read_manifest(directory) if directory else None) or AdapterManifest()
             summands.append(_summand(path, weight, shape, receipt, manifest, receipt.directory))
@@ -143,6 +145,14 @@ def total_error(modules: Mapping[str, MergedModule]) -> float:
     size = sum(module.size**2 for module in modules.values())
     cut = sum(module.error**2 for module in modules.values())
     return float((cut / size) ** 0.5) if size else 0.0
+
+
+def _refuse_head(path: str, *, has_head: bool) -> None:
+    if has_head:
+        raise AdapterFormatError(
+            f"{path} can't be merged with others: it has a head to classify with, which is no product of A "
+            "and B"
+        )
 
 
 def _summand(

@@ -34,7 +34,15 @@ class Merged:
         notes = ["merged into the model's weights (--merge)"]
         self.receipt = files.receipt.with_beside(notes, files.receipt.not_used)
         self.adapter = RegisteredAdapter(
-            name, files.path, self.receipt, NO_ID, files.manifest, files.text, turn, files.stored
+            name,
+            files.path,
+            self.receipt,
+            NO_ID,
+            files.manifest,
+            files.text,
+            turn,
+            files.stored,
+            files.head,
         )
 
     def check_combination(self, adapters: Sequence[tuple[str, float]]) -> None:
