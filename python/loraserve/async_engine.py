@@ -16,13 +16,15 @@ from loraserve.adapters.manifest import AdapterManifest
 from loraserve.adapters.startup import AdapterFailure
 from loraserve.adapters.stored import StoredAdapter, config_text, memory_source
 from loraserve.config import EngineConfig
-from loraserve.engine.adapters import AdapterReplacedError, CheckedAdapter
+from loraserve.engine.adapters import CheckedAdapter
 from loraserve.engine.engine import Engine
 from loraserve.engine.frontend import MAX_PREPARED_AGAIN, Frontend
 from loraserve.engine.prepared import PreparedRequest, check_deadline
 from loraserve.engine.queue import deadline_error
+from loraserve.engine.request_adapters import AdapterReplacedError
 from loraserve.engine.sequence import EngineOutputs
 from loraserve.engine.stats import AdapterInfo, EngineInfo, EngineStats
+from loraserve.engine.versions import GenerationInfo
 from loraserve.engine.workers import Workers
 from loraserve.errors import AdapterUnavailableError, EngineStoppedError
 from loraserve.pooling.head import ClassificationHead
@@ -54,6 +56,7 @@ class RequestStream(AsyncIterator[Delta]):
         self.request_ids: list[int] = []
         self.prompt_token_ids = prepared.prompt_token_ids
         self.tokenizer = prepared.tokenizer
+        self.generations = prepared.generations
         self.inbox = Inbox()
         self._engine = engine
         self._num_open = prepared.num_sequences
@@ -255,6 +258,8 @@ class AsyncEngine:
         tensors: Mapping[str, Tensor] | None = None,
         config: Mapping[str, Any] | None = None,
         replace: bool = False,
+        expected_generation: int | None = None,
+        share: float | None = None,
     ) -> Receipt:
         """Check and register an adapter off the loop, or replace one; see `LLM.load_adapter`.
 
@@ -271,7 +276,9 @@ class AsyncEngine:
         is_served = False
         try:
             checked = await asyncio.wait_for(self._loads.run(check), LOAD_LIMIT_S)
-            receipt = adapters.register(checked, replace=replace, turn=turn)
+            receipt = adapters.register(
+                checked, replace=replace, turn=turn, expected_generation=expected_generation, share=share
+            )
             is_served = True
             return receipt
         except asyncio.TimeoutError:
@@ -329,6 +336,21 @@ class AsyncEngine:
     async def pin_adapter(self, name: str, is_pinned: bool = True) -> None:
         """Keep an adapter in the pool, or let it go again; see `EngineAdapters.pin`."""
         self._engine.adapters.pin(name, is_pinned)
+
+    async def split_adapter(self, name: str, shares: Mapping[int, float]) -> None:
+        """Give generations of an adapter shares of its requests; see `LLM.split_adapter`."""
+        self._engine.adapters.generations.split(name, shares)
+
+    async def roll_back_adapter(
+        self, name: str, generation: int | None = None, *, expected_generation: int | None = None
+    ) -> int:
+        """Make an earlier generation current; see `LLM.roll_back_adapter`."""
+        generations = self._engine.adapters.generations
+        return generations.roll_back(name, generation, expected_generation=expected_generation)
+
+    def generations(self, name: str) -> list[GenerationInfo]:
+        """What is remembered of an adapter's, oldest first. Raises AdapterNotFoundError."""
+        return self._engine.adapters.generations.infos(name)
 
     @property
     def adapter_failures(self) -> tuple[AdapterFailure, ...]:

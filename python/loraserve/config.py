@@ -26,6 +26,7 @@ MAX_MEMORY = 2**62
 AUTO = "auto"
 
 # Most that a setting may be; what an engine can do with a machine is checked against the machine.
+MAX_KEPT_GENERATIONS = 64
 MAX_COUNTS = {
     "max_lora_rank": 2**16,
     "max_num_seqs": 2**16,
@@ -62,6 +63,8 @@ class EngineConfig:
         memory: bytes of the one pool that KV cache and adapters share, or text such as "2GiB"; "auto" takes
             three quarters of what is free beside the weights, on a GPU what `gpu_memory_utilization` leaves,
             and no more than `max_num_seqs` can use.
+        keep_generations: earlier versions of each adapter's name that requests may still pin and a rollback
+            may lead to; 0 keeps none.
         adapter_host_memory: most bytes of main memory, or text such as "2GiB", that keep adapters as they lay
             in the pool, so that an evicted one returns by a copy; 0 keeps none, "auto" takes half of what
             weights and pool leave free.
@@ -105,6 +108,7 @@ class EngineConfig:
     adapter_dtype: str = "auto"
     device: str = "auto"
     memory: int | str = AUTO
+    keep_generations: int = 2
     adapter_host_memory: int | str = AUTO
     gpu_memory_utilization: float = 0.9
     cuda_graphs: bool = True
@@ -142,6 +146,7 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None or name not in _OPTIONAL_COUNTS:
                 check_int(name, value, 1, high)
+        check_int("keep_generations", self.keep_generations, 0, MAX_KEPT_GENERATIONS)
         check_choice("speculate", self.speculate, SPECULATIONS)
         check_tool_parser(self.tool_parser)
         check_reasoning_parser(self.reasoning_parser)

@@ -52,6 +52,19 @@ class SourceUnavailableError(AdapterUnavailableError):
         self.retry_after_s = retry_after_s
 
 
+class GenerationConflictError(LoraserveError):
+    """An adapter is at another generation than was expected: somebody else has changed it.
+
+    Args:
+        message: what is there and what was expected.
+        generation: the current one, 0 where there is none.
+    """
+
+    def __init__(self, message: str, *, generation: int = 0) -> None:
+        super().__init__(message)
+        self.generation = generation
+
+
 class CapacityError(LoraserveError):
     """The memory is too small for this; the message says how much is needed."""
 

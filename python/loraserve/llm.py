@@ -15,6 +15,7 @@ from loraserve.engine.calls import Prompt, as_prompts, params_per_request, per_r
 from loraserve.engine.local_run import LocalRun
 from loraserve.engine.pooled_calls import PooledCalls
 from loraserve.engine.stats import AdapterInfo, EngineInfo, EngineStats
+from loraserve.engine.versions import GenerationInfo
 from loraserve.errors import InvalidRequestError
 from loraserve.pooling.head import ClassificationHead
 from loraserve.request import (
@@ -198,6 +199,8 @@ class LLM(PooledCalls):
         tensors: Mapping[str, Tensor] | None = None,
         config: Mapping[str, Any] | None = None,
         replace: bool = False,
+        expected_generation: int | None = None,
+        share: float | None = None,
     ) -> Receipt:
         """Check and register an adapter, or replace the one of this name; see `EngineAdapters.load`.
 
@@ -210,11 +213,45 @@ class LLM(PooledCalls):
                 adapter and 8 GiB of all, and are gone with the adapter.
             config: of `tensors`.
             replace: whether the name may have other content, which this takes the place of.
+            expected_generation: what the name must be at, 0 for not loaded, else GenerationConflictError.
+            share: of the name's requests that get it, from 0 to 1, others get what they got; None is all.
         """
         with self._run.one_call():
             adapters = self._engine.adapters
             source = adapters.source_of(name, path, tensors, config)
-            return adapters.load(name, source, manifest, replace=replace)
+            return adapters.load(
+                name,
+                source,
+                manifest,
+                replace=replace,
+                expected_generation=expected_generation,
+                share=share,
+            )
+
+    def split_adapter(self, name: str, shares: Mapping[int, float]) -> None:
+        """Give generations of an adapter shares of its requests, from 0 to 1, which sum to 1.
+
+        Requests of the same `user` get the same generation while the shares stay.
+
+        Raises:
+            AdapterNotFoundError: no adapter has this name, or no such generation is kept.
+            InvalidRequestError: the shares do not sum to 1.
+        """
+        with self._run.one_call():
+            self._engine.adapters.generations.split(name, shares)
+
+    def roll_back_adapter(
+        self, name: str, generation: int | None = None, *, expected_generation: int | None = None
+    ) -> int:
+        """Make an earlier generation current; see `EngineAdapters.roll_back`."""
+        with self._run.one_call():
+            generations = self._engine.adapters.generations
+            return generations.roll_back(name, generation, expected_generation=expected_generation)
+
+    def generations(self, name: str) -> list[GenerationInfo]:
+        """What is remembered of an adapter's, oldest first. Raises AdapterNotFoundError."""
+        with self._run.one_call():
+            return self._engine.adapters.generations.infos(name)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter; AdapterNotFoundError if there is none of this name."""

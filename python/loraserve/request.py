@@ -127,6 +127,7 @@ class GenerateRequest:
             not given.
         cache_salt: up to 256 characters; only requests of the same salt share cached prompts.
         tenant: whose prompt it is; a server says so, and no cached prompt is shared between tenants.
+        user: whose request it is, so that adapters with shares give the same user the same generation.
         pooling: what to make of the prompt's hidden states in place of an answer; of `params` nothing counts
             then.
         may_use_base_model: whether the base model may answer where the weights leave no adapter to run.
@@ -147,6 +148,7 @@ class GenerateRequest:
     tenant: str = ""
     may_use_base_model: bool = True
     pooling: PoolingParams | None = None
+    user: str | None = None
 
 
 @dataclass(frozen=True)
@@ -251,12 +253,16 @@ class Completion:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """All n answers to one prompt; the first answer's fields are also attributes of this."""
+    """All n answers to one prompt; the first answer's fields are also attributes of this.
+
+    `generations` are those of its adapters that answered, by name.
+    """
 
     prompt: str | None
     prompt_token_ids: list[int]
     adapter: AdapterSpec
     completions: list[Completion]
+    generations: dict[str, int] = field(default_factory=dict)
 
     @property
     def text(self) -> str:

@@ -17,6 +17,7 @@ from loraserve.engine.stats import (
     EngineStats,
     HostTierStats,
 )
+from loraserve.engine.versions import GenerationInfo
 from loraserve.errors import AdapterFormatError, AdapterNotFoundError, CapacityError, InvalidRequestError
 from loraserve.server.access.keys import AccessControl
 from loraserve.server.access.request_limits import RequestLimits
@@ -127,7 +128,27 @@ class ControlEngine(FakeEngine):
             for name, stats in self.stats().adapters.items()
         ]
 
-    async def load_adapter(self, name: str, path: str, manifest: Any = None, *, replace: bool = False) -> Any:
+    def has_adapter(self, name: str) -> bool:
+        return name in self.paths
+
+    def generations(self, name: str) -> list[GenerationInfo]:
+        """One alone: nothing is gone back to here."""
+        return [
+            GenerationInfo(
+                number=1,
+                hash="0" * 64,
+                source=self._find(name),
+                since=0.0,
+                is_current=True,
+                is_kept=True,
+                share=1.0,
+                num_requests=0,
+            )
+        ]
+
+    async def load_adapter(
+        self, name: str, path: str, manifest: Any = None, *, replace: bool = False, **_versions: None
+    ) -> Any:
         if path.endswith("bad"):
             raise AdapterFormatError(f"{path} is malformed")
         if self.paths.get(name, path) != path and not replace:

@@ -43,7 +43,9 @@ class StrictEngine(ControlEngine):
                 raise AdapterNotFoundError(f"no adapter named '{name}' is registered")
         return await super().prepare(request)
 
-    async def load_adapter(self, name: str, path: str, manifest: Any = None, *, replace: bool = False) -> Any:
+    async def load_adapter(
+        self, name: str, path: str, manifest: Any = None, *, replace: bool = False, **versions: None
+    ) -> Any:
         if "bug" in path:
             raise RuntimeError(f"broken\n{FORGED}")
         return await super().load_adapter(name, path, manifest)

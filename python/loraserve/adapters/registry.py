@@ -49,7 +49,8 @@ class RegisteredAdapter:
     """One name; several names may share one adapter id, which stands for the content of the weights.
 
     `text` is how its requests become tokens and its tokens text; `turn` is when it was asked for, among all
-    loads; `stored` is as of its `WeightsSource`; `head` is what it classifies with.
+    loads; `stored` is as of its `WeightsSource`; `head` is what it classifies with; `generation` is its
+    number among those of its name.
     """
 
     name: str
@@ -61,6 +62,7 @@ class RegisteredAdapter:
     turn: int
     stored: StoredAdapter | None = None
     head: ClassificationHead | None = None
+    generation: int = 1
 
     @cached_property
     def added(self) -> AddedTokens:
@@ -133,6 +135,10 @@ class AdapterRegistry:
     def sources(self, adapter_id: int) -> list[WeightsSource]:
         """Everywhere this content was registered from, newest first."""
         return list(reversed(self._sources[adapter_id].values()))
+
+    def aliases(self) -> Iterator[RegisteredAdapter]:
+        """Those whose names are no generations', in order of registration."""
+        return (adapter for adapter in self if "@" not in adapter.name)
 
     def __iter__(self) -> Iterator[RegisteredAdapter]:
         return iter(self._by_name.values())

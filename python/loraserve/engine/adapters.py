@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,19 +20,25 @@ from loraserve.adapters.registry import AdapterRegistry, RegisteredAdapter, chec
 from loraserve.adapters.served_base import ServedBase
 from loraserve.adapters.startup import AdapterFailure, StartingAdapters
 from loraserve.adapters.stored import StoredAdapter, memory_source
-from loraserve.adapters.text import NO_TOKENS, AddedTokens
 from loraserve.config import EngineConfig
 from loraserve.engine.adapter_loads import AdapterLoads
 from loraserve.engine.extent_loader import ExtentLoader
+from loraserve.engine.generations import Generations
 from loraserve.engine.lock import EngineLock
 from loraserve.engine.merged import Merged
 from loraserve.engine.model_runner import ModelRunner
+from loraserve.engine.pool_loads import PoolLoads
 from loraserve.engine.queue import Intake
+from loraserve.engine.request_adapters import RequestAdapters
 from loraserve.engine.servable import check_servable, log_receipt
-from loraserve.engine.stats import AdapterInfo, UsageCounters
+from loraserve.engine.stats import AdapterInfo, AdapterUsage, UsageCounters
+from loraserve.engine.versions import (
+    SEPARATOR,
+    AdapterVersions,
+    base_name,
+    generation_name,
+)
 from loraserve.errors import (
-    AdapterUnavailableError,
-    EngineStoppedError,
     InvalidRequestError,
     LoraserveError,
 )
@@ -43,10 +50,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 logger = logging.getLogger(__name__)
-
-
-class AdapterReplacedError(AdapterUnavailableError):
-    """A request was prepared for what the name of an adapter meant before: prepare it again."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,10 @@ class EngineAdapters:
         self._intake = intake
         self._wake = wake
         self._registry = AdapterRegistry()
+        self._versions = AdapterVersions(config.keep_generations)
+        self.generations = Generations(
+            self._versions, self._bind, self._unbind, self.take_turn, lock, intake, wake
+        )
         self._loads = AdapterLoads()
         self._turns = itertools.count()
         model = runner.model
@@ -113,6 +120,10 @@ class EngineAdapters:
         self.tensor_store = self._check.store
         self.host_tier = _core.HostTier(runner.host_tier_nbytes)
         self.loader = ExtentLoader(runner.backend, self._check, self.host_tier, wake.set)
+        self.pool_loads = PoolLoads(
+            scheduler, runner, self.loader, self._registry, self._loads, lock, self._forget_unused
+        )
+        self.of_requests = RequestAdapters(self._registry, lambda: self.merged)
 
     def load_configured(self) -> None:
         """Register the configuration's adapters; `failures` are those the engine starts without.
@@ -138,10 +149,18 @@ class EngineAdapters:
         manifest: AdapterManifest | None = None,
         *,
         replace: bool = False,
+        expected_generation: int | None = None,
+        share: float | None = None,
     ) -> _core.Receipt:
         """`check`, then `register`."""
         turn = self.take_turn()
-        return self.register(self.check(name, source, manifest), replace=replace, turn=turn)
+        return self.register(
+            self.check(name, source, manifest),
+            replace=replace,
+            turn=turn,
+            expected_generation=expected_generation,
+            share=share,
+        )
 
     def check_name(self, name: str) -> None:
         """Raises InvalidRequestError: no request could ask for an adapter of this name, or one is merged."""
@@ -185,10 +204,8 @@ class EngineAdapters:
     ) -> CheckedAdapter:
         """Read an adapter and check it against the model; as slow as its files, and nothing is changed.
 
-        Args:
-            name: what requests are to call it.
-            source: a PEFT directory, a GGUF adapter, TensorRT-LLM's arrays, or what `store` gave.
-            manifest: goes over the directory's own `loraserve.json`.
+        `source` is a PEFT directory, a GGUF adapter, TensorRT-LLM's arrays, or what `store` gave; `manifest`
+        goes over the directory's own `loraserve.json`.
 
         Raises:
             InvalidRequestError: the name is not allowed, or the path is no text.
@@ -202,7 +219,15 @@ class EngineAdapters:
         check_servable(name, files, self._runner, self._grammars)
         return CheckedAdapter(name, files.path, files)
 
-    def register(self, checked: CheckedAdapter, *, replace: bool = False, turn: int) -> _core.Receipt:
+    def register(
+        self,
+        checked: CheckedAdapter,
+        *,
+        replace: bool = False,
+        turn: int,
+        expected_generation: int | None = None,
+        share: float | None = None,
+    ) -> _core.Receipt:
         """Serve an adapter under its name; its bytes enter the pool on first use.
 
         Args:
@@ -211,9 +236,12 @@ class EngineAdapters:
                 accepted before finish on the weights they were accepted with. Where this raises, all stays as
                 it was.
             turn: of `take_turn`; of two replacements of a name the later turn lasts.
+            expected_generation: what the name must be at, 0 for not loaded; None takes what is there.
+            share: of the name's requests that get it, from 0 to 1, others stay where they are; None is all.
 
         Raises:
             InvalidRequestError: the name is taken by other content and `replace` is not set.
+            GenerationConflictError: the name is at another generation than was expected.
             CapacityError, EngineStoppedError: the adapter can't be served.
         """
         name, files = checked.name, checked.files
@@ -223,31 +251,62 @@ class EngineAdapters:
             old = self._registry.get(name)
             if replace and old is not None and old.turn > turn:
                 return receipt  # asked for earlier, and replaced already
-            adapter_id = self._scheduler.register_adapter(
+            self._versions.check_expected(name, expected_generation)
+            adapter = RegisteredAdapter(
                 name,
-                receipt.hash,
-                receipt.nbytes,
-                replace=replace,
-                invocation_tokens=receipt.invocation_tokens,
+                checked.path,
+                receipt,
+                0,
+                files.manifest,
+                files.text,
+                turn,
+                files.stored,
+                files.head,
+                self._versions.next_number(name, receipt.hash),
             )
-            self._registry.add(
-                RegisteredAdapter(
-                    name,
-                    checked.path,
-                    receipt,
-                    adapter_id,
-                    files.manifest,
-                    files.text,
-                    turn,
-                    files.stored,
-                    files.head,
-                )
+            if old is None or share is None or old.generation == adapter.generation:
+                self._bind(adapter, replace=replace)
+            elif not replace:
+                raise InvalidRequestError(f"adapter {name!r} is loaded already, a share of it needs replace")
+            adapter = self._bind(
+                dataclasses.replace(adapter, name=generation_name(name, adapter.generation)), replace=True
             )
-            if old is not None and old.adapter_id != adapter_id:
-                self._forget_replaced(old.adapter_id, name)
+            for gone in self._versions.publish(name, adapter, share):
+                self._unbind(gone)
         self._wake.set()  # a pinned one is loaded soon
         log_receipt(name, receipt, files.base.warning)
         return receipt
+
+    def count_request(self, names: Collection[str]) -> list[AdapterUsage]:
+        """What a request of these names counts in from now on; for the engine, under its lock."""
+        usage = self.usage.counters(map(base_name, names))
+        for counter in usage:
+            counter.num_requests += 1
+        for name in names:
+            self._versions.count(self._registered(name))
+        return usage
+
+    def _bind(self, adapter: RegisteredAdapter, *, replace: bool) -> RegisteredAdapter:
+        """Its name means it from now on, in the core too."""
+        name, receipt = adapter.name, adapter.receipt
+        old = self._registry.get(name)
+        adapter_id = self._scheduler.register_adapter(
+            name,
+            receipt.hash,
+            receipt.nbytes,
+            replace=replace,
+            invocation_tokens=receipt.invocation_tokens,
+        )
+        adapter = dataclasses.replace(adapter, adapter_id=adapter_id)
+        self._registry.add(adapter)
+        if old is not None and old.adapter_id != adapter_id:
+            self._forget_replaced(old.adapter_id, name)
+        return adapter
+
+    def _unbind(self, name: str) -> None:
+        self._scheduler.unregister_adapter(name)
+        self._registry.remove(name)
+        self._forget_unused()
 
     def take_turn(self) -> int:
         """The place of a `register` to come, in the order of these calls."""
@@ -262,9 +321,15 @@ class EngineAdapters:
         with self._lock:
             if self.merged is not None:
                 self.merged.refuse(f"adapter {name!r} can't be unloaded")
+            if SEPARATOR in name:
+                raise InvalidRequestError(
+                    f"{name!r} is one generation, unload {base_name(name)!r} as a whole"
+                )
             self._scheduler.unregister_adapter(name)
             self._registry.remove(name)
             self.usage.forget(name)
+            for generation in self._versions.forget(name):
+                self._unbind(generation)
             self._forget_unused()
 
     def warm(self, name: str) -> Future[float]:
@@ -305,42 +370,6 @@ class EngineAdapters:
         with self._lock:
             return self._registry.get(name)
 
-    def check_registered(self, registered: Mapping[str, RegisteredAdapter | None]) -> None:
-        """Whether these names still mean this; for the engine, under its lock.
-
-        Raises AdapterReplacedError.
-        """
-        for name, adapter in registered.items():
-            if self._registry.get(name) is not adapter:
-                raise AdapterReplacedError(
-                    f"adapter {name!r} was loaded, replaced or unloaded while the request was prepared: "
-                    "send it again"
-                )
-
-    def check_combination(self, adapters: Sequence[tuple[str, float]]) -> None:
-        """Whether these (name, weight) pairs may be used together; for the engine, under its lock.
-
-        Raises:
-            InvalidRequestError: one can't be weighted or summed with others.
-        """
-        if self.merged is not None:
-            self.merged.check_combination(adapters)
-        self._registry.check_combination(adapters)
-
-    def to_apply(self, adapters: Sequence[tuple[str, float]]) -> Sequence[tuple[str, float]]:
-        """Those that the scheduler has to bring into a sequence; what is in the weights already is none."""
-        return [(name, weight) for name, weight in adapters if not self.is_merged(name)]
-
-    def added_tokens(self, adapters: Sequence[tuple[str, float]]) -> AddedTokens:
-        """Tokens beyond the model's for a request of these (name, weight) pairs, which may be used together;
-        for the engine, under its lock.
-        """
-        for name, weight in adapters:
-            adapter = self._registry.get(name)
-            if adapter is not None and weight != 0.0 and adapter.added.known:
-                return adapter.added
-        return NO_TOKENS
-
     def infos(self) -> list[AdapterInfo]:
         """All registered adapters, in order of registration."""
         with self._lock:
@@ -355,57 +384,8 @@ class EngineAdapters:
         times, usage = self._loads.times, self.usage.of
         return {
             one.name: AdapterInfo.build(one, stats[one.name], times(one.adapter_id), usage(one.name))
-            for one in self._registry
+            for one in self._registry.aliases()
         }
-
-    def start_load(self, adapter_id: int, slot: int, first_page: int, num_pages: int) -> None:
-        """Begin to bring an adapter into its extent, as the scheduler says."""
-        with self._lock:
-            sources = self._registry.sources(adapter_id)
-            keeps = self._scheduler.has_adapter_turnover() and self._registry.has_name(adapter_id)
-            self._loads.start(adapter_id)
-        self.loader.start(adapter_id, sources, self._runner.extent(slot, first_page, num_pages), keeps=keeps)
-
-    def finish_loads(self) -> None:
-        """Tell the scheduler, and who waits, of loads that are done."""
-        for result in self.loader.take_results():
-            if isinstance(result.outcome, LoraserveError):
-                with self._lock:
-                    names = self._registry.names(result.adapter_id) or [
-                        f"{source.name} (no more)" for source in self._registry.sources(result.adapter_id)
-                    ]
-                    logger.warning(
-                        "adapter %s was not read into the pool: %s", ", ".join(names), result.outcome
-                    )
-                    self._scheduler.adapter_load_failed(result.adapter_id, result.outcome)
-                    self._loads.finish(result.adapter_id, result.outcome)
-            else:
-                self._runner.bind(result.extent, result.outcome)
-                with self._lock:
-                    self._scheduler.adapter_loaded(result.adapter_id)
-                    self._loads.finish(result.adapter_id, None)
-            with self._lock:
-                if not self._registry.has_name(result.adapter_id):
-                    self._forget_unused()  # unloaded while it was read
-
-    def announce_late_loads(self) -> None:
-        """Tell the scheduler of loads that take long, so that only who needs them waits; under the lock."""
-        late = self._loads.take_late()
-        if late:
-            self.loader.replace_stuck_threads()
-        for adapter_id in late:
-            names = ", ".join(self._registry.names(adapter_id))
-            logger.warning("adapter %s is still being read, other requests go first", names)
-            self._scheduler.adapter_load_late(adapter_id)
-
-    def next_late_in_s(self) -> float | None:
-        """Seconds until `announce_late_loads` has something to tell, None if that may be never."""
-        return self._loads.next_late_in_s()
-
-    def refuse_waiters(self, message: str) -> None:
-        """The engine has stopped: nobody's adapter will be loaded any more."""
-        with self._lock:
-            self._loads.fail_all(EngineStoppedError(message))
 
     def _add_merged(self, name: str) -> None:
         """The adapter that the runner has merged, as a name that requests may give."""
@@ -420,11 +400,12 @@ class EngineAdapters:
         return self.merged is not None and name == self.merged.name
 
     def __len__(self) -> int:
-        return len(self._registry)
+        return sum(1 for _ in self._registry.aliases())
 
     def _forget_replaced(self, adapter_id: int, name: str) -> None:
         """Who waits for the old content of `name` to be loaded waits for the new."""
-        if self._loads.is_awaited(adapter_id) and adapter_id not in self._registry.adapter_ids():
+        is_meant = any(one.adapter_id == adapter_id for one in self._registry.aliases())
+        if self._loads.is_awaited(adapter_id) and not is_meant:
             try:
                 is_resident = self._scheduler.warm_adapter(name)
                 self._loads.pass_on(adapter_id, self._registered(name).adapter_id, is_resident)

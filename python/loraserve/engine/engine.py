@@ -169,9 +169,9 @@ class Engine:
         with self._lock:
             self._intake.check()
             self._waiting_limit.check(self._scheduler)
-            self.adapters.check_registered(registered)
-            self.adapters.check_combination(adapters)
-            added = self.adapters.added_tokens(adapters)
+            self.adapters.of_requests.check_registered(registered)
+            self.adapters.of_requests.check_combination(adapters)
+            added = self.adapters.of_requests.added_tokens(adapters)
             if not has_own_ids:
                 self.runner.check_token_ids(prompt, added.known)
                 self.runner.check_token_ids(chosen_ids, added.producible)
@@ -179,7 +179,7 @@ class Engine:
             stop_token_ids = [*(() if params.ignore_eos else ends), *params.stop_token_ids]
             request_id = self._scheduler.submit(
                 list(prompt),
-                to_apply := list(self.adapters.to_apply(adapters)),
+                to_apply := list(self.adapters.of_requests.to_apply(adapters)),
                 params.max_tokens if generates else 0,
                 params.min_tokens if generates else 0,
                 stop_token_ids,
@@ -197,9 +197,7 @@ class Engine:
                 self._sampler.add(request_id, params, seed, seen, stop_token_ids, matcher, prediction)
             record.adapter_was_resident = self._scheduler.has_its_adapters(request_id)
             names = tuple(name for name, _ in adapters)
-            usage = self.adapters.usage.counters(names)
-            for counter in usage:
-                counter.num_requests += 1
+            usage = self.adapters.count_request(names)
             self._sequences[request_id] = SequenceState(record, deadline_s, len(prompt), usage, names)
             if deadline_s is not None:
                 self._deadlines.add(record.arrived_at + deadline_s, request_id)
@@ -274,7 +272,7 @@ class Engine:
         self._wake.set()
         self._thread.join()
         self.runner.release()
-        self.adapters.refuse_waiters(refusal)
+        self.adapters.pool_loads.refuse_waiters(refusal)
 
     @property
     def is_stopped(self) -> bool:
@@ -297,11 +295,11 @@ class Engine:
 
     def idle_s(self) -> float | None:
         """Seconds until a request's deadline, or until a load is late; None if there is neither."""
-        times = self._deadlines.next_in_s(), self.adapters.next_late_in_s()
+        times = self._deadlines.next_in_s(), self.adapters.pool_loads.next_late_in_s()
         return min((seconds for seconds in times if seconds is not None), default=None)
 
     def _step(self) -> bool:
-        self.adapters.finish_loads()
+        self.adapters.pool_loads.finish()
         running, self._running = self._running, None
         if running is None:
             running = self._launch(self._plan())
@@ -313,7 +311,7 @@ class Engine:
     def _plan(self) -> _core.SchedulerOutput:
         with self._lock:
             self._end_expired()
-            self.adapters.announce_late_loads()
+            self.adapters.pool_loads.announce_late()
             for request_id, draft in self._sampler.drafts(self._scheduler.draftable(), self._scheduler.draft):
                 self._scheduler.give_draft(request_id, draft)
             return self._admit(self._scheduler.schedule())
@@ -322,7 +320,7 @@ class Engine:
         """The step behind the one that runs; None if that must be committed first."""
         with self._lock:
             self._end_expired()
-            self.adapters.announce_late_loads()
+            self.adapters.pool_loads.announce_late()
             planned = self._scheduler.schedule_ahead()
             return None if planned is None else self._admit(planned)
 
@@ -443,7 +441,7 @@ class Engine:
             sequences = self._sequences
             self._sequences = {}
             self._idle.notify_all()
-        self.adapters.refuse_waiters(message)
+        self.adapters.pool_loads.refuse_waiters(message)
         error = EngineStoppedError(message)
         ends = [SequenceEnd(request_id, None, None, None, error) for request_id in sequences]
         self._on_outputs(EngineOutputs((), (), (), ends))

@@ -197,6 +197,7 @@ class Frontend(Generic[Owner]):
             self._tokenizer,
             self._engine.max_model_len,
             self._engine.adapters.find,
+            self._engine.adapters.generations.route,
             self._engine.runner.model.sampling_defaults,
             arrived_at,
             self._engine.config,

@@ -84,4 +84,10 @@ class GatheredRequest:
     def output(self) -> RequestOutput:
         """All its answers."""
         prompt = self.request.prompt if isinstance(self.request.prompt, str) else None
-        return RequestOutput(prompt, self.prepared.prompt_token_ids, self.request.adapter, self.completions)
+        return RequestOutput(
+            prompt,
+            self.prepared.prompt_token_ids,
+            self.request.adapter,
+            self.completions,
+            self.prepared.generations,
+        )

@@ -50,7 +50,7 @@ class StepLauncher:
         if planned.loads:
             self._runner.backend.order_loads()
         for load in planned.loads:
-            self._adapters.start_load(*load)
+            self._adapters.pool_loads.start(*load)
         batch = planned.batch
         is_contended = self._uses_every_core and batch is not None
         self._adapters.loader.set_contended(is_contended)

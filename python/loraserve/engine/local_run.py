@@ -12,10 +12,10 @@ from contextlib import suppress
 from tqdm.auto import tqdm
 
 from loraserve.config import EngineConfig
-from loraserve.engine.adapters import AdapterReplacedError
 from loraserve.engine.engine import Engine
 from loraserve.engine.frontend import MAX_PREPARED_AGAIN, Frontend
 from loraserve.engine.gathering import GatheredRequest, Gathering
+from loraserve.engine.request_adapters import AdapterReplacedError
 from loraserve.engine.sequence import EngineOutputs
 from loraserve.errors import EngineStoppedError, InvalidRequestError, LoraserveError
 from loraserve.pooling.head import ClassificationHead

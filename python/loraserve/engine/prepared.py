@@ -15,6 +15,7 @@ from loraserve.adapters.registry import RegisteredAdapter
 from loraserve.adapters.text import common_text, without_weightless
 from loraserve.config import EngineConfig
 from loraserve.engine.answer_form import AnswerForm, answer_form
+from loraserve.engine.versions import base_name
 from loraserve.errors import InvalidRequestError, PromptTooLongError
 from loraserve.pooling.head import ClassificationHead
 from loraserve.pooling.params import PoolingKind, PoolingParams
@@ -66,6 +67,12 @@ class PreparedRequest:
     prediction: Prediction | None = None
 
     @property
+    def generations(self) -> dict[str, int]:
+        """Of each adapter, by its name without one."""
+        found = self.registered.values()
+        return {base_name(one.name): one.generation for one in found if one is not None}
+
+    @property
     def num_sequences(self) -> int:
         """How many the engine runs for it."""
         return 1 if self.pooling is not None else self.params.n
@@ -76,6 +83,7 @@ def prepare(
     tokenizer: Tokenizer,
     max_model_len: int,
     find_adapter: Callable[[str], RegisteredAdapter | None] = lambda _: None,
+    route: Callable[[str, str | None], str] = lambda name, _: name,
     sampling_defaults: Mapping[str, Any] = MappingProxyType({}),
     arrived_at: float | None = None,
     config: EngineConfig | None = None,
@@ -87,6 +95,7 @@ def prepare(
 
     The manifest of its one adapter fills the gaps of its parameters, then what lies beside its adapters, then
     the model's `sampling_defaults`. `tokenizer` is the model's; adapters may have another (`common_text`).
+    `route` says which generation of an adapter a user gets.
     `config` is the engine's: a request that names no adapter asks for the one that the model has become.
     `model_head` is of a model that classifies; `hidden_size` bounds the dimensions of embeddings;
     `model_pooling` is how the model embeds, where its files say so.
@@ -104,7 +113,7 @@ def prepare(
         request.pooling.check_dimensions(hidden_size)
     merged = None if config is None else config.merge
     max_num_tokens = _max_prompt_tokens(request.truncate, max_model_len)
-    adapters = resolve_adapters(request.adapter)
+    adapters = [(route(name, request.user), weight) for name, weight in resolve_adapters(request.adapter)]
     if not adapters and merged is not None:
         adapters = [(merged, 1.0)]
     registered = {name: find_adapter(name) for name in without_weightless(adapters)}

@@ -62,6 +62,7 @@ class AdapterInfo(AdapterStats):
     path: str
     description: str | None
     receipt: Receipt
+    generation: int = 1
 
     @classmethod
     def build(
@@ -73,6 +74,7 @@ class AdapterInfo(AdapterStats):
             path=adapter.path,
             description=adapter.manifest.description,
             receipt=adapter.receipt,
+            generation=adapter.generation,
             state=core.state,
             num_running=core.num_running,
             num_waiting=core.num_waiting,

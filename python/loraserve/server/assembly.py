@@ -70,6 +70,7 @@ def engine_config(
         device=settings.device,
         memory=settings.memory,
         adapter_host_memory=settings.adapter_host_memory,
+        keep_generations=settings.keep_generations,
         max_lora_rank=settings.max_lora_rank,
         max_num_seqs=settings.max_num_seqs,
         max_batched_tokens=settings.max_batched_tokens,

@@ -85,6 +85,11 @@ class RequestRun:
         return sum(len(stream.prompt_token_ids) for stream in self.streams)
 
     @property
+    def generations(self) -> dict[str, int]:
+        """Of the adapters that answer, by name."""
+        return self.streams[0].generations
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """Whose tokens all answers are made of; a call has one adapter."""
         return self.streams[0].tokenizer

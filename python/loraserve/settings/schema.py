@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, model_validator
 
 from loraserve.adapters.registry import check_adapter_name, check_base_names
 from loraserve.adapters.startup import OnAdapterError
-from loraserve.config import MAX_COUNTS, EngineConfig, check_merge, parse_memory
+from loraserve.config import MAX_COUNTS, MAX_KEPT_GENERATIONS, EngineConfig, check_merge, parse_memory
 from loraserve.sampling_params import MAX_LOGPROBS, MAX_N, MAX_STOP_STRINGS
 from loraserve.settings.adapter_sources import AdapterSourceSettings
 from loraserve.settings.entries import AdapterSettings, KeySettings, PrefixCacheScope
@@ -103,6 +103,13 @@ class ServeSettings(AdapterSourceSettings):
         "memory that KV cache and adapters share, as 512MiB or 4GiB; auto takes most of what is free",
         "SIZE",
         flags=("--kv-cache-memory-bytes",),
+    )
+    keep_generations: Annotated[int, Field(ge=0)] = option(
+        EngineConfig.keep_generations,
+        "engine",
+        "earlier versions of each adapter that stay for rollback and for requests that pin one (NAME@NUMBER)",
+        "N",
+        most=MAX_KEPT_GENERATIONS,
     )
     adapter_host_memory: Memory = option(
         EngineConfig.adapter_host_memory,

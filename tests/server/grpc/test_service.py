@@ -35,6 +35,7 @@ CODES = [
     ("AdapterFormatError", grpc.StatusCode.INVALID_ARGUMENT),
     ("ModelError", grpc.StatusCode.INVALID_ARGUMENT),
     ("AdapterNotFoundError", grpc.StatusCode.NOT_FOUND),
+    ("GenerationConflictError", grpc.StatusCode.ABORTED),
     ("CapacityError", grpc.StatusCode.RESOURCE_EXHAUSTED),
     ("AdapterUnavailableError", grpc.StatusCode.FAILED_PRECONDITION),
     ("SourceUnavailableError", grpc.StatusCode.UNAVAILABLE),

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 from loraserve.errors import OverloadedError
 from loraserve.request import Delta, GenerateRequest, TokenLogprob, Usage
@@ -36,6 +36,7 @@ class FakeStream:
     is aborted."""
 
     prompt_token_ids = (1, 2, 3)
+    generations: ClassVar[dict[str, int]] = {}
     tokenizer = TOKENIZER
 
     def __init__(self, request: GenerateRequest) -> None:

@@ -23,6 +23,7 @@ TABLE = [
     ("AdapterFormatError", 400, "adapter_format", 422, "validation"),
     ("AdapterUnavailableError", 409, "adapter_unavailable", 424, "generation"),
     ("SourceUnavailableError", 503, "adapter_source_unavailable", 424, "generation"),
+    ("GenerationConflictError", 409, "generation_conflict", 409, "validation"),
     ("CapacityError", 400, "capacity_exceeded", 422, "validation"),
     ("OverloadedError", 429, "busy", 429, "overloaded"),
     ("DeadlineError", 408, "deadline_exceeded", 408, "generation"),

@@ -65,7 +65,8 @@ class Caller:
             return True
         if adapter is None:
             return self._key.base_model
-        return any(fnmatchcase(adapter, pattern) for pattern in self._key.adapters)
+        name = adapter.partition("@")[0]  # who may use one may use each of its generations
+        return any(fnmatchcase(name, pattern) for pattern in self._key.adapters)
 
     def check_use(self, adapter: AdapterSpec | Iterable[str]) -> None:
         """Raises PermissionDeniedError unless everything `adapter` names may be used; no name is the base."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -48,6 +48,8 @@ class LoadRequest:
         is_warm: load it into the pool now.
         replaces: whether the name may have other content, which this takes the place of.
         manifest: goes over the adapter's own `loraserve.json`.
+        expected_generation: what the name must be at, 0 for not loaded; None takes what is there.
+        share: of the name's requests that get it, from 0 to 1; None is all.
         stored: the adapter itself where it was sent; it is not kept for the next start.
     """
 
@@ -58,6 +60,8 @@ class LoadRequest:
     is_warm: bool = False
     replaces: bool = False
     manifest: AdapterManifest | None = None
+    expected_generation: int | None = None
+    share: float | None = None
     stored: StoredAdapter | None = None
 
 
@@ -125,6 +129,37 @@ async def pin_adapter(
         await kept.set_pinned(name, is_pinned)
 
 
+async def split_adapter(
+    engine: AsyncEngine,
+    name: str,
+    shares: Mapping[int, float],
+    *,
+    by: str | None,
+    kept: AdapterState | None = None,
+) -> None:
+    """Raises as `LLM.split_adapter` does. The next start knows no shares: it loads what is current."""
+    await engine.split_adapter(name, shares)
+    text = ", ".join(f"{number}: {share:g}" for number, share in sorted(shares.items()))
+    log_event(logger, "adapter shared out", adapter=name, shares=text, by=by)
+    await _keep_current(engine, name, kept)
+
+
+async def roll_back_adapter(
+    engine: AsyncEngine,
+    name: str,
+    generation: int | None,
+    *,
+    expected_generation: int | None = None,
+    by: str | None,
+    kept: AdapterState | None = None,
+) -> int:
+    """The number. Raises as `LLM.roll_back_adapter` does, StateError where the next start doesn't."""
+    number = await engine.roll_back_adapter(name, generation, expected_generation=expected_generation)
+    log_event(logger, "adapter rolled back", adapter=name, generation=number, by=by)
+    await _keep_current(engine, name, kept)
+    return number
+
+
 async def warm_adapter(engine: AsyncEngine, name: str, *, by: str | None) -> float:
     """The seconds it took. Raises AdapterNotFoundError, AdapterUnavailableError, CapacityError."""
     seconds = await engine.warm_adapter(name)
@@ -167,6 +202,7 @@ async def _load_and_keep(
             kept.check_room(request.name)
         path = await _fetch(sources, request, on_progress)
         fetched.set()
+        _remember_current(engine, request.name, kept)
         try:
             receipt = await _register(engine, request, path, on_progress)
         except Exception:
@@ -182,7 +218,14 @@ async def _register(
 ) -> Receipt:
     on_progress(LoadProgress("checking"))
     was_registered = any(adapter.name == request.name for adapter in engine.adapters())
-    receipt = await engine.load_adapter(request.name, path, request.manifest, replace=request.replaces)
+    receipt = await engine.load_adapter(
+        request.name,
+        path,
+        request.manifest,
+        replace=request.replaces,
+        expected_generation=request.expected_generation,
+        share=request.share,
+    )
     if not (request.is_pinned or request.is_warm):
         return receipt
     on_progress(LoadProgress("warming"))
@@ -209,18 +252,38 @@ async def _keep(
         if request.name not in kept.configured:
             await kept.forget(request.name)  # the next start would load what this took the place of
         return
-    for adapter in engine.adapters():
-        if adapter.name == request.name and _is_from(adapter.path, os.path.abspath(path)):
-            kind, location = request.source.kind, request.source.location
-            settings = AdapterSettings(
-                path=adapter.path if kind == "local" else None,
-                repo=location if kind == "hub" else None,
-                url=location if kind == "remote" else None,
-                revision=request.source.revision,
-                pin=adapter.is_pinned,
-                manifest=None if request.manifest is None else request.manifest.to_fields(),
-            )
-            await kept.keep(request.name, settings)
+    info = next((adapter for adapter in engine.adapters() if adapter.name == request.name), None)
+    sources = [] if info is None else [one.source for one in engine.generations(request.name)]
+    source = next((one for one in reversed(sources) if _is_from(one, os.path.abspath(path))), None)
+    if info is None or source is None:
+        return
+    kind, location = request.source.kind, request.source.location
+    settings = AdapterSettings(
+        path=source if kind == "local" else None,
+        repo=location if kind == "hub" else None,
+        url=location if kind == "remote" else None,
+        revision=request.source.revision,
+        pin=info.is_pinned,
+        manifest=None if request.manifest is None else request.manifest.to_fields(),
+    )
+    kept.remember(request.name, source, settings)
+    if info.path == source:
+        await kept.keep(request.name, settings)
+
+
+def _remember_current(engine: AsyncEngine, name: str, kept: AdapterState | None) -> None:
+    """How what is served now is loaded again, should it be gone back to."""
+    settings = None if kept is None else kept.adapters.get(name)
+    if kept is not None and settings is not None and engine.has_adapter(name):
+        current = next(one for one in engine.generations(name) if one.is_current)
+        kept.remember(name, current.source, settings)
+
+
+async def _keep_current(engine: AsyncEngine, name: str, kept: AdapterState | None) -> None:
+    """The next start loads the generation that is current now."""
+    if kept is not None:
+        current = next(one for one in engine.generations(name) if one.is_current)
+        await kept.follow(name, current.source)
 
 
 def _is_from(directory: str, path: str) -> bool:

@@ -63,6 +63,7 @@ class AdapterState:
         self._write_lock = threading.Lock()
         self._writes = Workers("writes of kept adapters", 1, MAX_ADAPTERS)
         self._turn = self._written_turn = 0
+        self._earlier: dict[tuple[str, str], AdapterSettings] = {}  # by name and directory
         self._lock_file = _locked(self._directory)
         try:
             self._adapters = _read(self.path)
@@ -93,6 +94,22 @@ class AdapterState:
             return
         self._adapters[name] = adapter
         await self._save(name)
+
+    def remember(self, name: str, directory: str, adapter: AdapterSettings) -> None:
+        """How to load what lies there as this name, should it become current again."""
+        self._earlier[name, directory] = adapter
+        while len(self._earlier) > MAX_ADAPTERS:
+            del self._earlier[next(iter(self._earlier))]
+
+    async def follow(self, name: str, directory: str) -> None:
+        """Keep for a name what was remembered of a directory. Raises as `keep` does."""
+        current, earlier = self._adapters.get(name), self._earlier.get((name, directory))
+        if earlier is not None:
+            is_pinned = earlier.pin if current is None else current.pin
+            await self.keep(name, earlier.model_copy(update={"pin": is_pinned}))
+        elif current is not None and current.path != directory:
+            reason = "how it was loaded is not known, so the next start loads what was kept last"
+            log_event(logger, "change not kept", level=logging.WARNING, adapter=name, reason=reason)
 
     async def set_pinned(self, name: str, is_pinned: bool) -> None:
         """Raises as `keep` does; a name that is not kept is left alone."""

@@ -6,7 +6,7 @@ Times are whole milliseconds, `x-compute-time` is seconds.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 from loraserve.request import AdapterSpec, GenerateRequest
@@ -27,6 +27,8 @@ def early_headers(call: Call, run: RequestRun, requests: Sequence[GenerateReques
         "x-validation-time": _milliseconds(_validation_s(call, run)),
     }
     adapter = requests[0].adapter
+    if run.generations:
+        headers["x-adapter-generation"] = _generations_text(run.generations)
     if adapter is not None:
         headers |= {"x-adapter-id": _visible(weighted_sum_text(adapter)), "x-adapter-source": "local"}
     return _encoded(headers)
@@ -61,6 +63,13 @@ def weighted_sum_text(adapter: AdapterSpec) -> str:
     if adapter is None or isinstance(adapter, str):
         return adapter or ""
     return "+".join(f"{name}*{weight:g}" for name, weight in adapter.items())
+
+
+def _generations_text(generations: Mapping[str, int]) -> str:
+    """A number, or of a sum `a=1,b=2`."""
+    if len(generations) == 1:
+        return str(next(iter(generations.values())))
+    return ",".join(f"{_visible(name)}={number}" for name, number in generations.items())
 
 
 def _milliseconds(seconds: float) -> str:

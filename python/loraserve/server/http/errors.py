@@ -27,6 +27,7 @@ from loraserve.errors import (
     DeadlineError,
     DeviceError,
     EngineStoppedError,
+    GenerationConflictError,
     InvalidRequestError,
     LoraserveError,
     ModelError,
@@ -127,6 +128,7 @@ KINDS: dict[type[LoraserveError], ErrorKind] = {
     AdapterUnavailableError: ErrorKind(
         409, _INVALID, "adapter_unavailable", tgi_status=424, tgi_type="generation"
     ),
+    GenerationConflictError: ErrorKind(409, _INVALID, "generation_conflict"),
     CapacityError: ErrorKind(400, _INVALID, "capacity_exceeded", tgi_status=422),
     OverloadedError: ErrorKind(429, "rate_limit_error", "overloaded", tgi_type="overloaded"),
     DeadlineError: ErrorKind(408, "timeout_error", "deadline_exceeded", tgi_type="generation"),

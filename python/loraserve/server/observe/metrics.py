@@ -216,7 +216,8 @@ class RequestMetrics:
 
 
 def adapter_names(adapter: AdapterSpec) -> str:
-    """ "" for the base model, a name, or names with "+" between, which no name contains."""
+    """ "" for the base model, a name without generation, or names with "+" between, which none contains."""
     if adapter is None or isinstance(adapter, str):
-        return adapter or BASE_LABEL
-    return "+".join(sorted(adapter)) if len(adapter) > 1 else next(iter(adapter), BASE_LABEL)
+        return (adapter or BASE_LABEL).partition("@")[0]
+    names = sorted({name.partition("@")[0] for name in adapter})
+    return "+".join(names) if len(names) > 1 else next(iter(names), BASE_LABEL)

@@ -180,8 +180,9 @@ impl AdapterCache {
     }
 }
 
+/// `@` is for generations of an adapter (NAME@NUMBER), which are no names that a caller may give.
 fn check_name(name: &str) -> Result<(), Error> {
-    let is_allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"_-.:".contains(&byte);
+    let is_allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"_-.:@".contains(&byte);
     if name.is_empty() || !name.bytes().all(is_allowed) {
         return Err(Error::BadAdapterName {
             name: name.to_owned(),

@@ -20,6 +20,8 @@ from loraserve.server.adapters.loading import (
     LoadRequest,
     load_adapter,
     pin_adapter,
+    roll_back_adapter,
+    split_adapter,
     unload_adapter,
     warm_adapter,
 )
@@ -30,9 +32,13 @@ from loraserve.server.http.admin.schema import (
     AdapterBody,
     AdaptersBody,
     FailedAdapterBody,
+    GenerationBody,
+    GenerationsBody,
     LoadBody,
     PinBody,
     ReceiptBody,
+    RollbackBody,
+    SharesBody,
     VllmLoadBody,
     VllmUnloadBody,
     WarmBody,
@@ -99,6 +105,8 @@ async def load(body: LoadBody, request: Request, state: State, caller: Admin) ->
         is_warm=body.warm,
         replaces=body.replace,
         manifest=_manifest(body),
+        expected_generation=body.expected_generation,
+        share=body.share,
     )
     if EVENT_STREAM in request.headers.get("accept", ""):
         return StreamingResponse(
@@ -125,6 +133,12 @@ async def upload(
     replace: Annotated[bool, Query(description="Take the name from other content.")] = False,
     pin: Annotated[bool, Query(description="Keep it in the memory pool.")] = False,
     warm: Annotated[bool, Query(description="Load it into the memory pool now.")] = False,
+    expected_generation: Annotated[
+        int | None, Query(ge=0, description="What the name must be at, 0 for not loaded; 409 otherwise.")
+    ] = None,
+    share: Annotated[
+        float | None, Query(ge=0, le=1, description="Of the name's requests that get it; with replace.")
+    ] = None,
 ) -> Response:
     """Load the adapter that is sent: a safetensors file as the body, 2 GiB at most.
 
@@ -138,6 +152,8 @@ async def upload(
         is_pinned=pin,
         is_warm=warm,
         replaces=replace,
+        expected_generation=expected_generation,
+        share=share,
         stored=stored,
     )
     await load_adapter(state.engine, None, wanted, lambda _: None, by=caller.name, kept=state.kept)
@@ -162,6 +178,48 @@ async def pin(name: str, body: PinBody, state: State, caller: Admin) -> AdapterB
     """Keep the adapter in the memory pool, or no longer."""
     await pin_adapter(state.engine, name, body.pinned, by=caller.name, kept=state.kept)
     return _find(state, name, caller)
+
+
+@router.get("/adapters/{name}/generations")
+async def generations(name: str, state: State, caller: AnyCaller) -> GenerationsBody:
+    """What was published under the name, oldest first, and which requests get which."""
+    caller.check_use(name)
+    return GenerationsBody(
+        generations=[
+            GenerationBody(
+                number=one.number,
+                hash=one.hash,
+                source=one.source if caller.sees_paths else None,
+                since=one.since,
+                current=one.is_current,
+                kept=one.is_kept,
+                share=one.share,
+                requests=one.num_requests if caller.sees_load else None,
+            )
+            for one in state.engine.generations(name)
+        ]
+    )
+
+
+@router.put("/adapters/{name}/shares")
+async def split(name: str, body: SharesBody, state: State, caller: Admin) -> GenerationsBody:
+    """Let generations share the adapter's requests; the same `user` gets the same one."""
+    await split_adapter(state.engine, name, body.shares, by=caller.name, kept=state.kept)
+    return await generations(name, state, caller)
+
+
+@router.post("/adapters/{name}/rollback")
+async def roll_back(name: str, body: RollbackBody, state: State, caller: Admin) -> GenerationsBody:
+    """Go back to an earlier generation, from the next request on."""
+    await roll_back_adapter(
+        state.engine,
+        name,
+        body.generation,
+        expected_generation=body.expected_generation,
+        by=caller.name,
+        kept=state.kept,
+    )
+    return await generations(name, state, caller)
 
 
 @router.post("/adapters/{name}/warm")
@@ -257,6 +315,7 @@ def _adapter_body(adapter: AdapterInfo, caller: Caller) -> AdapterBody:
     }
     return AdapterBody(
         name=adapter.name,
+        generation=adapter.generation,
         path=adapter.path if caller.sees_paths else None,
         rank=receipt.rank,
         nbytes=receipt.nbytes,

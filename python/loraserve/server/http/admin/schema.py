@@ -9,6 +9,8 @@ from pydantic import BaseModel, Field
 from loraserve.server.http.request_body import Elsewhere, Neutral, NoEffect, RequestBody
 
 Name = Annotated[str, Field(min_length=1, max_length=256)]
+Generation = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Source = Annotated[str, Field(min_length=1, max_length=4096)]
 
 
@@ -36,6 +38,48 @@ class LoadBody(RequestBody):
     warm: bool = Field(False, description="Load it into the memory pool now.")
     replace: bool = Field(False, description="Take the name from other content.")
     manifest: dict[str, Any] | None = Field(None, description="Fields that override its loraserve.json.")
+    expected_generation: Generation | None = Field(
+        None, description="What the name must be at, 0 for not loaded; 409 otherwise."
+    )
+    share: Share | None = Field(
+        None, description="Of the name's requests that get it, the others get what they got; with replace."
+    )
+
+
+class SharesBody(RequestBody):
+    """Which generations of an adapter get which shares of its requests; they sum to 1."""
+
+    shares: Annotated[dict[Annotated[int, Field(ge=1)], Share], Field(min_length=1, max_length=64)]
+
+
+class RollbackBody(RequestBody):
+    """Where to go back to."""
+
+    generation: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Left out, shares end, or else it goes back by one."
+    )
+    expected_generation: Generation | None = Field(
+        None, description="What the name must be at; 409 otherwise."
+    )
+
+
+class GenerationBody(BaseModel):
+    """One generation of an adapter; `source` is shown to administrators alone."""
+
+    number: int
+    hash: str
+    source: str | None
+    since: float = Field(description="When it was published, in Unix seconds.")
+    current: bool
+    kept: bool = Field(description="Whether requests may pin it as NAME@NUMBER.")
+    share: float
+    requests: int | None
+
+
+class GenerationsBody(BaseModel):
+    """What is remembered of an adapter's generations, oldest first."""
+
+    generations: list[GenerationBody]
 
 
 class PinBody(RequestBody):
@@ -93,6 +137,7 @@ class AdapterBody(BaseModel):
     """
 
     name: str
+    generation: int = Field(description="The current one, which requests get but for shares.")
     path: str | None
     state: str | None = Field(description="registered, loading, resident or failed.")
     rank: int

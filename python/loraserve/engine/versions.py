@@ -1,0 +1,284 @@
+"""`AdapterVersions`: the generations of each adapter name: which are kept, which one requests get.
+
+A name is an alias over generations, numbered from 1 as they were published. Each that is kept is registered
+in the core as NAME@NUMBER as well, so that requests may pin it, and shares or a rollback lead to it without
+reading a file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import time
+from collections import Counter, deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from loraserve.adapters.registry import MAX_NAME_CHARS, RegisteredAdapter
+from loraserve.errors import AdapterNotFoundError, GenerationConflictError, InvalidRequestError
+
+SEPARATOR: Final = "@"
+MAX_WENT_BACK: Final = 64  # of what was current before
+MAX_HISTORY: Final = 256  # of a name
+MAX_FORGOTTEN: Final = 2**16  # names that are gone, whose numbers go on should they come back
+PARTS: Final = 10_000  # shares are in hundredths of a percent
+
+
+def generation_name(name: str, number: int) -> str:
+    """What one generation is called by requests that pin it."""
+    return f"{name}{SEPARATOR}{number}"
+
+
+def base_name(name: str) -> str:
+    """The adapter's, without a generation."""
+    return name.partition(SEPARATOR)[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationInfo:
+    """One generation of a name.
+
+    Args:
+        number: from 1, never given twice to a name within a process.
+        hash: of its content.
+        source: where it came from.
+        since: when it was published, in Unix seconds.
+        is_current: whether the name means it, but for shares.
+        is_kept: whether requests may pin it, and a rollback may lead to it.
+        share: of the name's requests that get it, from 0 to 1.
+        num_requests: that got it.
+    """
+
+    number: int
+    hash: str
+    source: str
+    since: float
+    is_current: bool
+    is_kept: bool
+    share: float
+    num_requests: int
+
+
+@dataclass(frozen=True)
+class _Published:
+    number: int
+    hash: str
+    source: str
+    since: float
+
+
+@dataclass
+class _Name:
+    """`shares` are by number, in `PARTS`; empty where all requests get the current one."""
+
+    last: int = 0
+    current: int = 0
+    kept: dict[int, RegisteredAdapter] = field(default_factory=dict)
+    shares: dict[int, int] = field(default_factory=dict)
+    history: deque[_Published] = field(default_factory=lambda: deque(maxlen=MAX_HISTORY))
+    counts: Counter[int] = field(default_factory=Counter)
+    went_back: list[int] = field(default_factory=list)  # what was current before, newest last
+
+
+class AdapterVersions:
+    """For the engine, under its lock.
+
+    Args:
+        max_kept: generations of a name that stay registered, beside those with a share and the current one.
+    """
+
+    def __init__(self, max_kept: int) -> None:
+        self._max_kept = max_kept
+        self._names: dict[str, _Name] = {}
+        self._forgotten: dict[str, int] = {}  # the last number of names that are gone
+
+    def next_number(self, name: str, content_hash: str) -> int:
+        """Of what is being published; what is current already keeps its number."""
+        found = self._names.get(name)
+        if found is None:
+            return self._forgotten.get(name, 0) + 1
+        current = found.kept.get(found.current)
+        if current is not None and current.receipt.hash == content_hash:
+            return found.current
+        return found.last + 1
+
+    def check_expected(self, name: str, expected: int | None) -> None:
+        """Raises GenerationConflictError: another generation is current; 0 expects that there is none."""
+        found = self._names.get(name)
+        current = 0 if found is None else found.current
+        if expected is not None and expected != current:
+            what = f"generation {current}" if current else "not loaded"
+            raise GenerationConflictError(
+                f"adapter {name!r} is at {what}, {expected} was expected: look what has changed, ask again",
+                generation=current,
+            )
+
+    def publish(self, name: str, adapter: RegisteredAdapter, share: float | None) -> list[str]:
+        """Note a generation that is registered; names of those that are kept no longer.
+
+        Args:
+            name: the alias.
+            adapter: with its number in `generation`.
+            share: of requests that it gets beside the current one; None makes it current.
+        """
+        found = self._names.setdefault(name, _Name(last=self._forgotten.pop(name, 0)))
+        number = adapter.generation
+        if number > found.last:
+            found.history.append(_Published(number, adapter.receipt.hash, adapter.path, time.time()))
+        found.last = max(found.last, number)
+        found.kept[number] = adapter
+        if share is None or not found.current or number == found.current:
+            self._make_current(found, number)
+        else:
+            found.shares = {found.current: PARTS - _parts(share), number: _parts(share)}
+        return self._trimmed(name, found)
+
+    def split(self, name: str, shares: Mapping[int, float]) -> tuple[int, list[str]]:
+        """Give generations shares of a name's requests, from 0 to 1, which sum to 1; one with all is current.
+
+        Returns the number that is current then, and names of generations that are kept no longer.
+
+        Raises:
+            AdapterNotFoundError: there is no such name or generation.
+            InvalidRequestError: they do not sum to 1.
+        """
+        found = self._found(name)
+        parts = {number: _parts(share) for number, share in shares.items()}
+        for number in parts:
+            self._kept(name, found, number)
+        if sum(parts.values()) != PARTS:
+            raise InvalidRequestError(
+                f"shares of adapter {name!r} sum to {sum(parts.values()) / PARTS:g}, they must sum to 1"
+            )
+        whole = [number for number, part in parts.items() if part == PARTS]
+        if whole:
+            self._make_current(found, whole[0])
+        else:
+            found.shares = parts
+        return found.current, self._trimmed(name, found)
+
+    def back(self, name: str, number: int | None) -> int:
+        """Make an earlier generation current; None ends shares, or else goes back by one. Its number.
+
+        Raises AdapterNotFoundError: there is none.
+        """
+        found = self._found(name)
+        if number is None and found.shares:
+            number = found.current
+        elif number is None:
+            earlier = [one for one in found.went_back if one in found.kept and one != found.current]
+            if not earlier:
+                raise AdapterNotFoundError(
+                    f"adapter {name!r} is at generation {found.current}, and no earlier one is kept"
+                )
+            number = earlier[-1]
+            found.went_back.remove(number)
+            found.current, found.shares = number, {}
+            return number
+        self._kept(name, found, number)
+        self._make_current(found, number)
+        return number
+
+    def current(self, name: str) -> RegisteredAdapter:
+        """What the name means, but for shares."""
+        found = self._found(name)
+        return found.kept[found.current]
+
+    def route(self, name: str, user: str | None) -> str:
+        """The name of the generation that a request gets; the alias itself where all get the same.
+
+        The same user gets the same one while the shares stay, and those who got a growing one keep it.
+        """
+        found = self._names.get(name)
+        if found is None or not found.shares:
+            return name
+        place = random.randrange(PARTS) if user is None else _place(name, user)
+        for number, part in sorted(found.shares.items(), reverse=True):  # the newest from the low end
+            if place < part:
+                return generation_name(name, number)
+            place -= part
+        raise AssertionError("invariant: shares sum to all")
+
+    def count(self, adapter: RegisteredAdapter) -> None:
+        """A request of this generation was accepted."""
+        found = self._names.get(base_name(adapter.name))
+        if found is not None:
+            found.counts[adapter.generation] += 1
+
+    def infos(self, name: str) -> list[GenerationInfo]:
+        """All that is remembered of a name, oldest first. Raises AdapterNotFoundError."""
+        found = self._found(name)
+        shares = found.shares or {found.current: PARTS}
+        return [
+            GenerationInfo(
+                number=one.number,
+                hash=one.hash,
+                source=one.source,
+                since=one.since,
+                is_current=one.number == found.current,
+                is_kept=one.number in found.kept,
+                share=shares.get(one.number, 0) / PARTS,
+                num_requests=found.counts[one.number],
+            )
+            for one in found.history
+        ]
+
+    def forget(self, name: str) -> list[str]:
+        """The name is unloaded; names of its generations that were kept."""
+        found = self._names.pop(name, None)
+        if found is None:
+            return []
+        self._forgotten[name] = found.last
+        while len(self._forgotten) > MAX_FORGOTTEN:
+            del self._forgotten[next(iter(self._forgotten))]
+        return [generation_name(name, number) for number in found.kept]
+
+    def _make_current(self, found: _Name, number: int) -> None:
+        if found.current and found.current != number:
+            found.went_back = [one for one in found.went_back if one != found.current][-MAX_WENT_BACK:]
+            found.went_back.append(found.current)
+        found.current, found.shares = number, {}
+
+    def _trimmed(self, name: str, found: _Name) -> list[str]:
+        in_use = {found.current, *found.shares}
+        idle = [number for number in sorted(found.kept) if number not in in_use]
+        gone = idle[: max(0, len(idle) - self._max_kept)]
+        for number in gone:
+            del found.kept[number]
+        listed = {one.number for one in found.history}
+        for number in found.counts.keys() - listed:
+            del found.counts[number]
+        return [generation_name(name, number) for number in gone]
+
+    def _found(self, name: str) -> _Name:
+        found = self._names.get(name)
+        if found is None:
+            raise AdapterNotFoundError(f"adapter {name!r} is not registered")
+        return found
+
+    def _kept(self, name: str, found: _Name, number: int) -> RegisteredAdapter:
+        adapter = found.kept.get(number)
+        if adapter is None:
+            kept = ", ".join(map(str, sorted(found.kept)))
+            raise AdapterNotFoundError(f"adapter {name!r} has no generation {number}, there are {kept}")
+        return adapter
+
+
+def check_alias(name: str) -> None:
+    """Raises InvalidRequestError: it is too long to have generations."""
+    limit = MAX_NAME_CHARS - len(SEPARATOR) - 10
+    if len(name) > limit:
+        raise InvalidRequestError(f"adapter name has {len(name)} characters, the limit is {limit}")
+
+
+def _parts(share: float) -> int:
+    if isinstance(share, bool) or not 0.0 <= share <= 1.0:
+        raise InvalidRequestError(f"share is {share!r}, it must be from 0 to 1")
+    return round(share * PARTS)
+
+
+def _place(name: str, user: str) -> int:
+    """From 0 below `PARTS`, even over users; of another name another one."""
+    digest = hashlib.blake2b(f"{name}\0{user}".encode(errors="surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % PARTS

@@ -1,0 +1,128 @@
+"""Generations over HTTP: told with each answer, pinned, shared out, gone back to by who may."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from tests.e2e.test_state_dir import serving
+from tests.e2e.tiny import PROMPT
+
+Model = tuple[Path, torch.nn.Module]
+
+
+@pytest.fixture
+def root(tmp_path: Path, tiny_adapters: dict[str, str]) -> Path:
+    for name in ("a0", "a1", "a2"):
+        shutil.copytree(tiny_adapters[name], tmp_path / "root" / name)
+    return tmp_path / "root"
+
+
+@pytest.fixture
+def http(tiny_model: Model, root: Path) -> Iterator[httpx.Client]:
+    with serving(tiny_model[0], "--adapter-root", str(root)) as (http, _):
+        yield http
+
+
+def load(http: httpx.Client, source: str, **fields: Any) -> httpx.Response:
+    return http.post("/adapters", json={"name": "sql", "source": source, "replace": True, **fields})
+
+
+def generation(http: httpx.Client, model: str = "sql", *, stream: bool = False) -> str:
+    body = {"model": model, "prompt": PROMPT, "max_tokens": 1, "temperature": 0, "stream": stream}
+    answer = http.post("/v1/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    return answer.headers["x-adapter-generation"]
+
+
+def shares(answer: httpx.Response) -> dict[int, float]:
+    assert answer.status_code == 200, answer.text
+    return {one["number"]: one["share"] for one in answer.json()["generations"]}
+
+
+def test_generations_over_http(http: httpx.Client) -> None:
+    assert load(http, "a0", expected_generation=0).json()["generation"] == 1
+    assert load(http, "a1", expected_generation=1).json()["generation"] == 2
+    refused = load(http, "a2", expected_generation=1)
+    assert (refused.status_code, "is at generation 2, 1 was expected" in refused.text) == (409, True)
+    assert [generation(http), generation(http, stream=True), generation(http, "sql@1")] == ["2", "2", "1"]
+    assert load(http, "a2", share=0.25).json()["generation"] == 2
+    assert shares(http.get("/adapters/sql/generations")) == {1: 0.0, 2: 0.75, 3: 0.25}
+    assert {generation(http) for _ in range(60)} == {"2", "3"}
+    assert shares(http.put("/adapters/sql/shares", json={"shares": {"3": 1.0}})) == {1: 0.0, 2: 0.0, 3: 1.0}
+    assert generation(http) == "3"
+    back = http.post("/adapters/sql/rollback", json={"expected_generation": 3})
+    assert shares(back) == {1: 0.0, 2: 1.0, 3: 0.0}
+    assert generation(http) == "2"
+    assert shares(http.post("/adapters/sql/rollback", json={"generation": 1}))[1] == 1.0
+    assert [model["id"] for model in http.get("/v1/models").json()["data"][1:]] == ["sql"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("POST", "/adapters/none/rollback", {}, 404),
+        ("POST", "/adapters/sql/rollback", {}, 404),
+        ("POST", "/adapters/sql/rollback", {"generation": 9}, 404),
+        ("POST", "/adapters/sql/rollback", {"expected_generation": 9}, 409),
+        ("PUT", "/adapters/sql/shares", {"shares": {"1": 0.5}}, 400),
+        ("PUT", "/adapters/sql/shares", {"shares": {"1": 2}}, 400),
+        ("PUT", "/adapters/sql/shares", {"shares": {"x": 1}}, 400),
+        ("PUT", "/adapters/sql/shares", {"shares": {}}, 400),
+        ("PUT", "/adapters/sql/shares", {"shares": {"9": 1}}, 404),
+        ("GET", "/adapters/none/generations", None, 404),
+        ("DELETE", "/adapters/sql@1", None, 400),
+    ],
+)
+def test_what_can_not_be_is_refused(
+    http: httpx.Client, method: str, path: str, body: Any, status: int
+) -> None:
+    load(http, "a0")
+    answer = http.request(method, path, json=body)
+    assert answer.status_code == status, answer.text
+    assert generation(http) == "1"
+
+
+def test_who_may_use_an_adapter_may_use_its_generations_and_no_others(
+    tiny_model: Model, root: Path, tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys.yaml"
+    keys.write_text(
+        "- {name: one, secret: of-one, adapters: [sql]}\n- {name: other, secret: of-other, adapters: [x]}\n"
+    )
+    options = ["--adapter", f"sql={root / 'a0'}", "--keys-file", str(keys)]
+    with serving(tiny_model[0], *options) as (http, _):
+        for secret, status in (("of-one", 200), ("of-other", 403)):
+            http.headers["authorization"] = f"Bearer {secret}"
+            for model in ("sql", "sql@1"):
+                body = {"model": model, "prompt": PROMPT, "max_tokens": 1}
+                assert http.post("/v1/completions", json=body).status_code == status
+            assert http.get("/adapters/sql/generations").status_code == status
+            assert http.post("/adapters/sql/rollback", json={}).status_code == 403
+        assert http.put("/adapters/sql/shares", json={"shares": {"1": 1}}).status_code == 403
+
+
+def test_the_next_start_loads_what_was_gone_back_to(tiny_model: Model, root: Path, tmp_path: Path) -> None:
+    options = ["--adapter-root", str(root), "--state-dir", str(tmp_path / "state")]
+
+    def path(http: httpx.Client) -> str:
+        (adapter,) = http.get("/adapters").json()["adapters"]
+        return Path(adapter["path"]).name
+
+    with serving(tiny_model[0], *options) as (http, _):
+        load(http, "a0")
+        load(http, "a1")
+        load(http, "a2", share=0.5)
+        assert path(http) == "a1"
+    with serving(tiny_model[0], *options) as (http, _):
+        assert path(http) == "a1"
+        load(http, "a2")
+        assert http.post("/adapters/sql/rollback", json={}).status_code == 200
+    with serving(tiny_model[0], *options) as (http, _):
+        assert path(http) == "a1"
