@@ -16,7 +16,7 @@ CRATES: dict[str, tuple[set[str], str]] = {
         """
         error ids
         batch guesses ngram page_set prefix_cache request slot_table
-        adapter_cache answers page_pool
+        adapter_cache answers flows page_pool
         speculation
         memory
         sequence

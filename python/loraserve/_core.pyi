@@ -227,6 +227,35 @@ class AdapterStats:
     def num_uninvoked(self) -> int:
         """Requests that named it and whose prompt did not invoke it."""
 
+@final
+class FlowStats:
+    """Who shares the engine now, and what it was served."""
+
+    @property
+    def name(self) -> str:
+        """As requests say it."""
+    @property
+    def weight(self) -> float:
+        """Of its share, as its last request says it."""
+    @property
+    def num_waiting(self) -> int:
+        """Accepted requests that are not running."""
+    @property
+    def num_running(self) -> int:
+        """Requests admitted and not ended, preempted ones left out."""
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Computed, each once; those that the prefix cache had are left out."""
+    @property
+    def num_generated_tokens(self) -> int:
+        """Of its answers."""
+    @property
+    def lead(self) -> float:
+        """How far it is ahead of the waiting flow that was served least; 0 where none waits.
+
+        In tokens over weight, generated ones twice.
+        """
+
 # rust/py/src/scheduler.rs
 
 @final
@@ -341,8 +370,12 @@ class Scheduler:
         needs_adapter: bool = False,
         without_guesses: bool = False,
         prompt_rows: Literal["last", "all"] | None = None,
+        flow: tuple[str, float] = ...,
     ) -> int:
         """Queue a request and return its id; it gets exactly one output with a finish reason.
+
+        `flow` is whose share of the engine it is served from, with the weight of that share from now on;
+        ("", 1.0) is the default.
 
         `prompt_rows` says of which tokens of the prompt hidden states are given out; with them `max_tokens`
         may be 0, and the request ends, by "length", with the step that computes its last token.
@@ -415,6 +448,11 @@ class Scheduler:
         """Present load, and counts since start."""
     def adapters(self) -> list[AdapterStats]:
         """Every registered name, sorted."""
+    def flows(self) -> tuple[list[FlowStats], tuple[int, int]]:
+        """Who shares the engine, in order of first arrival, idle ones for a while.
+
+        Behind them the (prompt, generated) tokens of those not told of any more.
+        """
     def adapter_ids(self) -> list[int]:
         """Adapters a step may still ask to load: with a name, or unloaded but with unfinished requests."""
     def check_invariants(self) -> None:

@@ -187,6 +187,14 @@ class EngineConfig:
         """Most bytes of main memory that keep adapters; None where what is free decides."""
         return parse_memory(self.adapter_host_memory, "adapter_host_memory", least=0)
 
+    def check_speculate(self, speculate: bool | None) -> None:
+        """Raises InvalidRequestError: a request asks for guesses of an engine that makes none."""
+        if speculate and self.speculate == "off":
+            raise InvalidRequestError(
+                "speculate is true, but the engine was started with --speculate off: leave it out, "
+                "or start it with --speculate ngram"
+            )
+
 
 def check_merge(name: object, adapters: Iterable[str], adapter_dtype: str = "auto") -> None:
     """Raises InvalidRequestError: it is none of `adapters`, or not the only one, or to be kept in a dtype."""

@@ -9,7 +9,7 @@ from loraserve.pooling.params import Pooled, PoolingParams
 from loraserve.sampling_params import MAX_TOKENS, SamplingParams
 from loraserve.tools.call import ToolCall, ToolCallDelta, append_calls
 from loraserve.tools.tool import ToolOptions
-from loraserve.validation.values import check_int
+from loraserve.validation.values import check_float, check_int
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,6 +25,8 @@ SHARED_CACHE: CacheScope = ("", "")
 
 MAX_CHAT_TEMPLATE_CHARS = 256 * 1024
 MAX_TEMPLATE_KWARGS = 64
+MAX_FLOW_NAME_CHARS = 512
+FLOW_WEIGHTS = (0.001, 1000.0)  # least and most; as the core has them
 _NOT_TEMPLATE_KWARGS = (
     "messages",
     "add_generation_prompt",
@@ -112,6 +114,34 @@ def _check_template_kwargs(kwargs: Any) -> None:
             )
 
 
+@dataclass(frozen=True)
+class Flow:
+    """Whose share of the engine a request is served from, beside others that wait; checked when built.
+
+    Args:
+        name: up to 512 characters; requests of one name are served in order.
+        weight: of its tokens beside those of another flow, from 0.001 to 1000; the last one given holds.
+
+    Raises:
+        InvalidRequestError: the name is too long, or the weight out of range.
+    """
+
+    name: str = ""
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or len(self.name) > MAX_FLOW_NAME_CHARS:
+            raise InvalidRequestError(
+                f"the flow is {self.name!r:.100}, it must be text of at most {MAX_FLOW_NAME_CHARS} characters"
+            )
+        if any("\ud800" <= char <= "\udfff" for char in self.name):
+            raise InvalidRequestError("the flow is not valid Unicode")
+        check_float("weight of a flow", self.weight, *FLOW_WEIGHTS)
+
+
+ONE_FLOW = Flow()
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerateRequest:
     """One prompt (or one chat) with its adapter and its sampling; exactly one of prompt and messages.
@@ -130,6 +160,7 @@ class GenerateRequest:
         user: whose request it is, so that adapters with shares give the same user the same generation.
         pooling: what to make of the prompt's hidden states in place of an answer; of `params` nothing counts
             then.
+        flow: whose share of the engine it is served from; a server says so.
         may_use_base_model: whether the base model may answer where the weights leave no adapter to run.
     """
 
@@ -146,6 +177,7 @@ class GenerateRequest:
     uses_model_defaults: bool = True
     cache_salt: str | None = None
     tenant: str = ""
+    flow: Flow = ONE_FLOW
     may_use_base_model: bool = True
     pooling: PoolingParams | None = None
     user: str | None = None

@@ -213,3 +213,20 @@ def test_adapter_unloading_in_use_refuses_new_requests(scheduler: Scheduler) -> 
     scheduler.unregister_adapter("sql")
     with pytest.raises(AdapterNotFoundError):
         scheduler.unregister_adapter("sql")
+
+
+def test_flows_take_turns_and_say_what_they_were_served(scheduler: Scheduler) -> None:
+    first = scheduler.submit([1, 2, 3], [], 4, 0, [], flow=("a", 2.0))
+    commit(scheduler, scheduler.schedule())
+    for _ in range(12):
+        scheduler.submit([1] * 4, [], 4, 0, [], flow=("a", 2.0))
+    light = scheduler.submit([5] * 4, [], 4, 0, [], flow=("b", 1.0))
+    admitted = [request for request, _ in scheduler.schedule().admitted]
+    assert first not in admitted
+    assert light in admitted
+    flows, forgotten = scheduler.flows()
+    assert forgotten == (0, 0)
+    assert [(flow.name, flow.weight) for flow in flows] == [("a", 2.0), ("b", 1.0)]
+    assert (flows[1].num_prompt_tokens, flows[1].num_running, flows[1].num_waiting) == (4, 1, 0)
+    with pytest.raises(InvalidRequestError, match="weight of a flow is 0, it must be from 0.001 to 1000"):
+        scheduler.submit([1], [], 1, 0, [], flow=("a", 0.0))

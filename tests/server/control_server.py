@@ -19,6 +19,7 @@ from loraserve.engine.stats import (
 )
 from loraserve.engine.versions import GenerationInfo
 from loraserve.errors import AdapterFormatError, AdapterNotFoundError, CapacityError, InvalidRequestError
+from loraserve.server.access.fair_shares import ONE_SHARE, FairShares
 from loraserve.server.access.keys import AccessControl
 from loraserve.server.access.request_limits import RequestLimits
 from loraserve.server.access.tls import TlsConfig
@@ -192,6 +193,7 @@ class ControlServer:
         cors_origins: tuple[str, ...] = (),
         adapter_failures: tuple[AdapterFailure, ...] = (),
         prefix_cache_scope: PrefixCacheScope = "key",
+        shares: FairShares = ONE_SHARE,
         kept: AdapterState | None = None,
     ) -> None:
         self._make_engine = make_engine
@@ -201,7 +203,7 @@ class ControlServer:
         self._adapter_failures = adapter_failures
         self._kept = kept
         self._access = AccessControl(
-            keys, has_open_metrics=has_open_metrics, prefix_cache_scope=prefix_cache_scope
+            keys, has_open_metrics=has_open_metrics, prefix_cache_scope=prefix_cache_scope, shares=shares
         )
         self._sources = AdapterSources(roots, hub_repos=("*",))
         self.metrics = Metrics(on_finished=[log_request])

@@ -8,7 +8,7 @@ import pytest
 from loraserve.errors import LoraserveError
 from loraserve.settings.entries import AdapterSettings, ApiKey
 from loraserve.settings.errors import ConfigError
-from loraserve.settings.keys import api_keys, prefix_cache_scope
+from loraserve.settings.keys import api_keys, fair_by, prefix_cache_scope
 from loraserve.settings.load import load_settings
 from loraserve.settings.schema import ServeSettings
 
@@ -22,12 +22,18 @@ adapters:
     revision: main
     warm: true
     pin: true
+    weight: 2
     manifest: {description: talks, stop: ["\\n"]}
   gone: {path: ../elsewhere}
 http_port: 9000
 grpc_port: off
 keys:
-  - {name: sales, secret_env: SALES_KEY, adapters: ["sql*"], requests_per_minute: 60, max_concurrent: 4}
+  - name: sales
+    secret_env: SALES_KEY
+    adapters: ["sql*"]
+    requests_per_minute: 60
+    max_concurrent: 4
+    weight: 0.5
   - {name: root, secret_file: root.key, admin: true}
 adapter_root: adapters
 tls_certificate: tls/server.pem
@@ -58,6 +64,7 @@ def test_a_file_says_everything_and_its_paths_are_relative_to_it(tmp_path: Path)
         revision="main",
         warm=True,
         pin=True,
+        weight=2.0,
         manifest={"description": "talks", "stop": ["\n"]},
     )
     assert settings.adapter_root == (str(tmp_path / "adapters"),)
@@ -116,6 +123,7 @@ def test_every_setting_can_be_a_variable() -> None:
         "adapter_source": "s3://bucket/{name}",
         "device": "cpu",
         "speculate": "ngram",
+        "fair_by": "off",
         "tool_parser": "hermes",
         "reasoning_parser": "none",
         "on_adapter_error": "skip",
@@ -207,6 +215,9 @@ WRONG_FILES = [
     ("model: m\nkeys: [{name: a}]", "give exactly one of secret, secret_env and secret_file"),
     ("model: m\nkeys: [{name: a, secret: s, secret_env: S}]", "give exactly one"),
     ("model: m\nkeys: [{name: a, secret: s, requests_per_minute: 0}]", "requests_per_minute"),
+    ("model: m\nkeys: [{name: a, secret: s, weight: 0}]", "weight"),
+    ("model: m\nadapters: {a: {path: p, weight: 21}}", "weight"),
+    ("model: m\nfair_by: tenant", "fair_by"),
     ("model: m\nkeys: [{name: a, secret: s, max_concurrent: 0}]", "max_concurrent"),
     ("model: m\nkeys: [{name: a, secret: s, admn: true}]", "admn is no setting"),
 ]
@@ -322,7 +333,14 @@ def test_keys_come_from_files_variables_and_flags(tmp_path: Path, monkeypatch: p
     }
     settings = settings_of(FULL, tmp_path, **environ)
     assert api_keys(settings) == [
-        ApiKey(name="sales", secret="secret-1", adapters=("sql*",), requests_per_minute=60, max_concurrent=4),
+        ApiKey(
+            name="sales",
+            secret="secret-1",
+            adapters=("sql*",),
+            requests_per_minute=60,
+            max_concurrent=4,
+            weight=0.5,
+        ),
         ApiKey(name="root", secret="secret-2", is_admin=True),
         ApiKey(name="lab", secret="secret-3", adapters=("a", "b"), base_model=False),
         ApiKey(name="api_key", secret="secret-4"),
@@ -394,3 +412,27 @@ def test_settings_of_the_engine_are_those_of_its_config() -> None:
         name: defaults[name] for name in shared
     }
     assert len(shared) >= 9
+
+
+@pytest.mark.parametrize(
+    ("text", "has_keys", "by"),
+    [
+        ("", True, "key"),
+        ("", False, "adapter"),
+        ("fair_by: key+adapter", True, "key+adapter"),
+        ("fair_by: adapter", True, "adapter"),
+        ("fair_by: off", True, "off"),
+        ("fair_by: 'off'", False, "off"),
+    ],
+)
+def test_keys_have_equal_shares_and_adapters_where_there_are_none(
+    tmp_path: Path, text: str, has_keys: bool, by: str
+) -> None:
+    keys = [ApiKey(name="a", secret="s")] if has_keys else []
+    assert fair_by(settings_of(f"model: m\n{text}", tmp_path), keys) == by
+
+
+@pytest.mark.parametrize("by", ["key", "key+adapter"])
+def test_without_keys_none_can_have_a_share(tmp_path: Path, by: str) -> None:
+    with pytest.raises(ConfigError, match=f"fair_by is {by.replace('+', '.')}, but no keys"):
+        fair_by(settings_of(f"model: m\nfair_by: {by}", tmp_path), [])

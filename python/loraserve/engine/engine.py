@@ -29,8 +29,8 @@ from loraserve.engine.running_step import RunningStep, StepLogprobs
 from loraserve.engine.sequence import EngineOutputs, SequenceEnd, SequenceRecord, SequenceState
 from loraserve.engine.stats import EngineInfo, EngineStats
 from loraserve.engine.thread import EngineThread
-from loraserve.errors import EngineStoppedError, InvalidRequestError
-from loraserve.request import SHARED_CACHE, CacheScope
+from loraserve.errors import EngineStoppedError
+from loraserve.request import ONE_FLOW, SHARED_CACHE, CacheScope, Flow
 from loraserve.sampling.grammar_compiler import GrammarCompiler
 from loraserve.sampling.matcher import Matcher
 from loraserve.sampling.prediction import Prediction
@@ -124,6 +124,7 @@ class Engine:
         record: SequenceRecord | None = None,
         deadline_s: float | None = None,
         cache_scope: CacheScope = SHARED_CACHE,
+        flow: Flow = ONE_FLOW,
         needs_adapter: bool = False,
         matcher: Matcher | None = None,
         reader: RowReader | None = None,
@@ -141,6 +142,7 @@ class Engine:
             record: what becomes of it is noted there; None makes one of a request that comes now.
             deadline_s: seconds from arrival after which it ends with DeadlineError.
             cache_scope: whose cached prompts it finds and adds to.
+            flow: whose share of the engine it is served from.
             needs_adapter: refuse it if the weights leave only the base model.
             matcher, reader, prediction: of its grammar, its prompt's rows, its answer; for it alone.
             eos_token_ids: what ends it by itself, unless `params` ignores that; None is as the model's.
@@ -151,11 +153,7 @@ class Engine:
             InvalidRequestError, PermissionDeniedError, AdapterNotFoundError, AdapterUnavailableError,
             CapacityError, OverloadedError, DeadlineError, EngineStoppedError: nothing was queued.
         """
-        if params.speculate and self.config.speculate == "off":
-            text = (
-                "speculate is true, but the engine was started with --speculate off: leave it out, or start"
-            )
-            raise InvalidRequestError(f"{text} it with --speculate ngram")
+        self.config.check_speculate(params.speculate)
         chosen_ids = (*params.stop_token_ids, *params.logit_bias)
         has_own_ids = self.runner.are_own(prompt) and self.runner.are_own(chosen_ids)
         if has_own_ids:  # else what its adapter adds is looked up with the adapter
@@ -187,6 +185,7 @@ class Engine:
                 needs_adapter and len(to_apply) == len(adapters),
                 params.speculate is False,
                 None if reader is None else reader.rows,
+                (flow.name, flow.weight),
             )
             if reader is not None:
                 self._readers.add(request_id, reader)
@@ -219,6 +218,7 @@ class Engine:
         with self._lock:
             return EngineStats.build(
                 self._scheduler.stats(),
+                self._scheduler.flows(),
                 self.runner,
                 num_adapters=len(self.adapters),
                 host_tier=self.adapters.host_tier,

@@ -287,6 +287,7 @@ class Frontend(Generic[Owner]):
                     record=record,
                     deadline_s=prepared.deadline_s,
                     cache_scope=prepared.cache_scope,
+                    flow=prepared.request.flow,
                     needs_adapter=prepared.needs_adapter,
                     matcher=prepared.matcher and prepared.matcher.copy(),
                     prediction=prepared.prediction and prepared.prediction.copy(),

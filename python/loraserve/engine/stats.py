@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from loraserve.config import EngineConfig
 
 if TYPE_CHECKING:
     from loraserve._core import AdapterStats as CoreAdapterStats
+    from loraserve._core import FlowStats as CoreFlowStats
     from loraserve.adapters.registry import RegisteredAdapter
     from loraserve.engine.adapter_loads import LoadTimes
     from loraserve.engine.model_runner import ModelRunner
@@ -122,12 +123,43 @@ class HostTierStats:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FlowStats:
+    """Who shares the engine, and what it was served since it is known; `name` is as its requests say.
+
+    Prompt tokens are those computed, each once. `lead` says how far it is ahead of the waiting flow that was
+    served least: tokens over weight, generated ones twice; 0 where none waits.
+    """
+
+    name: str
+    weight: float
+    num_waiting: int
+    num_running: int
+    num_prompt_tokens: int
+    num_generated_tokens: int
+    lead: float
+
+    @classmethod
+    def build(cls, core: CoreFlowStats) -> FlowStats:
+        """Of one moment."""
+        return cls(
+            name=core.name,
+            weight=core.weight,
+            num_waiting=core.num_waiting,
+            num_running=core.num_running,
+            num_prompt_tokens=core.num_prompt_tokens,
+            num_generated_tokens=core.num_generated_tokens,
+            lead=core.lead,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineStats:
     """Present load and counts since start; pages are of the pool that KV cache and adapters share.
 
     `num_pinned_pages` are reserved for pinned adapters, resident or not. `num_draft_tokens` were guessed
     ahead, of which `num_accepted_tokens` came. `base` counts requests without an adapter, `adapters` is by
-    name.
+    name. `flows` are in order of first arrival; `forgotten_tokens` are the (prompt, generated) ones of flows
+    that are not among them any more.
     """
 
     num_running: int
@@ -151,11 +183,14 @@ class EngineStats:
     num_accepted_tokens: int
     base: AdapterUsage
     adapters: Mapping[str, AdapterStats]
+    flows: Sequence[FlowStats] = ()
+    forgotten_tokens: tuple[int, int] = (0, 0)
 
     @classmethod
     def build(
         cls,
         core: SchedulerStats,
+        flows: tuple[Sequence[CoreFlowStats], tuple[int, int]],
         runner: ModelRunner,
         *,
         num_adapters: int,
@@ -186,6 +221,8 @@ class EngineStats:
             num_accepted_tokens=core.num_accepted_tokens,
             base=copy.copy(base),
             adapters=adapters,
+            flows=[FlowStats.build(flow) for flow in flows[0]],
+            forgotten_tokens=flows[1],
         )
 
 

@@ -14,6 +14,7 @@ from loraserve.config import EngineConfig, parse_memory
 from loraserve.errors import InvalidRequestError
 from loraserve.loader.hub import download_model
 from loraserve.remote.location import AllowedLocations, parse_remote
+from loraserve.server.access.fair_shares import FairShares
 from loraserve.server.access.keys import AccessControl
 from loraserve.server.access.request_limits import RequestLimits
 from loraserve.server.access.tls import TlsConfig
@@ -26,7 +27,7 @@ from loraserve.server.observe.metrics import Metrics
 from loraserve.server.observe.request_log import log_request
 from loraserve.server.observe.tracing import Tracing, otlp_exporter
 from loraserve.settings.entries import AdapterSettings
-from loraserve.settings.keys import api_keys, hub_repos, prefix_cache_scope
+from loraserve.settings.keys import api_keys, fair_by, hub_repos, prefix_cache_scope
 from loraserve.settings.schema import ServeSettings
 from loraserve.validation.files import expanded
 
@@ -112,13 +113,16 @@ def engine_config(
 
 
 def access_control(settings: ServeSettings) -> AccessControl:
-    """Raises ConfigError: a key can't be read, or there are none to keep apart."""
+    """Raises ConfigError: a key can't be read, or there are none to keep or tell apart."""
     keys = api_keys(settings)
     return AccessControl(
         keys,
         max_concurrent_requests=settings.max_concurrent_requests,
         has_open_metrics=settings.open_metrics,
         prefix_cache_scope=prefix_cache_scope(settings, keys),
+        shares=FairShares(
+            fair_by(settings, keys), {name: adapter.weight for name, adapter in settings.adapters.items()}
+        ),
     )
 
 

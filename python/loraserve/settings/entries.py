@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, model_validator
 
 from loraserve.adapters.source import AdapterSource, parse_source
 from loraserve.remote.location import is_remote
 from loraserve.settings.errors import ConfigError
-from loraserve.settings.fields import Count, PerMinute, SettingsModel, Texts, YesNo
+from loraserve.settings.fields import Count, PerMinute, SettingsModel, Texts, Weight, YesNo, off_for_no
 
 PrefixCacheScope: TypeAlias = Literal["shared", "key"]
+FairBy: TypeAlias = Annotated[Literal["key", "adapter", "key+adapter", "off"], BeforeValidator(off_for_no)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,7 @@ class ApiKey:
         adapters: patterns with `*` and `?`; a name that matches any of them may be used.
         base_model: whether the base model alone may be used too.
         requests_per_minute: None has no limit.
+        weight: of its share of the engine beside other keys.
         max_concurrent: requests that may run at once; None has no limit.
         is_admin: may load, unload and pin adapters, read metrics, and use every adapter.
     """
@@ -37,6 +39,7 @@ class ApiKey:
     base_model: bool = True
     requests_per_minute: float | None = None
     max_concurrent: int | None = None
+    weight: float = 1.0
     is_admin: bool = False
 
 
@@ -51,6 +54,7 @@ class AdapterSettings(SettingsModel):
         source: "HF" or "local", only for files written for other servers.
         pin: keep it in the memory pool.
         warm: load it into the pool at start.
+        weight: of its share of the engine beside other adapters.
         manifest: fields of loraserve.json.
     """
 
@@ -61,6 +65,7 @@ class AdapterSettings(SettingsModel):
     source: Literal["HF", "hub", "local"] | None = None
     pin: YesNo = False
     warm: YesNo = False
+    weight: Weight = 1.0
     manifest: dict[str, Any] | None = None
 
     @model_validator(mode="before")
@@ -109,6 +114,7 @@ class KeySettings(SettingsModel):
     base_model: YesNo = True
     requests_per_minute: PerMinute | None = None
     max_concurrent: Count | None = None
+    weight: Weight = 1.0
     admin: YesNo = False
 
     @model_validator(mode="after")
@@ -126,6 +132,7 @@ class KeySettings(SettingsModel):
             base_model=self.base_model,
             requests_per_minute=self.requests_per_minute,
             max_concurrent=self.max_concurrent,
+            weight=self.weight,
             is_admin=self.admin,
         )
 

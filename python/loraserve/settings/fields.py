@@ -66,7 +66,7 @@ def _none_if_off(value: Any) -> Any:
     return None if value == OFF or value is False else value
 
 
-def _off_for_no(value: Any) -> Any:
+def off_for_no(value: Any) -> Any:
     """YAML reads a bare `off` as false."""
     return OFF if value is False else value
 
@@ -115,7 +115,7 @@ def _yes_or_no(value: Any) -> Any:
     return value
 
 
-Speculate: TypeAlias = Annotated[Literal["off", "ngram"], BeforeValidator(_off_for_no)]
+Speculate: TypeAlias = Annotated[Literal["off", "ngram"], BeforeValidator(off_for_no)]
 Texts: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(_split)]
 Origins: TypeAlias = Annotated[
     tuple[str, ...], BeforeValidator(_split), BeforeValidator(_listed), AfterValidator(_checked_origins)
@@ -130,6 +130,7 @@ YesNo: TypeAlias = Annotated[bool, BeforeValidator(_yes_or_no)]
 Share: TypeAlias = Annotated[float, Field(ge=0.01, le=1), BeforeValidator(_number)]
 Seconds: TypeAlias = Annotated[float, Field(ge=0, le=MAX_SECONDS), BeforeValidator(_number)]
 PositiveSeconds: TypeAlias = Annotated[float, Field(gt=0, le=MAX_SECONDS), BeforeValidator(_number)]
+Weight: TypeAlias = Annotated[float, Field(ge=0.05, le=20), BeforeValidator(_number)]
 PerMinute: TypeAlias = Annotated[float, Field(gt=0, le=MAX_COUNT), BeforeValidator(_number)]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from loraserve.settings.entries import ApiKey, KeySettings, PrefixCacheScope, checked_secret
+from loraserve.settings.entries import ApiKey, FairBy, KeySettings, PrefixCacheScope, checked_secret
 from loraserve.settings.errors import ConfigError, problems
 from loraserve.settings.schema import ServeSettings
 from loraserve.settings.yaml_file import read_yaml
@@ -42,6 +42,19 @@ def prefix_cache_scope(settings: ServeSettings, keys: Sequence[ApiKey]) -> Prefi
             "configure keys, or leave it out"
         )
     return settings.prefix_cache_scope or ("key" if keys else "shared")
+
+
+def fair_by(settings: ServeSettings, keys: Sequence[ApiKey]) -> FairBy:
+    """Keys have equal shares unless the settings say otherwise, adapters where there are none.
+
+    Raises ConfigError: there are none to tell callers apart.
+    """
+    if settings.fair_by in ("key", "key+adapter") and not keys:
+        raise ConfigError(
+            f"fair_by is {settings.fair_by}, but no keys are configured to tell callers apart: "
+            "configure keys, or set it to adapter or off"
+        )
+    return settings.fair_by or ("key" if keys else "adapter")
 
 
 def hub_repos(settings: ServeSettings, *, has_keys: bool) -> tuple[str, ...]:

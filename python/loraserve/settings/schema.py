@@ -12,7 +12,7 @@ from loraserve.adapters.startup import OnAdapterError
 from loraserve.config import MAX_COUNTS, MAX_KEPT_GENERATIONS, EngineConfig, check_merge, parse_memory
 from loraserve.sampling_params import MAX_LOGPROBS, MAX_N, MAX_STOP_STRINGS
 from loraserve.settings.adapter_sources import AdapterSourceSettings
-from loraserve.settings.entries import AdapterSettings, KeySettings, PrefixCacheScope
+from loraserve.settings.entries import AdapterSettings, FairBy, KeySettings, PrefixCacheScope
 from loraserve.settings.fields import (
     Count,
     Memory,
@@ -269,6 +269,12 @@ class ServeSettings(AdapterSourceSettings):
         "N",
         env=("MAX_CONCURRENT_REQUESTS",),
     )
+    fair_by: FairBy | None = option(
+        None,
+        "limits",
+        "who has equal shares of the tokens where requests wait: keys, adapters, or adapters of keys; off "
+        "is first come, first served (default: key where keys are configured, else adapter)",
+    )
     max_best_of: Count = option(
         8,
         "limits",
@@ -348,7 +354,7 @@ class ServeSettings(AdapterSourceSettings):
     keys_file: Path | None = option(
         None,
         "keys",
-        "YAML file of keys: name, secret, adapters, requests_per_minute, max_concurrent, admin",
+        "YAML file of keys: name, secret, adapters, requests_per_minute, max_concurrent, weight, admin",
         "FILE",
     )
     keys: tuple[KeySettings, ...] = Field(default=())

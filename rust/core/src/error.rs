@@ -26,6 +26,8 @@ pub enum Error {
     },
     #[error("adapter '{name}' has weight {weight}, weights must be finite")]
     BadWeight { name: String, weight: f32 },
+    #[error("weight of a flow is {weight}, it must be from {least} to {most}")]
+    BadFlowWeight { weight: f64, least: f64, most: f64 },
     #[error("adapter '{name}' is named twice in one request, give it one weight")]
     AdapterNamedTwice { name: String },
     #[error(

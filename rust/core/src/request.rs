@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::error::Error;
-use crate::ids::{AdapterId, Applied, CacheScope, PrefixIdentity, RequestId};
+use crate::ids::{AdapterId, Applied, CacheScope, FlowId, PrefixIdentity, RequestId};
 
 /// Of which tokens of its prompt a request is given the hidden states.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -25,6 +25,43 @@ impl PromptRows {
     }
 }
 
+/// What share of the engine a flow is to have, beside others that wait: a tenth of another's weight, a tenth of its tokens.
+#[derive(Debug, Clone, Copy, PartialEq, PartialOrd)]
+pub struct FlowWeight(f64);
+
+impl FlowWeight {
+    pub const LEAST: f64 = 0.001;
+    pub const MOST: f64 = 1000.0;
+
+    pub fn new(weight: f64) -> Result<Self, Error> {
+        if (Self::LEAST..=Self::MOST).contains(&weight) {
+            return Ok(Self(weight));
+        }
+        Err(Error::BadFlowWeight {
+            weight,
+            least: Self::LEAST,
+            most: Self::MOST,
+        })
+    }
+
+    pub fn value(self) -> f64 {
+        self.0
+    }
+}
+
+impl Default for FlowWeight {
+    fn default() -> Self {
+        Self(1.0)
+    }
+}
+
+/// Whose share of the engine a request is served from; one for all unless the caller tells them apart.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Flow {
+    pub name: Arc<str>,
+    pub weight: FlowWeight,
+}
+
 /// A request as the caller words it.
 #[derive(Debug, Clone, Default)]
 pub struct NewRequest {
@@ -37,6 +74,7 @@ pub struct NewRequest {
     pub min_tokens: usize,
     pub stop_token_ids: Vec<i32>,
     pub scope: CacheScope,
+    pub flow: Flow,
     /// Refuse it if its weights leave only the base model.
     pub needs_adapter: bool,
     /// Let no step guess what it goes on with.
@@ -103,6 +141,7 @@ impl NewRequest {
 #[derive(Debug, Clone)]
 pub struct Request {
     pub id: RequestId,
+    pub flow: FlowId,
     /// Ordered by id; the w-th goes into wave w.
     pub adapters: Vec<Applied<AdapterId>>,
     pub identity: PrefixIdentity,

@@ -1,5 +1,7 @@
 //! A sequence: a request and its tokens so far. `Waiting` holds no memory; `Running` owns pages and uses slots.
 
+use std::ops::Range;
+
 use crate::ids::{Applied, SlotId};
 use crate::memory::BlockTable;
 use crate::request::{FinishReason, Request, RequestOutput};
@@ -13,6 +15,8 @@ pub struct Sequence {
     pub prompt_len: usize,
     /// The first token of the prompt whose row it is still to be given; `prompt_len` where there is none.
     pub next_row: usize,
+    /// Tokens of the prompt up to here were counted as served, or came from the prefix cache.
+    pub num_charged: usize,
     /// Whether it ran before; it may wait again since.
     pub was_admitted: bool,
     /// Its guesses; none where it asked for none.
@@ -84,6 +88,14 @@ impl Sequence {
         }
     }
 
+    /// Tokens of the prompt in a range of tokens to be computed that were not counted before, counted now.
+    pub fn charge_prompt(&mut self, computed: Range<usize>) -> usize {
+        let end = computed.end.min(self.prompt_len);
+        let num_new = end.saturating_sub(computed.start.max(self.num_charged));
+        self.num_charged = self.num_charged.max(end);
+        num_new
+    }
+
     /// Tokens that it may still be given; a sequence that runs and generates has one or more.
     pub fn num_left(&self) -> usize {
         self.request.max_tokens - (self.tokens.len() - self.prompt_len)
@@ -143,11 +155,12 @@ impl Running {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ids::{PrefixIdentity, RequestId};
+    use crate::ids::{FlowId, PrefixIdentity, RequestId};
 
     fn sequence(min_tokens: usize, max_tokens: usize) -> Sequence {
         let request = Request {
             id: RequestId(0),
+            flow: FlowId(0),
             adapters: Vec::new(),
             identity: PrefixIdentity::default(),
             max_tokens,
@@ -159,6 +172,7 @@ mod tests {
             tokens: vec![7],
             prompt_len: 1,
             next_row: 1,
+            num_charged: 0,
             was_admitted: false,
             speculation: None,
         }
@@ -169,6 +183,19 @@ mod tests {
         let mut sequence = sequence(2, 5);
         assert_eq!(sequence.append(7), None);
         assert_eq!(sequence.append(7), Some(FinishReason::Stop));
+    }
+
+    #[test]
+    fn tokens_of_a_prompt_are_charged_once() {
+        let mut sequence = Sequence {
+            tokens: vec![1; 12],
+            prompt_len: 10,
+            ..sequence(0, 5)
+        };
+        assert_eq!(sequence.charge_prompt(2..6), 4);
+        assert_eq!(sequence.charge_prompt(0..8), 2);
+        assert_eq!(sequence.charge_prompt(8..12), 2);
+        assert_eq!(sequence.charge_prompt(0..12), 0);
     }
 
     #[test]

@@ -23,7 +23,7 @@ const PROGRESS_EVERY: Duration = Duration::from_secs(30);
 
 /// What must happen at least this often in as many operations as are run without being asked for more.
 const AT_LEAST: u64 = 100;
-const SEEN: [&str; 24] = [
+const SEEN: [&str; 25] = [
     "accepted to the last page",
     "adapters evicted",
     "adapters loaded",
@@ -32,6 +32,7 @@ const SEEN: [&str; 24] = [
     "ended beside stuck loads",
     "ended between schedule and commit",
     "finished",
+    "flows beside others",
     "guesses that came true",
     "guesses that did not",
     "moves",

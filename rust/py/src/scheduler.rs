@@ -1,8 +1,8 @@
 //! The scheduler for Python: `Scheduler`, what it plans and what it tells of requests.
 
 use loraserve_core::{
-    self as core, AdapterContent, AdapterId, CacheScope, Failure, FinishReason, NewRequest,
-    PromptRows, RequestId, SchedulerConfig,
+    self as core, AdapterContent, AdapterId, CacheScope, Failure, FinishReason, Flow, FlowWeight,
+    NewRequest, PromptRows, RequestId, SchedulerConfig,
 };
 use numpy::{PyArray1, PyArrayMethods, PyReadonlyArray1};
 use pyo3::exceptions::{PyBaseException, PyValueError};
@@ -10,7 +10,7 @@ use pyo3::prelude::*;
 
 use crate::batch::Batch;
 use crate::errors::{InvalidRequestError, of_core};
-use crate::stats::{AdapterStats, SchedulerStats};
+use crate::stats::{AdapterStats, FlowStats, SchedulerStats};
 
 /// What to do next: moves, then loads, then the batch.
 #[pyclass(frozen, module = "loraserve._core")]
@@ -178,7 +178,7 @@ impl Scheduler {
         self.inner.pin_adapter(name, is_pinned).map_err(of_core)
     }
 
-    #[pyo3(signature = (prompt, adapters, max_tokens, min_tokens, stop_token_ids, cache_scope=(String::new(), String::new()), needs_adapter=false, without_guesses=false, prompt_rows=None))]
+    #[pyo3(signature = (prompt, adapters, max_tokens, min_tokens, stop_token_ids, cache_scope=(String::new(), String::new()), needs_adapter=false, without_guesses=false, prompt_rows=None, flow=(String::new(), 1.0)))]
     fn submit(
         &mut self,
         prompt: &Bound<'_, PyAny>,
@@ -190,6 +190,7 @@ impl Scheduler {
         needs_adapter: bool,
         without_guesses: bool,
         prompt_rows: Option<&str>,
+        flow: (String, f64),
     ) -> PyResult<u64> {
         let request = NewRequest {
             prompt: token_ids(prompt)?,
@@ -202,6 +203,10 @@ impl Scheduler {
             scope: CacheScope {
                 tenant: cache_scope.0.into(),
                 salt: cache_scope.1.into(),
+            },
+            flow: Flow {
+                name: flow.0.into(),
+                weight: FlowWeight::new(flow.1).map_err(of_core)?,
             },
             needs_adapter,
             without_guesses,
@@ -295,6 +300,12 @@ impl Scheduler {
 
     fn stats(&self) -> SchedulerStats {
         self.inner.stats().into()
+    }
+
+    fn flows(&self) -> (Vec<FlowStats>, (u64, u64)) {
+        let (flows, forgotten) = self.inner.flows();
+        let forgotten = (forgotten.num_prompt_tokens, forgotten.num_generated_tokens);
+        (flows.into_iter().map(FlowStats::from).collect(), forgotten)
     }
 
     fn adapters(&self) -> Vec<AdapterStats> {

@@ -1,4 +1,4 @@
-//! What the scheduler counts, as Python reads it: `SchedulerStats`, and `AdapterStats` for each name.
+//! What the scheduler counts, as Python reads it: `SchedulerStats`, `AdapterStats` for each name, `FlowStats` for each flow.
 
 use loraserve_core as core;
 use pyo3::prelude::*;
@@ -86,7 +86,34 @@ impl From<core::AdapterStats> for AdapterStats {
     }
 }
 
+/// Who shares the engine now, and what it was served.
+#[pyclass(frozen, get_all, module = "loraserve._core")]
+pub struct FlowStats {
+    name: String,
+    weight: f64,
+    num_waiting: usize,
+    num_running: usize,
+    num_prompt_tokens: u64,
+    num_generated_tokens: u64,
+    lead: f64,
+}
+
+impl From<core::FlowStats> for FlowStats {
+    fn from(stats: core::FlowStats) -> Self {
+        Self {
+            name: stats.name.to_string(),
+            weight: stats.weight.value(),
+            num_waiting: stats.num_waiting,
+            num_running: stats.num_running,
+            num_prompt_tokens: stats.served.num_prompt_tokens,
+            num_generated_tokens: stats.served.num_generated_tokens,
+            lead: stats.lead,
+        }
+    }
+}
+
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<SchedulerStats>()?;
-    m.add_class::<AdapterStats>()
+    m.add_class::<AdapterStats>()?;
+    m.add_class::<FlowStats>()
 }

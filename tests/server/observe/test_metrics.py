@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
-from loraserve.engine.stats import AdapterStats, AdapterUsage
+from loraserve.engine.stats import AdapterStats, AdapterUsage, FlowStats
 from loraserve.request import AdapterSpec, RequestTiming, Usage
 from loraserve.server.observe.adapter_series import AdapterSeries
+from loraserve.server.observe.flow_series import FlowSeries
 from loraserve.server.observe.histogram import Histogram
 from loraserve.server.observe.metrics import Metrics, Outcome, RequestSummary, adapter_names
 from loraserve.server.observe.prometheus import render
@@ -239,3 +241,42 @@ def test_a_token_costs_microseconds() -> None:
         best = min(best, (time.perf_counter() - started) / 10_000)
     print(f"{best * 1e6:.2f} us a token")
     assert best < 10e-6
+
+
+def flow(name: str, prompt: int = 10, generated: int = 4, lead: float = 0.0) -> FlowStats:
+    return FlowStats(
+        name=name,
+        weight=1.0,
+        num_waiting=3,
+        num_running=2,
+        num_prompt_tokens=prompt,
+        num_generated_tokens=generated,
+        lead=lead,
+    )
+
+
+def test_flows_beyond_the_limit_are_one_series_whose_sum_never_falls() -> None:
+    series = FlowSeries(2)
+    a, b, c = flow("a"), flow("b"), flow("c")
+    assert series.split([b, c], (0, 0)) == ([b, c], (0, 0))
+    assert series.split([a, b, c], (0, 0)) == ([b, c], (10, 4))
+    assert series.split([a, c], (10, 4)) == ([c], (20, 8)), "a stays where it was counted"
+    assert series.split([a, c, flow("d", 1, 1)], (10, 4)) == ([c, flow("d", 1, 1)], (20, 8))
+
+
+def test_what_flows_were_served_is_told_by_key_and_adapter() -> None:
+    metrics, engine = Metrics(1), ControlEngine("a")
+    stats = replace(
+        engine.stats(), flows=[flow("sales\tsql", lead=7.5), flow("lab\t")], forgotten_tokens=(1, 2)
+    )
+    text = render(metrics, engine.info(), stats).decode()
+    for line in (
+        'loraserve_flow_prompt_tokens_total{adapter="sql",key="sales"} 10.0',
+        'loraserve_flow_prompt_tokens_total{adapter="_other",key="_other"} 11.0',
+        'loraserve_flow_generated_tokens_total{adapter="_other",key="_other"} 6.0',
+        'loraserve_flow_running{adapter="sql",key="sales"} 2.0',
+        'loraserve_flow_waiting{adapter="sql",key="sales"} 3.0',
+        'loraserve_flow_lead_tokens{adapter="sql",key="sales"} 7.5',
+    ):
+        assert line in text
+    assert "loraserve_flow" not in render(metrics, engine.info(), replace(stats, flows=[flow("")])).decode()

@@ -16,6 +16,7 @@ from fnmatch import fnmatchcase
 
 from loraserve.errors import OverloadedError, PermissionDeniedError, UnauthenticatedError
 from loraserve.request import AdapterSpec, GenerateRequest
+from loraserve.server.access.fair_shares import ONE_SHARE, FairShares
 from loraserve.server.access.limits import ConcurrencyLimit, RateLimit
 from loraserve.settings.entries import ApiKey, PrefixCacheScope
 
@@ -34,11 +35,13 @@ class Caller:
         rate: RateLimit | None,
         server: ConcurrencyLimit,
         tenant: str,
+        shares: FairShares,
         *,
         sees_load: bool,
     ) -> None:
         self._key = key
         self._tenant = tenant
+        self._shares = shares
         self.sees_load = sees_load  # what the server and all its callers do
         self._concurrency = concurrency
         self._rate = rate
@@ -78,8 +81,13 @@ class Caller:
                 raise PermissionDeniedError(f"key {self.name!r} may not use {what}, ask for another key")
 
     def sign(self, request: GenerateRequest) -> GenerateRequest:
-        """The request with what the engine must know of who asks."""
-        return replace(request, tenant=self._tenant, may_use_base_model=self.may_use(None))
+        """What the engine must know of who asks, too. Raises InvalidRequestError: its adapters are none."""
+        return replace(
+            request,
+            tenant=self._tenant,
+            flow=self._shares.flow(self._key, request.adapter),
+            may_use_base_model=self.may_use(None),
+        )
 
     def require_admin(self) -> None:
         """Raises PermissionDeniedError unless this caller administers the server."""
@@ -132,6 +140,7 @@ class AccessControl:
         max_concurrent_requests: of all callers together; None has no limit.
         has_open_metrics: whether /metrics needs no key.
         prefix_cache_scope: "key" keeps the cached prompts of each key apart, "shared" lets all use all.
+        shares: whose share of the engine requests are served from.
     """
 
     def __init__(
@@ -141,9 +150,11 @@ class AccessControl:
         max_concurrent_requests: int | None = None,
         has_open_metrics: bool = False,
         prefix_cache_scope: PrefixCacheScope = "key",
+        shares: FairShares = ONE_SHARE,
     ) -> None:
         self.has_open_metrics = has_open_metrics
         self._server = ConcurrencyLimit(max_concurrent_requests)
+        self._shares = shares
         is_shared = prefix_cache_scope == "shared"
         self._callers = [
             (_digest(key.secret), self._caller(key, "" if is_shared else key.name, has_keys=True))
@@ -219,7 +230,13 @@ class AccessControl:
         rate = None if key.requests_per_minute is None else RateLimit(key.requests_per_minute)
         sees_load = key.is_admin or not has_keys
         return Caller(
-            key, ConcurrencyLimit(key.max_concurrent), rate, self._server, tenant, sees_load=sees_load
+            key,
+            ConcurrencyLimit(key.max_concurrent),
+            rate,
+            self._server,
+            tenant,
+            self._shares,
+            sees_load=sees_load,
         )
 
 

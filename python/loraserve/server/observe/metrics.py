@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from loraserve.request import AdapterSpec, RequestTiming, Usage
 from loraserve.server.observe.adapter_series import AdapterSeries
+from loraserve.server.observe.flow_series import FlowSeries
 from loraserve.server.observe.histogram import REQUEST_SECONDS, TOKEN_SECONDS, TOKENS, Histogram
 from loraserve.server.observe.outcomes import Outcome
 from loraserve.server.observe.sliding_window import SlidingWindow
@@ -78,6 +79,7 @@ class Metrics:
         self.recent = SlidingWindow()
         self.traffic: dict[str, Traffic] = {}
         self.adapter_series = AdapterSeries(max_adapter_labels)
+        self.flow_series = FlowSeries(max_adapter_labels)
 
     def request_started(
         self,

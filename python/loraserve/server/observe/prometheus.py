@@ -16,6 +16,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import CollectorRegistry
 
+from loraserve.server.access.fair_shares import flow_parts
 from loraserve.server.observe.adapter_series import AdapterCounts
 from loraserve.server.observe.batch_series import BatchCounts, batch_families
 from loraserve.server.observe.histogram import Histogram
@@ -79,6 +80,7 @@ class _Collected:
         yield from self._requests()
         yield from _engine(self._info, self._stats)
         yield from self._adapters()
+        yield from self._flows()
         yield from self._sources()
         yield from self._tgi()
         if self._batches is not None:
@@ -141,6 +143,40 @@ class _Collected:
         for name, traffic in self._metrics.traffic.items():
             family.add_metric([name], traffic.num_requests, traffic.total_s)
         return family
+
+    def _flows(self) -> Iterator[Metric]:
+        """Nothing where all share one."""
+        stats = self._stats
+        named, others = self._metrics.flow_series.split(stats.flows, stats.forgotten_tokens)
+        if not any(flow.name for flow in stats.flows):
+            return
+        labels = ["key", "adapter"]
+        rows = [(list(flow_parts(flow.name)), flow) for flow in named]
+        for field, text, of_others in (
+            ("prompt_tokens", "Prompt tokens computed, each once", others[0]),
+            ("generated_tokens", "Tokens generated", others[1]),
+        ):
+            family = CounterMetricFamily(f"loraserve_flow_{field}", f"{text}, by share", labels=labels)
+            for row, flow in rows:
+                family.add_metric(row, getattr(flow, f"num_{field}"))
+            family.add_metric([OTHER_LABEL, OTHER_LABEL], of_others)
+            yield family
+        for field, text in (
+            ("running", "Sequences that run, by share"),
+            ("waiting", "Sequences that wait for their turn, by share"),
+        ):
+            gauge = GaugeMetricFamily(f"loraserve_flow_{field}", text, labels=labels)
+            for row, flow in rows:
+                gauge.add_metric(row, getattr(flow, f"num_{field}"))
+            yield gauge
+        lead = GaugeMetricFamily(
+            "loraserve_flow_lead_tokens",
+            "Tokens (generated ones twice) over weight that it is ahead of the waiting share served least",
+            labels=labels,
+        )
+        for row, flow in rows:
+            lead.add_metric(row, flow.lead)
+        yield lead
 
     def _sources(self) -> Iterator[Metric]:
         if self._remote is None:

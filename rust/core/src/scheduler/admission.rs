@@ -1,13 +1,13 @@
-//! Waiting requests: in order of arrival, loads started ahead of need, admission when everything is there.
+//! Waiting requests: loads started ahead of need, admission when everything is there.
 
-use super::{Admission, Load, Plan, Scheduler, shield_adapters};
+use super::{Admission, Load, Plan, Scheduler, SchedulerConfig, shield_adapters};
 use crate::adapter_cache::AdapterState;
-use crate::ids::{AdapterId, Applied};
+use crate::ids::{AdapterId, Applied, RequestId};
 use crate::sequence::{InFlightTokens, Running};
 
 /// What became of a waiting request that was looked at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Verdict {
+pub(super) enum Verdict {
     Admitted,
     /// Adapters are loading, or the step is full: those behind it may be looked at.
     PassedOver,
@@ -17,37 +17,65 @@ enum Verdict {
     Blocked,
 }
 
-impl Scheduler {
-    /// Requests before `index` were passed over or are stranded; each admission behind one that was passed over
-    /// counts against `slack`.
-    pub(super) fn admit_waiting(&mut self, plan: &mut Plan) {
-        let mut index = 0;
-        let mut passed = Vec::new();
-        let mut slack = usize::MAX;
-        while slack > 0 && passed.len() < self.config.lookahead && index < self.waiting.len() {
-            match self.consider(index, plan) {
-                Verdict::Admitted => {
-                    for &passed in &passed {
-                        self.waiting[passed].overtaken += 1;
-                    }
-                    slack -= 1;
-                }
-                Verdict::PassedOver => {
-                    let overtaken = self.waiting[index].overtaken;
-                    slack = slack.min(self.config.max_overtakes.saturating_sub(overtaken));
-                    passed.push(index);
-                    index += 1;
-                }
-                Verdict::Stranded => index += 1,
-                Verdict::Blocked => {
-                    plan.is_short_of_memory = true;
-                    return;
-                }
-            }
+/// How far the waiting requests are looked at in a step.
+#[derive(Debug)]
+pub(super) struct Round {
+    passed: Vec<RequestId>,
+    /// How many may be admitted past those passed over.
+    slack: usize,
+    lookahead: usize,
+    max_overtakes: usize,
+}
+
+impl Round {
+    pub(super) fn new(config: &SchedulerConfig, admits: bool) -> Self {
+        Self {
+            passed: Vec::new(),
+            slack: if admits { usize::MAX } else { 0 },
+            lookahead: config.lookahead,
+            max_overtakes: config.max_overtakes,
         }
     }
 
-    fn consider(&mut self, index: usize, plan: &mut Plan) -> Verdict {
+    pub(super) fn is_open(&self) -> bool {
+        self.slack > 0 && self.passed.len() < self.lookahead
+    }
+}
+
+impl Scheduler {
+    /// Each admission behind one that was passed over counts against the slack.
+    pub(super) fn consider(
+        &mut self,
+        request: RequestId,
+        round: &mut Round,
+        plan: &mut Plan,
+    ) -> Verdict {
+        let index = self.place(request);
+        let verdict = self.verdict(index, plan);
+        match verdict {
+            Verdict::Admitted => {
+                for &passed in &round.passed {
+                    let passed = self.place(passed);
+                    self.waiting[passed].overtaken += 1;
+                }
+                round.slack -= 1;
+            }
+            Verdict::PassedOver => {
+                let overtaken = self.waiting[index].overtaken;
+                let left = round.max_overtakes.saturating_sub(overtaken);
+                round.slack = round.slack.min(left);
+                round.passed.push(request);
+            }
+            Verdict::Stranded => {}
+            Verdict::Blocked => {
+                plan.is_short_of_memory = true;
+                round.slack = 0;
+            }
+        }
+        verdict
+    }
+
+    fn verdict(&mut self, index: usize, plan: &mut Plan) -> Verdict {
         if self.is_stranded(&self.waiting[index]) {
             return Verdict::Stranded;
         }
@@ -149,11 +177,11 @@ impl Scheduler {
             draft: Vec::new(),
             sequence,
         };
-        let num_tokens = running.num_pending().min(plan.budget);
         self.next_admission += 1;
-        plan.rows.push((self.running.len(), num_tokens));
-        plan.budget -= num_tokens;
+        let request = &running.sequence.request;
+        self.flows.admit(request.flow, request.id);
         self.running.push(running);
+        self.plan_prefill(self.running.len() - 1, plan);
         Verdict::Admitted
     }
 }

@@ -26,8 +26,7 @@ impl Scheduler {
         if !self.plan_decodes_ahead(&mut plan) {
             return None;
         }
-        self.plan_prefills(&mut plan);
-        self.admit_waiting(&mut plan);
+        self.plan_prompts(&mut plan);
         if !plan.is_short_of_memory {
             self.start_prefetches(&mut plan);
         }

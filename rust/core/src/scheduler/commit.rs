@@ -1,6 +1,7 @@
 //! What a finished step changes: computed tokens, sampled tokens, sequences that end.
 
 use super::{Row, Scheduler};
+use crate::flows::Served;
 use crate::request::FinishReason;
 use crate::sequence::{Running, Sequence};
 
@@ -49,6 +50,11 @@ impl Scheduler {
         let running = &mut self.running[index];
         running.land(row.num_tokens, row.num_samples > 0);
         let (num_taken, finish) = running.take(sampled);
+        let served = Served {
+            num_generated_tokens: num_taken as u64,
+            ..Served::default()
+        };
+        self.flows.charge(running.sequence.request.flow, served);
         if !sampled.is_empty() {
             self.learn(index, sampled, num_taken);
         }
@@ -92,6 +98,7 @@ impl Scheduler {
             adapters,
             ..
         } = self.running.remove(index);
+        self.flows.end(sequence.request.flow);
         self.memory.release_table(table);
         for applied in adapters {
             self.memory.release_adapter(applied.adapter);

@@ -1,4 +1,4 @@
-//! Running sequences: a token for each that decodes, then more of the prompts, and preemption.
+//! Running sequences: a token for each that decodes, and preemption.
 
 use super::{Plan, Scheduler};
 use crate::sequence::{Running, Waiting};
@@ -14,21 +14,6 @@ impl Scheduler {
                 plan.budget -= 1;
             }
             index += 1;
-        }
-    }
-
-    /// A prompt's pages were taken at admission.
-    pub(super) fn plan_prefills(&mut self, plan: &mut Plan) {
-        for (index, running) in self.running.iter().enumerate() {
-            if plan.budget == 0 {
-                return;
-            }
-            // One that generates nothing has none left while its last step is in flight.
-            if !running.is_decoding() && running.num_pending() > 0 {
-                let num_tokens = running.num_pending().min(plan.budget);
-                plan.rows.push((index, num_tokens));
-                plan.budget -= num_tokens;
-            }
         }
     }
 
@@ -75,6 +60,8 @@ impl Scheduler {
             self.memory.release_adapter(applied.adapter);
         }
         self.num_preemptions += 1;
+        let request = &sequence.request;
+        self.flows.preempt(request.flow, request.id);
         let place = self
             .waiting
             .partition_point(|w| w.sequence.request.id < sequence.request.id);

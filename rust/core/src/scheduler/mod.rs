@@ -1,12 +1,19 @@
 //! `Scheduler`: continuous batching over one memory for KV and adapters.
 //!
-//! A step: running sequences decode first, then go on with their prompts, then waiting requests are admitted in
-//! order of arrival. A request whose adapter is still loading may be overtaken, a bounded number of times.
+//! A step: running sequences decode first, then the flows take turns, who was served least first (`flows.rs`): a flow
+//! goes on with its prompts, then its waiting requests are admitted in order of arrival. With one flow, that is all
+//! running prompts and then the queue. A request whose adapter is still loading may be overtaken, a bounded number of times.
 //!
 //! Why nothing deadlocks: a request is accepted only if it could run alone beside what is pinned; the oldest running
 //! sequence takes memory from newer ones and from everything idle; the head of the queue waits holding only idle
 //! adapters, and once nobody may overtake it, the running drain and all memory is free or idle. Who waits for a late
 //! load waits beside the queue (`late_loads.rs`).
+//!
+//! With flows the head is the first request of the flow served least. It changes only when somebody is served: others'
+//! counters rise by that, newcomers begin at a clock that rises as well, its own stays while it waits, so every flow's
+//! first request comes to be the head, and stays it until it runs. While it is short of memory nothing behind it is
+//! admitted; while its adapter loads, no more than `max_overtakes`; and prompts that run go on whatever stands in the way of
+//! admissions.
 
 mod admission;
 mod ahead;
@@ -14,7 +21,9 @@ mod commit;
 mod config;
 mod decode;
 mod drafts;
+mod invariants;
 mod late_loads;
+mod prompts;
 mod residency;
 mod submission;
 #[cfg(test)]
@@ -26,6 +35,7 @@ use crate::adapter_cache::{AdapterState, AdapterStats};
 use crate::answers::AllAnswers;
 use crate::batch::{Batch, Scheduled};
 use crate::error::Error;
+use crate::flows::{FlowStats, Flows, Served};
 use crate::ids::{AdapterId, Applied, PageId, RequestId, SlotId};
 use crate::memory::Memory;
 use crate::page_pool::Move;
@@ -98,6 +108,7 @@ pub struct Scheduler {
     prefetches: VecDeque<AdapterId>,
     /// In order of admission.
     running: Vec<Running>,
+    flows: Flows,
     outputs: Vec<RequestOutput>,
     /// What guesses are made by.
     answers: AllAnswers,
@@ -156,6 +167,7 @@ impl Scheduler {
             waiting: VecDeque::new(),
             prefetches: VecDeque::new(),
             running: Vec::new(),
+            flows: Flows::default(),
             outputs: Vec::new(),
             answers: AllAnswers::default(),
             in_flight: VecDeque::new(),
@@ -178,6 +190,7 @@ impl Scheduler {
             .binary_search_by_key(&request, |w| w.sequence.request.id)
         {
             if let Some(mut waiting) = self.waiting.remove(index) {
+                self.flows.withdraw(waiting.sequence.request.flow, request);
                 self.finish_sequence(&mut waiting.sequence, None, reason);
             }
             return true;
@@ -201,10 +214,7 @@ impl Scheduler {
         );
         let mut plan = self.begin_plan();
         self.plan_decodes(&mut plan);
-        self.plan_prefills(&mut plan);
-        if !plan.has_preempted {
-            self.admit_waiting(&mut plan);
-        }
+        self.plan_prompts(&mut plan);
         if !plan.has_preempted && !plan.is_short_of_memory {
             self.start_prefetches(&mut plan);
         }
@@ -214,8 +224,7 @@ impl Scheduler {
 
     fn begin_plan(&mut self) -> Plan {
         self.memory.adapters.slots.begin_round();
-        let head = self.waiting.iter().position(|w| !self.is_stranded(w));
-        if let Some(head) = head {
+        if let Some(head) = self.head() {
             shield_adapters(&mut self.memory, &self.waiting[head].sequence);
         }
         Plan {
@@ -249,6 +258,8 @@ impl Scheduler {
         let (failed, kept): (VecDeque<_>, VecDeque<_>) = self.waiting.drain(..).partition(names);
         self.waiting = kept;
         for mut waiting in failed {
+            let request = &waiting.sequence.request;
+            self.flows.withdraw(request.flow, request.id);
             self.finish_sequence(
                 &mut waiting.sequence,
                 None,
@@ -275,6 +286,11 @@ impl Scheduler {
 
     pub fn adapters(&self) -> Vec<AdapterStats> {
         self.memory.adapters.list()
+    }
+
+    /// Who shares the engine, as of now, and what those were served together that are idle and not told of any more.
+    pub fn flows(&self) -> (Vec<FlowStats>, Served) {
+        (self.flows.stats(), self.flows.forgotten())
     }
 
     pub fn num_waiting(&self) -> usize {
@@ -319,46 +335,6 @@ impl Scheduler {
         }
     }
 
-    /// Panics naming the first invariant that does not hold.
-    pub fn check_invariants(&self) {
-        let tables = self.running.iter().flat_map(|r| &r.table.pages);
-        self.memory.check_invariants(tables.copied());
-        assert!(
-            self.running.is_sorted_by(|a, b| a.admitted < b.admitted),
-            "running is in order of admission"
-        );
-        let arrivals = self.waiting.iter().map(|w| w.sequence.request.id);
-        assert!(
-            arrivals.is_sorted_by(|a, b| a < b),
-            "waiting is in order of arrival"
-        );
-        let mut uses = std::collections::HashMap::<AdapterId, (usize, usize)>::new();
-        let running = self.running.iter().map(|r| (&r.sequence, 1));
-        for (sequence, runs) in self.waiting.iter().map(|w| (&w.sequence, 0)).chain(running) {
-            for adapter in sequence.request.adapter_ids() {
-                let (users, num_running) = uses.entry(adapter).or_default();
-                (*users, *num_running) = (*users + 1, *num_running + runs);
-            }
-        }
-        self.memory.adapters.check_uses(&uses);
-        self.check_pinned();
-        self.check_sharing();
-    }
-
-    /// A page that two sequences read holds what both would compute, and is kept from every other scope.
-    fn check_sharing(&self) {
-        let mut readers = std::collections::HashMap::new();
-        for running in &self.running {
-            let identity = &running.sequence.request.identity;
-            for (index, &page) in running.table.pages.iter().enumerate() {
-                let end = (index + 1) * self.config.block_size;
-                let shared_by = (&identity.scope, identity.beginning_in(0..end));
-                let first = readers.entry(page).or_insert(shared_by);
-                assert_eq!(*first, shared_by, "who share {page:?} have one identity");
-            }
-        }
-    }
-
     /// Orders the rows so that segments are contiguous, and builds the batch.
     fn launch(&mut self, plan: Plan) -> SchedulerOutput {
         let id = self.next_step;
@@ -390,6 +366,7 @@ impl Scheduler {
         for (index, row) in indices.into_iter().zip(&rows) {
             let sample = (row.num_samples > 0).then_some(num_samples);
             num_samples += row.num_samples;
+            self.charge_prompt(index, row.num_tokens);
             self.running[index].launch(row.num_tokens, sample);
         }
         if !rows.is_empty() {

@@ -109,14 +109,17 @@ impl Scheduler {
             let answers = self.answers.of(&identity);
             Speculation::new(answers, new.prompt.len())
         });
+        let flow = self.flows.arrive(&new.flow, id);
         let sequence = Sequence {
             prompt_len: new.prompt.len(),
             next_row: new.prompt_rows.first(new.prompt.len()),
+            num_charged: 0,
             tokens: new.prompt,
             was_admitted: false,
             speculation,
             request: Request {
                 id,
+                flow,
                 identity,
                 adapters,
                 max_tokens,

@@ -7,7 +7,7 @@ mod operations;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use loraserve_core::{
-    Batch, FinishReason, RequestOutput, Scheduler, SchedulerConfig, SchedulerOutput,
+    Batch, FinishReason, RequestOutput, Scheduler, SchedulerConfig, SchedulerOutput, Served,
 };
 
 use super::Rng;
@@ -24,6 +24,10 @@ struct Expected {
     adapters: Vec<(f32, u64)>,
     hashes: Vec<String>,
     num_generated: usize,
+    flow: usize,
+    prompt_len: usize,
+    /// Tokens of its prompt up to here were computed before, or came from the prefix cache.
+    num_charged: usize,
     max_tokens: usize,
     min_tokens: usize,
     stop_token_ids: Vec<i32>,
@@ -53,6 +57,8 @@ pub struct Harness {
     /// In the order in which the device has run them.
     in_flight: VecDeque<Launched>,
     has_ample_budget: bool,
+    /// What each flow was served.
+    served: Vec<Served>,
     /// Whether it does so wherever it can until everything has ended.
     runs_ahead: bool,
     /// Unfinished requests.
@@ -110,6 +116,7 @@ impl Harness {
             config,
             device: Device::new(config.num_pages, block_size),
             runs_ahead: rng.one_in(2),
+            served: vec![Served::default(); [1, 2, 5][rng.range(0, 2)]],
             rng,
             weights,
             trace: Trace::default(),
@@ -229,6 +236,7 @@ impl Harness {
         if let Some(batch) = &step.batch {
             assert!(batch.num_tokens() <= self.config.max_batched_tokens);
             assert!(batch.num_seqs() <= self.config.max_num_seqs);
+            self.charge_prompts(batch);
         }
         self.count("moves", step.moves.len() as u64);
         let token_ids = self.device.run(&step);
@@ -271,6 +279,31 @@ impl Harness {
         }
     }
 
+    /// A token of a prompt is served when it is first computed.
+    fn charge_prompts(&mut self, batch: &Batch) {
+        for (seq, request) in batch.request_ids.iter().enumerate() {
+            let rows = batch.query_indptr[seq] as usize..batch.query_indptr[seq + 1] as usize;
+            let start = batch.positions[rows.start] as usize;
+            let expected = self.expected.get_mut(request);
+            let expected = expected.expect("an ended request is not computed");
+            let end = (start + rows.len()).min(expected.prompt_len);
+            let num_new = end.saturating_sub(start.max(expected.num_charged));
+            expected.num_charged = expected.num_charged.max(end);
+            self.served[expected.flow].num_prompt_tokens += num_new as u64;
+        }
+    }
+
+    /// Counters are what was served, no more and no less.
+    fn check_served(&mut self) {
+        for flow in self.scheduler.flows().0 {
+            let served = self.served[flow.name[1..].parse::<usize>().unwrap()];
+            assert_eq!(flow.served, served, "{flow:?}");
+            let num_tokens = served.num_prompt_tokens + served.num_generated_tokens;
+            *self.counts.entry("flows beside others").or_default() +=
+                u64::from(self.served.len() > 1 && num_tokens > 0);
+        }
+    }
+
     /// Every row that was asked for comes once, in order, and is what the request alone would have.
     fn take_rows(&mut self, batch: &Batch, hidden: &[u64]) {
         let mut values = hidden.iter();
@@ -286,6 +319,8 @@ impl Harness {
         }
     }
 
+    /// Within a flow, the order is that of arrival but for a bounded number.
+    ///
     /// Under a budget that never splits a prompt, a request is first sampled in the step that admits it. Who waits for
     /// a late load may be overtaken without limit.
     fn check_overtakes(&mut self, step: &SchedulerOutput) {
@@ -293,21 +328,21 @@ impl Harness {
         if !self.has_ample_budget {
             return;
         }
-        let mut admitted = BTreeSet::new();
+        let mut admitted = vec![BTreeSet::new(); self.served.len()];
         for request in &batch.request_ids {
             let expected = self
                 .expected
                 .get_mut(request)
                 .expect("an ended request is not computed");
             if !std::mem::replace(&mut expected.is_admitted, true) {
-                admitted.insert(*request);
+                admitted[expected.flow].insert(*request);
             }
         }
         if !self.late.is_empty() {
             return;
         }
         for (&request, waiting) in self.expected.iter_mut().filter(|(_, e)| !e.is_admitted) {
-            waiting.overtaken += admitted.range(request..).count();
+            waiting.overtaken += admitted[waiting.flow].range(request..).count();
             assert!(
                 waiting.overtaken <= self.config.max_overtakes,
                 "nobody starves"
@@ -324,6 +359,9 @@ impl Harness {
         for output in self.scheduler.drain_outputs() {
             self.trace.add_output(&output);
             self.check_output(&output);
+        }
+        if self.checks_invariants {
+            self.check_served();
         }
         assert!(self.finishing.is_empty(), "a finished request ends at once");
         let failing = std::mem::take(&mut self.failing);
@@ -353,6 +391,7 @@ impl Harness {
             );
             expected.kv = kv(expected.kv, token, expected.adapters.iter().copied());
             expected.num_generated += 1;
+            self.served[expected.flow].num_generated_tokens += 1;
             if expected.num_generated >= expected.min_tokens
                 && expected.stop_token_ids.contains(&token)
             {

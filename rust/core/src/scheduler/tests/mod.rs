@@ -4,6 +4,7 @@ mod adapters;
 mod ahead;
 mod batches;
 mod drafts;
+mod flows;
 mod late_loads;
 mod memory;
 mod prefixes;
@@ -11,7 +12,7 @@ mod prefixes;
 use super::*;
 use crate::adapter_cache::AdapterContent;
 use crate::ids::CacheScope;
-use crate::request::{FinishReason, NewRequest};
+use crate::request::{FinishReason, Flow, FlowWeight, NewRequest};
 
 fn scheduler(change: impl FnOnce(&mut SchedulerConfig)) -> Scheduler {
     let mut config = SchedulerConfig {

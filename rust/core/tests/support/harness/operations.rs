@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use loraserve_core::{
-    AdapterContent, AdapterId, AdapterStats, CacheScope, Error, Failure, FinishReason, NewRequest,
-    PromptRows, RequestId,
+    AdapterContent, AdapterId, AdapterStats, CacheScope, Error, Failure, FinishReason, Flow,
+    FlowWeight, NewRequest, PromptRows, RequestId,
 };
 
 use super::{Expected, Harness};
@@ -95,6 +95,10 @@ impl Harness {
             scope: CacheScope {
                 tenant: ["", "t"][self.rng.range(0, 1)].into(),
                 salt: ["", "", "t"][self.rng.range(0, 2)].into(),
+            },
+            flow: Flow {
+                name: format!("f{}", self.rng.range(0, self.served.len() - 1)).into(),
+                weight: FlowWeight::new([0.5, 1.0, 1.0, 3.0][self.rng.range(0, 3)]).unwrap(),
             },
             needs_adapter: self.rng.one_in(4),
             without_guesses: self.rng.one_in(8),
@@ -218,6 +222,9 @@ impl Harness {
             adapters,
             hashes,
             num_generated: 0,
+            flow: new.flow.name[1..].parse().expect("flows are numbered"),
+            prompt_len: new.prompt.len(),
+            num_charged: 0,
             max_tokens,
             min_tokens: new.min_tokens,
             stop_token_ids: new.stop_token_ids,

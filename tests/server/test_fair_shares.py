@@ -1,0 +1,90 @@
+"""Keys and adapters share the engine, whichever API they come by."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from loraserve import AsyncEngine, EngineConfig, SamplingParams
+from loraserve.client import Client
+from loraserve.request import Flow, GenerateRequest
+from loraserve.server.access.fair_shares import FairShares
+from loraserve.settings.entries import ApiKey
+
+from tests.server.control_server import ControlServer
+
+KEYS = [ApiKey(name="ann", secret="ann-key", weight=2.0), ApiKey(name="ben", secret="ben-key", is_admin=True)]
+PARAMS = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
+
+
+@pytest.fixture
+def config(tiny_model: tuple[Path, torch.nn.Module], tiny_adapters: dict[str, str]) -> EngineConfig:
+    return EngineConfig(
+        model=str(tiny_model[0]),
+        adapters={"a": tiny_adapters["a0"]},
+        dtype="float32",
+        memory="8MiB",
+        max_num_seqs=1,
+    )
+
+
+@pytest.fixture
+def server(config: EngineConfig) -> Iterator[ControlServer]:
+    shares = FairShares("key+adapter", {"a": 1.5})
+    with ControlServer(lambda: AsyncEngine(config), keys=KEYS, shares=shares) as server:
+        yield server
+
+
+def test_each_api_serves_from_the_share_of_key_and_adapter(server: ControlServer) -> None:
+    body = {
+        "model": "a",
+        "prompt": list(range(100, 107)),
+        "max_tokens": 5,
+        "temperature": 0,
+        "ignore_eos": True,
+    }
+    headers = {"authorization": "Bearer ann-key"}
+    answer = httpx.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=30.0)
+    assert answer.status_code == 200, answer.text
+    with Client(server.grpc_address, timeout=30.0, api_key="ben-key") as client:
+        client.generate(list(range(200, 210)), PARAMS)
+    served = {
+        flow.name: (flow.weight, flow.num_prompt_tokens, flow.num_generated_tokens)
+        for flow in server.engine.stats().flows
+    }
+    assert served == {"ann\ta": (3.0, 7, 5), "ben\t": (1.0, 10, 5)}
+    headers = {"authorization": "Bearer ben-key"}
+    metrics = httpx.get(f"{server.url}/metrics", headers=headers, timeout=30.0).text
+    assert 'loraserve_flow_prompt_tokens_total{adapter="a",key="ann"} 7.0' in metrics
+    assert 'loraserve_flow_generated_tokens_total{adapter="",key="ben"} 5.0' in metrics
+
+
+def test_a_request_waits_for_its_own_share_and_not_for_a_flood(config: EngineConfig) -> None:
+    async def waits() -> tuple[list[float], float]:
+        engine = AsyncEngine(config)
+        try:
+            requests = [
+                GenerateRequest(
+                    prompt=[number, *range(300, 308)],
+                    params=replace(PARAMS, max_tokens=40),
+                    flow=Flow("light" if number == 60 else "heavy"),
+                )
+                for number in range(61)
+            ]
+            streams = [await engine.submit(request) for request in requests]
+            all_waits = []
+            for stream in streams:
+                timings = [delta.timing async for delta in stream]
+                assert timings[-1] is not None
+                all_waits.append(timings[-1].queue_s)
+            return sorted(all_waits[:-1]), all_waits[-1]
+        finally:
+            await engine.shutdown(0.0)
+
+    heavy, light = asyncio.run(waits())
+    assert light < heavy[len(heavy) // 2], (light, heavy)
