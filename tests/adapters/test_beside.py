@@ -425,7 +425,7 @@ def test_everything_that_shows_an_adapter_names_what_is_used_and_what_is_not(
     assert main(["adapters", "check", str(other_adapter), "--model", str(model)]) == 0
     assert f"not used   {WORDS}\n" in capsys.readouterr().out
     with (
-        caplog.at_level("INFO", "loraserve.engine.adapters"),
+        caplog.at_level("INFO", "loraserve.engine.servable"),
         LLM(str(model), dtype="float32", memory="16MiB", num_threads=1) as llm,
     ):
         receipt = llm.load_adapter("tuned", other_adapter)
