@@ -54,6 +54,7 @@ class RequestFields(TypedDict, total=False):
         truncate: keep only this many tokens of the prompt, its last.
         cache_salt: up to 256 characters; only requests of the same salt share cached prompts.
         suffix: what stands behind the answer, where the model fills in the middle.
+        user: whose request it is, so that adapters with shares give it the same generation.
     """
 
     messages: Sequence[Mapping[str, Any]] | None
@@ -67,6 +68,7 @@ class RequestFields(TypedDict, total=False):
     truncate: int | None
     cache_salt: str | None
     suffix: str | None
+    user: str | None
 
 
 class Client(PooledCalls):
@@ -368,6 +370,7 @@ def _request(
     truncate: int | None = None,
     cache_salt: str | None = None,
     suffix: str | None = None,
+    user: str | None = None,
 ) -> pb.GenerateRequest:
     options = chat or ChatOptions()
     if any(value is not None for value in (tools, tool_choice, parallel_tool_calls)):
@@ -385,6 +388,7 @@ def _request(
             truncate=truncate,
             cache_salt=cache_salt,
             suffix=suffix,
+            user=user,
         )
     )
 

@@ -157,7 +157,7 @@ class GenerateRequest:
             not given.
         cache_salt: up to 256 characters; only requests of the same salt share cached prompts.
         tenant: whose prompt it is; a server says so, and no cached prompt is shared between tenants.
-        user: whose request it is, so that adapters with shares give the same user the same generation.
+        user: up to 512 characters, whose request it is: adapters with shares give it the same generation.
         pooling: what to make of the prompt's hidden states in place of an answer; of `params` nothing counts
             then.
         flow: whose share of the engine it is served from; a server says so.

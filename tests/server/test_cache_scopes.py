@@ -180,6 +180,24 @@ def test_a_salt_of_a_wrong_length_is_refused_by_name(server: ControlServer, salt
         client.generate("x", cache_salt=salt)
 
 
+def test_a_user_of_513_characters_is_refused_by_name(server: ControlServer) -> None:
+    headers, user = {"authorization": "Bearer ann-key"}, "x" * 513
+    bodies: list[tuple[str, dict[str, Any]]] = [
+        ("/v1/completions", {"prompt": "x", "user": user}),
+        ("/v1/chat/completions", {"messages": CHAT, "safety_identifier": user}),
+        ("/v1/messages", {"messages": CHAT, "max_tokens": 4, "metadata": {"user_id": user}}),
+        ("/v1/responses", {"input": "x", "user": user}),
+        ("/v1/embeddings", {"input": "x", "user": user}),
+    ]
+    for path, body in bodies:
+        answer = httpx.post(f"{server.url}{path}", json=body, headers=headers, timeout=30.0)
+        assert (answer.status_code, "user has 513 characters" in answer.text) == (400, True), answer.text
+    with Client(server.grpc_address, timeout=30.0, api_key="ann-key") as client:
+        for call in (client.generate, client.embed):
+            with pytest.raises(InvalidRequestError, match="user has 513 characters"):
+                call("x", user=user)
+
+
 def test_the_python_api_keeps_salts_apart(config: EngineConfig) -> None:
     def cached(salt: str | None) -> int:
         usage = llm.generate(prompt(0), params, adapter="a", cache_salt=salt)[0].usage

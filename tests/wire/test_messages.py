@@ -44,6 +44,7 @@ REQUESTS = [
         truncate=10,
     ),
     GenerateRequest(prompt="x", params=SamplingParams(max_tokens=None)),
+    GenerateRequest(prompt="x", user="ann"),
     GenerateRequest(prompt="x", suffix="y"),
     GenerateRequest(prompt="x", suffix="", prediction="y"),
     GenerateRequest(prompt="x", params=SamplingParams(grammar=Grammar("json"))),

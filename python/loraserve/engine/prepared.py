@@ -36,6 +36,7 @@ MAX_ADAPTERS_PER_REQUEST = 16
 MAX_DEADLINE_S = 24 * 3600.0
 MAX_TRUNCATED_CONTEXTS = 8  # prompts of more contexts than this are refused, even if to be truncated
 MAX_CACHE_SALT_CHARS = 256
+MAX_USER_CHARS = 512
 MAX_ADAPTER_WEIGHT = 1000.0  # beyond, sums of deltas lose all meaning in bfloat16
 MIN_ADAPTER_WEIGHT = 0.001  # below, a delta is lost in the rounding of what it is added to
 ALL_PARAMETERS = frozenset(parameter.name for parameter in fields(SamplingParams))
@@ -107,6 +108,7 @@ def prepare(
     arrived_at = time.monotonic() if arrived_at is None else arrived_at
     check_deadline(request.deadline_s)
     _check_cache_salt(request.cache_salt)
+    _check_user(request.user)
     _check_form(request, model_head)
     generates = request.pooling is None and request.params.max_tokens != 0
     if request.pooling is not None and hidden_size is not None:
@@ -299,6 +301,17 @@ def _check_cache_salt(salt: Any) -> None:
         )
     if any("\ud800" <= char <= "\udfff" for char in salt):
         raise InvalidRequestError("cache_salt is not valid Unicode")
+
+
+def _check_user(user: Any) -> None:
+    if user is None:
+        return
+    if not isinstance(user, str):
+        raise InvalidRequestError(f"user is {user!r:.100}, it must be text")
+    if not 0 < len(user) <= MAX_USER_CHARS:
+        raise InvalidRequestError(
+            f"user has {len(user)} characters, it must have from 1 to {MAX_USER_CHARS}; leave it out for none"
+        )
 
 
 def _check_suffix(request: GenerateRequest) -> None:

@@ -67,6 +67,7 @@ def request_from_wire(message: pb.GenerateRequest) -> GenerateRequest:
         cache_salt=message.cache_salt if message.HasField("cache_salt") else None,
         suffix=message.suffix if message.HasField("suffix") else None,
         prediction=message.prediction if message.HasField("prediction") else None,
+        user=message.user if message.HasField("user") else None,
     )
 
 
@@ -143,6 +144,7 @@ def request_to_wire(request: GenerateRequest) -> pb.GenerateRequest:
             only_prompt=request.params.max_tokens == 0,
             suffix=request.suffix,
             prediction=request.prediction,
+            user=request.user,
         )
         _set_prompt(message, request)
         _set_adapter(message, request.adapter)

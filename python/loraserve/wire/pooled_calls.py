@@ -36,6 +36,7 @@ class PooledCalls(ABC):
         deadline_s: float | None = None,
         truncate: int | None = None,
         cache_salt: str | None = None,
+        user: str | None = None,
     ) -> list[Pooled]:
         """A vector of each prompt, float32 [dimensions]; of each of its tokens where pooling is "every".
 
@@ -46,9 +47,9 @@ class PooledCalls(ABC):
                 None is as files of the adapter or the model say, else "last".
             normalize: give vectors the length 1; None does so unless pooling is "every".
             dimensions: keep only the first ones, before vectors are normalised.
-            deadline_s, truncate, cache_salt: as of `stream`.
+            deadline_s, truncate, cache_salt, user: as of `stream`.
         """
-        options = {"deadline_s": deadline_s, "truncate": truncate, "cache_salt": cache_salt}
+        options = _options(deadline_s, truncate, cache_salt, user)
         request = embed_request(prompts, adapter, pooling, normalize, dimensions, options)
         return embeddings_from_wire(self._call(self._stub.Embed, request), every=pooling == "every")
 
@@ -60,9 +61,10 @@ class PooledCalls(ABC):
         deadline_s: float | None = None,
         truncate: int | None = None,
         cache_salt: str | None = None,
+        user: str | None = None,
     ) -> list[Pooled]:
         """Logits (`values`), probabilities and labels of each prompt; args as of `embed`."""
-        options = {"deadline_s": deadline_s, "truncate": truncate, "cache_salt": cache_salt}
+        options = _options(deadline_s, truncate, cache_salt, user)
         return classes_from_wire(self._call(self._stub.Classify, classify_request(prompts, adapter, options)))
 
     def score(
@@ -75,9 +77,10 @@ class PooledCalls(ABC):
         deadline_s: float | None = None,
         truncate: int | None = None,
         cache_salt: str | None = None,
+        user: str | None = None,
     ) -> list[float]:
         """How well each document answers the query in its place, or the only one; see `LLM.score`."""
-        options = {"deadline_s": deadline_s, "truncate": truncate, "cache_salt": cache_salt}
+        options = _options(deadline_s, truncate, cache_salt, user)
         request = score_request(queries, documents, adapter, pooling, options)
         return list(self._call(self._stub.Score, request).scores)
 
@@ -102,9 +105,10 @@ class AsyncPooledCalls(ABC):
         deadline_s: float | None = None,
         truncate: int | None = None,
         cache_salt: str | None = None,
+        user: str | None = None,
     ) -> list[Pooled]:
         """As `Client.embed`."""
-        options = {"deadline_s": deadline_s, "truncate": truncate, "cache_salt": cache_salt}
+        options = _options(deadline_s, truncate, cache_salt, user)
         request = embed_request(prompts, adapter, pooling, normalize, dimensions, options)
         response = await self._call(self._stub.Embed, request)
         return embeddings_from_wire(response, every=pooling == "every")
@@ -117,9 +121,10 @@ class AsyncPooledCalls(ABC):
         deadline_s: float | None = None,
         truncate: int | None = None,
         cache_salt: str | None = None,
+        user: str | None = None,
     ) -> list[Pooled]:
         """As `Client.classify`."""
-        options = {"deadline_s": deadline_s, "truncate": truncate, "cache_salt": cache_salt}
+        options = _options(deadline_s, truncate, cache_salt, user)
         response = await self._call(self._stub.Classify, classify_request(prompts, adapter, options))
         return classes_from_wire(response)
 
@@ -133,12 +138,19 @@ class AsyncPooledCalls(ABC):
         deadline_s: float | None = None,
         truncate: int | None = None,
         cache_salt: str | None = None,
+        user: str | None = None,
     ) -> list[float]:
         """As `Client.score`."""
-        options = {"deadline_s": deadline_s, "truncate": truncate, "cache_salt": cache_salt}
+        options = _options(deadline_s, truncate, cache_salt, user)
         request = score_request(queries, documents, adapter, pooling, options)
         return list((await self._call(self._stub.Score, request)).scores)
 
     @abstractmethod
     async def _call(self, method: Any, request: Any) -> Any:
         """The server's answer, or its typed error."""
+
+
+def _options(
+    deadline_s: float | None, truncate: int | None, cache_salt: str | None, user: str | None
+) -> dict[str, Any]:
+    return {"deadline_s": deadline_s, "truncate": truncate, "cache_salt": cache_salt, "user": user}

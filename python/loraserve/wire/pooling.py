@@ -43,6 +43,7 @@ def request_without_prompt(message: PooledMessage, pooling: PoolingParams) -> Ge
         deadline_s=message.deadline_s if message.HasField("deadline_s") else None,
         truncate=message.truncate if message.HasField("truncate") else None,
         cache_salt=message.cache_salt if message.HasField("cache_salt") else None,
+        user=message.user if message.HasField("user") else None,
     )
 
 

@@ -64,6 +64,30 @@ def test_generations_over_http(http: httpx.Client) -> None:
     assert [model["id"] for model in http.get("/v1/models").json()["data"][1:]] == ["sql"]
 
 
+def test_a_sent_adapter_can_demand_what_is_there_and_get_a_share(http: httpx.Client, root: Path) -> None:
+    load(http, "a0")
+    content = (root / "a1" / "adapter_model.safetensors").read_bytes()
+    config = (root / "a1" / "adapter_config.json").read_text()
+    for expected, status in (("2", 409), ("1", 201)):
+        query = {"config": config, "replace": "true", "expected_generation": expected, "share": "0.5"}
+        assert http.put("/adapters/sql", params=query, content=content).status_code == status
+    assert shares(http.get("/adapters/sql/generations")) == {1: 0.5, 2: 0.5}
+
+
+def test_a_user_keeps_its_generation(http: httpx.Client) -> None:
+    load(http, "a0")
+    load(http, "a1", share=0.5)
+
+    def got(user: str, field: str = "user") -> str:
+        body = {"model": "sql", "max_tokens": 1, "prompt": PROMPT, field: user}
+        return http.post("/v1/completions", json=body).headers["x-adapter-generation"]
+
+    first = {user: got(user) for user in map(str, range(24))}
+    assert set(first.values()) == {"1", "2"}
+    assert {user: got(user) for user in first} == first
+    assert {user: got(user, "safety_identifier") for user in first} == first
+
+
 @pytest.mark.parametrize(
     ("method", "path", "body", "status"),
     [

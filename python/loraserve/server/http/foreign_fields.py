@@ -10,9 +10,7 @@ from typing import Any
 
 OPENAI_NO_EFFECT = frozenset(
     {
-        # who asks, what for, and what the request is called
-        "user",
-        "safety_identifier",
+        # what the request is called
         "request_id",
         "rid",
         "session_id",

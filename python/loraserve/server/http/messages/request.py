@@ -46,6 +46,7 @@ def message_request(call: Call, body: ConversationBody) -> GenerateRequest:
         params=SamplingParams(**given),
         deadline_s=call.deadline_s,
         cache_salt=body.cache_salt,
+        user=(None if body.metadata is None else body.metadata.user_id) or None,
     )
 
 

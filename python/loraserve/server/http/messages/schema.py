@@ -170,9 +170,13 @@ class OutputConfig(RequestBody):
 
 
 class Metadata(RequestBody):
-    """Taken and not used."""
+    """Who asks."""
 
-    user_id: str | None = None
+    user_id: str | None = Field(
+        default=None,
+        description="Whose request it is, up to 512 characters: of an adapter with shares the same user "
+        "gets the same generation.",
+    )
 
 
 class ConversationBody(AdapterSelectors):

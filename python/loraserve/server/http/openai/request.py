@@ -109,6 +109,7 @@ def _request(
         deadline_s=call.deadline_s,
         truncate=body.truncate_prompt_tokens,
         cache_salt=body.cache_salt,
+        user=body.asker,
     )
 
 

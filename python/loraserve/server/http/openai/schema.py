@@ -28,6 +28,7 @@ from loraserve.server.http.request_body import (
     RequestBody,
     Text,
 )
+from loraserve.server.http.user import UserFields
 from loraserve.tools.tool import MAX_TOOLS
 
 TEXT_PART_TYPES = ("text", "input_text", "refusal")
@@ -219,7 +220,7 @@ class PredictionBody(RequestBody):
         return "".join(part.words for part in self.content)
 
 
-class GenerationBody(AdapterSelectors):
+class GenerationBody(AdapterSelectors, UserFields):
     """What completions and chat completions share."""
 
     no_effect: ClassVar[NoEffect] = OPENAI_NO_EFFECT

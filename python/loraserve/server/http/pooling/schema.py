@@ -16,6 +16,7 @@ from loraserve.server.http.foreign_fields import (
 )
 from loraserve.server.http.openai.schema import TokenIds
 from loraserve.server.http.request_body import Elsewhere, Neutral, NoEffect, RequestBody, Text
+from loraserve.server.http.user import UserFields
 
 Inputs: TypeAlias = (
     Text
@@ -27,7 +28,7 @@ Texts: TypeAlias = Text | Annotated[list[Text], Field(fail_fast=True)]
 EncodingFormat: TypeAlias = Literal["float", "base64"]
 
 
-class PooledBody(AdapterSelectors):
+class PooledBody(AdapterSelectors, UserFields):
     """What all these routes share."""
 
     no_effect: ClassVar[NoEffect] = POOLING_NO_EFFECT

@@ -112,6 +112,7 @@ def _request(
         params=chat_params(given),
         deadline_s=call.deadline_s,
         cache_salt=body.cache_salt,
+        user=body.asker,
     )
 
 

@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 from loraserve.server.http.adapter_selectors import AdapterSelectors
 from loraserve.server.http.foreign_fields import SELECTORS_ELSEWHERE
 from loraserve.server.http.request_body import MAX_TEXT_PARTS, Elsewhere, Neutral, NoEffect, RequestBody, Text
+from loraserve.server.http.user import UserFields
 from loraserve.tools.tool import MAX_TOOLS
 
 MAX_ID_CHARS = 256
@@ -212,13 +213,11 @@ class ResponseStreamOptions(RequestBody):
     no_effect: ClassVar[NoEffect] = frozenset({"include_obfuscation"})
 
 
-class ConversationBody(AdapterSelectors):
+class ConversationBody(AdapterSelectors, UserFields):
     """What a response's prompt is made of, and POST /v1/responses/input_tokens."""
 
     no_effect: ClassVar[NoEffect] = frozenset(
         {
-            "user",
-            "safety_identifier",
             "service_tier",
             "prompt_cache_key",
             "prompt_cache_retention",
