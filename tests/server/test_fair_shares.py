@@ -12,13 +12,18 @@ import pytest
 import torch
 from loraserve import AsyncEngine, EngineConfig, SamplingParams
 from loraserve.client import Client
+from loraserve.errors import OverloadedError
 from loraserve.request import Flow, GenerateRequest
 from loraserve.server.access.fair_shares import FairShares
 from loraserve.settings.entries import ApiKey
 
 from tests.server.control_server import ControlServer
 
-KEYS = [ApiKey(name="ann", secret="ann-key", weight=2.0), ApiKey(name="ben", secret="ben-key", is_admin=True)]
+KEYS = [
+    ApiKey(name="ann", secret="ann-key", weight=2.0),
+    ApiKey(name="ben", secret="ben-key", is_admin=True),
+    ApiKey(name="cat", secret="cat-key", tokens_per_minute=60),
+]
 PARAMS = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
 
 
@@ -62,6 +67,26 @@ def test_each_api_serves_from_the_share_of_key_and_adapter(server: ControlServer
     metrics = httpx.get(f"{server.url}/metrics", headers=headers, timeout=30.0).text
     assert 'loraserve_flow_prompt_tokens_total{adapter="a",key="ann"} 7.0' in metrics
     assert 'loraserve_flow_generated_tokens_total{adapter="",key="ben"} 5.0' in metrics
+
+
+def test_a_keys_tokens_a_minute_bound_what_it_is_served(server: ControlServer) -> None:
+    def ask(prompt: int, max_tokens: int) -> httpx.Response:
+        body = {"model": "a", "prompt": list(range(100, 100 + prompt)), "max_tokens": max_tokens}
+        headers = {"authorization": "Bearer cat-key"}
+        body |= {"ignore_eos": True}
+        return httpx.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=30.0)
+
+    assert ask(10, 60).status_code == 400
+    assert ask(10, 5).status_code == 200
+    refused = ask(10, 40)
+    assert refused.status_code == 429
+    assert 1 <= int(refused.headers["retry-after"]) <= 6
+    with Client(server.grpc_address, timeout=30.0, api_key="cat-key") as client:
+        usage = client.generate(list(range(200, 210)), replace(PARAMS, max_tokens=None))[0].usage
+        assert usage is not None
+        assert 35 <= usage.completion_tokens <= 37, "what is left, and what has come meanwhile"
+        with pytest.raises(OverloadedError, match="has [0-9] of its 60 tokens a minute left"):
+            client.generate(list(range(200, 210)), PARAMS)
 
 
 def test_a_request_waits_for_its_own_share_and_not_for_a_flood(config: EngineConfig) -> None:

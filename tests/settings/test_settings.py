@@ -33,6 +33,7 @@ keys:
     adapters: ["sql*"]
     requests_per_minute: 60
     max_concurrent: 4
+    tokens_per_minute: 5000
     weight: 0.5
   - {name: root, secret_file: root.key, admin: true}
 adapter_root: adapters
@@ -215,6 +216,7 @@ WRONG_FILES = [
     ("model: m\nkeys: [{name: a}]", "give exactly one of secret, secret_env and secret_file"),
     ("model: m\nkeys: [{name: a, secret: s, secret_env: S}]", "give exactly one"),
     ("model: m\nkeys: [{name: a, secret: s, requests_per_minute: 0}]", "requests_per_minute"),
+    ("model: m\nkeys: [{name: a, secret: s, tokens_per_minute: 0}]", "tokens_per_minute"),
     ("model: m\nkeys: [{name: a, secret: s, weight: 0}]", "weight"),
     ("model: m\nadapters: {a: {path: p, weight: 21}}", "weight"),
     ("model: m\nfair_by: tenant", "fair_by"),
@@ -339,6 +341,7 @@ def test_keys_come_from_files_variables_and_flags(tmp_path: Path, monkeypatch: p
             adapters=("sql*",),
             requests_per_minute=60,
             max_concurrent=4,
+            tokens_per_minute=5000,
             weight=0.5,
         ),
         ApiKey(name="root", secret="secret-2", is_admin=True),

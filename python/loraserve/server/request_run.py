@@ -72,6 +72,7 @@ class RequestRun:
         self.error: Exception | None = None  # one that the caller was told inside an answer
         self.is_abandoned = False
         self.has_tokens = False
+        self.num_tokens = 0  # generated
         self._usages: list[Usage] = []
         self._preparing: asyncio.Task[list[PreparedRequest]] | None = None
         self._caller = origin.caller
@@ -83,6 +84,11 @@ class RequestRun:
     def num_prompt_tokens(self) -> int:
         """Of all prompts submitted; a prompt counts once however many answers it has."""
         return sum(len(stream.prompt_token_ids) for stream in self.streams)
+
+    @property
+    def num_used_tokens(self) -> int:
+        """Of prompts that were submitted and of answers, as far as they went."""
+        return self.num_prompt_tokens + self.num_tokens
 
     @property
     def generations(self) -> dict[str, int]:
@@ -153,6 +159,7 @@ class RequestRun:
             if self._on_begun is not None and not self.has_tokens:
                 self._on_begun()
             self.has_tokens = True
+            self.num_tokens += len(delta.token_ids)
             self._metrics.token(len(delta.token_ids))
         if delta.usage is not None:
             self._usages.append(delta.usage)
@@ -233,7 +240,11 @@ class RequestRunner:
                 watcher = None if gone is None else asyncio.create_task(_abandon_when(gone, run))
                 try:
                     preparation = self._prepare(signed, origin.adapter_wait_s, adapters)
-                    run.later = deque(await run.prepare(preparation))
+                    prepared = await run.prepare(preparation)
+                    if caller.quota is not None:
+                        prepared, reserved = caller.quota.reserve(prepared, self._engine.info().max_model_len)
+                        adapters.callback(lambda: reserved.settle(run.num_used_tokens))
+                    run.later = deque(prepared)
                     num_at_once = len(signed) if requests[0].pooling is None else MAX_POOLED_AT_ONCE
                     while run.later and len(run.streams) < num_at_once:
                         run.streams.append(await self._engine.submit(run.later.popleft()))

@@ -28,6 +28,7 @@ class ApiKey:
         adapters: patterns with `*` and `?`; a name that matches any of them may be used.
         base_model: whether the base model alone may be used too.
         requests_per_minute: None has no limit.
+        tokens_per_minute: of prompts and answers; None has no limit.
         weight: of its share of the engine beside other keys.
         max_concurrent: requests that may run at once; None has no limit.
         is_admin: may load, unload and pin adapters, read metrics, and use every adapter.
@@ -39,6 +40,7 @@ class ApiKey:
     base_model: bool = True
     requests_per_minute: float | None = None
     max_concurrent: int | None = None
+    tokens_per_minute: float | None = None
     weight: float = 1.0
     is_admin: bool = False
 
@@ -113,6 +115,7 @@ class KeySettings(SettingsModel):
     adapters: Texts = ("*",)
     base_model: YesNo = True
     requests_per_minute: PerMinute | None = None
+    tokens_per_minute: PerMinute | None = None
     max_concurrent: Count | None = None
     weight: Weight = 1.0
     admin: YesNo = False
@@ -132,6 +135,7 @@ class KeySettings(SettingsModel):
             base_model=self.base_model,
             requests_per_minute=self.requests_per_minute,
             max_concurrent=self.max_concurrent,
+            tokens_per_minute=self.tokens_per_minute,
             weight=self.weight,
             is_admin=self.admin,
         )

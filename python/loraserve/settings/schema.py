@@ -354,7 +354,8 @@ class ServeSettings(AdapterSourceSettings):
     keys_file: Path | None = option(
         None,
         "keys",
-        "YAML file of keys: name, secret, adapters, requests_per_minute, max_concurrent, weight, admin",
+        "YAML file of keys: name, secret, adapters, requests_per_minute, tokens_per_minute, max_concurrent, "
+        "weight, admin",
         "FILE",
     )
     keys: tuple[KeySettings, ...] = Field(default=())

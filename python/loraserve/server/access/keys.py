@@ -18,6 +18,7 @@ from loraserve.errors import OverloadedError, PermissionDeniedError, Unauthentic
 from loraserve.request import AdapterSpec, GenerateRequest
 from loraserve.server.access.fair_shares import ONE_SHARE, FairShares
 from loraserve.server.access.limits import ConcurrencyLimit, RateLimit
+from loraserve.server.access.token_quota import TokenQuota
 from loraserve.settings.entries import ApiKey, PrefixCacheScope
 
 SCHEME = "bearer"
@@ -33,6 +34,7 @@ class Caller:
         key: ApiKey,
         concurrency: ConcurrencyLimit,
         rate: RateLimit | None,
+        quota: TokenQuota | None,
         server: ConcurrencyLimit,
         tenant: str,
         shares: FairShares,
@@ -45,6 +47,7 @@ class Caller:
         self.sees_load = sees_load  # what the server and all its callers do
         self._concurrency = concurrency
         self._rate = rate
+        self.quota = quota  # None has no limit
         self._server = server
 
     @property
@@ -228,11 +231,13 @@ class AccessControl:
 
     def _caller(self, key: ApiKey, tenant: str = "", *, has_keys: bool = False) -> Caller:
         rate = None if key.requests_per_minute is None else RateLimit(key.requests_per_minute)
+        per_minute = key.tokens_per_minute
         sees_load = key.is_admin or not has_keys
         return Caller(
             key,
             ConcurrencyLimit(key.max_concurrent),
             rate,
+            None if per_minute is None else TokenQuota(key.name, per_minute),
             self._server,
             tenant,
             self._shares,
