@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +18,7 @@ from loraserve.sampling_params import SamplingParams
 from loraserve.tools.tool import Tool, ToolOptions
 from loraserve.v1 import loraserve_pb2 as pb
 from loraserve.v1 import loraserve_pb2_grpc as pb_grpc
+from loraserve.wire.adapter_calls import AdapterCalls, AsyncAdapterCalls
 from loraserve.wire.errors import typed_error
 from loraserve.wire.messages import delta_from_wire, request_to_wire
 from loraserve.wire.pooled_calls import AsyncPooledCalls, PooledCalls
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 READY_POLL_S = 0.1
-UPLOAD_PART_NBYTES = 2**20
 
 _CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", 16 * 2**20),
@@ -71,7 +70,7 @@ class RequestFields(TypedDict, total=False):
     user: str | None
 
 
-class Client(PooledCalls):
+class Client(PooledCalls, AdapterCalls):
     """A blocking connection to one server; may be shared between threads.
 
     Every call raises the server's typed error, EngineStoppedError when no server answers, and
@@ -139,50 +138,6 @@ class Client(PooledCalls):
             answers[delta.index].append(delta)
         return answers
 
-    def load_adapter(self, name: str, path: str, *, replace: bool = False) -> pb.Receipt:
-        """Register the PEFT directory `path`, on the server's disk, under `name`.
-
-        With `replace` a name of other content passes over at once: requests accepted before finish on the
-        old weights, and on an error the old adapter goes on serving.
-        """
-        request = pb.LoadAdapterRequest(name=name, path=path, replace=replace)
-        response: pb.LoadAdapterResponse = self._call(self._stub.LoadAdapter, request)
-        return response.receipt
-
-    def upload_adapter(
-        self, name: str, weights: bytes, config: Mapping[str, Any], *, replace: bool = False
-    ) -> pb.Receipt:
-        """Register an adapter that is sent: the bytes of a safetensors file, 2 GiB at most.
-
-        Args:
-            name: what requests are to call it.
-            weights: as `safetensors.torch.save` makes them, under the names that PEFT gives tensors.
-            config: what adapter_config.json would hold.
-            replace: as of `load_adapter`.
-        """
-        parts = _upload(name, weights, config, replace)
-        response: pb.LoadAdapterResponse = self._call(self._stub.UploadAdapter, parts)
-        return response.receipt
-
-    def unload_adapter(self, name: str) -> None:
-        """Refuse new requests for `name`; running ones finish."""
-        self._call(self._stub.UnloadAdapter, pb.UnloadAdapterRequest(name=name))
-
-    def warm_adapter(self, name: str) -> float:
-        """Load an adapter into the server's memory ahead of requests; the seconds until it was there."""
-        request = pb.WarmAdapterRequest(name=name)
-        response: pb.WarmAdapterResponse = self._call(self._stub.WarmAdapter, request)
-        return response.load_s
-
-    def pin_adapter(self, name: str, is_pinned: bool = True) -> None:
-        """Keep an adapter in the server's memory, or let it go again."""
-        self._call(self._stub.PinAdapter, pb.PinAdapterRequest(name=name, is_pinned=is_pinned))
-
-    def adapters(self) -> list[pb.Adapter]:
-        """All registered adapters, sorted by name."""
-        response: pb.ListAdaptersResponse = self._call(self._stub.ListAdapters, pb.ListAdaptersRequest())
-        return list(response.adapters)
-
     def info(self) -> pb.GetServerInfoResponse:
         """The server's settings and its present load."""
         response: pb.GetServerInfoResponse = self._call(self._stub.GetServerInfo, pb.GetServerInfoRequest())
@@ -221,7 +176,7 @@ class Client(PooledCalls):
             raise _error_of(error, self._address) from None
 
 
-class AsyncClient(AsyncPooledCalls):
+class AsyncClient(AsyncPooledCalls, AsyncAdapterCalls):
     """The asyncio twin of `Client`: the same methods, arguments and errors, on the running loop."""
 
     def __init__(
@@ -273,40 +228,6 @@ class AsyncClient(AsyncPooledCalls):
             answers[delta.index].append(delta)
         return answers
 
-    async def load_adapter(self, name: str, path: str, *, replace: bool = False) -> pb.Receipt:
-        """As `Client.load_adapter`."""
-        request = pb.LoadAdapterRequest(name=name, path=path, replace=replace)
-        response: pb.LoadAdapterResponse = await self._call(self._stub.LoadAdapter, request)
-        return response.receipt
-
-    async def upload_adapter(
-        self, name: str, weights: bytes, config: Mapping[str, Any], *, replace: bool = False
-    ) -> pb.Receipt:
-        """As `Client.upload_adapter`."""
-        parts = _upload(name, weights, config, replace)
-        response: pb.LoadAdapterResponse = await self._call(self._stub.UploadAdapter, parts)
-        return response.receipt
-
-    async def unload_adapter(self, name: str) -> None:
-        """As `Client.unload_adapter`."""
-        await self._call(self._stub.UnloadAdapter, pb.UnloadAdapterRequest(name=name))
-
-    async def warm_adapter(self, name: str) -> float:
-        """As `Client.warm_adapter`."""
-        request = pb.WarmAdapterRequest(name=name)
-        response: pb.WarmAdapterResponse = await self._call(self._stub.WarmAdapter, request)
-        return response.load_s
-
-    async def pin_adapter(self, name: str, is_pinned: bool = True) -> None:
-        """As `Client.pin_adapter`."""
-        await self._call(self._stub.PinAdapter, pb.PinAdapterRequest(name=name, is_pinned=is_pinned))
-
-    async def adapters(self) -> list[pb.Adapter]:
-        """As `Client.adapters`."""
-        request = pb.ListAdaptersRequest()
-        response: pb.ListAdaptersResponse = await self._call(self._stub.ListAdapters, request)
-        return list(response.adapters)
-
     async def info(self) -> pb.GetServerInfoResponse:
         """As `Client.info`."""
         request = pb.GetServerInfoRequest()
@@ -344,15 +265,6 @@ class AsyncClient(AsyncPooledCalls):
             return await method(request, timeout=self._timeout, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             raise _error_of(error, self._address) from None
-
-
-def _upload(
-    name: str, weights: bytes, config: Mapping[str, Any], replace: bool
-) -> Iterator[pb.UploadAdapterRequest]:
-    head = pb.UploadAdapterHead(name=name, config_json=json.dumps(dict(config)), replace=replace)
-    yield pb.UploadAdapterRequest(head=head)
-    for start in range(0, len(weights), UPLOAD_PART_NBYTES):
-        yield pb.UploadAdapterRequest(data=weights[start : start + UPLOAD_PART_NBYTES])
 
 
 def _request(

@@ -233,7 +233,8 @@ class Delta:
     stop string. Of a chat's answer, `text` is its content, beside its reasoning and its calls. `logprobs` has
     one entry per token, None without any. The last delta of each answer, and no other, has finish_reason,
     usage, timing and stop_string, the one that ended it, if any, and what the prompt was pooled to, if that
-    was asked for. The first delta of answer 0 has the prompt's logprobs, if they were.
+    was asked for. The first delta of answer 0 has the prompt's logprobs, if they were. The last delta that a
+    client receives also has the generations of the adapters that answered, by name.
     """
 
     index: int
@@ -248,6 +249,7 @@ class Delta:
     stop_string: str | None = None
     pooled: Pooled | None = None
     prompt_logprobs: Sequence[TokenLogprob | None] | None = None
+    generations: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -265,6 +267,7 @@ class Completion:
     stop_string: str | None = None
     pooled: Pooled | None = None
     prompt_logprobs: Sequence[TokenLogprob | None] | None = None
+    generations: Mapping[str, int] = field(default_factory=dict)
 
     def append(self, delta: Delta) -> None:
         """Add what one step brought; deltas come in order, all of this answer."""
@@ -281,6 +284,7 @@ class Completion:
         self.stop_string = delta.stop_string or self.stop_string
         self.pooled = delta.pooled or self.pooled
         self.prompt_logprobs = delta.prompt_logprobs or self.prompt_logprobs
+        self.generations = delta.generations or self.generations
 
 
 @dataclass(frozen=True)

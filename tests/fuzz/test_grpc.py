@@ -60,11 +60,16 @@ MESSAGES: dict[str, list[Message]] = {
         pb.GenerateRequest(text="ab é", adapter="a", sampling=SAMPLING, deadline_s=20.0, truncate=3),
         pb.GenerateRequest(token_ids=pb.TokenIds(ids=[3, 4]), adapters={"a": 0.5}, cache_salt="s"),
         pb.GenerateRequest(chat=CHAT, sampling=SAMPLING),
-        pb.GenerateRequest(chat=WITH_TOOLS, prediction="x", suffix="y"),
+        pb.GenerateRequest(chat=WITH_TOOLS, prediction="x", suffix="y", user="u"),
     ],
-    "LoadAdapter": [pb.LoadAdapterRequest(name="new", path="one", replace=True)],
+    "LoadAdapter": [
+        pb.LoadAdapterRequest(name="new", path="one", replace=True, expected_generation=0, share=0.5)
+    ],
     "PinAdapter": [pb.PinAdapterRequest(name="a", is_pinned=True)],
     "UnloadAdapter": [pb.UnloadAdapterRequest(name="new")],
+    "SplitAdapter": [pb.SplitAdapterRequest(name="a", shares={1: 1.0})],
+    "RollBackAdapter": [pb.RollBackAdapterRequest(name="a", generation=1, expected_generation=1)],
+    "ListGenerations": [pb.ListGenerationsRequest(name="a")],
     "WarmAdapter": [pb.WarmAdapterRequest(name="a")],
 }
 WRONG = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)

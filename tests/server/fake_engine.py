@@ -17,6 +17,7 @@ class FakeStream:
     """Words of the prompt as deltas; "late CLASS" fails after one, "hang" never ends, "cut" is aborted."""
 
     prompt_token_ids = (1, 2, 3)
+    generations: dict[str, int] = {}  # noqa: RUF012
 
     def __init__(self, request: GenerateRequest) -> None:
         assert isinstance(request.prompt, str)

@@ -223,7 +223,14 @@ class Choices(_message.Message):
     def __init__(self, choices: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("index", "text", "token_ids", "logprobs", "finish_reason", "usage", "timing", "reasoning", "tool_calls", "prompt_logprobs", "stop_string")
+    __slots__ = ("index", "text", "token_ids", "logprobs", "finish_reason", "usage", "timing", "reasoning", "tool_calls", "prompt_logprobs", "stop_string", "generations")
+    class GenerationsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -235,6 +242,7 @@ class GenerateResponse(_message.Message):
     TOOL_CALLS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     STOP_STRING_FIELD_NUMBER: _ClassVar[int]
+    GENERATIONS_FIELD_NUMBER: _ClassVar[int]
     index: int
     text: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -246,7 +254,8 @@ class GenerateResponse(_message.Message):
     tool_calls: _containers.RepeatedCompositeFieldContainer[ToolCallDelta]
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprob]
     stop_string: str
-    def __init__(self, index: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., reasoning: _Optional[str] = ..., tool_calls: _Optional[_Iterable[_Union[ToolCallDelta, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., stop_string: _Optional[str] = ...) -> None: ...
+    generations: _containers.ScalarMap[str, int]
+    def __init__(self, index: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., reasoning: _Optional[str] = ..., tool_calls: _Optional[_Iterable[_Union[ToolCallDelta, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., stop_string: _Optional[str] = ..., generations: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class ToolCallDelta(_message.Message):
     __slots__ = ("index", "id", "name", "arguments_json")
@@ -450,24 +459,32 @@ class UploadAdapterRequest(_message.Message):
     def __init__(self, head: _Optional[_Union[UploadAdapterHead, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class UploadAdapterHead(_message.Message):
-    __slots__ = ("name", "config_json", "replace")
+    __slots__ = ("name", "config_json", "replace", "expected_generation", "share")
     NAME_FIELD_NUMBER: _ClassVar[int]
     CONFIG_JSON_FIELD_NUMBER: _ClassVar[int]
     REPLACE_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_GENERATION_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
     name: str
     config_json: str
     replace: bool
-    def __init__(self, name: _Optional[str] = ..., config_json: _Optional[str] = ..., replace: _Optional[bool] = ...) -> None: ...
+    expected_generation: int
+    share: float
+    def __init__(self, name: _Optional[str] = ..., config_json: _Optional[str] = ..., replace: _Optional[bool] = ..., expected_generation: _Optional[int] = ..., share: _Optional[float] = ...) -> None: ...
 
 class LoadAdapterRequest(_message.Message):
-    __slots__ = ("name", "path", "replace")
+    __slots__ = ("name", "path", "replace", "expected_generation", "share")
     NAME_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
     REPLACE_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_GENERATION_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
     name: str
     path: str
     replace: bool
-    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., replace: _Optional[bool] = ...) -> None: ...
+    expected_generation: int
+    share: float
+    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., replace: _Optional[bool] = ..., expected_generation: _Optional[int] = ..., share: _Optional[float] = ...) -> None: ...
 
 class LoadAdapterResponse(_message.Message):
     __slots__ = ("receipt",)
@@ -537,6 +554,73 @@ class PinAdapterResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class SplitAdapterRequest(_message.Message):
+    __slots__ = ("name", "shares")
+    class SharesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: float
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[float] = ...) -> None: ...
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SHARES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    shares: _containers.ScalarMap[int, float]
+    def __init__(self, name: _Optional[str] = ..., shares: _Optional[_Mapping[int, float]] = ...) -> None: ...
+
+class SplitAdapterResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RollBackAdapterRequest(_message.Message):
+    __slots__ = ("name", "generation", "expected_generation")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_GENERATION_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    generation: int
+    expected_generation: int
+    def __init__(self, name: _Optional[str] = ..., generation: _Optional[int] = ..., expected_generation: _Optional[int] = ...) -> None: ...
+
+class RollBackAdapterResponse(_message.Message):
+    __slots__ = ("generation",)
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    generation: int
+    def __init__(self, generation: _Optional[int] = ...) -> None: ...
+
+class ListGenerationsRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class ListGenerationsResponse(_message.Message):
+    __slots__ = ("generations",)
+    GENERATIONS_FIELD_NUMBER: _ClassVar[int]
+    generations: _containers.RepeatedCompositeFieldContainer[Generation]
+    def __init__(self, generations: _Optional[_Iterable[_Union[Generation, _Mapping]]] = ...) -> None: ...
+
+class Generation(_message.Message):
+    __slots__ = ("number", "hash", "source", "since", "is_current", "is_kept", "share", "num_requests")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    HASH_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    SINCE_FIELD_NUMBER: _ClassVar[int]
+    IS_CURRENT_FIELD_NUMBER: _ClassVar[int]
+    IS_KEPT_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
+    NUM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    hash: str
+    source: str
+    since: float
+    is_current: bool
+    is_kept: bool
+    share: float
+    num_requests: int
+    def __init__(self, number: _Optional[int] = ..., hash: _Optional[str] = ..., source: _Optional[str] = ..., since: _Optional[float] = ..., is_current: _Optional[bool] = ..., is_kept: _Optional[bool] = ..., share: _Optional[float] = ..., num_requests: _Optional[int] = ...) -> None: ...
+
 class ListAdaptersRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
@@ -548,7 +632,7 @@ class ListAdaptersResponse(_message.Message):
     def __init__(self, adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ...) -> None: ...
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "path", "state", "num_running", "receipt", "num_waiting", "is_pinned", "description", "num_loads", "num_evictions", "last_load_s", "num_uninvoked")
+    __slots__ = ("name", "path", "state", "num_running", "receipt", "num_waiting", "is_pinned", "description", "num_loads", "num_evictions", "last_load_s", "generation", "num_uninvoked")
     NAME_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -560,6 +644,7 @@ class Adapter(_message.Message):
     NUM_LOADS_FIELD_NUMBER: _ClassVar[int]
     NUM_EVICTIONS_FIELD_NUMBER: _ClassVar[int]
     LAST_LOAD_S_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
     NUM_UNINVOKED_FIELD_NUMBER: _ClassVar[int]
     name: str
     path: str
@@ -572,8 +657,9 @@ class Adapter(_message.Message):
     num_loads: int
     num_evictions: int
     last_load_s: float
+    generation: int
     num_uninvoked: int
-    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., state: _Optional[str] = ..., num_running: _Optional[int] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ..., num_waiting: _Optional[int] = ..., is_pinned: _Optional[bool] = ..., description: _Optional[str] = ..., num_loads: _Optional[int] = ..., num_evictions: _Optional[int] = ..., last_load_s: _Optional[float] = ..., num_uninvoked: _Optional[int] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., state: _Optional[str] = ..., num_running: _Optional[int] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ..., num_waiting: _Optional[int] = ..., is_pinned: _Optional[bool] = ..., description: _Optional[str] = ..., num_loads: _Optional[int] = ..., num_evictions: _Optional[int] = ..., last_load_s: _Optional[float] = ..., generation: _Optional[int] = ..., num_uninvoked: _Optional[int] = ...) -> None: ...
 
 class GetServerInfoRequest(_message.Message):
     __slots__ = ()

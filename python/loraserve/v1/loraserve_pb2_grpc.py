@@ -79,6 +79,21 @@ class LoraServeStub:
                 request_serializer=loraserve_dot_v1_dot_loraserve__pb2.PinAdapterRequest.SerializeToString,
                 response_deserializer=loraserve_dot_v1_dot_loraserve__pb2.PinAdapterResponse.FromString,
                 _registered_method=True)
+        self.SplitAdapter = channel.unary_unary(
+                '/loraserve.v1.LoraServe/SplitAdapter',
+                request_serializer=loraserve_dot_v1_dot_loraserve__pb2.SplitAdapterRequest.SerializeToString,
+                response_deserializer=loraserve_dot_v1_dot_loraserve__pb2.SplitAdapterResponse.FromString,
+                _registered_method=True)
+        self.RollBackAdapter = channel.unary_unary(
+                '/loraserve.v1.LoraServe/RollBackAdapter',
+                request_serializer=loraserve_dot_v1_dot_loraserve__pb2.RollBackAdapterRequest.SerializeToString,
+                response_deserializer=loraserve_dot_v1_dot_loraserve__pb2.RollBackAdapterResponse.FromString,
+                _registered_method=True)
+        self.ListGenerations = channel.unary_unary(
+                '/loraserve.v1.LoraServe/ListGenerations',
+                request_serializer=loraserve_dot_v1_dot_loraserve__pb2.ListGenerationsRequest.SerializeToString,
+                response_deserializer=loraserve_dot_v1_dot_loraserve__pb2.ListGenerationsResponse.FromString,
+                _registered_method=True)
         self.ListAdapters = channel.unary_unary(
                 '/loraserve.v1.LoraServe/ListAdapters',
                 request_serializer=loraserve_dot_v1_dot_loraserve__pb2.ListAdaptersRequest.SerializeToString,
@@ -160,6 +175,27 @@ class LoraServeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SplitAdapter(self, request, context):
+        """Lets generations of an adapter share its requests; the same user gets the same one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RollBackAdapter(self, request, context):
+        """Goes back to an earlier generation, from the next request on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListGenerations(self, request, context):
+        """What was published under a name, oldest first, and which requests get which.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListAdapters(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -219,6 +255,21 @@ def add_LoraServeServicer_to_server(servicer, server):
                     servicer.PinAdapter,
                     request_deserializer=loraserve_dot_v1_dot_loraserve__pb2.PinAdapterRequest.FromString,
                     response_serializer=loraserve_dot_v1_dot_loraserve__pb2.PinAdapterResponse.SerializeToString,
+            ),
+            'SplitAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.SplitAdapter,
+                    request_deserializer=loraserve_dot_v1_dot_loraserve__pb2.SplitAdapterRequest.FromString,
+                    response_serializer=loraserve_dot_v1_dot_loraserve__pb2.SplitAdapterResponse.SerializeToString,
+            ),
+            'RollBackAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollBackAdapter,
+                    request_deserializer=loraserve_dot_v1_dot_loraserve__pb2.RollBackAdapterRequest.FromString,
+                    response_serializer=loraserve_dot_v1_dot_loraserve__pb2.RollBackAdapterResponse.SerializeToString,
+            ),
+            'ListGenerations': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListGenerations,
+                    request_deserializer=loraserve_dot_v1_dot_loraserve__pb2.ListGenerationsRequest.FromString,
+                    response_serializer=loraserve_dot_v1_dot_loraserve__pb2.ListGenerationsResponse.SerializeToString,
             ),
             'ListAdapters': grpc.unary_unary_rpc_method_handler(
                     servicer.ListAdapters,
@@ -474,6 +525,87 @@ class LoraServe:
             '/loraserve.v1.LoraServe/PinAdapter',
             loraserve_dot_v1_dot_loraserve__pb2.PinAdapterRequest.SerializeToString,
             loraserve_dot_v1_dot_loraserve__pb2.PinAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SplitAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraserve.v1.LoraServe/SplitAdapter',
+            loraserve_dot_v1_dot_loraserve__pb2.SplitAdapterRequest.SerializeToString,
+            loraserve_dot_v1_dot_loraserve__pb2.SplitAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollBackAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraserve.v1.LoraServe/RollBackAdapter',
+            loraserve_dot_v1_dot_loraserve__pb2.RollBackAdapterRequest.SerializeToString,
+            loraserve_dot_v1_dot_loraserve__pb2.RollBackAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListGenerations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraserve.v1.LoraServe/ListGenerations',
+            loraserve_dot_v1_dot_loraserve__pb2.ListGenerationsRequest.SerializeToString,
+            loraserve_dot_v1_dot_loraserve__pb2.ListGenerationsResponse.FromString,
             options,
             channel_credentials,
             insecure,

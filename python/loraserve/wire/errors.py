@@ -32,6 +32,7 @@ from loraserve.validation.printable import printable
 ERROR_CLASS_KEY = "loraserve-error"
 RETRY_AFTER_KEY = "loraserve-retry-after-s"
 REASON_KEY = "loraserve-reason"
+GENERATION_KEY = "loraserve-generation"
 MAX_MESSAGE_CHARS = 2000  # a status message travels in a header, and headers are limited to 8 KiB
 
 STATUS_CODES: dict[type[LoraserveError], grpc.StatusCode] = {
@@ -79,6 +80,8 @@ def error_metadata(error: LoraserveError) -> tuple[tuple[str, str], ...]:
         return name, (RETRY_AFTER_KEY, f"{error.retry_after_s:.3f}"), (REASON_KEY, error.reason)
     if isinstance(error, SourceUnavailableError):
         return name, (RETRY_AFTER_KEY, f"{error.retry_after_s:.3f}")
+    if isinstance(error, GenerationConflictError):
+        return name, (GENERATION_KEY, str(error.generation))
     return (name,)
 
 
@@ -91,6 +94,8 @@ def typed_error(metadata: Iterable[tuple[str, str | bytes]], message: str) -> Lo
     retry_after_s = float(values.get(RETRY_AFTER_KEY, "1"))
     if cls is SourceUnavailableError:
         return SourceUnavailableError(message, retry_after_s=retry_after_s)
+    if cls is GenerationConflictError:
+        return GenerationConflictError(message, generation=int(values.get(GENERATION_KEY, "0")))
     if cls is not OverloadedError:
         return cls(message)
     reason: OverloadReason = "adapter_loading" if values.get(REASON_KEY) == "adapter_loading" else "busy"

@@ -28,6 +28,7 @@ from loraserve.wire.chats import call_delta_from_wire, call_delta_to_wire, chat_
 if TYPE_CHECKING:
     from loraserve._core import Receipt
     from loraserve.engine.stats import AdapterInfo, EngineInfo
+    from loraserve.engine.versions import GenerationInfo
 
 _FINISH_REASONS: dict[FinishReason, pb.FinishReason] = {
     "stop": pb.FINISH_REASON_STOP,
@@ -209,6 +210,7 @@ def delta_to_wire(delta: Delta) -> pb.GenerateResponse:
         token_ids=delta.token_ids,
         reasoning=delta.reasoning,
         stop_string=delta.stop_string,
+        generations=delta.generations,
     )
     message.tool_calls.extend(call_delta_to_wire(call) for call in delta.tool_calls)
     message.logprobs.extend(_logprob_to_wire(logprob) for logprob in delta.logprobs or ())
@@ -255,6 +257,7 @@ def delta_from_wire(message: pb.GenerateResponse) -> Delta:
         if message.prompt_logprobs
         else None,
         stop_string=message.stop_string if message.HasField("stop_string") else None,
+        generations=dict(message.generations),
     )
 
 
@@ -321,7 +324,13 @@ def _adapter_to_wire(adapter: AdapterInfo) -> pb.Adapter:
         num_evictions=adapter.num_evictions,
         num_uninvoked=adapter.num_uninvoked,
         last_load_s=adapter.last_load_s,
+        generation=adapter.generation,
     )
+
+
+def generations_to_wire(generations: Iterable[GenerationInfo]) -> pb.ListGenerationsResponse:
+    """The message has the fields of `GenerationInfo`, by name."""
+    return pb.ListGenerationsResponse(generations=[pb.Generation(**asdict(one)) for one in generations])
 
 
 def info_to_wire(info: EngineInfo) -> pb.GetServerInfoResponse:

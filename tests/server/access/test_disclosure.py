@@ -94,7 +94,7 @@ def test_grpc_tells_a_key_no_more(server: ControlServer) -> None:
             "maxModelLen",
             "maxLoraRank",
         }
-        assert [set(adapter) for adapter in adapters] == [{"name", "receipt"}]
+        assert [set(adapter) for adapter in adapters] == [{"name", "generation", "receipt"}]
         assert root.info().num_running == 7
         assert root.info().model == PLACES[0]
         assert [(one.name, one.path, one.num_waiting) for one in root.adapters()] == [

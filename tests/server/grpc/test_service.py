@@ -109,6 +109,12 @@ def test_an_overload_says_on_both_sides_when_to_come_back() -> None:
     assert type(typed_error([(ERROR_CLASS_KEY, "NewerError")], "x")) is errors.LoraserveError
 
 
+def test_a_conflict_says_on_both_sides_which_generation_is_current() -> None:
+    received = typed_error(error_metadata(errors.GenerationConflictError("other", generation=7)), "other")
+    assert isinstance(received, errors.GenerationConflictError)
+    assert received.generation == 7
+
+
 def test_every_typed_error_has_a_status_code() -> None:
     typed = {cls for cls in vars(errors).values() if isinstance(cls, type)} - {errors.LoraserveError}
     assert typed == set(STATUS_CODES)

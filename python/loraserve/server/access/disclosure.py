@@ -17,7 +17,7 @@ from loraserve.v1 import loraserve_pb2 as pb
 INFO_FOR_ALL = frozenset(
     ("version", "dtype", "quantization", "adapter_dtype", "device", "max_model_len", "max_lora_rank")
 )
-ADAPTER_FOR_ALL = frozenset(("name", "description", "receipt"))
+ADAPTER_FOR_ALL = frozenset(("name", "generation", "description", "receipt"))
 
 
 def shown_info(info: EngineInfo, caller: Caller) -> dict[str, Any]:
@@ -44,6 +44,18 @@ def shown_adapter_message(message: pb.Adapter, caller: Caller) -> pb.Adapter:
         for field, _ in message.ListFields():
             if field.name not in ADAPTER_FOR_ALL:
                 message.ClearField(field.name)
+    return message
+
+
+def shown_generations_message(
+    message: pb.ListGenerationsResponse, caller: Caller
+) -> pb.ListGenerationsResponse:
+    """Of an adapter that the caller may use, with what the caller may not see unset."""
+    for one in message.generations:
+        if not caller.sees_paths:
+            one.ClearField("source")
+        if not caller.sees_load:
+            one.ClearField("num_requests")
     return message
 
 

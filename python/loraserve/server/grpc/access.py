@@ -17,7 +17,11 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from loraserve.errors import InvalidRequestError, LoraserveError
-from loraserve.server.access.disclosure import shown_adapter_message, shown_info_message
+from loraserve.server.access.disclosure import (
+    shown_adapter_message,
+    shown_generations_message,
+    shown_info_message,
+)
 from loraserve.server.access.keys import PROXY_HEADERS, AccessControl, Caller
 from loraserve.server.grpc.message_bounds import counter
 from loraserve.v1 import loraserve_pb2 as pb
@@ -111,6 +115,14 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             adapters=[shown_adapter_message(adapter, caller) for adapter in usable]
         )
 
+    async def _generations(self, handler: Handler, message: Any, context: Context, caller: Caller) -> Any:
+        try:
+            caller.check_use(message.name)
+        except LoraserveError as error:
+            await abort_with(context, error)
+        response = await handler(message, context)
+        return None if response is None else shown_generations_message(response, caller)
+
     async def _info(self, handler: Handler, message: Any, context: Context, caller: Caller) -> Any:
         response = await handler(message, context)
         return None if response is None else shown_info_message(response, caller)
@@ -129,6 +141,7 @@ _RULES: dict[str, Rule] = {
     "Classify": AccessInterceptor._pool,
     "Score": AccessInterceptor._pool,
     "ListAdapters": AccessInterceptor._list,
+    "ListGenerations": AccessInterceptor._generations,
     "GetServerInfo": AccessInterceptor._info,
 }
 

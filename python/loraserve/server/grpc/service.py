@@ -21,6 +21,8 @@ from loraserve.server.adapters.loading import (
     LoadRequest,
     load_adapter,
     pin_adapter,
+    roll_back_adapter,
+    split_adapter,
     unload_adapter,
     warm_adapter,
 )
@@ -44,6 +46,7 @@ from loraserve.wire.messages import (
     adapters_to_wire,
     check_known,
     delta_to_wire,
+    generations_to_wire,
     info_to_wire,
     receipt_to_wire,
     request_from_wire,
@@ -104,6 +107,8 @@ class LoraServeServicer:
             # A cancelled call leaves the blocks as well.
             async with self._runner.run([request], origin) as run, aclosing(run.deltas()) as deltas:  # type: ignore[type-var]
                 async for _, delta in deltas:
+                    if delta.finish_reason is not None:
+                        delta.generations = run.generations
                     await context.write(delta_to_wire(delta))
 
     async def Embed(  # noqa: N802
@@ -138,7 +143,13 @@ class LoraServeServicer:
             source = AdapterSource("local", message.path)
             if is_remote(message.path):
                 source = parse_source(message.path)
-            wanted = LoadRequest(name=message.name, source=source, replaces=message.replace)
+            wanted = LoadRequest(
+                name=message.name,
+                source=source,
+                replaces=message.replace,
+                expected_generation=_expected(message),
+                share=message.share if message.HasField("share") else None,
+            )
             receipt = await load_adapter(
                 self._engine, self._sources, wanted, lambda _: None, by=current_caller().name, kept=self._kept
             )
@@ -153,7 +164,14 @@ class LoraServeServicer:
             head = await upload_head(messages)
             stored = await self._engine.receive_adapter(head.name, head.config_json, upload_data(messages))
             source = AdapterSource("memory", stored.source)
-            wanted = LoadRequest(name=head.name, source=source, replaces=head.replace, stored=stored)
+            wanted = LoadRequest(
+                name=head.name,
+                source=source,
+                replaces=head.replace,
+                expected_generation=_expected(head),
+                share=head.share if head.HasField("share") else None,
+                stored=stored,
+            )
             receipt = await load_adapter(
                 self._engine, None, wanted, lambda _: None, by=current_caller().name, kept=self._kept
             )
@@ -189,6 +207,40 @@ class LoraServeServicer:
             return pb.PinAdapterResponse()
         return None
 
+    async def SplitAdapter(  # noqa: N802
+        self, message: pb.SplitAdapterRequest, context: Context
+    ) -> pb.SplitAdapterResponse | None:
+        """Let generations share an adapter's requests."""
+        async with self._errors_answered(context, message):
+            shares, by = dict(message.shares), current_caller().name
+            await split_adapter(self._engine, message.name, shares, by=by, kept=self._kept)
+            return pb.SplitAdapterResponse()
+        return None
+
+    async def RollBackAdapter(  # noqa: N802
+        self, message: pb.RollBackAdapterRequest, context: Context
+    ) -> pb.RollBackAdapterResponse | None:
+        """Go back to an earlier generation, from the next request on."""
+        async with self._errors_answered(context, message):
+            number = await roll_back_adapter(
+                self._engine,
+                message.name,
+                message.generation if message.HasField("generation") else None,
+                expected_generation=_expected(message),
+                by=current_caller().name,
+                kept=self._kept,
+            )
+            return pb.RollBackAdapterResponse(generation=number)
+        return None
+
+    async def ListGenerations(  # noqa: N802
+        self, message: pb.ListGenerationsRequest, context: Context
+    ) -> pb.ListGenerationsResponse | None:
+        """All that is remembered; `AccessInterceptor` leaves out what the caller may not see."""
+        async with self._errors_answered(context, message):
+            return generations_to_wire(self._engine.generations(message.name))
+        return None
+
     async def ListAdapters(  # noqa: N802
         self, message: pb.ListAdaptersRequest, context: Context
     ) -> pb.ListAdaptersResponse | None:
@@ -222,6 +274,12 @@ class LoraServeServicer:
             logger.exception("call failed")
             text = f"internal error ({type(error).__name__}), the server's log has the details"
             await context.abort(grpc.StatusCode.INTERNAL, text)
+
+
+def _expected(
+    message: pb.LoadAdapterRequest | pb.UploadAdapterHead | pb.RollBackAdapterRequest,
+) -> int | None:
+    return message.expected_generation if message.HasField("expected_generation") else None
 
 
 def _origin(route: str, context: Context) -> CallOrigin:
