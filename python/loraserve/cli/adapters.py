@@ -1,11 +1,11 @@
-"""`loraserve adapters`: what is done with adapters without serving them."""
+"""`loraserve adapters`: what is done with adapters besides serving them."""
 
 from __future__ import annotations
 
 import argparse
 from typing import TYPE_CHECKING
 
-from loraserve.cli import adapters_merge, adapters_stamp, adapters_verify
+from loraserve.cli import adapters_merge, adapters_stamp, adapters_verify, adapters_versions
 from loraserve.cli.options import (
     MODEL_HELP,
     Subparsers,
@@ -28,7 +28,9 @@ Every tensor must fit a module of the model: the exit code is 0 only if all of t
 
 def add_parser(commands: Subparsers) -> None:
     """Add `adapters` with its actions."""
-    summary = "look at adapters, compare, stamp and merge them, without serving"
+    summary = (
+        "look at adapters, compare, stamp and merge them; go back and forth between those that are served"
+    )
     parser = commands.add_parser("adapters", help=summary, description=f"{summary.capitalize()}.")
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     check = add_command(
@@ -43,6 +45,7 @@ def add_parser(commands: Subparsers) -> None:
     adapters_verify.add_parser(actions)
     adapters_stamp.add_parser(actions)
     adapters_merge.add_parser(actions)
+    adapters_versions.add_parser(actions)
 
 
 def run_check(args: argparse.Namespace) -> int:
