@@ -108,7 +108,7 @@ class EngineConfig:
     adapter_dtype: str = "auto"
     device: str = "auto"
     memory: int | str = AUTO
-    keep_generations: int = 2
+    keep_generations: int = 1
     adapter_host_memory: int | str = AUTO
     gpu_memory_utilization: float = 0.9
     cuda_graphs: bool = True

@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,8 @@ Expected = dict[str, list[int]]
 
 @pytest.fixture
 def llm(tiny_model: tuple[Path, torch.nn.Module]) -> Iterator[LLM]:
-    with LLM(str(tiny_model[0]), dtype="float32", memory="32MiB", device="cpu", num_threads=1) as llm:
+    settings: Any = {"dtype": "float32", "memory": "32MiB", "device": "cpu", "num_threads": 1}
+    with LLM(str(tiny_model[0]), keep_generations=2, **settings) as llm:
         yield llm
 
 

@@ -84,7 +84,8 @@ class AdapterRegistry:
             self.remove(adapter.name)
         self._by_name[adapter.name] = adapter
         self._num_names[adapter.adapter_id] += 1
-        source = WeightsSource(adapter.name, adapter.path, adapter.receipt, adapter.stored)
+        alias = adapter.name.partition("@")[0]
+        source = WeightsSource(alias, adapter.path, adapter.receipt, adapter.stored)
         self._sources.setdefault(adapter.adapter_id, {})[adapter.path] = source
 
     def get(self, name: str) -> RegisteredAdapter | None:
@@ -100,8 +101,9 @@ class AdapterRegistry:
         return adapter_id in self._num_names
 
     def names(self, adapter_id: int) -> list[str]:
-        """All names of this content."""
-        return [adapter.name for adapter in self if adapter.adapter_id == adapter_id]
+        """All names of this content; those of generations only where there is no other."""
+        found = [adapter.name for adapter in self if adapter.adapter_id == adapter_id]
+        return [name for name in found if "@" not in name] or found
 
     def remove(self, name: str) -> RegisteredAdapter:
         """Forget the name; its source is kept for requests still queued. Raises AdapterNotFoundError."""

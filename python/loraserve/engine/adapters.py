@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakMethod
 
 from loraserve import _core
 from loraserve.adapters.beside import BesideReader
@@ -86,7 +87,6 @@ class EngineAdapters:
     ) -> None:
         self.usage = UsageCounters()
         self.failures: tuple[AdapterFailure, ...] = ()
-        self.merged: Merged | None = None
         self._config = config
         self._runner = runner
         self._scheduler = scheduler
@@ -97,7 +97,13 @@ class EngineAdapters:
         self._registry = AdapterRegistry()
         self._versions = AdapterVersions(config.keep_generations)
         self.generations = Generations(
-            self._versions, self._bind, self._unbind, self.take_turn, lock, intake, wake
+            self._versions,
+            WeakMethod(self._bind),
+            WeakMethod(self._unbind),
+            WeakMethod(self.take_turn),
+            lock,
+            intake,
+            wake,
         )
         self._loads = AdapterLoads()
         self._turns = itertools.count()
@@ -121,9 +127,14 @@ class EngineAdapters:
         self.host_tier = _core.HostTier(runner.host_tier_nbytes)
         self.loader = ExtentLoader(runner.backend, self._check, self.host_tier, wake.set)
         self.pool_loads = PoolLoads(
-            scheduler, runner, self.loader, self._registry, self._loads, lock, self._forget_unused
+            scheduler, runner, self.loader, self._registry, self._loads, lock, WeakMethod(self._forget_unused)
         )
-        self.of_requests = RequestAdapters(self._registry, lambda: self.merged)
+        self.of_requests = RequestAdapters(self._registry)
+
+    @property
+    def merged(self) -> Merged | None:
+        """The adapter in the model's weights, if there is one."""
+        return self.of_requests.merged
 
     def load_configured(self) -> None:
         """Register the configuration's adapters; `failures` are those the engine starts without.
@@ -249,9 +260,9 @@ class EngineAdapters:
         with self._lock:
             self._intake.check()
             old = self._registry.get(name)
+            self._versions.check_expected(name, expected_generation)
             if replace and old is not None and old.turn > turn:
                 return receipt  # asked for earlier, and replaced already
-            self._versions.check_expected(name, expected_generation)
             adapter = RegisteredAdapter(
                 name,
                 checked.path,
@@ -325,11 +336,14 @@ class EngineAdapters:
                 raise InvalidRequestError(
                     f"{name!r} is one generation, unload {base_name(name)!r} as a whole"
                 )
+            if self._registry.get(name) is not None:
+                for generation in self._versions.forget(
+                    name
+                ):  # the name last, which tells that it is unloaded
+                    self._unbind(generation)
             self._scheduler.unregister_adapter(name)
             self._registry.remove(name)
             self.usage.forget(name)
-            for generation in self._versions.forget(name):
-                self._unbind(generation)
             self._forget_unused()
 
     def warm(self, name: str) -> Future[float]:
@@ -391,9 +405,10 @@ class EngineAdapters:
         """The adapter that the runner has merged, as a name that requests may give."""
         files = self.check(name, self._config.adapters[name], self._config.manifests.get(name)).files
         assert self._runner.merged is not None, "invariant: the runner merges what the configuration says"
-        self.merged = Merged(name, files, self._runner.merged, self.take_turn())
-        self._registry.add(self.merged.adapter)
-        log_receipt(name, self.merged.receipt, files.base.warning)
+        merged = Merged(name, files, self._runner.merged, self.take_turn())
+        self.of_requests.merged = merged
+        self._registry.add(merged.adapter)
+        log_receipt(name, merged.receipt, files.base.warning)
 
     def is_merged(self, name: str) -> bool:
         """Whether this adapter is in the model's weights."""

@@ -9,12 +9,21 @@ from loraserve.request import Completion, Delta, GenerateRequest, RequestOutput
 
 
 class Gathering:
-    """What has ended of one call's requests."""
+    """What has ended of one call's requests.
 
-    def __init__(self) -> None:
+    `ended` has them in the order in which they did, where `keeps_ended` says so: whoever asks takes them out.
+    """
+
+    def __init__(self, *, keeps_ended: bool) -> None:
         self.num_ended = 0  # answers
-        self.ended: deque[GatheredRequest] = deque()  # in the order in which they did
+        self.ended: deque[GatheredRequest] = deque()
         self.error: Exception | None = None  # the first
+        self._keeps_ended = keeps_ended
+
+    def end(self, request: GatheredRequest) -> None:
+        """A request has failed, or all its answers are whole."""
+        if self._keeps_ended:
+            self.ended.append(request)
 
 
 class GatheredRequest:
@@ -71,7 +80,7 @@ class GatheredRequest:
         self.num_open -= 1
         self._gathering.num_ended += 1
         if self.num_open == 0 and self.error is None:
-            self._gathering.ended.append(self)
+            self._gathering.end(self)
 
     def on_error(self, error: Exception) -> None:
         """It is refused, or one of its answers failed; the first error counts."""
@@ -79,7 +88,7 @@ class GatheredRequest:
             return
         self.error = error
         self._gathering.error = self._gathering.error or error
-        self._gathering.ended.append(self)
+        self._gathering.end(self)
 
     def output(self) -> RequestOutput:
         """All its answers."""

@@ -6,8 +6,10 @@ import dataclasses
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import WeakMethod
 
 from loraserve.engine.lock import EngineLock
+from loraserve.engine.owned import owned
 from loraserve.engine.queue import Intake
 from loraserve.engine.versions import AdapterVersions, GenerationInfo
 
@@ -17,7 +19,7 @@ class Generations:
 
     Args:
         versions: what is kept, and who gets what.
-        bind: makes a name mean an adapter, under the lock.
+        bind: of its owner: makes a name mean an adapter, under the lock.
         unbind: forgets a name, under the lock.
         take_turn: the place of a change among all.
         lock: guards all of it.
@@ -28,9 +30,9 @@ class Generations:
     def __init__(
         self,
         versions: AdapterVersions,
-        bind: Callable[..., Any],
-        unbind: Callable[[str], None],
-        take_turn: Callable[[], int],
+        bind: WeakMethod[Callable[..., Any]],
+        unbind: WeakMethod[Callable[[str], None]],
+        take_turn: WeakMethod[Callable[[], int]],
         lock: EngineLock,
         intake: Intake,
         wake: threading.Event,
@@ -52,7 +54,7 @@ class Generations:
             if current != before:
                 self._follow(name)
             for one in gone:
-                self._unbind(one)
+                owned(self._unbind)(one)
         self._wake.set()
 
     def roll_back(
@@ -89,5 +91,5 @@ class Generations:
 
     def _follow(self, name: str) -> None:
         """The name means its current generation from now on."""
-        adapter = dataclasses.replace(self._versions.current(name), name=name, turn=self._take_turn())
-        self._bind(adapter, replace=True)
+        adapter = dataclasses.replace(self._versions.current(name), name=name, turn=owned(self._take_turn)())
+        owned(self._bind)(adapter, replace=True)

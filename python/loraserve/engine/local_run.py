@@ -76,7 +76,7 @@ class LocalRun:
             return self._frontend.head_of(adapter)
 
     def _answer(self, requests: Sequence[GenerateRequest], progress: bool | None) -> list[RequestOutput]:
-        gathering = Gathering()
+        gathering = Gathering(keeps_ended=False)
         gathered = [
             GatheredRequest(gathering, index, request, self._frontend.prepare(request))
             for index, request in enumerate(requests)
@@ -121,7 +121,7 @@ class LocalRun:
         self, requests: Iterator[GenerateRequest], read_ahead: int, *, ordered: bool
     ) -> Iterator[BatchOutput]:
         """What becomes of each, as of `LLM.generate_iter`."""
-        gathering = Gathering()
+        gathering = Gathering(keeps_ended=not ordered)
         held: deque[GatheredRequest] = deque()  # read and not given out, in order; only these if `ordered`
         num_read, num_given, is_exhausted = 0, 0, False
         open_ids: dict[int, list[int]] = {}  # by index

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from weakref import WeakMethod
 
 from loraserve import _core
 from loraserve.adapters.registry import AdapterRegistry
@@ -11,6 +12,7 @@ from loraserve.engine.adapter_loads import AdapterLoads
 from loraserve.engine.extent_loader import ExtentLoader
 from loraserve.engine.lock import EngineLock
 from loraserve.engine.model_runner import ModelRunner
+from loraserve.engine.owned import owned
 from loraserve.errors import EngineStoppedError, LoraserveError
 
 logger = logging.getLogger(__name__)
@@ -26,7 +28,7 @@ class PoolLoads:
         registry: what to read, and from where.
         loads: who waits.
         lock: guards the scheduler, `registry` and `loads`.
-        forget_unused: called under the lock when what was unloaded meanwhile has been read.
+        forget_unused: of its owner, called under the lock when what was unloaded meanwhile has been read.
     """
 
     def __init__(
@@ -37,7 +39,7 @@ class PoolLoads:
         registry: AdapterRegistry,
         loads: AdapterLoads,
         lock: EngineLock,
-        forget_unused: Callable[[], None],
+        forget_unused: WeakMethod[Callable[[], None]],
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
@@ -75,7 +77,7 @@ class PoolLoads:
                     self._loads.finish(result.adapter_id, None)
             with self._lock:
                 if not self._registry.has_name(result.adapter_id):
-                    self._forget_unused()  # unloaded while it was read
+                    owned(self._forget_unused)()  # unloaded while it was read
 
     def announce_late(self) -> None:
         """Tell the scheduler of loads that take long, so that only who needs them waits; under the lock."""

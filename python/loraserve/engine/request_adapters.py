@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from loraserve.adapters.registry import AdapterRegistry, RegisteredAdapter
 from loraserve.adapters.text import NO_TOKENS, AddedTokens
@@ -19,12 +19,13 @@ class RequestAdapters:
 
     Args:
         registry: what names mean.
-        merged: the adapter in the model's weights, if there is one by now.
+
+    `merged` is the adapter in the model's weights, once there is one.
     """
 
-    def __init__(self, registry: AdapterRegistry, merged: Callable[[], Merged | None]) -> None:
+    def __init__(self, registry: AdapterRegistry) -> None:
+        self.merged: Merged | None = None
         self._registry = registry
-        self._merged = merged
 
     def check_registered(self, registered: Mapping[str, RegisteredAdapter | None]) -> None:
         """Whether these names still mean this.
@@ -44,15 +45,14 @@ class RequestAdapters:
         Raises:
             InvalidRequestError: one can't be weighted or summed with others.
         """
-        merged = self._merged()
-        if merged is not None:
-            merged.check_combination(adapters)
+        if self.merged is not None:
+            self.merged.check_combination(adapters)
         self._registry.check_combination(adapters)
 
     def to_apply(self, adapters: Sequence[tuple[str, float]]) -> Sequence[tuple[str, float]]:
         """Those that the scheduler has to bring into a sequence; what is in the weights already is none."""
-        merged = self._merged()
-        return [(name, weight) for name, weight in adapters if merged is None or name != merged.name]
+        merged = None if self.merged is None else self.merged.name
+        return [(name, weight) for name, weight in adapters if name != merged]
 
     def added_tokens(self, adapters: Sequence[tuple[str, float]]) -> AddedTokens:
         """Tokens beyond the model's for these (name, weight) pairs, which may be used together."""

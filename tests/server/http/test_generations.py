@@ -26,7 +26,7 @@ def root(tmp_path: Path, tiny_adapters: dict[str, str]) -> Path:
 
 @pytest.fixture
 def http(tiny_model: Model, root: Path) -> Iterator[httpx.Client]:
-    with serving(tiny_model[0], "--adapter-root", str(root)) as (http, _):
+    with serving(tiny_model[0], "--adapter-root", str(root), "--keep-generations", "2") as (http, _):
         yield http
 
 
