@@ -44,7 +44,7 @@ SHORT, LONG = Kind(16, 96, "sql"), Kind(400, 8, "pirate")
 
 
 class Load:
-    """Clients on one engine, and how many tokens they were given."""
+    """Clients on one engine, and how many tokens they were served, of prompts and answers."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine = engine
@@ -58,7 +58,9 @@ class Load:
         began, first = time.perf_counter(), 0.0
         request = GenerateRequest(prompt=prompt, params=params, adapter=kind.adapter, flow=flow)
         async for delta in await self.engine.submit(request):
-            first = first or time.perf_counter() - began
+            if not first:
+                first = time.perf_counter() - began
+                self.num_tokens += kind.prompt
             self.num_tokens += len(delta.token_ids)
         return first
 
@@ -101,18 +103,23 @@ async def floods(load: Load, seconds: float, num_turns: int) -> None:
     """The light client alone, beside the flood in one flow, and with flows; throughput of each."""
     times: dict[str, list[float]] = {"alone": [], "off": [], "on": []}
     rates: dict[str, list[float]] = {"off": [], "on": []}
+    cpu_rates: dict[str, list[float]] = {"off": [], "on": []}  # which a busy machine changes less
     for _ in range(num_turns):
         times["alone"] += await load.light(seconds / 2, ONE)
         for mode, heavy, light in (("off", ONE, ONE), ("on", Flow("heavy"), Flow("light"))):
             async with load.clients(NUM_HEAVY, HEAVY, heavy):
                 await asyncio.sleep(3.0)
-                began, before = time.perf_counter(), load.num_tokens
+                began, before, cpu_began = time.perf_counter(), load.num_tokens, time.process_time()
                 times[mode] += await load.light(seconds, light)
-                rates[mode].append((load.num_tokens - before) / (time.perf_counter() - began))
+                num_tokens = load.num_tokens - before
+                rates[mode].append(num_tokens / (time.perf_counter() - began))
+                cpu_rates[mode].append(num_tokens / (time.process_time() - cpu_began))
     for mode, label in (("alone", "alone"), ("off", "flood, one flow"), ("on", "flood, flows")):
         print(f"light client, {label:16}  {shown(times[mode])}")
-    off, on = (statistics.median(rates[mode]) for mode in ("off", "on"))
-    print(f"tokens a second, one flow {off:.0f}, flows {on:.0f}: {on / off:.3f}")
+    for label, of_modes in (("second", rates), ("CPU second", cpu_rates)):
+        off, on = (statistics.median(of_modes[mode]) for mode in ("off", "on"))
+        print(f"tokens a {label}, one flow {off:.0f}, flows {on:.0f}: {on / off:.3f}")
+    print(f"sequences set back: {load.engine.stats().num_preemptions}")
 
 
 async def backlogged(load: Load, seconds: float, max_num_seqs: int) -> None:
@@ -156,7 +163,6 @@ async def main() -> None:
         adapters=adapters,
         memory="1GiB",
         max_num_seqs=args.max_num_seqs,
-        prefix_caching=False,
     )
     engine = AsyncEngine(config)
     try:

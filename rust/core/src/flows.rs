@@ -202,6 +202,23 @@ impl Flows {
         &self.states[&id].waiting
     }
 
+    pub fn num_running(&self, id: FlowId) -> usize {
+        self.states[&id].num_running
+    }
+
+    /// The flow furthest ahead of another of those that run more than their part, by weight, of all `num_places`.
+    pub fn ahead_of(&self, id: FlowId, num_places: usize) -> Option<FlowId> {
+        let counter = self.states[&id].counter;
+        let active = self.states.iter().filter(|(_, state)| !state.is_idle());
+        let weights: f64 = active.clone().map(|(_, state)| state.weight.value()).sum();
+        let part = |state: &State| num_places as f64 * state.weight.value() / weights;
+        let ahead = active.filter(|(_, state)| {
+            state.counter >= counter && state.num_running as f64 > part(state).max(1.0)
+        });
+        let most = ahead.max_by(|(_, a), (_, b)| a.counter.total_cmp(&b.counter));
+        most.map(|(&id, _)| id)
+    }
+
     /// In order of arrival of their first requests.
     pub fn stats(&self) -> Vec<FlowStats> {
         let least = self.queued_range().map(|(least, _)| least);

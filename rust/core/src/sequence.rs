@@ -19,6 +19,8 @@ pub struct Sequence {
     pub num_charged: usize,
     /// Whether it ran before; it may wait again since.
     pub was_admitted: bool,
+    /// Whether it gave up its place to another flow.
+    pub was_set_back: bool,
     /// Its guesses; none where it asked for none.
     pub speculation: Option<Speculation>,
 }
@@ -174,6 +176,7 @@ mod tests {
             next_row: 1,
             num_charged: 0,
             was_admitted: false,
+            was_set_back: false,
             speculation: None,
         }
     }

@@ -13,7 +13,7 @@ use crate::sequence::Running;
 
 impl Scheduler {
     /// Plans the step behind the one in flight; `None` if that must be committed first: there is nothing to do without
-    /// it, someone would have to give up memory, or it checks guesses. The same rules as `schedule`, but for guesses.
+    /// it, someone would have to give up memory or a place, or it checks guesses. The same rules as `schedule`, but for guesses.
     pub fn schedule_ahead(&mut self) -> Option<SchedulerOutput> {
         assert!(
             self.in_flight.len() == 1,
@@ -21,6 +21,9 @@ impl Scheduler {
         );
         if self.in_flight[0].rows.iter().any(|row| row.num_samples > 1) {
             return None; // how many of its samples are taken is not known yet
+        }
+        if self.set_back_next().is_some() {
+            return None;
         }
         let mut plan = self.begin_plan();
         if !self.plan_decodes_ahead(&mut plan) {

@@ -47,14 +47,17 @@ impl Scheduler {
 
     /// Gives back the newest sequence's memory; it is computed again, from the prefix cache where that still has it.
     pub(super) fn preempt_newest(&mut self, unfit_at: Option<u64>) {
-        let newest = self.running.pop().expect("invariant: someone runs");
+        self.preempt(self.running.len() - 1, unfit_at);
+    }
+
+    pub(super) fn preempt(&mut self, index: usize, unfit_at: Option<u64>) {
         let Running {
             sequence,
             overtaken,
             table,
             adapters,
             ..
-        } = newest;
+        } = self.running.remove(index);
         self.memory.release_table(table);
         for applied in adapters {
             self.memory.release_adapter(applied.adapter);

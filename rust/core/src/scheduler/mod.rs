@@ -23,6 +23,7 @@ mod decode;
 mod drafts;
 mod invariants;
 mod late_loads;
+mod places;
 mod prompts;
 mod residency;
 mod submission;
@@ -117,6 +118,8 @@ pub struct Scheduler {
     next_request: u64,
     next_admission: u64,
     next_step: u64,
+    /// The first step in which a sequence may be set back for another flow.
+    may_set_back_at: u64,
     num_loads: u64,
     num_preemptions: u64,
     num_prefix_hit_tokens: u64,
@@ -174,6 +177,7 @@ impl Scheduler {
             next_request: 0,
             next_admission: 0,
             next_step: 0,
+            may_set_back_at: 0,
             num_loads: 0,
             num_preemptions: 0,
             num_prefix_hit_tokens: 0,
@@ -212,6 +216,7 @@ impl Scheduler {
             self.in_flight.is_empty(),
             "invariant: every step is committed before the next is scheduled"
         );
+        self.give_up_place();
         let mut plan = self.begin_plan();
         self.plan_decodes(&mut plan);
         self.plan_prompts(&mut plan);

@@ -116,6 +116,7 @@ impl Scheduler {
             num_charged: 0,
             tokens: new.prompt,
             was_admitted: false,
+            was_set_back: false,
             speculation,
             request: Request {
                 id,

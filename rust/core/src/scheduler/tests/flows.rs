@@ -210,3 +210,53 @@ fn who_waits_for_a_late_load_saves_nothing_up() {
     let busy = stats_of(&s, "busy");
     assert!(busy.served.cost() > 500 && busy.lead <= 200.0, "{busy:?}");
 }
+
+#[test]
+fn where_all_places_are_taken_a_flow_without_any_is_given_one() {
+    let mut s = scheduler(|c| c.max_num_seqs = 3);
+    let heavy: Vec<_> = (0..6)
+        .map(|_| submit(&mut s, ("heavy", 1.0), 4, 30))
+        .collect();
+    step(&mut s);
+    step(&mut s);
+    let light = submit(&mut s, ("light", 1.0), 4, 2);
+    let batch = step(&mut s).unwrap();
+    assert!(batch.request_ids.contains(&light));
+    assert!(
+        !batch.request_ids.contains(&heavy[2]),
+        "the newest gave way"
+    );
+    submit(&mut s, ("third", 1.0), 4, 2);
+    let num_preemptions = s.stats().num_preemptions;
+    step(&mut s);
+    assert_eq!(
+        s.stats().num_preemptions,
+        num_preemptions,
+        "not again so soon"
+    );
+    drain(&mut s);
+    assert_eq!(finishes(&mut s).len(), 8);
+}
+
+#[test]
+fn flows_within_their_parts_of_the_places_are_not_set_back() {
+    let mut s = scheduler(|c| c.max_num_seqs = 2);
+    for name in ["a", "b", "c"] {
+        submit(&mut s, (name, 1.0), 4, 10);
+        step(&mut s);
+    }
+    drain(&mut s);
+    assert_eq!(s.stats().num_preemptions, 0);
+}
+
+#[test]
+fn each_request_is_set_back_once_at_most() {
+    let mut s = scheduler(|c| c.max_num_seqs = 2);
+    submit(&mut s, ("heavy", 1.0), 4, 50);
+    submit(&mut s, ("heavy", 1.0), 4, 50);
+    for number in 0..40 {
+        submit(&mut s, (&format!("n{number}"), 1.0), 4, 1);
+        step(&mut s);
+    }
+    assert!((1..=2).contains(&s.stats().num_preemptions));
+}
