@@ -102,6 +102,12 @@ def test_adapters_of_all_layers_are_served_together(tmp_path: Path) -> None:
     }
 
 
+def test_names_of_the_model_have_commas_or_flags_between() -> None:
+    for given in ("a, b", ["a,b"], ["a", "b"], ("a", "b,")):
+        settings = load_settings({"model": "m", "served_model_name": given}, {}).settings
+        assert settings.served_model_name == ("a", "b")
+
+
 def test_every_setting_can_be_a_variable() -> None:
     values = {
         "model": "m",

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import httpx
 import jsonschema_rs
 import openai
 import pytest
@@ -405,27 +406,33 @@ def test_refused_with_what_is_wrong(client: openai.OpenAI, fields: dict[str, Any
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("arguments", ["{", "[1]", '"text"'])
-def test_calls_in_messages_have_objects(client: openai.OpenAI, arguments: str) -> None:
+@pytest.mark.parametrize(
+    "arguments", ['{"location":', "[1]", '"text"', "oops", '{"a":' * 100 + "1" + "}" * 100]
+)
+def test_broken_arguments_come_back_as_what_they_are(client: openai.OpenAI, arguments: str) -> None:
     call = {"id": "1", "type": "function", "function": {"name": "now", "arguments": arguments}}
     messages = [
         *ASK,
         {"role": "assistant", "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "1", "content": ""},
     ]
-    with pytest.raises(openai.BadRequestError, match="JSON"):
-        create(client, messages, tools=TOOLS)
+    create(client, messages, tools=TOOLS)
+    body = {"model": "tiny", "messages": messages, "tools": TOOLS}
+    rendered = httpx.post(f"{client.base_url}chat/completions/render", json=body).json()
+    assert json.dumps({"INVALID_JSON": arguments}) in rendered["prompt"]
 
 
 def test_arguments_in_messages_are_bounded(client: openai.OpenAI) -> None:
-    for arguments, words in (
-        ('{"a":' * 100 + "1" + "}" * 100, "deeper"),
-        ('{"a":' * 10_000 + "1" + "}" * 10_000, "JSON"),
-        ('{"a": "' + "x" * 2**20 + '"}', "limit is"),
-    ):
-        call = {"id": "1", "type": "function", "function": {"name": "now", "arguments": arguments}}
-        with pytest.raises(openai.BadRequestError, match=words):
-            create(client, [*ASK, {"role": "assistant", "tool_calls": [call]}], tools=TOOLS)
+    arguments = '{"a": "' + "x" * 2**20 + '"}'
+    call = {"id": "1", "type": "function", "function": {"name": "now", "arguments": arguments}}
+    with pytest.raises(openai.BadRequestError, match="limit is"):
+        create(client, [*ASK, {"role": "assistant", "tool_calls": [call]}], tools=TOOLS)
+    nested: dict[str, Any] = {}
+    for _ in range(100):
+        nested = {"a": nested}
+    call["function"] = {"name": "now", "arguments": nested}
+    with pytest.raises(openai.BadRequestError, match="deeper"):
+        create(client, [*ASK, {"role": "assistant", "tool_calls": [call]}], tools=TOOLS)
 
 
 def test_deep_schemas_are_refused(client: openai.OpenAI) -> None:

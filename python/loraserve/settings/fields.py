@@ -35,8 +35,16 @@ def option(
 
 
 def _split(value: Any) -> Any:
-    """Variables and flags write several values with commas between them."""
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+    """Variables and flags write several values with commas between them; flags may have several."""
+    if isinstance(value, str):
+        return _parts(value)
+    if not isinstance(value, list | tuple):
+        return value
+    return [part for one in value for part in (_parts(one) if isinstance(one, str) and "," in one else [one])]
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _listed(value: Any) -> Any:

@@ -12,6 +12,8 @@ from loraserve.validation.values import depth_exceeds
 
 MAX_ARGUMENTS_CHARS = 2**20  # of all calls in a chat's messages, as JSON text
 MAX_ARGUMENTS_DEPTH = 64
+# Anthropic's own name for what a model wrote in place of a JSON object.
+INVALID_JSON = "INVALID_JSON"
 
 
 @dataclass(slots=True)
@@ -43,19 +45,32 @@ class ToolCall:
 def past_arguments(name: str, arguments: Any) -> dict[str, Any]:
     """Of a call that a message makes: JSON text or an object; nothing is no arguments.
 
+    Text that is no JSON object, or is nested too deep, is what a model wrote, or was cut: templates are given
+    it as `{"INVALID_JSON": text}`.
+
     Raises:
-        InvalidRequestError: they are no JSON object, or nested too deep.
+        InvalidRequestError: what is no text is no object either, or nested too deep.
     """
     what = f"arguments of a call of {name!r:.150}"
     if arguments is None or arguments == "":
         return {}
     if isinstance(arguments, str):
-        arguments = parse_json(what, arguments)
+        parsed = parsed_arguments(arguments)
+        return {INVALID_JSON: arguments} if parsed is None else parsed
     if not isinstance(arguments, dict):
         raise InvalidRequestError(f"{what} are no JSON object")
     if depth_exceeds(arguments, MAX_ARGUMENTS_DEPTH):
         raise InvalidRequestError(f"{what} are nested deeper than {MAX_ARGUMENTS_DEPTH}")
     return arguments
+
+
+def parsed_arguments(text: str) -> dict[str, Any] | None:
+    """The object that arguments are; None where they are no JSON object, or one nested too deep."""
+    try:
+        value = parse_json("arguments", text)
+    except InvalidRequestError:
+        return None
+    return value if isinstance(value, dict) and not depth_exceeds(value, MAX_ARGUMENTS_DEPTH) else None
 
 
 def check_arguments_size(num_chars: int) -> None:

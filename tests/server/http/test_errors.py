@@ -129,6 +129,18 @@ def test_an_overload_tells_when_to_come_back_and_what_is_full(
     assert answer.headers["x-overload-reason"] == code
 
 
+@pytest.mark.parametrize("name", [name for name, *_ in TABLE])
+def test_what_the_same_request_meets_again_is_not_tried_again(client: httpx.Client, name: str) -> None:
+    lasting = {"DeadlineError", "NotFiniteError", "AdapterUnavailableError", "GenerationConflictError"}
+    for path, body in (
+        ("/v1/completions", completion(f"late {name}")),
+        ("/v1/completions", completion(f"refuse {name}", stream=True)),
+        ("/generate", {"inputs": f"late {name}"}),
+    ):
+        given = client.post(path, json=body).headers.get("x-should-retry")
+        assert given == ("false" if name in lasting else None), path
+
+
 def test_a_bug_is_a_500_that_keeps_its_text_to_itself(
     client: httpx.Client, caplog: pytest.LogCaptureFixture
 ) -> None:

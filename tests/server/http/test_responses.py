@@ -406,6 +406,32 @@ def test_what_codex_sends(server: HttpThread) -> None:
     assert '"text":"Done."' in answer.text, answer.text
 
 
+@pytest.mark.parametrize("is_answered", [False, True])
+def test_a_call_that_was_cut_can_be_gone_on_from(client: openai.OpenAI, is_answered: bool) -> None:
+    ask: list[Any] = [{"role": "user", "content": f"{SAY}{CALL}"}]
+    cut = create(client, ask, tools=TOOLS, max_output_tokens=25)
+    (call,) = cut.output
+    assert (call.type, call.status) == ("function_call", "incomplete")
+    more: list[Any] = [result(call)] if is_answered else []
+    more.append({"role": "user", "content": f"{SAY}Done."})
+    kept = create(client, more, tools=TOOLS, previous_response_id=cut.id)
+    sent = create(client, [*ask, call.to_dict(), *more], tools=TOOLS)
+    assert kept.output_text == sent.output_text == "Done."
+    assert kept.usage.input_tokens == sent.usage.input_tokens
+    listed = client.responses.input_items.list(kept.id, order="asc").data
+    assert [item.status for item in listed if item.type == "function_call"] == ["incomplete"]
+    again = create(client, f"{SAY}Yes.", tools=TOOLS, previous_response_id=sent.id)
+    assert again.output_text == "Yes."
+
+
+@pytest.mark.parametrize("arguments", ["{oops", "[1]", "text", '{"a": ' * 80 + "1" + "}" * 80])
+def test_broken_arguments_may_come_back(client: openai.OpenAI, arguments: str) -> None:
+    call = {"type": "function_call", "call_id": "c", "name": "now", "arguments": arguments}
+    for outputs in ([], [{"type": "function_call_output", "call_id": "c", "output": "x"}]):
+        given = [call, *outputs, {"role": "user", "content": f"{SAY}Done."}]
+        assert create(client, given, tools=TOOLS).output_text == "Done."
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"input": []}, "input is empty"),
     ({"input": None}, "input is empty"),
@@ -439,15 +465,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"input": [{"role": "tool", "content": "x"}]}, "role"),
     ({"input": [{"type": "function_call_output", "call_id": "c", "output": "x"}]}, "no function_call"),
     ({"input": [{"type": "function_call", "call_id": "c", "name": "x", "arguments": "{}"}]}, "has no output"),
-    (
-        {
-            "input": [
-                {"type": "function_call", "call_id": "c", "name": "x", "arguments": "{oops"},
-                {"type": "function_call_output", "call_id": "c", "output": "x"},
-            ]
-        },
-        "not JSON",
-    ),
     ({"temperature": -1}, "temperature"),
     ({"max_output_tokens": 0}, "max_tokens"),
     ({"top_logprobs": 21}, "logprobs"),
@@ -478,17 +495,9 @@ def test_a_prompt_that_is_too_long_has_its_code(client: openai.OpenAI) -> None:
 
 def test_hostile_bodies_are_bounded(server: HttpThread) -> None:
     part = {"type": "input_text", "text": "x"}
-    deep = '{"a": ' * 80 + "1" + "}" * 80
     cases: list[tuple[Any, int]] = [
         ([{"role": "user", "content": [part] * 2000}], 400),
         ([{"role": "user", "content": "x"}] * 9000, 413),
-        (
-            [
-                {"type": "function_call", "call_id": "c", "name": "x", "arguments": deep},
-                {"type": "function_call_output", "call_id": "c", "output": "x"},
-            ],
-            400,
-        ),
         ([{"type": ["message"], "role": "user", "content": "x"}], 400),
         ([7], 400),
     ]

@@ -43,8 +43,8 @@ def template_turn(role: str, text: str, calls: Sequence[PastCall] = (), **fields
     """One turn: content is text, arguments of calls are objects; `fields` that are None are left out.
 
     Raises:
-        InvalidRequestError: arguments of a call are no JSON object or nested too deep, or another role than
-            the assistant makes calls.
+        InvalidRequestError: an object of arguments is nested too deep, or another role than the assistant
+            makes calls.
     """
     turn: dict[str, Any] = {"role": role, "content": text}
     turn |= {name: value for name, value in fields.items() if value is not None}

@@ -67,6 +67,9 @@ INSTEAD = {  # of other servers' routes
     "/load_lora_adapter": "POST /adapters, or /v1/load_lora_adapter",
     "/unload_lora_adapter": "DELETE /adapters/NAME, or POST /v1/unload_lora_adapter",
 }
+# What OpenAI's and Anthropic's clients would send again by themselves (408, 409, 500), to meet it again.
+LASTING = (DeadlineError, NotFiniteError, AdapterUnavailableError, GenerationConflictError)
+NO_RETRY = {"x-should-retry": "false"}
 MESSAGES_PATH = "/v1/messages"
 ANTHROPIC_TYPES = {  # by status; other statuses below 500 are of the first, those above of the last
     400: "invalid_request_error",
@@ -273,6 +276,8 @@ def _printable(text: str) -> str:
 
 
 def _headers(error: Exception) -> dict[str, str]:
+    if isinstance(error, LASTING) and not isinstance(error, SourceUnavailableError):
+        return NO_RETRY
     if isinstance(error, OverloadedError):
         return {"retry-after": str(max(1, math.ceil(error.retry_after_s))), "x-overload-reason": error.reason}
     if isinstance(error, SourceUnavailableError):

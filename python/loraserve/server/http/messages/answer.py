@@ -12,9 +12,7 @@ from pydantic_core import from_json
 from loraserve.request import Delta, Usage
 from loraserve.server.http.answer_parts import AnswerPart, AnswerParts, PartPiece
 from loraserve.server.request_run import RequestRun
-
-# Anthropic's own name for what a model wrote in place of a JSON object.
-INVALID_JSON = "INVALID_JSON"
+from loraserve.tools.call import INVALID_JSON
 
 ThinkingDisplay: TypeAlias = Literal["shown", "omitted", "absent"]
 

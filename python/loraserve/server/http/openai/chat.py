@@ -19,7 +19,7 @@ def template_messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
     """As chat templates are given them: content is text, arguments of calls are objects.
 
     Raises:
-        InvalidRequestError: arguments of a call are no JSON object, nested too deep, or too long together.
+        InvalidRequestError: arguments of calls are nested too deep, or too long together.
     """
     turns = [(message, _calls(message)) for message in messages]
     check_arguments_length(call for _, calls in turns for call in calls)

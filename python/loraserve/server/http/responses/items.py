@@ -19,6 +19,7 @@ from loraserve.server.http.responses.schema import (
     ReasoningItem,
     TextPart,
 )
+from loraserve.tools.call import parsed_arguments
 
 MAX_ITEMS = 8192
 ID_NBYTES = 24
@@ -69,8 +70,8 @@ def template_messages(items: Sequence[Item], instructions: str | None) -> list[d
     """Turns as chat templates are given them; items of the assistant in a row are one turn.
 
     Raises:
-        InvalidRequestError: there are too many, calls and outputs don't belong together, arguments of a call
-            are no JSON object, or reasoning is packed by another server.
+        InvalidRequestError: there are too many, calls and outputs don't belong together, arguments of calls
+            are too long, or reasoning is packed by another server.
     """
     if len(items) > MAX_ITEMS:
         raise InvalidRequestError(f"the conversation has {len(items)} items, the limit is {MAX_ITEMS}")
@@ -103,7 +104,7 @@ def kept_item(item: Item) -> dict[str, Any]:
         kind = "output_text" if item.role == "assistant" else "input_text"
         fields["content"] = [{"type": kind, "text": item.content}]
     if not isinstance(item, ReasoningItem):
-        fields["status"] = "completed"
+        fields.setdefault("status", "completed")
     return {"id": new_id(item.type), **fields}
 
 
@@ -134,13 +135,16 @@ def _reasoning_text(item: ReasoningItem) -> str:
 
 
 def _names_of_calls(items: Iterable[Item]) -> dict[str, str]:
-    """Name of the function by a call's id; every call has its output, every output its call before it."""
+    """Name of the function by a call's id; whole calls have outputs, outputs a call before them."""
     names: dict[str, str] = {}
     open_calls: set[str] = set()
     for item in items:
         if isinstance(item, FunctionCallItem):
             names[item.call_id] = item.name
-            open_calls.add(item.call_id)
+            if item.status != "incomplete" and (
+                not item.arguments or parsed_arguments(item.arguments) is not None
+            ):
+                open_calls.add(item.call_id)
         elif isinstance(item, FunctionOutputItem):
             if item.call_id not in names:
                 raise InvalidRequestError(

@@ -109,9 +109,9 @@ class MessageItem(RequestBody):
 
 
 class FunctionCallItem(RequestBody):
-    """A call that an answer made; `arguments` are JSON text."""
+    """A call that an answer made; `arguments` are JSON text, or what there is of it."""
 
-    no_effect: ClassVar[NoEffect] = frozenset({"status", "caller", "parsed_arguments"})
+    no_effect: ClassVar[NoEffect] = frozenset({"caller", "parsed_arguments"})
     neutral: ClassVar[Neutral] = {"async": (False,), "namespace": ()}
 
     type: Literal["function_call"]
@@ -119,6 +119,9 @@ class FunctionCallItem(RequestBody):
     call_id: Id
     name: str = Field(max_length=128)
     arguments: Text
+    status: Literal["in_progress", "completed", "incomplete"] | None = Field(
+        default=None, description="An incomplete call needs no output."
+    )
 
 
 class FunctionOutputItem(RequestBody):
