@@ -41,7 +41,11 @@ class Scoring:
         Raises:
             InvalidRequestError: their numbers don't fit together.
         """
-        if not queries or not documents or len(queries) not in (1, len(documents)):
+        if not queries or not documents:
+            raise InvalidRequestError(
+                f"there are no {'documents' if queries else 'queries'}, give at least one"
+            )
+        if len(queries) not in (1, len(documents)):
             raise InvalidRequestError(
                 f"{len(queries)} queries and {len(documents)} documents are no pairs: give as many of each, "
                 "or one query and its documents"
@@ -59,12 +63,13 @@ class Scoring:
         return Scoring(requests, [(query, len(queries) + index) for index, query in enumerate(of_document)])
 
     def scores(self, pooled: Sequence[Pooled]) -> list[float]:
-        """A score for each pair, of what the requests gave, in their order."""
+        """A score for each pair, in their order: values of float32, cosines in [-1, 1]."""
         if self.pairs is None:
             return [float(_probabilities(one)[0]) for one in pooled]
         vectors = np.stack([one.values for one in pooled]).astype(np.float64)
         lengths = np.maximum(np.linalg.norm(vectors, axis=1), 1e-12)
-        return [float(vectors[a] @ vectors[b] / (lengths[a] * lengths[b])) for a, b in self.pairs]
+        cosines = [vectors[a] @ vectors[b] / (lengths[a] * lengths[b]) for a, b in self.pairs]
+        return [float(one) for one in np.clip(cosines, -1.0, 1.0).astype(np.float32)]
 
 
 def _probabilities(pooled: Pooled) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:

@@ -163,6 +163,14 @@ def test_a_bug_within_a_stream_ends_it_with_an_error(client: httpx.Client) -> No
     assert answer.text.endswith("data: [DONE]\n\n")
 
 
+@pytest.mark.parametrize("path", ["/health", "/ping", "/ready", "/v1/models", "/info", "/v1/models/nobody"])
+def test_head_is_get_without_its_body(client: httpx.Client, path: str) -> None:
+    told, whole = client.head(path), client.get(path)
+    assert (told.status_code, told.content) == (whole.status_code, b"")
+    assert told.headers["content-length"] == whole.headers["content-length"]
+    assert client.head("/v1/completions").status_code == 405
+
+
 ANSWERS = [
     ("GET", "/v1/models", None, 200),
     ("GET", "/v1/models/one", None, 200),

@@ -236,7 +236,7 @@ def test_a_field_that_is_not_supported_is_taken_only_where_it_asks_for_nothing(
             "messages.0.tool_calls.0.function: Field required",
         ),
         ({"role": "user", "function_call": {"name": "f"}}, "only the assistant makes them"),
-        ({"role": "assistant", "refusal": "no"}, "messages.0.refusal: not supported"),
+        ({"role": "assistant", "content": "yes", "refusal": "no"}, "content and refusal, leave one"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "'image_url'"),
         ({"role": "user", "content": [{"type": "text"}]}, "has text and nothing else"),
         (

@@ -172,6 +172,42 @@ def test_usage_comes_last_in_a_stream_that_asks_for_it(client: httpx.Client) -> 
     assert all("usage" not in chunk for chunk in without)
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_counts_so_far_come_with_every_chunk_if_asked_for(client: httpx.Client, path: str) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    given: dict[str, Any] = {"messages": CHAT} if "chat" in path else {"prompt": [STORY, "One two"]}
+    found = chunks(
+        client, path, **given, n=2, temperature=1.0, seed=5, ignore_eos=True, stream_options=options
+    )
+    *pieces, last = found
+    of_choice: dict[int, list[dict[str, Any]]] = {}
+    for chunk in pieces:
+        of_choice.setdefault(chunk["choices"][0]["index"], []).append(chunk["usage"])
+    assert len(of_choice) == (2 if "chat" in path else 4)
+    for usages in of_choice.values():
+        counts = [usage["completion_tokens"] for usage in usages]
+        assert counts == sorted(counts)
+        assert counts[-1] == NUM_TOKENS
+        assert all(one["total_tokens"] == one["prompt_tokens"] + one["completion_tokens"] for one in usages)
+    assert last["usage"]["completion_tokens"] == sum(
+        usages[-1]["completion_tokens"] for usages in of_choice.values()
+    )
+    answer = client.post(
+        path, json={**given, "stream": True, "stream_options": {"continuous_usage_stats": True}}
+    )
+    assert answer.status_code == 400
+
+
+def test_a_refusal_in_the_history_is_what_was_said(client: httpx.Client) -> None:
+    def history(**said: Any) -> list[dict[str, Any]]:
+        return [*CHAT, {"role": "assistant", **said}, *CHAT]
+
+    refused = chat(client, messages=history(content=None, refusal="I won't."))["choices"]
+    assert refused == chat(client, messages=history(content="I won't.", refusal=None))["choices"]
+    both = {"messages": history(content="Yes.", refusal="No.")}
+    assert client.post("/v1/chat/completions", json=both).status_code == 400
+
+
 def test_max_completion_tokens_wins_over_max_tokens(client: httpx.Client) -> None:
     assert chat(client, max_completion_tokens=3, ignore_eos=True)["usage"]["completion_tokens"] == 3
 
@@ -198,6 +234,9 @@ def test_penalties_bias_and_truncation_change_what_they_should(client: httpx.Cli
     forced = complete(client, logit_bias={"28": 100})["choices"][0]["text"]
     assert forced == "," * NUM_TOKENS
     assert complete(client, prompt=STORY, truncate_prompt_tokens=2)["usage"]["prompt_tokens"] == 2
+    long = "word " * 9000
+    cut = complete(client, prompt=long, truncate_prompt_tokens=-1, max_tokens=5, ignore_eos=True)["usage"]
+    assert cut["prompt_tokens"] + 5 == cut["total_tokens"] == client.get("/info").json()["max_total_tokens"]
 
 
 def test_a_repeated_prompt_is_a_cache_hit_in_usage_and_headers(client: httpx.Client) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -121,12 +122,15 @@ def test_scores_and_rankings_are_those_of_the_python_api(server: HttpThread, cas
         ):
             for path in ("/score", "/v1/score"):
                 answer = post(server, path, model=model, **body)
-                assert [entry["score"] for entry in answer["data"]] == expected
+                assert np.array_equal(
+                    float32([entry["score"] for entry in answer["data"]]), float32(expected)
+                )
         best = sorted(range(3), key=lambda index: -expected[index])
         for path in ("/rerank", "/v1/rerank", "/v2/rerank"):
             ranking = post(server, path, model=model, query="w5 w6 w7", documents=documents)
             assert [entry["index"] for entry in ranking["results"]] == best
-            assert [entry["relevance_score"] for entry in ranking["results"]] == sorted(expected)[::-1]
+            scores = float32([entry["relevance_score"] for entry in ranking["results"]])
+            assert np.array_equal(scores, float32(sorted(expected)[::-1]))
             texts = [entry.get("document", {}).get("text") for entry in ranking["results"]]
             assert texts == ([None] * 3 if path == "/v2/rerank" else [documents[index] for index in best])
         (first,) = post(
@@ -138,7 +142,37 @@ def test_scores_and_rankings_are_those_of_the_python_api(server: HttpThread, cas
             top_n=1,
             return_documents=False,
         )["results"]
-        assert first == {"index": best[0], "relevance_score": max(expected)}
+        assert (first["index"], float32(first["relevance_score"])) == (best[0], float32(max(expected)))
+        assert first.keys() == {"index", "relevance_score"}
+
+
+def test_cosines_are_numbers_of_float32_within_their_bounds(server: HttpThread, case: PoolingCase) -> None:
+    texts = [" ".join(f"w{5 + index + other}" for other in range(7)) for index in range(40)]
+    scores = case.llm.score(texts, texts, "embedder")
+    assert set(scores) == {1.0}
+    written = httpx.post(f"{server.url}/score", json={"text_1": "w5 w6", "text_2": texts}, timeout=60).text
+    for entry in json.loads(written)["data"]:
+        assert str(entry["score"]) == str(np.float32(entry["score"]))
+
+
+def test_fields_of_foreign_clients_that_ask_for_nothing_are_taken(server: HttpThread) -> None:
+    ranked = {"model": "embedder", "query": "w5", "documents": ["w6 w7", "w8"]}
+    plain = post(server, "/rerank", **ranked)["results"]
+    for fields in (
+        {"max_tokens_per_doc": 4096},
+        {"max_tokens_per_doc": 5},
+        {"max_chunks_per_doc": 10},
+        {"truncation": True},
+        {"return_embeddings": False},
+        {"max_retries": 2},
+        {"truncate_prompt_tokens": -1},
+    ):
+        assert post(server, "/rerank", **ranked, **fields)["results"] == plain
+    assert "cut them before" in refusal(server, "/rerank", **ranked, max_tokens_per_doc=4)
+    long = "w5 " * 1000
+    answer = post(server, "/v1/embeddings", input=long, truncate_prompt_tokens=-1)
+    assert answer["usage"]["prompt_tokens"] == server.engine.info().max_model_len
+    assert "tokens, the limit" in refusal(server, "/v1/embeddings", input=long)
 
 
 def test_all_kinds_at_once_are_as_alone(server: HttpThread) -> None:
@@ -170,6 +204,8 @@ def test_what_can_not_be_done_is_refused(server: HttpThread) -> None:
     assert "tokens, the limit is" in refusal(server, "/v1/embeddings", input="w5 " * 3000)
     assert "out of range" in refusal(server, "/v1/embeddings", input=[[5, 199]])
     assert "pairs" in refusal(server, "/score", text_1=["w5", "w6"], text_2=["w5"] * 3)
+    assert "there are no documents" in refusal(server, "/score", text_1="w5", text_2=[])
+    assert "did you mean documents?" in refusal(server, "/rerank", query="w5", texts=["w6"])
     assert "give one of text_1 and queries" in refusal(server, "/score", text_2="w5")
     assert "heads read all" in refusal(server, "/pooling", input="w5", task="classify", pooling="mean")
     for body in ({"input": [5, "w5"]}, {"input": [[5], "w5"]}, {"input": 5}, {}, {"input": {"text": "w5"}}):

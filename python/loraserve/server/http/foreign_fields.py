@@ -13,6 +13,8 @@ OPENAI_NO_EFFECT = frozenset(
         # what the request is called
         "request_id",
         "rid",
+        # of LiteLLM's own
+        "max_retries",
         "session_id",
         # how OpenAI runs it
         "prompt_cache_key",

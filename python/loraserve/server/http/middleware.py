@@ -23,7 +23,8 @@ _ACCEPTED = re.compile(rb"[\x21-\x7e]{1,128}")
 class RequestIdMiddleware:
     """Takes the client's X-Request-Id or makes one.
 
-    `scope["state"]` then has `request_id`, and `send` without any layer around it.
+    `scope["state"]` then has `request_id`, and `send` without any layer around it. HEAD is answered as GET,
+    without its body.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -34,6 +35,8 @@ class RequestIdMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":  # the connection, which has its own scope, leaves out the body
+            scope = {**scope, "method": "GET"}
         request_id = _request_id(scope)
         state = scope.setdefault("state", {})
         state["request_id"] = request_id.decode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,7 +34,8 @@ SERVICE_TIER = "default"  # whichever was asked for, there is no other
 class AnswerHead:
     """What every chunk and body repeats, and what the client asked to see; `created` is in Unix seconds.
 
-    `is_legacy` is whether a call is told as the older `function_call`.
+    `wants_counts` is whether every chunk of a stream has the tokens so far,
+    `is_legacy` whether a call is told as the older `function_call`.
     """
 
     id: str
@@ -43,6 +45,7 @@ class AnswerHead:
     num_answers: int
     wants_logprobs: bool
     wants_usage: bool
+    wants_counts: bool = False
     wants_prompt_logprobs: bool = False
     wants_reasoning: bool = True
     is_legacy: bool = False
@@ -164,6 +167,7 @@ class ChunkWriter:
         start = orjson.dumps(head.fields(self.kind))[:-1]
         self._start = b"data: " + start + b',"choices":[{"index":'
         self._end = b',"usage":null}\n\n' if head.wants_usage else b"}\n\n"
+        self._counts: Counter[int] = Counter()  # of tokens, by choice
 
     def last(self, run: RequestRun) -> bytes:
         """A chunk of the usage without choices, if it was asked for, and `[DONE]`."""
@@ -176,8 +180,9 @@ class ChunkWriter:
         """The error as a chunk, and `[DONE]`."""
         return b"data: " + orjson.dumps(body) + b"\n\n" + DONE
 
-    def _note_texts(self, run: RequestRun) -> None:
+    def _note_run(self, run: RequestRun) -> None:
         """What log-probabilities are told in, once it is known who answers."""
+        self._run = run
         if self._head.wants_logprobs:
             self._texts = self._head.texts_of(run.tokenizer)
 
@@ -189,8 +194,19 @@ class ChunkWriter:
             content,
             logprobs,
             reason,
-            self._end,
+            self._usage_so_far(index) if self._head.wants_counts else self._end,
         )
+
+    def _usage_so_far(self, index: int) -> bytes:
+        """The end of a chunk with the counts of its choice."""
+        stream = self._run.streams[index // self._head.num_answers]
+        num_prompt_tokens, num_tokens = len(stream.prompt_token_ids), self._counts[index]
+        counts = {
+            "prompt_tokens": num_prompt_tokens,
+            "completion_tokens": num_tokens,
+            "total_tokens": num_prompt_tokens + num_tokens,
+        }
+        return b',"usage":' + orjson.dumps(counts) + b"}\n\n"
 
 
 class ChatChunks(ChunkWriter):
@@ -199,11 +215,12 @@ class ChatChunks(ChunkWriter):
     kind = "chat.completion.chunk"
 
     def first(self, run: RequestRun) -> bytes:
-        self._note_texts(run)
+        self._note_run(run)
         role = b'"delta":{"role":"assistant","content":""}'
         return b"".join(self._chunk(index, role, b"", None) for index in range(self._head.num_answers))
 
     def delta(self, prompt: int, delta: Delta) -> bytes:
+        self._counts[delta.index] += len(delta.token_ids)
         logprobs = b""
         if self._head.wants_logprobs and delta.logprobs:
             logprobs = b'"logprobs":' + orjson.dumps(chat_logprobs(delta.logprobs, self._texts)) + b","
@@ -253,9 +270,8 @@ class CompletionChunks(ChunkWriter):
         self._echoed = echoed
 
     def first(self, run: RequestRun) -> bytes:
-        self._note_texts(run)
+        self._note_run(run)
         n = self._head.num_answers
-        self._run = run
         texts = [echoed_text(echo, run.tokenizer) for echo in self._echoed for _ in range(n)]
         self._offsets = [len(text) for text in texts]
         if self._head.wants_logprobs:  # then a prompt is repeated with its log-probabilities
@@ -269,6 +285,7 @@ class CompletionChunks(ChunkWriter):
     def delta(self, prompt: int, delta: Delta) -> bytes:
         index = prompt * self._head.num_answers + delta.index
         echo = b"" if delta.prompt_logprobs is None else self._echo(index, prompt, delta.prompt_logprobs)
+        self._counts[index] += len(delta.token_ids)
         return echo + self._answer(index, delta)
 
     def _echo(self, index: int, prompt: int, of_prompt: PromptLogprobs) -> bytes:

@@ -19,7 +19,8 @@ def template_messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
     """As chat templates are given them: content is text, arguments of calls are objects.
 
     Raises:
-        InvalidRequestError: arguments of calls are nested too deep, or too long together.
+        InvalidRequestError: arguments of calls are nested too deep, or too long together, or a message has
+            content and a refusal.
     """
     turns = [(message, _calls(message)) for message in messages]
     check_arguments_length(call for _, calls in turns for call in calls)
@@ -49,7 +50,11 @@ def _calls(message: Message) -> list[PastCall]:
 
 def _turn(message: Message, calls: Sequence[PastCall]) -> dict[str, Any]:
     content = message.content
-    if content is None:
+    if message.refusal:
+        if content:
+            raise InvalidRequestError("a message has content and refusal, leave one of them out")
+        text = message.refusal
+    elif content is None:
         text = ""
     elif isinstance(content, str):
         text = content

@@ -77,6 +77,20 @@ def chat_request(call: Call, body: ChatCompletionBody) -> GenerateRequest:
     return _request(call, body, adapter, params, messages=messages, chat=chat_options(body))
 
 
+def truncation(call: Call, wanted: int | None, max_tokens: int | None) -> int | None:
+    """Most tokens of a prompt that is to be cut, None for none; -1 leaves room for the answer.
+
+    Args:
+        call: who asks.
+        wanted: `truncate_prompt_tokens` as it was given.
+        max_tokens: of the answer; None for as many as there is room for, one at least.
+    """
+    if wanted != -1:
+        return wanted
+    limit, room = call.state.max_model_len, 1 if max_tokens is None else max_tokens
+    return max(1, min(limit - min(room, limit - 1), call.state.limits.max_input_tokens or limit))
+
+
 def prompts_of(body: CompletionBody) -> list[str | list[int]]:
     """Texts or lists of token ids, one or many. Raises InvalidRequestError: there are none."""
     prompt: Any = body.prompt
@@ -107,7 +121,7 @@ def _request(
         suffix=suffix,
         prediction=None if body.prediction is None else body.prediction.text,
         deadline_s=call.deadline_s,
-        truncate=body.truncate_prompt_tokens,
+        truncate=truncation(call, body.truncate_prompt_tokens, params.max_tokens),
         cache_salt=body.cache_salt,
         user=body.asker,
     )

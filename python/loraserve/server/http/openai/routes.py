@@ -139,8 +139,13 @@ async def _rendered(
 def _head(
     call: Call, body: GenerationBody, prefix: str, adapter: AdapterSpec, *, wants_logprobs: bool
 ) -> AnswerHead:
-    if body.stream_options is not None and not body.stream:
+    options = body.stream_options
+    if options is not None and not body.stream:
         raise InvalidRequestError("stream_options is given without stream, set stream to true")
+    if options is not None and options.continuous_usage_stats and not options.include_usage:
+        raise InvalidRequestError(
+            "continuous_usage_stats is given without include_usage, set include_usage to true"
+        )
     return AnswerHead(
         id=f"{prefix}-{call.origin.request_id}",
         model=answering_model(call.state, body.model, adapter),
@@ -148,7 +153,8 @@ def _head(
         tells_service_tier=body.service_tier is not None,
         num_answers=1 if body.n is None else body.n,
         wants_logprobs=wants_logprobs,
-        wants_usage=body.stream_options is not None and body.stream_options.include_usage,
+        wants_usage=options is not None and options.include_usage,
+        wants_counts=options is not None and bool(options.continuous_usage_stats),
         wants_prompt_logprobs=body.prompt_logprobs is not None,
         texts_of=call.state.texts_of,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import Field, StrictBool, model_validator
+from pydantic import AfterValidator, Field, StrictBool, model_validator
 from pydantic_core import PydanticCustomError
 
 from loraserve.server.http.adapter_selectors import AdapterSelectors
@@ -36,6 +36,16 @@ TEXT_PART_TYPES = ("text", "input_text", "refusal")
 TokenIds: TypeAlias = Annotated[
     list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(min_length=1, fail_fast=True)
 ]
+
+
+def _not_zero(number: int) -> int:
+    if number == 0:
+        raise ValueError("give 1 or more, or -1 for as many as fit")
+    return number
+
+
+TruncatePromptTokens: TypeAlias = Annotated[int, Field(ge=-1), AfterValidator(_not_zero)]
+"""vLLM's; -1 is as many as fit."""
 
 
 Metadata: TypeAlias = Annotated[
@@ -135,7 +145,6 @@ class Message(RequestBody):
 
     no_effect: ClassVar[NoEffect] = frozenset({"cache_control", "id"})
     neutral: ClassVar[Neutral] = {
-        "refusal": (),
         "audio": (),
         "annotations": ([],),
         "reasoning_details": ([],),
@@ -147,6 +156,7 @@ class Message(RequestBody):
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Text | Annotated[list[TextPart], Field(max_length=MAX_TEXT_PARTS)] | None = None
+    refusal: Text | None = Field(default=None, description="What an answer said in place of content.")
     name: str | None = None
     tool_call_id: str | None = None
     tool_calls: Annotated[list[MessageToolCall], Field(max_length=MAX_CALLS)] | None = None
@@ -201,9 +211,11 @@ class StreamOptions(RequestBody):
     """`include_usage` asks for a last chunk with the token counts."""
 
     no_effect: ClassVar[NoEffect] = frozenset({"include_obfuscation"})
-    neutral: ClassVar[Neutral] = {"continuous_usage_stats": (False,)}
 
     include_usage: bool = False
+    continuous_usage_stats: bool | None = Field(
+        default=None, description="vLLM's: with include_usage, counts so far in every chunk."
+    )
 
 
 class PredictionBody(RequestBody):
@@ -263,7 +275,9 @@ class GenerationBody(AdapterSelectors, UserFields):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
-    truncate_prompt_tokens: int | None = Field(default=None, ge=1, description="Keep the last tokens only.")
+    truncate_prompt_tokens: TruncatePromptTokens | None = Field(
+        default=None, description="Keep the last tokens only; -1 keeps as many as fit."
+    )
     prediction: PredictionBody | None = Field(
         default=None, description="What the answer will mostly repeat: it comes faster with `--speculate`."
     )

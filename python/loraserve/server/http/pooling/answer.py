@@ -96,7 +96,10 @@ class WholeScores:
 
     def body(self, run: RequestRun, answers: Sequence[Sequence[Completion]]) -> dict[str, Any]:
         scores = self._scoring.scores(_pooled(answers))
-        data = [{"index": index, "object": "score", "score": score} for index, score in enumerate(scores)]
+        data = [
+            {"index": index, "object": "score", "score": np.float32(score)}
+            for index, score in enumerate(scores)
+        ]
         return {**self._head.fields(), "data": data, "usage": _usage(run)}
 
 
@@ -125,7 +128,7 @@ class WholeRanking:
         }
 
     def _entry(self, index: int, score: float) -> Mapping[str, Any]:
-        entry: dict[str, Any] = {"index": index, "relevance_score": score}
+        entry: dict[str, Any] = {"index": index, "relevance_score": np.float32(score)}
         if self._documents is not None:
             entry["document"] = {"text": self._documents[index]}
         return entry

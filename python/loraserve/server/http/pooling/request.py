@@ -10,6 +10,7 @@ from loraserve.pooling.params import PoolingKind, PoolingParams
 from loraserve.request import AdapterSpec, GenerateRequest
 from loraserve.server.http.adapter_selectors import adapter_of
 from loraserve.server.http.call import Call
+from loraserve.server.http.openai.request import truncation
 from loraserve.server.http.pooling.schema import (
     ClassifyBody,
     EmbeddingsBody,
@@ -20,6 +21,8 @@ from loraserve.server.http.pooling.schema import (
     VectorBody,
     inputs_of,
 )
+
+COHERE_MAX_TOKENS = 4096  # the default of max_tokens_per_doc, which clients send by themselves
 
 
 def embedding_requests(call: Call, body: EmbeddingsBody) -> list[GenerateRequest]:
@@ -56,7 +59,19 @@ async def score_pairs(call: Call, body: ScoreBody) -> Scoring:
 async def rerank_pairs(call: Call, body: RerankBody) -> tuple[Scoring, list[str]]:
     """What scores the documents, and their texts. Raises InvalidRequestError."""
     documents = [one if isinstance(one, str) else one.text for one in body.documents]
+    _check_uncut(call, documents, body.max_tokens_per_doc)
     return await _scoring(call, body, [body.query], documents, body.pooling), documents
+
+
+def _check_uncut(call: Call, documents: Sequence[str], max_tokens: int | None) -> None:
+    """A token is at least a byte of text. Raises InvalidRequestError: a document might be cut."""
+    if max_tokens is None or max_tokens >= min(COHERE_MAX_TOKENS, call.state.max_model_len):
+        return
+    if any(len(text.encode()) > max_tokens for text in documents):
+        raise InvalidRequestError(
+            f"max_tokens_per_doc is {max_tokens}, but documents are not cut here: cut them before, and leave "
+            "it out"
+        )
 
 
 async def _scoring(
@@ -88,7 +103,7 @@ def _request(
         adapter=adapter,
         pooling=params,
         deadline_s=call.deadline_s,
-        truncate=body.truncate_prompt_tokens,
+        truncate=truncation(call, body.truncate_prompt_tokens, 0),
         cache_salt=body.cache_salt,
         user=body.asker,
     )

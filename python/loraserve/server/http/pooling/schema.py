@@ -14,7 +14,7 @@ from loraserve.server.http.foreign_fields import (
     POOLING_NO_EFFECT,
     SELECTORS_ELSEWHERE,
 )
-from loraserve.server.http.openai.schema import TokenIds
+from loraserve.server.http.openai.schema import TokenIds, TruncatePromptTokens
 from loraserve.server.http.request_body import Elsewhere, Neutral, NoEffect, RequestBody, Text
 from loraserve.server.http.user import UserFields
 
@@ -40,7 +40,9 @@ class PooledBody(AdapterSelectors, UserFields):
         max_length=1024,
         description="The base model, an adapter, or base:adapter; none is the base model.",
     )
-    truncate_prompt_tokens: int | None = Field(default=None, ge=1, description="Keep the last tokens only.")
+    truncate_prompt_tokens: TruncatePromptTokens | None = Field(
+        default=None, description="Keep the last tokens only; -1 keeps as many as fit."
+    )
     cache_salt: str | None = Field(
         default=None,
         description="1 to 256 characters: only requests of the same salt (and key) share cached prompts.",
@@ -105,10 +107,17 @@ class RerankDocument(RequestBody):
 class RerankBody(PooledBody):
     """POST /rerank."""
 
+    no_effect: ClassVar[NoEffect] = POOLING_NO_EFFECT | {"max_chunks_per_doc"}  # a document is one chunk
     neutral: ClassVar[Neutral] = POOLING_NEUTRAL | {
-        "max_tokens_per_doc": (),
-        "max_chunks_per_doc": (),
         "rank_fields": (["text"],),
+        "truncation": (True, False),  # a text that does not fit is refused
+        "return_embeddings": (False,),
+    }
+    elsewhere: ClassVar[Elsewhere] = PooledBody.elsewhere | {
+        "texts": "documents",
+        "inputs": "documents",
+        "input": "documents",
+        "text": "query",
     }
 
     query: Text
@@ -116,6 +125,9 @@ class RerankBody(PooledBody):
     top_n: int | None = Field(default=None, ge=0, description="Most results; none or 0 is all.")
     return_documents: bool | None = Field(
         default=None, description="Whether results have their documents; not at /v2 unless it is set."
+    )
+    max_tokens_per_doc: int | None = Field(
+        default=None, ge=1, description="Taken where it cuts no document, or as Cohere's default, 4096."
     )
     pooling: Literal["last", "mean", "cls"] | None = Field(default=None, description="Of embeddings.")
 
