@@ -21,6 +21,7 @@ from tests.remote.s3 import BUCKET, Bucket
 
 TEMPLATE = f"s3://{BUCKET}/adapters/{{name}}"
 WAIT_S = 60.0
+AWAY_S = 5.0  # two looks at a watched directory
 Model = tuple[Path, torch.nn.Module]
 
 
@@ -231,5 +232,16 @@ def test_a_watched_directory_is_served_as_it_is(
         until(lambda: names(http) == ["first"])
         write(folder / "broken", tiny_adapters["a4"])
         until(lambda: names(http) == ["broken", "first"])
-        folder.rename(folder.parent / "away")
+        (folder / "loop").symlink_to("loop")
+        (folder / "dangling").symlink_to("nowhere")
+        write(folder / "beside", tiny_adapters["a5"])
+        until(lambda: names(http) == ["beside", "broken", "first"])
+        folder.rename(folder.parent / "away")  # as a mount that goes
+        time.sleep(AWAY_S)
+        folder.mkdir()  # and leaves its place
+        time.sleep(AWAY_S)
+        assert names(http) == ["beside", "broken", "first"]
+        folder.rmdir()
         (folder.parent / "away").rename(folder)
+        shutil.rmtree(folder / "first")
+        until(lambda: names(http) == ["beside", "broken"])

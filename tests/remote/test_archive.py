@@ -79,6 +79,15 @@ def test_what_is_no_file_is_none(tmp_path: Path, kind: bytes) -> None:
         unpacked(tmp_path / "a.tar")
 
 
+def test_of_a_member_that_comes_twice_the_last_counts(tmp_path: Path) -> None:
+    archive = make(tmp_path / "a.tar", {**FILES, "adapter_config.json": b"old"})
+    with tarfile.open(archive, "a") as tar:
+        member = tarfile.TarInfo("adapter_config.json")
+        member.size = 2
+        tar.addfile(member, io.BytesIO(b"{}"))
+    assert unpacked(archive) == FILES
+
+
 @pytest.mark.parametrize("name", ["a.tgz", "a.zip"])
 def test_a_bomb_is_refused_at_the_limit(tmp_path: Path, name: str) -> None:
     archive = make(tmp_path / name, {**FILES, "adapter_model.safetensors": bytes(50_000_000)})

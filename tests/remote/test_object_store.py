@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -131,6 +133,54 @@ def test_a_damaged_sum_is_refused(bucket: Bucket, tmp_path: Path) -> None:
     bucket.put("adapters/summed/SHA256SUMS", b"0" * 64 + b"  adapter_config.json\n")
     with pytest.raises(AdapterFormatError, match="SHA256SUMS"):
         fetch(fetcher(tmp_path), "adapters/summed")
+
+
+@pytest.mark.parametrize("key", ["adapters/odd//x", "adapters/odd/../../x", "adapters/odd/./x"])
+def test_an_odd_key_beside_an_adapter_harms_neither_it_nor_others(
+    bucket: Bucket, tmp_path: Path, key: str
+) -> None:
+    index = {"weight_map": {"a": "adapter_model-00001-of-00001.safetensors"}}
+    shards = {
+        "adapter_config.json": b"{}",
+        "adapter_model.safetensors.index.json": json.dumps(index).encode(),
+        "adapter_model-00001-of-00001.safetensors": b"weights",
+    }
+    for name, data in shards.items():
+        bucket.put(f"adapters/odd/{name}", data)
+    bucket.put(key, b"x")
+    fetches = fetcher(tmp_path)
+    for _ in range(8):
+        assert contents(fetch(fetches, "adapters/odd")) == shards
+    assert contents(fetch(fetches, "adapters/sql")) == FILES
+    bucket.client.delete_object(Bucket=BUCKET, Key=key)
+
+
+def test_what_is_damaged_on_disk_is_fetched_again(bucket: Bucket, tmp_path: Path) -> None:
+    entry = fetch(fetcher(tmp_path), "adapters/sql")
+    entry.close()
+    with (entry.path / "adapter_model.safetensors").open("r+b") as file:
+        file.seek(2000)
+        file.write(b"x" * 100)
+    again = fetcher(tmp_path)
+    assert contents(fetch(again, "adapters/sql")) == FILES
+    assert again.counts.downloads == 1
+
+
+def test_names_that_are_nowhere_leave_nothing_on_disk(bucket: Bucket, tmp_path: Path) -> None:
+    fetches = fetcher(tmp_path)
+    for index in range(20):
+        with pytest.raises(NothingThereError):
+            fetch(fetches, f"adapters/none-{index}")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_many_processes_fetch_once(bucket: Bucket, tmp_path: Path) -> None:
+    """Locks that are removed while others wait for them let one in at a time."""
+    fetchers = [fetcher(tmp_path) for _ in range(8)]
+    with ThreadPoolExecutor(8) as threads:
+        entries = list(threads.map(lambda one: fetch(one, "adapters/sql"), fetchers))
+    assert all(contents(entry) == FILES for entry in entries)
+    assert sum(one.counts.downloads for one in fetchers) == 1
 
 
 def write(path: Path, files: dict[str, bytes]) -> Path:

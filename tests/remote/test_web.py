@@ -145,7 +145,7 @@ def test_shards_come_by_their_index(site: Site, tmp_path: Path) -> None:
 def test_an_index_leads_nowhere_else(site: Site, tmp_path: Path, name: object) -> None:
     site.add("/sql")
     site.files["/sql/adapter_model.safetensors.index.json"] = json.dumps({"weight_map": {"a": name}}).encode()
-    with pytest.raises(SourceUnavailableError, match="names files that no adapter has|no weight_map"):
+    with pytest.raises(AdapterFormatError, match="names files that no adapter has|no weight_map"):
         fetched(fetcher(tmp_path), f"{site.url}/sql")
     assert not any("secret" in path or "passwd" in path for path, _ in site.asked)
 
@@ -170,7 +170,7 @@ def test_redirects_stay_where_they_may_be(site: Site, other_site: Site, tmp_path
     other_site.files["/a.tgz"] = archive()
     site.rules["/a.tgz"] = [status(code, location=f"{other_site.url}/a.tgz?sig=SECRET")] * 9
     with pytest.raises(
-        SourceUnavailableError, match="redirects to http://127.0.0.1:[0-9]+, which is not allowed"
+        AdapterFormatError, match="redirects to http://127.0.0.1:[0-9]+, which is not allowed"
     ) as caught:
         fetched(fetcher(tmp_path), f"{site.url}/a.tgz")
     assert "SECRET" not in str(caught.value)
@@ -189,13 +189,13 @@ def test_redirects_stay_where_they_may_be(site: Site, other_site: Site, tmp_path
 )
 def test_redirects_to_elsewhere_are_refused(site: Site, tmp_path: Path, target: str) -> None:
     site.rules["/a.tgz"] = [status(302, location=target)]
-    with pytest.raises(SourceUnavailableError, match="redirects to"):
+    with pytest.raises(AdapterFormatError, match="redirects to"):
         fetched(fetcher(tmp_path), f"{site.url}/a.tgz")
 
 
 def test_redirects_end(site: Site, tmp_path: Path) -> None:
     site.rules["/a.tgz"] = [status(302, location="/a.tgz")] * 100
-    with pytest.raises(SourceUnavailableError, match="redirects more than 5 times"):
+    with pytest.raises(AdapterFormatError, match="redirects more than 5 times"):
         fetched(fetcher(tmp_path), f"{site.url}/a.tgz")
 
 
@@ -220,7 +220,7 @@ def test_credentials_come_from_netrc_for_their_host_alone(
 
 def test_compressed_answers_are_refused(site: Site, tmp_path: Path) -> None:
     site.rules["/a.tgz"] = [status(200, content_encoding="gzip")]
-    with pytest.raises(SourceUnavailableError, match="compresses"):
+    with pytest.raises(AdapterFormatError, match="compresses"):
         fetched(fetcher(tmp_path), f"{site.url}/a.tgz")
 
 

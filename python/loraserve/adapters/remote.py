@@ -65,6 +65,10 @@ class RemoteAdapters:
         """Of downloads since the start."""
         return Counts() if self._fetcher is None else self._fetcher.counts
 
+    def get_ready(self) -> None:
+        """Make the directory now. Raises StateError: it can't be used."""
+        self._ready()
+
     def check_allowed(self, location: RemoteLocation) -> None:
         """Raises PermissionDeniedError: it may not be loaded at run time."""
         if not self.allowed.allow(location):

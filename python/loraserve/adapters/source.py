@@ -9,7 +9,7 @@ from typing import Literal
 
 from loraserve.adapters.registry import check_adapter_name, registered_name
 from loraserve.errors import InvalidRequestError
-from loraserve.remote.location import is_remote, parse_remote
+from loraserve.remote.location import SCHEMES, is_remote, parse_remote
 from loraserve.validation.files import expanded
 
 # TGI's LORA_ADAPTERS: id, name=path, id@revision, name=path@revision; at most one "=" and one "@".
@@ -68,6 +68,15 @@ def check_template(template: str) -> str:
         raise InvalidRequestError(
             f"adapter_source is {template.partition('?')[0]!r}, write {PLACE} once where an adapter's name "
             f"is to be, as s3://bucket/adapters/{PLACE}"
+        )
+    if "/" not in template:
+        raise InvalidRequestError(
+            f"adapter_source is {template!r}, give a directory or URL with {PLACE} in it"
+        )
+    if "://" in template and not is_remote(template) and not template.startswith(_HUB_SCHEMES):
+        raise InvalidRequestError(
+            f"adapter_source is {template.partition('?')[0]!r}, it must be a directory, hf://, or one of "
+            f"{', '.join(f'{one}://' for one in SCHEMES)}"
         )
     if is_remote(template):
         location = parse_remote(template.replace(PLACE, "name"))

@@ -59,7 +59,7 @@ def unpack(archive: Path, name: str, into: Path, wants: Callable[[str], bool], m
 def _write(file: IO[bytes], path: Path, left: int, max_nbytes: int) -> int:
     """Bytes written."""
     written = 0
-    with path.open("xb") as out:
+    with path.open("wb") as out:  # a member that comes again takes the place of the first, as for tar
         while chunk := file.read(CHUNK_NBYTES):
             written += len(chunk)
             if written > left:

@@ -14,6 +14,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import threading
@@ -26,12 +27,18 @@ from typing import Final
 
 from loraserve.errors import CapacityError, StateError
 from loraserve.remote.location import RemoteLocation
-from loraserve.remote.store import RemoteFile
+from loraserve.remote.store import CHUNK_NBYTES, RemoteFile
+
+logger = logging.getLogger(__name__)
 
 ENTRY_NAME: Final = ".entry.json"
 SCAN_S: Final = 30.0  # other processes add entries, too
 MAX_PART_AGE_S: Final = 24 * 3600.0
 KEEP_SHARE: Final = 0.9  # of the bound, after some were removed
+
+
+class DamagedError(Exception):
+    """Files on disk are not what was fetched."""
 
 
 @dataclass
@@ -71,6 +78,7 @@ class DiskCache:
         self._lock = threading.Lock()
         self._scanned_at = -float("inf")
         self._nbytes = 0
+        self._checked: set[Path] = set()  # entries whose files were found as they came, by this process
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not os.access(directory, os.W_OK | os.X_OK):
@@ -105,11 +113,12 @@ class DiskCache:
     def fetching(self, location: RemoteLocation) -> Iterator[Path]:
         """The directory to fetch a location into, which nobody else does meanwhile in any process."""
         key = _key(location)
-        lock = _open_lock(self.directory / f"{key}.lock")
+        path = self.directory / f"{key}.lock"
+        lock = _locked(path)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
             yield self.directory / f"{key}.part"
         finally:
+            path.unlink(missing_ok=True)  # who waits for it finds that it is gone, and makes another
             os.close(lock)
 
     def add(self, location: RemoteLocation, files: Sequence[RemoteFile]) -> CacheEntry:
@@ -131,6 +140,7 @@ class DiskCache:
             self._make_room(nbytes)
             told = {
                 "location": str(location),
+                "sums": {file.name: sha256_of(file) for file in part.iterdir()},
                 "nbytes": nbytes,
                 "fetched_at": time.time(),
             }
@@ -198,9 +208,18 @@ class DiskCache:
             fcntl.flock(lock, fcntl.LOCK_SH)
             told = json.loads((path / ENTRY_NAME).read_bytes())
             nbytes = int(told["nbytes"])
+            if path not in self._checked:
+                _check_sums(path, told["sums"])
+                self._checked.add(path)
             os.utime(path / ENTRY_NAME)
             if not os.path.samestat(os.fstat(lock), os.stat(_lock_of(path))):
                 raise FileNotFoundError  # removed between the opening and the lock, and made again
+        except DamagedError as error:
+            logger.warning("%s in the adapter cache is damaged, it is fetched again: %s", path.name, error)
+            os.close(lock)
+            with suppress(OSError):
+                self._remove(path)
+            return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             os.close(lock)
             return None
@@ -229,6 +248,21 @@ class _Found:
     used_at: float
 
 
+def _check_sums(path: Path, sums: dict[str, str]) -> None:
+    for name, expected in sums.items():
+        if sha256_of(path / name) != expected:
+            raise DamagedError(f"{name} is not what was fetched")
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_NBYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 def _key(location: RemoteLocation) -> str:
     return _hash(f"{location.origin}/{location.path}?{location.query}#{location.sha256}")
 
@@ -243,6 +277,17 @@ def _lock_of(path: Path) -> Path:
 
 def _open_lock(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+def _locked(path: Path) -> int:
+    """The lock file that lies there, held by nobody else."""
+    while True:
+        lock = _open_lock(path)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock), os.stat(path)):
+                return lock
+        os.close(lock)
 
 
 def _try_lock(lock: int, how: int) -> bool:

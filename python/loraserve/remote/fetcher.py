@@ -24,6 +24,7 @@ from loraserve.remote.store import (
     Store,
     TransientError,
     WantedFiles,
+    WrongAnswerError,
 )
 from loraserve.remote.transfer import MAX_TRIES, OnProgress, Transfer
 from loraserve.remote.web import WebStore
@@ -93,6 +94,13 @@ class Fetcher:
         except NotThereError:
             breaker.succeeded()
             raise NothingThereError(f"there is no adapter at {location}") from None
+        except WrongAnswerError as error:
+            breaker.succeeded()
+            self.counts.add(failures=1)
+            if (kept := self.cache.newest(location)) is None:
+                raise AdapterFormatError(f"adapter at {location}: {error}") from None
+            logger.warning("%s: %s; what was fetched before is used", location, error)
+            return kept
         except DeniedError as error:
             breaker.succeeded()
             self.counts.add(failures=1)
@@ -122,10 +130,10 @@ class Fetcher:
         if wait_s > 0.0:
             raise _unavailable(location, "it is left alone for a while", wait_s)
         try:
-            names = ObjectStore(location, self._wanted.wants).names()
+            names = ObjectStore(location, self._wanted).names()
         except NotThereError:
             names = []
-        except DeniedError as error:
+        except (DeniedError, WrongAnswerError) as error:
             raise _unavailable(location, str(error), DENIED_PAUSE_S) from None
         except (TransientError, ChangedError) as error:
             raise _unavailable(location, str(error), breaker.failed()) from None
@@ -164,7 +172,7 @@ class Fetcher:
     def _store(self, location: RemoteLocation) -> Store:
         if location.is_web:
             return WebStore(location, self._wanted, self._allowed)
-        return ObjectStore(location, self._wanted.wants)
+        return ObjectStore(location, self._wanted)
 
     def _breaker(self, origin: str) -> CircuitBreaker:
         with self._lock:

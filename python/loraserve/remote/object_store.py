@@ -5,7 +5,7 @@ from __future__ import annotations
 import http
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -14,12 +14,16 @@ from loraserve.errors import InvalidRequestError
 from loraserve.remote.location import RemoteLocation
 from loraserve.remote.store import (
     CONNECT_LIMIT_S,
+    MAX_INDEX_NBYTES,
     READ_LIMIT_S,
     ChangedError,
     DeniedError,
     NotThereError,
     RemoteFile,
     TransientError,
+    WantedFiles,
+    WrongAnswerError,
+    shard_names,
 )
 
 if TYPE_CHECKING:
@@ -50,15 +54,15 @@ class ObjectStore:
 
     Args:
         location: where they lie.
-        wants: which names count.
+        wanted: which names count.
 
     Raises:
         InvalidRequestError: the library for it is not installed, or the environment makes no sense.
     """
 
-    def __init__(self, location: RemoteLocation, wants: Callable[[str], bool]) -> None:
+    def __init__(self, location: RemoteLocation, wanted: WantedFiles) -> None:
         self._location = location
-        self._wants = wants
+        self._wanted = wanted
         self._client = _client(location)
 
     def close(self) -> None:
@@ -67,19 +71,40 @@ class ObjectStore:
     def files(self) -> list[RemoteFile]:
         """As `Store.files`."""
         import obstore  # noqa: PLC0415 (an extra)
+        from obstore.exceptions import InvalidPathError  # noqa: PLC0415 (an extra)
 
         with self._typed_errors():
             if self._location.is_archive:
                 meta: Any = obstore.head(self._client, self._location.path)
                 return [_file("", meta)]
-            found = obstore.list_with_delimiter(self._client, f"{self._location.path}/")["objects"]
+            try:
+                found = obstore.list_with_delimiter(self._client, f"{self._location.path}/")["objects"]
+            except InvalidPathError:  # of a key beside them, as "a//b", which the library does not read
+                found = self._by_name()
         files = [_file(meta["path"].rpartition("/")[2], meta) for meta in islice(found, MAX_LISTED + 1)]
         if len(files) > MAX_LISTED:
-            raise DeniedError(f"it has more than {MAX_LISTED} files, an adapter has fewer")
-        wanted = [file for file in files if self._wants(file.name)]
+            raise WrongAnswerError(f"it has more than {MAX_LISTED} files, an adapter has fewer")
+        wanted = [file for file in files if self._wanted.wants(file.name)]
         if not wanted:
             raise NotThereError
         return wanted
+
+    def _by_name(self) -> list[Any]:
+        """What the list would have, asked for one by one; raises what the library does."""
+        import obstore  # noqa: PLC0415 (an extra)
+
+        found = []
+        names = list(self._wanted.names)
+        for name in names:
+            path = f"{self._location.path}/{name}"
+            try:
+                found.append(obstore.head(self._client, path))
+            except FileNotFoundError:
+                continue
+            if name == self._wanted.index:
+                data = bytes(obstore.get_range(self._client, path, start=0, length=MAX_INDEX_NBYTES))
+                names += shard_names(data, self._wanted)  # goes on with these
+        return found
 
     def read(self, file: RemoteFile, start: int) -> Iterator[bytes]:
         """As `Store.read`."""
@@ -113,6 +138,7 @@ class ObjectStore:
         """Words of its own: the library's may hold keys and whole answers."""
         from obstore.exceptions import (  # noqa: PLC0415 (an extra)
             BaseError,
+            InvalidPathError,
             PermissionDeniedError,
             PreconditionError,
             UnauthenticatedError,
@@ -124,6 +150,10 @@ class ObjectStore:
             raise NotThereError from None
         except PreconditionError:
             raise ChangedError from None
+        except InvalidPathError:
+            raise WrongAnswerError(
+                "it has a key with an empty part, '.' or '..', beside which nothing can be listed: remove it"
+            ) from None
         except (PermissionDeniedError, UnauthenticatedError):
             raise DeniedError(
                 f"it refuses the credentials of the environment ({_VARIABLES[self._location.scheme]})"
@@ -142,7 +172,7 @@ def _typed(text: str, scheme: str) -> Exception:
     if status == http.HTTPStatus.NOT_FOUND:
         return NotThereError()
     words = f"it answered with status {status}"
-    return TransientError(words) if status >= 500 or status in (408, 429) else DeniedError(words)
+    return TransientError(words) if status >= 500 or status in (408, 429) else WrongAnswerError(words)
 
 
 def _file(name: str, meta: Any) -> RemoteFile:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 CHUNK_NBYTES = 2**20
+MAX_INDEX_NBYTES = 16 * 2**20
+MAX_SHARDS = 1000
 CONNECT_LIMIT_S = 10.0
 READ_LIMIT_S = 30.0  # between two pieces of an answer
 
@@ -65,7 +68,26 @@ class NotThereError(Exception):
 
 
 class DeniedError(Exception):
-    """The source refuses, whoever asks again: the message says what it said."""
+    """The source refuses the credentials: the message says what it said."""
+
+
+class WrongAnswerError(Exception):
+    """What the source answers can't be used, however often it is asked: the message says why."""
+
+
+def shard_names(index: bytes | bytearray, wanted: WantedFiles) -> list[str]:
+    """Names of further files that an index has as values of "weight_map".
+
+    Raises WrongAnswerError: it has none, or some that are not wanted.
+    """
+    try:
+        names = sorted(set(json.loads(index)["weight_map"].values()))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise WrongAnswerError(f"its {wanted.index} has no weight_map of names") from None
+    wrong = [name for name in names if not isinstance(name, str) or not wanted.wants(name)]
+    if wrong or len(names) > MAX_SHARDS:
+        raise WrongAnswerError(f"its {wanted.index} names files that no adapter has")
+    return names
 
 
 class Store(Protocol):
@@ -78,13 +100,13 @@ class Store(Protocol):
     def files(self) -> list[RemoteFile]:
         """What lies there, of the names that are wanted.
 
-        Raises NotThereError, DeniedError, TransientError.
+        Raises NotThereError, DeniedError, WrongAnswerError, TransientError.
         """
         ...
 
     def read(self, file: RemoteFile, start: int) -> Iterator[bytes]:
         """The bytes of that version from `start` on.
 
-        Raises NotThereError, DeniedError, TransientError, ChangedError.
+        Raises NotThereError, DeniedError, WrongAnswerError, TransientError, ChangedError.
         """
         ...

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import re
@@ -13,15 +12,15 @@ from typing import Final, TypeAlias
 
 from loraserve.errors import AdapterFormatError
 from loraserve.remote.archive import unpack
+from loraserve.remote.disk_cache import sha256_of
 from loraserve.remote.location import RemoteLocation
 from loraserve.remote.store import (
-    CHUNK_NBYTES,
     ChangedError,
-    DeniedError,
     RemoteFile,
     Store,
     TransientError,
     WantedFiles,
+    WrongAnswerError,
 )
 
 MAX_TRIES: Final = 4
@@ -168,12 +167,12 @@ class Transfer:
 
     def _check_time(self) -> None:
         if time.monotonic() > self._ends_at:
-            raise DeniedError(f"it has sent for over {MAX_TRANSFER_S:g} s")
+            raise WrongAnswerError(f"it has sent for over {MAX_TRANSFER_S:g} s")
 
     def _unpack(self) -> None:
         archive = self._directory / ARCHIVE_NAME
         expected = self._location.sha256
-        if expected is not None and (found := _sha256(archive)) != expected:
+        if expected is not None and (found := sha256_of(archive)) != expected:
             archive.unlink()
             raise AdapterFormatError(f"its SHA-256 is {found}, {expected} was asked for")
         unpack(archive, self._location.path, self._directory, self._wanted.wants, self._wanted.max_nbytes)
@@ -190,14 +189,6 @@ class Transfer:
             path = None if found is None else self._directory / Path(found[2]).name
             if found is None or path is None or found[2] != path.name or not path.is_file():
                 continue
-            if _sha256(path) != found[1].lower():
+            if sha256_of(path) != found[1].lower():
                 path.unlink()
                 raise AdapterFormatError(f"{path.name} is not what {SUMS_NAME} says, upload it again")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_NBYTES):
-            digest.update(chunk)
-    return digest.hexdigest()

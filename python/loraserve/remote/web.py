@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from loraserve.errors import InvalidRequestError
 from loraserve.remote.location import AllowedLocations, RemoteLocation, parse_remote
 from loraserve.remote.store import (
     CONNECT_LIMIT_S,
+    MAX_INDEX_NBYTES,
     READ_LIMIT_S,
     ChangedError,
     DeniedError,
@@ -21,11 +21,11 @@ from loraserve.remote.store import (
     RemoteFile,
     TransientError,
     WantedFiles,
+    WrongAnswerError,
+    shard_names,
 )
 
 MAX_REDIRECTS: Final = 5
-MAX_INDEX_NBYTES: Final = 16 * 2**20
-MAX_SHARDS: Final = 1000
 _TRANSIENT: Final = (408, 425, 429, 500, 502, 503, 504)
 _REDIRECTS: Final = (301, 302, 303, 307, 308)
 _NOT_THERE: Final = (404, 410)
@@ -109,17 +109,10 @@ class WebStore:
             for chunk in _chunks(answer):
                 data += chunk
                 if len(data) > MAX_INDEX_NBYTES:
-                    raise DeniedError(
+                    raise WrongAnswerError(
                         f"its {self._wanted.index} has more than {MAX_INDEX_NBYTES} bytes, the limit"
                     )
-        try:
-            names = sorted(set(json.loads(data)["weight_map"].values()))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            raise DeniedError(f"its {self._wanted.index} has no weight_map of names") from None
-        wrong = [name for name in names if not isinstance(name, str) or not self._wanted.wants(name)]
-        if wrong or len(names) > MAX_SHARDS:
-            raise DeniedError(f"its {self._wanted.index} names files that no adapter has")
-        return names
+        return shard_names(data, self._wanted)
 
     @contextmanager
     def _answer(self, method: str, name: str, headers: dict[str, str]) -> Iterator[httpx.Response]:
@@ -133,17 +126,19 @@ class WebStore:
                 _check_status(answer)
                 yield answer
                 return
-        raise DeniedError(f"it redirects more than {MAX_REDIRECTS} times")
+        raise WrongAnswerError(f"it redirects more than {MAX_REDIRECTS} times")
 
     def _redirected(self, before: RemoteLocation, url: str) -> tuple[RemoteLocation, str]:
         try:
             target = parse_remote(_directory(url))
         except InvalidRequestError:
-            raise DeniedError("it redirects to what can't be used") from None
+            raise WrongAnswerError("it redirects to what can't be used") from None
         if before.scheme == "https" and target.scheme != "https":
-            raise DeniedError(f"it redirects to {target.origin}, which is not https")
+            raise WrongAnswerError(f"it redirects to {target.origin}, which is not https")
         if target.origin != self._location.origin and not self._allowed.allow(target):
-            raise DeniedError(f"it redirects to {target.origin}, which is not allowed, see --adapter-url")
+            raise WrongAnswerError(
+                f"it redirects to {target.origin}, which is not allowed, see --adapter-url"
+            )
         return target, url
 
 
@@ -162,7 +157,7 @@ def _typed_errors() -> Iterator[None]:
     except httpx.RemoteProtocolError:
         raise TransientError("its answer was cut short") from None
     except (httpx.InvalidURL, httpx.UnsupportedProtocol):
-        raise DeniedError("it redirects to what can't be used") from None
+        raise WrongAnswerError("it redirects to what can't be used") from None
     except httpx.HTTPError:
         raise TransientError("it can't be reached") from None
 
@@ -176,11 +171,11 @@ def _check_status(answer: httpx.Response) -> None:
     if status in _TRANSIENT:
         raise TransientError(f"it answered with status {status}", _retry_after(answer))
     if status in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
-        raise DeniedError(f"it answered with status {status}; credentials for it come from ~/.netrc")
+        raise DeniedError(f"it answered with status {status}; credentials for it come from ~/.netrc or NETRC")
     if status not in (httpx.codes.OK, httpx.codes.PARTIAL_CONTENT):
-        raise DeniedError(f"it answered with status {status}")
+        raise WrongAnswerError(f"it answered with status {status}")
     if answer.headers.get("content-encoding", "identity") != "identity":
-        raise DeniedError("it compresses what was asked for as it is")
+        raise WrongAnswerError("it compresses what was asked for as it is")
 
 
 def _check_same(file: RemoteFile, answer: httpx.Response) -> None:

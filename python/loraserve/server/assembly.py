@@ -31,6 +31,8 @@ from loraserve.settings.keys import api_keys, fair_by, hub_repos, prefix_cache_s
 from loraserve.settings.schema import ServeSettings
 from loraserve.validation.files import expanded
 
+MIN_CACHE_NBYTES = 2**20
+
 if TYPE_CHECKING:
     from loraserve.adapters.manifest import AdapterManifest
     from loraserve.async_engine import AsyncEngine
@@ -140,12 +142,18 @@ def adapter_sources(settings: ServeSettings, access: AccessControl) -> AdapterSo
 
 
 def remote_adapters(settings: ServeSettings) -> RemoteAdapters:
-    """What brings adapters of URLs. Raises InvalidRequestError: a URL or the size can't be read."""
-    nbytes = parse_memory(settings.adapter_cache_size, "adapter_cache_size")
+    """What brings adapters of URLs.
+
+    Raises InvalidRequestError, StateError: a URL or the size can't be read, or the directory can't be used.
+    """
+    nbytes = parse_memory(settings.adapter_cache_size, "adapter_cache_size", least=MIN_CACHE_NBYTES)
     if nbytes is None:
         raise InvalidRequestError("adapter_cache_size is auto, give bytes, or text such as 20GiB")
     allowed = AllowedLocations.parsed((*settings.adapter_url, *allowed_by(settings.adapter_source).urls))
-    return RemoteAdapters(settings.adapter_cache_dir, nbytes, allowed)
+    remote = RemoteAdapters(settings.adapter_cache_dir, nbytes, allowed)
+    if allowed.prefixes:
+        remote.get_ready()
+    return remote
 
 
 def adapter_resolver(

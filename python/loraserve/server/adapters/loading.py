@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from loraserve.adapters.source import AdapterSource
 from loraserve.adapters.stored import StoredAdapter
-from loraserve.errors import AdapterNotFoundError, LoraserveError, StateError
+from loraserve.errors import AdapterFormatError, AdapterNotFoundError, LoraserveError, StateError
 from loraserve.server.observe.logs import log_event
 from loraserve.settings.entries import AdapterSettings
 
@@ -205,6 +205,11 @@ async def _load_and_keep(
         _remember_current(engine, request.name, kept)
         try:
             receipt = await _register(engine, request, path, on_progress)
+        except AdapterFormatError as error:
+            if request.source.kind != "remote":
+                raise
+            where = str(request.source)  # whoever asks knows that, and not where it lies on disk
+            raise AdapterFormatError(str(error).replace(str(path), where)) from error
         except Exception:
             with suppress(StateError):  # it is logged, and what failed first is told
                 await _keep(engine, request, path, kept)

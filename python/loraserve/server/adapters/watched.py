@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
-from collections.abc import Collection
+import stat
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeAlias
@@ -61,6 +64,8 @@ class WatchedDirectory:
         self._loaded: dict[str, Signature] = {}
         self._refused: dict[str, Signature] = {}  # what can't be served, until it changes
         self._has_failed = False
+        self._identity: tuple[int, int] | None = None  # of the directory that adapters were loaded from
+        self._odd: frozenset[str] = frozenset()  # entries that can't be looked at, as they were told
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -88,7 +93,9 @@ class WatchedDirectory:
 
     async def _look(self) -> None:
         try:
-            found = await self._looks.run(_signatures, self._directory)
+            seen = await self._looks.run(_seen, self._directory)
+            if self._loaded and not seen.adapters and seen.identity != self._identity:
+                raise OSError(errno.ENOENT, "another directory is there, and it is empty")
         except OSError as error:
             # What can't be seen is not gone: a mount that is away for a moment unloads nothing.
             if not self._has_failed:
@@ -98,6 +105,8 @@ class WatchedDirectory:
             self._has_failed = True
             return
         self._has_failed = False
+        self._tell_odd(seen.odd)
+        found, self._identity = seen.adapters, seen.identity
         for name, signature in found.items():
             is_done = signature in (self._loaded.get(name), self._refused.get(name))
             if signature == self._seen.get(name) and not is_done:
@@ -127,6 +136,11 @@ class WatchedDirectory:
         self._refused.pop(name, None)
         self._loaded[name] = signature
 
+    def _tell_odd(self, odd: Mapping[str, str]) -> None:
+        for name in odd.keys() - self._odd:
+            log_event(logger, "adapter not seen", level=logging.WARNING, adapter=name, reason=odd[name])
+        self._odd = frozenset(odd)
+
     async def _unload(self, name: str) -> None:
         del self._loaded[name]
         try:
@@ -135,28 +149,43 @@ class WatchedDirectory:
             return  # somebody has unloaded it
 
 
-def _signatures(directory: Path) -> dict[str, Signature]:
-    """Of each directory in one, by its name; one without files or with "." in front is none.
+@dataclass(frozen=True)
+class _Seen:
+    """Adapters by name, entries that can't be looked at with the reason, and which directory it is."""
 
-    Raises OSError: the directory can't be read, or has too many.
+    adapters: dict[str, Signature]
+    odd: dict[str, str]
+    identity: tuple[int, int]
+
+
+def _seen(directory: Path) -> _Seen:
+    """What one directory holds; a directory without files or with "." in front of its name is no adapter.
+
+    Raises OSError: it is not there, can't be read, or has too many.
     """
-    try:
-        with os.scandir(directory) as entries:
-            names = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
-    except FileNotFoundError:
-        return {}
+    status = os.stat(directory)
+    seen = _Seen({}, {}, (status.st_dev, status.st_ino))
+    with os.scandir(directory) as entries:
+        names = [entry.name for entry in entries if not entry.name.startswith(".")]
     if len(names) > MAX_ADAPTERS:
-        raise OSError(f"it has more than {MAX_ADAPTERS} directories, the limit")
-    found = {}
+        raise OSError(errno.E2BIG, f"it has more than {MAX_ADAPTERS} entries, the limit")
     for name in sorted(names):
         try:
-            with os.scandir(directory / name) as entries:
-                files = [entry for entry in islice(entries, MAX_FILES) if entry.is_file()]
-            stats = [(file.name, file.stat()) for file in files]
+            if not stat.S_ISDIR(os.stat(directory / name).st_mode):
+                continue
+            signature = _signature(directory / name)
         except FileNotFoundError:
-            continue  # gone meanwhile
-        if stats:
-            found[name] = tuple(
-                sorted((file, stat.st_size, stat.st_mtime_ns, stat.st_ino) for file, stat in stats)
-            )
-    return found
+            continue  # gone meanwhile, or a link to nothing
+        except OSError as error:
+            seen.odd[name] = error.strerror or str(error)
+            continue
+        if signature:
+            seen.adapters[name] = signature
+    return seen
+
+
+def _signature(directory: Path) -> Signature:
+    with os.scandir(directory) as entries:
+        files = [entry for entry in islice(entries, MAX_FILES) if entry.is_file()]
+    stats = [(file.name, file.stat()) for file in files]
+    return tuple(sorted((name, one.st_size, one.st_mtime_ns, one.st_ino) for name, one in stats))
