@@ -31,7 +31,7 @@ from loraserve.settings.keys import api_keys, fair_by, hub_repos, prefix_cache_s
 from loraserve.settings.schema import ServeSettings
 from loraserve.validation.files import expanded
 
-MIN_CACHE_NBYTES = 2**20
+MIN_CACHE_NBYTES = 2**16
 
 if TYPE_CHECKING:
     from loraserve.adapters.manifest import AdapterManifest
