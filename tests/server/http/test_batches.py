@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -258,6 +259,21 @@ def test_a_form_that_is_cut_leaves_nothing(server: HttpThread, tmp_path: Path) -
     assert [*(tmp_path / "batches/files").iterdir()] == []
 
 
+@pytest.mark.parametrize("path", ["/v1/files", "/nowhere"])
+def test_a_client_that_sends_on_and_closes_then_sees_why(server: HttpThread, path: str) -> None:
+    address = httpx.URL(server.url)
+    head = (
+        f"POST {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
+        "content-type: multipart/form-data; boundary=B\r\ncontent-length: 40000000\r\n\r\n"
+    )
+    with socket.create_connection((address.host, address.port), 20.0) as connection:
+        connection.sendall(head.encode())
+        connection.sendall(b"--B\r\nno-name: x\r\n\r\n")
+        for _ in range(38):
+            connection.sendall(b"x" * 2**20)
+        assert b" 400 " in connection.recv(100) if path == "/v1/files" else b" 404 " in connection.recv(100)
+
+
 def test_files_are_bounded_in_size_and_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "MAX_FILE_NBYTES", 2**20)
     monkeypatch.setattr(store, "MAX_FILES", 3)
@@ -383,7 +399,7 @@ def test_a_rate_of_requests_holds_for_lines_which_wait(tmp_path: Path) -> None:
         assert (batch.status, batch.request_counts.completed) == ("completed", 245)
 
 
-def test_a_restart_goes_on_and_answers_no_line_twice(tmp_path: Path) -> None:
+def test_a_restart_goes_on_and_answers_no_line_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = b"\n".join([*(line(str(i)) for i in range(6)), *(line(f"h{i}", "hang") for i in range(6))])
     with served(tmp_path) as server:
         client = client_of(server)
@@ -398,12 +414,23 @@ def test_a_restart_goes_on_and_answers_no_line_twice(tmp_path: Path) -> None:
     (tmp_path / "batches/files/file-part.jsonl").write_bytes(b"an upload that was cut")
     record = tmp_path / "batches/batches" / f"{cancelled}.json"
     record.write_text(record.read_text().replace('"status":"in_progress"', '"status":"cancelling"'))
+    killed = tmp_path / "batches/batches" / f"{batch_id}.json"
+    killed.write_text(killed.read_text().replace('"completed":6', '"completed":0'))
+    told: dict[str, int] = {}
+    begin_run = service.BatchService._begin
+
+    def note(self: service.BatchService, record: records.BatchRecord) -> None:
+        told.setdefault(record.id, record.completed)
+        begin_run(self, record)
+
+    monkeypatch.setattr(service.BatchService, "_begin", note)
     with served(tmp_path) as server:
         client = client_of(server)
         assert ended(client, cancelled).status == "cancelled"
         wait_for(lambda: len(server.engine.requests) >= 4)
         assert {request.prompt for request in server.engine.requests} == {"hang"}
         assert client.batches.retrieve(batch_id).request_counts.completed == 6
+        assert told[batch_id] == 6
         assert not (tmp_path / "batches/files/file-part.jsonl").exists()
 
 

@@ -11,6 +11,7 @@ import fcntl
 import os
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ import orjson
 from loraserve.errors import BatchFileError
 from loraserve.server.batches.lines import BadLine
 
+COUNTED_NBYTES = 2**20  # read at once
 _ID = re.compile(rb'\{"id":"batch_req_([0-9a-f]{16})_([0-9]{1,12})",')
 
 
@@ -114,6 +116,15 @@ def _line(fingerprint: str, number: int, custom_id: str | None, response: Any, e
         "error": error,
     }
     return orjson.dumps(result, option=orjson.OPT_APPEND_NEWLINE)
+
+
+def num_lines(path: Path) -> int:
+    """Whole lines of a file. Raises BatchFileError: it can't be read."""
+    try:
+        with path.open("rb") as file:
+            return sum(chunk.count(b"\n") for chunk in iter(partial(file.read, COUNTED_NBYTES), b""))
+    except OSError as error:
+        raise BatchFileError(f"{path} can't be read: {error.strerror}") from error
 
 
 class ResultFile:

@@ -32,7 +32,7 @@ from loraserve.server.batches.records import (
     new_file,
     now,
 )
-from loraserve.server.batches.results import Counts, ResultFile, error_line
+from loraserve.server.batches.results import Counts, ResultFile, error_line, num_lines
 from loraserve.server.batches.run import BatchRun
 from loraserve.server.batches.store import BatchStore
 from loraserve.server.observe.batch_series import BatchCounts
@@ -77,6 +77,7 @@ class BatchService:
         self._urls = batch_urls(document)
         for record in sorted(self.store.batches.values(), key=lambda one: one.created_at):
             if not record.is_final:
+                self._count_done(record)
                 self._begin(record)
         self._looking = asyncio.create_task(self._look_for_expired())
 
@@ -182,6 +183,13 @@ class BatchService:
         if record.is_final:
             counts = f"{record.completed} answered, {record.failed} failed"
             log_event(logger, "batch ended", batch=record.id, status=record.status, lines=counts)
+
+    def _count_done(self, record: BatchRecord) -> None:
+        """What an earlier process had told of a batch and not kept in its record; a result is a line."""
+        for name, file_id in (("completed", record.output_id), ("failed", record.error_id)):
+            path = self.store.content(file_id)
+            if path.exists():
+                setattr(record, name, num_lines(path))
 
     def _dispatcher(self, owner: str) -> AppDispatcher:
         assert self._app is not None, "it was started"

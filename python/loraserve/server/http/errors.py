@@ -50,6 +50,7 @@ OWN_PROBLEMS = (
 )  # told first: of a union, the others are guesses
 MAX_MESSAGE_CHARS = 2000
 UNREAD_BODY = {"connection": "close"}  # headers of an answer that comes before the body was read
+BODY_IS_READ = "body_is_read"  # in a request's state, once all of it has come
 DISCARDED_NBYTES = 64 * 2**20  # of a body that is too large
 DISCARD_S = 2.0
 CLIENT_CLOSED_REQUEST = 499  # nginx's: nobody is left to read it
@@ -215,7 +216,7 @@ def install(app: FastAPI) -> None:
 
 
 async def _on_loraserve_error(request: Request, error: Exception) -> Response:
-    return error_response(error, family_of(request.url.path))
+    return _readable(request, error_response(error, family_of(request.url.path)))
 
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:
@@ -248,7 +249,8 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     else:
         body = {"error": _printable(message), "error_type": "validation"}
     response = _response(error.status_code, body, error.headers)
-    return _UnreadBodyResponse(response) if "connection" in (error.headers or {}) else response
+    is_refused_early = "connection" in (error.headers or {})
+    return _UnreadBodyResponse(response) if is_refused_early else _readable(request, response)
 
 
 async def _on_disconnect(_request: Request, _error: Exception) -> Response:
@@ -285,6 +287,15 @@ def _headers(error: Exception) -> dict[str, str]:
     if isinstance(error, UnauthenticatedError):
         return {"www-authenticate": "Bearer"}
     return {}
+
+
+def _readable(request: Request, response: Response) -> Response:
+    """The answer where a connection that is closed behind it still has a body on its way."""
+    headers = request.headers
+    is_closed = headers.get("connection", "").lower() == "close"
+    has_body = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+    is_read = request.scope["state"].get(BODY_IS_READ, False)
+    return _UnreadBodyResponse(response) if is_closed and has_body and not is_read else response
 
 
 def _response(status: int, body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:

@@ -10,7 +10,7 @@ import re
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loraserve.errors import EngineStoppedError
-from loraserve.server.http.errors import Family, error_response, family_of
+from loraserve.server.http.errors import BODY_IS_READ, Family, error_response, family_of
 from loraserve.server.http.turns import Turns
 
 logger = logging.getLogger(__name__)
@@ -53,9 +53,15 @@ class RequestIdMiddleware:
                 message["headers"] = [*message["headers"], *names]
             await send(message)
 
+        async def noted() -> Message:
+            message = await receive()
+            if message["type"] == "http.request" and not message.get("more_body", False):
+                state[BODY_IS_READ] = True
+            return message
+
         try:
             await self._turns.take()
-            await self._app(scope, receive, send_with_id)
+            await self._app(scope, noted, send_with_id)
         except asyncio.CancelledError:  # the server stops, and this has not ended within the drain
             logger.info("request %s is cut: the server stops", request_id.decode())
             if not has_started:
