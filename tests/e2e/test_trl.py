@@ -1,15 +1,15 @@
-"""Adapters that TRL wrote (`make_trl_adapters`), all in one batch: PEFT's tokens, or refused by name."""
+"""Adapters that TRL wrote (`make_trl_adapters`), all in one batch: PEFT's tokens, or its rewards."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from loraserve import LLM, SamplingParams
-from loraserve.errors import AdapterFormatError
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.e2e.beside_layouts import make_base
 from tests.e2e.oracle import generate_greedy
@@ -28,9 +28,7 @@ EXACT = (
     "sft-norms",
     "sft-rslora",
 )
-REFUSED = {
-    "reward": "modules_to_save",
-}
+REWARD = "reward"
 CHAT = [{"role": "user", "content": "what is a tree?"}]
 PARAMS = SamplingParams(temperature=0, max_tokens=16)
 
@@ -60,8 +58,8 @@ def peft_answer(base: Path, adapter: Path) -> list[int]:
     return generate_greedy(peft, prompt, 16, eos_token_id=tokenizer.eos_token_id)
 
 
-def test_every_directory_is_expected_to_be_served_or_to_be_refused() -> None:
-    assert sorted(path.name for path in ADAPTERS.iterdir()) == sorted([*EXACT, *REFUSED])
+def test_every_directory_is_expected_to_be_served() -> None:
+    assert sorted(path.name for path in ADAPTERS.iterdir()) == sorted([*EXACT, REWARD])
 
 
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
@@ -77,7 +75,13 @@ def test_what_trl_wrote_is_answered_as_peft_answers_it_in_one_batch(base: Path, 
     assert len(answers) > len(EXACT) // 2  # training changed the base
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_served_is_refused_by_its_name(llm: LLM, name: str) -> None:
-    with pytest.raises(AdapterFormatError, match=REFUSED[name]):
-        llm.load_adapter(name, str(ADAPTERS / name))
+def test_a_reward_is_that_of_transformers_with_peft(base: Path, llm: LLM) -> None:
+    llm.load_adapter(REWARD, str(ADAPTERS / REWARD))
+    model: Any = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    peft = PeftModel.from_pretrained(model, str(ADAPTERS / REWARD)).eval()
+    peft.config.pad_token_id = 0
+    for prompt in ([5, 6, 7], [9, 8, 7, 6, 5, 4, 3, 2, 9, 9]):
+        with torch.inference_mode():
+            (expected,) = peft(torch.tensor([prompt])).logits[0].tolist()
+        (output,) = llm.classify([prompt], adapter=REWARD)
+        assert output.values.tolist() == pytest.approx([expected], abs=1e-4)

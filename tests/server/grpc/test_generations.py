@@ -31,7 +31,12 @@ ONE = SamplingParams(max_tokens=1, temperature=0.0)
 @pytest.fixture
 def config(tiny_model: tuple[Path, torch.nn.Module]) -> EngineConfig:
     return EngineConfig(
-        model=str(tiny_model[0]), dtype="float32", memory="32MiB", device="cpu", num_threads=1
+        keep_generations=2,
+        model=str(tiny_model[0]),
+        dtype="float32",
+        memory="32MiB",
+        device="cpu",
+        num_threads=1,
     )
 
 
