@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from loraserve.request import (
 )
 from loraserve.sampling_params import SamplingParams
 from loraserve.tools.tool import Tool, ToolOptions
+from loraserve.validation.did_you_mean import did_you_mean
 from loraserve.validation.values import check_int
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ class LLM(PooledCalls):
     """
 
     def __init__(self, model: str, adapters: Mapping[str, str] | None = None, **settings: Any) -> None:
+        _check_names(settings)
         settings.setdefault("max_waiting", None)  # a batch is as long as its caller made it
         config = EngineConfig(model=model, adapters={} if adapters is None else adapters, **settings)
         self._run = LocalRun(config)
@@ -315,3 +318,10 @@ def _iterator(requests: Any) -> Iterator[Any]:
         return iter(requests)
     except TypeError:
         raise InvalidRequestError(f"requests is {requests!r:.100}, give an iterable") from None
+
+
+def _check_names(settings: Mapping[str, Any]) -> None:
+    """Raises InvalidRequestError: a setting is none of `EngineConfig`."""
+    known = [one.name for one in fields(EngineConfig) if one.init]
+    for name in settings.keys() - set(known):
+        raise InvalidRequestError(f"{name!r:.100} is no setting{did_you_mean(name, known)}")

@@ -93,6 +93,7 @@ JSON_ONE = '{"name": "a", "path": "/x", "base_model_name": "m"}'
         (["m", "--served-model-name", "one", "two"], {"model": "m", "served_model_name": ["one", "two"]}),
         (["--host", "::", "--port", "1"], {"host": "::", "http_port": 1}),
         (["-p", "1"], {"http_port": 1}),
+        (["--task", "embed", "--runner", "pooling"], {}),
         (["--ssl-keyfile", "k", "--ssl-certfile", "c"], {"tls_key": "k", "tls_certificate": "c"}),
         (["--kv-cache-memory-bytes", "1000000"], {"memory": "1000000"}),
         (["-tp", "1", "--tensor-parallel-size", "1", "--pipeline-parallel-size", "1"], {}),

@@ -305,3 +305,8 @@ def test_an_adapter_registered_by_a_relative_path_survives_chdir(
 def test_a_progress_bar_is_shown_when_asked_for(llm_float32: LLM, capsys: pytest.CaptureFixture[str]) -> None:
     llm_float32.generate(["Hello"] * 3, PARAMS, progress=True)
     assert "3/3" in capsys.readouterr().err
+
+
+def test_a_setting_that_is_none_is_told_with_the_likely_one() -> None:
+    with pytest.raises(InvalidRequestError, match="'threads' is no setting, did you mean num_threads?"):
+        LLM("smollm2", threads=1)

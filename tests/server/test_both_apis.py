@@ -160,7 +160,7 @@ def test_a_chat_is_the_same_over_both(server: HttpThread) -> None:
     messages = [
         {"role": "user", "content": "a", "name": "ann"},
         {"role": "assistant", "content": "b", "reasoning_content": "hm"},
-        {"role": "tool", "content": "c", "tool_call_id": "1"},
+        {"role": "tool", "content": "c"},
     ]
     options = {
         "continue_final_message": True,

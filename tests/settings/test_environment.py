@@ -134,7 +134,6 @@ def test_adapters_of_all_variables_are_served() -> None:
         ({"WEIGHTS_CACHE_OVERRIDE": "/w"}, "WEIGHTS_CACHE_OVERRIDE is '/w': give the directory as MODEL"),
         ({"TOKENIZER_CONFIG_PATH": "/t"}, "TOKENIZER_CONFIG_PATH is '/t'"),
         ({"DISABLE_GRAMMAR_SUPPORT": "1"}, "DISABLE_GRAMMAR_SUPPORT is 'true'"),
-        ({"ENABLE_PREFILL_LOGPROBS": "true"}, "ENABLE_PREFILL_LOGPROBS is 'true'"),
         ({"NGROK": "true"}, "NGROK is 'true'"),
         ({"DOWNLOAD_ONLY": "true"}, "DOWNLOAD_ONLY is 'true'"),
         ({"DTYPE": "int8"}, "DTYPE: .*got 'int8'"),

@@ -180,6 +180,7 @@ def _values(names: str, text: str, metavar: str = "VALUE", **more: Any) -> Itera
 NO_EFFECT: dict[str, Any] = {"accepted": None}
 FLAG_ONLY: dict[str, Any] = {"is_variable": False}
 VARIABLE_ONLY: dict[str, Any] = {"is_flag": False}
+TASKS = ("auto", "generate", "pooling", "embed", "embedding", "classify", "score", "reward")
 CACHE = "set the variable HF_HUB_CACHE to the folder instead"
 CACHE_DTYPE = "the KV cache has the dtype of --dtype, leave it away"
 MEMORY_SIZES = "--memory says what KV cache and adapters take together"
@@ -201,7 +202,7 @@ TGI_AND_LORAX: tuple[ForeignSetting, ...] = (
     *_values("quantize", "the same as --quantization", "METHOD", meaning=_quantize),
     *_values("kv_cache_dtype", CACHE_DTYPE, "DTYPE", accepted=("auto",)),
     *_values("source default_adapter_source preloaded_adapter_source",
-             "adapters and models come from directories and the Hub: download it and give its directory",
+             "name what is served by its directory, its id on the Hub or an adapter's URL (--adapter-url)",
              "hub|local", accepted=("hub", "local")),
     *_values("adapter_id", "no adapter applies to all requests: serve it by --adapter NAME=SOURCE, "
              "requests name it", "ID"),
@@ -211,7 +212,8 @@ TGI_AND_LORAX: tuple[ForeignSetting, ...] = (
     *_values("tokenizer_config_path", FROM_MODEL, "FILE"),
     *_values("huggingface_hub_cache", CACHE, "DIRECTORY", **FLAG_ONLY),
     *_switches("disable_grammar_support", "grammars can't be switched off, leave it away"),
-    *_switches("enable_prefill_logprobs", "prompts have no log-probabilities, leave it away"),
+    *_switches("enable_prefill_logprobs", "requests that ask for them have log-probabilities of prompts",
+               **NO_EFFECT),
     *_switches("ngrok", NO_TUNNEL),
     *_values("ngrok_authtoken ngrok_edge", NO_TUNNEL, **NO_EFFECT),
     *_switches("download_only", "nothing is downloaded without serving: use `hf download MODEL`"),
@@ -284,7 +286,8 @@ VLLM: tuple[ForeignSetting, ...] = (
     *_switches("disable_log_requests disable_log_stats enable_log_requests",
                "it tunes another engine", **(NO_EFFECT | FLAG_ONLY)),
     *_values("uvicorn_log_level", "see --log-level", "LEVEL", **(NO_EFFECT | FLAG_ONLY)),
-    *_values("task runner", "models generate text", "NAME", accepted=("auto", "generate"), **FLAG_ONLY),
+    *_values("task runner", "each request says whether it wants text, embeddings, classes or scores", "NAME",
+             accepted=TASKS, **FLAG_ONLY),
     *_values("hf_token", "set the variable HF_TOKEN: others see a program's flags", "TOKEN", **FLAG_ONLY),
     *_values("hf_overrides", "write it into the model's config.json, from where it is read", "JSON",
              **FLAG_ONLY),

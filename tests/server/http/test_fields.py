@@ -243,6 +243,9 @@ def test_a_field_that_is_not_supported_is_taken_only_where_it_asks_for_nothing(
             {"role": "user", "content": [{"type": "text", "text": "a", "refusal": "b"}]},
             "has text and nothing",
         ),
+        ({"role": "tool", "content": "c", "tool_call_id": "1"}, "which no call before it has"),
+        ({"role": "user"}, "'user' has no content"),
+        ({"role": "user", "content": []}, "'user' has no content"),
     ],
 )
 def test_what_a_message_carries_beside_text_is_refused(
@@ -251,18 +254,29 @@ def test_what_a_message_carries_beside_text_is_refused(
     assert where in refusal(client, CHAT_ROUTE, messages=[message])
 
 
+def test_a_refusal_says_what_is_wrong_and_no_guesses(client: httpx.Client) -> None:
+    image = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+    text = refusal(client, CHAT_ROUTE, messages=[image])
+    assert text.endswith("the model reads text only")
+    tools = [{"type": "custom", "custom": {"name": "x"}}]
+    assert "only functions are" in refusal(client, CHAT_ROUTE, tools=tools)
+    assert "reasoning_effort" in refusal(client, CHAT_ROUTE, reasoning_effort="banana")
+    empty = client.post(CHAT_ROUTE, headers={"content-type": "application/json"})
+    assert (empty.status_code, empty.json()["error"]["message"]) == (400, "the body is empty, send JSON")
+
+
 def test_what_a_template_may_read_of_a_message_reaches_it(server: HttpThread, client: httpx.Client) -> None:
     messages = [
         {"role": "user", "name": "ann", "content": [{"type": "text", "text": "a", "cache_control": {}}]},
         {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}], "tool_calls": []},
         {"role": "assistant", "content": "b", "reasoning_content": "hm", "refusal": None, "annotations": []},
-        {"role": "tool", "content": "c", "tool_call_id": "1"},
+        {"role": "tool", "content": "c"},
     ]
     assert asked(server, client, CHAT_ROUTE, messages=messages).messages == [
         {"role": "user", "name": "ann", "content": "a"},
         {"role": "assistant", "content": "no"},
         {"role": "assistant", "content": "b", "reasoning_content": "hm"},
-        {"role": "tool", "content": "c", "tool_call_id": "1"},
+        {"role": "tool", "content": "c"},
     ]
 
 

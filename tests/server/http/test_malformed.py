@@ -111,7 +111,7 @@ CHATS: list[tuple[dict[str, Any], int, str]] = [
     ({}, 400, "messages"),
     ({"messages": []}, 400, "messages is empty"),
     ({"messages": [{}]}, 400, "messages.0.role"),
-    ({"messages": [{"role": "user"}]}, 200, ""),
+    ({"messages": [{"role": "user"}]}, 400, "has no content"),
     ({"messages": [{"role": "wizard", "content": "x"}]}, 400, "messages.0.role"),
     ({"messages": [{"role": "user", "content": 1}]}, 400, "messages.0.content"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, 400, "content"),

@@ -208,6 +208,16 @@ def test_a_refusal_in_the_history_is_what_was_said(client: httpx.Client) -> None
     assert client.post("/v1/chat/completions", json=both).status_code == 400
 
 
+def test_a_model_that_is_not_there_is_told_with_where_to_look(client: httpx.Client) -> None:
+    for path, given in (("/v1/chat/completions", {"messages": CHAT}), ("/v1/completions", {"prompt": STORY})):
+        answer = client.post(path, json={"model": "nobody", **given})
+        message = "model 'nobody' does not exist, GET /v1/models lists those that do"
+        assert (answer.status_code, answer.json()["error"]["message"]) == (404, message)
+    entries = client.get("/v1/models", headers={"anthropic-version": "2023-06-01"}).json()["data"]
+    context = client.get("/info").json()["max_total_tokens"]
+    assert {entry["max_input_tokens"] for entry in entries} == {context}
+
+
 def test_max_completion_tokens_wins_over_max_tokens(client: httpx.Client) -> None:
     assert chat(client, max_completion_tokens=3, ignore_eos=True)["usage"]["completion_tokens"] == 3
 

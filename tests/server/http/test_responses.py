@@ -466,7 +466,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"input": [{"type": "function_call_output", "call_id": "c", "output": "x"}]}, "no function_call"),
     ({"input": [{"type": "function_call", "call_id": "c", "name": "x", "arguments": "{}"}]}, "has no output"),
     ({"temperature": -1}, "temperature"),
-    ({"max_output_tokens": 0}, "max_tokens"),
+    ({"max_output_tokens": 0}, "max_output_tokens is 0"),
+    ({"reasoning": {"effort": "banana"}}, "reasoning.effort"),
     ({"top_logprobs": 21}, "logprobs"),
     ({"previous_response_id": "resp_unknown"}, "previous_response_id 'resp_unknown' is not kept"),
     (

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import enum
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -85,6 +86,9 @@ ANTHROPIC_TYPES = {  # by status; other statuses below 500 are of the first, tho
 }
 POOLING_PATHS = frozenset(("/pooling", "/classify", "/score", "/rerank", "/v2/rerank"))  # beside /v1
 TGI_PATHS = frozenset(("/", "/generate", "/generate_stream", "/tokenize", "/detokenize", "/invocations"))
+
+
+_NOT_REGISTERED = re.compile(r"no adapter named ('.*') is registered")
 
 
 class PreviousResponseNotFoundError(InvalidRequestError):
@@ -178,6 +182,8 @@ def error_body(error: Exception, family: Family) -> dict[str, Any]:
     kind = kind_of(error)
     if isinstance(error, LoraserveError):
         message, name = _printable(str(error)), type(error).__name__
+        if isinstance(error, AdapterNotFoundError) and (found := _NOT_REGISTERED.fullmatch(message)):
+            message = f"model {found[1]} does not exist, GET /v1/models lists those that do"
     else:
         name = "InternalError"
         message = f"internal error ({type(error).__name__}), the server's log has the details"
@@ -221,7 +227,7 @@ async def _on_loraserve_error(request: Request, error: Exception) -> Response:
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    problems = sorted(error.errors(), key=lambda problem: problem["type"] not in OWN_PROBLEMS)
+    problems = _without_guesses(error.errors())
     message = "; ".join(_problem_text(problem) for problem in problems[:MAX_SHOWN_PROBLEMS])
     family = family_of(request.url.path)
     if family is Family.OPENAI:
@@ -257,9 +263,24 @@ async def _on_disconnect(_request: Request, _error: Exception) -> Response:
     return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
+def _without_guesses(problems: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """What was found, first; without what other members of the same union would have liked there."""
+    own = [problem for problem in problems if problem["type"] in OWN_PROBLEMS]
+    places = [f"{_location(problem)}." for problem in own]
+    guesses = [f"{_location(problem)}." for problem in problems]
+    others = [
+        problem
+        for problem, place in zip(problems, guesses, strict=True)
+        if problem not in own and not any(one.startswith(place) or place.startswith(one) for one in places)
+    ]
+    return [*own, *others]
+
+
 def _problem_text(problem: Mapping[str, Any]) -> str:
     if problem["type"] == "json_invalid":
         return f"the body is not JSON: {problem['ctx']['error']} (at byte {problem['loc'][-1]})"
+    if problem["type"] == "missing" and tuple(problem["loc"]) == ("body",):
+        return "the body is empty, send JSON"
     where = _location(problem)
     return f"{where}: {problem['msg']}" if where else f"the body: {problem['msg']}"
 

@@ -64,6 +64,7 @@ def anthropic_model(entry: Mapping[str, Any]) -> dict[str, Any]:
         "display_name": entry["id"],
         "created_at": datetime.fromtimestamp(entry["created"], timezone.utc).isoformat(),
         "lifecycle": "active",
+        "max_input_tokens": entry["max_model_len"],
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Any, ClassVar, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -32,6 +32,10 @@ def _document(schema: dict[str, Any], cls: type[RequestBody]) -> None:
     for name, values in sorted(cls.neutral.items()):
         if name not in cls.model_fields:
             properties[name] = {"enum": [None, *values], "description": "Not supported here."}
+
+
+ReasoningEffort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+"""OpenAI's and Anthropic's; a chat template that knows others is given them by chat_template_kwargs."""
 
 
 class RequestBody(BaseModel):

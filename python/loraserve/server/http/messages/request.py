@@ -146,6 +146,10 @@ def _result_turn(block: ToolResultBlock, names: dict[str, str]) -> dict[str, Any
     if not isinstance(text, str):
         text = _joined(one.text for one in text)
     call_id = block.tool_use_id
+    if call_id not in names:
+        raise InvalidRequestError(
+            f"a tool_result has tool_use_id {call_id!r:.150}, which no tool_use before it has"
+        )
     return template_turn("tool", text, tool_call_id=call_id, name=names.get(call_id))
 
 

@@ -16,6 +16,7 @@ from loraserve.server.http.request_body import (
     Elsewhere,
     Neutral,
     NoEffect,
+    ReasoningEffort,
     RequestBody,
     Text,
 )
@@ -165,7 +166,7 @@ class OutputConfig(RequestBody):
 
     neutral: ClassVar[Neutral] = {"task_budget": ()}
 
-    effort: str | None = Field(default=None, max_length=64)
+    effort: ReasoningEffort | None = None
     format: OutputFormat | None = None
 
 

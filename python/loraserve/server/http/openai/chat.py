@@ -9,6 +9,7 @@ from loraserve.errors import InvalidRequestError
 from loraserve.request import ChatOptions
 from loraserve.server.http.chat_turns import PastCall, check_arguments_length, template_turn
 from loraserve.server.http.openai.schema import ChatCompletionBody, Message
+from loraserve.text.chat_template import ROLES_THAT_SAY_SOMETHING
 from loraserve.tools.tool import ToolOptions
 
 _FOR_TEMPLATES = ("name", "tool_call_id", "reasoning_content")
@@ -24,6 +25,7 @@ def template_messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
     """
     turns = [(message, _calls(message)) for message in messages]
     check_arguments_length(call for _, calls in turns for call in calls)
+    _check_answered(turns)
     return [_turn(message, calls) for message, calls in turns]
 
 
@@ -48,6 +50,21 @@ def _calls(message: Message) -> list[PastCall]:
     return calls
 
 
+def _check_answered(turns: Iterable[tuple[Message, Sequence[PastCall]]]) -> None:
+    """Raises InvalidRequestError: a tool answers a call that no message before it makes.
+
+    Older clients send calls and answers without ids, of which nothing is known.
+    """
+    ids: set[str | None] = set()
+    for message, calls in turns:
+        ids |= {call.id for call in calls}
+        call_id = message.tool_call_id
+        if message.role == "tool" and call_id is not None and call_id not in ids and None not in ids:
+            raise InvalidRequestError(
+                f"a message of role 'tool' has tool_call_id {call_id!r:.150}, which no call before it has"
+            )
+
+
 def _turn(message: Message, calls: Sequence[PastCall]) -> dict[str, Any]:
     content = message.content
     if message.refusal:
@@ -55,16 +72,24 @@ def _turn(message: Message, calls: Sequence[PastCall]) -> dict[str, Any]:
             raise InvalidRequestError("a message has content and refusal, leave one of them out")
         text = message.refusal
     elif content is None:
+        _check_says_something(message, calls)
         text = ""
     elif isinstance(content, str):
         text = content
     else:
+        if not content:
+            _check_says_something(message, calls)
         text = "".join(part.words for part in content)
     role = {"developer": "system", "function": "tool"}.get(message.role, message.role)
     fields: dict[str, Any] = {name: getattr(message, name) for name in _FOR_TEMPLATES}
     if fields["reasoning_content"] is None:
         fields["reasoning_content"] = message.reasoning
     return template_turn(role, text, calls, **fields)
+
+
+def _check_says_something(message: Message, calls: Sequence[PastCall]) -> None:
+    if not calls and message.role in ROLES_THAT_SAY_SOMETHING:
+        raise InvalidRequestError(f"the message of role {message.role!r} has no content, give it as text")
 
 
 def _template_kwargs(body: ChatCompletionBody) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from loraserve.server.http.request_body import (
     Elsewhere,
     Neutral,
     NoEffect,
+    ReasoningEffort,
     RequestBody,
     Text,
 )
@@ -133,6 +134,13 @@ class ToolBody(RequestBody):
                 "flat_tool",
                 "a tool of a chat has name, description, parameters and strict in the object function, not "
                 "beside type as in /v1/responses",
+            )
+        kind = tool.get("type", "function") if isinstance(tool, dict) else "function"
+        if kind != "function":
+            raise PydanticCustomError(
+                "not_supported",
+                "a tool of type {kind} is not supported here, only functions are",
+                {"kind": repr(kind)[:100]},
             )
         return tool
 
@@ -360,8 +368,8 @@ class ChatCompletionBody(GenerationBody):
         default=None, description="The older form of tools; answers have function_call."
     )
     function_call: str | dict[str, Any] | None = Field(default=None, description="Of functions.")
-    reasoning_effort: str | None = Field(
-        default=None, max_length=64, description="The variable reasoning_effort of the chat template."
+    reasoning_effort: ReasoningEffort | None = Field(
+        default=None, description="The variable reasoning_effort of the chat template."
     )
     enable_thinking: bool | None = Field(
         default=None, description="The variable enable_thinking of the chat template."

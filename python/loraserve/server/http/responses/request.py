@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 from loraserve.errors import InvalidRequestError, NotStoredError
 from loraserve.request import ChatOptions, GenerateRequest
 from loraserve.sampling.grammar import Grammar
+from loraserve.sampling_params import MAX_TOKENS
 from loraserve.server.http.adapter_selectors import adapter_of
 from loraserve.server.http.call import Call
 from loraserve.server.http.chat_turns import chat_params
@@ -25,6 +26,7 @@ from loraserve.server.http.responses.schema import (
     ResponsesBody,
 )
 from loraserve.tools.tool import ToolOptions
+from loraserve.validation.values import check_int
 
 _SAME_NAME = ("temperature", "top_p", "top_k", "seed", "speculate")
 _ITEMS: TypeAdapter[list[Item]] = TypeAdapter(list[Item])
@@ -73,6 +75,7 @@ def response_request(call: Call, body: ResponsesBody, conversation: Conversation
     """Raises InvalidRequestError."""
     given = {name: value for name in _SAME_NAME if (value := getattr(body, name)) is not None}
     if body.max_output_tokens is not None:
+        check_int("max_output_tokens", body.max_output_tokens, 1, MAX_TOKENS)
         given["max_tokens"] = body.max_output_tokens
     if body.stop is not None:
         given["stop"] = body.stop if isinstance(body.stop, str) else tuple(body.stop)

@@ -10,7 +10,15 @@ from pydantic_core import PydanticCustomError
 
 from loraserve.server.http.adapter_selectors import AdapterSelectors
 from loraserve.server.http.foreign_fields import SELECTORS_ELSEWHERE
-from loraserve.server.http.request_body import MAX_TEXT_PARTS, Elsewhere, Neutral, NoEffect, RequestBody, Text
+from loraserve.server.http.request_body import (
+    MAX_TEXT_PARTS,
+    Elsewhere,
+    Neutral,
+    NoEffect,
+    ReasoningEffort,
+    RequestBody,
+    Text,
+)
 from loraserve.server.http.user import UserFields
 from loraserve.tools.tool import MAX_TOOLS
 
@@ -207,7 +215,7 @@ class Reasoning(RequestBody):
     no_effect: ClassVar[NoEffect] = frozenset({"summary", "generate_summary"})
     neutral: ClassVar[Neutral] = {"context": ("auto",), "mode": ("standard",)}
 
-    effort: str | None = Field(default=None, max_length=64)
+    effort: ReasoningEffort | None = None
 
 
 class ResponseStreamOptions(RequestBody):
