@@ -34,6 +34,8 @@ WRONG_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"device": "tpu"}, "device is 'tpu', it must be one of"),
     ({"generation_config": None}, "generation_config is None, it must be a path or a name"),
     ({"generation_config": ""}, "generation_config is '', it must be a path or a name"),
+    ({"keep_generations": -1}, "keep_generations is -1"),
+    ({"keep_generations": 65}, "keep_generations is 65"),
     ({"on_adapter_error": "ignore"}, "on_adapter_error is 'ignore', it must be one of fail, skip"),
     ({"on_adapter_error": None}, "on_adapter_error is None, it must be one of fail, skip"),
     ({"failed_adapters": ["a"]}, "failed_adapters is ['a'], give a tuple"),

@@ -23,6 +23,7 @@ __all__ = [
     "CpuStep",
     "CudaKernels",
     "CudaStep",
+    "FlowStats",
     "HostSampler",
     "HostTier",
     "HostTierStats",

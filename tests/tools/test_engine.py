@@ -117,9 +117,12 @@ def test_calls_go_back_into_a_chat_as_they_came(llm: LLM) -> None:
     ]
     of_text, of_object = llm.chat(chats, SamplingParams(max_tokens=1))
     assert of_text.prompt_token_ids == of_object.prompt_token_ids
-    broken = {"type": "function", "function": {**call, "arguments": "{"}}
-    with pytest.raises(InvalidRequestError, match="not JSON"):
-        llm.chat([*ASK, {"role": "assistant", "tool_calls": [broken]}], SamplingParams(max_tokens=1))
+    for broken in ("{", "[1]", '{"a": NaN}'):  # as a model may write them, and an agent sends them back
+        call = {"type": "function", "function": {"name": "now", "arguments": broken}}
+        as_text = {"type": "function", "function": {"name": "now", "arguments": {"INVALID_JSON": broken}}}
+        chats = [[*ASK, {"role": "assistant", "content": "", "tool_calls": [one]}] for one in (call, as_text)]
+        of_text, of_object = llm.chat(chats, SamplingParams(max_tokens=1))
+        assert of_text.prompt_token_ids == of_object.prompt_token_ids
 
 
 def begins_with(llm: LLM, text: str) -> dict[int, float]:

@@ -139,11 +139,6 @@ def test_without_tools_a_call_is_text(client: Client) -> None:
         ({"tool_choice": "required"}, "no tools"),
         ({"tools": TOOLS, "tool_choice": "always"}, "tool_choice"),
         ({"tools": TOOLS, "prompt": "x", "messages": None}, "need messages"),
-        (
-            {"messages": [*ASK, {"role": "assistant", "tool_calls": [
-                {"type": "function", "function": {"name": "now", "arguments": '{"a": NaN}'}}]}]},
-            "NaN is no JSON",
-        ),
         ({"chat": ChatOptions(template_kwargs={"tools": []}), "tools": TOOLS}, "tools is set twice"),
     ],
 )  # fmt: skip
