@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from loraserve.client import Client
 
 from tests.e2e.test_state_dir import GREEDY, serving
 from tests.e2e.tiny import PROMPT
+from tests.loader.test_resolve import FakeHub
 from tests.remote.s3 import BUCKET, Bucket
 
 TEMPLATE = f"s3://{BUCKET}/adapters/{{name}}"
@@ -197,6 +199,41 @@ def test_configured_sent_and_kept_ones_come_from_urls_too(
     with serving(tiny_model[0], *more) as (http, grpc):
         assert tokens(grpc, "sent") == tiny_expected["a2"]
         assert tokens(grpc, "wired") == tiny_expected["a3"]
+
+
+def test_a_template_may_be_a_directory(
+    tiny_model: Model, tiny_adapters: dict[str, str], tiny_expected: dict[str, list[int]], tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_adapters["a1"], tmp_path / "adapters/a1")
+    (tmp_path / "adapters/file").write_text("no adapter")
+    with serving(tiny_model[0], "--adapter-source", f"{tmp_path}/adapters/{{name}}") as (http, grpc):
+        assert tokens(grpc, "a1") == tiny_expected["a1"]
+        assert [ask(http, name).status_code for name in ("a2", "..", "file")] == [404, 404, 400]
+        shutil.copytree(tiny_adapters["a3"], tmp_path / "adapters/a3")
+        assert tokens(grpc, "a3") == tiny_expected["a3"]
+
+
+def test_a_template_may_be_of_the_hub(
+    tiny_model: Model,
+    tiny_adapters: dict[str, str],
+    tiny_expected: dict[str, list[int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with FakeHub(Path(tiny_adapters["a1"])) as hub:
+        serve = threading.Thread(target=hub.serve_forever)
+        serve.start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.server_port}")
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+        with serving(tiny_model[0], "--adapter-source", "hf://owner/{name}") as (http, grpc):
+            assert tokens(grpc, "tiny") == tiny_expected["a1"]
+            assert ask(http, "none").status_code == 404
+            hub.shutdown()
+            serve.join()
+            hub.server_close()
+            answer = ask(http, "other")
+            assert (answer.status_code, "retry-after" in answer.headers) == (503, True), answer.text
+            assert tokens(grpc, "tiny") == tiny_expected["a1"]
 
 
 def write(folder: Path, source: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from loraserve.adapters.beside import BESIDE_FILES, VOCABULARY_FILES
 from loraserve.errors import AdapterFormatError
 from loraserve.loader.hub import OnProgress, hub_errors, snapshot
+from loraserve.remote.fetcher import NothingThereError
 
 # A pickle can run code when it is read, so none is ever fetched. What lies beside the weights is compared
 # with the model's.
@@ -29,16 +30,26 @@ def download_adapter(
 ) -> Path:
     """Directory of an adapter's snapshot, downloaded unless cached; of its weights only safetensors.
 
-    Raises AdapterFormatError: the repository can't be had, or is no PEFT adapter in safetensors.
+    Raises:
+        NothingThereError: there is no such repository that may be seen.
+        AdapterFormatError: it can't be had, or is no PEFT adapter in safetensors.
     """
-    with hub_errors("adapter", repo_id, AdapterFormatError):
-        path = snapshot(
-            repo_id,
-            revision=revision,
-            token=token,
-            allow_patterns=ADAPTER_FILES,
-            on_progress=on_progress,
-        )
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError  # noqa: PLC0415  half a second
+
+    try:
+        with hub_errors("adapter", repo_id, AdapterFormatError):
+            path = snapshot(
+                repo_id,
+                revision=revision,
+                token=token,
+                allow_patterns=ADAPTER_FILES,
+                on_progress=on_progress,
+            )
+    except AdapterFormatError as error:
+        cause = error.__cause__
+        if isinstance(cause, RepositoryNotFoundError) and not isinstance(cause, GatedRepoError):
+            raise NothingThereError(str(error)) from cause
+        raise
     for name, pattern in (
         ("adapter_config.json", "adapter_config.json"),
         ("adapter_model.safetensors", "adapter_model*.safetensors"),

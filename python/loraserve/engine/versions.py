@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from loraserve.adapters.registry import MAX_NAME_CHARS, RegisteredAdapter
+from loraserve.adapters.registry import RegisteredAdapter
 from loraserve.errors import AdapterNotFoundError, GenerationConflictError, InvalidRequestError
 
 SEPARATOR: Final = "@"
@@ -263,13 +263,6 @@ class AdapterVersions:
             kept = ", ".join(map(str, sorted(found.kept)))
             raise AdapterNotFoundError(f"adapter {name!r} has no generation {number}, there are {kept}")
         return adapter
-
-
-def check_alias(name: str) -> None:
-    """Raises InvalidRequestError: it is too long to have generations."""
-    limit = MAX_NAME_CHARS - len(SEPARATOR) - 10
-    if len(name) > limit:
-        raise InvalidRequestError(f"adapter name has {len(name)} characters, the limit is {limit}")
 
 
 def _parts(share: float) -> int:

@@ -136,11 +136,12 @@ class DiskCache:
                 f"{location} has {nbytes} bytes, the adapter cache takes {self.max_nbytes}: raise "
                 "--adapter-cache-size"
             )
+        sums = {file.name: sha256_of(file) for file in part.iterdir()}
         with self._lock:
             self._make_room(nbytes)
             told = {
                 "location": str(location),
-                "sums": {file.name: sha256_of(file) for file in part.iterdir()},
+                "sums": sums,
                 "nbytes": nbytes,
                 "fetched_at": time.time(),
             }
@@ -148,6 +149,7 @@ class DiskCache:
             with suppress(FileNotFoundError):  # of a source that tells no versions, or damaged
                 self._remove(path)
             os.replace(part, path)
+            self._checked.add(path)
             self._nbytes += nbytes
         entry = self._opened(path)
         if entry is None:
@@ -181,6 +183,7 @@ class DiskCache:
         try:
             if not _try_lock(lock, fcntl.LOCK_EX):
                 return False
+            self._checked.discard(path)
             gone = path.with_name(f"{path.name}.gone")
             os.replace(path, gone)
             shutil.rmtree(gone, ignore_errors=True)

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from loraserve.server.access.keys import AccessControl
+from loraserve.server.adapters.resolver import AdapterResolver
 from loraserve.server.adapters.sources import AdapterSources
 from loraserve.server.batches.service import batch_service
 from loraserve.server.batches.store import BatchStore
@@ -36,6 +37,7 @@ class HttpThread:
         max_concurrent_requests: int | None = None,
         adapters_at_start: tuple[str, ...] = (),
         adapter_roots: Sequence[Path] = (),
+        resolver: AdapterResolver | None = None,
         batch_dir: Path | None = None,
         batch_dir_nbytes: int = 2**30,
         batch_max_num_seqs: int = 4,
@@ -48,6 +50,7 @@ class HttpThread:
         self._adapters_at_start = adapters_at_start
         self.metrics = Metrics()
         self._adapter_roots = adapter_roots
+        self._resolver = resolver
         self._batch_dir = batch_dir
         self._batch_dir_nbytes, self._batch_max_num_seqs = batch_dir_nbytes, batch_max_num_seqs
         self._response_limits = response_limits or StoreLimits()
@@ -79,6 +82,7 @@ class HttpThread:
                 limits=self._limits,
                 adapters_at_start=self._adapters_at_start,
                 sources=AdapterSources(roots=self._adapter_roots, hub_repos=()),
+                resolver=self._resolver,
                 batches=batches,
                 response_limits=self._response_limits,
             )

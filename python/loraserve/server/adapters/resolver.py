@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 from loraserve.adapters.registry import check_adapter_name
 from loraserve.adapters.source import PLACE, check_template
 from loraserve.errors import (
+    AdapterFormatError,
     AdapterNotFoundError,
     InvalidRequestError,
     LoraserveError,
@@ -39,8 +40,10 @@ MAX_WAITING: Final = 1024  # adapters being fetched, or in line for it
 MAX_UNKNOWN: Final = 10_000  # names that were not there lately
 UNKNOWN_S: Final = 10.0  # before a name that was not there is asked for again
 NAMES_S: Final = 60.0  # between two lists of the source's names
+NAMES_AGAIN_S: Final = 10.0  # where one has failed
 HELD_SHARE: Final = 0.8  # of the disk cache, for adapters that are registered
 LET_GO_SHARE: Final = 0.2  # of the names, where there is no more room
+HUB_RETRY_S: Final = 10.0
 MAX_RESOLVED: Final = 2**16
 NUM_REFRESHED_AT_ONCE: Final = 4
 
@@ -210,8 +213,17 @@ class AdapterResolver:
                 self._fetches[name].progress = progress
 
         source = self._sources.find(self._template.replace(PLACE, name))
+        if not await self._sources.is_there(source):
+            raise NothingThereError(f"there is no adapter at {source}")
         wanted = LoadRequest(name=name, source=source, replaces=replaces)
-        await load_adapter(self._engine, self._sources, wanted, on_progress, by="adapter_source")
+        try:
+            await load_adapter(self._engine, self._sources, wanted, on_progress, by="adapter_source")
+        except NothingThereError:
+            raise
+        except AdapterFormatError as error:
+            if source.kind == "hub" and isinstance(error.__cause__, OSError):  # it does not answer
+                raise SourceUnavailableError(str(error), retry_after_s=HUB_RETRY_S) from error
+            raise
 
     async def _make_room(self) -> None:
         """Lets a part of the adapters go that were used longest ago, where disk or names are short."""
@@ -227,8 +239,7 @@ class AdapterResolver:
             if (info := infos.get(name)) is not None:
                 await self._engine.unload_adapter(name)
                 paths.add(info.path)
-        if remote is not None:
-            remote.release(paths)
+        await self._sources.release(paths)
 
     def _is_idle(self, info: AdapterInfo | None) -> bool:
         return info is None or not (
@@ -249,9 +260,10 @@ class AdapterResolver:
             try:
                 found = await self._sources.names(location)
                 self._names = tuple(sorted(name for name in found if self._is_wanted(name)))
+                await asyncio.sleep(NAMES_S)
             except LoraserveError as error:
                 log_event(logger, "adapters not listed", level=logging.WARNING, reason=str(error))
-            await asyncio.sleep(NAMES_S)
+                await asyncio.sleep(NAMES_AGAIN_S)
 
     async def _refresh(self) -> None:
         """Compares adapters that were used since the last time with their source."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from itertools import islice
@@ -96,6 +96,17 @@ class AdapterSources:
     async def names(self, location: RemoteLocation) -> list[str]:
         """Names of the directories in it, read off the loop. Raises as `Fetcher.names` does."""
         return await self._listings.run((self.remote or _NO_REMOTE).names, location)
+
+    async def is_there(self, source: AdapterSource) -> bool:
+        """Whether a directory is, looked for off the loop; of what is fetched the fetch says so."""
+        if source.kind != "local":
+            return True
+        return await self._listings.run(lambda: self.check_path(source.location).exists())
+
+    async def release(self, paths: Collection[str]) -> None:
+        """Adapters in these directories are not served any more; the disk is looked at off the loop."""
+        if self.remote is not None and paths:
+            await self._listings.run(self.remote.release, paths)
 
     async def _keep_house(self, engine: AsyncEngine) -> None:
         while self.remote is not None:

@@ -9,6 +9,7 @@ from typing import Annotated
 from fastapi import Depends, Header, Request
 from starlette.types import Receive
 
+from loraserve.engine.prepared import MAX_DEADLINE_S
 from loraserve.server.access.keys import Caller
 from loraserve.server.batches.dispatch import ON_BEGUN
 from loraserve.server.http.auth import current_caller
@@ -47,6 +48,7 @@ async def current_call(
         float | None,
         Header(
             ge=0,
+            le=MAX_DEADLINE_S,
             allow_inf_nan=False,
             description="Seconds to wait for an adapter that is fetched; then 503 and when to come back.",
         ),
