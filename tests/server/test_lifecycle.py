@@ -165,7 +165,7 @@ def test_http_drains_as_grpc_does() -> None:
         httpx.Client(base_url=http_url(ready), timeout=60) as client,
     ):
         assert client.get("/ready").status_code == 200
-        body = {"model": "smollm2", "prompt": "Once", "max_tokens": 100, "ignore_eos": True, "stream": True}
+        body = {"model": "smollm2", "prompt": "Once", "max_tokens": 400, "ignore_eos": True, "stream": True}
         with client.stream("POST", "/v1/completions", json=body) as answer:
             lines = answer.iter_lines()
             next(lines)
