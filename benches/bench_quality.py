@@ -22,8 +22,8 @@ import machine
 import torch
 from engines import DEFAULT_VENVS, RANK, BenchFiles
 from loraserve import _core
-from loraserve.config import EngineConfig
-from loraserve.engine.model_runner import BLOCK_SIZE, ModelRunner
+from loraserve.config import BLOCK_SIZE, EngineConfig
+from loraserve.engine.model_runner import ModelRunner
 from loraserve.loader.default import default_model_path
 from loraserve.loader.gguf_file import GgufFile
 from loraserve.text.tokenizer import Tokenizer

@@ -22,6 +22,7 @@ ADAPTER_DTYPES = ("auto", "int8")
 QUANTIZATIONS = ("auto", "none", "int8", "int4", "gguf", "awq", "gptq", "compressed-tensors")
 QUANTIZATION_ALIASES = {"awq_marlin": "awq", "gptq_marlin": "gptq"}
 
+BLOCK_SIZE = 16  # tokens of a page of the pool
 MAX_MEMORY = 2**62
 AUTO = "auto"
 

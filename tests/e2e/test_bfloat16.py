@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from loraserve import _core
-from loraserve.config import EngineConfig
-from loraserve.engine.model_runner import BLOCK_SIZE, ModelRunner
+from loraserve.config import BLOCK_SIZE, EngineConfig
+from loraserve.engine.model_runner import ModelRunner
 from loraserve.loader.base_weights import BaseWeights
 from transformers import AutoModelForCausalLM
 

@@ -18,11 +18,11 @@ import torch
 from loraserve import _core
 from loraserve.adapters.registry import RegisteredAdapter
 from loraserve.backends import Backend
-from loraserve.config import EngineConfig
+from loraserve.config import BLOCK_SIZE, EngineConfig
 from loraserve.engine.adapters import EngineAdapters
 from loraserve.engine.launch import StepLauncher
 from loraserve.engine.lock import EngineLock
-from loraserve.engine.model_runner import BLOCK_SIZE, ModelRunner
+from loraserve.engine.model_runner import ModelRunner
 from loraserve.engine.prompt_rows import RowReader, RowReaders
 from loraserve.engine.queue import Deadlines, Intake, WaitingLimit, deadline_error
 from loraserve.engine.running_step import RunningStep, StepLogprobs

@@ -13,15 +13,13 @@ from loraserve.adapters.check import CheckedFiles
 from loraserve.adapters.merged_weights import MergedAdapter, MergedWeights
 from loraserve.backends import Backend, Extent, open_backend
 from loraserve.backends.base import StepRows
-from loraserve.config import EngineConfig
+from loraserve.config import BLOCK_SIZE, EngineConfig
 from loraserve.errors import CapacityError, InvalidRequestError
 from loraserve.loader import Checkpoint, LoadedModel, load_model
 from loraserve.models.config import ModelConfig
 from loraserve.models.decoder import Decoder
 from loraserve.models.ops import KvGeometry, Ops, PendingRows
 from loraserve.models.weights import BuildDecoder
-
-BLOCK_SIZE = 16  # tokens per page
 
 Result = TypeVar("Result")
 

@@ -1,4 +1,4 @@
-"""The server's counts in Prometheus' text format, and under the names of TGI as well."""
+"""The server's counts in Prometheus' text format, and under the names of TGI and vLLM as well."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from loraserve.server.observe.adapter_series import AdapterCounts
 from loraserve.server.observe.batch_series import BatchCounts, batch_families
 from loraserve.server.observe.histogram import Histogram
 from loraserve.server.observe.metrics import OTHER_LABEL, Metrics
+from loraserve.server.observe.vllm_series import vllm_families
 
 if TYPE_CHECKING:
     from loraserve.adapters.remote import RemoteAdapters
@@ -83,6 +84,7 @@ class _Collected:
         yield from self._flows()
         yield from self._sources()
         yield from self._tgi()
+        yield from vllm_families(self._stats, self._info.model)
         if self._batches is not None:
             yield from batch_families(self._batches)
         yield from ProcessCollector(registry=None).collect()
