@@ -68,6 +68,7 @@ class LLM(PooledCalls):
         *,
         progress: bool | None = None,
         cache_salt: str | None = None,
+        user: str | None | Sequence[str | None] = None,
     ) -> list[RequestOutput]:
         """Answer all prompts, mixed in one batch; outputs are in the order of the prompts.
 
@@ -77,6 +78,8 @@ class LLM(PooledCalls):
             adapter: for all, or one per prompt: None, a name, or {name: weight}.
             progress: show a bar; None shows one on a terminal when the batch takes over a second.
             cache_salt: up to 256 characters; only calls with the same salt share cached prompts.
+            user: whose prompts they are, for all, or one per prompt; adapters with shares give the same user
+                the same generation.
 
         Raises:
             InvalidRequestError, AdapterNotFoundError, AdapterFormatError, AdapterUnavailableError,
@@ -85,11 +88,14 @@ class LLM(PooledCalls):
         """
         prompt_list = as_prompts(prompts)
         requests = [
-            GenerateRequest(prompt=prompt, adapter=one_adapter, params=one_params, cache_salt=cache_salt)
-            for prompt, one_adapter, one_params in zip(
+            GenerateRequest(
+                prompt=prompt, adapter=one_adapter, params=one_params, cache_salt=cache_salt, user=one_user
+            )
+            for prompt, one_adapter, one_params, one_user in zip(
                 prompt_list,
                 per_request(adapter, len(prompt_list), "adapter"),
                 params_per_request(params, len(prompt_list)),
+                per_request(user, len(prompt_list), "user"),
                 strict=True,
             )
         ]
@@ -111,6 +117,7 @@ class LLM(PooledCalls):
         thinking_token_budget: int | None = None,
         progress: bool | None = None,
         cache_salt: str | None = None,
+        user: str | None | Sequence[str | None] = None,
     ) -> list[RequestOutput]:
         """Answer one conversation or many through the model's chat template.
 
@@ -140,11 +147,13 @@ class LLM(PooledCalls):
                 adapter=one_adapter,
                 params=one_params,
                 cache_salt=cache_salt,
+                user=one_user,
             )
-            for chat, one_adapter, one_params in zip(
+            for chat, one_adapter, one_params, one_user in zip(
                 chats,
                 per_request(adapter, len(chats), "adapter"),
                 params_per_request(params, len(chats)),
+                per_request(user, len(chats), "user"),
                 strict=True,
             )
         ]
@@ -159,6 +168,7 @@ class LLM(PooledCalls):
         ordered: bool = True,
         read_ahead: int | None = None,
         cache_salt: str | None = None,
+        user: str | None = None,
     ) -> Iterator[BatchOutput]:
         """Answer requests of any number in bounded memory; yields each one's output, or its error.
 
@@ -174,7 +184,7 @@ class LLM(PooledCalls):
             ordered: yield in the order of the requests; False yields each as it is ready.
             read_ahead: most requests that are read and not yet given out, which memory is bounded by; None is
                 four times `max_num_seqs`. With `ordered` one long answer holds up so many.
-            cache_salt: of the prompts; as of `generate`.
+            cache_salt, user: of the prompts; as of `generate`.
 
         Raises:
             InvalidRequestError: an argument is wrong, or this thread is in another call.
@@ -189,7 +199,9 @@ class LLM(PooledCalls):
         def as_request(item: Prompt | GenerateRequest) -> GenerateRequest:
             if isinstance(item, GenerateRequest):
                 return item
-            return GenerateRequest(prompt=item, adapter=adapter, params=params, cache_salt=cache_salt)
+            return GenerateRequest(
+                prompt=item, adapter=adapter, params=params, cache_salt=cache_salt, user=user
+            )
 
         return self._run.iterate(map(as_request, _iterator(requests)), read_ahead, ordered=ordered)
 

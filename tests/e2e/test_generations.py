@@ -159,6 +159,28 @@ def test_shares_are_kept_within_a_percent_and_stick_to_users(
     assert ask(llm, "sql").token_ids == tiny_expected["a2"]
 
 
+def test_users_of_calls_in_process_stick_to_generations(llm: LLM, tiny_adapters: dict[str, str]) -> None:
+    load(llm, tiny_adapters, "a1")
+    llm.load_adapter("sql", tiny_adapters["a2"], replace=True, share=0.5)
+    users: list[str | None] = [f"user-{index}" for index in range(16)]
+    outputs = llm.generate([PROMPT] * len(users), ONE, adapter="sql", user=users)
+    first = [output.generations["sql"] for output in outputs]
+    assert set(first) == {1, 2}
+    messages = [[{"role": "user", "content": "a"}]] * len(users)
+    template = "{{ messages[0].content }}"
+    chats = llm.chat(messages, ONE, adapter="sql", user=users, chat_template=template)
+    assert [output.generations["sql"] for output in chats] == first
+    for user, generation in zip(users, first, strict=True):
+        (one,) = llm.generate_iter([PROMPT], ONE, adapter="sql", user=user)
+        assert one.result().generations == {"sql": generation}
+        (output,) = llm.generate([PROMPT], ONE, adapter="sql", user=user)
+        assert output.generations == {"sql": generation}
+    with pytest.raises(InvalidRequestError, match="user has 2 entries for 1 prompts"):
+        llm.generate([PROMPT], ONE, adapter="sql", user=["a", "b"])
+    with pytest.raises(InvalidRequestError, match="user is 3, give one for all prompts"):
+        llm.generate([PROMPT], ONE, adapter="sql", user=3)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("shares", "error"),
     [
