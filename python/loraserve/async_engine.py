@@ -23,6 +23,7 @@ from loraserve.engine.prepared import PreparedRequest, check_deadline
 from loraserve.engine.queue import deadline_error
 from loraserve.engine.request_adapters import AdapterReplacedError
 from loraserve.engine.sequence import EngineOutputs
+from loraserve.engine.shadow_traffic import OutputTap, ShadowTraffic
 from loraserve.engine.stats import AdapterInfo, EngineInfo, EngineStats
 from loraserve.engine.versions import GenerationInfo
 from loraserve.engine.workers import Workers
@@ -129,8 +130,10 @@ class AsyncEngine:
         self._loads = Workers("adapter loads", NUM_LOADS, MAX_WAITING_LOADS)
         self._uploads = Workers("writes of adapters", NUM_LOADS, MAX_WAITING_LOADS)
         self._shutdowns = Workers("shutdowns", 1, MAX_WAITING_LOADS)
-        self._engine = Engine(config, _weak(self._on_outputs), _weak(self._on_failure))
-        self._frontend: Frontend[Inbox] = Frontend(self._engine)
+        tap = OutputTap(_weak(self._on_outputs))
+        self._engine = Engine(config, tap, _weak(self._on_failure))
+        self._shadows = ShadowTraffic(self._engine, tap)
+        self._frontend: Frontend[Inbox] = Frontend(self._engine, self._shadows)
         template = self.tokenizer.chat_template
         if template is not None:  # starts what renders it, so that the first request does not wait for that
             self._preparations.submit(template.check)
@@ -260,6 +263,7 @@ class AsyncEngine:
         replace: bool = False,
         expected_generation: int | None = None,
         share: float | None = None,
+        shadow: float | None = None,
     ) -> Receipt:
         """Check and register an adapter off the loop, or replace one; see `LLM.load_adapter`.
 
@@ -277,7 +281,12 @@ class AsyncEngine:
         try:
             checked = await asyncio.wait_for(self._loads.run(check), LOAD_LIMIT_S)
             receipt = adapters.register(
-                checked, replace=replace, turn=turn, expected_generation=expected_generation, share=share
+                checked,
+                replace=replace,
+                turn=turn,
+                expected_generation=expected_generation,
+                share=share,
+                shadow=shadow,
             )
             is_served = True
             return receipt
@@ -341,6 +350,10 @@ class AsyncEngine:
         """Give generations of an adapter shares of its requests; see `LLM.split_adapter`."""
         self._engine.adapters.generations.split(name, shares)
 
+    async def shadow_adapter(self, name: str, generation: int | None, fraction: float = 0.1) -> None:
+        """Copy a fraction of an adapter's requests to a generation; see `LLM.shadow_adapter`."""
+        self._engine.adapters.generations.shadow(name, generation, fraction)
+
     async def roll_back_adapter(
         self, name: str, generation: int | None = None, *, expected_generation: int | None = None
     ) -> int:
@@ -386,7 +399,7 @@ class AsyncEngine:
         with suppress(EngineStoppedError):  # of a forked child, where there is nothing to stop
             self._engine.refuse_new()
         await self._shutdowns.run(self._engine.shutdown, deadline_s)
-        for workers in (self._preparations, self._loads, self._uploads):
+        for workers in (self._preparations, self._loads, self._uploads, self._shadows):
             workers.close()
 
     async def wait_failed(self) -> str:

@@ -216,6 +216,7 @@ class LLM(PooledCalls):
         replace: bool = False,
         expected_generation: int | None = None,
         share: float | None = None,
+        shadow: float | None = None,
     ) -> Receipt:
         """Check and register an adapter, or replace the one of this name; see `EngineAdapters.load`.
 
@@ -230,6 +231,7 @@ class LLM(PooledCalls):
             replace: whether the name may have other content, which this takes the place of.
             expected_generation: what the name must be at, 0 for not loaded, else GenerationConflictError.
             share: of the name's requests that get it, from 0 to 1, others get what they got; None is all.
+            shadow: of the name's requests that are copied to it, which answers none; see `shadow_adapter`.
         """
         with self._run.one_call():
             adapters = self._engine.adapters
@@ -241,6 +243,7 @@ class LLM(PooledCalls):
                 replace=replace,
                 expected_generation=expected_generation,
                 share=share,
+                shadow=shadow,
             )
 
     def split_adapter(self, name: str, shares: Mapping[int, float]) -> None:
@@ -254,6 +257,24 @@ class LLM(PooledCalls):
         """
         with self._run.one_call():
             self._engine.adapters.generations.split(name, shares)
+
+    def shadow_adapter(self, name: str, generation: int | None, fraction: float = 0.1) -> None:
+        """Have copies of an adapter's requests run on one of its generations, to be compared.
+
+        What they come to, `generations` tells. They run behind everything else and change no answer. The
+        shadow ends where its generation is given requests, or the adapter is unloaded.
+
+        Args:
+            name: the adapter's.
+            generation: one that is kept and answers no requests; None ends the shadow.
+            fraction: of the requests that name the adapter alone and no generation of it, from 0.0001 to 1.
+
+        Raises:
+            AdapterNotFoundError: no adapter has this name, no such generation is kept, or there is no shadow.
+            InvalidRequestError: the generation answers requests, or the fraction is out of range.
+        """
+        with self._run.one_call():
+            self._engine.adapters.generations.shadow(name, generation, fraction)
 
     def roll_back_adapter(
         self, name: str, generation: int | None = None, *, expected_generation: int | None = None

@@ -24,6 +24,7 @@ RESERVED_NAMES = {
     "__base_model__": "it is LoRAX' name of the base model",
     "_sum": "metrics call sums of adapters so",
     "_other": "metrics call adapters without a label of their own so",
+    "_shadow": "metrics call copies of requests so",
     ".": "no URL can name it",
     "..": "no URL can name it",
 }

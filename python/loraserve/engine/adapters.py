@@ -37,12 +37,10 @@ from loraserve.engine.versions import (
     SEPARATOR,
     AdapterVersions,
     base_name,
+    check_beside,
     generation_name,
 )
-from loraserve.errors import (
-    InvalidRequestError,
-    LoraserveError,
-)
+from loraserve.errors import InvalidRequestError, LoraserveError
 from loraserve.loader.base_weights import BaseWeights
 from loraserve.sampling.grammar_compiler import GrammarCompiler
 from loraserve.validation.files import check_path
@@ -98,6 +96,7 @@ class EngineAdapters:
         self._versions = AdapterVersions(config.keep_generations)
         self.generations = Generations(
             self._versions,
+            self.usage,
             WeakMethod(self._bind),
             WeakMethod(self._unbind),
             WeakMethod(self.take_turn),
@@ -162,6 +161,7 @@ class EngineAdapters:
         replace: bool = False,
         expected_generation: int | None = None,
         share: float | None = None,
+        shadow: float | None = None,
     ) -> _core.Receipt:
         """`check`, then `register`."""
         turn = self.take_turn()
@@ -171,6 +171,7 @@ class EngineAdapters:
             turn=turn,
             expected_generation=expected_generation,
             share=share,
+            shadow=shadow,
         )
 
     def check_name(self, name: str) -> None:
@@ -238,6 +239,7 @@ class EngineAdapters:
         turn: int,
         expected_generation: int | None = None,
         share: float | None = None,
+        shadow: float | None = None,
     ) -> _core.Receipt:
         """Serve an adapter under its name; its bytes enter the pool on first use.
 
@@ -249,12 +251,15 @@ class EngineAdapters:
             turn: of `take_turn`; of two replacements of a name the later turn lasts.
             expected_generation: what the name must be at, 0 for not loaded; None takes what is there.
             share: of the name's requests that get it, from 0 to 1, others stay where they are; None is all.
+            shadow: of the name's requests that are copied to it, and that it does not answer.
 
         Raises:
-            InvalidRequestError: the name is taken by other content and `replace` is not set.
+            InvalidRequestError: the name is taken by other content and `replace` is not set, or there is
+                nothing that it could be a share or a shadow of.
             GenerationConflictError: the name is at another generation than was expected.
             CapacityError, EngineStoppedError: the adapter can't be served.
         """
+        check_beside(share, shadow)
         name, files = checked.name, checked.files
         receipt = files.receipt
         with self._lock:
@@ -275,14 +280,17 @@ class EngineAdapters:
                 files.head,
                 self._versions.next_number(name, receipt.hash),
             )
-            if old is None or share is None or old.generation == adapter.generation:
+            is_beside = old is not None and old.generation != adapter.generation
+            if shadow is not None and not is_beside:
+                raise InvalidRequestError(f"adapter {name!r} has no other content to be a shadow of")
+            if not is_beside or (share is None and shadow is None):
                 self._bind(adapter, replace=replace)
             elif not replace:
-                raise InvalidRequestError(f"adapter {name!r} is loaded already, a share of it needs replace")
+                raise InvalidRequestError(f"adapter {name!r} is loaded already, one beside it needs replace")
             adapter = self._bind(
                 dataclasses.replace(adapter, name=generation_name(name, adapter.generation)), replace=True
             )
-            for gone in self._versions.publish(name, adapter, share):
+            for gone in self._versions.publish(name, adapter, share, shadow):
                 self._unbind(gone)
         self._wake.set()  # a pinned one is loaded soon
         log_receipt(name, receipt, files.base.warning)

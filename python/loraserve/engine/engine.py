@@ -27,6 +27,7 @@ from loraserve.engine.prompt_rows import RowReader, RowReaders
 from loraserve.engine.queue import Deadlines, Intake, WaitingLimit, deadline_error
 from loraserve.engine.running_step import RunningStep, StepLogprobs
 from loraserve.engine.sequence import EngineOutputs, SequenceEnd, SequenceRecord, SequenceState
+from loraserve.engine.shadow import COPIES_FLOW
 from loraserve.engine.stats import EngineInfo, EngineStats
 from loraserve.engine.thread import EngineThread
 from loraserve.errors import EngineStoppedError
@@ -99,6 +100,7 @@ class Engine:
             max_draft_tokens=MAX_DRAFT_TOKENS if config.speculate == "ngram" else 0,
         )
         self.num_waiting = self._scheduler.num_waiting  # accepted and not running; takes microseconds
+        self.num_waiting_for_adapters = self._scheduler.num_waiting_for_adapters
         self.adapters = EngineAdapters(
             config, self.runner, self._scheduler, self.grammars, self._lock, self._intake, self._wake
         )
@@ -196,7 +198,7 @@ class Engine:
                 self._sampler.add(request_id, params, seed, seen, stop_token_ids, matcher, prediction)
             record.adapter_was_resident = self._scheduler.has_its_adapters(request_id)
             names = tuple(name for name, _ in adapters)
-            usage = self.adapters.count_request(names)
+            usage = [] if flow is COPIES_FLOW else self.adapters.count_request(names)
             self._sequences[request_id] = SequenceState(record, deadline_s, len(prompt), usage, names)
             if deadline_s is not None:
                 self._deadlines.add(record.arrived_at + deadline_s, request_id)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import repeat
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from loraserve._core import __version__
 from loraserve.adapters.text import common_text, without_weightless
@@ -37,6 +37,27 @@ MAX_PREPARED_AGAIN = 3  # of a request, whose adapters are replaced meanwhile
 Owner = TypeVar("Owner")
 
 
+class Recording(Protocol):
+    """Of a request that is to be copied: what its first answer comes to."""
+
+    @property
+    def seed(self) -> int:
+        """Of its first answer, which the copy is drawn with as well."""
+        ...
+
+    def note(self, delta: Delta) -> None:
+        """What a step added to the first answer."""
+        ...
+
+
+class Copier(Protocol):
+    """Who copies requests."""
+
+    def begin(self, prepared: PreparedRequest) -> Recording | None:
+        """To be told the answer of a request that was accepted, if it is to be copied."""
+        ...
+
+
 class ActiveSequence:
     """One of the n answers to a request: turns what the engine gives it into deltas of text."""
 
@@ -46,8 +67,10 @@ class ActiveSequence:
         prepared: PreparedRequest,
         record: SequenceRecord,
         reader: Pooler | PromptScores | None = None,
+        recording: Recording | None = None,
     ) -> None:
         tokenizer = prepared.tokenizer
+        self.recording = recording
         self._index = index
         self._num_prompt_tokens = len(prepared.prompt_token_ids)
         self._num_tokens = 0
@@ -177,10 +200,16 @@ def _delta(
 
 
 class Frontend(Generic[Owner]):
-    """Submits requests to an engine and hands every delta to the owner of its request."""
+    """Submits requests to an engine and hands every delta to the owner of its request.
 
-    def __init__(self, engine: Engine) -> None:
+    Args:
+        engine: what answers.
+        copier: told what requests that it copies are answered; None copies none.
+    """
+
+    def __init__(self, engine: Engine, copier: Copier | None = None) -> None:
         self._engine = engine
+        self._copier = copier
         self._tokenizer = engine.runner.model.tokenizer
         self._active: dict[int, tuple[ActiveSequence, Owner]] = {}
 
@@ -274,10 +303,13 @@ class Frontend(Generic[Owner]):
         """
         request_ids: list[int] = []
         params = prepared.params
+        recording = None if self._copier is None else self._copier.begin(prepared)
         try:
             for index in range(prepared.num_sequences):
                 reader = self._reader(prepared) if index == 0 else None
                 seed = None if params.seed is None else params.seed + index
+                if index == 0 and recording is not None:
+                    seed = recording.seed
                 record = SequenceRecord(prepared.arrived_at)
                 request_id = self._engine.submit(
                     prepared.prompt_token_ids,
@@ -296,7 +328,7 @@ class Frontend(Generic[Owner]):
                     registered=prepared.registered,
                 )
                 request_ids.append(request_id)
-                sequence = ActiveSequence(index, prepared, record, reader)
+                sequence = ActiveSequence(index, prepared, record, reader, recording if index == 0 else None)
                 self._active[request_id] = (sequence, owner)
         except BaseException:
             self.abort(request_ids)
@@ -342,6 +374,8 @@ class Frontend(Generic[Owner]):
                 continue
             if delta.finish_reason is not None:
                 self.abort([request_id])
+            if sequence.recording is not None:
+                sequence.recording.note(delta)
             on_delta(owner, delta)
         for end in outputs.ends:
             found = active.pop(end.request_id, None)
@@ -353,4 +387,6 @@ class Frontend(Generic[Owner]):
             except Exception as error:
                 on_error(owner, error)
                 continue
+            if sequence.recording is not None:
+                sequence.recording.note(delta)
             on_delta(owner, delta)

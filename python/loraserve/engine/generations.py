@@ -1,16 +1,18 @@
-"""`Generations`: what callers do with the generations of adapters: shares, rollback, history."""
+"""`Generations`: what callers do with the generations of adapters: shares, shadows, rollback, history."""
 
 from __future__ import annotations
 
 import dataclasses
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakMethod
 
 from loraserve.engine.lock import EngineLock
 from loraserve.engine.owned import owned
 from loraserve.engine.queue import Intake
+from loraserve.engine.shadow import Comparison
+from loraserve.engine.stats import UsageCounters
 from loraserve.engine.versions import AdapterVersions, GenerationInfo
 
 
@@ -19,6 +21,7 @@ class Generations:
 
     Args:
         versions: what is kept, and who gets what.
+        usage: counters of names.
         bind: of its owner: makes a name mean an adapter, under the lock.
         unbind: forgets a name, under the lock.
         take_turn: the place of a change among all.
@@ -30,6 +33,7 @@ class Generations:
     def __init__(
         self,
         versions: AdapterVersions,
+        usage: UsageCounters,
         bind: WeakMethod[Callable[..., Any]],
         unbind: WeakMethod[Callable[[str], None]],
         take_turn: WeakMethod[Callable[[], int]],
@@ -38,6 +42,7 @@ class Generations:
         wake: threading.Event,
     ) -> None:
         self._versions = versions
+        self._usage = usage
         self._bind = bind
         self._unbind = unbind
         self._take_turn = take_turn
@@ -78,6 +83,48 @@ class Generations:
             self._follow(name)
         self._wake.set()
         return number
+
+    def shadow(self, name: str, generation: int | None, fraction: float) -> None:
+        """Have copies of requests run on a generation, None on none; see `AdapterVersions.set_shadow`."""
+        with self._lock:
+            self._intake.check()
+            if generation is None:
+                all_gone = self._versions.end_shadow(name)
+            else:
+                all_gone = self._versions.set_shadow(name, generation, fraction)
+            for gone in all_gone:
+                owned(self._unbind)(gone)
+
+    def draw_shadow(self, name: str) -> int | None:
+        """The generation that a request of this name is to be copied to, if it is one of those that are."""
+        with self._lock:
+            return self._versions.draw_shadow(name)
+
+    def is_shadow(self, name: str, generation: int, answering: int) -> bool:
+        """As of `AdapterVersions.is_shadow`."""
+        with self._lock:
+            return self._versions.is_shadow(name, generation, answering)
+
+    def note_copy(
+        self, name: str, generation: int, answering: int, outcome: Comparison | Literal["failed", "dropped"]
+    ) -> None:
+        """Count what came of a copy, unless its generation is no shadow of what answers any more."""
+        with self._lock:
+            results = self._versions.results(name, generation, answering)
+            if results is None:
+                return
+            usage = self._usage.of(name)
+            if isinstance(outcome, Comparison):
+                results.add(outcome)
+                usage.num_shadow_compared += 1
+                usage.num_shadow_identical += outcome.is_identical
+                usage.shadow_agreement += outcome.agreement
+            elif outcome == "failed":
+                results.num_errors += 1
+                usage.num_shadow_errors += 1
+            else:
+                results.num_dropped += 1
+                usage.num_shadow_dropped += 1
 
     def infos(self, name: str) -> list[GenerationInfo]:
         """What is remembered of an adapter's, oldest first. Raises AdapterNotFoundError."""

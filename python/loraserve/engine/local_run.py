@@ -17,6 +17,7 @@ from loraserve.engine.frontend import MAX_PREPARED_AGAIN, Frontend
 from loraserve.engine.gathering import GatheredRequest, Gathering
 from loraserve.engine.request_adapters import AdapterReplacedError
 from loraserve.engine.sequence import EngineOutputs
+from loraserve.engine.shadow_traffic import OutputTap, ShadowTraffic
 from loraserve.errors import EngineStoppedError, InvalidRequestError, LoraserveError
 from loraserve.pooling.head import ClassificationHead
 from loraserve.request import AdapterSpec, BatchOutput, GenerateRequest, RequestOutput
@@ -38,8 +39,10 @@ class LocalRun:
         self._turn = _Turn()
         self._call = threading.Lock()
         self._events: queue.SimpleQueue[EngineOutputs] = queue.SimpleQueue()
-        self.engine = Engine(config, self._events.put)
-        self._frontend: Frontend[GatheredRequest] = Frontend(self.engine)
+        tap = OutputTap(self._events.put)
+        self.engine = Engine(config, tap)
+        self._shadows = ShadowTraffic(self.engine, tap)
+        self._frontend: Frontend[GatheredRequest] = Frontend(self.engine, self._shadows)
 
     @property
     def is_in_call(self) -> bool:

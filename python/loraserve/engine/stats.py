@@ -23,13 +23,20 @@ class AdapterUsage:
     """What a name has been asked and has answered, since it was registered; each of n answers counts.
 
     A request of several adapters counts at each. Cached tokens are those of the prompts that came from the
-    prefix cache. The engine counts on in its own; what it tells are copies.
+    prefix cache. Of copies of its requests on a shadow: compared and identical ones, those that failed and
+    those that were dropped, and the sum of what all compared agree, from 0 to 1 each. The engine counts on in
+    its own; what it tells are copies.
     """
 
     num_requests: int = 0
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_completion_tokens: int = 0
+    num_shadow_compared: int = 0
+    num_shadow_identical: int = 0
+    num_shadow_errors: int = 0
+    num_shadow_dropped: int = 0
+    shadow_agreement: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

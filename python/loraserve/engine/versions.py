@@ -7,15 +7,18 @@ reading a file.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import random
 import time
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Final
 
 from loraserve.adapters.registry import RegisteredAdapter
+from loraserve.engine.shadow import ShadowInfo, ShadowResults
 from loraserve.errors import AdapterNotFoundError, GenerationConflictError, InvalidRequestError
 
 SEPARATOR: Final = "@"
@@ -48,6 +51,7 @@ class GenerationInfo:
         is_kept: whether requests may pin it, and a rollback may lead to it.
         share: of the name's requests that get it, from 0 to 1.
         num_requests: that got it.
+        shadow: what copies of requests on it came to; None if it has been no shadow.
     """
 
     number: int
@@ -58,6 +62,7 @@ class GenerationInfo:
     is_kept: bool
     share: float
     num_requests: int
+    shadow: ShadowInfo | None = None
 
 
 @dataclass(frozen=True)
@@ -70,12 +75,17 @@ class _Published:
 
 @dataclass
 class _Name:
-    """`shares` are by number, in `PARTS`; empty where all requests get the current one."""
+    """`shares` are by number, in `PARTS`; empty where all requests get the current one.
+
+    `shadow` is the number of the one that copies of requests run on, and of how many `PARTS` of all.
+    """
 
     last: int = 0
     current: int = 0
     kept: dict[int, RegisteredAdapter] = field(default_factory=dict)
     shares: dict[int, int] = field(default_factory=dict)
+    shadow: tuple[int, int] | None = None
+    results: dict[int, ShadowResults] = field(default_factory=dict)  # of those that are or were shadows
     history: deque[_Published] = field(default_factory=lambda: deque(maxlen=MAX_HISTORY))
     counts: Counter[int] = field(default_factory=Counter)
     went_back: list[int] = field(default_factory=list)  # what was current before, newest last
@@ -85,7 +95,8 @@ class AdapterVersions:
     """For the engine, under its lock.
 
     Args:
-        max_kept: generations of a name that stay registered, beside those with a share and the current one.
+        max_kept: generations of a name that stay registered, beside the current one, the shadow and those
+            with a share.
     """
 
     def __init__(self, max_kept: int) -> None:
@@ -114,13 +125,17 @@ class AdapterVersions:
                 generation=current,
             )
 
-    def publish(self, name: str, adapter: RegisteredAdapter, share: float | None) -> list[str]:
+    def publish(
+        self, name: str, adapter: RegisteredAdapter, share: float | None, shadow: float | None = None
+    ) -> list[str]:
         """Note a generation that is registered; names of those that are kept no longer.
 
         Args:
             name: the alias.
             adapter: with its number in `generation`.
-            share: of requests that it gets beside the current one; None makes it current.
+            share: of requests that it gets beside the current one.
+            shadow: of requests that are copied to it, and that it answers none of; without it and `share` it
+                becomes current.
         """
         found = self._names.setdefault(name, _Name(last=self._forgotten.pop(name, 0)))
         number = adapter.generation
@@ -128,10 +143,12 @@ class AdapterVersions:
             found.history.append(_Published(number, adapter.receipt.hash, adapter.path, time.time()))
         found.last = max(found.last, number)
         found.kept[number] = adapter
+        if shadow is not None and found.current and number != found.current:
+            return self.set_shadow(name, number, shadow)
         if share is None or not found.current or number == found.current:
             self._make_current(found, number)
         else:
-            found.shares = {found.current: PARTS - _parts(share), number: _parts(share)}
+            self._share_out(found, {found.current: PARTS - _parts(share), number: _parts(share)})
         return self._trimmed(name, found)
 
     def split(self, name: str, shares: Mapping[int, float]) -> tuple[int, list[str]]:
@@ -155,7 +172,7 @@ class AdapterVersions:
         if whole:
             self._make_current(found, whole[0])
         else:
-            found.shares = parts
+            self._share_out(found, parts)
         return found.current, self._trimmed(name, found)
 
     def back(self, name: str, number: int | None) -> int:
@@ -174,7 +191,7 @@ class AdapterVersions:
                 )
             number = earlier[-1]
             found.went_back.remove(number)
-            found.current, found.shares = number, {}
+            self._become_current(found, number)
             return number
         self._kept(name, found, number)
         self._make_current(found, number)
@@ -200,6 +217,54 @@ class AdapterVersions:
             place -= part
         raise AssertionError("invariant: shares sum to all")
 
+    def set_shadow(self, name: str, number: int, fraction: float) -> list[str]:
+        """Have copies of a fraction of a name's requests run on a generation that answers none of them.
+
+        It takes the place of another shadow. Names of generations that are kept no longer.
+
+        Raises:
+            AdapterNotFoundError: there is no such name or generation.
+            InvalidRequestError: the generation answers requests itself, or the fraction is out of range.
+        """
+        found = self._found(name)
+        self._kept(name, found, number)
+        parts = _shadow_parts(fraction)
+        if number == found.current or found.shares.get(number):
+            raise InvalidRequestError(
+                f"generation {number} of adapter {name!r} answers requests, a shadow answers none"
+            )
+        if found.shadow is None or found.shadow[0] != number:
+            found.results[number] = ShadowResults()
+        found.shadow = (number, parts)
+        return self._trimmed(name, found)
+
+    def end_shadow(self, name: str) -> list[str]:
+        """No requests are copied any more; as of `set_shadow`. Raises AdapterNotFoundError: there is none."""
+        found = self._found(name)
+        if found.shadow is None:
+            raise AdapterNotFoundError(f"adapter {name!r} has no shadow")
+        found.shadow = None
+        return self._trimmed(name, found)
+
+    def is_shadow(self, name: str, number: int, answering: int) -> bool:
+        """Whether requests that the generation `answering` gets are copied to this one."""
+        found = self._names.get(name)
+        if found is None or found.shadow is None or found.shadow[0] != number:
+            return False
+        return bool(found.shares.get(answering)) if found.shares else answering == found.current
+
+    def draw_shadow(self, name: str) -> int | None:
+        """The generation that a request of a name is to be copied to, if it is one of those that are."""
+        found = self._names.get(name)
+        if found is None or found.shadow is None:
+            return None
+        number, parts = found.shadow
+        return number if random.randrange(PARTS) < parts else None
+
+    def results(self, name: str, number: int, answering: int) -> ShadowResults | None:
+        """Where to count what comes of a copy; None where `is_shadow` does not hold any more."""
+        return self._names[name].results[number] if self.is_shadow(name, number, answering) else None
+
     def count(self, adapter: RegisteredAdapter) -> None:
         """A request of this generation was accepted."""
         found = self._names.get(base_name(adapter.name))
@@ -220,6 +285,7 @@ class AdapterVersions:
                 is_kept=one.number in found.kept,
                 share=shares.get(one.number, 0) / PARTS,
                 num_requests=found.counts[one.number],
+                shadow=_shadow_info(found, one.number),
             )
             for one in found.history
         ]
@@ -238,10 +304,22 @@ class AdapterVersions:
         if found.current and found.current != number:
             found.went_back = [one for one in found.went_back if one != found.current][-MAX_WENT_BACK:]
             found.went_back.append(found.current)
-        found.current, found.shares = number, {}
+        self._become_current(found, number)
+
+    def _become_current(self, found: _Name, number: int) -> None:
+        if found.shadow is not None and found.current != number:  # what it is compared with is another now
+            found.results[found.shadow[0]] = ShadowResults()
+        found.current = number
+        self._share_out(found, {})
+
+    def _share_out(self, found: _Name, shares: dict[int, int]) -> None:
+        """A shadow that answers requests is none any more."""
+        found.shares = shares
+        if found.shadow is not None and (found.shadow[0] == found.current or shares.get(found.shadow[0])):
+            found.shadow = None
 
     def _trimmed(self, name: str, found: _Name) -> list[str]:
-        in_use = {found.current, *found.shares}
+        in_use = {found.current, *found.shares, *(found.shadow or ())[:1]}
         idle = [number for number in sorted(found.kept) if number not in in_use]
         gone = idle[: max(0, len(idle) - self._max_kept)]
         for number in gone:
@@ -249,6 +327,8 @@ class AdapterVersions:
         listed = {one.number for one in found.history}
         for number in found.counts.keys() - listed:
             del found.counts[number]
+        for number in found.results.keys() - listed:
+            del found.results[number]
         return [generation_name(name, number) for number in gone]
 
     def _found(self, name: str) -> _Name:
@@ -265,10 +345,38 @@ class AdapterVersions:
         return adapter
 
 
-def _parts(share: float) -> int:
-    if isinstance(share, bool) or not 0.0 <= share <= 1.0:
-        raise InvalidRequestError(f"share is {share!r}, it must be from 0 to 1")
-    return round(share * PARTS)
+def _shadow_info(found: _Name, number: int) -> ShadowInfo | None:
+    results = found.results.get(number)
+    if results is None:
+        return None
+    shadow, parts = found.shadow or (0, 0)
+    return ShadowInfo(fraction=parts / PARTS if shadow == number else 0.0, results=copy.copy(results))
+
+
+def check_beside(share: float | None, shadow: float | None) -> None:
+    """Whether a generation can be published beside the current one so.
+
+    Raises InvalidRequestError: one is out of range, or both are given.
+    """
+    if share is not None and shadow is not None:
+        raise InvalidRequestError("share and shadow are both given, a shadow answers no requests: give one")
+    if share is not None:
+        _parts(share)
+    if shadow is not None:
+        _shadow_parts(shadow)
+
+
+def _shadow_parts(fraction: float) -> int:
+    parts = _parts(fraction, "the fraction of a shadow")
+    if parts == 0:
+        raise InvalidRequestError(f"the fraction of a shadow is {fraction!r}, give at least {1 / PARTS:g}")
+    return parts
+
+
+def _parts(share: float, name: str = "share") -> int:
+    if isinstance(share, bool) or not isinstance(share, Real) or not 0.0 <= float(share) <= 1.0:
+        raise InvalidRequestError(f"{name} is {share!r}, it must be from 0 to 1")
+    return round(float(share) * PARTS)
 
 
 def _place(name: str, user: str) -> int:
