@@ -10,6 +10,7 @@ import pytest
 import torch
 from loraserve.cli.main import main
 
+from tests.e2e.test_shadow import wait_for
 from tests.e2e.test_state_dir import serving
 
 
@@ -58,6 +59,29 @@ def test_generations_are_shown_shared_and_gone_back_to(
     assert column(run(capsys, http, "rollback", "sql"), 1) == ["-", "100.00%"]
     assert "is at generation 2, 1 was expected" in run(capsys, http, "rollback", "sql", "--expected", "1")
     assert column(run(capsys, http, "rollback", "sql", "1", "--expected", "2"), 0) == ["1*", "2"]
+
+
+def test_a_shadow_is_begun_shown_and_ended(http: httpx.Client, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = run(capsys, http, "shadow", "sql", "1", "--fraction", "1")
+    told = "generation 1 is a shadow of 100.00% of requests: 0 compared, 0 errors, 0 dropped"
+    assert shown.splitlines()[-1] == told
+    body = {"model": "sql", "prompt": [1, 2, 3], "max_tokens": 3, "temperature": 0}
+    assert http.post("/v1/completions", json=body).headers["x-adapter-generation"] == "2"
+    wait_for(lambda: " 0 compared" not in run(capsys, http, "history", "sql"))
+    line = run(capsys, http, "history", "sql").splitlines()[-1]
+    assert line.startswith("generation 1 is a shadow of 100.00% of requests: 1 compared, ")
+    assert line.endswith("ending alike, 3.0 tokens and 3.0 of copies, 0 errors, 0 dropped")
+    assert "generation 1 was a shadow: 1 compared" in run(capsys, http, "shadow", "sql", "--off")
+    assert "has no shadow (status 404)" in run(capsys, http, "shadow", "sql", "--off")
+    for words, text in (
+        (("sql", "1", "--off"), "leave GENERATION and --fraction out"),
+        (("sql",), "give the GENERATION"),
+        (("sql", "2"), "generation 2 of adapter 'sql' answers requests"),
+        (("sql", "1", "--fraction", "2"), "fraction"),
+    ):
+        assert text in run(capsys, http, "shadow", *words)
+    assert "(status 403)" in run(capsys, http, "shadow", "sql", "1", key="ONE_KEY")
+    assert "shadow" not in run(capsys, http, "history", "sql", key="ONE_KEY")
 
 
 def test_errors_are_told_in_a_line(http: httpx.Client, capsys: pytest.CaptureFixture[str]) -> None:

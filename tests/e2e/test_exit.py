@@ -146,6 +146,12 @@ PROGRAMS = [
     ),
     Program("daemon threads that make engines", "for _ in range(2): daemon(make)\ntime.sleep(0.05)"),
     Program("a load under way", "llm = make()\nfor name in ADAPTERS: llm._engine.adapters.warm(name)"),
+    Program(
+        "copies of requests under way",
+        "llm = make()\nllm.load_adapter('s', ADAPTERS['a1'])\n"
+        "llm.load_adapter('s', ADAPTERS['a2'], replace=True, shadow=1.0)\n"
+        "llm.generate([[7, 8, 9]] * 16, adapter='s')",
+    ),
     Program("a generation under way", "llm = make(); daemon(work, llm); time.sleep(0.05); sys.exit(3)", 3),
     Program(
         "a thread that goes on after the main thread",

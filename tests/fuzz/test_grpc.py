@@ -63,8 +63,10 @@ MESSAGES: dict[str, list[Message]] = {
         pb.GenerateRequest(chat=WITH_TOOLS, prediction="x", suffix="y", user="u"),
     ],
     "LoadAdapter": [
-        pb.LoadAdapterRequest(name="new", path="one", replace=True, expected_generation=0, share=0.5)
+        pb.LoadAdapterRequest(name="new", path="one", replace=True, expected_generation=0, share=0.5),
+        pb.LoadAdapterRequest(name="new", path="one", replace=True, shadow=0.5, weight=2.0),
     ],
+    "ShadowAdapter": [pb.ShadowAdapterRequest(name="a", generation=1, fraction=0.5)],
     "PinAdapter": [pb.PinAdapterRequest(name="a", is_pinned=True)],
     "UnloadAdapter": [pb.UnloadAdapterRequest(name="new")],
     "SplitAdapter": [pb.SplitAdapterRequest(name="a", shares={1: 1.0})],

@@ -143,6 +143,7 @@ def test_a_field_this_server_does_not_know_is_refused_on_every_level(server: Htt
         ("WarmAdapter", pb.WarmAdapterRequest(name="x")),
         ("PinAdapter", pb.PinAdapterRequest(name="x")),
         ("SplitAdapter", pb.SplitAdapterRequest(name="x")),
+        ("ShadowAdapter", pb.ShadowAdapterRequest(name="x")),
         ("RollBackAdapter", pb.RollBackAdapterRequest(name="x")),
         ("ListGenerations", pb.ListGenerationsRequest(name="x")),
         ("ListAdapters", pb.ListAdaptersRequest()),

@@ -1,4 +1,4 @@
-"""`loraserve adapters history`, `share` and `rollback`: the generations of a running server's adapters."""
+"""`loraserve adapters history`, `share`, `shadow`, `rollback`: generations of a running server's adapters."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ TIMEOUT_S = 60.0
 MAX_ERROR_CHARS = 1000
 DEFAULT_URL = "http://127.0.0.1:8000"
 HASH_CHARS = 12
+SHADOW_FRACTION = 0.1
 
 HISTORY_EXAMPLES = """\
   loraserve adapters history sql --url http://127.0.0.1:8000
@@ -32,6 +33,13 @@ SHARE_EXAMPLES = """\
   loraserve adapters rollback sql               it has not: shares end
 
 Requests of the same user get the same generation, and who has a growing one keeps it. Shares sum to 1.
+"""
+SHADOW_EXAMPLES = """\
+  loraserve adapters shadow sql 3 --fraction 0.1    every tenth request is copied to generation 3
+  loraserve adapters history sql                    how many of its answers are the same
+  loraserve adapters shadow sql --off               no request is copied any more
+
+Copies run behind everything else, and what they answer is compared and returned to nobody.
 """
 ROLLBACK_EXAMPLES = """\
   loraserve adapters rollback sql                 ends shares, or else goes back by one generation
@@ -55,6 +63,14 @@ def add_parser(actions: Subparsers) -> None:
     _add_server(share)
     share.add_argument("shares", nargs="+", type=_share, metavar="GENERATION=SHARE", help="as 3=0.05")
     share.set_defaults(run=run_share)
+    shadow = add_command(
+        actions, "shadow", "copy requests of an adapter to a generation, to compare answers", SHADOW_EXAMPLES
+    )
+    _add_server(shadow)
+    shadow.add_argument("generation", nargs="?", type=int, metavar="GENERATION", help="one that answers none")
+    shadow.add_argument("--fraction", type=float, help=f"of the requests (default {SHADOW_FRACTION})")
+    shadow.add_argument("--off", action="store_true", help="end the shadow")
+    shadow.set_defaults(run=run_shadow)
     rollback = add_command(
         actions, "rollback", "go back to an earlier generation of an adapter", ROLLBACK_EXAMPLES
     )
@@ -76,6 +92,18 @@ def run_share(args: argparse.Namespace) -> int:
     if len(dict(args.shares)) < len(args.shares):
         raise InvalidRequestError("a generation is given twice, give each one share")
     return _print(_ask(args, "PUT", "shares", {"shares": dict(args.shares)}))
+
+
+def run_shadow(args: argparse.Namespace) -> int:
+    """Begin or end a shadow, and print what holds then. Raises ServerAnswerError."""
+    if args.off:
+        if args.generation is not None or args.fraction is not None:
+            raise InvalidRequestError("--off ends the shadow, leave GENERATION and --fraction out")
+        return _print(_ask(args, "DELETE", "shadow"))
+    if args.generation is None:
+        raise InvalidRequestError("give the GENERATION that requests are to be copied to, or --off")
+    fraction = SHADOW_FRACTION if args.fraction is None else args.fraction
+    return _print(_ask(args, "PUT", "shadow", {"generation": args.generation, "fraction": fraction}))
 
 
 def run_rollback(args: argparse.Namespace) -> int:
@@ -157,4 +185,21 @@ def _print(answer: Any) -> int:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+    for one in answer["generations"]:
+        if one.get("shadow") is not None:
+            print(_shadow_line(one["number"], one["shadow"]))
     return 0
+
+
+def _shadow_line(number: int, shadow: Mapping[str, Any]) -> str:
+    """What copies of requests on a generation came to."""
+    what = f"is a shadow of {shadow['fraction']:.2%} of requests" if shadow["fraction"] else "was a shadow"
+    compared = shadow["compared"]
+    line = f"generation {number} {what}: {compared} compared"
+    if compared:
+        line += (
+            f", {shadow['identical'] / compared:.2%} identical, {shadow['agreement']:.2%} of tokens up to "
+            f"the first difference, {shadow['ending_alike'] / compared:.2%} ending alike, "
+            f"{shadow['tokens'] / compared:.1f} tokens and {shadow['shadow_tokens'] / compared:.1f} of copies"
+        )
+    return f"{line}, {shadow['errors']} errors, {shadow['dropped']} dropped"

@@ -459,32 +459,40 @@ class UploadAdapterRequest(_message.Message):
     def __init__(self, head: _Optional[_Union[UploadAdapterHead, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class UploadAdapterHead(_message.Message):
-    __slots__ = ("name", "config_json", "replace", "expected_generation", "share")
+    __slots__ = ("name", "config_json", "replace", "expected_generation", "share", "shadow", "weight")
     NAME_FIELD_NUMBER: _ClassVar[int]
     CONFIG_JSON_FIELD_NUMBER: _ClassVar[int]
     REPLACE_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_GENERATION_FIELD_NUMBER: _ClassVar[int]
     SHARE_FIELD_NUMBER: _ClassVar[int]
+    SHADOW_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
     name: str
     config_json: str
     replace: bool
     expected_generation: int
     share: float
-    def __init__(self, name: _Optional[str] = ..., config_json: _Optional[str] = ..., replace: _Optional[bool] = ..., expected_generation: _Optional[int] = ..., share: _Optional[float] = ...) -> None: ...
+    shadow: float
+    weight: float
+    def __init__(self, name: _Optional[str] = ..., config_json: _Optional[str] = ..., replace: _Optional[bool] = ..., expected_generation: _Optional[int] = ..., share: _Optional[float] = ..., shadow: _Optional[float] = ..., weight: _Optional[float] = ...) -> None: ...
 
 class LoadAdapterRequest(_message.Message):
-    __slots__ = ("name", "path", "replace", "expected_generation", "share")
+    __slots__ = ("name", "path", "replace", "expected_generation", "share", "shadow", "weight")
     NAME_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
     REPLACE_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_GENERATION_FIELD_NUMBER: _ClassVar[int]
     SHARE_FIELD_NUMBER: _ClassVar[int]
+    SHADOW_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
     name: str
     path: str
     replace: bool
     expected_generation: int
     share: float
-    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., replace: _Optional[bool] = ..., expected_generation: _Optional[int] = ..., share: _Optional[float] = ...) -> None: ...
+    shadow: float
+    weight: float
+    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., replace: _Optional[bool] = ..., expected_generation: _Optional[int] = ..., share: _Optional[float] = ..., shadow: _Optional[float] = ..., weight: _Optional[float] = ...) -> None: ...
 
 class LoadAdapterResponse(_message.Message):
     __slots__ = ("receipt",)
@@ -573,6 +581,20 @@ class SplitAdapterResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class ShadowAdapterRequest(_message.Message):
+    __slots__ = ("name", "generation", "fraction")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    FRACTION_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    generation: int
+    fraction: float
+    def __init__(self, name: _Optional[str] = ..., generation: _Optional[int] = ..., fraction: _Optional[float] = ...) -> None: ...
+
+class ShadowAdapterResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class RollBackAdapterRequest(_message.Message):
     __slots__ = ("name", "generation", "expected_generation")
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -602,7 +624,7 @@ class ListGenerationsResponse(_message.Message):
     def __init__(self, generations: _Optional[_Iterable[_Union[Generation, _Mapping]]] = ...) -> None: ...
 
 class Generation(_message.Message):
-    __slots__ = ("number", "hash", "source", "since", "is_current", "is_kept", "share", "num_requests")
+    __slots__ = ("number", "hash", "source", "since", "is_current", "is_kept", "share", "num_requests", "shadow")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     HASH_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
@@ -611,6 +633,7 @@ class Generation(_message.Message):
     IS_KEPT_FIELD_NUMBER: _ClassVar[int]
     SHARE_FIELD_NUMBER: _ClassVar[int]
     NUM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    SHADOW_FIELD_NUMBER: _ClassVar[int]
     number: int
     hash: str
     source: str
@@ -619,7 +642,40 @@ class Generation(_message.Message):
     is_kept: bool
     share: float
     num_requests: int
-    def __init__(self, number: _Optional[int] = ..., hash: _Optional[str] = ..., source: _Optional[str] = ..., since: _Optional[float] = ..., is_current: _Optional[bool] = ..., is_kept: _Optional[bool] = ..., share: _Optional[float] = ..., num_requests: _Optional[int] = ...) -> None: ...
+    shadow: Shadow
+    def __init__(self, number: _Optional[int] = ..., hash: _Optional[str] = ..., source: _Optional[str] = ..., since: _Optional[float] = ..., is_current: _Optional[bool] = ..., is_kept: _Optional[bool] = ..., share: _Optional[float] = ..., num_requests: _Optional[int] = ..., shadow: _Optional[_Union[Shadow, _Mapping]] = ...) -> None: ...
+
+class Shadow(_message.Message):
+    __slots__ = ("fraction", "results")
+    FRACTION_FIELD_NUMBER: _ClassVar[int]
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
+    fraction: float
+    results: ShadowResults
+    def __init__(self, fraction: _Optional[float] = ..., results: _Optional[_Union[ShadowResults, _Mapping]] = ...) -> None: ...
+
+class ShadowResults(_message.Message):
+    __slots__ = ("num_compared", "num_identical", "num_ending_alike", "agreement", "num_tokens", "num_shadow_tokens", "seconds", "shadow_seconds", "num_errors", "num_dropped")
+    NUM_COMPARED_FIELD_NUMBER: _ClassVar[int]
+    NUM_IDENTICAL_FIELD_NUMBER: _ClassVar[int]
+    NUM_ENDING_ALIKE_FIELD_NUMBER: _ClassVar[int]
+    AGREEMENT_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_SHADOW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    SHADOW_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    NUM_ERRORS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DROPPED_FIELD_NUMBER: _ClassVar[int]
+    num_compared: int
+    num_identical: int
+    num_ending_alike: int
+    agreement: float
+    num_tokens: int
+    num_shadow_tokens: int
+    seconds: float
+    shadow_seconds: float
+    num_errors: int
+    num_dropped: int
+    def __init__(self, num_compared: _Optional[int] = ..., num_identical: _Optional[int] = ..., num_ending_alike: _Optional[int] = ..., agreement: _Optional[float] = ..., num_tokens: _Optional[int] = ..., num_shadow_tokens: _Optional[int] = ..., seconds: _Optional[float] = ..., shadow_seconds: _Optional[float] = ..., num_errors: _Optional[int] = ..., num_dropped: _Optional[int] = ...) -> None: ...
 
 class ListAdaptersRequest(_message.Message):
     __slots__ = ()

@@ -84,6 +84,11 @@ class LoraServeStub:
                 request_serializer=loraserve_dot_v1_dot_loraserve__pb2.SplitAdapterRequest.SerializeToString,
                 response_deserializer=loraserve_dot_v1_dot_loraserve__pb2.SplitAdapterResponse.FromString,
                 _registered_method=True)
+        self.ShadowAdapter = channel.unary_unary(
+                '/loraserve.v1.LoraServe/ShadowAdapter',
+                request_serializer=loraserve_dot_v1_dot_loraserve__pb2.ShadowAdapterRequest.SerializeToString,
+                response_deserializer=loraserve_dot_v1_dot_loraserve__pb2.ShadowAdapterResponse.FromString,
+                _registered_method=True)
         self.RollBackAdapter = channel.unary_unary(
                 '/loraserve.v1.LoraServe/RollBackAdapter',
                 request_serializer=loraserve_dot_v1_dot_loraserve__pb2.RollBackAdapterRequest.SerializeToString,
@@ -182,6 +187,13 @@ class LoraServeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ShadowAdapter(self, request, context):
+        """Has copies of an adapter's requests run on a generation that answers none of them, to be compared.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def RollBackAdapter(self, request, context):
         """Goes back to an earlier generation, from the next request on.
         """
@@ -260,6 +272,11 @@ def add_LoraServeServicer_to_server(servicer, server):
                     servicer.SplitAdapter,
                     request_deserializer=loraserve_dot_v1_dot_loraserve__pb2.SplitAdapterRequest.FromString,
                     response_serializer=loraserve_dot_v1_dot_loraserve__pb2.SplitAdapterResponse.SerializeToString,
+            ),
+            'ShadowAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.ShadowAdapter,
+                    request_deserializer=loraserve_dot_v1_dot_loraserve__pb2.ShadowAdapterRequest.FromString,
+                    response_serializer=loraserve_dot_v1_dot_loraserve__pb2.ShadowAdapterResponse.SerializeToString,
             ),
             'RollBackAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.RollBackAdapter,
@@ -552,6 +569,33 @@ class LoraServe:
             '/loraserve.v1.LoraServe/SplitAdapter',
             loraserve_dot_v1_dot_loraserve__pb2.SplitAdapterRequest.SerializeToString,
             loraserve_dot_v1_dot_loraserve__pb2.SplitAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ShadowAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraserve.v1.LoraServe/ShadowAdapter',
+            loraserve_dot_v1_dot_loraserve__pb2.ShadowAdapterRequest.SerializeToString,
+            loraserve_dot_v1_dot_loraserve__pb2.ShadowAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

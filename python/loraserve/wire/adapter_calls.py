@@ -25,6 +25,8 @@ class AdapterCalls(ABC):
         replace: bool = False,
         expected_generation: int | None = None,
         share: float | None = None,
+        shadow: float | None = None,
+        weight: float | None = None,
     ) -> pb.Receipt:
         """Register the PEFT directory `path`, on the server's disk, under `name`.
 
@@ -37,9 +39,17 @@ class AdapterCalls(ABC):
             replace: whether the name may have other content.
             expected_generation: what the name must be at, 0 for not loaded, else GenerationConflictError.
             share: of the name's requests that get it, from 0 to 1, others get what they got; None is all.
+            shadow: of the name's requests that are copied to it, which answers none; see `shadow_adapter`.
+            weight: from 0.05 to 20, of its share of the engine beside others; None leaves it, or is 1.
         """
         request = pb.LoadAdapterRequest(
-            name=name, path=path, replace=replace, expected_generation=expected_generation, share=share
+            name=name,
+            path=path,
+            replace=replace,
+            expected_generation=expected_generation,
+            share=share,
+            shadow=shadow,
+            weight=weight,
         )
         response: pb.LoadAdapterResponse = self._call(self._stub.LoadAdapter, request)
         return response.receipt
@@ -53,6 +63,8 @@ class AdapterCalls(ABC):
         replace: bool = False,
         expected_generation: int | None = None,
         share: float | None = None,
+        shadow: float | None = None,
+        weight: float | None = None,
     ) -> pb.Receipt:
         """Register an adapter that is sent: the bytes of a safetensors file, 2 GiB at most.
 
@@ -60,9 +72,10 @@ class AdapterCalls(ABC):
             name: what requests are to call it.
             weights: as `safetensors.torch.save` makes them, under the names that PEFT gives tensors.
             config: what adapter_config.json would hold.
-            replace, expected_generation, share: as of `load_adapter`.
+            replace, expected_generation, share, shadow, weight: as of `load_adapter`.
         """
-        parts = _upload(name, weights, config, replace, expected_generation, share)
+        head = _head(name, config, replace, expected_generation, share, shadow, weight)
+        parts = _upload(head, weights)
         response: pb.LoadAdapterResponse = self._call(self._stub.UploadAdapter, parts)
         return response.receipt
 
@@ -83,6 +96,11 @@ class AdapterCalls(ABC):
     def split_adapter(self, name: str, shares: Mapping[int, float]) -> None:
         """Give generations of an adapter shares of its requests, which sum to 1; see `LLM.split_adapter`."""
         self._call(self._stub.SplitAdapter, pb.SplitAdapterRequest(name=name, shares=shares))
+
+    def shadow_adapter(self, name: str, generation: int | None, fraction: float = 0.1) -> None:
+        """Have copies of requests run on a generation, None on none; see `LLM.shadow_adapter`."""
+        request = pb.ShadowAdapterRequest(name=name, generation=generation, fraction=fraction)
+        self._call(self._stub.ShadowAdapter, request)
 
     def roll_back_adapter(
         self, name: str, generation: int | None = None, *, expected_generation: int | None = None
@@ -123,10 +141,18 @@ class AsyncAdapterCalls(ABC):
         replace: bool = False,
         expected_generation: int | None = None,
         share: float | None = None,
+        shadow: float | None = None,
+        weight: float | None = None,
     ) -> pb.Receipt:
         """As `Client.load_adapter`."""
         request = pb.LoadAdapterRequest(
-            name=name, path=path, replace=replace, expected_generation=expected_generation, share=share
+            name=name,
+            path=path,
+            replace=replace,
+            expected_generation=expected_generation,
+            share=share,
+            shadow=shadow,
+            weight=weight,
         )
         response: pb.LoadAdapterResponse = await self._call(self._stub.LoadAdapter, request)
         return response.receipt
@@ -140,9 +166,12 @@ class AsyncAdapterCalls(ABC):
         replace: bool = False,
         expected_generation: int | None = None,
         share: float | None = None,
+        shadow: float | None = None,
+        weight: float | None = None,
     ) -> pb.Receipt:
         """As `Client.upload_adapter`."""
-        parts = _upload(name, weights, config, replace, expected_generation, share)
+        head = _head(name, config, replace, expected_generation, share, shadow, weight)
+        parts = _upload(head, weights)
         response: pb.LoadAdapterResponse = await self._call(self._stub.UploadAdapter, parts)
         return response.receipt
 
@@ -163,6 +192,11 @@ class AsyncAdapterCalls(ABC):
     async def split_adapter(self, name: str, shares: Mapping[int, float]) -> None:
         """As `Client.split_adapter`."""
         await self._call(self._stub.SplitAdapter, pb.SplitAdapterRequest(name=name, shares=shares))
+
+    async def shadow_adapter(self, name: str, generation: int | None, fraction: float = 0.1) -> None:
+        """As `Client.shadow_adapter`."""
+        request = pb.ShadowAdapterRequest(name=name, generation=generation, fraction=fraction)
+        await self._call(self._stub.ShadowAdapter, request)
 
     async def roll_back_adapter(
         self, name: str, generation: int | None = None, *, expected_generation: int | None = None
@@ -192,21 +226,27 @@ class AsyncAdapterCalls(ABC):
         """The server's answer, or its typed error."""
 
 
-def _upload(
+def _head(
     name: str,
-    weights: bytes,
     config: Mapping[str, Any],
     replace: bool,
     expected_generation: int | None,
     share: float | None,
-) -> Iterator[pb.UploadAdapterRequest]:
-    head = pb.UploadAdapterHead(
+    shadow: float | None,
+    weight: float | None,
+) -> pb.UploadAdapterHead:
+    return pb.UploadAdapterHead(
         name=name,
         config_json=json.dumps(dict(config)),
         replace=replace,
         expected_generation=expected_generation,
         share=share,
+        shadow=shadow,
+        weight=weight,
     )
+
+
+def _upload(head: pb.UploadAdapterHead, weights: bytes) -> Iterator[pb.UploadAdapterRequest]:
     yield pb.UploadAdapterRequest(head=head)
     for start in range(0, len(weights), UPLOAD_PART_NBYTES):
         yield pb.UploadAdapterRequest(data=weights[start : start + UPLOAD_PART_NBYTES])

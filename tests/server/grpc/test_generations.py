@@ -20,7 +20,9 @@ from loraserve.errors import (
     PermissionDeniedError,
 )
 from loraserve.settings.entries import ApiKey
+from loraserve.v1 import loraserve_pb2 as pb
 
+from tests.e2e.test_shadow import wait_for
 from tests.e2e.tiny import PROMPT
 from tests.server.control_server import ControlEngine, ControlServer
 from tests.server.server_thread import ServerThread
@@ -84,6 +86,34 @@ def test_generations_over_grpc(client: Client, tiny_adapters: dict[str, str]) ->
     assert sum(one.num_requests for one in infos) == 2 + 48 + 1 + 1
 
 
+def test_a_shadow_is_set_told_and_ended(client: Client, tiny_adapters: dict[str, str]) -> None:
+    client.load_adapter("sql", tiny_adapters["a0"])
+    client.load_adapter("sql", tiny_adapters["a1"], replace=True, shadow=1.0)
+    assert [generation(client) for _ in range(2)] == [1, 1]
+
+    def shadow() -> pb.Shadow:
+        first, second = client.generations("sql")
+        assert not first.HasField("shadow")
+        return second.shadow
+
+    wait_for(lambda: shadow().results.num_compared + shadow().results.num_dropped == 2)
+    assert (shadow().fraction, shadow().results.num_errors) == (1.0, 0)
+    client.shadow_adapter("sql", 2, 0.5)
+    assert shadow().fraction == 0.5
+    client.shadow_adapter("sql", None)
+    assert shadow().fraction == 0.0
+    with pytest.raises(AdapterNotFoundError, match="has no shadow"):
+        client.shadow_adapter("sql", None)
+    for wrong, error in (
+        ((1, 0.5), InvalidRequestError),
+        ((2, 0.0), InvalidRequestError),
+        ((3, 0.5), AdapterNotFoundError),
+    ):
+        with pytest.raises(error):
+            client.shadow_adapter("sql", *wrong)
+    assert generation(client) == 1
+
+
 def test_what_can_not_be_is_refused(client: Client, tiny_adapters: dict[str, str]) -> None:
     client.load_adapter("sql", tiny_adapters["a0"])
     with pytest.raises(AdapterNotFoundError, match="no earlier one is kept"):
@@ -112,8 +142,11 @@ def test_a_sent_adapter_gets_a_share_and_the_asyncio_client_does_the_same(
                     "sql", weights, json.loads(config), replace=True, expected_generation=7
                 )
             await client.upload_adapter(
-                "sql", weights, json.loads(config), replace=True, expected_generation=1, share=0.25
+                "sql", weights, json.loads(config), replace=True, expected_generation=1, shadow=0.25
             )
+            assert [one.shadow.fraction for one in await client.generations("sql")] == [0.0, 0.25]
+            await client.shadow_adapter("sql", None)
+            await client.split_adapter("sql", {1: 0.75, 2: 0.25})
             assert [one.share for one in await client.generations("sql")] == [0.75, 0.25]
             await client.split_adapter("sql", {2: 1})
             (answer,) = await client.generate(PROMPT, ONE, adapter="sql")
@@ -140,6 +173,7 @@ def test_who_may_use_an_adapter_sees_its_generations_and_changes_none() -> None:
                 lambda: sales.generations("law"),
                 lambda: sales.split_adapter("sql", {1: 1.0}),
                 lambda: sales.roll_back_adapter("sql"),
+                lambda: sales.shadow_adapter("sql", 1),
             ):
                 with pytest.raises(PermissionDeniedError):
                     refused()

@@ -11,6 +11,7 @@ import httpx
 import pytest
 import torch
 
+from tests.e2e.test_shadow import wait_for
 from tests.e2e.test_state_dir import serving
 from tests.e2e.tiny import PROMPT
 
@@ -88,9 +89,45 @@ def test_a_user_keeps_its_generation(http: httpx.Client) -> None:
     assert {user: got(user, "safety_identifier") for user in first} == first
 
 
+def test_a_shadow_is_set_told_counted_and_ended(http: httpx.Client, root: Path) -> None:
+    load(http, "a0")
+    assert load(http, "a1", shadow=1.0).json()["generation"] == 1
+    shown = http.get("/adapters/sql/generations").json()["generations"]
+    assert [(one["share"], one["kept"]) for one in shown] == [(1.0, True), (0.0, True)]
+    assert shown[0]["shadow"] is None
+    assert (shown[1]["shadow"]["fraction"], shown[1]["shadow"]["compared"]) == (1.0, 0)
+    assert [generation(http), generation(http, stream=True)] == ["1", "1"]
+
+    def counted() -> dict[str, float]:
+        return http.get("/adapters/sql/generations").json()["generations"][1]["shadow"]
+
+    wait_for(lambda: counted()["compared"] + counted()["dropped"] == 2)
+    assert counted()["errors"] == 0
+    metrics = http.get("/metrics").text
+    assert f'loraserve_adapter_shadow_compared_total{{adapter="sql"}} {counted()["compared"]:.1f}' in metrics
+    body = {"generation": 2, "fraction": 0.25}
+    assert http.put("/adapters/sql/shadow", json=body).json()["generations"][1]["shadow"]["fraction"] == 0.25
+    ended = http.delete("/adapters/sql/shadow").json()["generations"][1]["shadow"]
+    assert (ended["fraction"], ended["compared"]) == (0.0, counted()["compared"])
+    assert http.delete("/adapters/sql/shadow").status_code == 404
+    content = (root / "a2" / "adapter_model.safetensors").read_bytes()
+    query = {"config": (root / "a2" / "adapter_config.json").read_text(), "replace": "true", "shadow": "0.5"}
+    sent = http.put("/adapters/sql", params=query, content=content)
+    assert (sent.status_code, sent.json().get("generation")) == (201, 1), sent.text
+    shown = http.get("/adapters/sql/generations").json()["generations"]
+    assert [one["shadow"] and one["shadow"]["fraction"] for one in shown] == [None, 0.0, 0.5]
+
+
 @pytest.mark.parametrize(
     ("method", "path", "body", "status"),
     [
+        ("PUT", "/adapters/none/shadow", {"generation": 1, "fraction": 0.5}, 404),
+        ("PUT", "/adapters/sql/shadow", {"generation": 1, "fraction": 0.5}, 400),
+        ("PUT", "/adapters/sql/shadow", {"generation": 2, "fraction": 0.5}, 404),
+        ("PUT", "/adapters/sql/shadow", {"generation": 1, "fraction": 0}, 400),
+        ("PUT", "/adapters/sql/shadow", {"generation": 1}, 400),
+        ("DELETE", "/adapters/sql/shadow", None, 404),
+        ("POST", "/adapters", {"name": "new", "source": "a1", "shadow": 0.5}, 400),
         ("POST", "/adapters/none/rollback", {}, 404),
         ("POST", "/adapters/sql/rollback", {}, 404),
         ("POST", "/adapters/sql/rollback", {"generation": 9}, 404),
@@ -130,6 +167,8 @@ def test_who_may_use_an_adapter_may_use_its_generations_and_no_others(
             assert http.get("/adapters/sql/generations").status_code == status
             assert http.post("/adapters/sql/rollback", json={}).status_code == 403
         assert http.put("/adapters/sql/shares", json={"shares": {"1": 1}}).status_code == 403
+        assert http.put("/adapters/sql/shadow", json={"generation": 1, "fraction": 1}).status_code == 403
+        assert http.delete("/adapters/sql/shadow").status_code == 403
 
 
 def test_the_next_start_loads_what_was_gone_back_to(tiny_model: Model, root: Path, tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ def shown_generations_message(
             one.ClearField("source")
         if not caller.sees_load:
             one.ClearField("num_requests")
+            one.ClearField("shadow")
     return message
 
 

@@ -50,6 +50,7 @@ class LoadRequest:
         manifest: goes over the adapter's own `loraserve.json`.
         expected_generation: what the name must be at, 0 for not loaded; None takes what is there.
         share: of the name's requests that get it, from 0 to 1; None is all.
+        shadow: of the name's requests that are copied to it, which answers none.
         stored: the adapter itself where it was sent; it is not kept for the next start.
     """
 
@@ -62,6 +63,7 @@ class LoadRequest:
     manifest: AdapterManifest | None = None
     expected_generation: int | None = None
     share: float | None = None
+    shadow: float | None = None
     stored: StoredAdapter | None = None
 
 
@@ -142,6 +144,17 @@ async def split_adapter(
     text = ", ".join(f"{number}: {share:g}" for number, share in sorted(shares.items()))
     log_event(logger, "adapter shared out", adapter=name, shares=text, by=by)
     await _keep_current(engine, name, kept)
+
+
+async def shadow_adapter(
+    engine: AsyncEngine, name: str, generation: int | None, fraction: float, *, by: str | None
+) -> None:
+    """Raises as `LLM.shadow_adapter` does; None ends the shadow."""
+    await engine.shadow_adapter(name, generation, fraction)
+    if generation is None:
+        log_event(logger, "adapter shadow ended", adapter=name, by=by)
+    else:
+        log_event(logger, "adapter shadowed", adapter=name, generation=generation, fraction=fraction, by=by)
 
 
 async def roll_back_adapter(
@@ -230,6 +243,7 @@ async def _register(
         replace=request.replaces,
         expected_generation=request.expected_generation,
         share=request.share,
+        shadow=request.shadow,
     )
     if not (request.is_pinned or request.is_warm):
         return receipt

@@ -22,6 +22,7 @@ from loraserve.server.adapters.loading import (
     load_adapter,
     pin_adapter,
     roll_back_adapter,
+    shadow_adapter,
     split_adapter,
     unload_adapter,
     warm_adapter,
@@ -149,6 +150,7 @@ class LoraServeServicer:
                 replaces=message.replace,
                 expected_generation=_expected(message),
                 share=message.share if message.HasField("share") else None,
+                shadow=message.shadow if message.HasField("shadow") else None,
             )
             receipt = await load_adapter(
                 self._engine, self._sources, wanted, lambda _: None, by=current_caller().name, kept=self._kept
@@ -170,6 +172,7 @@ class LoraServeServicer:
                 replaces=head.replace,
                 expected_generation=_expected(head),
                 share=head.share if head.HasField("share") else None,
+                shadow=head.shadow if head.HasField("shadow") else None,
                 stored=stored,
             )
             receipt = await load_adapter(
@@ -215,6 +218,17 @@ class LoraServeServicer:
             shares, by = dict(message.shares), current_caller().name
             await split_adapter(self._engine, message.name, shares, by=by, kept=self._kept)
             return pb.SplitAdapterResponse()
+        return None
+
+    async def ShadowAdapter(  # noqa: N802
+        self, message: pb.ShadowAdapterRequest, context: Context
+    ) -> pb.ShadowAdapterResponse | None:
+        """Copy requests of an adapter to a generation, or no longer."""
+        async with self._errors_answered(context, message):
+            generation = message.generation if message.HasField("generation") else None
+            by = current_caller().name
+            await shadow_adapter(self._engine, message.name, generation, message.fraction, by=by)
+            return pb.ShadowAdapterResponse()
         return None
 
     async def RollBackAdapter(  # noqa: N802

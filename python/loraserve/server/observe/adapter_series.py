@@ -23,6 +23,11 @@ class AdapterCounts:
     load_failures: float = 0
     evictions: float = 0
     uninvoked: float = 0
+    shadow_compared: float = 0
+    shadow_identical: float = 0
+    shadow_agreement: float = 0
+    shadow_errors: float = 0
+    shadow_dropped: float = 0
 
     @classmethod
     def of(cls, stats: AdapterStats) -> AdapterCounts:
@@ -38,6 +43,11 @@ class AdapterCounts:
             load_failures=stats.num_load_failures,
             evictions=stats.num_evictions,
             uninvoked=stats.num_uninvoked,
+            shadow_compared=usage.num_shadow_compared,
+            shadow_identical=usage.num_shadow_identical,
+            shadow_agreement=usage.shadow_agreement,
+            shadow_errors=usage.num_shadow_errors,
+            shadow_dropped=usage.num_shadow_dropped,
         )
 
     def add_growth(self, before: AdapterCounts, now: AdapterCounts) -> None:

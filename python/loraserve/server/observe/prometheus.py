@@ -39,6 +39,11 @@ _ADAPTER_COUNTERS = (
     ("load_failures", "Loads that failed"),
     ("evictions", "Times the adapter was given up for others"),
     ("uninvoked", "Requests whose prompt lacked the adapter's invocation tokens, so that it did nothing"),
+    ("shadow_compared", "Copies of its requests on a shadow that were compared"),
+    ("shadow_identical", "Of those, the ones with the same answer"),
+    ("shadow_agreement", "Of those, how much of each agreed, from 0 to 1, added up"),
+    ("shadow_errors", "Copies of its requests on a shadow that failed"),
+    ("shadow_dropped", "Copies of its requests that there was no room or no time for"),
 )
 _STATES = ("registered", "loading", "resident", "failed")
 

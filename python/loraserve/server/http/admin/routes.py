@@ -12,6 +12,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 
 from loraserve.adapters.source import AdapterSource
+from loraserve.engine.shadow import ShadowInfo
 from loraserve.engine.stats import AdapterInfo
 from loraserve.errors import AdapterNotFoundError
 from loraserve.server.access.keys import Caller
@@ -21,6 +22,7 @@ from loraserve.server.adapters.loading import (
     load_adapter,
     pin_adapter,
     roll_back_adapter,
+    shadow_adapter,
     split_adapter,
     unload_adapter,
     warm_adapter,
@@ -38,6 +40,8 @@ from loraserve.server.http.admin.schema import (
     PinBody,
     ReceiptBody,
     RollbackBody,
+    ShadowBody,
+    ShadowResultsBody,
     SharesBody,
     VllmLoadBody,
     VllmUnloadBody,
@@ -107,6 +111,7 @@ async def load(body: LoadBody, request: Request, state: State, caller: Admin) ->
         manifest=_manifest(body),
         expected_generation=body.expected_generation,
         share=body.share,
+        shadow=body.shadow,
     )
     if EVENT_STREAM in request.headers.get("accept", ""):
         return StreamingResponse(
@@ -139,6 +144,10 @@ async def upload(
     share: Annotated[
         float | None, Query(ge=0, le=1, description="Of the name's requests that get it; with replace.")
     ] = None,
+    shadow: Annotated[
+        float | None,
+        Query(ge=0.0001, le=1, description="Of the name's requests that are copied to it; with replace."),
+    ] = None,
 ) -> Response:
     """Load the adapter that is sent: a safetensors file as the body, 2 GiB at most.
 
@@ -154,6 +163,7 @@ async def upload(
         replaces=replace,
         expected_generation=expected_generation,
         share=share,
+        shadow=shadow,
         stored=stored,
     )
     await load_adapter(state.engine, None, wanted, lambda _: None, by=caller.name, kept=state.kept)
@@ -195,6 +205,7 @@ async def generations(name: str, state: State, caller: AnyCaller) -> Generations
                 kept=one.is_kept,
                 share=one.share,
                 requests=one.num_requests if caller.sees_load else None,
+                shadow=_shadow_body(one.shadow) if caller.sees_load else None,
             )
             for one in state.engine.generations(name)
         ]
@@ -205,6 +216,20 @@ async def generations(name: str, state: State, caller: AnyCaller) -> Generations
 async def split(name: str, body: SharesBody, state: State, caller: Admin) -> GenerationsBody:
     """Let generations share the adapter's requests; the same `user` gets the same one."""
     await split_adapter(state.engine, name, body.shares, by=caller.name, kept=state.kept)
+    return await generations(name, state, caller)
+
+
+@router.put("/adapters/{name}/shadow")
+async def shadow_requests(name: str, body: ShadowBody, state: State, caller: Admin) -> GenerationsBody:
+    """Have copies of the adapter's requests run on a generation, to be compared with what is answered."""
+    await shadow_adapter(state.engine, name, body.generation, body.fraction, by=caller.name)
+    return await generations(name, state, caller)
+
+
+@router.delete("/adapters/{name}/shadow")
+async def end_shadow(name: str, state: State, caller: Admin) -> GenerationsBody:
+    """Copy no requests of the adapter any more: 404 where it has no shadow."""
+    await shadow_adapter(state.engine, name, None, 0.0, by=caller.name)
     return await generations(name, state, caller)
 
 
@@ -282,6 +307,25 @@ def _manifest(body: LoadBody) -> AdapterManifest | None:
     from loraserve.adapters.manifest import AdapterManifest  # noqa: PLC0415 (imports jinja2)
 
     return AdapterManifest.from_fields(body.manifest, f"manifest of adapter {body.name!r}")
+
+
+def _shadow_body(shadow: ShadowInfo | None) -> ShadowResultsBody | None:
+    if shadow is None:
+        return None
+    results = shadow.results
+    return ShadowResultsBody(
+        fraction=shadow.fraction,
+        compared=results.num_compared,
+        identical=results.num_identical,
+        ending_alike=results.num_ending_alike,
+        agreement=results.agreement,
+        tokens=results.num_tokens,
+        shadow_tokens=results.num_shadow_tokens,
+        seconds=results.seconds,
+        shadow_seconds=results.shadow_seconds,
+        errors=results.num_errors,
+        dropped=results.num_dropped,
+    )
 
 
 def _json(body: AdapterBody, status_code: int) -> Response:

@@ -11,6 +11,7 @@ from loraserve.server.http.request_body import Elsewhere, Neutral, NoEffect, Req
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 Generation = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0.0001, le=1)]
 Source = Annotated[str, Field(min_length=1, max_length=4096)]
 
 
@@ -44,12 +45,22 @@ class LoadBody(RequestBody):
     share: Share | None = Field(
         None, description="Of the name's requests that get it, the others get what they got; with replace."
     )
+    shadow: Fraction | None = Field(
+        None, description="Of the name's requests that are copied to it, which answers none; with replace."
+    )
 
 
 class SharesBody(RequestBody):
     """Which generations of an adapter get which shares of its requests; they sum to 1."""
 
     shares: Annotated[dict[Annotated[int, Field(ge=1)], Share], Field(min_length=1, max_length=64)]
+
+
+class ShadowBody(RequestBody):
+    """Which generation of an adapter copies of its requests run on."""
+
+    generation: Annotated[int, Field(ge=1)] = Field(description="One that is kept and answers no requests.")
+    fraction: Fraction = Field(description="Of the requests that name the adapter alone and no generation.")
 
 
 class RollbackBody(RequestBody):
@@ -63,6 +74,27 @@ class RollbackBody(RequestBody):
     )
 
 
+class ShadowResultsBody(BaseModel):
+    """What copies of requests came to beside the answers that were given, since they are compared.
+
+    Tokens and seconds are sums over all that were compared.
+    """
+
+    fraction: float = Field(description="Of requests that are copied; 0 once it is a shadow no more.")
+    compared: int
+    identical: int = Field(description="Of those compared, with the same text, reasoning and calls.")
+    ending_alike: int = Field(description="Of those compared, with the same finish reason.")
+    agreement: float = Field(
+        description="The mean of tokens before the first that differs, over those of the longer answer."
+    )
+    tokens: int
+    shadow_tokens: int
+    seconds: float = Field(description="That the answers ran.")
+    shadow_seconds: float = Field(description="That their copies ran.")
+    errors: int = Field(description="Copies that were refused or failed.")
+    dropped: int = Field(description="Copies that there was no room or no time for.")
+
+
 class GenerationBody(BaseModel):
     """One generation of an adapter; `source` is shown to administrators alone."""
 
@@ -74,6 +106,7 @@ class GenerationBody(BaseModel):
     kept: bool = Field(description="Whether requests may pin it as NAME@NUMBER.")
     share: float
     requests: int | None
+    shadow: ShadowResultsBody | None = Field(description="Of one that is or was a shadow.")
 
 
 class GenerationsBody(BaseModel):
