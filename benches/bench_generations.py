@@ -2,7 +2,9 @@
 
 Four streams of other adapters run all the time, and a policy is asked for a short answer every so often. In
 every second turn a new generation of the policy is published from tensors before each of its answers. Engine,
-loop and callers are one process. On a machine that others use, too, the lowest p99 of the turns says most.
+loop and callers are one process. With `--shadow` nothing is published, and in every second turn another
+generation is the shadow of that fraction of the policy's requests. On a machine that others use, too, the
+lowest p99 of the turns says most.
 """
 
 from __future__ import annotations
@@ -63,11 +65,13 @@ async def turn(
 ) -> tuple[list[float], list[float]]:
     """(gaps of the streams, seconds that each publication took)."""
     gaps, published = Gaps(), []
+    if publishes and args.shadow is not None:
+        await engine.shadow_adapter(POLICY, 2, args.shadow)
     streams = [asyncio.create_task(gaps.stream(engine, name)) for name in others]
     params = SamplingParams(max_tokens=POLICY_TOKENS, temperature=0.0, ignore_eos=True)
     end, step = time.perf_counter() + args.seconds, 0
     while (began := time.perf_counter()) < end:
-        if publishes:
+        if publishes and args.shadow is None:
             tensors, config = generations[step % len(generations)]
             await engine.load_adapter(POLICY, tensors=tensors, config=config, replace=True)
             published.append(time.perf_counter() - began)
@@ -76,6 +80,10 @@ async def turn(
         await asyncio.sleep(max(0.0, args.every - (time.perf_counter() - began)))
     gaps.is_over = True
     await asyncio.gather(*streams)
+    if publishes and args.shadow is not None:
+        (shadow,) = [one.shadow for one in engine.generations(POLICY) if one.shadow is not None]
+        print(f"{step} requests; {shadow.results}")
+        await engine.shadow_adapter(POLICY, None)
     return gaps.seconds, published
 
 
@@ -98,13 +106,18 @@ async def measure(args: argparse.Namespace, folder: Path) -> None:
     try:
         tensors, peft_config = generations[0]
         await engine.load_adapter(POLICY, tensors=tensors, config=peft_config)
+        if args.shadow is not None:
+            tensors, peft_config = generations[1]
+            await engine.load_adapter(
+                POLICY, tensors=tensors, config=peft_config, replace=True, shadow=args.shadow
+            )
         await turn(engine, others, generations, args, publishes=True)  # warm
         p99: dict[bool, list[float]] = {False: [], True: []}
         for number in range(1, args.turns + 1):
             for publishes in (False, True):
                 gaps, published = await turn(engine, others, generations, args, publishes=publishes)
                 p99[publishes].append(float(np.percentile(gaps, 99)))
-                print(f"turn {number}, {row(gaps, published)}")
+                print(f"turn {number}, {'beside' if publishes else 'alone'}: {row(gaps, published)}")
         ratios = [beside / alone for alone, beside in zip(p99[False], p99[True], strict=True)]
         print(f"p99 beside over alone: median of turns {np.median(ratios):.2f}")
         print(f"lowest p99 beside over lowest alone: {min(p99[True]) / min(p99[False]):.2f}")
@@ -124,8 +137,8 @@ def row(gaps: Sequence[float], published: Sequence[float]) -> str:
     p50, p99 = 1e3 * np.percentile(gaps, [50, 99])
     text = f"p50 {p50:.1f} ms, p99 {p99:.1f} ms, max {1e3 * max(gaps):.0f} ms, {len(gaps)} gaps"
     if not published:
-        return f"alone: {text}"
-    return f"beside: {text}; {len(published)} publications, median {1e3 * np.median(published):.0f} ms"
+        return text
+    return f"{text}; {len(published)} publications, median {1e3 * np.median(published):.0f} ms"
 
 
 def main() -> None:
@@ -137,6 +150,7 @@ def main() -> None:
     parser.add_argument(
         "--every", type=float, default=1.0, help="seconds from one step of the loop to the next"
     )
+    parser.add_argument("--shadow", type=float, help="fraction of the policy's requests that are copied")
     parser.add_argument("--seconds", type=float, default=15.0, help="of a turn")
     parser.add_argument("--turns", type=int, default=3)
     args = parser.parse_args()

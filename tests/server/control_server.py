@@ -19,7 +19,7 @@ from loraserve.engine.stats import (
 )
 from loraserve.engine.versions import GenerationInfo
 from loraserve.errors import AdapterFormatError, AdapterNotFoundError, CapacityError, InvalidRequestError
-from loraserve.server.access.fair_shares import ONE_SHARE, FairShares
+from loraserve.server.access.fair_shares import FairShares
 from loraserve.server.access.keys import AccessControl
 from loraserve.server.access.request_limits import RequestLimits
 from loraserve.server.access.tls import TlsConfig
@@ -193,7 +193,7 @@ class ControlServer:
         cors_origins: tuple[str, ...] = (),
         adapter_failures: tuple[AdapterFailure, ...] = (),
         prefix_cache_scope: PrefixCacheScope = "key",
-        shares: FairShares = ONE_SHARE,
+        shares: FairShares | None = None,
         kept: AdapterState | None = None,
     ) -> None:
         self._make_engine = make_engine

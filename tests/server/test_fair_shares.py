@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from loraserve import AsyncEngine, EngineConfig, SamplingParams
 from loraserve.client import Client
-from loraserve.errors import OverloadedError
+from loraserve.errors import InvalidRequestError, OverloadedError
 from loraserve.request import Flow, GenerateRequest
 from loraserve.server.access.fair_shares import FairShares
 from loraserve.settings.entries import ApiKey
@@ -67,6 +68,51 @@ def test_each_api_serves_from_the_share_of_key_and_adapter(server: ControlServer
     metrics = httpx.get(f"{server.url}/metrics", headers=headers, timeout=30.0).text
     assert 'loraserve_flow_prompt_tokens_total{adapter="a",key="ann"} 7.0' in metrics
     assert 'loraserve_flow_generated_tokens_total{adapter="",key="ben"} 5.0' in metrics
+
+
+def test_adapters_are_given_weights_as_they_are_loaded(
+    config: EngineConfig, tiny_adapters: dict[str, str]
+) -> None:
+    shares, roots = FairShares("adapter", {"a": 1.5}), [Path(tiny_adapters["a1"]).parent]
+    with (
+        ControlServer(lambda: AsyncEngine(config), keys=KEYS, shares=shares, roots=roots) as server,
+        Client(server.grpc_address, timeout=30.0, api_key="ben-key") as client,
+        httpx.Client(base_url=server.url, headers={"authorization": "Bearer ben-key"}, timeout=30.0) as http,
+    ):
+
+        def load(name: str, source: str, **fields: object) -> httpx.Response:
+            body = {"name": name, "source": tiny_adapters[source], "replace": True, **fields}
+            return http.post("/adapters", json=body)
+
+        def weight(name: str) -> float:
+            client.generate([3, 4, 5], PARAMS, adapter=name)
+            (flow,) = [flow for flow in server.engine.stats().flows if flow.name == f"\t{name}"]
+            assert http.get(f"/adapters/{name}").json()["weight"] == flow.weight
+            return flow.weight
+
+        assert load("b", "a1", weight=3).json()["weight"] == 3.0
+        assert weight("b") == 3.0
+        assert load("b", "a2").status_code == 201  # which says nothing of it
+        assert weight("b") == 3.0
+        client.load_adapter("b", tiny_adapters["a3"], replace=True, weight=0.5)
+        assert weight("b") == 0.5
+        path = Path(tiny_adapters["a2"])
+        content = (path / "adapter_model.safetensors").read_bytes()
+        query = {"config": (path / "adapter_config.json").read_text(), "weight": "4"}
+        assert http.put("/adapters/c", params=query, content=content).json()["weight"] == 4.0
+        config_fields = json.loads(query["config"])
+        client.upload_adapter("d", content, config_fields, weight=5.0)
+        assert [weight("c"), weight("d"), weight("a")] == [4.0, 5.0, 1.5]
+        assert load("a", "a4", weight=2).json()["weight"] == 2.0
+        for name in ("a", "b"):
+            assert http.delete(f"/adapters/{name}").status_code == 204
+            assert load(name, "a5").status_code == 201
+        assert [weight("a"), weight("b")] == [1.5, 1.0]
+        assert [load("b", "a6", weight=wrong).status_code for wrong in (0, 21, "x")] == [400] * 3
+        for wrong in (0.0, 21.0, float("nan")):
+            with pytest.raises(InvalidRequestError, match="weight is"):
+                client.load_adapter("b", tiny_adapters["a6"], replace=True, weight=wrong)
+        assert weight("b") == 1.0
 
 
 def test_a_keys_tokens_a_minute_bound_what_it_is_served(server: ControlServer) -> None:

@@ -114,16 +114,19 @@ def engine_config(
     )
 
 
-def access_control(settings: ServeSettings) -> AccessControl:
-    """Raises ConfigError: a key can't be read, or there are none to keep or tell apart."""
+def access_control(settings: ServeSettings, kept: AdapterState | None = None) -> AccessControl:
+    """With the weights that are kept of adapters, too.
+
+    Raises ConfigError: a key can't be read, or there are none to keep or tell apart."""
     keys = api_keys(settings)
+    adapters = {**({} if kept is None else kept.restored()), **settings.adapters}
     return AccessControl(
         keys,
         max_concurrent_requests=settings.max_concurrent_requests,
         has_open_metrics=settings.open_metrics,
         prefix_cache_scope=prefix_cache_scope(settings, keys),
         shares=FairShares(
-            fair_by(settings, keys), {name: adapter.weight for name, adapter in settings.adapters.items()}
+            fair_by(settings, keys), {name: adapter.weight for name, adapter in adapters.items()}
         ),
     )
 

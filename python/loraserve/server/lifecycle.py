@@ -170,7 +170,7 @@ async def _assemble(settings: ServeSettings) -> Servers:
 
 
 async def _assemble_with(settings: ServeSettings, kept: AdapterState | None) -> Servers:
-    access = assembly.access_control(settings)
+    access = assembly.access_control(settings, kept)
     tls = assembly.tls_config(settings)
     if tls is not None:
         tls.http_context()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -138,7 +138,8 @@ YesNo: TypeAlias = Annotated[bool, BeforeValidator(_yes_or_no)]
 Share: TypeAlias = Annotated[float, Field(ge=0.01, le=1), BeforeValidator(_number)]
 Seconds: TypeAlias = Annotated[float, Field(ge=0, le=MAX_SECONDS), BeforeValidator(_number)]
 PositiveSeconds: TypeAlias = Annotated[float, Field(gt=0, le=MAX_SECONDS), BeforeValidator(_number)]
-Weight: TypeAlias = Annotated[float, Field(ge=0.05, le=20), BeforeValidator(_number)]
+WEIGHTS: Final = (0.05, 20.0)  # least and most of a share
+Weight: TypeAlias = Annotated[float, Field(ge=WEIGHTS[0], le=WEIGHTS[1]), BeforeValidator(_number)]
 PerMinute: TypeAlias = Annotated[float, Field(gt=0, le=MAX_COUNT), BeforeValidator(_number)]
 
 

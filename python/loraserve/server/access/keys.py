@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 
 from loraserve.errors import OverloadedError, PermissionDeniedError, UnauthenticatedError
 from loraserve.request import AdapterSpec, GenerateRequest
-from loraserve.server.access.fair_shares import ONE_SHARE, FairShares
+from loraserve.server.access.fair_shares import FairShares
 from loraserve.server.access.limits import ConcurrencyLimit, RateLimit
 from loraserve.server.access.token_quota import TokenQuota
 from loraserve.settings.entries import ApiKey, PrefixCacheScope
@@ -143,7 +143,7 @@ class AccessControl:
         max_concurrent_requests: of all callers together; None has no limit.
         has_open_metrics: whether /metrics needs no key.
         prefix_cache_scope: "key" keeps the cached prompts of each key apart, "shared" lets all use all.
-        shares: whose share of the engine requests are served from.
+        shares: whose share of the engine requests are served from; None is one for all.
     """
 
     def __init__(
@@ -153,11 +153,11 @@ class AccessControl:
         max_concurrent_requests: int | None = None,
         has_open_metrics: bool = False,
         prefix_cache_scope: PrefixCacheScope = "key",
-        shares: FairShares = ONE_SHARE,
+        shares: FairShares | None = None,
     ) -> None:
         self.has_open_metrics = has_open_metrics
         self._server = ConcurrencyLimit(max_concurrent_requests)
-        self._shares = shares
+        self.shares = shares or FairShares()
         is_shared = prefix_cache_scope == "shared"
         self._callers = [
             (_digest(key.secret), self._caller(key, "" if is_shared else key.name, has_keys=True))
@@ -240,7 +240,7 @@ class AccessControl:
             None if per_minute is None else TokenQuota(key.name, per_minute),
             self._server,
             tenant,
-            self._shares,
+            self.shares,
             sees_load=sees_load,
         )
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from loraserve.adapters.source import AdapterSource
 from loraserve.adapters.stored import StoredAdapter
 from loraserve.errors import AdapterFormatError, AdapterNotFoundError, LoraserveError, StateError
+from loraserve.server.access.fair_shares import check_weight
 from loraserve.server.observe.logs import log_event
 from loraserve.settings.entries import AdapterSettings
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from loraserve._core import Receipt
     from loraserve.adapters.manifest import AdapterManifest
     from loraserve.async_engine import AsyncEngine
+    from loraserve.server.access.fair_shares import FairShares
     from loraserve.server.adapters.sources import AdapterSources
     from loraserve.server.adapters.state import AdapterState
 
@@ -51,6 +53,7 @@ class LoadRequest:
         expected_generation: what the name must be at, 0 for not loaded; None takes what is there.
         share: of the name's requests that get it, from 0 to 1; None is all.
         shadow: of the name's requests that are copied to it, which answers none.
+        weight: of its share of the engine; None leaves it as it was, or 1.
         stored: the adapter itself where it was sent; it is not kept for the next start.
     """
 
@@ -64,6 +67,7 @@ class LoadRequest:
     expected_generation: int | None = None
     share: float | None = None
     shadow: float | None = None
+    weight: float | None = None
     stored: StoredAdapter | None = None
 
 
@@ -80,8 +84,11 @@ async def load_adapter(
     *,
     by: str | None,
     kept: AdapterState | None = None,
+    shares: FairShares | None = None,
 ) -> Receipt:
     """Registers the adapter; `on_progress` is called on the loop, `by` names the key that asks.
+
+    `shares` are told its weight; without them it can't have one.
 
     A caller who is cancelled ends the download; what has come further goes on, so that what is served is
     what is kept. With no `sources`, paths are taken as they are.
@@ -91,8 +98,12 @@ async def load_adapter(
         InvalidRequestError, AdapterFormatError, AdapterUnavailableError, CapacityError: it can't be served.
         StateError: it is served, but not by the next start.
     """
+    if request.weight is not None:
+        check_weight(request.weight)
     fetched = asyncio.Event()
-    loading = asyncio.create_task(_load_and_keep(engine, sources, request, on_progress, by, kept, fetched))
+    loading = asyncio.create_task(
+        _load_and_keep(engine, sources, request, on_progress, by, kept, shares, fetched)
+    )
     loading.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody may be left to ask
     try:
         return await asyncio.shield(loading)
@@ -103,7 +114,12 @@ async def load_adapter(
 
 
 async def unload_adapter(
-    engine: AsyncEngine, name: str, *, by: str | None, kept: AdapterState | None = None
+    engine: AsyncEngine,
+    name: str,
+    *,
+    by: str | None,
+    kept: AdapterState | None = None,
+    shares: FairShares | None = None,
 ) -> None:
     """One that could not be loaded at start is unloaded as well: the next start does not try it.
 
@@ -117,6 +133,8 @@ async def unload_adapter(
         if kept is None or name not in kept.restored():
             raise
     log_event(logger, "adapter unloaded", adapter=name, by=by)
+    if shares is not None:
+        shares.forget(name)
     if kept is not None:
         await kept.forget(name)
 
@@ -208,6 +226,7 @@ async def _load_and_keep(
     on_progress: OnLoadProgress,
     by: str | None,
     kept: AdapterState | None,
+    shares: FairShares | None,
     fetched: asyncio.Event,
 ) -> Receipt:
     with logged_load(request.name, str(request.source), by):
@@ -225,9 +244,11 @@ async def _load_and_keep(
             raise AdapterFormatError(str(error).replace(str(path), where)) from error
         except Exception:
             with suppress(StateError):  # it is logged, and what failed first is told
-                await _keep(engine, request, path, kept)
+                await _keep(engine, request, path, kept, shares)
             raise
-    await _keep(engine, request, path, kept)
+    if shares is not None and request.weight is not None:
+        shares.give(request.name, request.weight)
+    await _keep(engine, request, path, kept, shares)
     return receipt
 
 
@@ -260,7 +281,11 @@ async def _register(
 
 
 async def _keep(
-    engine: AsyncEngine, request: LoadRequest, path: str | StoredAdapter, kept: AdapterState | None
+    engine: AsyncEngine,
+    request: LoadRequest,
+    path: str | StoredAdapter,
+    kept: AdapterState | None,
+    shares: FairShares | None,
 ) -> None:
     """Keeps the adapter as it is served now; who has replaced or unloaded it meanwhile keeps that."""
     if kept is None:
@@ -283,6 +308,7 @@ async def _keep(
         url=location if kind == "remote" else None,
         revision=request.source.revision,
         pin=info.is_pinned,
+        weight=1.0 if shares is None else shares.weight_of(request.name),
         manifest=None if request.manifest is None else request.manifest.to_fields(),
     )
     kept.remember(request.name, source, settings)

@@ -105,8 +105,8 @@ class AdapterState:
         """Keep for a name what was remembered of a directory. Raises as `keep` does."""
         current, earlier = self._adapters.get(name), self._earlier.get((name, directory))
         if earlier is not None:
-            is_pinned = earlier.pin if current is None else current.pin
-            await self.keep(name, earlier.model_copy(update={"pin": is_pinned}))
+            of_name = {} if current is None else {"pin": current.pin, "weight": current.weight}
+            await self.keep(name, earlier.model_copy(update=of_name))
         elif current is not None and current.path != directory:
             reason = "how it was loaded is not known, so the next start loads what was kept last"
             log_event(logger, "change not kept", level=logging.WARNING, adapter=name, reason=reason)

@@ -54,7 +54,9 @@ from loraserve.wire.messages import (
 )
 
 if TYPE_CHECKING:
+    from loraserve._core import Receipt
     from loraserve.async_engine import AsyncEngine
+    from loraserve.server.access.fair_shares import FairShares
     from loraserve.server.adapters.resolver import AdapterResolver
     from loraserve.server.adapters.state import AdapterState
 
@@ -88,7 +90,9 @@ class LoraServeServicer:
         on_engine_stopped: Callable[[], Awaitable[None]],
         sources: AdapterSources | None,
         kept: AdapterState | None = None,
+        shares: FairShares | None = None,
     ) -> None:
+        self._shares = shares
         self._engine = engine
         self._sources = sources
         self._kept = kept
@@ -151,10 +155,9 @@ class LoraServeServicer:
                 expected_generation=_expected(message),
                 share=message.share if message.HasField("share") else None,
                 shadow=message.shadow if message.HasField("shadow") else None,
+                weight=message.weight if message.HasField("weight") else None,
             )
-            receipt = await load_adapter(
-                self._engine, self._sources, wanted, lambda _: None, by=current_caller().name, kept=self._kept
-            )
+            receipt = await self._load(self._sources, wanted)
             return pb.LoadAdapterResponse(receipt=receipt_to_wire(receipt))
         return None
 
@@ -173,11 +176,10 @@ class LoraServeServicer:
                 expected_generation=_expected(head),
                 share=head.share if head.HasField("share") else None,
                 shadow=head.shadow if head.HasField("shadow") else None,
+                weight=head.weight if head.HasField("weight") else None,
                 stored=stored,
             )
-            receipt = await load_adapter(
-                self._engine, None, wanted, lambda _: None, by=current_caller().name, kept=self._kept
-            )
+            receipt = await self._load(None, wanted)
             return pb.LoadAdapterResponse(receipt=receipt_to_wire(receipt))
         return None
 
@@ -186,7 +188,8 @@ class LoraServeServicer:
     ) -> pb.UnloadAdapterResponse | None:
         """Refuse new requests for an adapter; running ones finish."""
         async with self._errors_answered(context, message):
-            await unload_adapter(self._engine, message.name, by=current_caller().name, kept=self._kept)
+            by = current_caller().name
+            await unload_adapter(self._engine, message.name, by=by, kept=self._kept, shares=self._shares)
             return pb.UnloadAdapterResponse()
         return None
 
@@ -271,6 +274,17 @@ class LoraServeServicer:
             return info_to_wire(self._engine.info())
         return None
 
+    async def _load(self, sources: AdapterSources | None, wanted: LoadRequest) -> Receipt:
+        return await load_adapter(
+            self._engine,
+            sources,
+            wanted,
+            lambda _: None,
+            by=current_caller().name,
+            kept=self._kept,
+            shares=self._shares,
+        )
+
     @asynccontextmanager
     async def _errors_answered(self, context: Context, message: Message | None) -> AsyncIterator[None]:
         """Turns an error of the body into the call's status; a cancelled call passes through."""
@@ -338,12 +352,13 @@ class GrpcServer:
         self._engine = engine
         self._credentials = credentials
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
-        interceptors = (AccessInterceptor(access or AccessControl.open()),)
+        access = access or AccessControl.open()
+        interceptors = (AccessInterceptor(access),)
         options = (*SERVER_OPTIONS, ("grpc.max_receive_message_length", max_message_nbytes))
         self._server = grpc.aio.server(interceptors=interceptors, options=options)
         stop_serving = self._health.enter_graceful_shutdown
         runner = RequestRunner(engine, metrics or Metrics(), limits or RequestLimits(), resolver)
-        servicer = LoraServeServicer(engine, runner, stop_serving, sources, kept)
+        servicer = LoraServeServicer(engine, runner, stop_serving, sources, kept, access.shares)
         pb_grpc.add_LoraServeServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         services = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)

@@ -19,6 +19,7 @@ from loraserve.server.access.keys import Caller
 from loraserve.server.adapters.loading import (
     LoadProgress,
     LoadRequest,
+    OnLoadProgress,
     load_adapter,
     pin_adapter,
     roll_back_adapter,
@@ -52,6 +53,7 @@ from loraserve.server.http.auth import current_caller
 from loraserve.server.http.errors import MAX_MESSAGE_CHARS, Family, error_body
 from loraserve.server.http.json_route import JsonRoute
 from loraserve.server.http.state import HttpState, http_state
+from loraserve.settings.fields import WEIGHTS
 from loraserve.validation.printable import printable
 
 if TYPE_CHECKING:
@@ -77,7 +79,9 @@ async def list_adapters(state: State, caller: AnyCaller) -> AdaptersBody:
     """All adapters the caller may use, by name, and those of them that the server started without."""
     adapters = sorted(state.engine.adapters(), key=lambda adapter: adapter.name)
     return AdaptersBody(
-        adapters=[_adapter_body(adapter, caller) for adapter in adapters if caller.may_use(adapter.name)],
+        adapters=[
+            _adapter_body(state, adapter, caller) for adapter in adapters if caller.may_use(adapter.name)
+        ],
         failed=[
             FailedAdapterBody(
                 name=failure.name,
@@ -112,6 +116,7 @@ async def load(body: LoadBody, request: Request, state: State, caller: Admin) ->
         expected_generation=body.expected_generation,
         share=body.share,
         shadow=body.shadow,
+        weight=body.weight,
     )
     if EVENT_STREAM in request.headers.get("accept", ""):
         return StreamingResponse(
@@ -119,7 +124,7 @@ async def load(body: LoadBody, request: Request, state: State, caller: Admin) ->
             media_type=EVENT_STREAM,
             headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
         )
-    await load_adapter(state.engine, _sources(state), wanted, lambda _: None, by=caller.name, kept=state.kept)
+    await _load(state, _sources(state), wanted, lambda _: None, caller)
     return _json(_find(state, body.name, caller), 201)
 
 
@@ -148,6 +153,9 @@ async def upload(
         float | None,
         Query(ge=0.0001, le=1, description="Of the name's requests that are copied to it; with replace."),
     ] = None,
+    weight: Annotated[
+        float | None, Query(ge=WEIGHTS[0], le=WEIGHTS[1], description="Of its share of the engine.")
+    ] = None,
 ) -> Response:
     """Load the adapter that is sent: a safetensors file as the body, 2 GiB at most.
 
@@ -164,9 +172,10 @@ async def upload(
         expected_generation=expected_generation,
         share=share,
         shadow=shadow,
+        weight=weight,
         stored=stored,
     )
-    await load_adapter(state.engine, None, wanted, lambda _: None, by=caller.name, kept=state.kept)
+    await _load(state, None, wanted, lambda _: None, caller)
     return _json(_find(state, name, caller), 201)
 
 
@@ -180,7 +189,7 @@ async def show(name: str, state: State, caller: AnyCaller) -> AdapterBody:
 @router.delete("/adapters/{name}", status_code=204)
 async def unload(name: str, state: State, caller: Admin) -> None:
     """Refuse new requests for the adapter; running ones finish, then its memory is free."""
-    await unload_adapter(state.engine, name, by=caller.name, kept=state.kept)
+    await _unload(state, name, caller)
 
 
 @router.put("/adapters/{name}/pin")
@@ -258,25 +267,43 @@ async def vllm_load(body: VllmLoadBody, state: State, caller: Admin) -> Response
     """vLLM's way to load an adapter."""
     source = _sources(state).find(body.lora_path)
     wanted = LoadRequest(name=body.lora_name, source=source, replaces=body.load_inplace)
-    await load_adapter(state.engine, _sources(state), wanted, lambda _: None, by=caller.name, kept=state.kept)
+    await _load(state, _sources(state), wanted, lambda _: None, caller)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
 @router.post("/v1/unload_lora_adapter", responses=VLLM_SUCCESS)
 async def vllm_unload(body: VllmUnloadBody, state: State, caller: Admin) -> Response:
     """vLLM's way to unload an adapter."""
-    await unload_adapter(state.engine, body.lora_name, by=caller.name, kept=state.kept)
+    await _unload(state, body.lora_name, caller)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+async def _load(
+    state: HttpState,
+    sources: AdapterSources | None,
+    wanted: LoadRequest,
+    on_progress: OnLoadProgress,
+    caller: Caller,
+) -> None:
+    await load_adapter(
+        state.engine,
+        sources,
+        wanted,
+        on_progress,
+        by=caller.name,
+        kept=state.kept,
+        shares=state.access.shares,
+    )
+
+
+async def _unload(state: HttpState, name: str, caller: Caller) -> None:
+    await unload_adapter(state.engine, name, by=caller.name, kept=state.kept, shares=state.access.shares)
 
 
 async def _load_events(state: HttpState, wanted: LoadRequest, caller: Caller) -> AsyncIterator[bytes]:
     """Server-sent events of a load; a client that leaves ends the download, what has come further goes on."""
     progress: asyncio.Queue[LoadProgress | None] = asyncio.Queue()
-    loading = asyncio.create_task(
-        load_adapter(
-            state.engine, _sources(state), wanted, progress.put_nowait, by=caller.name, kept=state.kept
-        )
-    )
+    loading = asyncio.create_task(_load(state, _sources(state), wanted, progress.put_nowait, caller))
     loading.add_done_callback(lambda _: progress.put_nowait(None))
     try:
         while True:
@@ -339,15 +366,16 @@ def _sources(state: HttpState) -> AdapterSources:
 def _find(state: HttpState, name: str, caller: Caller) -> AdapterBody:
     for adapter in state.engine.adapters():
         if adapter.name == name:
-            return _adapter_body(adapter, caller)
+            return _adapter_body(state, adapter, caller)
     raise AdapterNotFoundError(f"adapter {name!r} is not registered")
 
 
-def _adapter_body(adapter: AdapterInfo, caller: Caller) -> AdapterBody:
+def _adapter_body(state: HttpState, adapter: AdapterInfo, caller: Caller) -> AdapterBody:
     receipt = adapter.receipt
     load: dict[str, Any] = {
         "state": adapter.state,
         "pinned": adapter.is_pinned,
+        "weight": state.access.shares.weight_of(adapter.name),
         "num_running": adapter.num_running,
         "num_waiting": adapter.num_waiting,
         "requests": adapter.usage.num_requests,

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, Field
 
 from loraserve.server.http.request_body import Elsewhere, Neutral, NoEffect, RequestBody
+from loraserve.settings.fields import WEIGHTS
 
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 Generation = Annotated[int, Field(ge=0)]
@@ -44,6 +45,13 @@ class LoadBody(RequestBody):
     )
     share: Share | None = Field(
         None, description="Of the name's requests that get it, the others get what they got; with replace."
+    )
+    weight: float | None = Field(
+        None,
+        ge=WEIGHTS[0],
+        le=WEIGHTS[1],
+        description="Of its share of the engine beside other adapters, where these are told apart "
+        "(--fair-by); left out it stays as it was, or is 1.",
     )
     shadow: Fraction | None = Field(
         None, description="Of the name's requests that are copied to it, which answers none; with replace."
@@ -176,6 +184,7 @@ class AdapterBody(BaseModel):
     rank: int
     nbytes: int
     pinned: bool | None
+    weight: float | None = Field(description="Of its share of the engine beside other adapters.")
     num_running: int | None
     num_waiting: int | None
     requests: int | None

@@ -12,7 +12,7 @@ from loraserve.errors import InvalidRequestError
 from loraserve.server.http.errors import UNREAD_BODY
 
 OCTETS: Final = "application/octet-stream"
-PARAMETERS: Final = ("config", "replace", "pin", "warm", "expected_generation", "share", "shadow")
+PARAMETERS: Final = ("config", "replace", "pin", "warm", "expected_generation", "share", "shadow", "weight")
 # A file in some other dress; curl gives -T no type, and --data-binary that of a form's fields.
 WRONG_TYPES: Final = ("application/json", "multipart/")
 
