@@ -2,7 +2,8 @@
 
 A tiny random model, so that what is measured is the way of an adapter, not the model's. Prints whether every
 answer is that of the same adapter from a directory, how often each was fetched, and what a first token costs
-over a plain fetch.
+over a plain fetch. With --outage the bucket fails for a while: what callers are told of adapters in memory,
+on disk and elsewhere, and when the last are served again.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ import httpx
 from loraserve import LLM, SamplingParams
 from loraserve.adapters.remote import WANTED
 from loraserve.client import Client
+from loraserve.errors import LoraserveError, SourceUnavailableError
 from loraserve.remote.disk_cache import DiskCache
 from loraserve.remote.fetcher import Fetcher
 from loraserve.remote.location import AllowedLocations, parse_remote
@@ -37,9 +41,13 @@ from moto.server import ThreadedMotoServer
 from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.remote.failing_source import FailingSource
+
 BUCKET = "adapters-bucket"
 PROMPT = [11, 220, 3405, 17, 92, 1033, 7, 7, 501]
 PARAMS = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+BEFORE_S, AFTER_S = 5.0, 30.0
 HIDDEN, LAYERS, HEADS, RANK = 64, 2, 4, 8
 
 
@@ -53,9 +61,16 @@ def main() -> None:
     parser.add_argument("--zipf", type=float, default=1.2, help="exponent of the names' popularity")
     parser.add_argument("--cold", type=int, default=40, help="adapters whose first token is timed alone")
     parser.add_argument("--json", type=Path, help="file to write the results to")
+    parser.add_argument(
+        "--outage", type=float, help="instead: seconds for which the bucket fails while clients ask"
+    )
+    parser.add_argument(
+        "--fails", choices=("refuses", "hangs", "503"), default="refuses", help="what the bucket does then"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        results = measure(Path(directory), options)
+        run = measure if options.outage is None else measure_outage
+        results = run(Path(directory), options)
     for name, value in results.items():
         print(f"{name:<34} {value}")
     if options.json is not None:
@@ -66,17 +81,7 @@ def measure(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
     """All results, by what they are."""
     model = make_model(directory / "model")
     make = adapter_maker(directory / "template")
-    logging.getLogger("werkzeug").setLevel(logging.WARNING)
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    os.environ |= {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_REGION": "us-east-1"}
-    os.environ["AWS_ENDPOINT_URL"] = f"http://{host}:{port}"
-    client = boto3.client("s3", region_name="us-east-1")
-    client.create_bucket(Bucket=BUCKET)
-    for index in tqdm(range(options.names), desc="adapters", leave=False):
-        for name, data in make(index).items():
-            client.put_object(Bucket=BUCKET, Key=f"adapters/a{index}/{name}", Body=data)
+    server = bucket_server(make, options.names)
     nbytes = sum(map(len, make(0).values()))
     pool_nbytes = options.pool * nbytes + 8 * 2**20
     with serving(model, directory / "cache", pool_nbytes, directory / "log") as (http, grpc):
@@ -110,6 +115,116 @@ def measure(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
         "plain fetch, ms, median": round(1e3 * statistics.median(plain), 1),
         "cold first token, ms, p99": round(1e3 * sorted(cold)[int(0.99 * len(cold))], 1),
     }
+
+
+def measure_outage(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """What clients are told of adapters in memory, on disk and elsewhere before, in and after an outage."""
+    model = make_model(directory / "model")
+    make = adapter_maker(directory / "template")
+    server = bucket_server(make, options.names)
+    source = FailingSource(server.get_host_and_port()[1])
+    os.environ["AWS_ENDPOINT_URL"] = source.url
+    third = options.names // 3
+    names = {"in memory": range(20), "on disk": range(20, third), "elsewhere": range(third, options.names)}
+    pool_nbytes = options.names * sum(map(len, make(0).values())) + 8 * 2**20
+    with serving(model, directory / "cache", pool_nbytes, directory / "log") as (_, grpc):
+        right = {index: ask(grpc, f"a{index}") for index in range(third)}
+    right |= from_directories(directory, str(model), [*names["elsewhere"]], make)
+    with serving(model, directory / "cache", pool_nbytes, directory / "log") as (_, grpc):
+        for index in names["in memory"]:
+            ask(grpc, f"a{index}")
+        callers = OutageCallers(grpc, names, right)
+        with ThreadPoolExecutor(options.clients) as clients:
+            for seed in range(options.clients):
+                clients.submit(callers.call, seed)
+            time.sleep(BEFORE_S)
+            began = time.perf_counter()
+            source.behave(options.fails)
+            time.sleep(options.outage)
+            source.behave("answers")
+            ended = time.perf_counter()
+            time.sleep(AFTER_S)
+            callers.has_ended = True
+    source.close()
+    server.stop()
+    return callers.summary(began, ended)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call: when it began and ended, and what came of it."""
+
+    kind: str
+    index: int
+    began: float
+    ended: float
+    outcome: str
+    retry_after_s: float | None = None
+
+
+class OutageCallers:
+    """Ask for adapters of all kinds in turns, and note what they are told."""
+
+    def __init__(self, grpc: Client, names: dict[str, range], right: dict[int, list[int]]) -> None:
+        self.has_ended = False
+        self.calls: list[Call] = []
+        self._grpc = grpc
+        self._right = right
+        self._indices = {kind: itertools.cycle(indices) for kind, indices in names.items()}
+
+    def call(self, seed: int) -> None:
+        """Asks until `has_ended`."""
+        rng = random.Random(seed)
+        while not self.has_ended:
+            kind = rng.choice([*self._indices])
+            index = next(self._indices[kind])
+            began = time.perf_counter()
+            outcome, retry_after_s = "right", None
+            try:
+                outcome = "right" if ask(self._grpc, f"a{index}") == self._right[index] else "WRONG"
+            except SourceUnavailableError as error:
+                outcome, retry_after_s = type(error).__name__, error.retry_after_s
+            except LoraserveError as error:
+                outcome = type(error).__name__
+            self.calls.append(Call(kind, index, began, time.perf_counter(), outcome, retry_after_s))
+            time.sleep(rng.uniform(0.1, 0.3))
+
+    def summary(self, began: float, ended: float) -> dict[str, Any]:
+        """By kind and time: how many of what, milliseconds, seconds to come back in."""
+        results: dict[str, Any] = {}
+        times = {"before": (0.0, began), "during": (began, ended), "after": (ended, float("inf"))}
+        for (phase, (first, last)), kind in itertools.product(times.items(), self._indices):
+            calls = [call for call in self.calls if call.kind == kind and first <= call.began < last]
+            took = sorted(1e3 * (call.ended - call.began) for call in calls)
+            told = [call.retry_after_s for call in calls if call.retry_after_s is not None]
+            results[f"{phase}, {kind}"] = {
+                **Counter(call.outcome for call in calls),
+                "ms": [round(took[int(share * (len(took) - 1))], 1) for share in (0.5, 0.99, 1.0)],
+                **({"retry after, s": [round(min(told), 1), round(max(told), 1)]} if told else {}),
+            }
+        fetched = [call for call in self.calls if call.kind == "elsewhere" and call.outcome == "right"]
+        known = {call.index for call in fetched if call.ended <= ended}
+        again = [call.ended for call in fetched if call.index not in known]
+        results["first fetched again after, s"] = round(min(again) - ended, 2)
+        failed = [call.ended for call in self.calls if call.began > ended and call.outcome != "right"]
+        results["last refused after, s"] = round(max(failed, default=ended) - ended, 2)
+        return results
+
+
+def bucket_server(make: Any, num_names: int) -> ThreadedMotoServer:
+    """S3 on this machine with that many adapters; the environment's credentials become those for it."""
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    os.environ |= {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_REGION": "us-east-1"}
+    os.environ["AWS_ENDPOINT_URL"] = f"http://{host}:{port}"
+    client = boto3.client("s3", region_name="us-east-1")
+    client.create_bucket(Bucket=BUCKET)
+    for index in tqdm(range(num_names), desc="adapters", leave=False):
+        for name, data in make(index).items():
+            client.put_object(Bucket=BUCKET, Key=f"adapters/a{index}/{name}", Body=data)
+    return server
 
 
 def make_model(path: Path) -> Path:

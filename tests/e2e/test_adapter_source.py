@@ -19,7 +19,9 @@ from loraserve.client import Client
 from tests.e2e.test_state_dir import GREEDY, serving
 from tests.e2e.tiny import PROMPT
 from tests.loader.test_resolve import FakeHub
+from tests.remote.failing_source import Behaviour, FailingSource
 from tests.remote.s3 import BUCKET, Bucket
+from tests.remote.test_registry import Registry
 
 TEMPLATE = f"s3://{BUCKET}/adapters/{{name}}"
 WAIT_S = 60.0
@@ -101,6 +103,103 @@ def test_an_outage_is_told_and_harms_nothing_that_is_here(
             assert tokens(grpc, "a1") == tiny_expected["a1"]  # on disk
             assert tokens(grpc, "a2") == tiny_expected["a2"]  # in memory
         assert "left alone" in ask(http, "a3").text
+
+
+@pytest.mark.parametrize("fails", ["refuses", "hangs", "503"])
+def test_an_outage_under_load_ends_by_itself(
+    tiny_model: Model,
+    tiny_expected: dict[str, list[int]],
+    bucket: Bucket,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fails: Behaviour,
+) -> None:
+    source = FailingSource(bucket.port)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", source.url)
+    in_memory, on_disk, elsewhere = ["a1", "a2"], ["a3", "a4", "a5"], [f"a{index}" for index in range(10, 34)]
+    with serving(tiny_model[0], *options(tmp_path)) as (_, grpc):
+        for name in in_memory + on_disk:
+            tokens(grpc, name)
+    with serving(tiny_model[0], *options(tmp_path)) as (http, grpc):
+        for name in in_memory:
+            tokens(grpc, name)
+        source.behave(fails)
+        with ThreadPoolExecutor(16) as clients:
+            here = clients.map(lambda name: (name, tokens(grpc, name)), (in_memory + on_disk) * 4)
+            away = clients.map(lambda name: ask(http, name, **{"x-adapter-wait": "2"}), elsewhere[:12])
+            assert all(answer == tiny_expected[name] for name, answer in here)
+            for answer in away:
+                assert answer.status_code == 503, answer.text
+                assert 1 <= int(answer.headers["retry-after"]) <= 8
+        source.behave("answers")
+        until(lambda: ask(http, elsewhere[-1]).status_code == 200)
+        assert [tokens(grpc, name) for name in elsewhere] == [tiny_expected[name] for name in elsewhere]
+    source.close()
+
+
+def test_names_are_tags_of_a_registry(
+    tiny_model: Model, tiny_adapters: dict[str, str], tiny_expected: dict[str, list[int]], tmp_path: Path
+) -> None:
+    registry = Registry()
+    for name in ("a1", "a2"):
+        files = {path.name: path.read_bytes() for path in Path(tiny_adapters[name]).iterdir()}
+        registry.push(name, files)
+    more = [
+        "--adapter-source",
+        f"oci://{registry.host}/team/sql:{{name}}",
+        "--adapter-cache-dir",
+        str(tmp_path),
+    ]
+    with serving(tiny_model[0], *more) as (http, grpc):
+        assert [tokens(grpc, name) for name in ("a1", "a2")] == [tiny_expected["a1"], tiny_expected["a2"]]
+        assert ask(http, "none").status_code == 404
+        sent = {"name": "x", "source": f"oci://{registry.host}/team/sql:a2"}
+        assert http.post("/adapters", json=sent).status_code == 201
+        elsewhere = {"name": "y", "source": f"oci://{registry.host}/team/json:a2"}
+        assert http.post("/adapters", json=elsewhere).status_code == 403
+    registry.close()
+
+
+def test_what_is_being_written_over_is_told_to_come_back_for(
+    tiny_model: Model,
+    tiny_adapters: dict[str, str],
+    tiny_expected: dict[str, list[int]],
+    bucket: Bucket,
+    tmp_path: Path,
+) -> None:
+    """a7 has another rank than a1: its config with a1's weights can't be served."""
+    config = (Path(tiny_adapters["a7"]) / "adapter_config.json").read_bytes()
+    bucket.put("adapters/a1/adapter_config.json", config)
+    with serving(tiny_model[0], *options(tmp_path)) as (http, grpc):
+        answer = ask(http, "a1")
+        assert (answer.status_code, answer.headers.get("retry-after")) == (503, "2"), answer.text
+        assert "being written" in answer.text
+        bucket.put_directory("adapters/a1", tiny_adapters["a7"])
+        assert tokens(grpc, "a1") == tiny_expected["a7"]
+
+
+@pytest.mark.parametrize("how", ["source", "watched"])
+def test_files_that_change_under_an_adapter_are_read_again(
+    tiny_model: Model,
+    tiny_adapters: dict[str, str],
+    tiny_expected: dict[str, list[int]],
+    tmp_path: Path,
+    how: str,
+) -> None:
+    folder = tmp_path / "adapters"
+    folder.mkdir()
+    for name in ("a1", "a2", "a3"):
+        shutil.copytree(tiny_adapters[name], folder / name)
+    told = ["--adapter-source", f"{folder}/{{name}}"] if how == "source" else ["--adapter-dir", str(folder)]
+    with serving(tiny_model[0], *told) as (http, grpc):
+        body = {"model": "a1", "messages": [{"role": "user", "content": "x"}]}
+        counted = http.post("/v1/messages/count_tokens", json=body)  # registers it, and loads nothing
+        assert counted.status_code == 200, counted.text
+        write(folder / "a1", tiny_adapters["a7"])
+        answer = ask(http, "a1")
+        assert (answer.status_code, "retry-after" in answer.headers) == (503, True), answer.text
+        until(lambda: ask(http, "a1").status_code == 200)
+        assert tokens(grpc, "a1") == tiny_expected["a7"]
 
 
 def test_a_new_version_takes_the_place_of_the_old_one(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import httpx
 import pytest
 from moto.server import ThreadedMotoServer
 
@@ -30,6 +31,10 @@ class Bucket:
         }
         for name, value in self.environment.items():
             patch.setenv(name, value)
+        httpx.post(
+            f"http://{host}:{port}/moto-api/reset"
+        ).raise_for_status()  # servers of a process share all
+        self.port = port
         self.client: Any = boto3.client("s3", region_name="us-east-1")
         self.client.create_bucket(Bucket=BUCKET)
 

@@ -19,6 +19,10 @@ SHA = "a" * 64
         ("https://h/a.zip?token=x", RemoteLocation("https", "h", "a.zip", "token=x")),
         (f"https://h/a.tgz#sha256={SHA.upper()}", RemoteLocation("https", "h", "a.tgz", "", SHA)),
         ("http://127.0.0.1:80/a", RemoteLocation("http", "127.0.0.1:80", "a")),
+        ("oci://Host:5000/a/b", RemoteLocation("oci", "host:5000", "a/b", reference="latest")),
+        ("oci://ghcr.io/a/b:v1.2", RemoteLocation("oci", "ghcr.io", "a/b", reference="v1.2")),
+        (f"oci://h/a@sha256:{SHA}", RemoteLocation("oci", "h", "a", reference=f"@sha256:{SHA}")),
+        (f"oci://h/a:v1@sha256:{SHA}", RemoteLocation("oci", "h", "a", reference=f"@sha256:{SHA}")),
         ("https://[::1]:80/a", RemoteLocation("https", "[::1]:80", "a")),
     ],
 )
@@ -51,6 +55,13 @@ def test_locations_are_read(text: str, location: RemoteLocation) -> None:
         ("https://h o/a", "no bucket or server"),
         ("https://[::1/a", "no URL"),
         ("s3://bucket/" + "a" * 5000, "characters"),
+        ("oci://h/a:b:c", "comes :TAG or @sha256"),
+        ("oci://h/a@sha512:00", "comes :TAG or @sha256"),
+        ("oci://h/a:..", "comes :TAG or @sha256"),
+        ("oci://h/../a", "'..'"),
+        ("oci://h/a?x=1", "has no '\\?'"),
+        ("oci://h/%2e%2e/a", "has no '\\?'"),
+        ("oci://user:secret@h/a", "user name or password"),
     ],
 )
 def test_others_are_refused(text: str, why: str) -> None:
@@ -79,9 +90,14 @@ def test_what_gives_access_is_not_shown() -> None:
         ("https://host/any/thing", True),
         ("https://host:444/any/thing", False),
         ("http://host/any/thing", False),
+        ("oci://ghcr.io/team/adapters:v1", True),
+        ("oci://ghcr.io/team/adapters/sql:v1", True),
+        ("oci://ghcr.io/team/adapters-of-others:v1", False),
     ],
 )
 def test_a_prefix_ends_where_a_part_of_the_path_does(text: str, is_allowed: bool) -> None:
-    allowed = AllowedLocations.parsed(["s3://bucket/adapters/", "https://host"])
+    allowed = AllowedLocations.parsed(
+        ["s3://bucket/adapters/", "https://host", "oci://ghcr.io/team/adapters"]
+    )
     assert allowed.allow(parse_remote(text)) is is_allowed
     assert not AllowedLocations().allow(parse_remote(text))

@@ -78,11 +78,16 @@ class RemoteAdapters:
 
     def fetch(self, location: RemoteLocation, on_progress: OnProgress | None = None) -> Path:
         """Its directory, which stays until it is released. Raises as `Fetcher.fetch` does."""
-        entry = self._ready().fetch(location, on_progress or (lambda *_: None))
-        with self._lock:
-            if self._held.setdefault(str(entry.path), entry) is not entry:
-                entry.close()
-        return entry.path
+        return self._hold(self._ready().fetch(location, on_progress or (lambda *_: None)))
+
+    def check(self, location: RemoteLocation) -> Path | None:
+        """The same, if it lies here and the source has nothing newer. Raises as `Fetcher.check` does."""
+        entry = self._ready().check(location)
+        return None if entry is None else self._hold(entry)
+
+    def changed_at(self, location: RemoteLocation) -> float | None:
+        """When its files last changed, as far as known; seconds since 1970."""
+        return None if self._fetcher is None else self._fetcher.changed_at(location)
 
     def names(self, location: RemoteLocation) -> list[str]:
         """Names of the directories in it. Raises as `Fetcher.names` does."""
@@ -111,6 +116,12 @@ class RemoteAdapters:
             released = unused & self._unused
             self._unused = set(unused)
         self.release(released)
+
+    def _hold(self, entry: CacheEntry) -> Path:
+        with self._lock:
+            if self._held.setdefault(str(entry.path), entry) is not entry:
+                entry.close()
+        return entry.path
 
     def _ready(self) -> Fetcher:
         with self._lock:

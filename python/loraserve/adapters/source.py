@@ -80,7 +80,8 @@ def check_template(template: str) -> str:
         )
     if is_remote(template):
         location = parse_remote(template.replace(PLACE, "name"))
-        if "name" not in location.path.split("/") and not location.is_archive:
+        whole = (*location.path.split("/"), location.reference)
+        if "name" not in whole and not location.is_archive:
             raise InvalidRequestError(f"adapter_source: {PLACE} must be a whole part of the path")
     return template
 

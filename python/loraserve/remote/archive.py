@@ -16,7 +16,11 @@ from loraserve.remote.store import CHUNK_NBYTES
 MAX_MEMBERS: Final = 4096
 
 
-def unpack(archive: Path, name: str, into: Path, wants: Callable[[str], bool], max_nbytes: int) -> None:
+class NothingInArchiveError(AdapterFormatError):
+    """An archive holds no file that counts."""
+
+
+def unpack(archive: Path, name: str, into: Path, wants: Callable[[str], bool], max_nbytes: int) -> int:
     """Write the wanted files, which lie at the archive's top or in its one directory, into a directory.
 
     Nothing else is written: no links, devices or directories, and no name with a path.
@@ -28,8 +32,12 @@ def unpack(archive: Path, name: str, into: Path, wants: Callable[[str], bool], m
         wants: which names count.
         max_nbytes: of all that is written.
 
+    Returns:
+        Bytes written.
+
     Raises:
-        AdapterFormatError: it is damaged, holds none or too much of them, or two in different directories.
+        NothingInArchiveError: it holds none of them.
+        AdapterFormatError: it is damaged, holds too much of them, or two in different directories.
         OSError: they can't be written.
     """
     left = max_nbytes
@@ -53,7 +61,8 @@ def unpack(archive: Path, name: str, into: Path, wants: Callable[[str], bool], m
     except RuntimeError as error:  # of zipfile, where there is a password
         raise AdapterFormatError(f"the archive can't be read: {error}") from None
     if directory is None:
-        raise AdapterFormatError("the archive has no adapter at its top or in its one directory")
+        raise NothingInArchiveError("the archive has no adapter at its top or in its one directory")
+    return max_nbytes - left
 
 
 def _write(file: IO[bytes], path: Path, left: int, max_nbytes: int) -> int:

@@ -107,7 +107,12 @@ class DiskCache:
 
     def has(self, location: RemoteLocation) -> bool:
         """Whether any version of it lies there."""
-        return any(self.directory.glob(f"{_key(location)}-*/{ENTRY_NAME}"))
+        begin = f"{_key(location)}-"
+        with os.scandir(
+            self.directory
+        ) as entries:  # of tens of thousands: a pattern takes four times as long
+            names = [entry.name for entry in entries if entry.name.startswith(begin)]
+        return any((self.directory / name / ENTRY_NAME).exists() for name in names)
 
     @contextmanager
     def fetching(self, location: RemoteLocation) -> Iterator[Path]:
@@ -267,7 +272,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _key(location: RemoteLocation) -> str:
-    return _hash(f"{location.origin}/{location.path}?{location.query}#{location.sha256}")
+    return _hash(f"{location.origin}/{location.path}{location.reference}?{location.query}#{location.sha256}")
 
 
 def _hash(text: str) -> str:

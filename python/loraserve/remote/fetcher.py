@@ -15,8 +15,11 @@ from loraserve.errors import AdapterFormatError, SourceUnavailableError, StateEr
 from loraserve.remote.breaker import CircuitBreaker
 from loraserve.remote.disk_cache import CacheEntry, DiskCache
 from loraserve.remote.location import AllowedLocations, RemoteLocation
-from loraserve.remote.object_store import ObjectStore
+from loraserve.remote.object_store import ObjectClients, ObjectStore
+from loraserve.remote.registry import RegistryStore
 from loraserve.remote.store import (
+    CHECK_LIMIT_S,
+    LIST_LIMIT_S,
     ChangedError,
     DeniedError,
     NotThereError,
@@ -32,7 +35,8 @@ from loraserve.remote.web import WebStore
 logger = logging.getLogger(__name__)
 
 DENIED_PAUSE_S: Final = 10.0
-MAX_BREAKERS: Final = 1024  # of sources that were asked lately
+MAX_SOURCES: Final = 1024  # that were asked lately
+MAX_CHANGES: Final = 4096  # of locations that were asked for lately
 
 
 class NothingThereError(AdapterFormatError):
@@ -56,6 +60,18 @@ class Counts:
                 setattr(self, name, getattr(self, name) + count)
 
 
+@dataclass(frozen=True)
+class _Breakers:
+    """Of one source: who fetches asks the first, who only looks for a newer version both."""
+
+    fetches: CircuitBreaker = field(default_factory=CircuitBreaker)
+    checks: CircuitBreaker = field(default_factory=lambda: CircuitBreaker(max_failures=1))
+
+    def succeeded(self) -> None:
+        self.fetches.succeeded()
+        self.checks.succeeded()
+
+
 class Fetcher:
     """Fetches into one cache; blocks the calling thread, may be used from any.
 
@@ -71,7 +87,40 @@ class Fetcher:
         self._wanted = wanted
         self._allowed = allowed
         self._lock = threading.Lock()
-        self._breakers: OrderedDict[str, CircuitBreaker] = OrderedDict()
+        self._clients = ObjectClients()
+        self._breakers: OrderedDict[str, _Breakers] = OrderedDict()
+        self._changed_at: OrderedDict[RemoteLocation, float] = OrderedDict()
+
+    def check(self, location: RemoteLocation) -> CacheEntry | None:
+        """What lies on disk, if the source has nothing newer or does not answer at once; None: `fetch` it.
+
+        Raises StateError: the cache can't be read.
+        """
+        try:
+            if not self.cache.has(location):
+                return None
+        except OSError as error:
+            raise self._unreadable(error) from None
+        breakers = self._breakers_of(location.origin)
+        if breakers.fetches.is_open() or breakers.checks.wait_s() > 0.0:
+            return self._kept(location, "it is left alone for a while", 0.0)
+        try:
+            with closing(self._store(location, CHECK_LIMIT_S)) as store:
+                files = store.files()
+        except TransientError as error:
+            breakers.checks.failed(error.retry_after_s)
+            return self._kept(location, str(error), 0.0)
+        except (NotThereError, DeniedError, WrongAnswerError, ChangedError):
+            return None
+        breakers.succeeded()
+        entry = self.cache.version(location, files)
+        if entry is not None:
+            self.counts.add(disk_hits=1)
+        return entry
+
+    def changed_at(self, location: RemoteLocation) -> float | None:
+        """When its files last changed, as they were when last listed; seconds since 1970."""
+        return self._changed_at.get(location)
 
     def fetch(self, location: RemoteLocation, on_progress: OnProgress = lambda *_: None) -> CacheEntry:
         """The location's newest version on disk, held until the entry is closed.
@@ -85,12 +134,12 @@ class Fetcher:
             InvalidRequestError: the location can't be read with what is installed.
             CapacityError, StateError: the cache can't take it.
         """
-        breaker = self._breaker(location.origin)
-        wait_s = breaker.wait_s()
+        breaker = self._breakers_of(location.origin)
+        wait_s = breaker.fetches.wait_s()
         if wait_s > 0.0:
             return self._kept(location, "it has failed several times, it is left alone for a while", wait_s)
         try:
-            entry = self._fetched(location, on_progress)
+            entry = self._fetched(location, on_progress, breaker.fetches)
         except NotThereError:
             breaker.succeeded()
             raise NothingThereError(f"there is no adapter at {location}") from None
@@ -107,16 +156,14 @@ class Fetcher:
             return self._kept(location, str(error), DENIED_PAUSE_S)
         except TransientError as error:
             self.counts.add(failures=1)
-            return self._kept(location, str(error), breaker.failed(error.retry_after_s))
+            return self._kept(location, str(error), breaker.fetches.failed(error.retry_after_s))
         except AdapterFormatError as error:
             breaker.succeeded()
             self.counts.add(failures=1)
             raise AdapterFormatError(f"adapter at {location}: {error}") from None
         except OSError as error:
             self.counts.add(failures=1)
-            raise StateError(
-                f"adapter cache {self.cache.directory} can't be written: {error.strerror or error}"
-            ) from None
+            raise self._unreadable(error) from None
         breaker.succeeded()
         return entry
 
@@ -125,33 +172,48 @@ class Fetcher:
 
         Raises SourceUnavailableError, InvalidRequestError.
         """
-        breaker = self._breaker(location.origin)
-        wait_s = breaker.wait_s()
+        breaker = self._breakers_of(location.origin)
+        wait_s = breaker.fetches.wait_s()
         if wait_s > 0.0:
             raise _unavailable(location, "it is left alone for a while", wait_s)
         try:
-            names = ObjectStore(location, self._wanted).names()
+            names = ObjectStore(location, self._wanted, self._clients).names()
         except NotThereError:
             names = []
         except (DeniedError, WrongAnswerError) as error:
             raise _unavailable(location, str(error), DENIED_PAUSE_S) from None
         except (TransientError, ChangedError) as error:
-            raise _unavailable(location, str(error), breaker.failed()) from None
+            raise _unavailable(location, str(error), breaker.fetches.failed()) from None
         breaker.succeeded()
         return names
 
-    def _fetched(self, location: RemoteLocation, on_progress: OnProgress) -> CacheEntry:
+    def _fetched(
+        self, location: RemoteLocation, on_progress: OnProgress, breaker: CircuitBreaker
+    ) -> CacheEntry:
         found: CacheEntry | None = None
 
         def is_there(files: Sequence[RemoteFile]) -> bool:
             nonlocal found
+            self._note_changes(location, files)
             found = self.cache.version(location, files)
             return found is not None
+
+        def goes_on(error: TransientError) -> bool:
+            breaker.failed(error.retry_after_s)
+            return not breaker.is_open()
 
         with self.cache.fetching(location) as directory, closing(self._store(location)) as store:
             # What is there already is served where the source fails, so that it is not waited for.
             max_tries = 1 if self.cache.has(location) else MAX_TRIES
-            transfer = Transfer(location, store, directory, self._wanted, on_progress, max_tries=max_tries)
+            transfer = Transfer(
+                location,
+                store,
+                directory,
+                self._wanted,
+                on_progress,
+                max_tries=max_tries,
+                goes_on=goes_on,
+            )
             files = transfer.run(is_there)
             if found is not None:
                 self.counts.add(disk_hits=1)
@@ -169,18 +231,33 @@ class Fetcher:
         logger.warning("%s: %s; what was fetched before is used", location, why)
         return entry
 
-    def _store(self, location: RemoteLocation) -> Store:
-        if location.is_web:
-            return WebStore(location, self._wanted, self._allowed)
-        return ObjectStore(location, self._wanted)
-
-    def _breaker(self, origin: str) -> CircuitBreaker:
+    def _note_changes(self, location: RemoteLocation, files: Sequence[RemoteFile]) -> None:
+        times = [file.changed_at for file in files if file.changed_at is not None]
         with self._lock:
-            breaker = self._breakers.setdefault(origin, CircuitBreaker())
+            self._changed_at.pop(location, None)
+            if times:
+                self._changed_at[location] = max(times)
+            if len(self._changed_at) > MAX_CHANGES:
+                self._changed_at.popitem(last=False)
+
+    def _store(self, location: RemoteLocation, list_limit_s: float = LIST_LIMIT_S) -> Store:
+        if location.is_web:
+            return WebStore(location, self._wanted, self._allowed, list_limit_s)
+        if location.is_registry:
+            return RegistryStore(location, self._wanted, self._allowed, list_limit_s)
+        return ObjectStore(location, self._wanted, self._clients, list_limit_s)
+
+    def _breakers_of(self, origin: str) -> _Breakers:
+        with self._lock:
+            breakers = self._breakers.setdefault(origin, _Breakers())
             self._breakers.move_to_end(origin)
-            if len(self._breakers) > MAX_BREAKERS:
+            if len(self._breakers) > MAX_SOURCES:
                 self._breakers.popitem(last=False)
-            return breaker
+            return breakers
+
+    def _unreadable(self, error: OSError) -> StateError:
+        why = error.strerror or error
+        return StateError(f"adapter cache {self.cache.directory} can't be read or written: {why}")
 
 
 def _unavailable(location: RemoteLocation, why: str, wait_s: float) -> SourceUnavailableError:

@@ -1,4 +1,4 @@
-"""`RemoteLocation`: a directory or an archive in an object store or on a web server, as people write it."""
+"""`RemoteLocation`: what lies in an object store, a web server or a registry, as people write it."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from loraserve.errors import InvalidRequestError
 from loraserve.validation.printable import printable
 
 OBJECT_SCHEMES: Final = ("s3", "gs", "az")
 WEB_SCHEMES: Final = ("https", "http")
-SCHEMES: Final = (*OBJECT_SCHEMES, *WEB_SCHEMES)
+REGISTRY_SCHEME: Final = "oci"
+SCHEMES: Final = (*OBJECT_SCHEMES, *WEB_SCHEMES, REGISTRY_SCHEME)
 ARCHIVE_ENDS: Final = (".tar", ".tar.gz", ".tgz", ".zip")
 MAX_CHARS: Final = 4096
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://")
 _HOST = re.compile(r"[A-Za-z0-9_.\-]+(:[0-9]{1,5})?|\[[0-9A-Fa-f:.]+\](:[0-9]{1,5})?")
+_REFERENCE = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}|@sha256:[0-9a-f]{64})")
 _SHA256 = re.compile(r"sha256=([0-9a-fA-F]{64})")
 
 
@@ -29,6 +31,7 @@ class RemoteLocation:
         path: decoded, without "/" at either end.
         query: of a web server's archive; it may be what gives access, so it is never shown.
         sha256: what the archive's bytes must have, in hexadecimal; None where it was not given.
+        reference: of a registry the tag, or "@sha256:HEX".
     """
 
     scheme: str
@@ -36,6 +39,7 @@ class RemoteLocation:
     path: str
     query: str = field(default="", repr=False)
     sha256: str | None = None
+    reference: str = ""
 
     @property
     def origin(self) -> str:
@@ -45,7 +49,17 @@ class RemoteLocation:
     @property
     def is_archive(self) -> bool:
         """Whether it is one file that holds the others."""
-        return self.path.lower().endswith(ARCHIVE_ENDS)
+        return not self.is_registry and self.path.lower().endswith(ARCHIVE_ENDS)
+
+    @property
+    def is_registry(self) -> bool:
+        """Whether it is an artifact of a registry of containers."""
+        return self.scheme == REGISTRY_SCHEME
+
+    @property
+    def is_bucket(self) -> bool:
+        """Whether it lies in an object store, which lists what there is."""
+        return self.scheme in OBJECT_SCHEMES
 
     @property
     def is_web(self) -> bool:
@@ -58,7 +72,8 @@ class RemoteLocation:
         return f"{self.origin}/{path}{'?' if self.query else ''}{self.query}"
 
     def __str__(self) -> str:
-        return f"{self.origin}/{self.path}{'?…' if self.query else ''}"
+        between = ":" if self.reference and not self.reference.startswith("@") else ""
+        return f"{self.origin}/{self.path}{between}{self.reference}{'?…' if self.query else ''}"
 
 
 def is_remote(text: str) -> bool:
@@ -91,6 +106,8 @@ def parse_remote(text: str) -> RemoteLocation:
     if _HOST.fullmatch(parts.netloc) is None:
         raise _refused(text, "it names no bucket or server")
     scheme, is_web = parts.scheme.lower(), parts.scheme.lower() in WEB_SCHEMES
+    if scheme == REGISTRY_SCHEME:
+        return _artifact(text, parts)
     path = unquote(parts.path, errors="strict") if is_web else parts.path
     if not is_web and (parts.query or "%" in path):
         raise _refused(text, "names in a bucket with '?' or '%' can't be read")
@@ -101,6 +118,24 @@ def parse_remote(text: str) -> RemoteLocation:
     if parts.query and not location.is_archive:
         raise _refused(text, f"only that of an archive ({', '.join(ARCHIVE_ENDS)}) may have a query")
     return _with_fragment(location, text, parts.fragment)
+
+
+def _artifact(text: str, parts: SplitResult) -> RemoteLocation:
+    """`oci://HOST/REPOSITORY`, `:TAG` or `@sha256:HEX`; without either it is the tag "latest"."""
+    path = parts.path.strip("/")
+    if parts.query or parts.fragment or "%" in path:
+        raise _refused(text, "an artifact of a registry has no '?', '#' or '%'")
+    if "@" in path:
+        repository, _, digest = path.partition("@")
+        repository, reference = repository.partition(":")[0], f"@{digest}"
+    else:
+        folder, slash, last = path.rpartition("/")
+        last, colon, tag = last.partition(":")
+        repository, reference = f"{folder}{slash}{last}", tag if colon else "latest"
+    _check_path(text, repository)
+    if _REFERENCE.fullmatch(reference) is None:
+        raise _refused(text, "behind the repository comes :TAG or @sha256:HEX")
+    return RemoteLocation(REGISTRY_SCHEME, parts.netloc.lower(), repository, reference=reference)
 
 
 def _with_fragment(location: RemoteLocation, text: str, fragment: str) -> RemoteLocation:

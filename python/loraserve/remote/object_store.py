@@ -5,6 +5,9 @@ from __future__ import annotations
 import http
 import os
 import re
+import threading
+import time
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -14,6 +17,7 @@ from loraserve.errors import InvalidRequestError
 from loraserve.remote.location import RemoteLocation
 from loraserve.remote.store import (
     CONNECT_LIMIT_S,
+    LIST_LIMIT_S,
     MAX_INDEX_NBYTES,
     READ_LIMIT_S,
     ChangedError,
@@ -32,9 +36,12 @@ if TYPE_CHECKING:
 PIECE_NBYTES = 8 * 2**20  # of one request, which `READ_LIMIT_S` bounds
 MAX_LISTED = 4096  # files looked at in a location
 MAX_NAMES = 100_000
+CLIENT_S = 60.0
+MAX_CLIENTS = 64
+_PREFIXES = ("AWS_", "GOOGLE_", "AZURE_", "STORAGE_")
 _ENDPOINTS = {
     "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
-    "gs": ("GOOGLE_BASE_URL",),
+    "gs": ("GOOGLE_BASE_URL", "STORAGE_EMULATOR_HOST"),
     "az": ("AZURE_ENDPOINT", "AZURE_STORAGE_ENDPOINT"),
 }
 _VARIABLES = {
@@ -55,15 +62,24 @@ class ObjectStore:
     Args:
         location: where they lie.
         wanted: which names count.
+        clients: which speak to them.
+        list_limit_s: before an answer that tells what there is.
 
     Raises:
         InvalidRequestError: the library for it is not installed, or the environment makes no sense.
     """
 
-    def __init__(self, location: RemoteLocation, wanted: WantedFiles) -> None:
+    def __init__(
+        self,
+        location: RemoteLocation,
+        wanted: WantedFiles,
+        clients: ObjectClients,
+        list_limit_s: float = LIST_LIMIT_S,
+    ) -> None:
         self._location = location
         self._wanted = wanted
-        self._client = _client(location)
+        self._clients = clients
+        self._client = clients.get(location, list_limit_s)
 
     def close(self) -> None:
         """As `Store.close`: the library keeps connections for the next one."""
@@ -111,6 +127,7 @@ class ObjectStore:
         import obstore  # noqa: PLC0415 (an extra)
 
         assert file.nbytes is not None
+        client = self._clients.get(self._location, READ_LIMIT_S)
         path = "/".join(filter(None, (self._location.path, file.name)))
         while start < file.nbytes:
             stop = min(start + PIECE_NBYTES, file.nbytes)
@@ -118,7 +135,7 @@ class ObjectStore:
             if file.version is not None:
                 options["if_match"] = file.version
             with self._typed_errors():
-                piece = bytes(obstore.get(self._client, path, options=options).bytes())
+                piece = bytes(obstore.get(client, path, options=options).bytes())
             if len(piece) != stop - start:
                 raise TransientError(f"of {stop - start} bytes {len(piece)} came")
             yield piece
@@ -155,9 +172,7 @@ class ObjectStore:
                 "it has a key with an empty part, '.' or '..', beside which nothing can be listed: remove it"
             ) from None
         except (PermissionDeniedError, UnauthenticatedError):
-            raise DeniedError(
-                f"it refuses the credentials of the environment ({_VARIABLES[self._location.scheme]})"
-            ) from None
+            raise _denied(self._location.scheme) from None
         except (BaseError, OSError, ValueError) as error:
             raise _typed(str(error), self._location.scheme) from None
 
@@ -171,15 +186,47 @@ def _typed(text: str, scheme: str) -> Exception:
     status = int(found[1])
     if status == http.HTTPStatus.NOT_FOUND:
         return NotThereError()
+    if status in (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN):  # of a list
+        return _denied(scheme)
     words = f"it answered with status {status}"
     return TransientError(words) if status >= 500 or status in (408, 429) else WrongAnswerError(words)
 
 
+def _denied(scheme: str) -> DeniedError:
+    return DeniedError(f"it refuses the credentials of the environment ({_VARIABLES[scheme]})")
+
+
 def _file(name: str, meta: Any) -> RemoteFile:
-    return RemoteFile(name, meta["size"], meta["e_tag"])
+    return RemoteFile(name, meta["size"], meta["e_tag"], meta["last_modified"].timestamp())
 
 
-def _client(location: RemoteLocation) -> Client:
+class ObjectClients:
+    """Clients of buckets, each for a minute: connections are used again, files of credentials read again.
+
+    May be used from any thread.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._clients: OrderedDict[tuple[object, ...], tuple[float, Client]] = OrderedDict()
+
+    def get(self, location: RemoteLocation, limit_s: float) -> Client:
+        """One whose requests may take `limit_s`. Raises InvalidRequestError, as `ObjectStore` does."""
+        names = sorted(name for name in os.environ if name.startswith(_PREFIXES))
+        key = (location.origin, limit_s, *((name, os.environ[name]) for name in names))
+        now = time.monotonic()
+        with self._lock:
+            made_at, client = self._clients.get(key, (now, None))
+            if client is None or now - made_at > CLIENT_S:
+                made_at, client = now, _client(location, limit_s)
+            self._clients[key] = (made_at, client)
+            self._clients.move_to_end(key)
+            while len(self._clients) > MAX_CLIENTS:
+                self._clients.popitem(last=False)
+        return client
+
+
+def _client(location: RemoteLocation, limit_s: float) -> Client:
     try:
         from obstore.store import AzureStore, GCSStore, S3Store  # noqa: PLC0415 (an extra)
     except ImportError:
@@ -187,10 +234,12 @@ def _client(location: RemoteLocation) -> Client:
             f"{location.scheme}:// needs the extra of object stores: pip install 'loraserve[remote]'"
         ) from None
     endpoint = next((os.environ[name] for name in _ENDPOINTS[location.scheme] if name in os.environ), "")
+    if endpoint and "://" not in endpoint:
+        endpoint = f"http://{endpoint}"
     options: Any = {
         "client_options": {
-            "connect_timeout": f"{CONNECT_LIMIT_S:g} seconds",
-            "timeout": f"{READ_LIMIT_S:g} seconds",
+            "connect_timeout": f"{min(CONNECT_LIMIT_S, limit_s):g} seconds",
+            "timeout": f"{limit_s:g} seconds",
             "allow_http": endpoint.startswith("http://"),
         },
         "retry_config": {"max_retries": 0},
@@ -201,6 +250,8 @@ def _client(location: RemoteLocation) -> Client:
                 options["endpoint"] = endpoint
             return S3Store(location.host, **options)
         if location.scheme == "gs":
+            if endpoint and "GOOGLE_BASE_URL" not in os.environ:  # an emulator, as Google's clients take it
+                options |= {"base_url": endpoint, "skip_signature": True}
             return GCSStore(location.host, **options)
         return AzureStore(location.host, **options)
     except Exception as error:  # the library has several, with values of the environment in their words

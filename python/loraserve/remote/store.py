@@ -12,6 +12,8 @@ MAX_INDEX_NBYTES = 16 * 2**20
 MAX_SHARDS = 1000
 CONNECT_LIMIT_S = 10.0
 READ_LIMIT_S = 30.0  # between two pieces of an answer
+LIST_LIMIT_S = 10.0  # before an answer that tells what there is
+CHECK_LIMIT_S = 2.0  # the same, where what lies on disk can be served without it
 
 
 @dataclass(frozen=True)
@@ -22,11 +24,17 @@ class RemoteFile:
         name: within its location; "" for an archive itself.
         nbytes: None where the server does not tell.
         version: changes with the content (an ETag, or size and time); None where the server does not tell.
+        changed_at: when that was last, in seconds since 1970; None where the server does not tell.
+        sha256: what its bytes must have, in hexadecimal; None where nobody has told.
+        is_archive: whether what counts lies in it, as in a tar; its name is then that of the archive.
     """
 
     name: str
     nbytes: int | None
     version: str | None
+    changed_at: float | None = None
+    sha256: str | None = None
+    is_archive: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 from loraserve.errors import AdapterFormatError
-from loraserve.remote.archive import unpack
+from loraserve.remote.archive import NothingInArchiveError, unpack
 from loraserve.remote.disk_cache import sha256_of
 from loraserve.remote.location import RemoteLocation
 from loraserve.remote.store import (
@@ -47,6 +47,7 @@ class Transfer:
         wanted: which files, and how large they may be.
         on_progress: told of every piece.
         max_tries: of a file or a list, without a byte in between.
+        goes_on: told of each failure that is not the last try's; whether there is to be another try.
         sleep: waits between tries.
 
     `num_fetched` counts the bytes that came.
@@ -61,6 +62,7 @@ class Transfer:
         on_progress: OnProgress,
         *,
         max_tries: int = MAX_TRIES,
+        goes_on: Callable[[TransientError], bool] = lambda _: True,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.num_fetched = 0
@@ -70,6 +72,7 @@ class Transfer:
         self._wanted = wanted
         self._on_progress = on_progress
         self._max_tries = max_tries
+        self._goes_on = goes_on
         self._sleep = sleep
         self._done_nbytes = 0
         self._ends_at = time.monotonic() + MAX_TRANSFER_S
@@ -103,8 +106,10 @@ class Transfer:
         self._done_nbytes = 0
         for file in files:
             self._fetch_file(file, total)
-        if self._location.is_archive:
-            self._unpack()
+        for file in files:
+            self._check_sha256(file)
+        if archives := [file for file in files if file.is_archive or not file.name]:
+            self._unpack(archives)
 
     def _forget_others(self, files: list[RemoteFile]) -> None:
         """Parts of other versions are removed; what versions the parts are of is kept."""
@@ -141,7 +146,7 @@ class Transfer:
                     break
                 except TransientError as error:
                     num_failed = 1 if out.tell() > start else num_failed + 1
-                    if num_failed >= self._max_tries:
+                    if num_failed >= self._max_tries or (out.tell() == start and not self._goes_on(error)):
                         raise
                     self._pause(num_failed, error)
             if file.nbytes is not None and out.tell() > file.nbytes:
@@ -154,6 +159,8 @@ class Transfer:
             try:
                 return function()
             except TransientError as error:
+                if not self._goes_on(error):
+                    raise
                 self._pause(num_failed, error)
         return function()
 
@@ -169,14 +176,29 @@ class Transfer:
         if time.monotonic() > self._ends_at:
             raise WrongAnswerError(f"it has sent for over {MAX_TRANSFER_S:g} s")
 
-    def _unpack(self) -> None:
-        archive = self._directory / ARCHIVE_NAME
-        expected = self._location.sha256
-        if expected is not None and (found := sha256_of(archive)) != expected:
+    def _check_sha256(self, file: RemoteFile) -> None:
+        expected = file.sha256 if file.name else self._location.sha256
+        path = self._directory / (file.name or ARCHIVE_NAME)
+        if expected is not None and (found := sha256_of(path)) != expected:
+            path.unlink()
+            raise AdapterFormatError(
+                f"{file.name or 'the archive'} is not what was asked for: SHA-256 {found}, not {expected}"
+            )
+
+    def _unpack(self, archives: Sequence[RemoteFile]) -> None:
+        left, nothing = self._wanted.max_nbytes, None
+        has_files = any(self._wanted.wants(path.name) for path in self._directory.iterdir())
+        for file in archives:
+            archive = self._directory / (file.name or ARCHIVE_NAME)
+            name = file.name or self._location.path
+            try:
+                left -= unpack(archive, name, self._directory, self._wanted.wants, left)
+                has_files = True
+            except NothingInArchiveError as error:
+                nothing = error
             archive.unlink()
-            raise AdapterFormatError(f"its SHA-256 is {found}, {expected} was asked for")
-        unpack(archive, self._location.path, self._directory, self._wanted.wants, self._wanted.max_nbytes)
-        archive.unlink()
+        if nothing is not None and not has_files:
+            raise nothing
 
     def _check_sums(self) -> None:
         """Whether the files are those that a `SHA256SUMS` among them lists; others in it are left alone."""

@@ -5,30 +5,29 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
 from typing import Any, Final
 
 import httpx
 
 from loraserve.errors import InvalidRequestError
+from loraserve.remote.http_answers import REDIRECTS, body, check_status, ranged_body, typed_errors
 from loraserve.remote.location import AllowedLocations, RemoteLocation, parse_remote
 from loraserve.remote.store import (
     CONNECT_LIMIT_S,
+    LIST_LIMIT_S,
     MAX_INDEX_NBYTES,
     READ_LIMIT_S,
     ChangedError,
-    DeniedError,
     NotThereError,
     RemoteFile,
-    TransientError,
     WantedFiles,
     WrongAnswerError,
     shard_names,
 )
 
 MAX_REDIRECTS: Final = 5
-_TRANSIENT: Final = (408, 425, 429, 500, 502, 503, 504)
-_REDIRECTS: Final = (301, 302, 303, 307, 308)
-_NOT_THERE: Final = (404, 410)
+CREDENTIALS: Final = "credentials for it come from ~/.netrc or NETRC"
 
 
 class WebStore:
@@ -40,6 +39,7 @@ class WebStore:
         location: where they lie.
         wanted: whose names are asked for one by one; its index has names of more as values of "weight_map".
         allowed: where redirects may lead; the location's own server always.
+        list_limit_s: before an answer that tells what there is.
     """
 
     def __init__(
@@ -47,12 +47,14 @@ class WebStore:
         location: RemoteLocation,
         wanted: WantedFiles,
         allowed: AllowedLocations,
+        list_limit_s: float = LIST_LIMIT_S,
     ) -> None:
         self._location = location
         self._wanted = wanted
         self._allowed = allowed
+        self._list_limit = httpx.Timeout(list_limit_s, connect=min(CONNECT_LIMIT_S, list_limit_s))
         self._client = httpx.Client(
-            timeout=httpx.Timeout(READ_LIMIT_S, connect=CONNECT_LIMIT_S),
+            timeout=httpx.Timeout(READ_LIMIT_S, connect=min(CONNECT_LIMIT_S, list_limit_s)),
             headers={"Accept-Encoding": "identity"},
             auth=_netrc(),
         )
@@ -81,14 +83,7 @@ class WebStore:
                 headers["If-Range"] = file.version
         with self._answer("GET", file.name, headers) as answer:
             _check_same(file, answer)
-            skip = 0
-            if start and answer.status_code == httpx.codes.OK:
-                skip = start  # it sends all of it again
-            elif start and not answer.headers.get("content-range", "").startswith(f"bytes {start}-"):
-                raise TransientError("it sends another part than was asked for")
-            for chunk in _chunks(answer):
-                yield chunk[skip:] if skip < len(chunk) else b""
-                skip = max(0, skip - len(chunk))
+            yield from ranged_body(answer, start)
 
     def _head_if_there(self, name: str) -> RemoteFile | None:
         try:
@@ -98,32 +93,30 @@ class WebStore:
 
     def _head(self, name: str) -> RemoteFile:
         """By GET, whose body is left: what signs an address signs its method as well."""
-        with self._answer("GET", name, {}) as answer:
+        with self._answer("GET", name, {}, self._list_limit) as answer:
             length = answer.headers.get("content-length", "")
             nbytes = int(length) if length.isdecimal() and len(length) < 16 else None
-            return RemoteFile(name, nbytes, _version(answer))
+            return RemoteFile(name, nbytes, _version(answer), _changed_at(answer))
 
     def _shards(self) -> list[str]:
-        data = bytearray()
-        with self._answer("GET", self._wanted.index, {}) as answer:
-            for chunk in _chunks(answer):
-                data += chunk
-                if len(data) > MAX_INDEX_NBYTES:
-                    raise WrongAnswerError(
-                        f"its {self._wanted.index} has more than {MAX_INDEX_NBYTES} bytes, the limit"
-                    )
+        with self._answer("GET", self._wanted.index, {}, self._list_limit) as answer:
+            data = body(answer, MAX_INDEX_NBYTES, f"its {self._wanted.index}")
         return shard_names(data, self._wanted)
 
     @contextmanager
-    def _answer(self, method: str, name: str, headers: dict[str, str]) -> Iterator[httpx.Response]:
+    def _answer(
+        self, method: str, name: str, headers: dict[str, str], limit: httpx.Timeout | None = None
+    ) -> Iterator[httpx.Response]:
+        limit = limit or self._client.timeout
         location, url = self._location, self._location.url(name)
         for _ in range(MAX_REDIRECTS + 1):
-            with _typed_errors(), self._client.stream(method, url, headers=headers) as answer:
-                if answer.status_code in _REDIRECTS:
+            asked = self._client.stream(method, url, headers=headers, timeout=limit)
+            with typed_errors(), asked as answer:
+                if answer.status_code in REDIRECTS:
                     target = answer.headers.get("location", "")
                     location, url = self._redirected(location, str(answer.url.join(target)))
                     continue
-                _check_status(answer)
+                check_status(answer, CREDENTIALS)
                 yield answer
                 return
         raise WrongAnswerError(f"it redirects more than {MAX_REDIRECTS} times")
@@ -147,37 +140,6 @@ def _directory(url: str) -> str:
     return url.partition("#")[0].partition("?")[0]
 
 
-@contextmanager
-def _typed_errors() -> Iterator[None]:
-    """Words of its own: the library's hold addresses with what gives access in them."""
-    try:
-        yield
-    except httpx.TimeoutException:
-        raise TransientError("it did not answer in time") from None
-    except httpx.RemoteProtocolError:
-        raise TransientError("its answer was cut short") from None
-    except (httpx.InvalidURL, httpx.UnsupportedProtocol):
-        raise WrongAnswerError("it redirects to what can't be used") from None
-    except httpx.HTTPError:
-        raise TransientError("it can't be reached") from None
-
-
-def _check_status(answer: httpx.Response) -> None:
-    status = answer.status_code
-    if status in _NOT_THERE:
-        raise NotThereError
-    if status in (httpx.codes.PRECONDITION_FAILED, httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE):
-        raise ChangedError
-    if status in _TRANSIENT:
-        raise TransientError(f"it answered with status {status}", _retry_after(answer))
-    if status in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
-        raise DeniedError(f"it answered with status {status}; credentials for it come from ~/.netrc or NETRC")
-    if status not in (httpx.codes.OK, httpx.codes.PARTIAL_CONTENT):
-        raise WrongAnswerError(f"it answered with status {status}")
-    if answer.headers.get("content-encoding", "identity") != "identity":
-        raise WrongAnswerError("it compresses what was asked for as it is")
-
-
 def _check_same(file: RemoteFile, answer: httpx.Response) -> None:
     version = _version(answer)
     if file.version is not None and version is not None and version != file.version:
@@ -189,13 +151,11 @@ def _version(answer: httpx.Response) -> str | None:
     return version
 
 
-def _retry_after(answer: httpx.Response) -> float | None:
-    text = answer.headers.get("retry-after", "")
-    return float(text) if text.isdecimal() and len(text) < 6 else None
-
-
-def _chunks(answer: httpx.Response) -> Iterator[bytes]:
-    return answer.iter_raw()  # as they come: what a larger piece would wait for may not
+def _changed_at(answer: httpx.Response) -> float | None:
+    try:
+        return parsedate_to_datetime(answer.headers.get("last-modified", "")).timestamp()
+    except (ValueError, OverflowError):
+        return None
 
 
 def _netrc() -> Any:

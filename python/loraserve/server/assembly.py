@@ -228,6 +228,7 @@ def grpc_server(
     tls: TlsConfig | None,
     kept: AdapterState | None = None,
     resolver: AdapterResolver | None = None,
+    watched: WatchedDirectory | None = None,
 ) -> GrpcServer | None:
     """None where it is off. Raises ListenError: the port can't be had."""
     if settings.grpc_port is None:
@@ -245,6 +246,7 @@ def grpc_server(
         max_message_nbytes=settings.max_body_size,
         kept=kept,
         resolver=resolver,
+        watched=watched,
     )
 
 
@@ -271,6 +273,7 @@ def http_server(
     kept: AdapterState | None = None,
     batches: BatchService | None = None,
     resolver: AdapterResolver | None = None,
+    watched: WatchedDirectory | None = None,
 ) -> HttpServer | None:
     """None where it is off. Raises ListenError: the port can't be had."""
     if settings.http_port is None:
@@ -296,6 +299,7 @@ def http_server(
         adapters_at_start=tuple(settings.adapters),
         adapter_failures=tuple(failures),
         resolver=resolver,
+        watched=watched,
         kept=kept,
         batches=batches,
         response_limits=StoreLimits(

@@ -199,10 +199,10 @@ async def _assemble_with(settings: ServeSettings, kept: AdapterState | None) -> 
             )
         resolver = assembly.adapter_resolver(settings, engine, sources)
         watched = assembly.watched_directory(settings, engine)
-        grpc = assembly.grpc_server(settings, engine, access, sources, metrics, tls, kept, resolver)
+        grpc = assembly.grpc_server(settings, engine, access, sources, metrics, tls, kept, resolver, watched)
         batches = assembly.batch_service(settings, engine, access)
         http = assembly.http_server(
-            settings, engine, access, sources, metrics, tls, failures, kept, batches, resolver
+            settings, engine, access, sources, metrics, tls, failures, kept, batches, resolver, watched
         )
     except BaseException:
         await engine.shutdown(0.0)

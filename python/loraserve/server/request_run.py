@@ -8,10 +8,18 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from loraserve.engine.prepared import resolve_adapters
-from loraserve.errors import AdapterNotFoundError, EngineStoppedError, LoraserveError
+from loraserve.errors import (
+    AdapterFormatError,
+    AdapterNotFoundError,
+    AdapterUnavailableError,
+    EngineStoppedError,
+    LoraserveError,
+    SourceUnavailableError,
+)
 from loraserve.pooling.head import ClassificationHead
 from loraserve.request import AdapterSpec, Delta, GenerateRequest, RequestTiming, Usage
 from loraserve.server.access.disclosure import shown_error
@@ -24,6 +32,7 @@ if TYPE_CHECKING:
     from loraserve.server.access.request_limits import RequestLimits
     from loraserve.server.adapters.loading import LoadProgress
     from loraserve.server.adapters.resolver import AdapterResolver
+    from loraserve.server.adapters.watched import WatchedDirectory
     from loraserve.server.observe.metrics import Metrics, RequestMetrics
     from loraserve.text.tokenizer import Tokenizer
 
@@ -64,6 +73,7 @@ class RequestRun:
         origin: CallOrigin,
         metrics: RequestMetrics,
         submit: Callable[[PreparedRequest], Awaitable[RequestStream]],
+        read_again: Callable[[], float | None] = lambda: None,
     ) -> None:
         self.streams: list[RequestStream] = []
         self.later: deque[PreparedRequest] = deque()  # submitted as others of them end
@@ -79,6 +89,7 @@ class RequestRun:
         self._on_begun = origin.on_begun
         self._metrics = metrics
         self._submit = submit
+        self._read_again = read_again
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -142,7 +153,15 @@ class RequestRun:
                     self._note(delta)
                     yield prompt, delta
         except LoraserveError as error:
-            raise shown_error(error, self._caller) from None
+            raise self._shown(error) from None
+
+    def _shown(self, error: LoraserveError) -> Exception:
+        """As much as the caller may see; files that have changed are read again, which takes a moment."""
+        shown = shown_error(error, self._caller)
+        has_changed = isinstance(error, AdapterUnavailableError | AdapterFormatError) and not self.has_tokens
+        if not has_changed or (retry_s := self._read_again()) is None:
+            return shown
+        return SourceUnavailableError(f"{shown}; try again in {retry_s:g} s", retry_after_s=retry_s)
 
     async def _next_stream(self) -> RequestStream | None:
         """Of a request that has waited for another one of the call to end; None if none has."""
@@ -195,6 +214,7 @@ class RequestRunner:
         metrics: told of every call, how it ended, and every token.
         limits: what one request may ask.
         resolver: fetches adapters that nobody has loaded; None fetches none.
+        watched: brings those of a directory; None where none is watched.
     """
 
     def __init__(
@@ -203,11 +223,13 @@ class RequestRunner:
         metrics: Metrics,
         limits: RequestLimits,
         resolver: AdapterResolver | None = None,
+        watched: WatchedDirectory | None = None,
     ) -> None:
         self._engine = engine
         self._metrics = metrics
         self._limits = limits
         self._resolver = resolver
+        self._watched = watched
 
     @asynccontextmanager
     async def run(
@@ -231,7 +253,7 @@ class RequestRunner:
         """
         caller, adapter = origin.caller, requests[0].adapter
         metrics = self._started(adapter, origin)
-        run = RequestRun(origin, metrics, self._engine.submit)
+        run = RequestRun(origin, metrics, self._engine.submit, partial(self._read_again, adapter))
         failure: BaseException | None = None
         try:
             caller.check_use(adapter)
@@ -296,6 +318,12 @@ class RequestRunner:
         if self._resolver is None:
             return None
         return self._resolver.progress(name for name, _ in resolve_adapters(adapter))
+
+    def _read_again(self, adapter: AdapterSpec) -> float | None:
+        """Has adapters read anew whose files have changed; seconds that takes, None where nobody can."""
+        names = [name for name, _ in resolve_adapters(adapter)]
+        times = [source.read_again(names) for source in (self._resolver, self._watched) if source is not None]
+        return max((seconds for seconds in times if seconds is not None), default=None)
 
     async def _prepare(
         self, requests: Sequence[GenerateRequest], wait_s: float | None, adapters: AsyncExitStack

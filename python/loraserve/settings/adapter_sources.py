@@ -36,8 +36,8 @@ class AdapterSourceSettings(SettingsModel):
     adapter_url: Texts = option(
         (),
         "sources",
-        "prefix of s3://, gs://, az:// or https:// under which adapters may be loaded at run time; repeat "
-        "for more",
+        "prefix of s3://, gs://, az://, https:// or oci:// under which adapters may be loaded at run time; "
+        "repeat for more",
         "URL",
     )
     adapter_source: str | None = option(

@@ -52,7 +52,7 @@ class AdapterSettings(SettingsModel):
         path: a PEFT directory.
         repo: or else a Hub repository.
         revision: branch, tag or commit of `repo`.
-        url: or else a directory or archive of s3://, gs://, az:// or https://.
+        url: or else a directory, archive or artifact of s3://, gs://, az://, https:// or oci://.
         source: "HF" or "local", only for files written for other servers.
         pin: keep it in the memory pool.
         warm: load it into the pool at start.

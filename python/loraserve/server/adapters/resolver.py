@@ -27,6 +27,7 @@ from loraserve.errors import (
 from loraserve.remote.fetcher import NothingThereError
 from loraserve.remote.location import is_remote, parse_remote
 from loraserve.server.adapters.loading import LoadProgress, LoadRequest, load_adapter
+from loraserve.server.adapters.settling import SETTLE_S, Settling
 from loraserve.server.observe.logs import log_event
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ NAMES_AGAIN_S: Final = 10.0  # where one has failed
 HELD_SHARE: Final = 0.8  # of the disk cache, for adapters that are registered
 LET_GO_SHARE: Final = 0.2  # of the names, where there is no more room
 HUB_RETRY_S: Final = 10.0
+SETTLE_RETRY_S: Final = 2.0
 MAX_RESOLVED: Final = 2**16
 NUM_REFRESHED_AT_ONCE: Final = 4
 
@@ -63,6 +65,9 @@ def allowed_by(template: str | None) -> AllowedByTemplate:
         return AllowedByTemplate()
     before, _, behind = check_template(template).partition(PLACE)
     if is_remote(template):
+        location = parse_remote(template.replace(PLACE, "name"))
+        if location.is_registry and "name" in location.reference:  # of one repository
+            return AllowedByTemplate(urls=(f"{location.origin}/{location.path}",))
         return AllowedByTemplate(urls=(before.rpartition("/")[0],))
     if template.startswith("hf://"):
         return AllowedByTemplate(hub_repos=(f"{before.removeprefix('hf://')}*{behind}",))
@@ -108,6 +113,8 @@ class AdapterResolver:
         self._in_use: Counter[str] = Counter()
         self._names: tuple[str, ...] = ()
         self._tasks: list[asyncio.Task[None]] = []
+        self._rereads: dict[str, asyncio.Task[None]] = {}
+        self._settling = Settling()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -122,12 +129,25 @@ class AdapterResolver:
 
     def stop(self) -> None:
         """Ends what was started and what is being fetched."""
-        for task in (*self._tasks, *(fetch.task for fetch in self._fetches.values())):
+        fetches = [fetch.task for fetch in self._fetches.values()]
+        for task in (*self._tasks, *fetches, *self._rereads.values()):
             task.cancel()
 
     def progress(self, names: Iterable[str]) -> LoadProgress | None:
         """Of the first of these adapters that is being fetched; None where none is."""
         return next((fetch.progress for name in names if (fetch := self._fetches.get(name))), None)
+
+    def read_again(self, names: Iterable[str]) -> float | None:
+        """Read those of these adapters anew that came from here, since their files have changed.
+
+        Returns:
+            Seconds after which to come back; None where none did, or that has not helped for `SETTLE_S`.
+        """
+        changed = [name for name in names if name in self._resolved]
+        for name in changed:
+            if name not in self._rereads:
+                self._rereads[name] = asyncio.create_task(self._read_again(name))
+        return SETTLE_RETRY_S if self._settling.note(changed) else None
 
     @asynccontextmanager
     async def using(self, names: Sequence[str], wait_s: float) -> AsyncIterator[None]:
@@ -223,6 +243,13 @@ class AdapterResolver:
         except AdapterFormatError as error:
             if source.kind == "hub" and isinstance(error.__cause__, OSError):  # it does not answer
                 raise SourceUnavailableError(str(error), retry_after_s=HUB_RETRY_S) from error
+            changed_at = await self._sources.changed_at(source)
+            if changed_at is not None and abs(time.time() - changed_at) < SETTLE_S:
+                raise SourceUnavailableError(
+                    f"{error}; its files have changed within the last {SETTLE_S:g} s: if it is still being "
+                    f"written, try again in {SETTLE_RETRY_S:g} s",
+                    retry_after_s=SETTLE_RETRY_S,
+                ) from error
             raise
 
     async def _make_room(self) -> None:
@@ -236,6 +263,7 @@ class AdapterResolver:
         paths = set()
         for name in idle[: max(1, int(LET_GO_SHARE * len(self._resolved)))]:
             del self._resolved[name]
+            self._settling.forget(name)
             if (info := infos.get(name)) is not None:
                 await self._engine.unload_adapter(name)
                 paths.add(info.path)
@@ -250,7 +278,7 @@ class AdapterResolver:
         prefix, _, behind = self._template.partition(PLACE)
         if (
             not is_remote(prefix)
-            or parse_remote(prefix).is_web
+            or not parse_remote(prefix).is_bucket
             or behind.strip("/")
             or not prefix.endswith("/")
         ):
@@ -281,9 +309,16 @@ class AdapterResolver:
                 return
             try:
                 await self._load(name, replaces=True)
+                self._settling.forget(name)
             except LoraserveError as error:  # what is served stays
                 reason = str(error)
                 log_event(logger, "adapter not refreshed", level=logging.WARNING, adapter=name, reason=reason)
+
+    async def _read_again(self, name: str) -> None:
+        try:
+            await self._refresh_one(name, asyncio.Semaphore())
+        finally:
+            del self._rereads[name]
 
 
 def _not_found(name: str) -> AdapterNotFoundError:

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from itertools import islice
@@ -51,6 +52,8 @@ class AdapterSources:
         self._roots = tuple(expanded(root).resolve() for root in roots)
         self._hub_repos = tuple(hub_repos)
         self._downloads = Workers("adapter downloads", MAX_DOWNLOADS, MAX_WAITING_DOWNLOADS)
+        # What lies on disk does not wait for downloads, which may hang.
+        self._checks = Workers("looks for newer adapters", MAX_DOWNLOADS, MAX_WAITING_DOWNLOADS)
         self._listings = Workers("lists of adapters", 1, MAX_WAITING_LISTS)
 
     def get_ready(self, engine: AsyncEngine) -> None:
@@ -67,7 +70,7 @@ class AdapterSources:
 
         "hf://owner/name" is on the Hub; "/path", "./path" and "~/path" are directories. A name, or
         owner/name, is a directory where one of that name lies under a root, else a repository of the Hub.
-        s3://, gs://, az:// and https:// are as they say.
+        s3://, gs://, az://, https:// and oci:// are as they say.
 
         Raises InvalidRequestError: a directory or a URL has a revision, or a URL can't be read.
         """
@@ -91,7 +94,17 @@ class AdapterSources:
             SourceUnavailableError: a URL's source does not answer.
             OverloadedError: too many downloads are under way.
         """
+        if source.kind == "remote" and (path := await self._checks.run(self._check, source)) is not None:
+            return path
         return await self._downloads.run(self.fetch, source, token, on_progress)
+
+    async def changed_at(self, source: AdapterSource) -> float | None:
+        """When its files were last changed, as far as that is known; seconds since 1970."""
+        if source.kind == "local":
+            return await self._listings.run(self._local_changed_at, source.location)
+        if source.kind == "remote" and self.remote is not None:
+            return self.remote.changed_at(parse_remote(source.location))
+        return None
 
     async def names(self, location: RemoteLocation) -> list[str]:
         """Names of the directories in it, read off the loop. Raises as `Fetcher.names` does."""
@@ -113,6 +126,17 @@ class AdapterSources:
             await asyncio.sleep(SWEEP_S)
             paths = {adapter.path for adapter in engine.adapters()}
             await self._listings.run(self.remote.sweep, paths)
+
+    def _check(self, source: AdapterSource) -> Path | None:
+        location, remote = parse_remote(source.location), self.remote or _NO_REMOTE
+        remote.check_allowed(location)
+        return remote.check(location)
+
+    def _local_changed_at(self, path: str) -> float | None:
+        with suppress(OSError):
+            entries = _entries(self.check_path(path))
+            return max((entry.stat().st_mtime for entry in entries), default=None)
+        return None
 
     def fetch(
         self, source: AdapterSource, token: str | None = None, on_progress: OnProgress | None = None

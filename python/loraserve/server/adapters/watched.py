@@ -7,7 +7,7 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,6 +17,7 @@ from loraserve.adapters.source import AdapterSource
 from loraserve.engine.workers import Workers
 from loraserve.errors import AdapterNotFoundError, EngineStoppedError, InvalidRequestError, LoraserveError
 from loraserve.server.adapters.loading import LoadRequest, load_adapter, unload_adapter
+from loraserve.server.adapters.settling import Settling
 from loraserve.server.observe.logs import log_event
 from loraserve.validation.files import expanded
 
@@ -63,6 +64,7 @@ class WatchedDirectory:
         self._seen: dict[str, Signature] = {}  # at the last look
         self._loaded: dict[str, Signature] = {}
         self._refused: dict[str, Signature] = {}  # what can't be served, until it changes
+        self._settling = Settling()
         self._has_failed = False
         self._identity: tuple[int, int] | None = None  # of the directory that adapters were loaded from
         self._odd: frozenset[str] = frozenset()  # entries that can't be looked at, as they were told
@@ -80,6 +82,14 @@ class WatchedDirectory:
         if self._task is not None:
             self._task.cancel()
         self._looks.close()
+
+    def read_again(self, names: Iterable[str]) -> float | None:
+        """Seconds after which to come back for those of these adapters that came from here and have changed.
+
+        The looks that follow read them. None where none came from here, or that has not helped for long.
+        """
+        changed = [name for name in names if name in self._loaded]
+        return 2 * self._poll_s if self._settling.note(changed) else None
 
     async def _watch(self) -> None:
         while True:
@@ -135,6 +145,7 @@ class WatchedDirectory:
             return
         self._refused.pop(name, None)
         self._loaded[name] = signature
+        self._settling.forget(name)
 
     def _tell_odd(self, odd: Mapping[str, str]) -> None:
         for name in odd.keys() - self._odd:
@@ -143,6 +154,7 @@ class WatchedDirectory:
 
     async def _unload(self, name: str) -> None:
         del self._loaded[name]
+        self._settling.forget(name)
         try:
             await unload_adapter(self._engine, name, by=WATCHED)
         except AdapterNotFoundError:

@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from loraserve.server.access.fair_shares import FairShares
     from loraserve.server.adapters.resolver import AdapterResolver
     from loraserve.server.adapters.state import AdapterState
+    from loraserve.server.adapters.watched import WatchedDirectory
 
     Context: TypeAlias = grpc.aio.ServicerContext[object, object]
 
@@ -333,6 +334,7 @@ class GrpcServer:
         max_message_nbytes: int = MAX_MESSAGE_NBYTES,
         kept: AdapterState | None = None,
         resolver: AdapterResolver | None = None,
+        watched: WatchedDirectory | None = None,
     ) -> None:
         """Binds the port; 0 takes a free one. Raises ListenError if the port can't be had.
 
@@ -348,6 +350,7 @@ class GrpcServer:
             max_message_nbytes: of a request's message; a larger one is refused with RESOURCE_EXHAUSTED.
             kept: where changes of adapters are kept for the next start; None forgets them.
             resolver: fetches adapters that requests name; None fetches none.
+            watched: brings those of a directory; None where none is watched.
         """
         self._engine = engine
         self._credentials = credentials
@@ -357,7 +360,7 @@ class GrpcServer:
         options = (*SERVER_OPTIONS, ("grpc.max_receive_message_length", max_message_nbytes))
         self._server = grpc.aio.server(interceptors=interceptors, options=options)
         stop_serving = self._health.enter_graceful_shutdown
-        runner = RequestRunner(engine, metrics or Metrics(), limits or RequestLimits(), resolver)
+        runner = RequestRunner(engine, metrics or Metrics(), limits or RequestLimits(), resolver, watched)
         servicer = LoraServeServicer(engine, runner, stop_serving, sources, kept, access.shares)
         pb_grpc.add_LoraServeServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from loraserve.server.adapters.resolver import AdapterResolver
     from loraserve.server.adapters.sources import AdapterSources
     from loraserve.server.adapters.state import AdapterState
+    from loraserve.server.adapters.watched import WatchedDirectory
     from loraserve.server.batches.service import BatchService
     from loraserve.server.observe.metrics import Metrics
     from loraserve.text.tokenizer import Tokenizer
@@ -64,6 +65,7 @@ class HttpState:
         adapter_failures: adapters that the server started without.
         batches: files and batches; None keeps none.
         resolver: fetches adapters that requests name; None fetches none.
+        watched: brings those of a directory; None where none is watched.
         kept: where changes of adapters are kept for the next start; None forgets them.
         cors_origins: whose web pages a browser lets call this server; "*" is everybody's.
         response_limits: how many responses are kept for their callers.
@@ -81,6 +83,7 @@ class HttpState:
     adapters_at_start: tuple[str, ...] = ()
     adapter_failures: tuple[AdapterFailure, ...] = ()
     resolver: AdapterResolver | None = None
+    watched: WatchedDirectory | None = None
     kept: AdapterState | None = None
     response_limits: StoreLimits = field(default_factory=StoreLimits)
     batches: BatchService | None = None
@@ -94,7 +97,7 @@ class HttpState:
         self.parsing = Workers("request bodies", NUM_TOKENIZERS, MAX_TOKENIZATIONS)
         self.tokenizations = Workers("tokenizations", NUM_TOKENIZERS, MAX_TOKENIZATIONS)
         self.responses = ResponseStore(self.response_limits)
-        self.runner = RequestRunner(self.engine, self.metrics, self.limits, self.resolver)
+        self.runner = RequestRunner(self.engine, self.metrics, self.limits, self.resolver, self.watched)
 
     def texts_of(self, tokenizer: Tokenizer) -> TokenTexts:
         """Texts of single tokens of a request's tokenizer; the model's are kept from request to request."""
