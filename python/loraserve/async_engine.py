@@ -6,10 +6,9 @@ import asyncio
 import os
 import time
 import weakref
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, Any
 
 from loraserve._core import Receipt
 from loraserve.adapters.manifest import AdapterManifest
@@ -19,6 +18,9 @@ from loraserve.config import EngineConfig
 from loraserve.engine.adapters import CheckedAdapter
 from loraserve.engine.engine import Engine
 from loraserve.engine.frontend import MAX_PREPARED_AGAIN, Frontend
+from loraserve.engine.generations import Generations
+from loraserve.engine.inbox import Inbox
+from loraserve.engine.owned import weak_call
 from loraserve.engine.prepared import PreparedRequest, check_deadline
 from loraserve.engine.queue import deadline_error
 from loraserve.engine.request_adapters import AdapterReplacedError
@@ -43,8 +45,6 @@ LOAD_LIMIT_S = 300.0  # of an adapter's files: read, hashed and compared
 NUM_LOADS = 4
 MAX_WAITING_LOADS = 256
 UPLOAD_WRITE_NBYTES = 2**20
-
-P = ParamSpec("P")
 
 
 class RequestStream(AsyncIterator[Delta]):
@@ -91,28 +91,6 @@ class RequestStream(AsyncIterator[Delta]):
         self._engine.abort(self)
 
 
-class Inbox:
-    """Where the engine leaves what a stream gives out, for one reader; it does not keep the stream."""
-
-    def __init__(self) -> None:
-        self.events: deque[Delta | Exception | None] = deque()  # None: aborted
-        self._reader: asyncio.Future[None] | None = None
-
-    def put(self, event: Delta | Exception | None) -> None:
-        """Leave an event; on the engine's loop only."""
-        self.events.append(event)
-        reader = self._reader
-        if reader is not None:
-            self._reader = None
-            if not reader.done():
-                reader.set_result(None)
-
-    def arrival(self) -> asyncio.Future[None]:
-        """Done when there is one more event."""
-        self._reader = asyncio.get_running_loop().create_future()
-        return self._reader
-
-
 class AsyncEngine:
     """An engine whose results arrive on the running asyncio loop; call its methods from that loop only.
 
@@ -130,8 +108,8 @@ class AsyncEngine:
         self._loads = Workers("adapter loads", NUM_LOADS, MAX_WAITING_LOADS)
         self._uploads = Workers("writes of adapters", NUM_LOADS, MAX_WAITING_LOADS)
         self._shutdowns = Workers("shutdowns", 1, MAX_WAITING_LOADS)
-        tap = OutputTap(_weak(self._on_outputs))
-        self._engine = Engine(config, tap, _weak(self._on_failure))
+        tap = OutputTap(weak_call(self._on_outputs))
+        self._engine = Engine(config, tap, weak_call(self._on_failure))
         self._shadows = ShadowTraffic(self._engine, tap)
         self._frontend: Frontend[Inbox] = Frontend(self._engine, self._shadows)
         template = self.tokenizer.chat_template
@@ -269,34 +247,68 @@ class AsyncEngine:
 
         Replacements of one name last in the order of the calls. `path` may be what `receive_adapter` gave.
         """
-        adapters = self._engine.adapters
-        turn = adapters.take_turn()
-
-        def check() -> CheckedAdapter:
-            if isinstance(path, StoredAdapter):
-                return adapters.check(name, path, manifest)
-            return adapters.check(name, adapters.source_of(name, path, tensors, config), manifest)
-
+        turn = self._engine.adapters.take_turn()
         is_served = False
         try:
-            checked = await asyncio.wait_for(self._loads.run(check), LOAD_LIMIT_S)
-            receipt = adapters.register(
+            checked = await self.check_adapter(name, path, manifest, tensors=tensors, config=config)
+            receipt = self.register_adapter(
                 checked,
+                turn,
                 replace=replace,
-                turn=turn,
                 expected_generation=expected_generation,
                 share=share,
                 shadow=shadow,
             )
             is_served = True
             return receipt
+        finally:
+            if not is_served and isinstance(path, StoredAdapter):
+                path.discard()
+
+    async def check_adapter(
+        self,
+        name: str,
+        path: str | StoredAdapter | None = None,
+        manifest: AdapterManifest | None = None,
+        *,
+        tensors: Mapping[str, Tensor] | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> CheckedAdapter:
+        """The first half of `load_adapter`, which changes nothing: read and check, off the loop."""
+        adapters = self._engine.adapters
+
+        def check() -> CheckedAdapter:
+            if isinstance(path, StoredAdapter):
+                return adapters.check(name, path, manifest)
+            return adapters.check(name, adapters.source_of(name, path, tensors, config), manifest)
+
+        try:
+            return await asyncio.wait_for(self._loads.run(check), LOAD_LIMIT_S)
         except asyncio.TimeoutError:
             raise AdapterUnavailableError(
                 f"adapter {name!r} was not read within {LOAD_LIMIT_S:g} s, see whether its disk answers"
             ) from None
-        finally:
-            if not is_served and isinstance(path, StoredAdapter):
-                path.discard()
+
+    def register_adapter(
+        self,
+        checked: CheckedAdapter,
+        turn: int | None = None,
+        *,
+        replace: bool = False,
+        expected_generation: int | None = None,
+        share: float | None = None,
+        shadow: float | None = None,
+    ) -> Receipt:
+        """The second half of `load_adapter`: serve what was checked, in its turn, which is now if None."""
+        turn = self._engine.adapters.take_turn() if turn is None else turn
+        return self._engine.adapters.register(
+            checked,
+            replace=replace,
+            turn=turn,
+            expected_generation=expected_generation,
+            share=share,
+            shadow=shadow,
+        )
 
     async def receive_adapter(self, name: str, config: str, chunks: AsyncIterator[bytes]) -> StoredAdapter:
         """Keep the bytes of a safetensors file, as they come, for `load_adapter`.
@@ -366,6 +378,11 @@ class AsyncEngine:
         return self._engine.adapters.generations.infos(name)
 
     @property
+    def histories(self) -> Generations:
+        """What several engines of a fleet have alike."""
+        return self._engine.adapters.generations
+
+    @property
     def adapter_failures(self) -> tuple[AdapterFailure, ...]:
         """Adapters of the configuration that the engine started without."""
         return self._engine.adapters.failures
@@ -431,15 +448,3 @@ async def _pooled(request: GenerateRequest, stream: RequestStream) -> PoolingOut
         answer.append(delta)
     prompt = request.prompt if isinstance(request.prompt, str) else None
     return PoolingOutput.of(RequestOutput(prompt, stream.prompt_token_ids, request.adapter, [answer]))
-
-
-def _weak(method: Callable[P, None]) -> Callable[P, None]:
-    """Calls the method while its object lives, and doesn't keep it alive."""
-    reference = weakref.WeakMethod(method)
-
-    def call(*args: P.args, **kwargs: P.kwargs) -> None:
-        method = reference()
-        if method is not None:
-            method(*args, **kwargs)
-
-    return call

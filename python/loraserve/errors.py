@@ -81,6 +81,19 @@ class EngineStoppedError(LoraserveError):
     """The engine is shutting down or has failed and takes no new requests."""
 
 
+class ReplicaLostError(LoraserveError):
+    """The replica that answered is gone, or none is there; the same request may succeed at once.
+
+    Args:
+        message: which one, and how far the answer was.
+        retry_after_s: when to come back, in seconds.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class OverloadedError(LoraserveError):
     """Too much is waiting already; the same request may be accepted later.
 

@@ -161,6 +161,8 @@ class GenerateRequest:
         pooling: what to make of the prompt's hidden states in place of an answer; of `params` nothing counts
             then.
         flow: whose share of the engine it is served from; a server says so.
+        is_read_whole: whether nobody reads its answer before the end; of several engines another one may then
+            begin anew where one is lost.
         may_use_base_model: whether the base model may answer where the weights leave no adapter to run.
     """
 
@@ -181,6 +183,7 @@ class GenerateRequest:
     may_use_base_model: bool = True
     pooling: PoolingParams | None = None
     user: str | None = None
+    is_read_whole: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)

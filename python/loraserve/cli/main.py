@@ -15,12 +15,13 @@ from loraserve.cli.options import OneLineParser
 from loraserve.errors import LoraserveError
 from loraserve.validation.printable import printable
 
-COMMANDS = ("serve", "generate", "batch", "adapters", "config", "doctor")  # modules of this package
+COMMANDS = ("serve", "deploy", "generate", "batch", "adapters", "config", "doctor")  # modules of this package
 
 EXAMPLES = """\
 examples:
   loraserve generate smollm2 -p "The capital of France is"
   loraserve serve smollm2 --adapter sql=adapters/sql --adapter pirate=adapters/pirate
+  loraserve deploy smollm2 --replicas 2 --memory 1GiB
   loraserve batch input.jsonl -o output.jsonl --model smollm2 --adapter sql=adapters/sql
   loraserve adapters check adapters/sql --model smollm2
   loraserve config check loraserve.yaml

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from loraserve.cli.options import Subparsers, add_command
 from loraserve.cli.serve_options import add_serve_options, given_flags
+from loraserve.settings.errors import ConfigError
 from loraserve.settings.load import load_settings
 
 EXAMPLES = """\
@@ -48,6 +49,8 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> NoReturn:
     config = None if args.config is None else Path(args.config)
     flags = given_flags(args, parser)
     loaded = load_settings(flags.values, os.environ, config, flags.notes)
+    if loaded.settings.is_replicated:
+        raise ConfigError("settings of several engines are given: `loraserve deploy` takes them")
 
     from loraserve.server.lifecycle import leave, serve  # noqa: PLC0415 (imports grpc)
     from loraserve.server.observe.logs import configure_logs  # noqa: PLC0415

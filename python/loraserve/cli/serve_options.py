@@ -35,6 +35,7 @@ GROUPS = {
     "limits": "limits",
     "batches": "batches",
     "keys": "keys and administration",
+    "replicas": "several engines, for `loraserve deploy`",
     "sources": "where adapters come from at run time",
     "tls": "TLS",
     "observation": "logs, metrics and traces",

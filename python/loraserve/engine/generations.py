@@ -9,6 +9,7 @@ from typing import Any, Literal
 from weakref import WeakMethod
 
 from loraserve.engine.lock import EngineLock
+from loraserve.engine.name_history import NameHistory
 from loraserve.engine.owned import owned
 from loraserve.engine.queue import Intake
 from loraserve.engine.shadow import Comparison
@@ -130,6 +131,31 @@ class Generations:
         """What is remembered of an adapter's, oldest first. Raises AdapterNotFoundError."""
         with self._lock:
             return self._versions.infos(name)
+
+    def history(self, name: str) -> NameHistory:
+        """For an engine that is to go on from here. Raises AdapterNotFoundError."""
+        with self._lock:
+            return self._versions.history(name)
+
+    def continue_at(self, name: str, number: int) -> None:
+        """What is published next under this name gets this number."""
+        with self._lock:
+            self._versions.continue_at(name, number)
+
+    def keep_all(self, name: str) -> None:
+        """Keep every generation of this name that is published from now on, until `restore`."""
+        with self._lock:
+            self._versions.keep_all(name)
+
+    def restore(self, name: str, history: NameHistory) -> None:
+        """Go on from another engine's history, whose kept generations are published here.
+
+        Raises AdapterNotFoundError: one of them is not.
+        """
+        with self._lock:
+            self._versions.restore(name, history)
+            self._follow(name)
+        self._wake.set()
 
     def route(self, name: str, user: str | None) -> str:
         """Which name a request's adapter means: its own, or that of a generation with a share."""

@@ -15,3 +15,15 @@ def owned(method: WeakMethod[Callable[P, T]]) -> Callable[P, T]:
     found = method()
     assert found is not None, "invariant: a part is called through its owner alone"
     return found
+
+
+def weak_call(method: Callable[P, None]) -> Callable[P, None]:
+    """Calls the method while its object lives, and doesn't keep it alive."""
+    reference = WeakMethod(method)
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> None:
+        method = reference()
+        if method is not None:
+            method(*args, **kwargs)
+
+    return call

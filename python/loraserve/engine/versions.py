@@ -18,6 +18,7 @@ from numbers import Real
 from typing import Final
 
 from loraserve.adapters.registry import RegisteredAdapter
+from loraserve.engine.name_history import NameHistory, Published
 from loraserve.engine.shadow import ShadowInfo, ShadowResults
 from loraserve.errors import AdapterNotFoundError, GenerationConflictError, InvalidRequestError
 
@@ -65,14 +66,6 @@ class GenerationInfo:
     shadow: ShadowInfo | None = None
 
 
-@dataclass(frozen=True)
-class _Published:
-    number: int
-    hash: str
-    source: str
-    since: float
-
-
 @dataclass
 class _Name:
     """`shares` are by number, in `PARTS`; empty where all requests get the current one.
@@ -86,7 +79,7 @@ class _Name:
     shares: dict[int, int] = field(default_factory=dict)
     shadow: tuple[int, int] | None = None
     results: dict[int, ShadowResults] = field(default_factory=dict)  # of those that are or were shadows
-    history: deque[_Published] = field(default_factory=lambda: deque(maxlen=MAX_HISTORY))
+    history: deque[Published] = field(default_factory=lambda: deque(maxlen=MAX_HISTORY))
     counts: Counter[int] = field(default_factory=Counter)
     went_back: list[int] = field(default_factory=list)  # what was current before, newest last
 
@@ -103,9 +96,13 @@ class AdapterVersions:
         self._max_kept = max_kept
         self._names: dict[str, _Name] = {}
         self._forgotten: dict[str, int] = {}  # the last number of names that are gone
+        self._given: dict[str, int] = {}  # numbers of what is published next
+        self._untrimmed: set[str] = set()
 
     def next_number(self, name: str, content_hash: str) -> int:
         """Of what is being published; what is current already keeps its number."""
+        if name in self._given:
+            return self._given.pop(name)
         found = self._names.get(name)
         if found is None:
             return self._forgotten.get(name, 0) + 1
@@ -140,7 +137,7 @@ class AdapterVersions:
         found = self._names.setdefault(name, _Name(last=self._forgotten.pop(name, 0)))
         number = adapter.generation
         if number > found.last:
-            found.history.append(_Published(number, adapter.receipt.hash, adapter.path, time.time()))
+            found.history.append(Published(number, adapter.receipt.hash, adapter.path, time.time()))
         found.last = max(found.last, number)
         found.kept[number] = adapter
         if shadow is not None and found.current and number != found.current:
@@ -290,15 +287,57 @@ class AdapterVersions:
             for one in found.history
         ]
 
+    def history(self, name: str) -> NameHistory:
+        """Raises AdapterNotFoundError."""
+        found = self._found(name)
+        return NameHistory(
+            found.last,
+            found.current,
+            tuple(sorted(found.kept)),
+            dict(found.shares),
+            tuple(found.history),
+            tuple(found.went_back),
+            found.shadow,
+        )
+
+    def continue_at(self, name: str, number: int) -> None:
+        """What is published next under this name gets this number."""
+        if name in self._names:
+            self._given[name] = number
+        else:
+            self._remember_forgotten(name, number - 1)
+
+    def keep_all(self, name: str) -> None:
+        """Keep every generation of this name that is published from now on, until `restore`."""
+        self._untrimmed.add(name)
+
+    def restore(self, name: str, history: NameHistory) -> None:
+        """Go on as the engine did that `history` is of; its kept generations are published already.
+
+        Raises AdapterNotFoundError: one of them is not.
+        """
+        found = self._found(name)
+        for number in (history.current, *history.kept):
+            self._kept(name, found, number)
+        found.last, found.current, found.shares = history.last, history.current, dict(history.shares)
+        found.history, found.shadow = deque(history.history, maxlen=MAX_HISTORY), history.shadow
+        found.went_back = list(history.went_back)
+        self._untrimmed.discard(name)
+
     def forget(self, name: str) -> list[str]:
         """The name is unloaded; names of its generations that were kept."""
         found = self._names.pop(name, None)
         if found is None:
             return []
-        self._forgotten[name] = found.last
+        self._given.pop(name, None)
+        self._untrimmed.discard(name)
+        self._remember_forgotten(name, found.last)
+        return [generation_name(name, number) for number in found.kept]
+
+    def _remember_forgotten(self, name: str, last: int) -> None:
+        self._forgotten[name] = last
         while len(self._forgotten) > MAX_FORGOTTEN:
             del self._forgotten[next(iter(self._forgotten))]
-        return [generation_name(name, number) for number in found.kept]
 
     def _make_current(self, found: _Name, number: int) -> None:
         if found.current and found.current != number:
@@ -319,6 +358,8 @@ class AdapterVersions:
             found.shadow = None
 
     def _trimmed(self, name: str, found: _Name) -> list[str]:
+        if name in self._untrimmed:
+            return []
         in_use = {found.current, *found.shares, *(found.shadow or ())[:1]}
         idle = [number for number in sorted(found.kept) if number not in in_use]
         gone = idle[: max(0, len(idle) - self._max_kept)]

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from loraserve.async_engine import AsyncEngine
     from loraserve.server.batches.service import BatchService
     from loraserve.server.http.server import HttpServer
+    from loraserve.server.http.state import HttpState
 
 
 BATCH_SHARE = 8  # of the sequences: what a CPU has most of its throughput with
@@ -98,7 +99,7 @@ def engine_config(
     restored = {} if kept is None else kept.restored()
     for name, adapter in {**settings.adapters, **restored}.items():
         with starting.trying(name, str(adapter.adapter_source())):
-            manifest = _manifest(name, adapter)
+            manifest = adapter_manifest(name, adapter)
             if adapter.path is not None or with_downloads:
                 adapters[name] = _adapter_path(adapter, remote, sources if name in restored else None)
                 if manifest is not None:
@@ -262,24 +263,30 @@ def batch_service(settings: ServeSettings, engine: AsyncEngine, access: AccessCo
     return batch_service(BatchStore(settings.batch_dir, max_nbytes), access, max_running, engine.num_waiting)
 
 
-def http_server(
+def http_server(settings: ServeSettings, state: HttpState, tls: TlsConfig | None) -> HttpServer | None:
+    """None where it is off. Raises ListenError: the port can't be had."""
+    if settings.http_port is None:
+        return None
+    from loraserve.server.http.server import HttpServer  # noqa: PLC0415 (imports fastapi)
+
+    context = None if tls is None else tls.http_context()
+    return HttpServer(state, settings.host, settings.http_port, tls=context)
+
+
+def http_state(
     settings: ServeSettings,
     engine: AsyncEngine,
     access: AccessControl,
     sources: AdapterSources,
     metrics: Metrics,
-    tls: TlsConfig | None,
     failures: Sequence[AdapterFailure] = (),
     kept: AdapterState | None = None,
     batches: BatchService | None = None,
     resolver: AdapterResolver | None = None,
     watched: WatchedDirectory | None = None,
-) -> HttpServer | None:
-    """None where it is off. Raises ListenError: the port can't be had."""
-    if settings.http_port is None:
-        return None
+) -> HttpState:
+    """What every HTTP route works with."""
     from loraserve.server.http.responses.store import StoreLimits  # noqa: PLC0415 (imports fastapi)
-    from loraserve.server.http.server import HttpServer  # noqa: PLC0415
     from loraserve.server.http.state import HttpLimits, HttpState  # noqa: PLC0415
 
     limits = HttpLimits(
@@ -288,7 +295,7 @@ def http_server(
         body_timeout_s=settings.body_timeout_seconds,
         **asdict(request_limits(settings)),
     )
-    state = HttpState(
+    return HttpState(
         engine=engine,
         served_names=settings.served_names,
         access=access,
@@ -306,8 +313,6 @@ def http_server(
             max_nbytes=settings.response_store_memory, max_age_s=settings.response_store_seconds
         ),
     )
-    context = None if tls is None else tls.http_context()
-    return HttpServer(state, settings.host, settings.http_port, tls=context)
 
 
 async def warm_up(
@@ -347,7 +352,8 @@ def _adapter_path(adapter: AdapterSettings, remote: RemoteAdapters, sources: Ada
     return str(download_adapter(source.location, source.revision))
 
 
-def _manifest(name: str, adapter: AdapterSettings) -> AdapterManifest | None:
+def adapter_manifest(name: str, adapter: AdapterSettings) -> AdapterManifest | None:
+    """What the settings say of it beside its own manifest. Raises AdapterFormatError: it is wrong."""
     from loraserve.adapters.manifest import AdapterManifest  # noqa: PLC0415 (imports jinja2)
 
     if adapter.manifest is None:

@@ -14,11 +14,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from loraserve.engine.workers import Workers
 from loraserve.errors import EngineStoppedError
@@ -30,6 +30,7 @@ from loraserve.settings.load import LoadedSettings
 from loraserve.settings.schema import ServeSettings
 
 if TYPE_CHECKING:
+    from loraserve.adapters.startup import AdapterFailure
     from loraserve.async_engine import AsyncEngine
     from loraserve.engine.stats import EngineInfo
     from loraserve.server.adapters.resolver import AdapterResolver
@@ -38,10 +39,12 @@ if TYPE_CHECKING:
     from loraserve.server.adapters.watched import WatchedDirectory
     from loraserve.server.batches.service import BatchService
     from loraserve.server.http.server import HttpServer
+    from loraserve.server.http.state import HttpState
     from loraserve.server.observe.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
+StartEngine: TypeAlias = "Callable[..., Awaitable[tuple[Any, Awaitable[tuple[AdapterFailure, ...]]]]]"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 EXIT_GRACE_S = 1.8  # after the drain, for last messages and the end of a step
 UNFINISHED_STATUS = 1
@@ -61,6 +64,7 @@ class Servers:
     resolver: AdapterResolver | None
     watched: WatchedDirectory | None
     batches: BatchService | None = None
+    state: HttpState | None = None  # None is without HTTP
 
     async def start(self) -> None:
         """Takes calls from here on, gRPC first; the ports are bound already."""
@@ -87,6 +91,11 @@ class Servers:
         exiting = threading.Timer(drain_s + EXIT_GRACE_S, _leave_unfinished)
         exiting.daemon = True
         exiting.start()
+        await self.close(drain_s)
+        exiting.cancel()
+
+    async def close(self, drain_s: float) -> None:
+        """`stop`, without an end of what does not end."""
         if self.batches is not None:  # which go on after the next start: the drain is for those who wait
             await self.batches.stop()
         if self.watched is not None:
@@ -99,7 +108,6 @@ class Servers:
             await closing.run(self.traces.shutdown)
         if self.kept is not None:
             await closing.run(self.kept.close)
-        exiting.cancel()
 
     async def _stop_grpc(self, drain_s: float) -> None:
         if self.grpc is not None:
@@ -125,7 +133,7 @@ async def serve(loaded: LoadedSettings) -> None:
         logger.warning("%s", note)
     _check_ports(settings)
     _exit_on_signals()
-    servers = await _assemble(settings)
+    servers = await assemble(settings, _start_engine)
     stop = _stop_event()
     await servers.start()
     facts = start_facts(
@@ -158,18 +166,28 @@ def _check_ports(settings: ServeSettings) -> None:
             check_can_listen(settings.host, port, flag)
 
 
-async def _assemble(settings: ServeSettings) -> Servers:
-    """Checks what is cheap to check, then loads the model, then takes the ports."""
+async def assemble(
+    settings: ServeSettings, start_engine: StartEngine, *, needs_http: bool = False
+) -> Servers:
+    """Checks what is cheap to check, then loads the model, then takes the ports.
+
+    Args:
+        settings: of the server.
+        start_engine: returns the engine, and what loads its adapters and tells which it can't.
+        needs_http: have a `state` also where no HTTP port is listened on.
+    """
     kept = assembly.adapter_state(settings)
     try:
-        return await _assemble_with(settings, kept)
+        return await _assemble_with(settings, kept, start_engine, needs_http)
     except BaseException:
         if kept is not None:
             kept.close()
         raise
 
 
-async def _assemble_with(settings: ServeSettings, kept: AdapterState | None) -> Servers:
+async def _assemble_with(
+    settings: ServeSettings, kept: AdapterState | None, start_engine: StartEngine, needs_http: bool
+) -> Servers:
     access = assembly.access_control(settings, kept)
     tls = assembly.tls_config(settings)
     if tls is not None:
@@ -179,14 +197,9 @@ async def _assemble_with(settings: ServeSettings, kept: AdapterState | None) -> 
     if kept is not None:
         _log_kept(kept)
     sources = assembly.adapter_sources(settings, access)
-    # Not on a thread that the exit would wait for: a download may hang.
-    config = await Workers("settings", 1, 1).run(assembly.engine_config, settings, kept=kept, sources=sources)
-
-    from loraserve.async_engine import AsyncEngine  # noqa: PLC0415 (imports torch: seconds)
-
-    engine = AsyncEngine(config)
+    engine, warm_up = await start_engine(settings, kept, sources)
     try:
-        failures = await assembly.warm_up(engine, settings, kept)
+        failures = await warm_up
         for failure in failures:
             log_event(
                 logger,
@@ -201,13 +214,28 @@ async def _assemble_with(settings: ServeSettings, kept: AdapterState | None) -> 
         watched = assembly.watched_directory(settings, engine)
         grpc = assembly.grpc_server(settings, engine, access, sources, metrics, tls, kept, resolver, watched)
         batches = assembly.batch_service(settings, engine, access)
-        http = assembly.http_server(
-            settings, engine, access, sources, metrics, tls, failures, kept, batches, resolver, watched
-        )
+        state = http = None
+        if settings.http_port is not None or needs_http:
+            state = assembly.http_state(
+                settings, engine, access, sources, metrics, failures, kept, batches, resolver, watched
+            )
+            http = assembly.http_server(settings, state, tls)
     except BaseException:
         await engine.shutdown(0.0)
         raise
-    return Servers(engine, grpc, http, traces, kept, sources, resolver, watched, batches)
+    return Servers(engine, grpc, http, traces, kept, sources, resolver, watched, batches, state)
+
+
+async def _start_engine(
+    settings: ServeSettings, kept: AdapterState | None, sources: AdapterSources
+) -> tuple[AsyncEngine, Awaitable[tuple[AdapterFailure, ...]]]:
+    # Not on a thread that the exit would wait for: a download may hang.
+    config = await Workers("settings", 1, 1).run(assembly.engine_config, settings, kept=kept, sources=sources)
+
+    from loraserve.async_engine import AsyncEngine  # noqa: PLC0415 (imports torch: seconds)
+
+    engine = AsyncEngine(config)
+    return engine, assembly.warm_up(engine, settings, kept)
 
 
 def _log_kept(kept: AdapterState) -> None:

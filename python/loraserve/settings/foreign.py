@@ -184,6 +184,7 @@ TASKS = ("auto", "generate", "pooling", "embed", "embedding", "classify", "score
 CACHE = "set the variable HF_HUB_CACHE to the folder instead"
 CACHE_DTYPE = "the KV cache has the dtype of --dtype, leave it away"
 MEMORY_SIZES = "--memory says what KV cache and adapters take together"
+SEVERAL_ENGINES = "only 1 is possible, `loraserve deploy --replicas N` runs several engines"
 ONE_DEVICE = "only 1 is possible, a model runs on one device"
 FROM_MODEL = "put the file into the model's directory, from where it is read"
 NO_TUNNEL = "no tunnel is opened, run one beside the server"
@@ -264,7 +265,7 @@ VLLM: tuple[ForeignSetting, ...] = (
     *_values("swap_space cpu_offload_gb block_size", MEMORY_SIZES, "N", **(NO_EFFECT | FLAG_ONLY)),
     *_values("tensor_parallel_size", ONE_DEVICE, "N", accepted=("1",), short=("-tp",), **FLAG_ONLY),
     *_values("pipeline_parallel_size", ONE_DEVICE, "N", accepted=("1",), short=("-pp",), **FLAG_ONLY),
-    *_values("data_parallel_size", ONE_DEVICE, "N", accepted=("1",), short=("-dp",), **FLAG_ONLY),
+    *_values("data_parallel_size", SEVERAL_ENGINES, "N", accepted=("1",), short=("-dp",), **FLAG_ONLY),
     *_values("load_format", "weights are read from safetensors and GGUF", "FORMAT",
              accepted=("auto", "safetensors", "gguf"), **FLAG_ONLY),
     *_values("tokenizer tokenizer_revision", "the tokenizer is the model's: " + FROM_MODEL, "NAME",

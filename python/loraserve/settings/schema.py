@@ -11,7 +11,6 @@ from loraserve.adapters.registry import check_adapter_name, check_base_names
 from loraserve.adapters.startup import OnAdapterError
 from loraserve.config import MAX_COUNTS, MAX_KEPT_GENERATIONS, EngineConfig, check_merge, parse_memory
 from loraserve.sampling_params import MAX_LOGPROBS, MAX_N, MAX_STOP_STRINGS
-from loraserve.settings.adapter_sources import AdapterSourceSettings
 from loraserve.settings.entries import AdapterSettings, FairBy, KeySettings, PrefixCacheScope
 from loraserve.settings.fields import (
     Count,
@@ -28,10 +27,11 @@ from loraserve.settings.fields import (
     YesNo,
     option,
 )
+from loraserve.settings.replicas import ReplicaSettings
 from loraserve.tools.families import check_reasoning_parser, check_tool_parser
 
 
-class ServeSettings(AdapterSourceSettings):
+class ServeSettings(ReplicaSettings):
     """The settings, checked one by one; what they mean together is checked where they are used."""
 
     model: str = option(
@@ -417,6 +417,8 @@ class ServeSettings(AdapterSourceSettings):
         check_reasoning_parser(self.reasoning_parser)
         for name in self.adapters:
             check_adapter_name(name, self.served_names)
+        if self.max_replicas is not None and self.max_replicas < (self.replicas or 1):
+            raise ValueError(f"max_replicas is {self.max_replicas}, fewer than replicas, {self.replicas}")
         if self.merge is not None:
             check_merge(self.merge, self.adapters)
         if self.http_port is None and self.grpc_port is None:

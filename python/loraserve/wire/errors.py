@@ -23,6 +23,7 @@ from loraserve.errors import (
     OverloadReason,
     PermissionDeniedError,
     PromptTooLongError,
+    ReplicaLostError,
     SourceUnavailableError,
     StateError,
     UnauthenticatedError,
@@ -51,6 +52,7 @@ STATUS_CODES: dict[type[LoraserveError], grpc.StatusCode] = {
     UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
     PermissionDeniedError: grpc.StatusCode.PERMISSION_DENIED,
     EngineStoppedError: grpc.StatusCode.UNAVAILABLE,
+    ReplicaLostError: grpc.StatusCode.UNAVAILABLE,
     DeviceError: grpc.StatusCode.INTERNAL,
     NotFiniteError: grpc.StatusCode.INTERNAL,
     StateError: grpc.StatusCode.INTERNAL,
@@ -78,7 +80,7 @@ def error_metadata(error: LoraserveError) -> tuple[tuple[str, str], ...]:
     name = (ERROR_CLASS_KEY, type(error).__name__)
     if isinstance(error, OverloadedError):
         return name, (RETRY_AFTER_KEY, f"{error.retry_after_s:.3f}"), (REASON_KEY, error.reason)
-    if isinstance(error, SourceUnavailableError):
+    if isinstance(error, SourceUnavailableError | ReplicaLostError):
         return name, (RETRY_AFTER_KEY, f"{error.retry_after_s:.3f}")
     if isinstance(error, GenerationConflictError):
         return name, (GENERATION_KEY, str(error.generation))
@@ -92,8 +94,8 @@ def typed_error(metadata: Iterable[tuple[str, str | bytes]], message: str) -> Lo
         return None
     cls = _CLASSES_BY_NAME.get(values[ERROR_CLASS_KEY], LoraserveError)
     retry_after_s = float(values.get(RETRY_AFTER_KEY, "1"))
-    if cls is SourceUnavailableError:
-        return SourceUnavailableError(message, retry_after_s=retry_after_s)
+    if cls is SourceUnavailableError or cls is ReplicaLostError:
+        return cls(message, retry_after_s=retry_after_s)
     if cls is GenerationConflictError:
         return GenerationConflictError(message, generation=int(values.get(GENERATION_KEY, "0")))
     if cls is not OverloadedError:

@@ -35,6 +35,7 @@ TABLE = [
     ("PermissionDeniedError", 403, "permission_denied", 403, "permission_denied"),
     ("ModelError", 400, None, 422, "validation"),
     ("EngineStoppedError", 503, "engine_stopped", 503, "incomplete_generation"),
+    ("ReplicaLostError", 503, "replica_lost", 503, "incomplete_generation"),
     ("DeviceError", 500, "internal_error", 500, "generation"),
 ]
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -78,7 +79,8 @@ class WholeResponse(Response):
         self._new_answer = new_answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with _running(self._call, self._requests) as run:
+        requests = [replace(request, is_read_whole=True) for request in self._requests]
+        async with _running(self._call, requests) as run:
             answers = [[self._new_answer() for _ in range(request.params.n)] for request in self._requests]
             async with aclosing(_deltas(run)) as deltas:  # type: ignore[type-var]
                 async for prompt, delta in deltas:

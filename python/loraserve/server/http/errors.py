@@ -37,6 +37,7 @@ from loraserve.errors import (
     OverloadedError,
     PermissionDeniedError,
     PromptTooLongError,
+    ReplicaLostError,
     SourceUnavailableError,
     StateError,
     UnauthenticatedError,
@@ -146,6 +147,7 @@ KINDS: dict[type[LoraserveError], ErrorKind] = {
     ),
     ModelError: ErrorKind(400, _INVALID, tgi_status=422),
     EngineStoppedError: ErrorKind(503, "server_error", "engine_stopped", tgi_type="incomplete_generation"),
+    ReplicaLostError: ErrorKind(503, "server_error", "replica_lost", tgi_type="incomplete_generation"),
     DeviceError: INTERNAL,
     NotFiniteError: ErrorKind(500, "server_error", "not_finite", tgi_type="generation"),
     NotStoredError: ErrorKind(404, _INVALID, "not_found", tgi_status=422),
@@ -303,7 +305,7 @@ def _headers(error: Exception) -> dict[str, str]:
         return NO_RETRY
     if isinstance(error, OverloadedError):
         return {"retry-after": str(max(1, math.ceil(error.retry_after_s))), "x-overload-reason": error.reason}
-    if isinstance(error, SourceUnavailableError):
+    if isinstance(error, SourceUnavailableError | ReplicaLostError):
         return {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
     if isinstance(error, UnauthenticatedError):
         return {"www-authenticate": "Bearer"}

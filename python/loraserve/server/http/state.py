@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ from loraserve.server.http.token_texts import TokenTexts
 from loraserve.server.request_run import RequestRunner
 
 if TYPE_CHECKING:
+    from prometheus_client.core import Metric
+
     from loraserve.adapters.startup import AdapterFailure
     from loraserve.async_engine import AsyncEngine
     from loraserve.server.access.keys import AccessControl
@@ -70,6 +73,7 @@ class HttpState:
         cors_origins: whose web pages a browser lets call this server; "*" is everybody's.
         response_limits: how many responses are kept for their callers.
         adapters_at_start: names of the adapters that were given at start, in order.
+        more_series: what /metrics has beside what one server has.
         started_at: when, in Unix seconds.
     """
 
@@ -87,6 +91,7 @@ class HttpState:
     kept: AdapterState | None = None
     response_limits: StoreLimits = field(default_factory=StoreLimits)
     batches: BatchService | None = None
+    more_series: Callable[[], Iterable[Metric]] = tuple
     started_at: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:

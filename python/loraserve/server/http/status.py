@@ -86,7 +86,7 @@ async def metrics(request: Request, state: State) -> Response:
     engine = state.engine
     batches = None if state.batches is None else state.batches.counts()
     remote = None if state.sources is None else state.sources.remote
-    text = render(state.metrics, engine.info(), engine.stats(), batches, remote)
+    text = render(state.metrics, engine.info(), engine.stats(), batches, remote, state.more_series())
     return Response(text, media_type=CONTENT_TYPE)
 
 

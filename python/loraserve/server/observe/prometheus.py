@@ -54,14 +54,15 @@ def render(
     stats: EngineStats,
     batches: BatchCounts | None = None,
     remote: RemoteAdapters | None = None,
+    more: Iterable[Metric] = (),
 ) -> bytes:
     """What a scrape is answered with, in `CONTENT_TYPE`.
 
-    None is a server without batches, or one that brings no adapters of URLs.
+    None is a server without batches, or one that brings no adapters of URLs; `more` is what comes beside.
     """
     metrics.keep_only(stats.adapters)
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Collected(metrics, info, stats, batches, remote))
+    registry.register(_Collected(metrics, info, stats, batches, remote, more))
     return generate_latest(registry)
 
 
@@ -75,7 +76,9 @@ class _Collected:
         stats: EngineStats,
         batches: BatchCounts | None,
         remote: RemoteAdapters | None,
+        more: Iterable[Metric],
     ) -> None:
+        self._more = more
         self._remote = remote
         self._metrics = metrics
         self._batches = batches
@@ -92,6 +95,7 @@ class _Collected:
         yield from vllm_families(self._stats, self._info.model)
         if self._batches is not None:
             yield from batch_families(self._batches)
+        yield from self._more
         yield from ProcessCollector(registry=None).collect()
 
     def _requests(self) -> Iterator[Metric]:
