@@ -183,6 +183,21 @@ def test_many_processes_fetch_once(bucket: Bucket, tmp_path: Path) -> None:
     assert sum(one.counts.downloads for one in fetchers) == 1
 
 
+def test_a_process_that_is_stopped_while_it_fetches_is_waited_for_no_longer_than_it_takes(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loraserve.remote.disk_cache.STALLED_S", 0.3)
+    stopped, waits = fetcher(tmp_path), fetcher(tmp_path)
+    location = parse_remote(f"s3://{BUCKET}/adapters/sql")
+    with (
+        stopped.cache.fetching(location),
+        pytest.raises(SourceUnavailableError, match=r"got nothing for 0\.3 s") as caught,
+    ):
+        waits.fetch(location)
+    assert caught.value.retry_after_s == 5.0
+    assert contents(waits.fetch(location)) == FILES  # the source has not been given up
+
+
 def write(path: Path, files: dict[str, bytes]) -> Path:
     path.mkdir()
     for name, data in files.items():

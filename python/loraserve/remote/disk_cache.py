@@ -34,11 +34,17 @@ logger = logging.getLogger(__name__)
 ENTRY_NAME: Final = ".entry.json"
 SCAN_S: Final = 30.0  # other processes add entries, too
 MAX_PART_AGE_S: Final = 24 * 3600.0
+STALLED_S: Final = 90.0  # more than a list takes with all its tries
+LOCK_POLL_S: Final = 0.02
 KEEP_SHARE: Final = 0.9  # of the bound, after some were removed
 
 
 class DamagedError(Exception):
     """Files on disk are not what was fetched."""
+
+
+class StalledError(Exception):
+    """Somebody else has been fetching for long, and nothing comes: a process that is stopped, perhaps."""
 
 
 @dataclass
@@ -116,12 +122,15 @@ class DiskCache:
 
     @contextmanager
     def fetching(self, location: RemoteLocation) -> Iterator[Path]:
-        """The directory to fetch a location into, which nobody else does meanwhile in any process."""
+        """The directory to fetch a location into, which nobody else does meanwhile in any process.
+
+        Raises StalledError: somebody does, and gets nowhere.
+        """
         key = _key(location)
-        path = self.directory / f"{key}.lock"
-        lock = _locked(path)
+        path, part = self.directory / f"{key}.lock", self.directory / f"{key}.part"
+        lock = _locked(path, part)
         try:
-            yield self.directory / f"{key}.part"
+            yield part
         finally:
             path.unlink(missing_ok=True)  # who waits for it finds that it is gone, and makes another
             os.close(lock)
@@ -287,15 +296,31 @@ def _open_lock(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
-def _locked(path: Path) -> int:
-    """The lock file that lies there, held by nobody else."""
+def _locked(path: Path, part: Path) -> int:
+    """The lock file that lies there, held by nobody else.
+
+    Raises StalledError: its holder has added nothing to `part` for `STALLED_S`.
+    """
+    nbytes, ends_at = -1, 0.0
     while True:
         lock = _open_lock(path)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        while not _try_lock(lock, fcntl.LOCK_EX):
+            if (now_nbytes := _nbytes(part)) != nbytes:
+                nbytes, ends_at = now_nbytes, time.monotonic() + STALLED_S
+            elif time.monotonic() > ends_at:
+                os.close(lock)
+                raise StalledError(f"whoever fetches it has got nothing for {STALLED_S:g} s")
+            time.sleep(LOCK_POLL_S)
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(lock), os.stat(path)):
                 return lock
         os.close(lock)
+
+
+def _nbytes(directory: Path) -> int:
+    with suppress(OSError):
+        return sum(file.stat().st_size for file in directory.iterdir())
+    return 0
 
 
 def _try_lock(lock: int, how: int) -> bool:

@@ -13,7 +13,7 @@ from typing import Final
 
 from loraserve.errors import AdapterFormatError, SourceUnavailableError, StateError
 from loraserve.remote.breaker import CircuitBreaker
-from loraserve.remote.disk_cache import CacheEntry, DiskCache
+from loraserve.remote.disk_cache import CacheEntry, DiskCache, StalledError
 from loraserve.remote.location import AllowedLocations, RemoteLocation
 from loraserve.remote.object_store import ObjectClients, ObjectStore
 from loraserve.remote.registry import RegistryStore
@@ -35,6 +35,7 @@ from loraserve.remote.web import WebStore
 logger = logging.getLogger(__name__)
 
 DENIED_PAUSE_S: Final = 10.0
+STALLED_RETRY_S: Final = 5.0
 MAX_SOURCES: Final = 1024  # that were asked lately
 MAX_CHANGES: Final = 4096  # of locations that were asked for lately
 
@@ -154,6 +155,9 @@ class Fetcher:
             breaker.succeeded()
             self.counts.add(failures=1)
             return self._kept(location, str(error), DENIED_PAUSE_S)
+        except StalledError as error:  # which says nothing of the source
+            self.counts.add(failures=1)
+            return self._kept(location, str(error), STALLED_RETRY_S)
         except TransientError as error:
             self.counts.add(failures=1)
             return self._kept(location, str(error), breaker.fetches.failed(error.retry_after_s))
