@@ -15,7 +15,9 @@ ISO_TIME: Final = "2026-01-02T03:04:05.000Z"
 
 
 class FakeCloud:
-    """Serves `files` by key to who sends `authorization`; statuses in `refusals` answer the next requests.
+    """Serves `files` by key to who sends `authorization`; `refusals` are statuses of the next answers.
+
+    A status of 0 refuses nothing.
 
     Args:
         kind: whose XML it speaks.
@@ -56,8 +58,8 @@ class FakeCloud:
         parts = urlsplit(handler.path)
         bucket, _, key = unquote(parts.path).lstrip("/").partition("/")
         sent = handler.headers.get("authorization", "")
-        if self.refusals:
-            send(handler, self.refusals.pop(0), b"<Error>no</Error>")
+        if self.refusals and (status := self.refusals.pop(0)):
+            send(handler, status, b"<Error>no</Error>")
         elif self.authorization is not None and not sent.startswith(self.authorization):
             send(handler, 403 if self.kind == "az" else 401, b"<Error>who are you</Error>")
         elif bucket != BUCKET:

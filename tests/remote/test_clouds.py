@@ -71,10 +71,12 @@ def test_names_are_listed(cloud: FakeCloud, tmp_path: Path) -> None:
 
 
 def test_a_fetch_that_failed_goes_on(cloud: FakeCloud, tmp_path: Path) -> None:
-    cloud.refusals = [503, 500, 429]
+    cloud.refusals = [503, 500, 429, 0, 0, 0, 503]  # the last of them is of the second piece
     fetches = fetcher(tmp_path)
     assert contents(fetch(fetches, cloud, "adapters/sql")) == FILES
+    assert cloud.refusals == []
     assert fetches.counts.downloaded_nbytes == sum(map(len, FILES.values()))
+    assert cloud.ranges.count(f"bytes=0-{PIECE_NBYTES - 1}") == 1
 
 
 def test_a_new_version_takes_the_place_of_the_old_one(cloud: FakeCloud, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ class Registry:
         self.manifests: dict[str, bytes] = {}
         self.rules: dict[str, list[Rule]] = {}
         self.token: str | None = None  # which is asked for
-        self.basic: str | None = None  # for which the realm gives it
+        self.basic: str | None = None  # for which the realm gives it, or the registry answers
         self.asked: list[tuple[str, dict[str, str]]] = []
         registry = self
 
@@ -79,6 +79,8 @@ class Registry:
                 send(handler, 401, b"")
             else:
                 send(handler, 200, json.dumps({"token": self.token}).encode())
+        elif self.token is None and self.basic is not None and sent != f"Basic {self.basic}":
+            send(handler, 401, b"", {"www-authenticate": 'Basic realm="here"'})
         elif self.token is not None and sent != f"Bearer {self.token}":
             realm = f'Bearer realm="http://{self.host}/token",service="here",scope="everything"'
             send(handler, 401, b"", {"www-authenticate": realm})
@@ -187,6 +189,7 @@ def test_a_tag_that_moves_is_a_new_version(registry: Registry, tmp_path: Path) -
             {TITLE: "sql", "io.deis.oras.content.unpack": "true"},
             tar({f"sql/{n}": d for n, d in FILES.items()}, "w:gz"),
         ),
+        ("application/vnd.oci.image.layer.v1.tar+gzip", {TITLE: "sql"}, tar(FILES, "w:gz")),
         ("application/vnd.oci.image.layer.v1.tar+gzip", {}, gzip.compress(tar(FILES))),
         ("application/vnd.kitops.modelkit.model.v1.tar+gzip", {}, tar(FILES, "w:gz")),
         ("application/vnd.cncf.model.weight.v1.tar", {"org.cncf.model.filepath": "sql"}, tar(FILES)),
@@ -248,6 +251,18 @@ def test_credentials_of_dockers_config_get_a_token(
     (asked,) = [url for url, _ in registry.asked if url.startswith("/token")]
     assert "scope=repository%3Ateam%2Fsql%3Apull" in asked
     assert "service=here" in asked
+
+
+def test_a_registry_that_wants_a_password_gets_it(registry: Registry, tmp_path: Path) -> None:
+    registry.push()
+    registry.basic = base64.b64encode(b"me:secret").decode()
+    (tmp_path / "docker").mkdir()
+    config = {"auths": {registry.host: {"auth": registry.basic}}}
+    (tmp_path / "docker/config.json").write_text(json.dumps(config))
+    assert fetched(fetcher(tmp_path), registry) == FILES
+    (tmp_path / "docker/config.json").unlink()
+    with pytest.raises(SourceUnavailableError, match="DOCKER_CONFIG"):
+        fetched(fetcher(tmp_path / "other"), registry)
 
 
 def test_a_public_repository_gets_a_token_for_nothing(registry: Registry, tmp_path: Path) -> None:

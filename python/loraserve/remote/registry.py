@@ -147,8 +147,9 @@ class RegistryStore:
         unpacks = annotations.get(UNPACK_ANNOTATION) == "true"
         if self._wanted.wants(base) and not unpacks:
             return RemoteFile(base, nbytes, digest, sha256=sha256)
-        # ORAS gives plain files, which have a title, the type of a tar.
-        if unpacks or (_TAR.search(told) and (_TITLE not in annotations or base.endswith(ARCHIVE_ENDS))):
+        # ORAS calls plain files, which have a title, ".tar", and its Python client directories ".tar+gzip".
+        is_tar = _TITLE not in annotations or base.endswith(ARCHIVE_ENDS) or told.endswith("gzip")
+        if unpacks or (is_tar and _TAR.search(told)):
             return RemoteFile(f"layer-{index}.tar", nbytes, digest, sha256=sha256, is_archive=True)
         if told.endswith("tar+zstd"):
             raise WrongAnswerError("it has a layer packed with zstd, push it as tar, tar+gzip or files")
