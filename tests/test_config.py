@@ -28,6 +28,20 @@ WRONG_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"dtype": "int8"}, "dtype is 'int8', it must be one of"),
     ({"quantization": "fp8"}, "quantization is 'fp8', it must be one of auto, none, int8, int4"),
     ({"quantization": 8}, "quantization is 8, it must be one of"),
+    ({"tensor_parallel_size": 0}, "tensor_parallel_size is 0"),
+    ({"tensor_parallel_size": 65}, "tensor_parallel_size is 65"),
+    (
+        {"tensor_parallel_size": 2, "merge": "a", "adapters": {"a": "/a"}},
+        "tensor_parallel_size is 2, and merge folds 'a'",
+    ),
+    (
+        {"tensor_parallel_size": 2, "quantization": "int8"},
+        "tensor_parallel_size is 2, and quantization is int8",
+    ),
+    (
+        {"tensor_parallel_size": 2, "device": "cuda"},
+        "tensor_parallel_size is 2, which only a CPU can do",
+    ),
     ({"adapter_dtype": "int4"}, "adapter_dtype is 'int4', it must be one of auto, int8"),
     ({"dtype": ["float32"]}, "dtype is ['float32'], it must be one of"),
     ({"device": 0}, "device is 0, it must be one of auto, cpu, cuda"),

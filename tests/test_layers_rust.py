@@ -27,8 +27,8 @@ CRATES: dict[str, tuple[set[str], str]] = {
         set(),
         """
         base_linears base_weights error foreign layout pace
-        fields host_tier pattern read shape
-        shards
+        fields host_tier pattern read slice
+        shape shards
         weights
         alpha initialisation matrix names target tensor_name
         config

@@ -13,6 +13,7 @@ from loraserve.models.ops import Linear
 __all__ = [
     "Activation",
     "AdapterLayout",
+    "AdapterSlice",
     "AdapterStats",
     "BaseShape",
     "Batch",
@@ -126,6 +127,11 @@ class Batch:
     @property
     def hidden_spans(self) -> list[tuple[int, int, int]]:
         """Whose they are, in order: request, position of the first row in its prompt, number of rows."""
+    def to_bytes(self) -> bytes:
+        """For `from_bytes` in another process, which computes the same step."""
+    @staticmethod
+    def from_bytes(data: bytes) -> Batch:
+        """The arrays, of no requests. Raises ValueError for bytes that are cut, or too many."""
     def arrays(self) -> _StepArrays:
         """Copies of the arrays, for a backend that computes in Python."""
 
@@ -473,7 +479,8 @@ class BaseShape:
 
     `modules`: (path inside a layer, group, in_features, out_features, first column of the fused output);
     groups: 0 qkv, 1 o, 2 gate_up, 3 down. `biased`: paths of those that have a bias. `tokens`: rows and
-    columns of embedding and head. Raises ValueError if modules contradict each other.
+    columns of embedding and head. `slices`: what ranks have of adapters, whose extents are then of the
+    largest. Raises ValueError if modules contradict each other.
     """
 
     def __new__(
@@ -482,6 +489,7 @@ class BaseShape:
         modules: list[tuple[str, int, int, int, int]],
         biased: list[str] = ...,
         tokens: tuple[int, int] | None = None,
+        slices: list[AdapterSlice] = ...,
     ) -> BaseShape: ...
     @property
     def num_layers(self) -> int:
@@ -506,6 +514,11 @@ class AdapterLayout:
 
         Raises ValueError for a layer, group or module that does not exist.
         """
+    def to_json(self) -> bytes:
+        """For `from_json` in another process."""
+    @staticmethod
+    def from_json(data: bytes) -> AdapterLayout:
+        """What gave these bytes; checked against an extent where it is bound. Raises ValueError."""
     @property
     def nbytes(self) -> int:
         """Length of the extent."""
@@ -539,6 +552,34 @@ class AdapterLayout:
         gain · (base + adapters) + weight · shift.
         """
 
+# rust/py/src/slice.rs
+
+@final
+class AdapterSlice:
+    """The part that one rank has of packed adapters: an adapter of its smaller model.
+
+    `modules`: (group, first column in the fused output of the model, and of the rank, the rank's rows of the
+    weight from, to, its columns from, to, whether it adds shifts); `tokens`: first and end of its part of
+    `vocabulary`. Raises ValueError for a part that is empty.
+    """
+
+    def __new__(
+        cls,
+        dtype: str,
+        modules: list[tuple[int, int, int, int, int, int, int, bool]],
+        tokens: tuple[int, int],
+        vocabulary: int,
+    ) -> AdapterSlice: ...
+    def layout(self, whole: AdapterLayout, src_ptr: int) -> AdapterLayout:
+        """Where the rank's part lies of the adapter at `src_ptr`, as many readable bytes as `whole` has."""
+    def copy(
+        self, whole: AdapterLayout, src_ptr: int, layout: AdapterLayout, dst_ptr: int, dst_nbytes: int
+    ) -> None:
+        """Write the part, as `layout` says, to `dst_nbytes` writable bytes at `dst_ptr`, without the GIL.
+
+        Raises ValueError for bytes that don't hold it, and for layouts that don't belong together.
+        """
+
 # rust/py/src/adapters.rs
 
 @final
@@ -566,6 +607,9 @@ class Receipt:
     @property
     def nbytes(self) -> int:
         """Packed length in bytes."""
+    @property
+    def extent_nbytes(self) -> int:
+        """Bytes in the pool: `nbytes`, or of the largest part that a rank has."""
     @property
     def hash(self) -> str:
         """BLAKE3 of tensors and scales, in hex: equal hashes compute the same."""
@@ -866,7 +910,8 @@ class CpuKernels:
 
     `*_ptr` are addresses of contiguous tensors in the storage dtype (`bias` and logits are float32) that
     live until the call returns; `loraserve.backends.cpu.ops` checks them. `isa` None takes
-    `LORASERVE_CPU_ISA`, else the best; `num_threads` None means every core. Raises LoraserveError for an
+    `LORASERVE_CPU_ISA`, else the best; `num_threads` None means every core; `tokens` is the first that this
+    rank has of a vocabulary shared out, and whether it has the last. Raises LoraserveError for an
     unknown or unsupported instruction set, ValueError for shapes and indices that don't fit, TypeError
     for another backend's step or weight.
     """
@@ -883,6 +928,7 @@ class CpuKernels:
         pool_nbytes: int,
         num_threads: int | None = None,
         isa: str | None = None,
+        tokens: tuple[int, bool] | None = None,
     ) -> CpuKernels: ...
     @property
     def isa(self) -> str:
@@ -932,6 +978,8 @@ class CpuRecording:
 
     def embedding(self, table: Linear) -> Activation:
         """Rows of the table for the step's tokens: [T, in_features]."""
+    def all_reduce(self, x: Activation) -> None:
+        """What the embedding or a linear has just made is a rank's part of a sum; it becomes float32."""
     def rms_norm(
         self, x: Activation, residual: Activation | None, weight_ptr: int, num_features: int, eps: float
     ) -> Activation:
@@ -967,10 +1015,13 @@ class CpuRecording:
 class CpuProgram:
     """A recorded forward pass; one step at a time, without the GIL."""
 
-    def run(self, step: CpuStep, result_ptr: int, hidden_ptr: int = 0) -> None:
+    def run(
+        self, step: CpuStep, result_ptr: int, hidden_ptr: int = 0, first_op: int = 0
+    ) -> tuple[int, int, int] | None:
         """Runs a step of its kernels and writes the result, and what it gives out: [H, hidden].
 
-        Raises ValueError as the ops do.
+        Stops at each sum over ranks: (address, number) of the float32 that are this rank's part, to be
+        replaced by the sum, and the `first_op` to go on with. Raises ValueError as the ops do.
         """
     def logits_of_hidden(self, step: CpuStep, first: int, count: int, rows_ptr: int, result_ptr: int) -> None:
         """Logits of these of the rows that a step gave out, float32 [count, the step's columns].

@@ -35,6 +35,7 @@ MAX_COUNTS = {
     "max_waiting": 2**31 - 1,
     "max_model_len": 2**31 - 1,
     "num_threads": 1024,
+    "tensor_parallel_size": 64,
 }
 _OPTIONAL_COUNTS = ("max_waiting", "max_model_len", "num_threads")
 
@@ -90,7 +91,10 @@ class EngineConfig:
             `TOOL_PARSERS`; "auto" is the one that the chat template plainly shows.
         reasoning_parser: form of the reasoning that is set apart from answers of chats, one of
             `REASONING_PARSERS`; "auto" is as of calls, "none" leaves it in the text.
-        num_threads: CPU threads of the kernels; None uses every core this process may run on.
+        num_threads: CPU threads of the kernels, of all ranks together; None uses every core this process may
+            run on.
+        tensor_parallel_size: processes that share the model out among them, each with a part of every linear
+            and of every adapter (CPU only); 1 is this process alone.
         on_adapter_error: what an adapter that can't be served does to the start: "fail" raises one error that
             names all such adapters, "skip" goes on without them (`adapter_failures` of the engine).
         failed_adapters: what failed before, as a download; counts as the others.
@@ -124,6 +128,7 @@ class EngineConfig:
     tool_parser: str = "auto"
     reasoning_parser: str = "auto"
     num_threads: int | None = None
+    tensor_parallel_size: int = 1
     on_adapter_error: str = "fail"
     failed_adapters: tuple[AdapterFailure, ...] = ()
 
@@ -172,6 +177,26 @@ class EngineConfig:
         parse_memory(self.adapter_host_memory, "adapter_host_memory", least=0)
         if self.quantization is not None:
             object.__setattr__(self, "quantization", parse_quantization(self.quantization))
+        self._check_tensor_parallel()
+
+    def _check_tensor_parallel(self) -> None:
+        if self.tensor_parallel_size == 1:
+            return
+        size = f"tensor_parallel_size is {self.tensor_parallel_size}"
+        if self.merge is not None:
+            raise InvalidRequestError(
+                f"{size}, and merge folds {self.merge!r:.100} into the weights of one process: leave "
+                "--merge away"
+            )
+        if self.quantization in ("int8", "int4"):
+            raise InvalidRequestError(
+                f"{size}, and quantization is {self.quantization}: ranks compute with dense weights, leave "
+                "--quantization away"
+            )
+        if self.device == "cuda":
+            raise InvalidRequestError(
+                f"{size}, which only a CPU can do, and device is cuda: give --device cpu"
+            )
 
     @property
     def model_names(self) -> tuple[str, ...]:

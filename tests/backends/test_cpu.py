@@ -35,12 +35,13 @@ def test_an_adapters_extent_is_in_use_before_it_is_written(backend: CpuBackend) 
     backend._pretouch = pretouch  # type: ignore[assignment]
     layout = types.SimpleNamespace()
 
-    def load(address: int) -> object:
+    def load(address: int, nbytes: int) -> object:
+        assert nbytes == 128
         assert address == backend.pool.data_ptr() + 3 * 64
         assert pretouch.calls == [("above", 3 * 64)]
         return layout
 
-    assert backend.fill(Extent(0, 3, 128), load) is layout  # type: ignore[arg-type]
+    assert backend.fill(Extent(0, 3, 128), load, 100) is layout  # type: ignore[arg-type]
 
 
 def test_shutdown_ends_what_start_began(backend: CpuBackend) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -111,7 +112,7 @@ class FakeBackend(CudaBackend):
         return self.place(
             MODEL,
             geometry(MODEL),
-            BuildDecoder(dense_nbytes(MODEL), lambda packer, num_positions: self.decoder),
+            BuildDecoder(dense_nbytes(MODEL), lambda packer, num_positions: self.decoder, Path("model")),
         )
 
 
@@ -214,7 +215,7 @@ def test_each_shortage_is_a_typed_error_with_sizes_and_remedy() -> None:
         raise torch.OutOfMemoryError("tried to allocate 1 GiB")
 
     with pytest.raises(CapacityError, match=r"weights of model m take 15.0 GiB .* 21.6 GiB free of 24.0 GiB"):
-        loading.place(MODEL, geometry(MODEL), BuildDecoder(dense_nbytes(MODEL), out_of_memory))
+        loading.place(MODEL, geometry(MODEL), BuildDecoder(dense_nbytes(MODEL), out_of_memory, Path("model")))
 
     stepping = FakeBackend(Card(80, 79))
     stepping.decoder.most_tokens = 100

@@ -59,7 +59,7 @@ def test_every_setting_has_a_flag_a_variable_and_a_line_of_help(capsys: pytest.C
         (["--adapter-root", "a", "--adapter-root", "b"], {"adapter_root": ["a", "b"]}),
         (["--adapter", "a=/x", "--adapter", "b=y@z"], {"adapters": {"a": "/x", "b": "y@z"}}),
         (["--lora-adapters", "a=/x"], {"adapters": {"a": {"path": "/x", "revision": None}}}),
-        (["--num-shard", "1"], {}),
+        (["--num-shard", "1"], {"tensor_parallel_size": "1"}),
     ],
 )
 def test_flags_are_read(arguments: list[str], values: dict[str, object]) -> None:
@@ -96,7 +96,8 @@ JSON_ONE = '{"name": "a", "path": "/x", "base_model_name": "m"}'
         (["--task", "embed", "--runner", "pooling"], {}),
         (["--ssl-keyfile", "k", "--ssl-certfile", "c"], {"tls_key": "k", "tls_certificate": "c"}),
         (["--kv-cache-memory-bytes", "1000000"], {"memory": "1000000"}),
-        (["-tp", "1", "--tensor-parallel-size", "1", "--pipeline-parallel-size", "1"], {}),
+        (["-tp", "2", "--pipeline-parallel-size", "1"], {"tensor_parallel_size": 2}),
+        (["--num-shard", "2"], {"tensor_parallel_size": "2"}),
         (["--json-output"], {"log_format": "json"}),
         (["--gpu-memory-utilization", "0.8"], {"gpu_memory_utilization": 0.8}),
         (["--cuda-memory-fraction", "0.8"], {"gpu_memory_utilization": 0.8}),
@@ -152,8 +153,7 @@ def test_a_flag_without_effect_is_noted(arguments: list[str], note: str) -> None
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        (["--num-shard", "2"], "--num-shard is '2': only 1 is possible"),
-        (["--tensor-parallel-size", "2"], "only 1 is possible"),
+        (["--pipeline-parallel-size", "2"], "only 1 is possible"),
         (
             ["--quantize", "bitsandbytes"],
             "--quantize: quantization is 'bitsandbytes', it must be one of auto",

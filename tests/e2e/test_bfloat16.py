@@ -35,7 +35,7 @@ def our_last_logits(
         receipt = _core.check_adapter(
             path, runner.base_shape, config.dtype, config.max_lora_rank, base_weights=base_weights
         )
-        sources[scheduler.register_adapter(name, receipt.hash, receipt.nbytes)] = (path, receipt)
+        sources[scheduler.register_adapter(name, receipt.hash, receipt.extent_nbytes)] = (path, receipt)
     ids = [scheduler.submit(p, [(a, 1.0)] if a else [], 1, 0, []) for p, a in requests]
     rows: dict[int, torch.Tensor] = {}
     while len(rows) < len(ids):
@@ -50,16 +50,16 @@ def our_last_logits(
                 config.dtype,
                 config.max_lora_rank,
                 receipt.hash,
-                dst_nbytes=extent.nbytes,
                 base_linears=runner.backend.base_linears,
                 known=receipt,
             )
-            runner.bind(extent, runner.backend.fill(extent, load))
+            runner.bind(extent, runner.backend.fill(extent, load, receipt.nbytes))
             scheduler.adapter_loaded(adapter_id)
         if step.batch is not None:
             logits = runner.execute(step.batch)
             rows.update(zip(step.batch.sample_request_ids, logits.clone(), strict=True))
             scheduler.commit(step, logits.numpy().argmax(-1).astype("int32"))
+    runner.release()
     return torch.stack([rows[request_id] for request_id in ids])
 
 

@@ -53,10 +53,10 @@ MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 
 
-def make_model(name: str, seed: int = 0) -> Any:
-    """A seeded transformers model in float32; biases and norms are random too."""
+def make_model(name: str, seed: int = 0, **sizes: int) -> Any:
+    """A seeded transformers model in float32, of SIZES or other `sizes`; biases and norms are random too."""
     class_name, changes = MODELS[name]
-    config = getattr(transformers, class_name)(**{**SIZES, **changes})
+    config = getattr(transformers, class_name)(**{**SIZES, **changes, **sizes})
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():

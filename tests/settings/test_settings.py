@@ -122,6 +122,7 @@ def test_every_setting_can_be_a_variable() -> None:
         "open_metrics": "yes",
         "trust_request_chat_template": "no",
         "threads": "3",
+        "tensor_parallel_size": "2",
         "memory": "1GiB",
         "drain_seconds": "1.5",
         "dtype": "float32",
@@ -304,7 +305,6 @@ def test_basetens_block_says_the_same_as_settings(tmp_path: Path) -> None:
             "lora_adapters.a.source is 'S3', only HF is supported",
         ),
         ("trt_llm: {build: {quantization_type: fp8}}", "quantization_type is 'fp8'"),
-        ("trt_llm: {build: {tensor_parallel_count: 2}}", "tensor_parallel_count is 2"),
         ("trt_llm: {build: {lora_adapters: {a b: {repo: x}}}}\nmodel: m", "'a b' is not allowed"),
         ("trt_llm: {build: {}}", "model is missing"),
         (

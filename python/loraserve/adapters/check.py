@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -84,6 +85,7 @@ class AdapterCheck:
         base_weights: the base model's, to compare embeddings and heads with.
         beside: reads what lies beside the weights.
         adapter_dtype: as of `EngineConfig`.
+        slices: what ranks have of adapters, where the model is shared out.
     """
 
     def __init__(
@@ -95,8 +97,9 @@ class AdapterCheck:
         base_weights: BaseWeights,
         beside: BesideReader,
         adapter_dtype: str = "auto",
+        slices: Sequence[_core.AdapterSlice] = (),
     ) -> None:
-        self.shape = base_shape(config)
+        self.shape = base_shape(config, slices)
         self.store = AdapterStore()
         self.dtype = dtype
         self.max_lora_rank = max_lora_rank

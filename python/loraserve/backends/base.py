@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     import torch
@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from loraserve.models.decoder import Decoder
     from loraserve.models.ops import KvGeometry, Ops
     from loraserve.models.weights import BuildDecoder
+
+
+# Packs an adapter into so many writable bytes at an address; raises LoraserveError.
+Load: TypeAlias = "Callable[[int, int], _core.AdapterLayout]"
 
 
 @dataclass(frozen=True)
@@ -113,8 +117,10 @@ class Backend(Protocol):
         """Loads from now on begin after what is queued by now: it may still use their pages."""
         ...
 
-    def fill(self, extent: Extent, load: Callable[[int], _core.AdapterLayout]) -> _core.AdapterLayout:
+    def fill(self, extent: Extent, load: Load, packed_nbytes: int) -> _core.AdapterLayout:
         """Have `load` write the adapter to host memory, bring it to its extent, return when it is there.
+
+        `packed_nbytes` are what it takes as `load` writes it.
 
         Called from loader threads.
         """
@@ -127,8 +133,15 @@ class Backend(Protocol):
         """
         ...
 
-    def start(self) -> None:
-        """The model is loaded: begin what goes on beside the steps."""
+    def start(self, wake: Callable[[], None]) -> None:
+        """The model is loaded: begin what goes on beside the steps.
+
+        `wake` is called, from any thread, once `check` has something to raise; it doesn't hold the engine.
+        """
+        ...
+
+    def check(self) -> None:
+        """Raises DeviceError: no step can be computed any more."""
         ...
 
     def set_contended(self, is_contended: bool) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from loraserve import _core
 from loraserve.backends.cpu.backend import CpuBackend
+from loraserve.backends.tensor_parallel.backend import TensorParallelBackend
 from loraserve.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ def why_no_cuda(dtype: str = "bfloat16") -> str | None:
 def open_backend(config: EngineConfig) -> Backend:
     """The backend for `config.device`. Raises DeviceError."""
     dtype: torch.dtype = getattr(torch, config.dtype)
+    if config.tensor_parallel_size > 1:
+        return TensorParallelBackend(config, dtype)
     if choose_device(config.device, config.dtype) == "cpu":
         return CpuBackend(config, dtype)
     from loraserve.backends.cuda.backend import CudaBackend  # noqa: PLC0415 (needs a GPU)

@@ -135,6 +135,15 @@ def add_model_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads to compute with (default: all cores)"
     )
+    group.add_argument(
+        "--tensor-parallel-size",
+        "-tp",
+        type=int,
+        default=EngineConfig.tensor_parallel_size,
+        metavar="N",
+        help="processes that share the model out among them, as the cores and --memory; CPU only "
+        "(default %(default)s)",
+    )
 
 
 def add_dtype_option(parser: argparse._ActionsContainer) -> None:
@@ -176,6 +185,7 @@ def engine_config(args: argparse.Namespace, parser: argparse.ArgumentParser) -> 
         max_num_seqs=args.max_num_seqs,
         max_model_len=args.max_model_len,
         num_threads=args.threads,
+        tensor_parallel_size=args.tensor_parallel_size,
     )
 
 

@@ -121,6 +121,7 @@ class EngineAdapters:
             BaseWeights(model.path, config.dtype),
             beside,
             config.adapter_dtype,
+            runner.adapter_slices,
         )
         self.tensor_store = self._check.store
         self.host_tier = _core.HostTier(runner.host_tier_nbytes)
@@ -312,7 +313,7 @@ class EngineAdapters:
         adapter_id = self._scheduler.register_adapter(
             name,
             receipt.hash,
-            receipt.nbytes,
+            receipt.extent_nbytes,
             replace=replace,
             invocation_tokens=receipt.invocation_tokens,
         )

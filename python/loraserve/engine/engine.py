@@ -113,7 +113,7 @@ class Engine:
             and (config.num_threads is None or config.num_threads >= _core.usable_cores()),
         )
         self.adapters.load_configured()
-        self.runner.backend.start()
+        self.runner.backend.start(self._wake.set)
         self._thread.start(on_end=self.adapters.loader.shutdown)
 
     def submit(

@@ -191,7 +191,7 @@ class ExtentLoader:
         assert self._backend is not None, "invariant: a load is over before the loader is shut down"
         base_linears = self._backend.base_linears
 
-        def load(address: int) -> _core.AdapterLayout:
+        def load(address: int, nbytes: int) -> _core.AdapterLayout:
             layout = _core.load_adapter(
                 source.path,
                 self._check.shape,
@@ -199,7 +199,7 @@ class ExtentLoader:
                 self._check.max_lora_rank,
                 source.receipt.hash,
                 address,
-                extent.nbytes,
+                nbytes,
                 self._pace,
                 base_linears,
                 None if source.stored is None else source.stored.files,
@@ -211,7 +211,7 @@ class ExtentLoader:
                 self._tier.keep(source.receipt.hash, address, layout, self._pace)
             return layout
 
-        return self._backend.fill(extent, load)
+        return self._backend.fill(extent, load, source.receipt.nbytes)
 
 
 _Jobs: TypeAlias = "queue.SimpleQueue[Callable[[], bool] | None]"  # None ends a thread

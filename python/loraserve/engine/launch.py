@@ -44,7 +44,11 @@ class StepLauncher:
         self._uses_every_core = uses_every_core
 
     def launch(self, planned: _core.SchedulerOutput) -> RunningStep | None:
-        """Begin what was planned; None if nothing of it is to be committed."""
+        """Begin what was planned; None if nothing of it is to be committed.
+
+        Raises DeviceError: the device can't compute any more, whether or not anything was planned.
+        """
+        self._runner.backend.check()
         for move in planned.moves:
             self._runner.move(*move)
         if planned.loads:

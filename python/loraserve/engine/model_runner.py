@@ -16,9 +16,11 @@ from loraserve.backends.base import StepRows
 from loraserve.config import BLOCK_SIZE, EngineConfig
 from loraserve.errors import CapacityError, InvalidRequestError
 from loraserve.loader import Checkpoint, LoadedModel, load_model
+from loraserve.loader.load import base_shape
 from loraserve.models.config import ModelConfig
 from loraserve.models.decoder import Decoder
 from loraserve.models.ops import KvGeometry, Ops, PendingRows
+from loraserve.models.shard import Shard
 from loraserve.models.weights import BuildDecoder
 
 Result = TypeVar("Result")
@@ -48,6 +50,7 @@ class ModelRunner:
                 f"adapter_dtype is {config.adapter_dtype!r}, which only a CPU can compute with, and the "
                 f"device is {self.device}: leave --adapter-dtype away, or give --device cpu"
             )
+        shard = None if config.tensor_parallel_size == 1 else Shard(0, config.tensor_parallel_size)
         self.merged: CheckedFiles | None = None  # the one adapter that is in the weights
         self.model: LoadedModel = load_model(
             config.model,
@@ -57,9 +60,17 @@ class ModelRunner:
             None if config.merge is None else self._merge,
             config.quantization,
             keeps_quantized=self.backend.keeps_quantized,
+            shard=shard,
         )
+        self.adapter_slices = self._adapter_slices(config.tensor_parallel_size)
         self.vocab_size = self.model.config.vocab_size
         self.eos_token_ids = self.producible(self.model.tokenizer.eos_token_ids)
+
+    def _adapter_slices(self, num_ranks: int) -> list[_core.AdapterSlice]:
+        """What each rank has of adapters; empty where there is one."""
+        ranks = range(num_ranks) if num_ranks > 1 else ()
+        model, dtype = self.model.config, self._config.dtype
+        return [Shard(rank, num_ranks).adapter_slice(model, dtype) for rank in ranks]
 
     def _merge(self, checkpoint: Checkpoint) -> MergedWeights:
         config, name = self._config, self._config.merge
@@ -126,7 +137,7 @@ class ModelRunner:
     @property
     def base_shape(self) -> _core.BaseShape:
         """What adapters are checked against."""
-        return self.model.base_shape
+        return base_shape(self.model.config, self.adapter_slices)
 
     def extent(self, slot: int, first_page: int, num_pages: int) -> Extent:
         """Pages of the pool as the place, in bytes, that an adapter is read into."""

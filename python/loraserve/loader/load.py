@@ -1,6 +1,6 @@
 """load_model: from what a user calls a model to a decoder ready to run."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from loraserve.loader.resolve import open_checkpoint
 from loraserve.models.config import ModelConfig
 from loraserve.models.decoder import Decoder
 from loraserve.models.ops import Packer
+from loraserve.models.shard import Shard, ShardedWeights
 from loraserve.models.weights import BuildDecoder, Tensors, build_decoder, weights_nbytes
 from loraserve.pooling.head import ClassificationHead
 from loraserve.pooling.params import PoolingKind
@@ -27,10 +28,10 @@ from loraserve.validation.files import expanded, is_regular_file
 MAX_LABELS = 2**16
 
 
-def base_shape(config: ModelConfig) -> _core.BaseShape:
-    """What adapters of this model are checked against."""
+def base_shape(config: ModelConfig, slices: Sequence[_core.AdapterSlice] = ()) -> _core.BaseShape:
+    """What adapters of this model are checked against; `slices` are what ranks have of them."""
     tokens = config.vocab_size, config.hidden_size
-    return _core.BaseShape(*config.base_shape(), config.biased_modules, tokens)
+    return _core.BaseShape(*config.base_shape(), config.biased_modules, tokens, list(slices))
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ def load_model(
     quantization: str | None = None,
     *,
     keeps_quantized: bool = False,
+    shard: Shard | None = None,
 ) -> LoadedModel:
     """Open, check, read and pack a model.
 
@@ -93,6 +95,7 @@ def load_model(
         change: gives the weights to take in place of the checkpoint's, with their config.
         quantization: `EngineConfig`'s.
         keeps_quantized: whether the device computes with quantised weights.
+        shard: the part to pack here, whose config `place` is then given; `LoadedModel` has the whole's.
 
     Raises ModelError, and what `place` and `change` raise.
     """
@@ -104,13 +107,17 @@ def load_model(
         defaults = _sampling_defaults(checkpoint, generation_config)
         head = _head(checkpoint) if config.is_classifier else None
 
+        own_config = config if shard is None else shard.config_of(config)
+        own_weights = weights if shard is None else ShardedWeights(weights, config, shard)
+
         def build(packer: Packer, num_positions: int) -> Decoder:
-            decoder = build_decoder(config, weights, packer, dtype, num_positions)
+            decoder = build_decoder(own_config, own_weights, packer, dtype, num_positions)
             checkpoint.check_all_used()
             return decoder
 
         nbytes = weights_nbytes(config, weights, dtype.itemsize)
-        decoder, max_model_len = place(config, BuildDecoder(nbytes, build))
+        own_nbytes = weights_nbytes(own_config, own_weights, dtype.itemsize)
+        decoder, max_model_len = place(own_config, BuildDecoder(own_nbytes, build, checkpoint.path))
         return LoadedModel(
             checkpoint.path,
             config,

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, TypeAlias
 
 import torch
@@ -29,10 +30,11 @@ Part: TypeAlias = tuple[str, tuple[int, int]]
 
 @dataclass(frozen=True)
 class BuildDecoder:
-    """Packs a model's weights; `nbytes` is what they take then."""
+    """Packs a model's weights; `nbytes` is what they take then, `path` where they are read."""
 
     nbytes: int
     build: Callable[[Packer, int], Decoder]
+    path: Path
 
     def __call__(self, packer: Packer, num_positions: int) -> Decoder:
         """Pack through `packer`; `num_positions` bounds the rotary table. Raises ModelError."""

@@ -87,6 +87,7 @@ def engine_config(
         tool_parser=settings.tool_parser,
         reasoning_parser=settings.reasoning_parser,
         num_threads=settings.threads,
+        tensor_parallel_size=settings.tensor_parallel_size,
         on_adapter_error=settings.on_adapter_error,
     )
     model = settings.model

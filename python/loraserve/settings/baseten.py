@@ -107,10 +107,6 @@ def _check_supported(build: _Build) -> None:
         raise ConfigError(
             f"trt_llm.build.quantization_type is {build.quantization_type!r}, only no_quant is supported"
         )
-    if build.tensor_parallel_count != 1:
-        raise ConfigError(
-            f"trt_llm.build.tensor_parallel_count is {build.tensor_parallel_count}, only 1 is supported"
-        )
 
 
 def _settings(block: _TrtLlm) -> dict[str, Any]:
@@ -125,6 +121,7 @@ def _settings(block: _TrtLlm) -> dict[str, Any]:
         "max_num_seqs": build.max_batch_size,
         "max_batched_tokens": build.max_num_tokens,
         "max_model_len": build.max_seq_len,
+        "tensor_parallel_size": build.tensor_parallel_count,
         "served_model_name": block.runtime.served_model_name and [block.runtime.served_model_name],
     }
     if build.checkpoint_repository is not None:

@@ -112,6 +112,10 @@ def _quantize(value: str) -> Mapping[str, Any]:
     return {"quantization": parse_quantization(value) or "auto"}
 
 
+def _num_shard(value: str) -> Mapping[str, Any]:
+    return {"tensor_parallel_size": value}
+
+
 def _cuda_graphs(value: str) -> Mapping[str, Any]:
     """Batch sizes with commas between, 0 is none."""
     return {"cuda_graphs": False} if value.strip() == "0" else {}
@@ -185,7 +189,7 @@ CACHE = "set the variable HF_HUB_CACHE to the folder instead"
 CACHE_DTYPE = "the KV cache has the dtype of --dtype, leave it away"
 MEMORY_SIZES = "--memory says what KV cache and adapters take together"
 SEVERAL_ENGINES = "only 1 is possible, `loraserve deploy --replicas N` runs several engines"
-ONE_DEVICE = "only 1 is possible, a model runs on one device"
+NO_PIPELINE = "only 1 is possible, --tensor-parallel-size shares a model out among processes"
 FROM_MODEL = "put the file into the model's directory, from where it is read"
 NO_TUNNEL = "no tunnel is opened, run one beside the server"
 
@@ -198,8 +202,8 @@ TGI_AND_LORAX: tuple[ForeignSetting, ...] = (
         "preloaded_adapter_ids", "adapters that are loaded at start, as --lora-adapters lists them", "LIST",
         meaning=_preloaded,
     ),
-    *_values("num_shard", ONE_DEVICE, "N", accepted=("1",)),
-    *_values("sharded", "a model runs on one device, only false is possible", "BOOL", accepted=FALSE),
+    *_values("num_shard", "the same as --tensor-parallel-size", "N", meaning=_num_shard),
+    *_values("sharded", "give --tensor-parallel-size, only false is possible", "BOOL", accepted=FALSE),
     *_values("quantize", "the same as --quantization", "METHOD", meaning=_quantize),
     *_values("kv_cache_dtype", CACHE_DTYPE, "DTYPE", accepted=("auto",)),
     *_values("source default_adapter_source preloaded_adapter_source",
@@ -263,8 +267,7 @@ VLLM: tuple[ForeignSetting, ...] = (
     *_values("lora_extra_vocab_size", "tokens that adapters add are served as they are", "N",
              **(NO_EFFECT | FLAG_ONLY)),
     *_values("swap_space cpu_offload_gb block_size", MEMORY_SIZES, "N", **(NO_EFFECT | FLAG_ONLY)),
-    *_values("tensor_parallel_size", ONE_DEVICE, "N", accepted=("1",), short=("-tp",), **FLAG_ONLY),
-    *_values("pipeline_parallel_size", ONE_DEVICE, "N", accepted=("1",), short=("-pp",), **FLAG_ONLY),
+    *_values("pipeline_parallel_size", NO_PIPELINE, "N", accepted=("1",), short=("-pp",), **FLAG_ONLY),
     *_values("data_parallel_size", SEVERAL_ENGINES, "N", accepted=("1",), short=("-dp",), **FLAG_ONLY),
     *_values("load_format", "weights are read from safetensors and GGUF", "FORMAT",
              accepted=("auto", "safetensors", "gguf"), **FLAG_ONLY),

@@ -203,6 +203,14 @@ class ServeSettings(ReplicaSettings):
         "N",
         most=MAX_COUNTS["num_threads"],
     )
+    tensor_parallel_size: Count = option(
+        EngineConfig.tensor_parallel_size,
+        "engine",
+        "processes that share the model out among them, as the cores and --memory (CPU only)",
+        "N",
+        flags=("-tp",),
+        most=MAX_COUNTS["tensor_parallel_size"],
+    )
     max_waiting: Count = option(
         EngineConfig.max_waiting, "engine", "sequences that may wait for their turn; more are refused", "N"
     )

@@ -13,7 +13,7 @@ use crate::columns::Tensors;
 use crate::content::ContentHash;
 use crate::error::{Error, Result};
 use crate::head::{Head, HeadSource, take_head};
-use crate::layout::{AdapterLayout, FactorDtype, StorageDtype};
+use crate::layout::{AdapterLayout, FactorDtype, RowsLayout, StorageDtype};
 use crate::matrix::{Matrix, check_finite, finite_values, store};
 use crate::names::Names;
 use crate::norms::{Norm, take_norms};
@@ -22,8 +22,9 @@ use crate::pace::{Bursts, Pace};
 use crate::pack::{Packer, Packing, layout_of};
 use crate::place::{Place, open_files};
 use crate::receipt::Receipt;
-use crate::replaced_rows::{ReplacedRows, read_rows};
+use crate::replaced_rows::{ReplacedRows, read_rows, tokens};
 use crate::shape::BaseShape;
+use crate::slice::AdapterSlice;
 use crate::tables::Tables;
 use crate::tensor_name::TokenModule;
 use crate::token_lora::{TokenLora, take_token_loras};
@@ -406,8 +407,31 @@ impl Adapter {
         Ok(())
     }
 
+    /// Of the largest part that a rank has, where there are ranks.
+    fn extent_nbytes(&self, whole: &AdapterLayout, shape: &BaseShape) -> usize {
+        let tokens_of = |rows: &RowsLayout| {
+            let of_embedding = whole.embedding.as_ref() == Some(rows);
+            let runs = if of_embedding {
+                &self.rows.embedding
+            } else {
+                &self.rows.head
+            };
+            tokens(runs).map(|token| token as i32).collect()
+        };
+        let part = |slice: &AdapterSlice| {
+            let layout = slice.layout(whole, tokens_of);
+            layout
+                .expect("a slice has every linear of the shape")
+                .nbytes
+        };
+        let parts = shape.slices.iter().map(part);
+        parts.max().unwrap_or(whole.nbytes)
+    }
+
     fn receipt(mut self, shape: &BaseShape, hash: String, head: Option<Head>) -> Receipt {
-        let nbytes = self.layout(shape).nbytes;
+        let layout = self.layout(shape);
+        let extent_nbytes = self.extent_nbytes(&layout, shape);
+        let nbytes = layout.nbytes;
         let num_beside = self.rows.used(&self.tables).count() + 2 * self.token_loras.len();
         let of_head = self.head.as_ref().map_or(0, HeadSource::num_tensors);
         let num_beside = num_beside + self.norms.len() + of_head;
@@ -432,6 +456,7 @@ impl Adapter {
             head,
             task_type: self.task_type,
             nbytes,
+            extent_nbytes,
             alone: alone(&self.bindings, &self.rows, &self.norms),
             replaced_rows: self.rows,
             hash,

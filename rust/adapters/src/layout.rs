@@ -14,6 +14,8 @@
 //! padded to a multiple of 8 with zeros; scales stay outside the bytes, as f32. Kernels read up to
 //! `OVERREAD` bytes past a block and multiply them by zero, so an extent ends in that many zero bytes.
 
+use serde::{Deserialize, Serialize};
+
 /// Fused projections of a layer: qkv, o, `gate_up`, down.
 pub const NUM_GROUPS: usize = 4;
 /// Ranks are padded to a multiple of this, the narrowest kernel vector.
@@ -142,7 +144,7 @@ impl Panels {
 }
 
 /// Where a module's gains and shifts lie: y = gain ⊙ (base and adapters) + weight · shift.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ColumnsLayout {
     /// Bytes from the extent's base.
     pub offset: usize,
@@ -157,7 +159,7 @@ pub const COLUMNS_NBYTES: usize = 2 * SHIFT_NBYTES;
 pub const SHIFT_NBYTES: usize = PANEL_WIDTH * size_of::<f32>();
 
 /// One module's place in its group; B's first panel starts at column `out_offset / 16 * 16`.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ModuleLayout {
     /// First row of the module in the group's A.
     pub rank_offset: usize,
@@ -170,6 +172,7 @@ pub struct ModuleLayout {
     pub out_offset: usize,
     pub out_features: usize,
     /// alpha/r, or alpha/√r for rsLoRA, of this module.
+    #[serde(with = "bits")]
     pub scale: f32,
 }
 
@@ -196,7 +199,7 @@ impl ModuleLayout {
 }
 
 /// The adapted modules of one fused projection of one layer.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct GroupLayout {
     /// Bytes from the extent's base to A.
     pub a_offset: usize,
@@ -233,7 +236,7 @@ impl GroupLayout {
 }
 
 /// Rows of tokens in place of the base's, as a small dense weight whose columns are these tokens.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RowsLayout {
     /// Bytes from the extent's base to the tokens, ascending i32.
     pub tokens_offset: usize,
@@ -262,7 +265,7 @@ impl RowsLayout {
 }
 
 /// `LoRA` on the embedding: E[t] + scale · B·A[:, t], A and B in panels.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct EmbeddingLoraLayout {
     /// Bytes from the extent's base to A [rank, tokens].
     pub a_offset: usize,
@@ -272,6 +275,7 @@ pub struct EmbeddingLoraLayout {
     pub num_tokens: usize,
     /// Elements of an embedding.
     pub width: usize,
+    #[serde(with = "bits")]
     pub scale: f32,
 }
 
@@ -296,7 +300,7 @@ impl EmbeddingLoraLayout {
 }
 
 /// A norm's weight in place of the base's, in the storage dtype.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NormLayout {
     /// In the order they run: two a layer, then the last.
     pub index: usize,
@@ -307,7 +311,7 @@ pub struct NormLayout {
 }
 
 /// A whole adapter; absent groups are `None` and cost nothing.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AdapterLayout {
     /// Index `layer * NUM_GROUPS + group`.
     pub groups: Vec<Option<GroupLayout>>,
@@ -355,6 +359,16 @@ impl AdapterLayout {
         place.ok().map(|place| self.norms[place])
     }
 
+    /// As `from_json` reads it.
+    pub fn to_json(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("a layout has no maps with other keys than text")
+    }
+
+    /// Offsets and sizes are as they are given: `CpuContext::set_adapter` checks them against the extent.
+    pub fn from_json(json: &[u8]) -> std::result::Result<Self, String> {
+        serde_json::from_slice(json).map_err(|error| error.to_string())
+    }
+
     /// Every present group as (layer, group, layout).
     pub fn present(&self) -> impl Iterator<Item = (usize, usize, &GroupLayout)> {
         self.groups.iter().enumerate().filter_map(|(index, group)| {
@@ -384,5 +398,32 @@ impl ExtentBuilder {
 
     pub(crate) fn finish(self) -> usize {
         self.nbytes + OVERREAD
+    }
+}
+
+/// Reserves A, and the scales of int8.
+pub(crate) fn place_a(
+    group: &mut GroupLayout,
+    (dtype, factors): (StorageDtype, FactorDtype),
+    extent: &mut ExtentBuilder,
+) {
+    let is_int8 = factors == FactorDtype::Int8 && group.rank > 0;
+    // Without a place yet, but A's size depends on whether there is one.
+    group.scales_offset = is_int8.then_some(0);
+    group.a_offset = extent.block(group.a_panels(dtype).nbytes());
+    group.scales_offset = is_int8.then(|| extent.block(group.scales_nbytes()));
+}
+
+/// A float as its bits: text would have to round it.
+mod bits {
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "what serde calls")]
+    pub fn serialize<S: Serializer>(value: &f32, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_u32(value.to_bits())
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f32, D::Error> {
+        u32::deserialize(deserializer).map(f32::from_bits)
     }
 }

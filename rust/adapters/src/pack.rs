@@ -10,7 +10,7 @@ use crate::factor::Pair;
 use crate::layout::{
     AdapterLayout, COLUMNS_NBYTES, ColumnsLayout, EmbeddingLoraLayout, ExtentBuilder, FactorDtype,
     GroupLayout, ModuleLayout, NUM_GROUPS, NormLayout, PANEL_WIDTH, RowsLayout, SHIFT_NBYTES,
-    StorageDtype, padded_rank,
+    StorageDtype, padded_rank, place_a,
 };
 use crate::matrix::Matrix;
 use crate::norms::Norm;
@@ -121,19 +121,6 @@ fn head_lora_layout(
     module.b_offset = extent.block(module.b_panels(group.panel_dtype(dtype)).nbytes());
     group.modules.push(module);
     group
-}
-
-/// Reserves A, and the scales of int8.
-fn place_a(
-    group: &mut GroupLayout,
-    (dtype, factors): (StorageDtype, FactorDtype),
-    extent: &mut ExtentBuilder,
-) {
-    let is_int8 = factors == FactorDtype::Int8 && group.rank > 0;
-    // Without a place yet, but A's size depends on whether there is one.
-    group.scales_offset = is_int8.then_some(0);
-    group.a_offset = extent.block(group.a_panels(dtype).nbytes());
-    group.scales_offset = is_int8.then(|| extent.block(group.scales_nbytes()));
 }
 
 fn rows_layout(

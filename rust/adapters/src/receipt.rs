@@ -32,6 +32,8 @@ pub struct Receipt {
     pub task_type: Option<String>,
     /// Packed length in bytes.
     pub nbytes: usize,
+    /// Bytes of its extent: as packed, or of the largest part that a rank has.
+    pub extent_nbytes: usize,
     /// BLAKE3 of the content, in hex.
     pub hash: String,
     /// How the adapter was compared with the base, in words.

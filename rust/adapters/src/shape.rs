@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::layout::NUM_GROUPS;
+use crate::slice::AdapterSlice;
 
 /// One linear layer, the same in every layer of the model.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,6 +24,8 @@ pub struct BaseShape {
     /// Rows and columns of embedding and head, where they are known.
     pub tokens: Option<[usize; 2]>,
     pub modules: BTreeMap<String, ModuleShape>,
+    /// Parts that ranks compute, where the model is shared out.
+    pub slices: Vec<AdapterSlice>,
 }
 
 impl BaseShape {
@@ -46,6 +49,7 @@ impl BaseShape {
             num_layers,
             tokens: None,
             modules: by_path,
+            slices: Vec::new(),
         })
     }
 

@@ -24,6 +24,85 @@ pub struct StepArrays {
     pub seg_weight: Vec<f32>,
 }
 
+impl StepArrays {
+    fn ints(&self) -> [&Vec<i32>; 13] {
+        [
+            &self.token_ids,
+            &self.positions,
+            &self.slot_mapping,
+            &self.query_indptr,
+            &self.context_lens,
+            &self.block_table,
+            &self.block_table_indptr,
+            &self.logits_indices,
+            &self.hidden_indices,
+            &self.wave_indptr,
+            &self.seg_start,
+            &self.seg_end,
+            &self.seg_slot,
+        ]
+    }
+
+    fn ints_mut(&mut self) -> [&mut Vec<i32>; 13] {
+        [
+            &mut self.token_ids,
+            &mut self.positions,
+            &mut self.slot_mapping,
+            &mut self.query_indptr,
+            &mut self.context_lens,
+            &mut self.block_table,
+            &mut self.block_table_indptr,
+            &mut self.logits_indices,
+            &mut self.hidden_indices,
+            &mut self.wave_indptr,
+            &mut self.seg_start,
+            &mut self.seg_end,
+            &mut self.seg_slot,
+        ]
+    }
+
+    /// Each array's length as a u32 and its elements, little-endian, for `from_bytes` of another process.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for array in self.ints() {
+            bytes.extend((array.len() as u32).to_le_bytes());
+            bytes.extend(array.iter().flat_map(|value| value.to_le_bytes()));
+        }
+        bytes.extend((self.seg_weight.len() as u32).to_le_bytes());
+        bytes.extend((self.seg_weight.iter()).flat_map(|value| value.to_le_bytes()));
+        bytes
+    }
+
+    /// What `to_bytes` gave; what the arrays hold is checked where a step begins.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, KernelError> {
+        let mut arrays = Self::default();
+        let mut left = bytes;
+        for array in arrays.ints_mut() {
+            *array = take(&mut left, i32::from_le_bytes)?;
+        }
+        arrays.seg_weight = take(&mut left, f32::from_le_bytes)?;
+        check_length("bytes after a batch", left.len(), 0)?;
+        Ok(arrays)
+    }
+}
+
+fn take<T>(left: &mut &[u8], value: fn([u8; 4]) -> T) -> Result<Vec<T>, KernelError> {
+    let cut = || KernelError::Invalid("the bytes of a batch end within an array".into());
+    let (len, rest) = left.split_first_chunk().ok_or_else(cut)?;
+    let nbytes = 4 * u64::from(u32::from_le_bytes(*len));
+    let nbytes = usize::try_from(nbytes)
+        .ok()
+        .filter(|nbytes| *nbytes <= rest.len());
+    let (elements, rest) = rest.split_at(nbytes.ok_or_else(cut)?);
+    *left = rest;
+    Ok(elements
+        .as_chunks()
+        .0
+        .iter()
+        .map(|bytes| value(*bytes))
+        .collect())
+}
+
 /// Tokens `start..end` of one wave, not none, and the slot of their adapter.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Segment {

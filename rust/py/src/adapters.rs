@@ -14,7 +14,8 @@ use pyo3::types::PyBytes;
 
 use crate::base_linears::BaseLinears;
 use crate::errors::of_adapter;
-use crate::layout::{AdapterLayout, BaseShape};
+use crate::layout::AdapterLayout;
+use crate::shape::BaseShape;
 
 /// A Python function: of a module's weight as it is stored the shape, the rows' digests, and whether it is both
 /// embedding and head.
@@ -93,6 +94,11 @@ impl Receipt {
     #[getter]
     fn nbytes(&self) -> usize {
         self.inner.nbytes
+    }
+
+    #[getter]
+    fn extent_nbytes(&self) -> usize {
+        self.inner.extent_nbytes
     }
 
     #[getter]

@@ -5,6 +5,9 @@ use loraserve_kernels::cuda::work_list::num_items;
 use loraserve_kernels::step_arrays::StepArrays;
 use numpy::{Element, IntoPyArray, PyArray1, PyReadonlyArray1};
 use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+
+use crate::errors::of_kernel;
 
 /// One step's work as flat arrays.
 #[pyclass(frozen, module = "loraserve._core")]
@@ -116,6 +119,24 @@ impl Batch {
             .iter()
             .max()
             .map_or(0, |&slot| slot + 1)
+    }
+
+    /// For `from_bytes` of another process, which computes the same step.
+    fn to_bytes<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.arrays.to_bytes())
+    }
+
+    /// The step's arrays, without whose they are; raises `ValueError`.
+    #[staticmethod]
+    fn from_bytes(data: &[u8]) -> PyResult<Self> {
+        Ok(Self {
+            arrays: StepArrays::from_bytes(data).map_err(|error| of_kernel(&error))?,
+            hidden_spans: Vec::new(),
+            num_prefill_tokens: 0,
+            request_ids: Vec::new(),
+            sample_request_ids: Vec::new(),
+            draft_token_ids: Vec::new(),
+        })
     }
 
     fn arrays<'py>(&self, py: Python<'py>) -> NumpyArrays<'py> {

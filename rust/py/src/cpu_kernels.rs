@@ -12,6 +12,7 @@ use loraserve_kernels::cpu::element::{Bf16, Element};
 use loraserve_kernels::cpu::linear;
 use loraserve_kernels::cpu::memory::PageMemory;
 use loraserve_kernels::cpu::simd::Isa;
+use loraserve_kernels::cpu::step::TokenRange;
 use loraserve_kernels::geometry::KvGeometry;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -94,7 +95,7 @@ pub struct CpuKernels {
 #[pymethods]
 impl CpuKernels {
     #[new]
-    #[pyo3(signature = (*, dtype, num_layers, num_heads, num_kv_heads, head_dim, pool_ptr, pool_nbytes, num_threads=None, isa=None))]
+    #[pyo3(signature = (*, dtype, num_layers, num_heads, num_kv_heads, head_dim, pool_ptr, pool_nbytes, num_threads=None, isa=None, tokens=None))]
     fn new(
         dtype: &str,
         num_layers: usize,
@@ -105,6 +106,7 @@ impl CpuKernels {
         pool_nbytes: usize,
         num_threads: Option<usize>,
         isa: Option<&str>,
+        tokens: Option<(i32, bool)>,
     ) -> PyResult<Self> {
         let dtype = StorageDtype::parse(dtype)
             .filter(|&dtype| dtype != StorageDtype::Float16)
@@ -121,6 +123,8 @@ impl CpuKernels {
         let inner = memory
             .and_then(|memory| CpuContext::new(num_threads, isa, dtype, geometry, memory))
             .map_err(|error| of_kernel(&error))?;
+        let tokens = tokens.map(|(first, is_last)| TokenRange { first, is_last });
+        let inner = inner.with_tokens(tokens.unwrap_or(TokenRange::ALL));
         Ok(Self { inner })
     }
 

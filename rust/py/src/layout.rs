@@ -1,16 +1,14 @@
-//! Where weights lie, for Python: `BaseShape` of the model's linears, `AdapterLayout` of an adapter's extent.
+//! `AdapterLayout` for Python: where an adapter's weights lie in its extent.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 
 use loraserve_adapters::{
-    self as adapters, ColumnsLayout, GroupLayout, ModuleLayout, ModuleShape, NUM_GROUPS, RowsLayout,
+    self as adapters, ColumnsLayout, GroupLayout, ModuleLayout, NUM_GROUPS, RowsLayout,
 };
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use pyo3::types::PyBytes;
 
-/// (path, group, `in_features`, `out_features`, `out_offset`).
-type ModuleTuple = (String, usize, usize, usize, usize);
 /// (`rank_offset`, rank, `b_offset`, `out_offset`, `out_features`, scale).
 type ModuleLayoutTuple = (usize, usize, usize, usize, usize, f32);
 /// (layer, group, `a_offset`, rank, `in_features`, modules).
@@ -22,47 +20,6 @@ type ScalesTuple = (usize, usize, usize);
 
 /// (`tokens_offset`, `panels_offset`, count, width).
 type RowsTuple = (usize, usize, usize, usize);
-
-/// The base model's linear layers an adapter may bind to.
-#[pyclass(frozen, module = "loraserve._core")]
-pub struct BaseShape {
-    pub inner: adapters::BaseShape,
-}
-
-#[pymethods]
-impl BaseShape {
-    #[new]
-    #[pyo3(signature = (num_layers, modules, biased=Vec::new(), tokens=None))]
-    fn new(
-        num_layers: usize,
-        modules: Vec<ModuleTuple>,
-        biased: Vec<String>,
-        tokens: Option<[usize; 2]>,
-    ) -> PyResult<Self> {
-        let biased: HashSet<String> = biased.into_iter().collect();
-        let modules =
-            modules
-                .into_iter()
-                .map(|(path, group, in_features, out_features, out_offset)| {
-                    let shape = ModuleShape {
-                        group,
-                        in_features,
-                        out_features,
-                        out_offset,
-                        has_bias: biased.contains(&path),
-                    };
-                    (path, shape)
-                });
-        let inner = adapters::BaseShape::new(num_layers, modules).map_err(PyValueError::new_err)?;
-        let inner = adapters::BaseShape { tokens, ..inner };
-        Ok(Self { inner })
-    }
-
-    #[getter]
-    fn num_layers(&self) -> usize {
-        self.inner.num_layers
-    }
-}
 
 /// Where an adapter's packed weights lie inside its extent.
 #[pyclass(frozen, module = "loraserve._core")]
@@ -133,6 +90,20 @@ impl AdapterLayout {
             nbytes,
         });
         Ok(Self { inner })
+    }
+
+    /// For `from_json` of another process.
+    fn to_json<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.inner.to_json())
+    }
+
+    /// Raises `ValueError`.
+    #[staticmethod]
+    fn from_json(data: &[u8]) -> PyResult<Self> {
+        let inner = adapters::AdapterLayout::from_json(data).map_err(PyValueError::new_err)?;
+        Ok(Self {
+            inner: Arc::new(inner),
+        })
     }
 
     #[getter]
@@ -260,6 +231,5 @@ fn group_tuple((layer, group, layout): (usize, usize, &GroupLayout)) -> GroupTup
 }
 
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
-    m.add_class::<BaseShape>()?;
     m.add_class::<AdapterLayout>()
 }

@@ -17,6 +17,8 @@ mod quantized;
 mod sample_arrays;
 mod sampler;
 mod scheduler;
+mod shape;
+mod slice;
 mod stats;
 
 #[pymodule]
@@ -26,6 +28,8 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     batch::register(m)?;
     stats::register(m)?;
     layout::register(m)?;
+    slice::register(m)?;
+    shape::register(m)?;
     adapters::register(m)?;
     base_linears::register(m)?;
     host_tier::register(m)?;

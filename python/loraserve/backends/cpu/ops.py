@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from loraserve import _core
-from loraserve.backends.cpu.program import CpuProgram, record
+from loraserve.backends.cpu.program import CpuProgram, RankPart, record
 from loraserve.errors import ModelError
 from loraserve.models.ops import KvGeometry, Linear, ReadyRows
 
@@ -28,6 +28,7 @@ class CpuOps:
         num_threads: threads that compute, the caller's included; None means every core.
         isa: one of `Isa.ALL` in rust/kernels (amx … portable); None takes `LORASERVE_CPU_ISA`, else the
             best.
+        part: of a rank, whose model it is.
 
     Inside a page, K blocks are stored [D / pack][16 tokens][pack] (pack is 2 for bfloat16, 1 for float32).
     """
@@ -40,6 +41,7 @@ class CpuOps:
         *,
         num_threads: int | None = None,
         isa: str | None = None,
+        part: RankPart | None = None,
     ) -> None:
         if dtype not in STORAGE_DTYPES:
             raise ModelError(f"dtype is {dtype}, the CPU backend stores float32 or bfloat16")
@@ -59,7 +61,9 @@ class CpuOps:
             pool_nbytes=pool.numel(),
             num_threads=num_threads,
             isa=isa,
+            tokens=None if part is None else (part.first_token, part.has_last_tokens),
         )
+        self._part = part
         self._attention_features = geometry.num_heads * geometry.head_dim
 
     @property
@@ -116,7 +120,7 @@ class CpuOps:
 
     def record(self, decoder: Decoder) -> CpuProgram:
         """The model's forward pass as one call."""
-        return record(self._kernels, decoder, self._dtype, self._attention_features)
+        return record(self._kernels, decoder, self._dtype, self._attention_features, self._part)
 
     def sample(self, logits: torch.Tensor, arrays: _core.SampleArrays) -> ReadyRows:
         if logits.dtype != torch.float32 or not logits.is_contiguous() or not logits.is_cpu:

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from loraserve import _core
 from loraserve.backends.base import StepRows
+from loraserve.models.ops import DOWN, O
 
 if TYPE_CHECKING:
     from loraserve.models.decoder import Decoder
     from loraserve.models.ops import Linear
+
+
+@dataclass(frozen=True)
+class RankPart:
+    """What a rank has of a model that is shared out.
+
+    `first_token` is the first whose embedding and logits it has, `has_last_tokens` whether it is the last
+    rank; `all_reduce` takes address and number of float32 that are this rank's part of a sum, and puts the
+    sum there.
+    """
+
+    first_token: int
+    has_last_tokens: bool
+    all_reduce: Callable[[int, int], None]
 
 
 class CpuProgram:
@@ -23,6 +40,7 @@ class CpuProgram:
         hidden_size: features of a hidden state.
         dtype: of hidden states.
         constants: tensors whose addresses the program holds; kept alive here.
+        part: of a rank.
     """
 
     def __init__(
@@ -32,12 +50,14 @@ class CpuProgram:
         hidden_size: int,
         dtype: torch.dtype,
         constants: list[torch.Tensor],
+        part: RankPart | None = None,
     ) -> None:
         self._program = program
         self._vocab_size = vocab_size
         self._hidden_size = hidden_size
         self._dtype = dtype
         self._constants = constants
+        self._part = part
         self._logits = torch.empty(0, dtype=torch.float32)
 
     def run(self, step: _core.CpuStep) -> torch.Tensor:
@@ -46,14 +66,14 @@ class CpuProgram:
         Columns are the head's tokens, and what an adapter of the step has beyond: -inf in others' rows.
         """
         logits = self._room(step)
-        self._program.run(step, logits.data_ptr())
+        self._run(step, logits.data_ptr())
         return logits
 
     def run_with_rows(self, step: _core.CpuStep) -> StepRows:
         """As `run`, with the hidden states that the step gives out, which stay good."""
         logits = self._room(step)
         hidden = torch.empty(step.num_hidden, self._hidden_size, dtype=self._dtype)
-        self._program.run(step, logits.data_ptr(), hidden.data_ptr())
+        self._run(step, logits.data_ptr(), hidden.data_ptr())
         num_columns = step.num_columns(self._vocab_size)
 
         def logits_of(first: int, count: int) -> torch.Tensor:
@@ -63,6 +83,14 @@ class CpuProgram:
             return out
 
         return StepRows(logits, hidden, logits_of)
+
+    def _run(self, step: _core.CpuStep, logits_ptr: int, hidden_ptr: int = 0) -> None:
+        stopped = self._program.run(step, logits_ptr, hidden_ptr)
+        while stopped is not None:
+            address, count, next_op = stopped
+            assert self._part is not None, "invariant: only a rank's program has sums over ranks"
+            self._part.all_reduce(address, count)
+            stopped = self._program.run(step, logits_ptr, hidden_ptr, next_op)
 
     def _room(self, step: _core.CpuStep) -> torch.Tensor:
         num_rows, num_columns = step.num_logits, step.num_columns(self._vocab_size)
@@ -75,7 +103,11 @@ class CpuProgram:
 
 
 def record(
-    kernels: _core.CpuKernels, decoder: Decoder, dtype: torch.dtype, attention_features: int
+    kernels: _core.CpuKernels,
+    decoder: Decoder,
+    dtype: torch.dtype,
+    attention_features: int,
+    part: RankPart | None = None,
 ) -> CpuProgram:
     """Record the decoder's forward pass over these kernels.
 
@@ -84,15 +116,16 @@ def record(
         decoder: its norms in `dtype`.
         dtype: storage dtype of activations.
         attention_features: query heads times their dimension.
+        part: of a rank, whose decoder it is.
 
     Raises:
         ValueError: a weight doesn't fit the op that takes it.
     """
-    recorder = Recorder(dtype, attention_features)
+    recorder = Recorder(dtype, attention_features, sums_over_ranks=part is not None)
     hidden = decoder.forward(recorder, None)
     program = recorder.recording.logits(kernels, hidden, decoder.lm_head)
     head = decoder.lm_head
-    return CpuProgram(program, head.out_features, head.in_features, dtype, recorder.constants)
+    return CpuProgram(program, head.out_features, head.in_features, dtype, recorder.constants, part)
 
 
 class Recorder:
@@ -101,23 +134,31 @@ class Recorder:
     Args:
         dtype: storage dtype of activations.
         attention_features: query heads times their dimension.
+        sums_over_ranks: what an embedding, o or down makes is a rank's part.
 
     `constants` are tensors whose addresses the recording holds; they must live as long as its program.
     """
 
-    def __init__(self, dtype: torch.dtype, attention_features: int) -> None:
+    def __init__(self, dtype: torch.dtype, attention_features: int, *, sums_over_ranks: bool = False) -> None:
         self.recording = _core.CpuRecording()
         self.constants: list[torch.Tensor] = []
         self._dtype = dtype
         self._attention_features = attention_features
+        self._sums_over_ranks = sums_over_ranks
 
     def embedding(self, _step: None, table: Linear) -> _core.Activation:
-        return self.recording.embedding(table)
+        rows = self.recording.embedding(table)
+        if self._sums_over_ranks:
+            self.recording.all_reduce(rows)
+        return rows
 
     def lora_linear(
         self, _step: None, x: _core.Activation, linear: Linear, layer: int, group: int
     ) -> _core.Activation:
-        return self.recording.lora_linear(x, linear, layer, group)
+        out = self.recording.lora_linear(x, linear, layer, group)
+        if self._sums_over_ranks and group in (O, DOWN):
+            self.recording.all_reduce(out)
+        return out
 
     def rms_norm(self, x: _core.Activation, weight: torch.Tensor, eps: float) -> _core.Activation:
         return self.recording.rms_norm(x, None, self.constant(weight, self._dtype), weight.numel(), eps)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from loraserve import _core
-from loraserve.backends.base import Extent, PlacedModel, StepRows
+from loraserve.backends.base import Extent, Load, PlacedModel, StepRows
 from loraserve.backends.cuda.base_linears import CudaBaseLinears
 from loraserve.backends.cuda.device import CudaDevice, TorchCudaDevice
 from loraserve.backends.cuda.dummy_batch import largest_batch
@@ -199,17 +199,20 @@ class CudaBackend:
     def order_loads(self) -> None:
         self._ops.order_uploads()
 
-    def fill(self, extent: Extent, load: Callable[[int], _core.AdapterLayout]) -> _core.AdapterLayout:
+    def fill(self, extent: Extent, load: Load, packed_nbytes: int) -> _core.AdapterLayout:
         staging = torch.empty(extent.nbytes, dtype=torch.uint8)
-        layout = load(staging.data_ptr())
+        layout = load(staging.data_ptr(), extent.nbytes)
         self._ops.upload(staging.data_ptr(), layout.nbytes, extent.first_page)
         return layout
 
     def restore(self, extent: Extent, packed: _core.PackedAdapter, pace: _core.LoadPace) -> None:
         self._ops.upload(packed.address, packed.nbytes, extent.first_page)
 
-    def start(self) -> None:
+    def start(self, _wake: Callable[[], None]) -> None:
         """Device memory is real from the beginning: nothing goes on beside the steps."""
+
+    def check(self) -> None:
+        """What fails on a device fails in a step."""
 
     def set_contended(self, is_contended: bool) -> None:
         """Nothing has to keep back."""

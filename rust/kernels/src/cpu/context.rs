@@ -16,7 +16,7 @@ use super::memory::{Arena, PageMemory, advise_huge_pages};
 use super::norm::rms_norm;
 use super::rope::{HeadTransform, rope_and_cache};
 use super::simd::Isa;
-use super::step::{BoundAdapter, CpuStep, Owner, StepArrays};
+use super::step::{BoundAdapter, CpuStep, Owner, StepArrays, TokenRange};
 use super::threads::ThreadPool;
 use super::token_lora::{add_embedding_loras, segments_of_rows};
 use super::token_rows::{HeadScratch, Heads, OwnEmbeddings};
@@ -33,6 +33,7 @@ pub struct CpuContext {
     memory: PageMemory,
     owner: Owner,
     slots: Mutex<Vec<Option<BoundAdapter>>>,
+    tokens: TokenRange,
     scratch: Mutex<LoraScratch>,
     head_scratch: Mutex<HeadScratch>,
     /// Where packed weights lie.
@@ -67,10 +68,17 @@ impl CpuContext {
             memory,
             owner: Owner::default(),
             slots: Mutex::default(),
+            tokens: TokenRange::ALL,
             scratch: Mutex::default(),
             head_scratch: Mutex::default(),
             arena: Arena::default(),
         })
+    }
+
+    /// The backend of a rank that has some of the tokens, and counts them from its first.
+    #[must_use]
+    pub fn with_tokens(self, tokens: TokenRange) -> Self {
+        Self { tokens, ..self }
     }
 
     pub fn geometry(&self) -> &KvGeometry {
@@ -125,7 +133,10 @@ impl CpuContext {
         Ok(())
     }
 
-    pub fn begin_step(&self, arrays: StepArrays) -> Result<CpuStep, KernelError> {
+    pub fn begin_step(&self, mut arrays: StepArrays) -> Result<CpuStep, KernelError> {
+        for token in &mut arrays.token_ids {
+            *token = token.saturating_sub(self.tokens.first);
+        }
         let slots = lock(&self.slots);
         let (geometry, num_pages) = (&self.geometry, self.memory.num_pages());
         CpuStep::new(&self.owner, arrays, geometry, num_pages, &slots)
@@ -142,7 +153,8 @@ impl CpuContext {
         let width = table.in_features();
         let own = OwnEmbeddings::of(step, E::DTYPE, width)?;
         let (pool, isa) = (&self.pool, self.isa);
-        linear::embedding::<E, O>(pool, table, step.token_ids(), own.places(), out)?;
+        let token_ids = (step.token_ids(), self.tokens);
+        linear::embedding::<E, O>(pool, table, token_ids, own.places(), out)?;
         own.write::<E, O>(pool, width, out);
         add_embedding_loras::<E, O>(pool, isa, step, width, out)
     }

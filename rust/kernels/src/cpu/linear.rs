@@ -11,6 +11,7 @@ use super::element::{Bf16, Element};
 use super::memory::{Arena, ArenaBytes};
 use super::quantized::QuantizedPanels;
 use super::simd::LANES;
+use super::step::TokenRange;
 use super::threads::{Shareable, ThreadPool};
 use crate::KernelError;
 use crate::error::{check_length, check_product};
@@ -238,7 +239,7 @@ fn pack_panel<E: Element>(rows: &[E], in_features: usize, dst: &mut [E]) {
 pub fn embedding<E: Element, O: Element>(
     pool: &ThreadPool,
     table: &PackedLinear,
-    token_ids: &[i32],
+    (token_ids, tokens): (&[i32], TokenRange),
     own: &[usize],
     out: &mut [O],
 ) -> Result<(), KernelError> {
@@ -247,7 +248,13 @@ pub fn embedding<E: Element, O: Element>(
     let limit = table.out_features as i64;
     let has_own = |place: usize| own.binary_search(&place).is_ok();
     for (place, &id) in token_ids.iter().enumerate() {
-        if id < 0 || i64::from(id) >= limit && !has_own(place) {
+        let is_elsewhere = if id < 0 {
+            tokens.first > 0
+        } else {
+            !tokens.is_last
+        };
+        let is_here = (0..limit).contains(&i64::from(id)) || (id >= 0 && has_own(place));
+        if !is_here && !is_elsewhere {
             crate::error::check_below("token id", id.into(), limit)?;
         }
     }
@@ -259,7 +266,10 @@ pub fn embedding<E: Element, O: Element>(
         // SAFETY: each task writes its own row.
         let row =
             unsafe { std::slice::from_raw_parts_mut(shared.get().add(place * hidden), hidden) };
-        table.unpack_row::<E, O>(token_ids[place] as usize, row);
+        match usize::try_from(token_ids[place]) {
+            Ok(id) if id < table.out_features => table.unpack_row::<E, O>(id, row),
+            _ => row.fill(O::from_f32(0.0)),
+        }
     });
     Ok(())
 }

@@ -13,6 +13,22 @@ const MAX_QUERY_ROWS: usize = 384;
 /// Query rows that cost as much as one.
 const ROW_TILE: usize = 16;
 
+/// Tokens whose embeddings and logits are here: those from `first` on, as many as the tables have rows.
+#[derive(Clone, Copy, Debug)]
+pub struct TokenRange {
+    pub first: i32,
+    /// Whether tokens beyond are nobody's; else, as those before `first`, they have their embeddings elsewhere, and
+    /// zeros here.
+    pub is_last: bool,
+}
+
+impl TokenRange {
+    pub const ALL: Self = Self {
+        first: 0,
+        is_last: true,
+    };
+}
+
 /// The adapter a slot means: where its extent starts, and what lies in it.
 #[derive(Clone)]
 pub struct BoundAdapter {

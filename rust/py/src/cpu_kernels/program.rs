@@ -80,6 +80,11 @@ impl CpuRecording {
         self.record(|ops| ops.lora_linear(x.get().inner, linear, layer, group))
     }
 
+    /// What a linear or the embedding has just made is a part of a sum over ranks.
+    fn all_reduce(&self, x: &Bound<'_, Activation>) -> PyResult<()> {
+        self.record(|ops| ops.all_reduce(x.get().inner))
+    }
+
     #[pyo3(signature = (qkv, layer, cos_sin_ptr, num_positions, head_dim, q_norm_ptr, k_norm_ptr, eps))]
     fn rope_and_cache(
         &self,
@@ -192,27 +197,33 @@ pub struct CpuProgram {
 impl CpuProgram {
     /// Runs a step that these kernels began; `result_ptr`: float32 [L, the step's columns], or [T, width] of the
     /// storage dtype where an activation is the output; `hidden_ptr`: [H, width] of the storage dtype.
-    #[pyo3(signature = (step, result_ptr, hidden_ptr=0))]
+    ///
+    /// Where there are ranks, stops at each sum over them: gives address and number of the float32 that are this
+    /// rank's part, and the `first_op` to go on with once they are the sum.
+    #[pyo3(signature = (step, result_ptr, hidden_ptr=0, first_op=0))]
     fn run(
         &self,
         py: Python<'_>,
         step: &Bound<'_, CpuStep>,
         result_ptr: usize,
         hidden_ptr: usize,
-    ) -> PyResult<()> {
+        first_op: usize,
+    ) -> PyResult<Option<(usize, usize, usize)>> {
         let (context, step) = (&self.kernels.get().inner, &step.get().inner);
         if step.num_hidden() > 0 && hidden_ptr == 0 {
             return Err(PyValueError::new_err(
                 "the step gives rows out, and has no place for them",
             ));
         }
-        detached(py, || {
+        let stopped = py.detach(|| {
             let (result, hidden) = (address(result_ptr), address(hidden_ptr));
             // SAFETY: the file's contract of `cpu_kernels`.
             with_element!(context.dtype, E => unsafe {
-                self.inner.run::<E>(context, step, result, hidden)
+                self.inner.run::<E>(context, step, result, hidden, first_op)
             })
-        })
+        });
+        let stopped = stopped.map_err(|error| of_kernel(&error))?;
+        Ok(stopped.map(|sum| (sum.address, sum.len, sum.next_op)))
     }
 
     /// Logits of `count` of the rows that a step gave out, from the `first` on; `rows_ptr`: [count, width] of the

@@ -12,7 +12,7 @@ mod run;
 use std::sync::Arc;
 
 pub use self::record::Recording;
-pub use self::run::Program;
+pub use self::run::{PartialSum, Program};
 use super::gemm::Epilogue;
 use super::linear::PackedLinear;
 
@@ -96,6 +96,8 @@ enum Op {
         gate_up: Activation,
         out: Activation,
     },
+    /// Waits until whoever runs the program has added what other ranks have of `x`, float32.
+    AllReduce { x: Activation },
     /// Of the sampled rows, which are gathered to `rows`.
     Logits {
         hidden: Activation,
@@ -157,7 +159,7 @@ impl Op {
             Op::Attention { qkv, out, .. } => ([Some(*qkv), Some(*out)], None),
             Op::SiluMul { gate_up, out } => ([Some(*gate_up), Some(*out)], None),
             Op::Logits { hidden, rows, .. } => ([Some(*hidden), Some(*rows)], None),
-            Op::Output { x } => ([Some(*x), None], None),
+            Op::AllReduce { x } | Op::Output { x } => ([Some(*x), None], None),
         };
         let all = some.into_iter().chain([other]).flatten();
         all.map(|activation| activation.index).collect()

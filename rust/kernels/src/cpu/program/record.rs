@@ -87,6 +87,20 @@ impl Recording {
         Ok(out)
     }
 
+    /// `x`, which is the table's or what a linear has just made, is a part of a sum over ranks; it becomes float32.
+    pub fn all_reduce(&mut self, x: Activation) -> Result<(), KernelError> {
+        self.check_made(x)?;
+        if self.ops.last().is_some_and(|op| op.makes(x)) {
+            self.is_wide[x.index] = true;
+        }
+        if !self.is_wide[x.index] {
+            let message = "only an embedding and what a linear has just made are summed over ranks";
+            return Err(KernelError::Invalid(message.into()));
+        }
+        self.ops.push(Op::AllReduce { x });
+        Ok(())
+    }
+
     /// `cos_sin`: f32 [positions, D]; `q_norm`, `k_norm`: [D] of the storage dtype.
     pub fn rope_and_cache(
         &mut self,

@@ -27,6 +27,16 @@ pub struct Program {
     workspace: Mutex<AlignedBytes>,
 }
 
+/// Where a run stops for a sum over ranks.
+#[derive(Clone, Copy, Debug)]
+pub struct PartialSum {
+    /// This rank's part: `len` f32 from `address` on, good until the program runs on.
+    pub address: usize,
+    pub len: usize,
+    /// The op to go on with.
+    pub next_op: usize,
+}
+
 /// Where a step's activations are.
 #[derive(Clone, Copy)]
 struct Buffers<'a, E> {
@@ -87,7 +97,7 @@ impl Program {
         }
     }
 
-    /// Runs all ops for `step` and writes the result: float32 [L, vocabulary] and beside it `hidden`, the rows that
+    /// Runs the ops for `step` from `first_op` on, up to the next sum over ranks, if there is one; all of them write the result: float32 [L, vocabulary] and beside it `hidden`, the rows that
     /// the step gives out, [H, width] of `E`; or [T, width] of `E`, where an activation is the output.
     ///
     /// # Safety
@@ -98,13 +108,18 @@ impl Program {
         step: &CpuStep,
         result: NonNull<u8>,
         hidden: NonNull<u8>,
-    ) -> Result<(), KernelError> {
+        first_op: usize,
+    ) -> Result<Option<PartialSum>, KernelError> {
         let mut workspace = self
             .workspace
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         let needed = self.placement.num_columns() * step.num_tokens() * size_of::<E>();
         if workspace.nbytes() < needed {
+            if first_op > 0 {
+                let message = "a program goes on with the step that it began";
+                return Err(KernelError::Invalid(message.into()));
+            }
             // Gone first, so that the two never stand side by side; a quarter more, so that steps that
             // grow don't each allocate.
             *workspace = AlignedBytes::zeroed(0);
@@ -116,14 +131,23 @@ impl Program {
             is_wide: &self.is_wide,
             num_tokens: step.num_tokens(),
         };
-        for (index, op) in self.ops.iter().enumerate() {
+        for (index, op) in self.ops.iter().enumerate().skip(first_op) {
+            if let Op::AllReduce { x } = op {
+                // SAFETY: no op of this program runs.
+                let part: &mut [f32] = unsafe { buffers.get(*x) };
+                return Ok(Some(PartialSum {
+                    address: part.as_mut_ptr() as usize,
+                    len: part.len(),
+                    next_op: index + 1,
+                }));
+            }
             if op.first_weights().is_some() {
                 self.prefetch_after(index, context);
             }
             // SAFETY: this op's activations are the only ones in use.
             unsafe { run_op(op, buffers, context, step, (result, hidden))? }
         }
-        Ok(())
+        Ok(None)
     }
 
     /// Logits of the rows `first..first + count` of those that a step gave out, of which `rows` has the hidden
@@ -250,6 +274,7 @@ unsafe fn run_op<E: Element>(
                 let logits = std::slice::from_raw_parts_mut(result.cast().as_ptr(), len);
                 context.logits(step, sampled, rows, lm_head, logits)
             }
+            Op::AllReduce { .. } => unreachable!("a run stops before it"),
             Op::Output { x } => {
                 let result: *mut E = result.cast().as_ptr();
                 if buffers.is_wide(*x) {
