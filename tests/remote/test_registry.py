@@ -328,6 +328,26 @@ def test_a_blob_may_lie_elsewhere_which_is_told_no_token(registry: Registry, tmp
     elsewhere.close()
 
 
+@pytest.mark.parametrize("scheme", ["Basic", "Bearer"])
+def test_whoever_else_has_a_blob_can_ask_for_no_credentials(
+    registry: Registry, tmp_path: Path, scheme: str
+) -> None:
+    elsewhere = Registry()
+    registry.push()
+    registry.basic = base64.b64encode(b"me:secret").decode()
+    (tmp_path / "docker").mkdir()
+    config = {"auths": {registry.host: {"auth": registry.basic}}}
+    (tmp_path / "docker/config.json").write_text(json.dumps(config))
+    challenge = {"www-authenticate": f'{scheme} realm="http://{elsewhere.host}/token"'}
+    elsewhere.rules["/storage"] = [lambda handler: send(handler, 401, b"", challenge)] * 9
+    path = f"/v2/team/sql/blobs/{digest(WEIGHTS)}"
+    registry.rules[path] = [redirect(f"http://{elsewhere.host}/storage")]
+    with pytest.raises(SourceUnavailableError, match="status 401"):
+        fetched(fetcher(tmp_path), registry)
+    assert [headers.get("authorization") for _, headers in elsewhere.asked] == [None]
+    elsewhere.close()
+
+
 def test_a_manifest_may_not(registry: Registry, tmp_path: Path) -> None:
     registry.rules["/v2/team/sql/manifests/latest"] = [redirect("http://127.0.0.1:1/x")]
     with pytest.raises(AdapterFormatError, match="status 307"):

@@ -80,6 +80,7 @@ class RegistryStore:
         self._wanted = wanted
         host = "registry-1.docker.io" if location.host == DOCKER_HUB else location.host
         self._base = f"{'http' if is_loopback(host) else 'https'}://{host}/v2/{location.path}"
+        self._own = httpx.URL(self._base)
         self._list_limit = httpx.Timeout(list_limit_s, connect=min(CONNECT_LIMIT_S, list_limit_s))
         self._client = httpx.Client(timeout=self._list_limit, headers={"Accept-Encoding": "identity"})
         self._access = RegistryAccess(location, allowed, self._client)
@@ -159,23 +160,22 @@ class RegistryStore:
     def _answer(
         self, path: str, headers: dict[str, str], limit: httpx.Timeout, *, may_leave: bool = False
     ) -> Iterator[httpx.Response]:
-        url, asked_before, sent = httpx.URL(f"{self._base}{path}"), False, self._access.headers
+        url, was_challenged = httpx.URL(f"{self._base}{path}"), False
         for _ in range(MAX_REDIRECTS + 2):
+            is_own = (url.scheme, url.netloc) == (self._own.scheme, self._own.netloc)
+            sent = self._access.headers if is_own else {}  # nobody else is told who asks
             asked = self._client.stream("GET", url, headers={**headers, **sent}, timeout=limit)
             with typed_errors(), asked as answer:
-                if answer.status_code == httpx.codes.UNAUTHORIZED and not asked_before and sent is not None:
-                    challenge = answer.headers.get("www-authenticate", "")
-                elif answer.status_code in REDIRECTS and may_leave:
+                if answer.status_code in REDIRECTS and may_leave:
                     url = self._redirected(answer)
-                    sent = self._access.headers if url.netloc == httpx.URL(self._base).netloc else {}
                     continue
-                else:
+                if answer.status_code != httpx.codes.UNAUTHORIZED or not is_own or was_challenged:
                     check_status(answer, CREDENTIALS)
                     yield answer
                     return
-            asked_before = True
+                challenge = answer.headers.get("www-authenticate", "")
+            was_challenged = True
             self._access.answer(challenge)
-            sent = self._access.headers
         raise WrongAnswerError(f"it redirects more than {MAX_REDIRECTS} times")
 
     def _redirected(self, answer: httpx.Response) -> httpx.URL:
