@@ -78,6 +78,8 @@ WRONG_SETTINGS: list[tuple[dict[str, Any], str]] = [
         for name, most in MAX_COUNTS.items()
         for value in ("8", 8.0, True, [8], 0, -1, most + 1)
     ),
+    ({"histories": 3}, "histories is 3, give {name: GenerationHistory}"),
+    ({"histories": {"a": 3}}, "histories is {'a': 3}, give {name: GenerationHistory}"),
     *(({name: None}, f"{name} is None") for name in ("max_lora_rank", "max_num_seqs", "max_batched_tokens")),
 ]
 

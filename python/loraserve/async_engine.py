@@ -15,7 +15,6 @@ from loraserve.adapters.manifest import AdapterManifest
 from loraserve.adapters.startup import AdapterFailure
 from loraserve.adapters.stored import StoredAdapter, config_text, memory_source
 from loraserve.config import EngineConfig
-from loraserve.engine.adapters import CheckedAdapter
 from loraserve.engine.engine import Engine
 from loraserve.engine.frontend import MAX_PREPARED_AGAIN, Frontend
 from loraserve.engine.generations import Generations
@@ -25,6 +24,7 @@ from loraserve.engine.prepared import PreparedRequest, check_deadline
 from loraserve.engine.queue import deadline_error
 from loraserve.engine.request_adapters import AdapterReplacedError
 from loraserve.engine.sequence import EngineOutputs
+from loraserve.engine.servable import CheckedAdapter
 from loraserve.engine.shadow_traffic import OutputTap, ShadowTraffic
 from loraserve.engine.stats import AdapterInfo, EngineInfo, EngineStats
 from loraserve.engine.versions import GenerationInfo

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 
+from loraserve.adapters.history import GenerationHistory
 from loraserve.adapters.manifest import AdapterManifest
 from loraserve.adapters.registry import check_base_names
 from loraserve.adapters.startup import ON_ADAPTER_ERROR, AdapterFailure, start_error
@@ -98,6 +99,7 @@ class EngineConfig:
         on_adapter_error: what an adapter that can't be served does to the start: "fail" raises one error that
             names all such adapters, "skip" goes on without them (`adapter_failures` of the engine).
         failed_adapters: what failed before, as a download; counts as the others.
+        histories: of generations of an earlier process, by the adapter's name.
 
     Raises:
         InvalidRequestError: a value is out of its range.
@@ -131,6 +133,7 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     on_adapter_error: str = "fail"
     failed_adapters: tuple[AdapterFailure, ...] = ()
+    histories: Mapping[str, GenerationHistory] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", _path_text("model", self.model))
@@ -142,6 +145,7 @@ class EngineConfig:
                 raise InvalidRequestError(
                     f"manifest of {name!r:.100} is {manifest!r:.100}, give AdapterManifest"
                 )
+        _check_histories(self.histories)
         source = _path_text("generation_config", self.generation_config)
         object.__setattr__(self, "generation_config", "none" if source == "vllm" else source)
         check_choice("dtype", self.dtype, (*DTYPES, *DTYPE_ALIASES))
@@ -281,6 +285,12 @@ def parse_quantization(value: object) -> str | None:
             "quantise float weights at load, other checkpoints say themselves how they are quantised"
         )
     return None if name == "auto" else str(name)
+
+
+def _check_histories(histories: object) -> None:
+    given = histories.values() if isinstance(histories, Mapping) else [None]
+    if not all(isinstance(one, GenerationHistory) for one in given):
+        raise InvalidRequestError(f"histories is {histories!r:.100}, give {{name: GenerationHistory}}")
 
 
 def _checked_adapters(adapters: object) -> dict[str, str]:

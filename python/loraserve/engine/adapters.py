@@ -9,13 +9,12 @@ import os
 import threading
 from collections.abc import Collection, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakMethod
 
 from loraserve import _core
 from loraserve.adapters.beside import BesideReader
-from loraserve.adapters.check import AdapterCheck, CheckedFiles
+from loraserve.adapters.check import AdapterCheck
 from loraserve.adapters.manifest import AdapterManifest
 from loraserve.adapters.registry import AdapterRegistry, RegisteredAdapter, check_adapter_name
 from loraserve.adapters.served_base import ServedBase
@@ -31,13 +30,13 @@ from loraserve.engine.model_runner import ModelRunner
 from loraserve.engine.pool_loads import PoolLoads
 from loraserve.engine.queue import Intake
 from loraserve.engine.request_adapters import RequestAdapters
-from loraserve.engine.servable import check_servable, log_receipt
+from loraserve.engine.servable import CheckedAdapter, check_servable, log_receipt
+from loraserve.engine.shares import check_beside
 from loraserve.engine.stats import AdapterInfo, AdapterUsage, UsageCounters
 from loraserve.engine.versions import (
     SEPARATOR,
     AdapterVersions,
     base_name,
-    check_beside,
     generation_name,
 )
 from loraserve.errors import InvalidRequestError, LoraserveError
@@ -49,15 +48,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class CheckedAdapter:
-    """An adapter that can be served, and has not been registered yet."""
-
-    name: str
-    path: str
-    files: CheckedFiles
 
 
 class EngineAdapters:
@@ -93,7 +83,7 @@ class EngineAdapters:
         self._intake = intake
         self._wake = wake
         self._registry = AdapterRegistry()
-        self._versions = AdapterVersions(config.keep_generations)
+        self._versions = AdapterVersions(config.keep_generations, config.histories)
         self.generations = Generations(
             self._versions,
             self.usage,
@@ -151,6 +141,9 @@ class EngineAdapters:
             lambda name, path: self.load(name, path, self._config.manifests.get(name)),
         )
         starting.check(self._config.on_adapter_error)
+        for name, history in self._config.histories.items():
+            if self._registry.get(name) is not None:
+                self.generations.resume(name, history, self.check)
         self.failures = tuple(starting.failures)
 
     def load(
@@ -269,18 +262,7 @@ class EngineAdapters:
             self._versions.check_expected(name, expected_generation)
             if replace and old is not None and old.turn > turn:
                 return receipt  # asked for earlier, and replaced already
-            adapter = RegisteredAdapter(
-                name,
-                checked.path,
-                receipt,
-                0,
-                files.manifest,
-                files.text,
-                turn,
-                files.stored,
-                files.head,
-                self._versions.next_number(name, receipt.hash),
-            )
+            adapter = checked.registered(turn, self._versions.next_number(name, receipt.hash))
             is_beside = old is not None and old.generation != adapter.generation
             if shadow is not None and not is_beside:
                 raise InvalidRequestError(f"adapter {name!r} has no other content to be a shadow of")

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 from weakref import WeakMethod
 
+from loraserve.adapters.history import GenerationHistory, KeptGeneration
+from loraserve.adapters.manifest import AdapterManifest
 from loraserve.engine.lock import EngineLock
 from loraserve.engine.name_history import NameHistory
 from loraserve.engine.owned import owned
 from loraserve.engine.queue import Intake
+from loraserve.engine.servable import CheckedAdapter
 from loraserve.engine.shadow import Comparison
 from loraserve.engine.stats import UsageCounters
-from loraserve.engine.versions import AdapterVersions, GenerationInfo
+from loraserve.engine.versions import AdapterVersions, GenerationInfo, generation_name
+from loraserve.errors import AdapterFormatError, LoraserveError
+
+logger = logging.getLogger(__name__)
 
 
 class Generations:
@@ -95,6 +102,67 @@ class Generations:
                 all_gone = self._versions.set_shadow(name, generation, fraction)
             for gone in all_gone:
                 owned(self._unbind)(gone)
+
+    def resume(
+        self,
+        name: str,
+        history: GenerationHistory,
+        check: Callable[[str, str, AdapterManifest | None], CheckedAdapter],
+    ) -> None:
+        """Go on with what an earlier process knew of a name that is loaded already.
+
+        What can't be had any more is told in the log: the current generation has its share then.
+
+        Args:
+            name: the adapter's.
+            history: of that process.
+            check: reads an adapter of this name.
+        """
+        with self._lock:
+            current = self._versions.current(name).generation
+        for kept in history.kept:
+            if kept.number != current:
+                self._restore_one(name, kept, history.hash_of(kept.number), check)
+        with self._lock:
+            there = {one.number for one in self._versions.infos(name) if one.is_kept}
+            shares = {number: share for number, share in history.shares.items() if number in there}
+            lost = sorted(history.shares.keys() - there)
+            if lost:
+                logger.warning(
+                    "adapter %s: generations %s had shares and are not served, generation %d has them now",
+                    name,
+                    ", ".join(map(str, lost)),
+                    current,
+                )
+            if not shares.keys() - {current}:
+                shares = {}
+            else:
+                shares[current] = 1.0 - sum(share for number, share in shares.items() if number != current)
+            shadow = history.shadow
+            if shadow is not None and (shadow[0] not in there or shadow[0] == current):
+                logger.warning("adapter %s: generation %d, its shadow, is not served", name, shadow[0])
+                shadow = None
+            for gone in self._versions.resume(name, shares, shadow):
+                owned(self._unbind)(gone)
+
+    def _restore_one(
+        self,
+        name: str,
+        kept: KeptGeneration,
+        content_hash: str | None,
+        check: Callable[[str, str, AdapterManifest | None], CheckedAdapter],
+    ) -> None:
+        try:
+            checked = check(name, kept.path, kept.manifest)
+            if checked.files.receipt.hash != content_hash:
+                raise AdapterFormatError(f"{kept.path} has other content than generation {kept.number} had")
+        except LoraserveError as error:
+            logger.warning("adapter %s: generation %d is not served: %s", name, kept.number, error)
+            return
+        with self._lock:
+            adapter = checked.registered(owned(self._take_turn)(), kept.number)
+            adapter = dataclasses.replace(adapter, name=generation_name(name, kept.number))
+            self._versions.keep(name, owned(self._bind)(adapter, replace=True))
 
     def draw_shadow(self, name: str) -> int | None:
         """The generation that a request of this name is to be copied to, if it is one of those that are."""

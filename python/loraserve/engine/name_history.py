@@ -5,15 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
-class Published:
-    """A generation as it was published; see `GenerationInfo`."""
-
-    number: int
-    hash: str
-    source: str
-    since: float
+from loraserve.adapters.history import Published
 
 
 @dataclass(frozen=True)

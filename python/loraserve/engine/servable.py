@@ -1,17 +1,44 @@
-"""`check_servable`: whether an adapter that fits the model can be served by this engine; `log_receipt`."""
+"""`CheckedAdapter`: one that fits the model and can be served by this engine; `log_receipt`."""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 from loraserve import _core
 from loraserve.adapters.check import CheckedFiles
+from loraserve.adapters.registry import RegisteredAdapter
 from loraserve.adapters.text import AddedTokens
 from loraserve.engine.model_runner import ModelRunner
 from loraserve.errors import AdapterFormatError, InvalidRequestError
 from loraserve.sampling.grammar_compiler import GrammarCompiler
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CheckedAdapter:
+    """An adapter that can be served, and has not been registered yet."""
+
+    name: str
+    path: str
+    files: CheckedFiles
+
+    def registered(self, turn: int, generation: int) -> RegisteredAdapter:
+        """What its name is to mean; the core gives it another adapter id."""
+        files = self.files
+        return RegisteredAdapter(
+            self.name,
+            self.path,
+            files.receipt,
+            0,
+            files.manifest,
+            files.text,
+            turn,
+            files.stored,
+            files.head,
+            generation,
+        )
 
 
 def check_servable(name: str, files: CheckedFiles, runner: ModelRunner, grammars: GrammarCompiler) -> None:

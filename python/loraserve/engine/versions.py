@@ -8,25 +8,25 @@ reading a file.
 from __future__ import annotations
 
 import copy
-import hashlib
 import random
 import time
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from numbers import Real
+from types import MappingProxyType
 from typing import Final
 
+from loraserve.adapters.history import GenerationHistory, Published
 from loraserve.adapters.registry import RegisteredAdapter
-from loraserve.engine.name_history import NameHistory, Published
+from loraserve.engine.name_history import NameHistory
 from loraserve.engine.shadow import ShadowInfo, ShadowResults
+from loraserve.engine.shares import PARTS, parts_of, place_of, shadow_parts
 from loraserve.errors import AdapterNotFoundError, GenerationConflictError, InvalidRequestError
 
 SEPARATOR: Final = "@"
 MAX_WENT_BACK: Final = 64  # of what was current before
 MAX_HISTORY: Final = 256  # of a name
 MAX_FORGOTTEN: Final = 2**16  # names that are gone, whose numbers go on should they come back
-PARTS: Final = 10_000  # shares are in hundredths of a percent
 
 
 def generation_name(name: str, number: int) -> str:
@@ -90,10 +90,14 @@ class AdapterVersions:
     Args:
         max_kept: generations of a name that stay registered, beside the current one, the shadow and those
             with a share.
+        histories: of an earlier process, by name.
     """
 
-    def __init__(self, max_kept: int) -> None:
+    def __init__(
+        self, max_kept: int, histories: Mapping[str, GenerationHistory] = MappingProxyType({})
+    ) -> None:
         self._max_kept = max_kept
+        self._past = dict(histories)  # of names that have not been published since
         self._names: dict[str, _Name] = {}
         self._forgotten: dict[str, int] = {}  # the last number of names that are gone
         self._given: dict[str, int] = {}  # numbers of what is published next
@@ -104,6 +108,9 @@ class AdapterVersions:
         if name in self._given:
             return self._given.pop(name)
         found = self._names.get(name)
+        past = self._past.get(name)
+        if found is None and past is not None:
+            return past.number_of(content_hash) or past.last + 1
         if found is None:
             return self._forgotten.get(name, 0) + 1
         current = found.kept.get(found.current)
@@ -134,7 +141,7 @@ class AdapterVersions:
             shadow: of requests that are copied to it, and that it answers none of; without it and `share` it
                 becomes current.
         """
-        found = self._names.setdefault(name, _Name(last=self._forgotten.pop(name, 0)))
+        found = self._names.setdefault(name, self._begun(name))
         number = adapter.generation
         if number > found.last:
             found.history.append(Published(number, adapter.receipt.hash, adapter.path, time.time()))
@@ -145,7 +152,35 @@ class AdapterVersions:
         if share is None or not found.current or number == found.current:
             self._make_current(found, number)
         else:
-            self._share_out(found, {found.current: PARTS - _parts(share), number: _parts(share)})
+            self._share_out(found, {found.current: PARTS - parts_of(share), number: parts_of(share)})
+        return self._trimmed(name, found)
+
+    def _begun(self, name: str) -> _Name:
+        past, last = self._past.pop(name, None), self._forgotten.pop(name, 0)
+        if past is None:
+            return _Name(last=last)
+        return _Name(last=past.last, history=deque(past.published, maxlen=MAX_HISTORY))
+
+    def keep(self, name: str, adapter: RegisteredAdapter) -> None:
+        """A generation of an earlier process is registered again, until `resume`."""
+        found = self._found(name)
+        found.kept[adapter.generation] = adapter
+        if adapter.generation < found.current:
+            found.went_back.append(adapter.generation)
+
+    def resume(self, name: str, shares: Mapping[int, float], shadow: tuple[int, float] | None) -> list[str]:
+        """Shares and shadow are as in an earlier process; names of generations that are kept no longer.
+
+        Args:
+            name: of an adapter whose generations that have part in it are kept.
+            shares: by number, which sum to 1, or none.
+            shadow: (number, fraction).
+        """
+        found = self._found(name)
+        self._share_out(found, {number: parts_of(share) for number, share in shares.items()})
+        if shadow is not None:
+            found.results[shadow[0]] = ShadowResults()
+            found.shadow = (shadow[0], shadow_parts(shadow[1]))
         return self._trimmed(name, found)
 
     def split(self, name: str, shares: Mapping[int, float]) -> tuple[int, list[str]]:
@@ -158,7 +193,7 @@ class AdapterVersions:
             InvalidRequestError: they do not sum to 1.
         """
         found = self._found(name)
-        parts = {number: _parts(share) for number, share in shares.items()}
+        parts = {number: parts_of(share) for number, share in shares.items()}
         for number in parts:
             self._kept(name, found, number)
         if sum(parts.values()) != PARTS:
@@ -207,7 +242,7 @@ class AdapterVersions:
         found = self._names.get(name)
         if found is None or not found.shares:
             return name
-        place = random.randrange(PARTS) if user is None else _place(name, user)
+        place = random.randrange(PARTS) if user is None else place_of(name, user)
         for number, part in sorted(found.shares.items(), reverse=True):  # the newest from the low end
             if place < part:
                 return generation_name(name, number)
@@ -225,7 +260,7 @@ class AdapterVersions:
         """
         found = self._found(name)
         self._kept(name, found, number)
-        parts = _shadow_parts(fraction)
+        parts = shadow_parts(fraction)
         if number == found.current or found.shares.get(number):
             raise InvalidRequestError(
                 f"generation {number} of adapter {name!r} answers requests, a shadow answers none"
@@ -260,7 +295,9 @@ class AdapterVersions:
 
     def results(self, name: str, number: int, answering: int) -> ShadowResults | None:
         """Where to count what comes of a copy; None where `is_shadow` does not hold any more."""
-        return self._names[name].results[number] if self.is_shadow(name, number, answering) else None
+        if not self.is_shadow(name, number, answering):
+            return None
+        return self._names[name].results.setdefault(number, ShadowResults())
 
     def count(self, adapter: RegisteredAdapter) -> None:
         """A request of this generation was accepted."""
@@ -362,6 +399,8 @@ class AdapterVersions:
             return []
         in_use = {found.current, *found.shares, *(found.shadow or ())[:1]}
         idle = [number for number in sorted(found.kept) if number not in in_use]
+        places = {number: place for place, number in enumerate(found.went_back)}
+        idle.sort(key=lambda number: places.get(number, -1))  # last of all what a rollback leads to
         gone = idle[: max(0, len(idle) - self._max_kept)]
         for number in gone:
             del found.kept[number]
@@ -392,35 +431,3 @@ def _shadow_info(found: _Name, number: int) -> ShadowInfo | None:
         return None
     shadow, parts = found.shadow or (0, 0)
     return ShadowInfo(fraction=parts / PARTS if shadow == number else 0.0, results=copy.copy(results))
-
-
-def check_beside(share: float | None, shadow: float | None) -> None:
-    """Whether a generation can be published beside the current one so.
-
-    Raises InvalidRequestError: one is out of range, or both are given.
-    """
-    if share is not None and shadow is not None:
-        raise InvalidRequestError("share and shadow are both given, a shadow answers no requests: give one")
-    if share is not None:
-        _parts(share)
-    if shadow is not None:
-        _shadow_parts(shadow)
-
-
-def _shadow_parts(fraction: float) -> int:
-    parts = _parts(fraction, "the fraction of a shadow")
-    if parts == 0:
-        raise InvalidRequestError(f"the fraction of a shadow is {fraction!r}, give at least {1 / PARTS:g}")
-    return parts
-
-
-def _parts(share: float, name: str = "share") -> int:
-    if isinstance(share, bool) or not isinstance(share, Real) or not 0.0 <= float(share) <= 1.0:
-        raise InvalidRequestError(f"{name} is {share!r}, it must be from 0 to 1")
-    return round(float(share) * PARTS)
-
-
-def _place(name: str, user: str) -> int:
-    """From 0 below `PARTS`, even over users; of another name another one."""
-    digest = hashlib.blake2b(f"{name}\0{user}".encode(errors="surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") % PARTS

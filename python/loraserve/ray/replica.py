@@ -14,8 +14,8 @@ from ray import serve
 
 from loraserve.adapters.manifest import AdapterManifest
 from loraserve.async_engine import AsyncEngine, RequestStream
-from loraserve.engine.adapters import CheckedAdapter
 from loraserve.engine.prepared import PreparedRequest
+from loraserve.engine.servable import CheckedAdapter
 from loraserve.engine.workers import Workers
 from loraserve.errors import EngineStoppedError, LoraserveError
 from loraserve.ray.cores import pin_to_cores

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
+from loraserve.adapters.history import GenerationHistory, KeptGeneration, Published
 from loraserve.adapters.hub import download_adapter
 from loraserve.adapters.remote import RemoteAdapters
 from loraserve.adapters.startup import AdapterFailure, StartingAdapters
 from loraserve.config import EngineConfig, parse_memory
-from loraserve.errors import InvalidRequestError
+from loraserve.errors import InvalidRequestError, LoraserveError
 from loraserve.loader.hub import download_model
 from loraserve.remote.location import AllowedLocations, parse_remote
 from loraserve.server.access.fair_shares import FairShares
@@ -20,9 +22,10 @@ from loraserve.server.access.request_limits import RequestLimits
 from loraserve.server.access.tls import TlsConfig
 from loraserve.server.adapters.resolver import AdapterResolver, allowed_by
 from loraserve.server.adapters.sources import AdapterSources
-from loraserve.server.adapters.state import AdapterState
+from loraserve.server.adapters.state import AdapterState, KeptGenerations
 from loraserve.server.adapters.watched import WatchedDirectory
 from loraserve.server.grpc.service import GrpcServer
+from loraserve.server.observe.logs import log_event
 from loraserve.server.observe.metrics import Metrics
 from loraserve.server.observe.request_log import log_request
 from loraserve.server.observe.tracing import Tracing, otlp_exporter
@@ -32,6 +35,8 @@ from loraserve.settings.schema import ServeSettings
 from loraserve.validation.files import expanded
 
 MIN_CACHE_NBYTES = 2**16
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from loraserve.adapters.manifest import AdapterManifest
@@ -105,6 +110,12 @@ def engine_config(
                 adapters[name] = _adapter_path(adapter, remote, sources if name in restored else None)
                 if manifest is not None:
                     manifests[name] = manifest
+    histories: dict[str, GenerationHistory] = {}
+    if kept is not None and with_downloads:
+        histories = {
+            name: _history(name, one, {} if name in kept.configured else kept.adapters, remote, sources)
+            for name, one in kept.generations.items()
+        }
     is_left_out = not with_downloads and settings.merge not in adapters
     return replace(
         config,
@@ -113,6 +124,7 @@ def engine_config(
         merge=None if is_left_out else settings.merge,
         manifests=manifests,
         failed_adapters=tuple(starting.failures),
+        histories=histories,
     )
 
 
@@ -351,6 +363,40 @@ def _adapter_path(adapter: AdapterSettings, remote: RemoteAdapters, sources: Ada
     if source.kind == "remote":
         return str(remote.fetch(parse_remote(source.location)))
     return str(download_adapter(source.location, source.revision))
+
+
+def _history(
+    name: str,
+    known: KeptGenerations,
+    served: Mapping[str, AdapterSettings],
+    remote: RemoteAdapters,
+    sources: AdapterSources | None,
+) -> GenerationHistory:
+    """With those that can be had; what can't is told in the log. A name that is not served has none."""
+    kept = []
+    for one in known.published:
+        if one.adapter is None or one.number == known.current or name not in served:
+            continue
+        try:
+            path = _adapter_path(one.adapter, remote, sources)
+            kept.append(KeptGeneration(one.number, path, adapter_manifest(name, one.adapter)))
+        except LoraserveError as error:
+            reason = str(error)
+            log_event(
+                logger,
+                "generation not served",
+                level=logging.WARNING,
+                adapter=name,
+                generation=one.number,
+                reason=reason,
+            )
+    return GenerationHistory(
+        last=known.last,
+        published=tuple(Published(one.number, one.hash, one.source, one.since) for one in known.published),
+        kept=tuple(kept),
+        shares=known.shares,
+        shadow=None if known.shadow is None else (known.shadow.generation, known.shadow.fraction),
+    )
 
 
 def adapter_manifest(name: str, adapter: AdapterSettings) -> AdapterManifest | None:

@@ -171,6 +171,86 @@ def test_who_may_use_an_adapter_may_use_its_generations_and_no_others(
         assert http.delete("/adapters/sql/shadow").status_code == 403
 
 
+def test_the_next_start_goes_on_with_numbers_shares_and_shadow(
+    tiny_model: Model, tiny_adapters: dict[str, str], root: Path, tmp_path: Path
+) -> None:
+    options = ["--adapter-root", str(root), "--state-dir", str(tmp_path / "state"), "--keep-generations", "1"]
+    shutil.copytree(tiny_adapters["a3"], root / "old")
+
+    def told(http: httpx.Client) -> list[tuple[Any, ...]]:
+        shown = http.get("/adapters/sql/generations").json()["generations"]
+        fields = ("number", "current", "kept", "share", "hash", "source", "since")
+        shadows = [one["shadow"] and one["shadow"]["fraction"] for one in shown]
+        return [
+            (*(one[name] for name in fields), shadow or 0.0)
+            for one, shadow in zip(shown, shadows, strict=True)
+        ]
+
+    with serving(tiny_model[0], *options) as (http, _):
+        load(http, "old")
+        load(http, "a0", manifest={"stop": [";"]}, weight=2)
+        load(http, "a1", share=0.25)
+        content = (root / "a2" / "adapter_model.safetensors").read_bytes()
+        config = (root / "a2" / "adapter_config.json").read_text()
+        query = {"config": config, "replace": "true", "shadow": "0.5"}
+        assert http.put("/adapters/sql", params=query, content=content).status_code == 201
+        assert http.put("/adapters/sql/shadow", json={"generation": 1, "fraction": 0.125}).status_code == 200
+        before = told(http)
+        assert [(one[0], one[3], one[-1]) for one in before] == [
+            (1, 0.0, 0.125),
+            (2, 0.75, 0.0),
+            (3, 0.25, 0.0),
+            (4, 0.0, 0.0),
+        ]
+    for _ in range(2):
+        with serving(tiny_model[0], *options) as (http, _):
+            gone = [*before[:3], (*before[3][:2], False, *before[3][3:])]  # what was sent is remembered only
+            assert told(http) == gone
+            assert http.get("/adapters/sql").json()["weight"] == 2.0
+            assert {generation(http) for _ in range(40)} == {"2", "3"}
+            assert generation(http, "sql@1") == "1"
+    shutil.rmtree(root / "a1")
+    (root / "old" / "adapter_config.json").write_text((root / "a2" / "adapter_config.json").read_text())
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(root / "a2" / file, root / "old" / file)
+    with serving(tiny_model[0], *options) as (http, _):
+        assert [(one[0], one[2], one[3], one[-1]) for one in told(http)] == [
+            (1, False, 0.0, 0.0),
+            (2, True, 1.0, 0.0),
+            (3, False, 0.0, 0.0),
+            (4, False, 0.0, 0.0),
+        ]
+        assert load(http, "a2").json()["generation"] == 5
+        assert http.post("/adapters/sql/rollback", json={}).status_code == 200
+    with serving(tiny_model[0], *options) as (http, _):
+        assert [(one[0], one[1], one[2]) for one in told(http)][1:] == [
+            (2, True, True),
+            (3, False, False),
+            (4, False, False),
+            (5, False, True),
+        ]
+        assert http.delete("/adapters/sql").status_code == 204
+    with serving(tiny_model[0], *options) as (http, _):
+        assert http.get("/adapters").json()["adapters"] == []
+        assert load(http, "a2").json()["generation"] == 6
+
+
+def test_configured_adapters_keep_their_numbers(tiny_model: Model, root: Path, tmp_path: Path) -> None:
+    state = ["--adapter-root", str(root), "--state-dir", str(tmp_path / "state")]
+    for name, number in (("a0", 1), ("a1", 4), ("a1", 4), ("a2", 3)):
+        with serving(tiny_model[0], "--adapter", f"sql={root / name}", *state) as (http, _):
+            assert http.get("/adapters/sql").json()["generation"] == number
+            if name == "a0":
+                assert load(http, "a1").json()["generation"] == 2
+                assert load(http, "a2", share=0.5).json()["generation"] == 2
+                assert load(http, "a1", replace=True).json()["generation"] == 2
+                assert http.post("/adapters/sql/rollback", json={"generation": 1}).status_code == 200
+                assert load(http, "a1").json()["generation"] == 4
+                assert shares(http.get("/adapters/sql/generations"))[4] == 1.0
+            else:
+                assert len(shares(http.get("/adapters/sql/generations"))) == 4
+
+
 def test_the_next_start_loads_what_was_gone_back_to(tiny_model: Model, root: Path, tmp_path: Path) -> None:
     options = ["--adapter-root", str(root), "--state-dir", str(tmp_path / "state")]
 

@@ -157,7 +157,7 @@ async def split_adapter(
     by: str | None,
     kept: AdapterState | None = None,
 ) -> None:
-    """Raises as `LLM.split_adapter` does. The next start knows no shares: it loads what is current."""
+    """Raises as `LLM.split_adapter` does, StateError where the next start doesn't."""
     await engine.split_adapter(name, shares)
     text = ", ".join(f"{number}: {share:g}" for number, share in sorted(shares.items()))
     log_event(logger, "adapter shared out", adapter=name, shares=text, by=by)
@@ -165,14 +165,21 @@ async def split_adapter(
 
 
 async def shadow_adapter(
-    engine: AsyncEngine, name: str, generation: int | None, fraction: float, *, by: str | None
+    engine: AsyncEngine,
+    name: str,
+    generation: int | None,
+    fraction: float,
+    *,
+    by: str | None,
+    kept: AdapterState | None = None,
 ) -> None:
-    """Raises as `LLM.shadow_adapter` does; None ends the shadow."""
+    """Raises as `LLM.shadow_adapter` does, StateError where the next start doesn't; None ends the shadow."""
     await engine.shadow_adapter(name, generation, fraction)
     if generation is None:
         log_event(logger, "adapter shadow ended", adapter=name, by=by)
     else:
         log_event(logger, "adapter shadowed", adapter=name, generation=generation, fraction=fraction, by=by)
+    await _keep_current(engine, name, kept)
 
 
 async def roll_back_adapter(
@@ -293,8 +300,10 @@ async def _keep(
     if isinstance(path, StoredAdapter):
         reason = "it was sent, and only sources are kept"
         log_event(logger, "adapter not kept", level=logging.WARNING, adapter=request.name, reason=reason)
-        if request.name not in kept.configured:
-            await kept.forget(request.name)  # the next start would load what this took the place of
+        _note_generations(engine, request.name, kept)
+        if request.share is None and request.shadow is None and request.name not in kept.configured:
+            await kept.drop(request.name)  # the next start would load what this took the place of
+        await kept.flush(request.name)
         return
     info = next((adapter for adapter in engine.adapters() if adapter.name == request.name), None)
     sources = [] if info is None else [one.source for one in engine.generations(request.name)]
@@ -312,8 +321,10 @@ async def _keep(
         manifest=None if request.manifest is None else request.manifest.to_fields(),
     )
     kept.remember(request.name, source, settings)
+    _note_generations(engine, request.name, kept)
     if info.path == source:
         await kept.keep(request.name, settings)
+    await kept.flush(request.name)
 
 
 def _remember_current(engine: AsyncEngine, name: str, kept: AdapterState | None) -> None:
@@ -325,10 +336,17 @@ def _remember_current(engine: AsyncEngine, name: str, kept: AdapterState | None)
 
 
 async def _keep_current(engine: AsyncEngine, name: str, kept: AdapterState | None) -> None:
-    """The next start loads the generation that is current now."""
+    """The next start loads the generation that is current now, and goes on with shares and shadow."""
     if kept is not None:
+        _note_generations(engine, name, kept)
         current = next(one for one in engine.generations(name) if one.is_current)
         await kept.follow(name, current.source)
+        await kept.flush(name)
+
+
+def _note_generations(engine: AsyncEngine, name: str, kept: AdapterState) -> None:
+    if engine.has_adapter(name):  # nobody has unloaded it meanwhile
+        kept.note_generations(name, engine.generations(name))
 
 
 def _is_from(directory: str, path: str) -> bool:

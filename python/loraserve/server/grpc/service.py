@@ -231,7 +231,9 @@ class LoraServeServicer:
         async with self._errors_answered(context, message):
             generation = message.generation if message.HasField("generation") else None
             by = current_caller().name
-            await shadow_adapter(self._engine, message.name, generation, message.fraction, by=by)
+            await shadow_adapter(
+                self._engine, message.name, generation, message.fraction, by=by, kept=self._kept
+            )
             return pb.ShadowAdapterResponse()
         return None
 

@@ -231,14 +231,14 @@ async def split(name: str, body: SharesBody, state: State, caller: Admin) -> Gen
 @router.put("/adapters/{name}/shadow")
 async def shadow_requests(name: str, body: ShadowBody, state: State, caller: Admin) -> GenerationsBody:
     """Have copies of the adapter's requests run on a generation, to be compared with what is answered."""
-    await shadow_adapter(state.engine, name, body.generation, body.fraction, by=caller.name)
+    await shadow_adapter(state.engine, name, body.generation, body.fraction, by=caller.name, kept=state.kept)
     return await generations(name, state, caller)
 
 
 @router.delete("/adapters/{name}/shadow")
 async def end_shadow(name: str, state: State, caller: Admin) -> GenerationsBody:
     """Copy no requests of the adapter any more: 404 where it has no shadow."""
-    await shadow_adapter(state.engine, name, None, 0.0, by=caller.name)
+    await shadow_adapter(state.engine, name, None, 0.0, by=caller.name, kept=state.kept)
     return await generations(name, state, caller)
 
 
