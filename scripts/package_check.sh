@@ -7,7 +7,9 @@ temporary=$(mktemp -d)
 trap 'rm -rf "$temporary"' EXIT
 out=${1:-$temporary/sdist}
 export CARGO_PROFILE_RELEASE_OPT_LEVEL=1 CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16 \
-    CARGO_PROFILE_RELEASE_DEBUG=false CARGO_TARGET_DIR="$PWD/target/package-check"
+    CARGO_PROFILE_RELEASE_DEBUG=false
+# Of this run alone: an sdist's files have the same time whatever is in them, so cargo would take old crates for new ones.
+export CARGO_TARGET_DIR="$temporary/target"
 
 python3 -m venv "$temporary/tools"
 "$temporary/tools/bin/pip" install --quiet 'maturin>=1.8,<2'
