@@ -17,6 +17,18 @@ from loraserve.server.http.dashboard.router import router
 
 KEY = "test-key"
 BASE = "tiny-llama"
+RESULTS = {
+    "compared": 200,
+    "identical": 150,
+    "ending_alike": 190,
+    "agreement": 0.9,
+    "tokens": 4000,
+    "shadow_tokens": 4100,
+    "seconds": 20.0,
+    "shadow_seconds": 21.0,
+    "errors": 1,
+    "dropped": 7,
+}
 TOKEN_S = 0.01
 ENDLESS_TOKEN_S = 0.05  # a busy machine's browser still has time for the rest of the page
 POLL_S = 0.01
@@ -27,6 +39,7 @@ class FakeDashboardServer:
 
     def __init__(self, names: list[str], *, needs_key: bool = False) -> None:
         self.adapters = {name: adapter(name, rank=8 * (index + 1)) for index, name in enumerate(names)}
+        self.generations = [generation(1, kept=False), generation(2), generation(3, current=True)]
         self.traffic: dict[str, dict[str, Any]] = {}
         self.requests: list[dict[str, Any]] = []
         self.needs_key = needs_key
@@ -55,6 +68,11 @@ class FakeDashboardServer:
         app.delete("/adapters/{name}")(self._unload)
         app.put("/adapters/{name}/pin")(self._pin)
         app.post("/adapters/{name}/warm")(self._warm)
+        app.get("/adapters/{name}/generations")(self._generations)
+        app.put("/adapters/{name}/shares")(self._share)
+        app.post("/adapters/{name}/rollback")(self._roll_back)
+        app.put("/adapters/{name}/shadow")(self._shadow)
+        app.delete("/adapters/{name}/shadow")(self._end_shadow)
         return app
 
     async def _check_key(self, request: Request, call_next: Any) -> Response:
@@ -133,6 +151,34 @@ class FakeDashboardServer:
         self.adapters[name]["state"] = "resident"
         return {"seconds": 0.5}
 
+    async def _generations(self, name: str) -> Response:
+        return JSONResponse({"generations": self.generations})
+
+    async def _share(self, name: str, body: Annotated[dict[str, Any], Body()]) -> Response:
+        shares = {int(number): share for number, share in body["shares"].items()}
+        if abs(sum(shares.values()) - 1) > 1e-9:
+            text = f"shares of adapter {name!r} sum to {sum(shares.values()):g}, they must sum to 1"
+            return JSONResponse({"error": text}, 400)
+        for one in self.generations:
+            one["share"] = shares.get(one["number"], 0.0)
+        return await self._generations(name)
+
+    async def _roll_back(self, name: str, body: Annotated[dict[str, Any], Body()]) -> Response:
+        current = body.get("generation", 1)
+        for one in self.generations:
+            one["current"], one["share"] = one["number"] == current, float(one["number"] == current)
+        return await self._generations(name)
+
+    async def _shadow(self, name: str, body: Annotated[dict[str, Any], Body()]) -> Response:
+        self.generations[body["generation"] - 1]["shadow"] = {**RESULTS, "fraction": body["fraction"]}
+        return await self._generations(name)
+
+    async def _end_shadow(self, name: str) -> Response:
+        for one in self.generations:
+            if one["shadow"] is not None:
+                one["shadow"]["fraction"] = 0.0
+        return await self._generations(name)
+
 
 class DashboardThread:
     """Serves `make_app()` on a free port of 127.0.0.1 until the `with` block ends; `url` ends with a slash.
@@ -171,9 +217,24 @@ class DashboardThread:
         self._thread.join()
 
 
+def generation(number: int, *, current: bool = False, kept: bool = True) -> dict[str, Any]:
+    return {
+        "number": number,
+        "hash": f"{number}" * 64,
+        "source": f"/adapters/sql-v{number}",
+        "since": 1.75e9 + number,
+        "current": current,
+        "kept": kept,
+        "share": float(current),
+        "requests": 40 * number,
+        "shadow": None,
+    }
+
+
 def adapter(name: str, *, rank: int, state: str = "resident") -> dict[str, Any]:
     return {
         "name": name,
+        "generation": 3,
         "path": f"/adapters/{name}",
         "state": state,
         "rank": rank,

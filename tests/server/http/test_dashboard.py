@@ -14,7 +14,13 @@ import pytest
 from loraserve.server.http.dashboard.router import STATIC, accepts_html
 
 from tests.server.http.dashboard_visit import Visit, chromium
-from tests.server.http.fake_dashboard_server import BASE, KEY, DashboardThread, FakeDashboardServer
+from tests.server.http.fake_dashboard_server import (
+    BASE,
+    KEY,
+    RESULTS,
+    DashboardThread,
+    FakeDashboardServer,
+)
 
 NAMES = ["sql", "json", "pirate"]
 BROWSER_ACCEPT = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
@@ -226,6 +232,70 @@ def test_adapter_is_pinned_and_warmed(visit: Visit, fake: FakeDashboardServer) -
     pin.click()
     visit.page.locator("[data-adapter=json] [aria-pressed=false]").wait_for()
     assert fake.adapters["json"]["pinned"] is False
+
+
+def test_versions_are_shared_out_shadowed_and_gone_back_to(visit: Visit, fake: FakeDashboardServer) -> None:
+    page = visit.page
+    page.get_by_role("button", name="Versions of sql").click()
+    visit.has_text("[data-generation='3']", "Generation 3, current")
+    visit.has_text("[data-generation='3']", "100 %")
+    visit.has_text("[data-generation='1']", "remembered only")
+    assert page.locator("#versions-list li").all_inner_texts()[0].startswith("Generation 3")
+    assert not page.get_by_label("Share of generation 1").is_visible()
+    assert not page.get_by_role("button", name="Make current: generation 1").is_visible()
+    assert not page.get_by_role("button", name="Shadow: generation 3").is_visible()
+
+    page.get_by_label("Fraction of requests copied to generation 2").fill("25")
+    page.get_by_role("button", name="Shadow: generation 2").click()
+    visit.has_text(
+        "[data-generation='2']", "Shadow of 25 % of requests: 200 compared, 75% identical, 90% of tokens"
+    )
+    visit.has_text("[data-generation='2']", "1 failed, 7 dropped")
+    page.get_by_role("button", name="End the shadow: generation 2").click()
+    visit.has_text("[data-generation='2']", "Was a shadow: 200 compared")
+    assert fake.generations[1]["shadow"]["fraction"] == 0.0
+
+    page.get_by_label("Share of generation 2").fill("5.5")
+    page.click("#versions-share")
+    visit.has_text("#versions-error", "sum to 1.055, they must sum to 1")
+    assert "status of 400" in visit.console_errors.pop()  # the browser's own word for it
+    page.get_by_label("Share of generation 3").fill("94.5")
+    page.click("#versions-share")
+    visit.has_text("[data-generation='2']", "5.5 %")
+    page.locator("#versions-error").wait_for(state="hidden")
+    assert [one["share"] for one in fake.generations] == [0.0, 0.055, 0.945]
+    page.get_by_role("button", name="Make current: generation 2").click()
+    visit.has_text("[data-generation='2']", "Generation 2, current")
+    assert page.get_by_label("Share of generation 3").input_value() == "0"
+    page.click("#versions-back")
+    visit.has_text("[data-generation='1']", "Generation 1, current")
+    page.keyboard.press("Escape")
+    page.locator("#versions-dialog").wait_for(state="hidden")
+
+
+@pytest.mark.parametrize("viewport", [PHONE, DESKTOP], ids=["phone", "desktop"])
+def test_versions_fit_and_offer_callers_without_rights_nothing(
+    browser: Any, fake_server: DashboardThread, fake: FakeDashboardServer, viewport: dict[str, int]
+) -> None:
+    fake.generations[1]["source"] = "/adapters/" + "long-" * 40
+    fake.generations[1]["shadow"] = {**RESULTS, "fraction": 0.1}
+    context = browser.new_context(viewport=viewport)
+    visit = Visit(context, fake_server.url)
+    visit.open()
+    visit.page.get_by_role("button", name="Versions of sql").click()
+    visit.has_text("[data-generation='2']", "200 compared")
+    dialog = visit.page.locator("#versions-dialog")
+    if folder := os.environ.get("LORASERVE_SCREENSHOTS"):
+        visit.page.screenshot(path=Path(folder) / f"versions-{viewport['width']}.png")
+    assert dialog.evaluate("node => node.scrollWidth <= node.clientWidth")
+    for selector in ("#versions-list h3", "#versions-list .hint", ".shadow-results"):
+        assert visit.contrast(selector) >= 4.5, selector
+    assert visit.page.locator("#versions-share").is_visible()
+    fake.is_admin = False
+    visit.page.locator("#versions-share").wait_for(state="hidden")
+    assert not visit.page.get_by_role("button", name="Make current").first.is_visible()
+    assert visit.page.locator("[data-generation='2']").is_visible()
+    context.close()
 
 
 def test_table_is_searched_and_sorted(visit: Visit) -> None:

@@ -94,6 +94,11 @@ def test_operator_works_with_adapters_and_prompts(
     visit.has_text("[data-adapter=again]", "Pinned")
     visit.has_text("[data-adapter=again]", "in the pool")
 
+    page.get_by_role("button", name="Versions of again").click()
+    visit.has_text("[data-generation='1']", "Generation 1, current")
+    assert page.get_by_label("Share of generation 1").input_value() == "100"
+    page.click("#versions-close")
+
     page.get_by_role("button", name="Pin again").click()
     page.locator("[data-adapter=again] [aria-pressed=false]").first.wait_for()
     page.get_by_role("button", name="Unload again").click()

@@ -7,7 +7,7 @@ import { Sparkline } from "./sparkline.js";
 const STATE_TEXT = { resident: "in the pool", loading: "loading", registered: "on disk", failed: "failed", unloading: "unloading" };
 
 export class AdapterRow {
-  /** `actions`: {try, warm, pin, unload}, each called with the adapter. */
+  /** `actions`: {try, warm, pin, unload, versions}, each called with the adapter. */
   constructor(name, actions) {
     this.name = name;
     this.adapter = null;
@@ -21,6 +21,7 @@ export class AdapterRow {
     this.sparkline = new Sparkline(`Latency of ${name} over the last minute`);
     const button = (text, label, action, className = "admin-only") =>
       element("button", { type: "button", className, textContent: text, attributes: { "aria-label": `${label} ${name}` }, onclick: () => action(this.adapter) });
+    this.versionsButton = button("", "Versions of", actions.versions, "quiet generation");
     this.tryButton = button("Try", "Try in the playground:", actions.try, "");
     this.warmButton = button("Warm", "Load into the pool:", actions.warm);
     this.pinButton = button("Pin", "Pin", actions.pin);
@@ -33,6 +34,7 @@ export class AdapterRow {
     this.adapter = adapter;
     setText(this.about, adapter.description || adapter.path || "");
     this.about.title = adapter.path ?? "";
+    setText(this.versionsButton, `v${adapter.generation}`);
     setText(this.state, STATE_TEXT[adapter.state] ?? adapter.state ?? "");
     this.state.dataset.state = adapter.state ?? "";
     setText(this.rank, format.count(adapter.rank));
@@ -53,7 +55,7 @@ export class AdapterRow {
     const cell = (column, label, className, ...children) =>
       element("td", { className, attributes: { role: "cell" }, dataset: label ? { column, label } : { column } }, ...children);
     return [
-      cell("name", "", "", this.title, this.about),
+      cell("name", "", "", this.title, this.versionsButton, this.about),
       cell("state", "", "", this.state),
       cell("rank", "Rank", "number", this.rank),
       cell("nbytes", "Size", "number", this.nbytes),

@@ -10,6 +10,7 @@ import { Overview } from "./overview.js";
 import { Playground } from "./playground.js";
 import { poll } from "./poll.js";
 import { readAdapters, readFacts, readModels, readStats, withTraffic } from "./readings.js";
+import { VersionsDialog } from "./versions_dialog.js";
 
 const STATS_MS = 1000;
 const ADAPTERS_MS = 2000;
@@ -20,11 +21,13 @@ const api = new Api(keyForm);
 const overview = new Overview();
 const playground = new Playground(api);
 const actions = new AdapterActions(api, refresh);
+const versions = new VersionsDialog(api, refresh);
 const table = new AdaptersTable({
   try: ({ name }) => playground.try(name),
   warm: (adapter) => actions.warm(adapter),
   pin: (adapter) => actions.pin(adapter),
   unload: (adapter) => actions.unload(adapter),
+  versions: (adapter) => versions.open(adapter),
 });
 new LoadDialog(api, refresh);
 

@@ -19,6 +19,7 @@ export function readStats(stats) {
 export function readAdapters({ adapters }) {
   return adapters.map((adapter) => ({
     name: adapter.name,
+    generation: adapter.generation,
     path: adapter.path,
     description: adapter.description,
     state: adapter.state,
@@ -27,6 +28,13 @@ export function readAdapters({ adapters }) {
     isPinned: adapter.pinned,
     requests: adapter.requests,
     tokens: adapter.tokens,
+  }));
+}
+
+/** GET /adapters/{name}/generations, oldest first. */
+export function readGenerations({ generations }) {
+  return generations.map(({ number, hash, source, since, current, kept, share, requests, shadow }) => ({
+    number, hash, source, since: new Date(1000 * since), isCurrent: current, isKept: kept, share, requests, shadow,
   }));
 }
 
