@@ -70,6 +70,25 @@ def test_files_come_as_they_are(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in (tmp_path / "part").iterdir()} == store.contents
 
 
+def test_a_source_that_is_given_up_meanwhile_is_not_tried_again(tmp_path: Path) -> None:
+    told: list[TransientError] = []
+    store = FakeStore({"a": DATA}, [TransientError("away") for _ in range(3)])
+    wanted = WantedFiles(wants=lambda _: True, names=(), index="", max_nbytes=10**6)
+    given_up = Transfer(
+        parse_remote("s3://bucket/sql"),
+        store,
+        tmp_path,
+        wanted,
+        lambda *_: None,
+        on_failure=told.append,
+        goes_on=lambda: len(told) < 2,
+        sleep=lambda _: None,
+    )
+    with pytest.raises(TransientError, match="away"):
+        given_up.run()
+    assert (len(told), len(store.faults)) == (2, 1)
+
+
 @pytest.mark.parametrize("fault", ["cut", TransientError("reset")])
 def test_a_cut_read_goes_on_where_it_ended(tmp_path: Path, fault: object) -> None:
     store = FakeStore({"a": DATA}, [None, *[fault] * 8])

@@ -202,10 +202,6 @@ class Fetcher:
             found = self.cache.version(location, files)
             return found is not None
 
-        def goes_on(error: TransientError) -> bool:
-            breaker.failed(error.retry_after_s)
-            return not breaker.is_open()
-
         with self.cache.fetching(location) as directory, closing(self._store(location)) as store:
             # What is there already is served where the source fails, so that it is not waited for.
             max_tries = 1 if self.cache.has(location) else MAX_TRIES
@@ -216,7 +212,8 @@ class Fetcher:
                 self._wanted,
                 on_progress,
                 max_tries=max_tries,
-                goes_on=goes_on,
+                on_failure=lambda error: breaker.failed(error.retry_after_s),
+                goes_on=lambda: not breaker.is_open(),
             )
             files = transfer.run(is_there)
             if found is not None:

@@ -47,7 +47,8 @@ class Transfer:
         wanted: which files, and how large they may be.
         on_progress: told of every piece.
         max_tries: of a file or a list, without a byte in between.
-        goes_on: told of each failure that is not the last try's; whether there is to be another try.
+        on_failure: told of each failure that is not the last try's.
+        goes_on: asked before another try, whether there is to be one.
         sleep: waits between tries.
 
     `num_fetched` counts the bytes that came.
@@ -62,7 +63,8 @@ class Transfer:
         on_progress: OnProgress,
         *,
         max_tries: int = MAX_TRIES,
-        goes_on: Callable[[TransientError], bool] = lambda _: True,
+        on_failure: Callable[[TransientError], object] = lambda _: None,
+        goes_on: Callable[[], bool] = lambda: True,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.num_fetched = 0
@@ -72,6 +74,7 @@ class Transfer:
         self._wanted = wanted
         self._on_progress = on_progress
         self._max_tries = max_tries
+        self._on_failure = on_failure
         self._goes_on = goes_on
         self._sleep = sleep
         self._done_nbytes = 0
@@ -146,9 +149,13 @@ class Transfer:
                     break
                 except TransientError as error:
                     num_failed = 1 if out.tell() > start else num_failed + 1
-                    if num_failed >= self._max_tries or (out.tell() == start and not self._goes_on(error)):
+                    if num_failed >= self._max_tries:
                         raise
+                    if out.tell() == start:
+                        self._on_failure(error)
                     self._pause(num_failed, error)
+                    if not self._goes_on():
+                        raise
             if file.nbytes is not None and out.tell() > file.nbytes:
                 out.truncate(0)
                 raise ChangedError
@@ -159,9 +166,10 @@ class Transfer:
             try:
                 return function()
             except TransientError as error:
-                if not self._goes_on(error):
-                    raise
+                self._on_failure(error)
                 self._pause(num_failed, error)
+                if not self._goes_on():
+                    raise
         return function()
 
     def _pause(self, num_failed: int, error: TransientError) -> None:
