@@ -135,6 +135,7 @@ bench: $(STAMPS)/bench ## scheduler, kernels, latencies, streams; beside PEFT an
 	$(BIN)/python benches/bench_many_adapters.py --json $(RESULTS)/many.json --plot $(RESULTS)/many.png
 	$(BIN)/python benches/bench_alora.py --json $(RESULTS)/alora.json
 	$(BIN)/python benches/bench_adapter_kinds.py --json $(RESULTS)/adapter_kinds.json
+	$(BIN)/python benches/bench_simulator.py --json $(RESULTS)/simulator.json
 	$(BIN)/python benches/tables.py
 
 serve: $(STAMPS)/demo ## leave a server running on 127.0.0.1 (HTTP 8000, gRPC 50051) with the demo adapters

@@ -30,6 +30,7 @@ LAYERS = (
     "engine",
     "llm",
     "async_engine",
+    "planning",
     "settings",
     "v1",
     "wire",

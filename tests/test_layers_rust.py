@@ -23,6 +23,15 @@ CRATES: dict[str, tuple[set[str], str]] = {
         scheduler
         """,
     ),
+    "sim": (
+        {"core"},
+        """
+        error histogram step_shape
+        costs loader workload
+        replica router
+        fleet
+        """,
+    ),
     "adapters": (
         set(),
         """

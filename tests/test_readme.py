@@ -95,6 +95,8 @@ def test_the_commands_parse() -> None:
         ["loraserve", "adapters"],
         ["loraserve", "adapters"],
         ["loraserve", "adapters"],
+        ["loraserve", "plan"],
+        ["loraserve", "simulate"],
         ["loraserve", "doctor"],
     ]
     for line in lines:

@@ -44,6 +44,7 @@ __all__ = [
     "Scheduler",
     "SchedulerOutput",
     "SchedulerStats",
+    "Simulated",
     "__version__",
     "check_adapter",
     "check_cuda",
@@ -53,7 +54,9 @@ __all__ = [
     "ggml_format",
     "load_adapter",
     "recognise_file",
+    "routing_policies",
     "row_digests",
+    "simulate",
     "usable_cores",
 ]
 
@@ -132,6 +135,8 @@ class Batch:
     @staticmethod
     def from_bytes(data: bytes) -> Batch:
         """The arrays, of no requests. Raises ValueError for bytes that are cut, or too many."""
+    def step_shape(self) -> tuple[tuple[float, float, float, float, float, float], list[int]]:
+        """(rows, samples, prompts' pairs, contexts' tokens, adapters' rows, segments); distinct slots."""
     def arrays(self) -> _StepArrays:
         """Copies of the arrays, for a backend that computes in Python."""
 
@@ -1393,3 +1398,57 @@ class MessageShape:
 
 def usable_cores() -> int:
     """Cores that affinity and cgroup quotas leave this process, at least 1."""
+
+# rust/py/src/simulation.rs
+
+@final
+class Simulated:
+    """What came of each of n requests, in their order, and of each replica; times from the start."""
+
+    @property
+    def first_token_s(self) -> NDArray[np.float64]:
+        """[n] NaN of one that was refused."""
+    @property
+    def end_s(self) -> NDArray[np.float64]:
+        """[n] NaN of one that was refused."""
+    @property
+    def replica(self) -> NDArray[np.uint32]:
+        """[n] which one it was sent to."""
+    @property
+    def cached_tokens(self) -> NDArray[np.uint32]:
+        """[n] tokens of its prompt that the prefix cache had."""
+    @property
+    def was_resident(self) -> NDArray[np.bool_]:
+        """[n] whether its adapter was in the pool when it arrived; true of one without."""
+    @property
+    def is_refused(self) -> NDArray[np.bool_]:
+        """[n] whether it did not fit, or too many waited."""
+    @property
+    def num_gaps(self) -> int:
+        """Tokens that were not their answers' first ones."""
+    @property
+    def mean_gap_s(self) -> float | None:
+        """Between tokens of one answer; None of none."""
+    def gap_s(self, share: float) -> float | None:
+        """What `share` of them don't exceed, within a percent; None of none."""
+    @property
+    def replicas(self) -> list[tuple[int, int, float, int, int, int, int, int, float, float]]:
+        """Of each: steps, tokens, busy seconds, loads, bytes loaded, evictions, preemptions, most waiting,
+        mean pages of sequences and of adapters."""
+
+def simulate(
+    *,
+    costs: Mapping[str, object],
+    loading: Mapping[str, object],
+    replica: Mapping[str, object],
+    fleet: Mapping[str, object],
+    arrivals: Mapping[str, NDArray[np.float64] | NDArray[np.int64] | NDArray[np.uint32]],
+    adapter_nbytes: Sequence[int],
+) -> Simulated:
+    """Run a workload on replicas of the scheduler, without the GIL; see `loraserve.planning.simulator`.
+
+    Raises InvalidRequestError for a value out of its range, ValueError for arrays of different lengths.
+    """
+
+def routing_policies() -> list[str]:
+    """Names of the policies that `simulate` knows."""

@@ -15,7 +15,17 @@ from loraserve.cli.options import OneLineParser
 from loraserve.errors import LoraserveError
 from loraserve.validation.printable import printable
 
-COMMANDS = ("serve", "deploy", "generate", "batch", "adapters", "config", "doctor")  # modules of this package
+COMMANDS = (  # modules of this package
+    "serve",
+    "deploy",
+    "generate",
+    "batch",
+    "adapters",
+    "config",
+    "plan",
+    "simulate",
+    "doctor",
+)
 
 EXAMPLES = """\
 examples:
@@ -25,6 +35,7 @@ examples:
   loraserve batch input.jsonl -o output.jsonl --model smollm2 --adapter sql=adapters/sql
   loraserve adapters check adapters/sql --model smollm2
   loraserve config check loraserve.yaml
+  loraserve plan llama-3-8b --hardware h100 --adapters 1000 --requests-per-second 50
   loraserve doctor
 
 `loraserve COMMAND --help` explains a command. The model "smollm2" comes with loraserve[demo].

@@ -104,7 +104,7 @@ class Engine:
         self.adapters = EngineAdapters(
             config, self.runner, self._scheduler, self.grammars, self._lock, self._intake, self._wake
         )
-        self._launcher = StepLauncher(
+        self.launcher = StepLauncher(
             self.runner,
             self.adapters,
             self._sampler,
@@ -345,7 +345,7 @@ class Engine:
             return None
         if planned.batch is not None and self._step_began is None:
             self._step_began = time.monotonic()
-        return self._launcher.launch(planned)
+        return self.launcher.launch(planned)
 
     def _commit(self, running: RunningStep) -> StepLogprobs:
         """Wait for the step's tokens and take them; the logprobs that were asked for, by request."""

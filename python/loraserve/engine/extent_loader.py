@@ -94,6 +94,11 @@ class ExtentLoader:
             self._compared[receipt.directory] = stamp if receipt.directory == source else None
         return checked
 
+    @property
+    def num_open(self) -> int:
+        """Loads under way, and those whose results were not taken; on the engine's thread."""
+        return self._num_open
+
     def set_contended(self, is_contended: bool) -> None:
         """Say whether the model computes now on the cores that adapters are read with."""
         self._pace.set_rest(rest_s(self._num_open) if is_contended else 0.0)

@@ -11,6 +11,7 @@ from loraserve.engine.adapters import EngineAdapters
 from loraserve.engine.model_runner import ModelRunner
 from loraserve.engine.prompt_rows import RowReaders
 from loraserve.engine.running_step import RunningStep
+from loraserve.engine.step_log import StepLog
 from loraserve.sampling.sampler import FailedSamples, PendingSamples, Sampler
 
 if TYPE_CHECKING:
@@ -42,6 +43,12 @@ class StepLauncher:
         self._sampler = sampler
         self._readers = readers
         self._uses_every_core = uses_every_core
+        self._log: StepLog | None = None
+
+    def log_steps(self) -> StepLog:
+        """Note what each step from now on computes, and how long it takes."""
+        self._log = StepLog(self._runner.page_nbytes)
+        return self._log
 
     def launch(self, planned: _core.SchedulerOutput) -> RunningStep | None:
         """Begin what was planned; None if nothing of it is to be committed.
@@ -55,6 +62,8 @@ class StepLauncher:
             self._runner.backend.order_loads()
         for load in planned.loads:
             self._adapters.pool_loads.start(*load)
+        if self._log is not None:
+            self._log.launched(planned, self._adapters.loader.num_open)
         batch = planned.batch
         is_contended = self._uses_every_core and batch is not None
         self._adapters.loader.set_contended(is_contended)
@@ -65,8 +74,11 @@ class StepLauncher:
         samples: PendingSamples
         try:
             samples = self._run(batch, request_ids, guesses)
+            samples = samples if self._log is None else self._log.timed(samples)
         except torch.OutOfMemoryError as error:
             samples = FailedSamples(error.with_traceback(None))  # which would keep the step's tensors
+            if self._log is not None:
+                self._log.failed()
         return RunningStep(planned, request_ids, guesses, samples)
 
     def _run(self, batch: _core.Batch, request_ids: Sequence[int], guesses: Sequence[int]) -> PendingSamples:

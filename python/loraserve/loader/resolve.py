@@ -22,7 +22,7 @@ def resolve_model(path_or_id: str | Path) -> Path:
         raise ModelError(f"{path} is a file, expected a model directory or a .gguf file{_file_advice(path)}")
     if os.path.exists(path):
         return path
-    if isinstance(path_or_id, Path) or _looks_like_path(path_or_id):
+    if isinstance(path_or_id, Path) or looks_like_path(path_or_id):
         raise ModelError(f"model path {path_or_id} does not exist")
     return download_model(path_or_id)
 
@@ -40,7 +40,7 @@ def _file_advice(path: Path) -> str:
     return "" if foreign is None else f"; it is {foreign}"
 
 
-def _looks_like_path(text: str) -> bool:
+def looks_like_path(text: str) -> bool:
     """Hub ids are `name` or `owner/name`."""
     starts = text.startswith(("/", ".", "~"))
     return starts or "\\" in text or text.count("/") > 1 or text.endswith((".gguf", ".safetensors", "/"))

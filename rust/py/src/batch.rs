@@ -3,6 +3,7 @@
 use loraserve_core as core;
 use loraserve_kernels::cuda::work_list::num_items;
 use loraserve_kernels::step_arrays::StepArrays;
+use loraserve_sim::{self as sim, StepShape};
 use numpy::{Element, IntoPyArray, PyArray1, PyReadonlyArray1};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -137,6 +138,28 @@ impl Batch {
             sample_request_ids: Vec::new(),
             draft_token_ids: Vec::new(),
         })
+    }
+
+    /// (rows, samples, pairs of prompts, tokens of contexts, rows of adapters, segments), and the slots in it.
+    fn step_shape(&self) -> ((f64, f64, f64, f64, f64, f64), Vec<i32>) {
+        let (shape, slots) = StepShape::of(sim::StepArrays {
+            query_indptr: &self.arrays.query_indptr,
+            context_lens: &self.arrays.context_lens,
+            num_samples: self.arrays.logits_indices.len(),
+            num_prefill_tokens: self.num_prefill_tokens,
+            seg_start: &self.arrays.seg_start,
+            seg_end: &self.arrays.seg_end,
+            seg_slot: &self.arrays.seg_slot,
+        });
+        let amounts = (
+            shape.rows,
+            shape.samples,
+            shape.prompt_pairs,
+            shape.context_tokens,
+            shape.adapter_rows,
+            shape.segments,
+        );
+        (amounts, slots)
     }
 
     fn arrays<'py>(&self, py: Python<'py>) -> NumpyArrays<'py> {

@@ -18,6 +18,7 @@ mod sample_arrays;
 mod sampler;
 mod scheduler;
 mod shape;
+mod simulation;
 mod slice;
 mod stats;
 
@@ -25,6 +26,7 @@ mod stats;
 fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
     scheduler::register(m)?;
+    simulation::register(m)?;
     batch::register(m)?;
     stats::register(m)?;
     layout::register(m)?;

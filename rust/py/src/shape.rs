@@ -43,7 +43,10 @@ impl BaseShape {
                     (path, shape)
                 });
         let inner = adapters::BaseShape::new(num_layers, modules).map_err(PyValueError::new_err)?;
-        let slices = slices.into_iter().map(|slice| slice.inner.clone()).collect();
+        let slices = slices
+            .into_iter()
+            .map(|slice| slice.inner.clone())
+            .collect();
         let inner = adapters::BaseShape {
             tokens,
             slices,
