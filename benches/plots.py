@@ -60,6 +60,30 @@ def plot_curve(
     _save(figure, path)
 
 
+def plot_policies(
+    results: Sequence[Mapping[str, Any]], shares: Sequence[float], target_ms: float, title: str, path: Path
+) -> None:
+    """For each routing policy the share of first tokens below a time, hits, bytes loaded, replicas needed."""
+    figure, axes = _figure(3 if target_ms else 2, title)
+    for result in results:
+        axes[0].plot(result["ttft_s"], np.asarray(shares) / 100, label=result["policy"])
+    axes[0].set(xlabel="first token [s]", ylabel="share below", xscale="log", ylim=(0, 1.02))
+    axes[0].grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
+    names = [result["policy"] for result in results]
+    panels = [("share of requests that find their adapter", [one["adapter_hit_rate"] for one in results])]
+    if target_ms:
+        needed = [one["replicas_needed"] or 0 for one in results]
+        panels.append((f"replicas for a p99 of {target_ms:g} ms, 1/20 of the load; 0: none", needed))
+    for axis, (label, values) in zip(axes[1:], panels, strict=True):
+        axis.barh(names, values)
+        axis.invert_yaxis()
+        axis.set_xlabel(label)
+        axis.bar_label(axis.containers[0], fmt="%.3g", fontsize=7)
+        axis.tick_params(axis="y", labelsize=7)
+    _save(figure, path)
+
+
 def _figure(num_panels: int, title: str) -> tuple[Any, Any]:
     import matplotlib as mpl  # noqa: PLC0415  an extra
 

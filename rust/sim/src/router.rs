@@ -26,10 +26,14 @@ pub enum Policy {
     Resident,
     /// As home and spill, but of the first replicas, as many as the adapter's load needs, the one that the prefix names.
     Prefix,
+    /// What the router on Ray Serve does (python/loraserve/ray/placement.py): of the first replicas in the adapter's order,
+    /// as many as its part of the load lately fills, the one that the prefix names or the least loaded; where that has
+    /// much more than the average, the first that was sent the adapter lately, or else the least loaded.
+    Homes,
 }
 
 impl Policy {
-    pub const ALL: [(&'static str, Self); 7] = [
+    pub const ALL: [(&'static str, Self); 8] = [
         ("round-robin", Self::RoundRobin),
         ("least-loaded", Self::LeastLoaded),
         ("power-of-two", Self::PowerOfTwo),
@@ -37,6 +41,7 @@ impl Policy {
         ("home-and-spill", Self::HomeAndSpill),
         ("resident", Self::Resident),
         ("prefix", Self::Prefix),
+        ("homes", Self::Homes),
     ];
 
     pub fn named(name: &str) -> Option<Self> {
@@ -88,6 +93,35 @@ impl Spill {
     }
 }
 
+/// Of `Policy::Homes`, as in `placement.py`.
+mod homes {
+    pub const HALF_LIFE_S: f64 = 30.0;
+    /// Of a replica's part of the load, which one home of an adapter is to carry.
+    pub const PART: f64 = 0.75;
+    pub const MAX_LOAD_RATIO: f64 = 1.5;
+    pub const MIN_SLACK: f64 = 8.0;
+    /// Requests by which a replica that has the prefix may exceed the least loaded home.
+    pub const PREFIX_SPREAD: u64 = 2;
+}
+
+/// Requests, worth half after `HALF_LIFE_S`.
+#[derive(Debug, Clone, Copy, Default)]
+struct Lately {
+    count: f64,
+    at_s: f64,
+}
+
+impl Lately {
+    fn worth(self, now_s: f64) -> f64 {
+        self.count * 0.5_f64.powf((now_s - self.at_s) / homes::HALF_LIFE_S)
+    }
+
+    fn add_one(&mut self, now_s: f64) {
+        self.count = self.worth(now_s) + 1.0;
+        self.at_s = now_s;
+    }
+}
+
 /// A replica that was sent requests of an adapter.
 #[derive(Debug, Clone, Copy)]
 struct Holder {
@@ -105,6 +139,8 @@ pub struct Router {
     num_open: u64,
     holders: HashMap<u32, Vec<Holder>>,
     open_of_adapter: HashMap<u32, u64>,
+    lately: HashMap<u32, Lately>,
+    all_lately: Lately,
     num_routed: u64,
 }
 
@@ -120,6 +156,8 @@ impl Router {
             num_open: 0,
             holders: HashMap::new(),
             open_of_adapter: HashMap::new(),
+            lately: HashMap::new(),
+            all_lately: Lately::default(),
             num_routed: 0,
         }
     }
@@ -160,6 +198,7 @@ impl Router {
             Policy::HomeAndSpill => self.not_full_in_order(mix(u64::from(adapter))),
             Policy::Resident => self.resident(adapter, arrival.at_s),
             Policy::Prefix => self.by_prefix(adapter, arrival),
+            Policy::Homes => self.at_homes(adapter, arrival),
         }
     }
 
@@ -168,7 +207,7 @@ impl Router {
         match self.policy {
             Policy::RoundRobin => self.in_turn(),
             Policy::PowerOfTwo => self.of_two(),
-            Policy::Prefix if arrival.prefix_tokens > 0 => {
+            Policy::Prefix | Policy::Homes if arrival.prefix_tokens > 0 => {
                 self.not_full_in_order(mix(!u64::from(arrival.prefix)))
             }
             _ => self.least_loaded(),
@@ -225,14 +264,85 @@ impl Router {
                 holder.replica
             }
             _ => {
-                holders.retain(|holder| holder.replica != anyone);
-                holders.push(Holder {
-                    replica: anyone,
-                    last_s: now_s,
-                });
+                self.hold(adapter, anyone, now_s);
                 anyone
             }
         }
+    }
+
+    fn at_homes(&mut self, adapter: u32, arrival: &Arrival) -> usize {
+        let (now_s, num_replicas) = (arrival.at_s, self.replicas.len());
+        let lately = self.lately.entry(adapter).or_default();
+        lately.add_one(now_s);
+        self.all_lately.add_one(now_s);
+        let all = self.all_lately.count;
+        let part = lately.count / all * num_replicas as f64 / homes::PART;
+        let is_known = all >= 4.0 * num_replicas as f64; // of the first requests each is a large part
+        let num_homes = if is_known { part.ceil() as usize } else { 1 };
+        let key = mix(u64::from(adapter));
+        let first = self.first_of_order(key, num_homes.clamp(1, num_replicas));
+        let home = self.home_of_prefix(&first, key, arrival);
+        let average = (self.num_open + 1) as f64 / num_replicas as f64;
+        let limit = (homes::MAX_LOAD_RATIO * average).max(average + homes::MIN_SLACK);
+        let fits = |replica: usize| (self.open[replica] + 1) as f64 <= limit;
+        let chosen = if fits(home) {
+            home
+        } else {
+            let resident_s = self.spill.resident_s;
+            let holders = self.holders.get(&adapter).map_or(&[][..], Vec::as_slice);
+            let recent = holders
+                .iter()
+                .filter(|holder| now_s - holder.last_s <= resident_s);
+            let having = recent
+                .map(|holder| holder.replica)
+                .filter(|&replica| fits(replica));
+            let first = having.max_by_key(|&replica| mix(key ^ self.replicas[replica]));
+            first.unwrap_or_else(|| self.least_loaded())
+        };
+        self.hold(adapter, chosen, now_s);
+        chosen
+    }
+
+    /// The home that the prefix names, unless another has clearly less to do.
+    fn home_of_prefix(&self, homes: &[usize], key: u64, arrival: &Arrival) -> usize {
+        let least = homes.iter().min_by_key(|&&home| self.open[home]);
+        let least = *least.expect("invariant: an adapter has homes");
+        if arrival.prefix_tokens == 0 {
+            return least;
+        }
+        let by_prefix = key ^ mix(!u64::from(arrival.prefix));
+        let wanted = homes
+            .iter()
+            .max_by_key(|&&home| mix(by_prefix ^ self.replicas[home]));
+        let wanted = *wanted.expect("invariant: an adapter has homes");
+        if self.open[wanted] <= self.open[least] + homes::PREFIX_SPREAD {
+            wanted
+        } else {
+            least
+        }
+    }
+
+    fn hold(&mut self, adapter: u32, replica: usize, now_s: f64) {
+        let holders = self.holders.entry(adapter).or_default();
+        holders.retain(|holder| holder.replica != replica);
+        holders.push(Holder {
+            replica,
+            last_s: now_s,
+        });
+    }
+
+    /// The first `count` replicas in the order that `key` gives, in any order.
+    fn first_of_order(&self, key: u64, count: usize) -> Vec<usize> {
+        if count == 1 {
+            return vec![self.first_in_order(key, |_| true)];
+        }
+        let mut order: Vec<_> = (0..self.replicas.len()).collect();
+        let score = |replica: &usize| std::cmp::Reverse(mix(key ^ self.replicas[*replica]));
+        if count < order.len() {
+            order.select_nth_unstable_by_key(count, score);
+            order.truncate(count);
+        }
+        order
     }
 
     fn by_prefix(&self, adapter: u32, arrival: &Arrival) -> usize {
@@ -242,14 +352,9 @@ impl Router {
         if num_needed == 1 || arrival.prefix_tokens == 0 {
             return self.not_full_in_order(key);
         }
-        let mut order: Vec<_> = (0..self.replicas.len()).collect();
-        let num_first = num_needed.min(order.len());
-        let score = |replica: &usize| std::cmp::Reverse(mix(key ^ self.replicas[*replica]));
-        if num_first < order.len() {
-            order.select_nth_unstable_by_key(num_first, score);
-        }
+        let order = self.first_of_order(key, num_needed.min(self.replicas.len()));
         let by_prefix = key ^ mix(!u64::from(arrival.prefix));
-        let first = order[..num_first]
+        let first = order
             .iter()
             .filter(|&&replica| (self.open[replica] as f64) < full)
             .max_by_key(|&&replica| mix(by_prefix ^ self.replicas[replica]));
@@ -359,6 +464,37 @@ mod tests {
             .map(|prefix| router.route(&with_prefix(prefix)))
             .collect();
         assert_eq!(all.len(), 4); // 100 / (1.25 · 20 + 4), and one
+    }
+
+    #[test]
+    fn homes_are_as_many_as_an_adapters_part_of_the_load_fills() {
+        let mut router = router(Policy::Homes, 10);
+        let mut used = vec![std::collections::HashSet::new(); 3];
+        for index in 0..600_u32 {
+            // A third of all requests are of adapter 0; the others are of adapters that come once in a while.
+            let adapter = if index % 3 == 0 { 0 } else { 1 + index % 97 };
+            let arrival = Arrival {
+                at_s: f64::from(index) / 100.0,
+                ..of(adapter)
+            };
+            let replica = router.route(&arrival);
+            if index > 200 && adapter < 3 {
+                used[adapter as usize].insert(replica);
+            }
+            router.end(replica, Some(adapter));
+        }
+        assert!((1..=5).contains(&used[0].len()), "{used:?}"); // 10 / 3 / 0.75 homes, the least loaded of them
+        assert_eq!((used[1].len(), used[2].len()), (1, 1));
+    }
+
+    #[test]
+    fn a_home_with_much_more_than_the_average_passes_requests_on() {
+        let mut router = router(Policy::Homes, 10);
+        let home = router.route(&of(5));
+        let others: std::collections::HashSet<_> = (0..12).map(|_| router.route(&of(5))).collect();
+        assert!(others.contains(&home));
+        assert!(others.len() > 1);
+        assert!(router.open[home] <= 10);
     }
 
     #[test]
