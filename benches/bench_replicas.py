@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +33,7 @@ from adapter_files import write_adapters
 
 MODEL = "smollm2"
 ZIPF = 1.2
-NUM_TOKENS = 48
+NUM_TOKENS = 96
 RANK = 8
 START_LIMIT_S = 300.0
 LOADS_OF_REPLICAS = re.compile(r"^loraserve_replica_adapter_loads_total\S* (\S+)$", re.M)
@@ -61,14 +62,19 @@ def running(arguments: Sequence[str], core: int | None, log: Path) -> Iterator[t
         process.wait()
 
 
-def cpu_s(process: psutil.Process) -> float:
-    """Of it and all that it started."""
-    times = [one.cpu_times() for one in (process, *process.children(recursive=True))]
-    return sum(one.user + one.system for one in times)
+def cpu_s(process: psutil.Process) -> Counter[str]:
+    """Of it and all that it started, by what they are."""
+    used: Counter[str] = Counter()
+    for one in (process, *process.children(recursive=True)):
+        title = " ".join(one.cmdline()[:1])
+        kind = next((part for part in ("engines", "ingress") if part in title), "others")
+        times = one.cpu_times()
+        used[kind if one.pid != process.pid else "command"] += times.user + times.system
+    return used
 
 
 async def ask(url: str, names: Sequence[str], num_clients: int, seconds: float) -> tuple[int, int]:
-    """(tokens, requests) that ended within the time; each client asks again as soon as it is answered."""
+    """(tokens, requests); each client asks again as soon as it is answered, until the time is over."""
     ends_at = time.monotonic() + seconds
     weights = [(index + 1) ** -ZIPF for index in range(len(names))]
     counts = [0, 0]
@@ -82,9 +88,8 @@ async def ask(url: str, names: Sequence[str], num_clients: int, seconds: float) 
                 answer = await response.json()
                 if response.status != 200:
                     raise SystemExit(f"{response.status}: {answer}")
-            if time.monotonic() < ends_at:
-                counts[0] += answer["usage"]["completion_tokens"]
-                counts[1] += 1
+            counts[0] += answer["usage"]["completion_tokens"]
+            counts[1] += 1
 
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector) as session:
@@ -117,16 +122,22 @@ async def measure(
     await asyncio.sleep(1.5)
     loads, cpu, began = await num_loads(url), cpu_s(process), time.monotonic()
     num_tokens, num_requests = await ask(url, names, num_clients, options.seconds)
-    wall_s, used_s = time.monotonic() - began, cpu_s(process) - cpu
+    wall_s, used = time.monotonic() - began, cpu_s(process) - cpu
+    used_s = used.total()
     await asyncio.sleep(1.5)
     loads = await num_loads(url) - loads
     return {
         "tokens_per_s": num_tokens / wall_s,
         "tokens_per_cpu_s": num_tokens / used_s,
         "cores_used": used_s / wall_s,
+        "cpu_parts": {kind: round(part / used_s, 3) for kind, part in used.items()},
         "requests": num_requests,
         "hit_rate": 1.0 - loads / max(num_requests, 1),
     }
+
+
+def shown(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float | int) else str(value)
 
 
 def main() -> None:
@@ -165,7 +176,7 @@ def main() -> None:
             asyncio.run(all_ready(url, 2))
             results["two replicas on a core each"] = asyncio.run(measure(process, url, names, options, 2))
     for name, result in results.items():
-        print(f"{name}: " + ", ".join(f"{key} {value:.3g}" for key, value in result.items()))
+        print(f"{name}: " + ", ".join(f"{key} {shown(value)}" for key, value in result.items()))
     one, two = results.values()
     ratio = two["tokens_per_s"] / one["tokens_per_s"]
     by_cpu = 2 * two["tokens_per_cpu_s"] / one["tokens_per_cpu_s"]

@@ -75,11 +75,15 @@ class FakeReplica:
         if request is None:
             raise NotPreparedError(ticket)
         self._link.put(ticket, Accepted({}, None))
+        deltas = []
         for index, word in enumerate(str(request.prompt).split()):
             if index == self.stop_after:
                 await self.go_on.wait()
-            self._link.put(ticket, Delta(0, f"{word} of {self.name} ", [index], None, None, None))
-        self._link.put(ticket, Delta(0, "", [], None, "stop", Usage(2, 1, 0)))
+            deltas.append(Delta(0, f"{word} of {self.name} ", [index], None, None, None))
+            if not request.is_read_whole:
+                self._link.put(ticket, deltas[-1])
+        deltas.append(Delta(0, "", [], None, "stop", Usage(2, 1, 0)))
+        self._link.put(ticket, deltas if request.is_read_whole else deltas[-1])
 
     async def abort(self, _: Any, ticket: str) -> None:
         self.aborted.append(ticket)

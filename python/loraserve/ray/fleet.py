@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LOOK_S = 1.0  # between two looks at who is there and how they are
+LOOK_S = 2.0  # between two looks at who is there and how they are
 CATALOG_S = 10.0  # between two looks at all that they count
 AGAIN_S = 5.0  # before a replica that could not follow is tried again
 LOAD_LIMIT_S = 330.0  # a little more than an engine gives an adapter's files
@@ -140,7 +140,7 @@ class Fleet:
                 for one in list(self._ready.values()):
                     with suppress(ReplicaLostError):
                         await one.update_catalog()
-            await asyncio.sleep(LOOK_S if self._ready else LOOK_S / 5)
+            await asyncio.sleep(LOOK_S if self._ready else LOOK_S / 10)
 
     async def _identified(self) -> set[str]:
         """Ids of the replicas that Serve has; none where that can't be told now."""

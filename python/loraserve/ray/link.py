@@ -7,13 +7,15 @@ from collections.abc import AsyncIterator
 
 from loraserve.ray.values import Event, LinkedEvents
 
+INTERVAL_S = 0.02  # from one message to the next
 MAX_EVENTS = 1_000_000  # that an ingress has not taken; it is gone then
 
 
 class Link:
     """Where requests leave their events, for one reader; on one loop.
 
-    A message has what came since the last one: the engine hands out a step's deltas at once.
+    A message has what came since the last one: the engine hands out a step's deltas at once, and of steps
+    that are shorter than `INTERVAL_S` several come together. A message takes Ray a millisecond or two.
     """
 
     def __init__(self) -> None:
@@ -39,8 +41,12 @@ class Link:
     async def messages(self) -> AsyncIterator[LinkedEvents]:
         """Until it is closed. The first message is empty: the link stands."""
         yield ()
+        loop = asyncio.get_running_loop()
+        sent_at = loop.time()
         while not self.is_closed:
             await self._arrived.wait()
+            await asyncio.sleep(sent_at + INTERVAL_S - loop.time())
+            sent_at = loop.time()
             self._arrived.clear()
             events, self._events = self._events, []
             if events:

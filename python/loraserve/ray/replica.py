@@ -137,8 +137,11 @@ class EngineReplica:
         try:
             ids = stream.prompt_token_ids
             link.put(ticket, Accepted(stream.generations, None if ids is prepared.prompt_token_ids else ids))
-            async for delta in stream:
-                link.put(ticket, delta)
+            if prepared.request.is_read_whole:
+                link.put(ticket, [delta async for delta in stream])
+            else:
+                async for delta in stream:
+                    link.put(ticket, delta)
         except LoraserveError as error:
             link.put(ticket, error)
         finally:

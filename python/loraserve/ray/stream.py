@@ -65,8 +65,6 @@ class FleetStream(AsyncIterator[Delta]):
         self.has_begun = False
         self._engine = engine
         self._num_open = prepared.num_sequences
-        self._held: list[Delta] = []  # of an answer that is read whole
-        self._num_held_open = 0
         self._connection: Connection | None = None
         self._lost: Exception | None = None
         self._accepted: asyncio.Future[None]  # of `start`
@@ -75,7 +73,6 @@ class FleetStream(AsyncIterator[Delta]):
         """Run at this replica from now on."""
         self.prepared, self._connection, self._lost = prepared, connection, None
         self._accepted = asyncio.get_running_loop().create_future()
-        self._held, self._num_held_open = [], prepared.num_sequences
         self._engine.placement.begin(connection.replica, prepared.placed.cost)
         connection.start(prepared.ticket, self, prepared.params.max_tokens)
 
@@ -96,18 +93,11 @@ class FleetStream(AsyncIterator[Delta]):
             self._accepted.set_result(None)
         elif isinstance(event, Exception) and not self._accepted.done():
             self._accepted.set_exception(event)
-        elif isinstance(event, Delta) and self.prepared.request.is_read_whole:
-            self._hold(event)
-        else:
+        elif isinstance(event, Delta | Exception):
             self.inbox.put(event)
-
-    def _hold(self, delta: Delta) -> None:
-        """Until all have ended, so that nothing is told of an answer that is begun anew."""
-        self._held.append(delta)
-        self._num_held_open -= delta.finish_reason is not None
-        if self._num_held_open == 0:
-            for held in self._held:
-                self.inbox.put(held)
+        else:  # an answer that is read whole: nothing is told of one that is begun anew
+            for delta in event:
+                self.inbox.put(delta)
 
     def lose(self, error: Exception) -> None:
         """Of its connection."""

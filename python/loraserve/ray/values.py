@@ -87,7 +87,7 @@ class NotPreparedError(Exception):
     """A replica does not know a ticket: it is another one, or has forgotten it."""
 
 
-Event: TypeAlias = Accepted | Delta | Exception
+Event: TypeAlias = Accepted | Delta | Sequence[Delta] | Exception
 LinkedEvents: TypeAlias = Sequence[tuple[str, Event]]
 """(ticket, event) in order, of all requests of a link."""
 
