@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -97,6 +97,14 @@ def run_application(settings: ServeSettings, is_local: bool) -> Any:
         raise ModelError(f"the replicas do not start: {_cause(error)}") from None
 
 
+def _messages() -> Iterator[str]:
+    """What Serve says of the application's deployments; the engines' first."""
+    application = serve.status().applications.get(APP_NAME)
+    deployments = {} if application is None else application.deployments
+    for name in sorted(deployments):
+        yield str(deployments[name].message)
+
+
 def _connect(settings: ServeSettings) -> None:
     if settings.ray_address is not None:
         ray.init(address=settings.ray_address)
@@ -123,7 +131,9 @@ def _ready_line(settings: ServeSettings, addresses: dict[str, str]) -> str:
 
 
 def _cause(error: Exception) -> str:
-    """The last line that names an error of loraserve, of a text with several tracebacks."""
-    lines = [line.strip() for line in str(error).splitlines() if "loraserve.errors." in line]
-    text = lines[-1] if lines else (str(error).strip().splitlines() or [type(error).__name__])[-1]
-    return text.rpartition("loraserve.errors.")[2][:1000]
+    """The last line that names an error of loraserve, of several tracebacks."""
+    for text in (*_messages(), str(error)):
+        lines = [line.strip() for line in text.splitlines() if "loraserve.errors." in line]
+        if lines:
+            return lines[-1].rpartition("loraserve.errors.")[2][:1000]
+    return str(error).strip()[-1000:]
