@@ -14,7 +14,11 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from loraserve.adapters.remote import WANTED
 from loraserve.client import Client
+from loraserve.remote.disk_cache import DiskCache
+from loraserve.remote.fetcher import Fetcher
+from loraserve.remote.location import AllowedLocations, parse_remote
 
 from tests.e2e.test_state_dir import GREEDY, serving
 from tests.e2e.tiny import PROMPT
@@ -117,9 +121,9 @@ def test_an_outage_under_load_ends_by_itself(
     source = FailingSource(bucket.port)
     monkeypatch.setenv("AWS_ENDPOINT_URL", source.url)
     in_memory, on_disk, elsewhere = ["a1", "a2"], ["a3", "a4", "a5"], [f"a{index}" for index in range(10, 34)]
-    with serving(tiny_model[0], *options(tmp_path)) as (_, grpc):
-        for name in in_memory + on_disk:
-            tokens(grpc, name)
+    another = Fetcher(DiskCache(tmp_path / "cache", 2**30), WANTED, AllowedLocations())  # a process of before
+    for name in on_disk:
+        another.fetch(parse_remote(TEMPLATE.replace("{name}", name))).close()
     with serving(tiny_model[0], *options(tmp_path)) as (http, grpc):
         for name in in_memory:
             tokens(grpc, name)
