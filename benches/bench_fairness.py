@@ -155,6 +155,7 @@ async def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="of each part")
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--max-num-seqs", type=int, default=32)
+    parser.add_argument("--max-batched-tokens", type=int, help="of a step; the engine's default if not given")
     args = parser.parse_args()
     print(f"{machine.title()}, others took {machine.busy_percent():.0f}% of it before")
     adapters = {name: str(ADAPTERS / name) for name in ("sql", "pirate")}
@@ -163,6 +164,7 @@ async def main() -> None:
         adapters=adapters,
         memory="1GiB",
         max_num_seqs=args.max_num_seqs,
+        **({"max_batched_tokens": args.max_batched_tokens} if args.max_batched_tokens else {}),
     )
     engine = AsyncEngine(config)
     try:

@@ -33,12 +33,13 @@ MAX_COUNTS = {
     "max_lora_rank": 2**16,
     "max_num_seqs": 2**16,
     "max_batched_tokens": 2**20,
+    "max_prefill_tokens": 2**20,
     "max_waiting": 2**31 - 1,
     "max_model_len": 2**31 - 1,
     "num_threads": 1024,
     "tensor_parallel_size": 64,
 }
-_OPTIONAL_COUNTS = ("max_waiting", "max_model_len", "num_threads")
+_OPTIONAL_COUNTS = ("max_prefill_tokens", "max_waiting", "max_model_len", "num_threads")
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -76,7 +77,10 @@ class EngineConfig:
         cuda_graphs: capture decode steps on a GPU at start; without, each step takes longer, the start less.
         max_lora_rank: adapters of a higher rank are refused.
         max_num_seqs: most sequences in one step.
-        max_batched_tokens: most tokens in one step; longer prompts are prefilled in chunks.
+        max_batched_tokens: most tokens in one step.
+        max_prefill_tokens: of these, tokens of prompts, whose rest goes on in the next steps; None takes 256
+            on a CPU, where longer steps are no faster, and what fits on a GPU. Beside sequences that decode a
+            CPU gives prompts of the same flow less.
         max_waiting: most sequences that wait for their turn; beyond, requests are refused as OverloadedError;
             None sets no limit.
         max_model_len: context limit in tokens; None takes the model's own, or what the pool holds if that is
@@ -122,6 +126,7 @@ class EngineConfig:
     max_lora_rank: int = 64
     max_num_seqs: int = 256
     max_batched_tokens: int = 2048
+    max_prefill_tokens: int | None = None
     max_waiting: int | None = 1024
     max_model_len: int | None = None
     generation_config: str = "auto"

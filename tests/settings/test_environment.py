@@ -65,7 +65,7 @@ def test_no_name_has_two_meanings() -> None:
         ({"MAX_TOTAL_TOKENS": "512"}, {"max_model_len": 512}),
         ({"MAX_INPUT_TOKENS": "500"}, {"max_input_tokens": 500}),
         ({"MAX_INPUT_LENGTH": "500"}, {"max_input_tokens": 500}),
-        ({"MAX_BATCH_PREFILL_TOKENS": "64"}, {"max_batched_tokens": 64}),
+        ({"MAX_BATCH_PREFILL_TOKENS": "64"}, {"max_prefill_tokens": 64}),
         ({"MAX_BATCH_SIZE": "4"}, {"max_num_seqs": 4}),
         ({"MAX_CONCURRENT_REQUESTS": "9"}, {"max_concurrent_requests": 9}),
         ({"MAX_BEST_OF": "3"}, {"max_best_of": 3}),

@@ -184,6 +184,7 @@ WRONG_FILES = [
     ("model: m\nthreads: 1000000", "threads: .*less than or equal to 1024, got 1000000"),
     ("model: m\nmax_num_seqs: 100000000", "max_num_seqs: .*less than or equal to 65536"),
     ("model: m\nmax_batched_tokens: 99999999", "max_batched_tokens: .*less than or equal to 1048576"),
+    ("model: m\nmax_prefill_tokens: 99999999", "max_prefill_tokens: .*less than or equal to 1048576"),
     ("model: m\nmax_waiting: 99999999999", "max_waiting: .*less than or equal to 2147483647"),
     ("model: m\nmax_model_len: 99999999999", "max_model_len: .*less than or equal to 2147483647"),
     ("model: m\nmax_best_of: 129", "max_best_of: .*less than or equal to 128"),

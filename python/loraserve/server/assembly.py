@@ -83,6 +83,7 @@ def engine_config(
         max_lora_rank=settings.max_lora_rank,
         max_num_seqs=settings.max_num_seqs,
         max_batched_tokens=settings.max_batched_tokens,
+        max_prefill_tokens=settings.max_prefill_tokens,
         max_waiting=settings.max_waiting,
         max_model_len=settings.max_model_len,
         generation_config=settings.generation_config,

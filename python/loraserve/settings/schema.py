@@ -149,10 +149,19 @@ class ServeSettings(ReplicaSettings):
     max_batched_tokens: Count = option(
         EngineConfig.max_batched_tokens,
         "engine",
-        "most tokens in one step, longer prompts are prefilled in chunks",
+        "most tokens in one step",
         "TOKENS",
-        flags=("--max-num-batched-tokens", "--max-batch-prefill-tokens"),
+        flags=("--max-num-batched-tokens",),
         most=MAX_COUNTS["max_batched_tokens"],
+    )
+    max_prefill_tokens: Count | None = option(
+        None,
+        "engine",
+        "most tokens of prompts in one step, longer ones are prefilled in chunks (default: 256 on a CPU, on a "
+        "GPU as many as fit)",
+        "TOKENS",
+        flags=("--max-batch-prefill-tokens", "--chunked-prefill-size"),
+        most=MAX_COUNTS["max_prefill_tokens"],
         env=("MAX_BATCH_PREFILL_TOKENS",),
     )
     max_model_len: Count | None = option(

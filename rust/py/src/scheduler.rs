@@ -117,7 +117,7 @@ pub struct Scheduler {
 #[pymethods]
 impl Scheduler {
     #[new]
-    #[pyo3(signature = (*, num_pages, page_nbytes, block_size, max_num_seqs, max_batched_tokens, max_model_len, prefix_caching=true, max_num_slots=None, max_draft_tokens=0))]
+    #[pyo3(signature = (*, num_pages, page_nbytes, block_size, max_num_seqs, max_batched_tokens, max_model_len, prefix_caching=true, max_num_slots=None, max_draft_tokens=0, max_prefill_tokens=None, min_prefill_tokens=None))]
     fn new(
         num_pages: usize,
         page_nbytes: usize,
@@ -128,6 +128,8 @@ impl Scheduler {
         prefix_caching: bool,
         max_num_slots: Option<usize>,
         max_draft_tokens: usize,
+        max_prefill_tokens: Option<usize>,
+        min_prefill_tokens: Option<usize>,
     ) -> PyResult<Self> {
         let config = SchedulerConfig {
             num_pages,
@@ -139,6 +141,8 @@ impl Scheduler {
             prefix_caching,
             max_num_slots: max_num_slots.unwrap_or(num_pages),
             max_draft_tokens,
+            max_prefill_tokens: max_prefill_tokens.unwrap_or(usize::MAX),
+            min_prefill_tokens: min_prefill_tokens.unwrap_or(usize::MAX),
             ..SchedulerConfig::default()
         };
         let inner = core::Scheduler::new(config).map_err(of_core)?;

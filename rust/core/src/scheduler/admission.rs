@@ -91,7 +91,9 @@ impl Scheduler {
         let Some(all_resident) = self.start_loads(index, plan) else {
             return Verdict::Blocked;
         };
-        let is_full = plan.budget == 0 || self.running.len() == self.config.max_num_seqs;
+        let flow = self.waiting[index].sequence.request.flow;
+        let has_room = plan.prefill_room.of(flow) > 0;
+        let is_full = !has_room || self.running.len() == self.config.max_num_seqs;
         if !all_resident || is_full {
             return Verdict::PassedOver;
         }

@@ -11,6 +11,10 @@ pub struct SchedulerConfig {
     pub max_num_seqs: usize,
     /// Tokens computed in a step.
     pub max_batched_tokens: usize,
+    /// Of these, tokens of prompts.
+    pub max_prefill_tokens: usize,
+    /// Beside sequences that decode prompts of their flows take this many tokens of a step, or twice as many as decode.
+    pub min_prefill_tokens: usize,
     /// Prompt and generated tokens of a sequence.
     pub max_model_len: usize,
     pub prefix_caching: bool,
@@ -34,6 +38,8 @@ impl Default for SchedulerConfig {
             block_size: 16,
             max_num_seqs: 256,
             max_batched_tokens: 2048,
+            max_prefill_tokens: usize::MAX,
+            min_prefill_tokens: usize::MAX,
             max_model_len: 8192,
             prefix_caching: true,
             max_num_slots: i32::MAX as usize,
@@ -55,6 +61,8 @@ impl SchedulerConfig {
             ("page_nbytes", self.page_nbytes, 1, MAX),
             ("max_num_seqs", self.max_num_seqs, 1, MAX),
             ("max_batched_tokens", self.max_batched_tokens, 1, MAX),
+            ("max_prefill_tokens", self.max_prefill_tokens, 1, usize::MAX),
+            ("min_prefill_tokens", self.min_prefill_tokens, 1, usize::MAX),
             ("max_model_len", self.max_model_len, 2, MAX),
             ("max_num_slots", self.max_num_slots, 1, MAX),
             ("lookahead", self.lookahead, 1, MAX),

@@ -24,6 +24,7 @@ mod drafts;
 mod invariants;
 mod late_loads;
 mod places;
+mod prefill_room;
 mod prompts;
 mod residency;
 mod submission;
@@ -42,6 +43,7 @@ use crate::memory::Memory;
 use crate::page_pool::Move;
 use crate::request::{Failure, FinishReason, Request, RequestOutput};
 use crate::sequence::{Running, Sequence, Waiting};
+use prefill_room::PrefillRoom;
 
 pub use config::SchedulerConfig;
 
@@ -147,6 +149,7 @@ struct Row {
 #[derive(Debug)]
 struct Plan {
     budget: usize,
+    prefill_room: PrefillRoom,
     /// Index into `running`, and tokens to compute.
     rows: Vec<(usize, usize)>,
     moves: Vec<Move>,
@@ -234,6 +237,7 @@ impl Scheduler {
         }
         Plan {
             budget: self.config.max_batched_tokens,
+            prefill_room: PrefillRoom::default(),
             rows: Vec::with_capacity(self.running.len()),
             moves: Vec::new(),
             loads: Vec::new(),

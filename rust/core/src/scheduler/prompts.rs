@@ -52,15 +52,14 @@ impl Eq for Turn {}
 impl Scheduler {
     /// Prompts go on, and waiting requests are admitted unless someone was preempted.
     pub(super) fn plan_prompts(&mut self, plan: &mut Plan) {
+        plan.prefill_room = self.prefill_room(plan);
         let mut round = Round::new(&self.config, !plan.has_preempted);
         let mut turns = self.turns();
         let mut stranded = Vec::new();
         while let Some(mut turn) = turns.pop() {
             let mut is_stranded = false;
             if let Some(index) = turn.prefills.pop_front() {
-                if plan.budget > 0 {
-                    self.plan_prefill(index, plan);
-                }
+                self.plan_prefill(index, plan);
             } else if round.is_open() {
                 let verdict = self.consider(turn.request, &mut round, plan);
                 turn.num_passed += usize::from(verdict != Verdict::Admitted);
@@ -113,12 +112,17 @@ impl Scheduler {
 
     /// As many tokens as the step has room for; a prompt's pages were taken at admission.
     pub(super) fn plan_prefill(&mut self, index: usize, plan: &mut Plan) {
-        let num_tokens = self.running[index].num_pending().min(plan.budget);
+        let running = &self.running[index];
+        let flow = running.sequence.request.flow;
+        let num_tokens = running.num_pending().min(plan.prefill_room.of(flow));
+        if num_tokens == 0 {
+            return;
+        }
         plan.rows.push((index, num_tokens));
         plan.budget -= num_tokens;
+        plan.prefill_room.take(num_tokens);
         self.charge_prompt(index, num_tokens);
-        self.flows
-            .take_turn(self.running[index].sequence.request.flow);
+        self.flows.take_turn(flow);
     }
 
     fn turns(&self) -> BinaryHeap<Turn> {

@@ -97,6 +97,8 @@ fn two_flows_that_always_wait_are_served_alike_within_the_bound_of_vtc() {
         let mut s = scheduler(|c| {
             (c.num_pages, c.max_num_seqs) = (num_pages, 2 + seed as usize % 7);
             c.max_batched_tokens = [8, 32, 200][seed as usize % 3];
+            c.max_prefill_tokens = [usize::MAX, 16, 5][seed as usize % 3];
+            c.min_prefill_tokens = [usize::MAX, 3][seed as usize % 2];
             c.prefix_caching = false;
         });
         let mut rng = Rng(seed);

@@ -7,6 +7,7 @@ mod drafts;
 mod flows;
 mod late_loads;
 mod memory;
+mod prefill_room;
 mod prefixes;
 
 use super::*;
