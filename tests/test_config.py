@@ -62,6 +62,8 @@ WRONG_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"adapter_host_memory": None}, "adapter_host_memory is None, give bytes as an integer"),
     ({"adapter_host_memory": -1}, "adapter_host_memory is -1, it must be at least 0 bytes"),
     ({"adapter_host_memory": "half"}, "adapter_host_memory is 'half', write it as 512MiB, 2GiB or auto"),
+    ({"max_batch_adapter_memory": 0}, "max_batch_adapter_memory is 0, it must be more than 0 bytes"),
+    ({"max_batch_adapter_memory": "much"}, "max_batch_adapter_memory is 'much', write it as 512MiB"),
     ({"adapter_host_memory": 2**63}, "adapter_host_memory is 9223372036854775808, it must be at most"),
     ({"prefix_caching": "no"}, "prefix_caching is 'no', it must be True or False"),
     ({"prefix_caching": 1}, "prefix_caching is 1, it must be True or False"),

@@ -77,6 +77,9 @@ class EngineConfig:
         cuda_graphs: capture decode steps on a GPU at start; without, each step takes longer, the start less.
         max_lora_rank: adapters of a higher rank are refused.
         max_num_seqs: most sequences in one step.
+        max_batch_adapter_memory: most bytes, or text such as "256MiB", of different adapters that run at once,
+            as they lie in the pool; requests for others wait; "auto" sets no
+            limit.
         max_batched_tokens: most tokens in one step.
         max_prefill_tokens: of these, tokens of prompts, whose rest goes on in the next steps; None takes 256
             on a CPU, where longer steps are no faster, and what fits on a GPU. Beside sequences that decode a
@@ -125,6 +128,7 @@ class EngineConfig:
     cuda_graphs: bool = True
     max_lora_rank: int = 64
     max_num_seqs: int = 256
+    max_batch_adapter_memory: int | str = AUTO
     max_batched_tokens: int = 2048
     max_prefill_tokens: int | None = None
     max_waiting: int | None = 1024
@@ -184,6 +188,7 @@ class EngineConfig:
                 raise start_error(self.failed_adapters)
         parse_memory(self.memory)
         parse_memory(self.adapter_host_memory, "adapter_host_memory", least=0)
+        parse_memory(self.max_batch_adapter_memory, "max_batch_adapter_memory")
         if self.quantization is not None:
             object.__setattr__(self, "quantization", parse_quantization(self.quantization))
         self._check_tensor_parallel()
@@ -216,6 +221,11 @@ class EngineConfig:
     def memory_nbytes(self) -> int | None:
         """Bytes of the pool; None where the device's memory decides."""
         return parse_memory(self.memory)
+
+    @property
+    def max_batch_adapter_nbytes(self) -> int | None:
+        """Most bytes of different adapters that run at once; None without a limit."""
+        return parse_memory(self.max_batch_adapter_memory, "max_batch_adapter_memory")
 
     @property
     def adapter_host_nbytes(self) -> int | None:

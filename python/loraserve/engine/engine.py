@@ -96,6 +96,7 @@ class Engine:
             max_batched_tokens=config.max_batched_tokens,
             max_prefill_tokens=config.max_prefill_tokens or self.runner.backend.max_prefill_tokens,
             min_prefill_tokens=self.runner.backend.min_prefill_tokens,
+            max_running_adapter_nbytes=config.max_batch_adapter_nbytes,
             max_model_len=self.max_model_len,
             prefix_caching=config.prefix_caching,
             max_num_slots=self.runner.max_num_slots,

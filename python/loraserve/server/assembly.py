@@ -82,6 +82,7 @@ def engine_config(
         keep_generations=settings.keep_generations,
         max_lora_rank=settings.max_lora_rank,
         max_num_seqs=settings.max_num_seqs,
+        max_batch_adapter_memory=settings.max_batch_adapter_memory,
         max_batched_tokens=settings.max_batched_tokens,
         max_prefill_tokens=settings.max_prefill_tokens,
         max_waiting=settings.max_waiting,

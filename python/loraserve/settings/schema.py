@@ -146,6 +146,12 @@ class ServeSettings(ReplicaSettings):
         flags=("--max-batch-size",),
         env=("MAX_BATCH_SIZE",),
     )
+    max_batch_adapter_memory: Memory = option(
+        EngineConfig.max_batch_adapter_memory,
+        "engine",
+        "most bytes of different adapters that run at once, requests for others wait; auto sets no limit",
+        "SIZE",
+    )
     max_batched_tokens: Count = option(
         EngineConfig.max_batched_tokens,
         "engine",

@@ -117,7 +117,7 @@ pub struct Scheduler {
 #[pymethods]
 impl Scheduler {
     #[new]
-    #[pyo3(signature = (*, num_pages, page_nbytes, block_size, max_num_seqs, max_batched_tokens, max_model_len, prefix_caching=true, max_num_slots=None, max_draft_tokens=0, max_prefill_tokens=None, min_prefill_tokens=None))]
+    #[pyo3(signature = (*, num_pages, page_nbytes, block_size, max_num_seqs, max_batched_tokens, max_model_len, prefix_caching=true, max_num_slots=None, max_draft_tokens=0, max_prefill_tokens=None, min_prefill_tokens=None, max_running_adapter_nbytes=None))]
     fn new(
         num_pages: usize,
         page_nbytes: usize,
@@ -130,6 +130,7 @@ impl Scheduler {
         max_draft_tokens: usize,
         max_prefill_tokens: Option<usize>,
         min_prefill_tokens: Option<usize>,
+        max_running_adapter_nbytes: Option<usize>,
     ) -> PyResult<Self> {
         let config = SchedulerConfig {
             num_pages,
@@ -142,6 +143,8 @@ impl Scheduler {
             max_num_slots: max_num_slots.unwrap_or(num_pages),
             max_draft_tokens,
             max_prefill_tokens: max_prefill_tokens.unwrap_or(usize::MAX),
+            max_running_adapter_pages: max_running_adapter_nbytes
+                .map_or(usize::MAX, |nbytes| (nbytes / page_nbytes.max(1)).max(1)),
             min_prefill_tokens: min_prefill_tokens.unwrap_or(usize::MAX),
             ..SchedulerConfig::default()
         };

@@ -1,5 +1,7 @@
 //! Waiting requests: loads started ahead of need, admission when everything is there.
 
+use std::collections::BTreeSet;
+
 use super::{Admission, Load, Plan, Scheduler, SchedulerConfig, shield_adapters};
 use crate::adapter_cache::AdapterState;
 use crate::ids::{AdapterId, Applied, RequestId};
@@ -94,10 +96,28 @@ impl Scheduler {
         let flow = self.waiting[index].sequence.request.flow;
         let has_room = plan.prefill_room.of(flow) > 0;
         let is_full = !has_room || self.running.len() == self.config.max_num_seqs;
-        if !all_resident || is_full {
+        if !all_resident || is_full || !self.adapters_fit_the_batch(index) {
             return Verdict::PassedOver;
         }
         self.admit(index, plan)
+    }
+
+    /// Whether the adapters of all that runs stay within their limit with this request's.
+    fn adapters_fit_the_batch(&self, index: usize) -> bool {
+        let limit = self.config.max_running_adapter_pages;
+        if limit == usize::MAX {
+            return true;
+        }
+        let running = self.running.iter();
+        let running: BTreeSet<_> = running
+            .flat_map(|r| r.sequence.request.adapter_ids())
+            .collect();
+        let mut together = running.clone();
+        together.extend(self.waiting[index].sequence.request.adapter_ids());
+        let pages = together
+            .iter()
+            .map(|&adapter| self.memory.adapters.entry(adapter).num_pages);
+        running.is_empty() || running.len() == together.len() || pages.sum::<usize>() <= limit
     }
 
     fn adapters_of_waiting(&self, index: usize) -> Vec<AdapterId> {

@@ -15,6 +15,8 @@ pub struct SchedulerConfig {
     pub max_prefill_tokens: usize,
     /// Beside sequences that decode prompts of their flows take this many tokens of a step, or twice as many as decode.
     pub min_prefill_tokens: usize,
+    /// Pages of all adapters of running sequences together, each counted once; a larger one runs beside no other.
+    pub max_running_adapter_pages: usize,
     /// Prompt and generated tokens of a sequence.
     pub max_model_len: usize,
     pub prefix_caching: bool,
@@ -40,6 +42,7 @@ impl Default for SchedulerConfig {
             max_batched_tokens: 2048,
             max_prefill_tokens: usize::MAX,
             min_prefill_tokens: usize::MAX,
+            max_running_adapter_pages: usize::MAX,
             max_model_len: 8192,
             prefix_caching: true,
             max_num_slots: i32::MAX as usize,
@@ -63,6 +66,12 @@ impl SchedulerConfig {
             ("max_batched_tokens", self.max_batched_tokens, 1, MAX),
             ("max_prefill_tokens", self.max_prefill_tokens, 1, usize::MAX),
             ("min_prefill_tokens", self.min_prefill_tokens, 1, usize::MAX),
+            (
+                "max_running_adapter_pages",
+                self.max_running_adapter_pages,
+                1,
+                usize::MAX,
+            ),
             ("max_model_len", self.max_model_len, 2, MAX),
             ("max_num_slots", self.max_num_slots, 1, MAX),
             ("lookahead", self.lookahead, 1, MAX),

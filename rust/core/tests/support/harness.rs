@@ -113,6 +113,11 @@ impl Harness {
             } else {
                 rng.range(1, 10)
             },
+            max_running_adapter_pages: if has_ample_budget || rng.one_in(2) {
+                usize::MAX
+            } else {
+                rng.range(1, 12)
+            },
             max_model_len: block_size * rng.range(3, 12) + 2,
             prefix_caching: !rng.one_in(4),
             max_num_slots: if rng.one_in(2) { 1000 } else { rng.range(1, 5) },

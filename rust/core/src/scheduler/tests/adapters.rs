@@ -1,5 +1,7 @@
 //! Adapters of requests, loads and residency: weights, failures, warming, pins.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use super::*;
 
 #[test]
@@ -221,4 +223,38 @@ fn adapters_turn_over_once_not_all_fit_or_one_was_evicted() {
     }
     assert_eq!(s.stats().num_adapter_evictions, 1, "for the KV cache of b");
     assert!(s.has_adapter_turnover());
+}
+
+#[test]
+fn adapters_that_run_at_once_stay_within_their_bytes() {
+    let mut s = scheduler(|c| (c.max_running_adapter_pages, c.num_pages) = (4, 40));
+    for (name, nbytes) in [("a", 200), ("b", 200), ("c", 200), ("large", 600)] {
+        let content = AdapterContent::new(name, nbytes);
+        s.register_adapter(name, content).unwrap();
+    }
+    let mut adapter_of = BTreeMap::new();
+    for name in ["large", "a", "b", "c", "a"] {
+        let submitted = s.submit(request(&[1, 2], &[(name, 1.0)], 2));
+        adapter_of.insert(submitted.unwrap().0, name);
+    }
+    s.submit(request(&[1], &[], 2)).unwrap();
+    let (mut began, mut most) = (BTreeSet::new(), 0);
+    while s.has_work() {
+        if let Some(batch) = step(&mut s) {
+            let at_once = batch.request_ids.iter().filter_map(|id| adapter_of.get(id));
+            let at_once: BTreeSet<_> = at_once.copied().collect();
+            let is_alone = at_once == BTreeSet::from(["large"]);
+            assert!(
+                is_alone || at_once.len() <= 2 && !at_once.contains("large"),
+                "{at_once:?}"
+            );
+            most = most.max(at_once.len());
+            began.extend(batch.request_ids);
+        }
+    }
+    assert_eq!(
+        (began.len(), most),
+        (6, 2),
+        "everybody ran, and not one by one"
+    );
 }
