@@ -77,9 +77,8 @@ class EngineConfig:
         cuda_graphs: capture decode steps on a GPU at start; without, each step takes longer, the start less.
         max_lora_rank: adapters of a higher rank are refused.
         max_num_seqs: most sequences in one step.
-        max_batch_adapter_memory: most bytes, or text such as "256MiB", of different adapters that run at once,
-            as they lie in the pool; requests for others wait; "auto" sets no
-            limit.
+        max_batch_adapter_memory: most bytes, or text such as "256MiB", of different adapters that run at
+            once, as they lie in the pool; requests for others wait; "auto" sets no limit.
         max_batched_tokens: most tokens in one step.
         max_prefill_tokens: of these, tokens of prompts, whose rest goes on in the next steps; None takes 256
             on a CPU, where longer steps are no faster, and what fits on a GPU. Beside sequences that decode a

@@ -163,8 +163,8 @@ class ServeSettings(ReplicaSettings):
     max_prefill_tokens: Count | None = option(
         None,
         "engine",
-        "most tokens of prompts in one step, longer ones are prefilled in chunks (default: 256 on a CPU, on a "
-        "GPU as many as fit)",
+        "most tokens of prompts in one step, longer ones are prefilled in chunks (default: 256 on a CPU, "
+        "on a GPU as many as fit)",
         "TOKENS",
         flags=("--max-batch-prefill-tokens", "--chunked-prefill-size"),
         most=MAX_COUNTS["max_prefill_tokens"],
