@@ -322,7 +322,9 @@ class RequestEnd:
 class Scheduler:
     """Decides which pages, slots, tokens and segments each step uses; for one thread at a time.
 
-    Raises InvalidRequestError for a setting out of range.
+    A step computes `max_batched_tokens`, of these `max_prefill_tokens` of prompts, and beside decodes of
+    their flow `min_prefill_tokens` or twice as many as decode. `max_running_adapter_nbytes`: of different
+    adapters that run at once. None sets no limit. Raises InvalidRequestError for a setting out of range.
     """
 
     def __new__(
@@ -337,6 +339,9 @@ class Scheduler:
         prefix_caching: bool = True,
         max_num_slots: int | None = None,
         max_draft_tokens: int = 0,
+        max_prefill_tokens: int | None = None,
+        min_prefill_tokens: int | None = None,
+        max_running_adapter_nbytes: int | None = None,
     ) -> Scheduler: ...
     def register_adapter(
         self,
