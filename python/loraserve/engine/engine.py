@@ -18,7 +18,7 @@ import torch
 from loraserve import _core
 from loraserve.adapters.registry import RegisteredAdapter
 from loraserve.backends import Backend
-from loraserve.config import BLOCK_SIZE, EngineConfig
+from loraserve.config import EngineConfig
 from loraserve.engine.adapters import EngineAdapters
 from loraserve.engine.launch import StepLauncher
 from loraserve.engine.lock import EngineLock
@@ -26,6 +26,7 @@ from loraserve.engine.model_runner import ModelRunner
 from loraserve.engine.prompt_rows import RowReader, RowReaders
 from loraserve.engine.queue import Deadlines, Intake, WaitingLimit, deadline_error
 from loraserve.engine.running_step import RunningStep, StepLogprobs
+from loraserve.engine.scheduler import scheduler_of
 from loraserve.engine.sequence import EngineOutputs, SequenceEnd, SequenceRecord, SequenceState
 from loraserve.engine.shadow import COPIES_FLOW
 from loraserve.engine.stats import EngineInfo, EngineStats
@@ -39,8 +40,6 @@ from loraserve.sampling.sampler import FailedSamples, Sampler
 from loraserve.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
-
-MAX_DRAFT_TOKENS = 8  # guessed of a sequence in a step
 
 
 class Engine:
@@ -88,20 +87,7 @@ class Engine:
         self._sampler = Sampler(self.runner.sample)
         self._readers = RowReaders()
         self.grammars = GrammarCompiler(self.runner.model.tokenizer, self.runner.vocab_size)
-        self._scheduler = _core.Scheduler(
-            num_pages=self.runner.num_pages,
-            page_nbytes=self.runner.page_nbytes,
-            block_size=BLOCK_SIZE,
-            max_num_seqs=config.max_num_seqs,
-            max_batched_tokens=config.max_batched_tokens,
-            max_prefill_tokens=config.max_prefill_tokens or self.runner.backend.max_prefill_tokens,
-            min_prefill_tokens=self.runner.backend.min_prefill_tokens,
-            max_running_adapter_nbytes=config.max_batch_adapter_nbytes,
-            max_model_len=self.max_model_len,
-            prefix_caching=config.prefix_caching,
-            max_num_slots=self.runner.max_num_slots,
-            max_draft_tokens=MAX_DRAFT_TOKENS if config.speculate == "ngram" else 0,
-        )
+        self._scheduler = scheduler_of(config, self.runner)
         self.num_waiting = self._scheduler.num_waiting  # accepted and not running; takes microseconds
         self.num_waiting_for_adapters = self._scheduler.num_waiting_for_adapters
         self.adapters = EngineAdapters(

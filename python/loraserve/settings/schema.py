@@ -11,6 +11,7 @@ from loraserve.adapters.registry import check_adapter_name, check_base_names
 from loraserve.adapters.startup import OnAdapterError
 from loraserve.config import MAX_COUNTS, MAX_KEPT_GENERATIONS, EngineConfig, check_merge, parse_memory
 from loraserve.sampling_params import MAX_LOGPROBS, MAX_N, MAX_STOP_STRINGS
+from loraserve.settings.batches import BatchSettings
 from loraserve.settings.entries import AdapterSettings, FairBy, KeySettings, PrefixCacheScope
 from loraserve.settings.fields import (
     Count,
@@ -27,11 +28,10 @@ from loraserve.settings.fields import (
     YesNo,
     option,
 )
-from loraserve.settings.replicas import ReplicaSettings
 from loraserve.tools.families import check_reasoning_parser, check_tool_parser
 
 
-class ServeSettings(ReplicaSettings):
+class ServeSettings(BatchSettings):
     """The settings, checked one by one; what they mean together is checked where they are used."""
 
     model: str = option(
@@ -340,25 +340,6 @@ class ServeSettings(ReplicaSettings):
     )
     trust_request_chat_template: bool = option(
         False, "limits", "let a request bring a chat template of its own, a program that runs here"
-    )
-
-    batch_dir: Path | None = option(
-        None,
-        "batches",
-        "keep files and batches (/v1/files, /v1/batches) here, and go on with them at the next start "
-        "(default: there are none)",
-        "DIRECTORY",
-    )
-    batch_dir_size: Memory = option(
-        "16GiB", "batches", "most that all files there may take, a key's half of it", "SIZE"
-    )
-    batch_max_num_seqs: Count | None = option(
-        None,
-        "batches",
-        "most lines of batches at once, a fourth of it beside other requests (default: an eighth of "
-        "--max-num-seqs)",
-        "N",
-        most=MAX_COUNTS["max_num_seqs"],
     )
 
     api_key: SecretStr | None = option(
