@@ -1,7 +1,10 @@
 """The simulator beside the engine: costs are fitted to one run, and other runs are simulated and measured.
 
 Streams: a batch at once, Poisson arrivals at a rate the engine bears, and bursts over many adapters in a pool
-that does not hold them all. Figures are of the engine in process, greedy, SmolLM2-135M.
+that does not hold them all. Figures are of the engine in process, greedy, SmolLM2-135M. Each stream is
+simulated twice: by the costs fitted before, and by costs fitted to its own steps and loads. On a machine
+whose speed changes, as others use it, the first has that change in it, the second what the simulator itself
+is off by.
 
     python benches/bench_simulator.py --json simulator.json
     python benches/bench_simulator.py --seconds 20 --duration 20      # four minutes become two
@@ -21,15 +24,19 @@ import numpy as np
 from adapter_files import write_adapters
 from loraserve.async_engine import AsyncEngine
 from loraserve.config import EngineConfig
+from loraserve.engine.step_log import StepRecord
 from loraserve.planning.calibrate import log_steps, measure, replica_of
-from loraserve.planning.costs import Costs
+from loraserve.planning.costs import Costs, LoadCosts
+from loraserve.planning.fit import fit
 from loraserve.planning.simulator import Simulation, simulate
-from loraserve.planning.workload import Lengths, Popularity, Workload, WorkloadSpec
+from loraserve.planning.workload import Lengths, Popularity, WorkloadSpec
 from streams import run_stream, token_times
 from workloads import Request
 
 BAR = 0.15
 RANKS = (8, 32)
+
+Counts = dict[str, tuple[int, int]]
 
 
 def main() -> None:
@@ -50,8 +57,11 @@ def main() -> None:
                 dataclasses.replace(config, adapters=adapters), costs, spec, name
             )
             results.append(report(name, measured, simulated, counts))
-    worst = max(abs(error) for result in results for error in result["errors"].values())
-    print(f"\nlargest error {worst:.1%}, bar {BAR:.0%}; the cores were {busy:.0f}% busy before")
+    worst = [max(abs(off[i]) for one in results for off in one["errors"].values()) for i in (0, 1)]
+    print(
+        f"\nlargest error {worst[0]:.1%} by the costs of before, {worst[1]:.1%} by each stream's own; bar "
+        f"{BAR:.0%}; the cores were {busy:.0f}% busy before"
+    )
     if args.costs:
         costs.write(args.costs)
     if args.json:
@@ -79,10 +89,10 @@ def streams(args: argparse.Namespace) -> dict[str, WorkloadSpec]:
 
 def compare(
     config: EngineConfig, costs: Costs, spec: WorkloadSpec, name: str
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, tuple[int, int]]]:
-    """The engine's summary, the simulator's, and counts of both."""
+) -> tuple[dict[str, Any], list[dict[str, Any]], Counts]:
+    """The engine's summary, the simulator's by both costs, and counts of the engine's and the first's."""
 
-    async def run() -> tuple[list[metrics.RequestRecord], Workload, Simulation, dict[str, tuple[int, int]]]:
+    async def run() -> tuple[list[metrics.RequestRecord], list[Simulation], Counts]:
         engine = AsyncEngine(config)
         try:
             await token_times(engine, [1] * 64, 4)
@@ -101,29 +111,40 @@ def compare(
             records = await run_stream(engine, requests, list(config.adapters), title=name)
             after = engine.info()
             sizes = [adapter.nbytes for adapter in engine.adapters()]
+            loads = [(one.num_loads * one.nbytes, one.load_s) for one in engine.adapters()]
             steps = log.take()
         finally:
             await engine.shutdown(0.0)
-        simulation = simulate(workload, costs, replica_of(config, info), sizes)
-        replica = simulation.replicas[0]
+        replica = replica_of(config, info)
+        simulations = [
+            simulate(workload, one, replica, sizes) for one in (costs, own_costs(costs, steps, loads))
+        ]
+        replica = simulations[0].replicas[0]
         counts = {
             "steps": (len(steps), replica.num_steps),
             "loads": (after.num_adapter_loads - info.num_adapter_loads, replica.num_loads),
             "evictions": (after.num_adapter_evictions, replica.num_evictions),
             "preemptions": (after.num_preemptions, replica.num_preemptions),
         }
-        return records, workload, simulation, counts
+        return records, simulations, counts
 
-    records, _, simulation, counts = asyncio.run(run())
-    return metrics.summarize(records), simulation.summary(), counts
+    records, simulations, counts = asyncio.run(run())
+    return metrics.summarize(records), [one.summary() for one in simulations], counts
+
+
+def own_costs(costs: Costs, steps: list[StepRecord], loads: list[tuple[int, float]]) -> Costs:
+    """Fitted to a stream's own steps; its loads take what they took, waiting for a thread included."""
+    nbytes, seconds = map(sum, zip(*loads, strict=True))
+    taken = LoadCosts(lanes=64, latency_s=0.0, bytes_per_s=nbytes / seconds) if nbytes else costs.loads
+    return dataclasses.replace(costs, steps=fit(steps, keep_sum=True).costs, loads=taken)
 
 
 def report(
-    name: str, measured: dict[str, Any], simulated: dict[str, Any], counts: dict[str, tuple[int, int]]
+    name: str, measured: dict[str, Any], simulated: list[dict[str, Any]], counts: Counts
 ) -> dict[str, Any]:
-    """Prints both; the errors of what the bar is of."""
-    print(f"\n{name:40}{'measured':>12}{'simulated':>12}{'error':>9}")
-    errors = {}
+    """Prints them; the errors of what the bar is of, by the costs of before and by its own."""
+    print(f"\n{name:40}{'measured':>12}{'costs before':>14}{'':9}{'own costs':>12}")
+    errors: dict[str, list[float]] = {}
     rows = [("output tokens/s", "output_tokens_per_s", None)]
     for key, title in (
         ("ttft_ms", "first token"),
@@ -132,13 +153,14 @@ def report(
     ):
         rows += [(f"{title} {p}, ms", key, p) for p in ("mean", "p50", "p90", "p99")]
     for title, key, p in rows:
-        real, model = (one[key] if p is None else one[key][p] for one in (measured, simulated))
-        error = model / real - 1
-        print(f"{title:40}{real:12.1f}{model:12.1f}{error:+9.1%}")
+        real, *models = (one[key] if p is None else one[key][p] for one in (measured, *simulated))
+        off = [model / real - 1 for model in models]
+        cells = "".join(f"{model:13.1f}{error:+9.1%}" for model, error in zip(models, off, strict=True))
+        print(f"{title:40}{real:12.1f}{cells}")
         if p in (None, "p99") and key != "inter_token_ms":
-            errors[title] = error
+            errors[title] = off
     for title, (real_count, model_count) in counts.items():
-        print(f"{title:40}{real_count:12}{model_count:12}")
+        print(f"{title:40}{real_count:12}{model_count:13}")
     return {"stream": name, "measured": measured, "simulated": simulated, "counts": counts, "errors": errors}
 
 

@@ -97,6 +97,24 @@ def test_a_fit_finds_the_costs_that_steps_were_made_with() -> None:
     assert last[0] == 700
 
 
+def test_all_steps_together_take_what_they_took() -> None:
+    """Those too that something else has made longer."""
+    made = records()
+    plain, whole = fit(made).costs, fit(made, keep_sum=True).costs
+    factor = whole.adapter_byte / plain.adapter_byte
+    assert 1.2 < factor < 1.6  # a fiftieth of the steps took twenty times as long
+    assert whole.rows[-1][1] == pytest.approx(plain.rows[-1][1] * factor)
+
+
+def test_lines_have_enough_steps() -> None:
+    """One long step gives no slope of its own to what lies beyond."""
+    usual = [record for record in records() if record.rows <= 64]
+    odd = dataclasses.replace(usual[0], rows=300.0, seconds=9.0)
+    (_, *_, (last, seconds)) = fit([*usual, odd]).costs.rows
+    assert last == 300.0
+    assert seconds < 0.2
+
+
 def test_a_fit_of_few_steps_is_refused() -> None:
     with pytest.raises(InvalidRequestError, match="10 steps were logged, a fit needs at least 30"):
         fit(records(10))

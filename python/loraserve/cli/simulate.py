@@ -51,7 +51,7 @@ def add_parser(commands: Subparsers) -> None:
         default=["home-and-spill"],
         metavar="NAME",
         help="of the router; several are compared: round-robin, least-loaded, power-of-two, home, "
-        "home-and-spill, resident, prefix (default home-and-spill)",
+        "home-and-spill, resident, prefix, homes (default home-and-spill)",
     )
     group.add_argument(
         "--threads", type=int, metavar="N", help="that simulate; changes nothing but the time it takes"

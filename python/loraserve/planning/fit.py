@@ -14,6 +14,7 @@ from loraserve.errors import InvalidRequestError
 from loraserve.planning.costs import StepCosts
 
 MIN_STEPS = 30
+MIN_STEPS_OF_A_LINE = 10
 KNOTS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 2048, 4096)
 TERMS = (
     "sample",
@@ -49,8 +50,12 @@ class Fit:
     num_outliers: int
 
 
-def fit(records: Sequence[StepRecord]) -> Fit:
+def fit(records: Sequence[StepRecord], *, keep_sum: bool = False) -> Fit:
     """Costs that are not negative, by least squares of errors over the roots of the times.
+
+    Args:
+        keep_sum: all steps together are to take what they took, those in which something else had the cores
+            with them; else these are left out.
 
     Raises:
         InvalidRequestError: there are too few steps.
@@ -59,8 +64,7 @@ def fit(records: Sequence[StepRecord]) -> Fit:
         raise InvalidRequestError(f"{len(records)} steps were logged, a fit needs at least {MIN_STEPS}")
     seconds = np.array([record.seconds for record in records])
     rows = np.array([record.rows for record in records])
-    knots = [knot for knot in KNOTS if rows.min() < knot < rows.max()]
-    bounds = [float(rows.min()), *map(float, knots), float(rows.max())]
+    bounds = _bounds(rows)
     terms = np.array([[getattr(record, name) for name in FIELDS] for record in records])
     has_adapter = np.minimum(terms[:, FIELDS.index("segments")], 1.0)
     matrix = np.column_stack([_row_terms(rows, bounds), terms, has_adapter])
@@ -70,6 +74,8 @@ def fit(records: Sequence[StepRecord]) -> Fit:
         weights = 1 / np.sqrt(seconds[kept])
         solved = nnls(matrix[kept] * weights[:, None], seconds[kept] * weights)
         kept = seconds < OUTLIER * np.maximum(matrix @ solved, 1e-9)
+    if keep_sum:
+        solved *= seconds.sum() / (matrix @ solved).sum()
     expected = (matrix @ solved)[kept]
     measured = seconds[kept]
     num_slopes = len(bounds) - 1
@@ -83,6 +89,17 @@ def fit(records: Sequence[StepRecord]) -> Fit:
         num_steps=int(kept.sum()),
         num_outliers=int((~kept).sum()),
     )
+
+
+def _bounds(rows: Matrix) -> list[float]:
+    """Between which the cost of rows is a line: the least, the most, knots with enough steps beside them."""
+    found = [float(rows.min())]
+    for knot in KNOTS:
+        between = np.count_nonzero((rows > found[-1]) & (rows <= knot))
+        beyond = np.count_nonzero(rows > knot)
+        if found[-1] < knot and min(between, beyond) >= MIN_STEPS_OF_A_LINE:
+            found.append(float(knot))
+    return [*found, float(rows.max())] if rows.max() > found[-1] else found
 
 
 def _row_terms(rows: Matrix, bounds: Sequence[float]) -> Matrix:
