@@ -156,6 +156,10 @@ def test_generations_are_counted_alike(deployment: Deployment) -> None:
     answer = deployment.http.post("/v1/chat/completions", json=body("turn", QUESTIONS[0]))
     assert answer.headers["x-adapter-generation"] == "1"
     assert deployment.http.post("/v1/chat/completions", json=body("turn@2", QUESTIONS[0])).status_code == 200
+    shadow = deployment.http.put("/adapters/turn/shadow", json={"generation": 2, "fraction": 1.0})
+    assert shadow.is_success, shadow.text
+    deployment.http.post("/v1/chat/completions", json=body("turn", QUESTIONS[0]))
+    assert deployment.http.delete("/adapters/turn/shadow").is_success
 
 
 def test_an_adapter_that_cannot_be_read_changes_nothing(deployment: Deployment, tmp_path: Path) -> None:
