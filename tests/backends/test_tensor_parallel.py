@@ -101,15 +101,15 @@ def test_an_idle_engine_notices_the_loss_of_a_rank(llm: LLM) -> None:
 def test_a_rank_that_hangs_is_given_up_and_ended(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "ANSWER_LIMIT_S", 3.0)
     monkeypatch.setattr(ranks, "END_LIMIT_S", 0.5)
-    with LLM(model, **SETTINGS) as llm:
-        (pid,) = other_ranks(llm)
+    with LLM(model, **SETTINGS | {"tensor_parallel_size": 4}) as llm:
+        pids = other_ranks(llm)
         thread, errors = ask_in_thread(llm)
-        os.kill(pid, signal.SIGSTOP)
+        os.kill(pids[1], signal.SIGSTOP)
         thread.join(WAIT_S)
         (error,) = errors
         assert isinstance(error, EngineStoppedError)
-        assert f"rank 1 (process {pid}) did not answer" in str(error)
-        assert is_gone(pid)
+        assert f"rank 2 (process {pids[1]}) did not answer" in str(error)
+        assert all(is_gone(pid) for pid in pids)
 
 
 def test_a_step_that_fails_at_a_rank_says_why(llm: LLM) -> None:

@@ -84,10 +84,10 @@ def generate(model: Any, prompt: list[int]) -> list[int]:
     return generate_greedy(model, prompt, NUM_TOKENS, min_new_tokens=NUM_TOKENS, eos_token_id=None)
 
 
-@pytest.fixture
-def llm(saved: Path) -> Iterator[LLM]:
+@pytest.fixture(params=[1, 2], ids=["one process", "two ranks"])
+def llm(saved: Path, request: pytest.FixtureRequest) -> Iterator[LLM]:
     adapters = {name: str(saved / name) for name in INVOCATIONS}
-    with LLM(str(saved / "model"), adapters, **SETTINGS) as llm:
+    with LLM(str(saved / "model"), adapters, **SETTINGS, tensor_parallel_size=request.param) as llm:
         yield llm
 
 

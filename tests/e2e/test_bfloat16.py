@@ -77,10 +77,17 @@ def test_logit_error_is_at_most_twice_pefts(
     peft_bf16 = PeftOracle(copy.to(torch.bfloat16), adapter_paths)
     peft_error = max_error(torch.stack([peft_bf16.last_logits(p, n) for p, n in requests]), exact)
 
-    config = EngineConfig(model=smollm2_path, dtype="bfloat16", quantization="none", memory="512MiB")
-    our_error = max_error(our_last_logits(config, requests, adapter_paths), exact)
-    print(f"max logit error against float32: ours {our_error:.4f}, PEFT bfloat16 {peft_error:.4f}")
-    assert 0 < our_error <= 2 * peft_error
+    for num_ranks in (1, 3):
+        config = EngineConfig(
+            model=smollm2_path,
+            dtype="bfloat16",
+            quantization="none",
+            memory="512MiB",
+            tensor_parallel_size=num_ranks,
+        )
+        our_error = max_error(our_last_logits(config, requests, adapter_paths), exact)
+        print(f"max logit error of {num_ranks} ranks: ours {our_error:.4f}, PEFT bfloat16 {peft_error:.4f}")
+        assert 0 < our_error <= 2 * peft_error
 
 
 def test_a_residual_keeps_what_bfloat16_would_round_away(tmp_path: Path) -> None:

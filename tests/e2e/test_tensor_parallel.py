@@ -15,7 +15,8 @@ from tests.e2e import test_added_tokens as added
 from tests.e2e import test_dora_and_biases as columns
 from tests.e2e import test_embeddings_and_heads as tables
 from tests.e2e.case import Case
-from tests.e2e.oracle import ALL, AdapterSpec, make_adapter
+from tests.e2e.oracle import ALL, AdapterSpec, PeftOracle, make_adapter
+from tests.e2e.prompts import PROMPTS
 from tests.e2e.tiny import NUM_TOKENS
 from tests.e2e.tiny import PROMPT as TINY_PROMPT
 from tests.models.tiny import make_model, save_model
@@ -195,3 +196,16 @@ def test_preempted_sequences_go_on_as_in_one_process(linears_case: Case) -> None
         outputs = llm.generate(prompts, params, names)
         assert llm.info().num_preemptions > 0
     assert [output.token_ids for output in outputs] == [output.token_ids for output in expected]
+
+
+def test_the_real_model_in_three_ranks_gives_the_tokens_of_peft(
+    smollm2_path: str, adapter_paths: dict[str, str], peft_oracle: PeftOracle, hf_smollm2: Any
+) -> None:
+    _, tokenizer = hf_smollm2
+    names = [None, *adapter_paths]
+    requests = [(tokenizer(text)["input_ids"], names[i % len(names)]) for i, text in enumerate(PROMPTS)]
+    settings = SETTINGS | {"tensor_parallel_size": 3, "memory": "512MiB", "quantization": "none"}
+    with LLM(smollm2_path, adapter_paths, **settings) as llm:
+        outputs = llm.generate([prompt for prompt, _ in requests], GREEDY, [name for _, name in requests])
+    for (prompt, name), output in zip(requests, outputs, strict=True):
+        assert output.token_ids == peft_oracle.greedy(prompt, output.token_ids, name), name

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import signal
 import socket
 import ssl
@@ -15,6 +16,7 @@ from typing import Any
 
 import grpc
 import httpx
+import psutil
 import pytest
 from loraserve import EngineConfig
 from loraserve.client import Client
@@ -80,6 +82,26 @@ def test_sigterm_lets_running_requests_finish_and_refuses_new_ones() -> None:
             answer.append(delta)
         assert process.wait(EXIT_TIMEOUT_S) == 0
     assert (len(answer.token_ids), answer.finish_reason) == (100, "length")
+
+
+def test_a_lost_rank_ends_the_server_which_says_so_and_leaves_no_process() -> None:
+    options = ("--tensor-parallel-size", "3", "--quantization", "none")
+    with server_process(*options, stderr=subprocess.PIPE) as (process, address, _), Client(address) as client:
+        children = psutil.Process(process.pid).children()
+        ranks = [child for child in children if any("tensor_parallel" in word for word in child.cmdline())]
+        assert len(ranks) == 2
+        client.wait_ready(EXIT_TIMEOUT_S)
+        stream = client.stream("Once upon a time", params(2000))
+        next(stream)
+        ranks[1].send_signal(signal.SIGKILL)
+        reason = rf"rank 2 \(process {ranks[1].pid}\) was killed by signal 9"
+        with pytest.raises(EngineStoppedError, match=reason):
+            list(stream)
+        assert process.wait(EXIT_TIMEOUT_S) == 1  # whoever watches over it starts it again
+        assert process.stderr is not None
+        assert re.search(reason, process.stderr.read())
+        _, alive = psutil.wait_procs(ranks, EXIT_TIMEOUT_S)
+        assert alive == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP], ids=["SIGINT", "SIGHUP"])

@@ -32,7 +32,7 @@ from loraserve.backends.memory_plan import (
 )
 from loraserve.backends.tensor_parallel.base_linears import CheckpointLinears
 from loraserve.backends.tensor_parallel.channel import Message
-from loraserve.backends.tensor_parallel.group import Group
+from loraserve.backends.tensor_parallel.group import Group, LostRankError
 from loraserve.backends.tensor_parallel.ranks import AdapterPart, Ranks, RankStart
 from loraserve.loader.resolve import open_checkpoint
 from loraserve.models.shard import Shard
@@ -272,7 +272,7 @@ class RankGroup:
     def _together(self) -> Iterator[None]:
         try:
             yield
-        except RuntimeError as error:
+        except LostRankError as error:
             raise self._ranks.lost(error) from error
 
 

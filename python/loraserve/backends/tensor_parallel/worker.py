@@ -23,7 +23,7 @@ from loraserve.backends.base import Extent, StepRows
 from loraserve.backends.cpu.backend import CpuBackend
 from loraserve.backends.cpu.program import RankPart
 from loraserve.backends.tensor_parallel.channel import Channel, Message
-from loraserve.backends.tensor_parallel.group import Group
+from loraserve.backends.tensor_parallel.group import Group, LostRankError
 from loraserve.backends.tensor_parallel.ranks import LoadHead, RankStart
 from loraserve.config import EngineConfig
 from loraserve.loader.packed_weights import packed_weights
@@ -54,6 +54,8 @@ def main() -> None:
         status = 0
     except (EOFError, BrokenPipeError, ConnectionResetError):
         status = 0  # rank 0 is gone
+    except LostRankError:
+        _wait_for_the_end(commands)
     except BaseException as error:
         _say_why(commands, error)
     os._exit(status)  # the other thread may wait in the middle of C
@@ -62,8 +64,14 @@ def main() -> None:
 def _say_why(commands: Channel, error: BaseException) -> None:
     with suppress(OSError):
         commands.send(Message.FAILED, f"{type(error).__name__}: {error}".encode())
-    if not isinstance(error, RuntimeError):  # which a group raises where another rank is gone
-        traceback.print_exception(error)
+    traceback.print_exception(error)
+
+
+def _wait_for_the_end(commands: Channel) -> None:
+    """Rank 0 finds out, too, and which rank it was; to end before would look as if it were this one."""
+    with suppress(EOFError, OSError):
+        while True:
+            commands.receive()
 
 
 class Worker:
