@@ -29,6 +29,9 @@ AUTO = "auto"
 
 # Most that a setting may be; what an engine can do with a machine is checked against the machine.
 MAX_KEPT_GENERATIONS = 64
+CPU_PREFILL_TOKENS = 256
+CPU_PREFILL_BESIDE_DECODES = 64
+
 MAX_COUNTS = {
     "max_lora_rank": 2**16,
     "max_num_seqs": 2**16,
@@ -230,6 +233,17 @@ class EngineConfig:
     def adapter_host_nbytes(self) -> int | None:
         """Most bytes of main memory that keep adapters; None where what is free decides."""
         return parse_memory(self.adapter_host_memory, "adapter_host_memory", least=0)
+
+    def prefill_tokens(self, device: str) -> tuple[int | None, int | None]:
+        """Most tokens of prompts in a step of "cpu" or "cuda", and beside decodes of their flow; None: any.
+
+        A CPU's steps are as long as they have rows, and from some hundred on no faster; a GPU's are as
+        long for some hundred rows as for one. Beside decodes a CPU gives prompts twice their rows if that is
+        more.
+        """
+        if device == "cpu":
+            return self.max_prefill_tokens or CPU_PREFILL_TOKENS, CPU_PREFILL_BESIDE_DECODES
+        return self.max_prefill_tokens, None
 
     def check_speculate(self, speculate: bool | None) -> None:
         """Raises InvalidRequestError: a request asks for guesses of an engine that makes none."""

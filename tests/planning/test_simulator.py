@@ -127,6 +127,7 @@ def test_the_simulator_plans_the_engines_steps(
         memory=memory,
         max_num_seqs=12,
         max_batched_tokens=64,
+        max_prefill_tokens=24,
     )
     random = np.random.RandomState(3)
     first: list[Asked] = [*((index, 20, 2) for index in range(len(names))), (None, 3, 1)]

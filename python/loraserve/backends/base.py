@@ -88,8 +88,6 @@ class Backend(Protocol):
     changes_tables: bool  # whether adapters may change embedding, head, norms
     keeps_quantized: bool  # whether it computes with quantised weights, or all are dequantised
     keeps_int8_adapters: bool  # whether it computes with adapters in int8
-    max_prefill_tokens: int | None  # of a step, unless the configuration says; None: as many as fit
-    min_prefill_tokens: int | None  # of a step, beside decodes of the flow, or twice their rows; None: any
     runs_ahead: bool  # whether a step may be launched before the tokens of the last are known to the host
 
     def place(self, model: ModelConfig, geometry: KvGeometry, build: BuildDecoder) -> PlacedModel:

@@ -11,15 +11,15 @@ MAX_DRAFT_TOKENS = 8  # guessed of a sequence in a step
 
 def scheduler_of(config: EngineConfig, runner: ModelRunner) -> _core.Scheduler:
     """A scheduler of `runner`'s pool."""
-    backend = runner.backend
+    max_prefill_tokens, min_prefill_tokens = config.prefill_tokens(runner.backend.name)
     return _core.Scheduler(
         num_pages=runner.num_pages,
         page_nbytes=runner.page_nbytes,
         block_size=BLOCK_SIZE,
         max_num_seqs=config.max_num_seqs,
         max_batched_tokens=config.max_batched_tokens,
-        max_prefill_tokens=config.max_prefill_tokens or backend.max_prefill_tokens,
-        min_prefill_tokens=backend.min_prefill_tokens,
+        max_prefill_tokens=max_prefill_tokens,
+        min_prefill_tokens=min_prefill_tokens,
         max_running_adapter_nbytes=config.max_batch_adapter_nbytes,
         max_model_len=runner.model.max_model_len,
         prefix_caching=config.prefix_caching,

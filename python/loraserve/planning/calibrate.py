@@ -157,11 +157,14 @@ async def _run(engine: AsyncEngine, phase: _Phase, vocabulary: range, drawn: ran
 
 def replica_of(config: EngineConfig, info: EngineInfo) -> ReplicaSpec:
     """The engine as the simulator runs it."""
+    max_prefill_tokens, min_prefill_tokens = config.prefill_tokens(info.device)
     return ReplicaSpec(
         num_pages=info.num_pages,
         page_nbytes=info.page_nbytes,
         max_num_seqs=config.max_num_seqs,
         max_batched_tokens=config.max_batched_tokens,
+        max_prefill_tokens=max_prefill_tokens,
+        min_prefill_tokens=min_prefill_tokens,
         max_model_len=info.max_model_len,
         max_waiting=config.max_waiting,
         prefix_caching=config.prefix_caching,

@@ -21,9 +21,10 @@ REMEDY = "take a smaller model, or hardware with more memory"
 class Memory:
     """How a device's memory is shared out; bytes and pages of the pool.
 
-    `basis` says what the pool's size rests on.
+    `device` is "cpu" or "cuda"; `basis` says what the pool's size rests on.
     """
 
+    device: str
     weights_nbytes: int
     step_nbytes: int
     page_nbytes: int
@@ -43,11 +44,14 @@ class Memory:
 
     def replica(self, config: EngineConfig, *, flow_by_adapter: bool = True) -> ReplicaSpec:
         """An engine with it, as the simulator runs one."""
+        max_prefill_tokens, min_prefill_tokens = config.prefill_tokens(self.device)
         return ReplicaSpec(
             num_pages=self.num_pages,
             page_nbytes=self.page_nbytes,
             max_num_seqs=config.max_num_seqs,
             max_batched_tokens=config.max_batched_tokens,
+            max_prefill_tokens=max_prefill_tokens,
+            min_prefill_tokens=min_prefill_tokens,
             max_model_len=self.max_model_len,
             max_num_slots=self.max_num_slots,
             prefix_caching=config.prefix_caching,
@@ -72,6 +76,7 @@ def plan_memory(config: EngineConfig, model: PlannedModel, hardware: Hardware) -
     plan: MemoryPlan = plan_pool(config, model.config, model.geometry, room)
     slots = plan.num_pages if hardware.device == "cpu" else min(plan.num_pages, MAX_NUM_SLOTS)
     return Memory(
+        device=hardware.device,
         weights_nbytes=model.weights_nbytes,
         step_nbytes=step_nbytes,
         page_nbytes=model.page_nbytes,

@@ -33,6 +33,8 @@ class ReplicaSpec:
     block_size: int = 16
     max_num_seqs: int = 256
     max_batched_tokens: int = 2048
+    max_prefill_tokens: int | None = None
+    min_prefill_tokens: int | None = None
     max_model_len: int = 8192
     max_num_slots: int | None = None
     max_waiting: int | None = None

@@ -40,8 +40,6 @@ class CpuBackend:
     changes_tables = True
     keeps_quantized = True
     keeps_int8_adapters = True
-    max_prefill_tokens: int | None = 256  # products of more rows take no less time a row
-    min_prefill_tokens: int | None = 64
     runs_ahead = False
 
     def __init__(self, config: EngineConfig, dtype: torch.dtype, part: RankPart | None = None) -> None:

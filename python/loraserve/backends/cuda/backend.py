@@ -55,8 +55,6 @@ class CudaBackend:
     changes_tables = False
     keeps_quantized = False
     keeps_int8_adapters = False
-    max_prefill_tokens: int | None = None
-    min_prefill_tokens: int | None = None
     runs_ahead = True
 
     def __init__(self, config: EngineConfig, dtype: torch.dtype, device: CudaDevice | None = None) -> None:

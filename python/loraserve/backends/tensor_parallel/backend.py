@@ -64,8 +64,6 @@ class TensorParallelBackend:
     changes_tables = True
     keeps_quantized = False
     keeps_int8_adapters = True
-    max_prefill_tokens: int | None = CpuBackend.max_prefill_tokens
-    min_prefill_tokens: int | None = CpuBackend.min_prefill_tokens
     runs_ahead = False
 
     def __init__(self, config: EngineConfig, dtype: torch.dtype) -> None:
