@@ -1,8 +1,8 @@
 """One process beside ranks that share the model out: `python benches/bench_tensor_parallel.py`.
 
 A model with random weights, made in a temporary directory, runs in one process on one core, in two ranks with
-one core each, and in one process on both. Milliseconds of a decode step and of a prompt, the least of the
-rounds; the three are asked in turn.
+one core each, and in one process on both. Milliseconds of a decode step and of a prompt, and what all
+processes together had of the cores for it, the least of the rounds; each is asked in its turn.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import machine
+import numpy as np
+import numpy.typing as npt
+import psutil  # type: ignore[import-untyped]
 import tokenizers
 import torch
 from adapter_files import write_adapters
@@ -95,22 +98,31 @@ def prompts_of(count: int, length: int, turn: int) -> list[list[int]]:
     return [[(first + 131 * index + place) % 30000 for place in range(length)] for index in range(count)]
 
 
-def seconds(llm: LLM, prompts: list[list[int]], num_tokens: int, adapters: Any) -> float:
-    """Of one call."""
+def cores_s() -> float:
+    """What this process and its ranks have had of the cores."""
+    own = psutil.Process()
+    times = [process.cpu_times() for process in (own, *own.children(recursive=True))]
+    return sum(one.user + one.system for one in times)
+
+
+def call_ms(llm: LLM, prompts: list[list[int]], num_tokens: int, adapters: Any) -> npt.NDArray[np.float64]:
+    """Of one call, on the clock and of the cores."""
     params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
-    began = time.perf_counter()
+    began = np.array([time.perf_counter(), cores_s()])
     llm.generate(prompts, params, adapters)
-    return time.perf_counter() - began
+    return 1e3 * (np.array([time.perf_counter(), cores_s()]) - began)
 
 
-def measure(llm: LLM, kind: str, count: int, turn: int) -> float:
-    """Milliseconds of a step, or of a prompt."""
+def measure(llm: LLM, kind: str, count: int, rounds: range) -> npt.NDArray[np.float64]:
+    """Milliseconds of a step, or of a prompt: on the clock and of the cores."""
     adapters = [f"adapter-{index % NUM_ADAPTERS}" for index in range(count)] if "adapters" in kind else None
     if kind == "prompt":
-        return 1e3 * seconds(llm, prompts_of(count, PROMPT_TOKENS, turn), 1, None)
-    prompts = prompts_of(count, 16, turn)
-    first = seconds(llm, prompts, 1, adapters)
-    return 1e3 * (seconds(llm, prompts, 1 + STEPS, adapters) - first) / STEPS
+        calls = [call_ms(llm, prompts_of(count, PROMPT_TOKENS, turn), 1, None) for turn in rounds]
+        return np.min(calls, axis=0)
+    prompts = [prompts_of(count, 16, turn) for turn in rounds]
+    first = np.min([call_ms(llm, some, 1, adapters) for some in prompts], axis=0)
+    whole = np.min([call_ms(llm, some, 1 + STEPS, adapters) for some in prompts], axis=0)
+    return (whole - first) / STEPS
 
 
 def main() -> None:
@@ -144,12 +156,11 @@ def main() -> None:
         )
         print("|---|" + "---|" * (len(SETUPS) + 1))
         for number, (kind, count) in enumerate(cases):
-            least = [float("inf")] * len(engines)
-            for turn in range(rounds):
-                results = [measure(llm, kind, count, 100 * number + turn) for llm in engines]
-                least = [min(old, new) for old, new in zip(least, results, strict=True)]
-            cells = " | ".join(f"{one:.1f}" for one in least)
-            print(f"| {kind} of {count} | {cells} | {least[0] / least[1]:.2f} times as fast |", flush=True)
+            turns = range(100 * number, 100 * number + rounds)
+            least = [measure(llm, kind, count, turns) for llm in engines]
+            cells = " | ".join(f"{clock:.1f} ({cores:.1f})" for clock, cores in least)
+            clock, cores = least[0] / least[1]
+            print(f"| {kind} of {count} | {cells} | {clock:.2f} times as fast ({cores:.2f}) |", flush=True)
 
 
 if __name__ == "__main__":
