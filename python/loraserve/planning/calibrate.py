@@ -165,6 +165,7 @@ def replica_of(config: EngineConfig, info: EngineInfo) -> ReplicaSpec:
         max_batched_tokens=config.max_batched_tokens,
         max_prefill_tokens=max_prefill_tokens,
         min_prefill_tokens=min_prefill_tokens,
+        max_running_adapter_nbytes=config.max_batch_adapter_nbytes,
         max_model_len=info.max_model_len,
         max_waiting=config.max_waiting,
         prefix_caching=config.prefix_caching,

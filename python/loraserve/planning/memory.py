@@ -52,6 +52,7 @@ class Memory:
             max_batched_tokens=config.max_batched_tokens,
             max_prefill_tokens=max_prefill_tokens,
             min_prefill_tokens=min_prefill_tokens,
+            max_running_adapter_nbytes=config.max_batch_adapter_nbytes,
             max_model_len=self.max_model_len,
             max_num_slots=self.max_num_slots,
             prefix_caching=config.prefix_caching,

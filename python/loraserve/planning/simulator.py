@@ -35,6 +35,7 @@ class ReplicaSpec:
     max_batched_tokens: int = 2048
     max_prefill_tokens: int | None = None
     min_prefill_tokens: int | None = None
+    max_running_adapter_nbytes: int | None = None
     max_model_len: int = 8192
     max_num_slots: int | None = None
     max_waiting: int | None = None

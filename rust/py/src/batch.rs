@@ -141,7 +141,7 @@ impl Batch {
     }
 
     /// (rows, samples, pairs of prompts, tokens of contexts, rows of adapters, segments), and the slots in it.
-    fn step_shape(&self) -> ((f64, f64, f64, f64, f64, f64), Vec<i32>) {
+    fn step_shape(&self) -> (Amounts, Vec<i32>) {
         let (shape, slots) = StepShape::of(sim::StepArrays {
             query_indptr: &self.arrays.query_indptr,
             context_lens: &self.arrays.context_lens,
@@ -166,6 +166,9 @@ impl Batch {
         NumpyArrays::new(py, &self.arrays)
     }
 }
+
+/// Of a step's work, in the order of `StepRecord` in Python.
+type Amounts = (f64, f64, f64, f64, f64, f64);
 
 /// The arrays as a dict of `numpy` ones.
 #[derive(FromPyObject, IntoPyObject)]

@@ -10,7 +10,6 @@ use pyo3::prelude::*;
 
 use crate::errors::{InvalidRequestError, of_core};
 
-#[expect(clippy::needless_pass_by_value, reason = "what `map_err` calls")]
 fn of_sim(error: sim::Error) -> PyErr {
     match error {
         sim::Error::Scheduler(error) => of_core(error),
@@ -53,6 +52,7 @@ struct Replica {
     max_batched_tokens: usize,
     max_prefill_tokens: Option<usize>,
     min_prefill_tokens: Option<usize>,
+    max_running_adapter_nbytes: Option<usize>,
     max_model_len: usize,
     max_num_slots: usize,
     max_waiting: Option<usize>,
@@ -152,6 +152,11 @@ fn config(
             max_batched_tokens: replica.max_batched_tokens,
             max_prefill_tokens: replica.max_prefill_tokens.unwrap_or(usize::MAX),
             min_prefill_tokens: replica.min_prefill_tokens.unwrap_or(usize::MAX),
+            max_running_adapter_pages: replica
+                .max_running_adapter_nbytes
+                .map_or(usize::MAX, |nbytes| {
+                    (nbytes / replica.page_nbytes.max(1)).max(1)
+                }),
             max_model_len: replica.max_model_len,
             prefix_caching: replica.prefix_caching,
             max_num_slots: replica.max_num_slots,
