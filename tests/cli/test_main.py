@@ -60,7 +60,6 @@ def test_help_teaches_with_examples(command: list[str], capsys: pytest.CaptureFi
         (["serve", "m", "--model-id", "n"], "MODEL is 'm' and --model-id is 'n'"),
         (["serve", "m", "--lora-adapters", "a=b=c"], "--lora-adapters: lora adapter 'a=b=c' is not id"),
         (["serve", "m", "--adapter", "a=x", "--lora-adapters", "a=y"], "--adapter names 'a' twice"),
-        (["serve", "m", "--num-shard", "2"], "--num-shard is '2': only 1"),
         (["serve", "m", "--quantize", "exl2"], "--quantize: quantization is 'exl2', it must be one of auto"),
         (["generate", "m", "-p", "x", "-a", "a=heavy"], "'a=heavy' is not NAME or NAME=WEIGHT"),
         (["generate", "m", "-p", "x", "--adapter", "a=x", "-a", "a", "-a", "a"], "-a names 'a' twice"),
