@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 from loraserve.adapters.remote import WANTED
-from loraserve.errors import AdapterFormatError, LoraserveError, SourceUnavailableError
+from loraserve.errors import AdapterFormatError, CapacityError, LoraserveError, SourceUnavailableError
 from loraserve.remote.disk_cache import DiskCache
 from loraserve.remote.fetcher import Fetcher, NothingThereError
 from loraserve.remote.location import AllowedLocations, parse_remote
@@ -425,9 +425,42 @@ def test_digests_that_lie_are_found_out(registry: Registry, tmp_path: Path) -> N
     registry.blobs[digest(WEIGHTS)] = WEIGHTS[::-1]
     with pytest.raises(AdapterFormatError, match="not what was asked for"):
         fetched(fetcher(tmp_path), registry)
+    assert not list((tmp_path / "cache").glob("*.part"))  # nothing of it is of use to another fetch
     registry.manifests[pushed] += b" "
     with pytest.raises(AdapterFormatError, match="its manifest has the digest"):
         fetched(fetcher(tmp_path), registry, f"@{pushed}")
+
+
+def test_what_the_cache_cannot_take_is_not_fetched(registry: Registry, tmp_path: Path) -> None:
+    registry.push()
+    small = Fetcher(DiskCache(tmp_path / "cache", len(WEIGHTS)), WANTED, AllowedLocations())
+    with pytest.raises(CapacityError, match="raise --adapter-cache-size"):
+        fetched(small, registry)
+    assert "/blobs/" not in str(registry.asked)
+
+
+@pytest.mark.parametrize("at", [0, 1000])
+def test_a_blob_that_is_longer_than_its_manifest_says_is_left(
+    registry: Registry, tmp_path: Path, at: int
+) -> None:
+    registry.push()
+    path, num_sent = f"/v2/team/sql/blobs/{digest(WEIGHTS)}", 0
+
+    def send_without_end(handler: BaseHTTPRequestHandler) -> None:
+        nonlocal num_sent
+        handler.send_response(206 if at else 200)
+        if at:
+            handler.send_header("content-range", f"bytes {at}-{10**12 - 1}/{10**12}")
+        handler.end_headers()
+        handler.close_connection = True
+        while num_sent < 200 * len(WEIGHTS):
+            num_sent += handler.wfile.write(WEIGHTS)
+
+    cut = [lambda handler: send_blob(handler, WEIGHTS, cut=at)] if at else []
+    registry.rules[path] = [*cut, send_without_end]
+    with pytest.raises(AdapterFormatError, match=f"more than the {len(WEIGHTS)} bytes of its manifest"):
+        fetched(fetcher(tmp_path), registry)
+    assert num_sent < 200 * len(WEIGHTS)
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,15 @@ def test_too_much_is_refused(tmp_path: Path, is_told: bool) -> None:
     assert not (tmp_path / "a").exists() or (tmp_path / "a").stat().st_size <= 5000 + PIECE
 
 
+def test_what_sends_more_than_it_told_is_not_read_to_its_end(tmp_path: Path) -> None:
+    store = FakeStore({"a": DATA})
+    store.files = lambda: [RemoteFile("a", 2500, "v1")]  # type: ignore[method-assign]
+    with pytest.raises(AdapterFormatError, match="changed 3 times"):
+        transfer(store, tmp_path).run()
+    assert store.num_read == 3 * 3 * PIECE
+    assert (tmp_path / "a").stat().st_size == 0
+
+
 @pytest.mark.parametrize("form", ["{sum}  a", "{sum} *a", "{sum}  ./a"])
 def test_sums_are_compared(tmp_path: Path, form: str) -> None:
     good, bad = hashlib.sha256(DATA).hexdigest(), "0" * 64

@@ -135,6 +135,14 @@ class DiskCache:
             path.unlink(missing_ok=True)  # who waits for it finds that it is gone, and makes another
             os.close(lock)
 
+    def check_fits(self, location: RemoteLocation, nbytes: int) -> None:
+        """Raises CapacityError: it is larger than the cache."""
+        if nbytes > self.max_nbytes:
+            raise CapacityError(
+                f"{location} has {nbytes} bytes, the adapter cache takes {self.max_nbytes}: raise "
+                "--adapter-cache-size"
+            )
+
     def add(self, location: RemoteLocation, files: Sequence[RemoteFile]) -> CacheEntry:
         """Make an entry of what was fetched, while `fetching` it.
 
@@ -144,12 +152,11 @@ class DiskCache:
         """
         part, path = self.directory / f"{_key(location)}.part", self._path(location, files)
         nbytes = sum(file.stat().st_size for file in part.iterdir())
-        if nbytes > self.max_nbytes:
+        try:
+            self.check_fits(location, nbytes)
+        except CapacityError:
             shutil.rmtree(part, ignore_errors=True)
-            raise CapacityError(
-                f"{location} has {nbytes} bytes, the adapter cache takes {self.max_nbytes}: raise "
-                "--adapter-cache-size"
-            )
+            raise
         sums = {file.name: sha256_of(file) for file in part.iterdir()}
         with self._lock:
             self._make_room(nbytes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -200,6 +201,11 @@ class Fetcher:
             nonlocal found
             self._note_changes(location, files)
             found = self.cache.version(location, files)
+            nbytes = sum(file.nbytes or 0 for file in files)
+            if (
+                found is None and nbytes <= self._wanted.max_nbytes
+            ):  # what has more can't be helped by a cache
+                self.cache.check_fits(location, nbytes)
             return found is not None
 
         with self.cache.fetching(location) as directory, closing(self._store(location)) as store:
@@ -215,7 +221,11 @@ class Fetcher:
                 on_failure=lambda error: breaker.failed(error.retry_after_s),
                 goes_on=lambda: not breaker.is_open(),
             )
-            files = transfer.run(is_there)
+            try:
+                files = transfer.run(is_there)
+            except AdapterFormatError:  # another fetch would have no use for it
+                shutil.rmtree(directory, ignore_errors=True)
+                raise
             if found is not None:
                 self.counts.add(disk_hits=1)
                 return found

@@ -106,7 +106,14 @@ class RegistryStore:
         headers = {"Range": f"bytes={start}-"} if start else {}
         limit = httpx.Timeout(READ_LIMIT_S, connect=CONNECT_LIMIT_S)
         with self._answer(f"/blobs/{file.version}", headers, limit, may_leave=True) as answer:
-            yield from ranged_body(answer, start)
+            nbytes = start
+            for chunk in ranged_body(answer, start):
+                nbytes += len(chunk)
+                if file.nbytes is not None and nbytes > file.nbytes:
+                    raise WrongAnswerError(
+                        f"{file.name} has more than the {file.nbytes} bytes of its manifest"
+                    )
+                yield chunk
 
     def _manifest(self) -> dict[str, Any]:
         found = self._json(self._location.reference.removeprefix("@"))

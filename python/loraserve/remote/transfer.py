@@ -144,6 +144,8 @@ class Transfer:
                         self._check_size(self._done_nbytes)
                         self._check_time()
                         self._on_progress(self._done_nbytes, total)
+                        if file.nbytes is not None and out.tell() > file.nbytes:
+                            break
                     if file.nbytes is not None and out.tell() < file.nbytes:
                         raise TransientError(f"of {file.nbytes} bytes {out.tell()} came")
                     break
