@@ -221,7 +221,7 @@ def test_a_shadow_ends_where_its_generation_answers_and_starts_anew_beside_anoth
     assert (shadow(llm).fraction, counted(shadow(llm))) == (1.0, 0)
     one_compared()
     llm.roll_back_adapter("sql", 2)
-    assert shadow(llm).fraction == 0.0
+    assert (shadow(llm).fraction, counted(shadow(llm))) == (0.0, 1)  # what it was made current for
     llm.shadow_adapter("sql", 1, 1.0)
     llm.shadow_adapter("sql", 3, 1.0)  # in the place of the other
     assert [one.shadow and one.shadow.fraction for one in llm.generations("sql")] == [0.0, 0.0, 1.0]

@@ -22,6 +22,7 @@ class ShadowedAnswer:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     timing: RequestTiming | None = None
+    noted_late_s: float = 0.0  # after the engine gave out its end
 
     def append(self, delta: Delta) -> None:
         """Add what one step brought; deltas come in order, all of this answer."""
@@ -41,7 +42,7 @@ class ShadowedAnswer:
     @property
     def running_s(self) -> float:
         """From when the model began with its prompt to its end; 0 before that."""
-        return 0.0 if self.timing is None else self.timing.total_s - self.timing.queue_s
+        return 0.0 if self.timing is None else self.timing.total_s - self.timing.queue_s - self.noted_late_s
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Final, Literal
 
 from loraserve.engine.engine import Engine
@@ -58,16 +59,16 @@ class OutputTap:
     def __init__(self, on_outputs: Callable[[EngineOutputs], None]) -> None:
         self.is_open = False
         self._on_outputs = on_outputs
-        self._kept: queue.SimpleQueue[EngineOutputs] = queue.SimpleQueue()
+        self._kept: queue.SimpleQueue[tuple[float, EngineOutputs]] = queue.SimpleQueue()
 
     def __call__(self, outputs: EngineOutputs) -> None:
         """On the engine's thread."""
         if self.is_open:
-            self._kept.put(outputs)
+            self._kept.put((time.monotonic(), outputs))
         self._on_outputs(outputs)
 
-    def take(self) -> list[EngineOutputs]:
-        """What has been kept since the last time."""
+    def take(self) -> list[tuple[float, EngineOutputs]]:
+        """What has been kept since the last time, each with when it came, on time.monotonic."""
         taken = []
         with suppress(queue.Empty):
             while True:
@@ -149,8 +150,9 @@ class _Copy:
         self.error: Exception | None = None
         self.request_ids: list[int] = []
 
-    def on_delta(self, delta: Delta) -> None:
+    def on_delta(self, delta: Delta, *, came_at: float) -> None:
         self.answer.append(delta)
+        self.answer.noted_late_s = time.monotonic() - came_at
 
     def on_error(self, error: Exception) -> None:
         self.error = error
@@ -246,8 +248,10 @@ class ShadowTraffic:
     def _route(self) -> None:
         """Give copies what the engine has made of them."""
         ids = {request_id for copy in self._running for request_id in copy.request_ids}
-        for outputs in self._tap.take():
-            self._frontend.route(_only(outputs, ids), _Copy.on_delta, _Copy.on_error)
+        for came_at, outputs in self._tap.take():
+            self._frontend.route(
+                _only(outputs, ids), partial(_Copy.on_delta, came_at=came_at), _Copy.on_error
+            )
         for copy in [copy for copy in self._running if copy.has_ended]:
             self._running.remove(copy)
             if copy.error is not None:

@@ -383,8 +383,8 @@ class AdapterVersions:
         self._become_current(found, number)
 
     def _become_current(self, found: _Name, number: int) -> None:
-        if found.shadow is not None and found.current != number:  # what it is compared with is another now
-            found.results[found.shadow[0]] = ShadowResults()
+        if found.shadow is not None and number not in (found.current, found.shadow[0]):
+            found.results[found.shadow[0]] = ShadowResults()  # what it is compared with is another now
         found.current = number
         self._share_out(found, {})
 

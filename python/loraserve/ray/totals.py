@@ -47,7 +47,7 @@ def total_info(pulses: Sequence[Pulse]) -> EngineInfo:
 
 def total_usage(usages: Sequence[AdapterUsage]) -> AdapterUsage:
     """Counts of all together."""
-    return AdapterUsage(**_sums(usages))
+    return AdapterUsage(**_sums(usages, "shadow_agreement"))
 
 
 def total_stats(entries: Sequence[Mapping[str, Entry]], pulses: Sequence[Pulse]) -> EngineStats:
