@@ -220,6 +220,8 @@ class Ranks:
                     f"{reason}; the {self._size} ranks of tensor_parallel_size can't go on without it: "
                     "start again"
                 )
+                for rank in self._ranks:  # one that hangs or is stopped would not end by itself
+                    rank.popen.kill()
                 self.end()
             return self._loss
 
