@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from loraserve.cli.main import main
 from loraserve.config import EngineConfig
 from loraserve.errors import ModelError
 from loraserve.planning import plan as planning
-from loraserve.planning.hardware import Hardware, hardware
+from loraserve.planning.hardware import Hardware, hardware, names
 from loraserve.planning.memory import plan_memory
 from loraserve.planning.models import BUILT_IN, planned_model
 from loraserve.planning.plan import Demand, che_hit_rate, least, make_plan
@@ -178,6 +179,19 @@ def test_plan_answers_for_llama_on_an_h100_and_says_what_it_rests_on(
     assert values["price"]["per_hour"] == 3 * values["load"]["num_replicas"]
 
 
+@pytest.mark.parametrize("command", ["plan", "simulate"])
+def test_what_a_commands_help_offers_is_known(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    (offered,) = re.findall(r"--hardware NAME\|FILE ((?:[\w-]+, )+)this", text)
+    assert offered.split(", ")[:-1] == names()[:-1]
+    assert {name for name in re.findall(r"--hardware ([\w.]+)", text) if name != "NAME"} <= {
+        *names(),
+        "machine.json",
+    }
+
+
 def test_plan_exits_with_1_where_it_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "llama-3-70b", "--hardware", "l4"]) == 1
     assert "does not fit on l4" in capsys.readouterr().out
@@ -213,6 +227,11 @@ def test_simulate_reads_a_trace(capsys: pytest.CaptureFixture[str], tmp_path: Pa
         (["--costs", "/none"], "costs can't be read"),
         (["--memory", "much"], "memory is 'much'"),
         (["--ranks", "0"], "rank is 0"),
+        (
+            ["--prompt", "20000"],
+            "prompts of 20000 tokens and answers of 128 don't fit into the context of 8192",
+        ),
+        (["--dtype", "float32"], 'dtype is "float32", GPUs store'),
         (["--calibrate"], "is shapes without weights"),
     ],
 )

@@ -1,6 +1,9 @@
 """The simulator beside the engine, which plans the same steps; and what comes of workloads."""
 
 import dataclasses
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +36,30 @@ def drawn(num_requests: int = 600, **settings: object) -> Workload:
     given = {"rate": 20.0, "num_adapters": 60, "popularity": Popularity.parse("zipf:1.0"), "base_share": 0.1}
     spec = WorkloadSpec(num_requests=num_requests, **{**given, **settings})  # type: ignore[arg-type]
     return spec.draw(1024)
+
+
+def test_ctrl_c_ends_a_long_simulation() -> None:
+    code = """
+import signal, sys
+from loraserve import _core
+from loraserve.cli.main import main
+
+def simulate(**arguments):
+    print("started", flush=True)
+    return native(**arguments)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+native, _core.simulate = _core.simulate, simulate
+sys.exit(main("simulate llama-3-8b --hardware h100 --requests 2000000 --adapters 1000".split()))
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as command:
+        assert command.stdout is not None
+        try:
+            assert command.stdout.readline() == b"started\n"
+            command.send_signal(signal.SIGINT)
+            assert command.wait(60) == 130
+        finally:
+            command.kill()
 
 
 class Held:

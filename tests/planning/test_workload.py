@@ -61,12 +61,24 @@ def test_requests_to_the_base_model_have_their_share() -> None:
 
 def test_lengths_are_within_the_context() -> None:
     lengths = Lengths.parse("prompt", "lognormal:200:1.5")
-    drawn = spec(prompt=lengths, answer=Lengths.parse("answer", "8-4096")).draw(1024)
+    drawn = spec(prompt=lengths, answer=Lengths.parse("answer", "8-256")).draw(1024)
     assert drawn.prompt_tokens.min() >= 1
-    assert drawn.prompt_tokens.max() == 512
+    assert drawn.prompt_tokens.max() == 768
     assert np.median(drawn.prompt_tokens) == pytest.approx(200, rel=0.1)
-    assert drawn.answer_tokens.max() == 512
+    assert drawn.answer_tokens.max() == 256
+    both = spec(prompt=lengths, answer=Lengths.parse("answer", "lognormal:100:2")).draw(1024)
+    assert (both.prompt_tokens + both.answer_tokens).max() == 1024
     assert Lengths.parse("prompt", "10-30").mean == 20
+
+
+def test_requests_are_as_long_as_they_are_said_to_be_or_refused() -> None:
+    whole = spec(prompt=Lengths.parse("prompt", "1000"), answer=Lengths.parse("answer", "24"))
+    assert set(whole.draw(1024).prompt_tokens) == {1000}
+    assert set(whole.draw(1024).answer_tokens) == {24}
+    with pytest.raises(InvalidRequestError, match="prompts of 1000 tokens and answers of 24 don't fit"):
+        whole.draw(1023)
+    with pytest.raises(InvalidRequestError, match="prompts of 2001 tokens"):
+        spec(prefix_tokens=2000).draw(2000)
 
 
 def test_prompts_are_longer_than_the_prefix_they_share() -> None:
@@ -135,7 +147,7 @@ def test_a_trace_is_read_as_it_was_recorded(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("", "has no requests"),
-        ("{", "can't be read"),
+        ("{", "line 1 is not JSON"),
         ("[]", "line 1: expected an object"),
         ('{"at": 0, "prompt_tokens": 1, "answer_tokens": 0}', "line 1: answer_tokens is 0"),
         ('{"at": "x", "prompt_tokens": 1, "answer_tokens": 1}', "line 1: at is 'x'"),
@@ -145,10 +157,12 @@ def test_a_trace_is_read_as_it_was_recorded(tmp_path: Path) -> None:
         (
             '{"at": 1, "prompt_tokens": 1, "answer_tokens": 1}\n'
             '{"at": 0, "prompt_tokens": 1, "answer_tokens": 1}',
-            "in order of their times",
+            "line 2: at is 0 after 1, requests must be in order of their times",
         ),
         ('{"at": 0, "adapter": "' + "a" * 5000 + '"}', "line 1: the limits are"),
-        ("[" * 3000, "can't be read"),
+        ("[" * 3000, "line 1 is not JSON"),
+        ('{"at": 0, "prompt_tokens": 1, "answer_tokens": 1}\n{"at" 1}', "line 2 is not JSON: .* column 7"),
+        ('{"at": 0, "prompt_tokens": 1}', "line 1: answer_tokens is missing"),
     ],
 )
 def test_a_trace_that_is_none_is_refused(tmp_path: Path, text: str, message: str) -> None:

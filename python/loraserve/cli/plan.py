@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 EXAMPLES = """\
   loraserve plan llama-3-8b --hardware h100 --adapters 1000 --requests-per-second 50 --price 3
   loraserve plan llama-3-8b --hardware h200 --adapters 200 --ranks 8 16 64 --answer 64-512
-  loraserve plan smollm2 --hardware cpu --adapters 50 --rank 8 --requests-per-second 3 --ttft-p99 2000
+  loraserve plan smollm2 --adapters 50 --rank 8 --requests-per-second 3 --ttft-p99 2000   # on this machine
   loraserve plan ./my-model --hardware machine.json --replicas 4 --requests-per-second 100 --json
 
 Memory is by the engine's own rules, time by the simulator: docs/planning.md. The exit code is 1 where the

@@ -29,7 +29,7 @@ def add_hardware_options(parser: argparse.ArgumentParser) -> None:
         "--hardware",
         default="this",
         metavar="NAME|FILE",
-        help="h100, h200, a100-80gb, l40s, l4, cpu, this (measured by --calibrate of `simulate`), or a .json "
+        help="h100, h200, a100-80gb, l40s, l4, this (measured by --calibrate of `simulate`), or a .json "
         "file (default %(default)s)",
     )
     group.add_argument(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from loraserve.backends.cuda.backend import MAX_NUM_SLOTS
 from loraserve.backends.machine_memory import DeviceMemory
 from loraserve.backends.memory_plan import MemoryPlan, PoolRoom, check_weights, host_room, in_gib, plan_pool
 from loraserve.config import EngineConfig
-from loraserve.errors import CapacityError
+from loraserve.errors import CapacityError, InvalidRequestError
 from loraserve.planning.hardware import Hardware
 from loraserve.planning.models import PlannedModel
 from loraserve.planning.simulator import ReplicaSpec
@@ -65,8 +67,11 @@ def plan_memory(config: EngineConfig, model: PlannedModel, hardware: Hardware) -
 
     Raises:
         CapacityError: weights, pool or context don't fit.
+        InvalidRequestError: the device does not store this dtype.
         ModelError: the context is longer than the model's.
     """
+    if hardware.device == "cuda" and model.dtype == torch.float32:
+        raise InvalidRequestError('dtype is "float32", GPUs store "bfloat16" or "float16"')
     device = DeviceMemory(hardware.memory_nbytes, hardware.free_nbytes, hardware.name)
     if hardware.device == "cpu":
         room, step_nbytes = host_room(config, model.config, model.weights_nbytes, device), 0

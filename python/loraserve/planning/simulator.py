@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -187,15 +189,31 @@ def simulate(
         "max_num_slots": replica.max_num_slots or replica.num_pages,
         "runs_ahead": costs.runs_ahead,
     }
-    simulated = _core.simulate(
-        costs={**asdict(costs.steps), "rows": list(costs.steps.rows)},
-        loading=asdict(costs.loads),
-        replica=described,
-        fleet={**asdict(fleet), "num_threads": fleet.num_threads or len(os.sched_getaffinity(0))},
-        arrivals=workload.arrays(),
-        adapter_nbytes=list(adapter_nbytes),
+    simulated = _interruptible(
+        lambda: _core.simulate(
+            costs={**asdict(costs.steps), "rows": list(costs.steps.rows)},
+            loading=asdict(costs.loads),
+            replica=described,
+            fleet={**asdict(fleet), "num_threads": fleet.num_threads or len(os.sched_getaffinity(0))},
+            arrivals=workload.arrays(),
+            adapter_nbytes=list(adapter_nbytes),
+        )
     )
     return Simulation(workload, simulated, replica.num_pages)
+
+
+def _interruptible(run: Callable[[], _core.Simulated]) -> _core.Simulated:
+    """Native code for minutes would keep Ctrl-C from the main thread; the thread ends with the process."""
+    found: Future[_core.Simulated] = Future()
+
+    def settle() -> None:
+        try:
+            found.set_result(run())
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=settle, name="loraserve-simulation", daemon=True).start()
+    return found.result()
 
 
 def percentiles_ms(seconds: npt.NDArray[np.float64]) -> dict[str, float]:

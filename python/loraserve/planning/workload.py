@@ -62,14 +62,19 @@ class Lengths:
             f"{name} is {spec!r:.100}, it must be N, LOW-HIGH or lognormal:MEDIAN:SIGMA, in tokens"
         )
 
-    def draw(self, random: np.random.RandomState, count: int, most: int) -> Ints:
-        """[count], none longer than `most`."""
+    def draw(self, random: np.random.RandomState, count: int, most: int | Ints) -> Ints:
+        """[count], none longer than `most`, which is one number or [count]."""
         first, second = self._values
         if self._kind == "uniform":
             drawn = random.randint(int(first), int(second) + 1, count).astype(np.int64)
         else:
             drawn = np.round(first * np.exp(second * random.randn(count))).astype(np.int64)
         return np.clip(drawn, 1, most)
+
+    @property
+    def expected_tokens(self) -> int:
+        """What must fit: the longest of a range, the median of a distribution with a tail."""
+        return int(self._values[1] if self._kind == "uniform" else self._values[0])
 
     @property
     def mean(self) -> float:
@@ -189,24 +194,43 @@ class WorkloadSpec:
         check_int("seed", self.seed, 0, 2**32 - 1)
 
     def draw(self, max_model_len: int) -> Workload:
-        """Prompts are cut to half of the context where they are longer, answers to what is left."""
+        """Long tails are cut: a prompt to what the longest or median answer leaves of the context, an answer to
+        what its prompt leaves.
+
+        Raises:
+            InvalidRequestError: ranges, medians or the shared prefix don't fit into the context.
+        """
+        most_prompt = self._most_prompt(max_model_len)
         random, count = np.random.RandomState(self.seed), self.num_requests
         adapter = self.popularity.draw(random, count, self.num_adapters)
         if self.base_share > 0:
             adapter[random.random_sample(count) < self.base_share] = BASE_MODEL
-        prompts = self.prompt.draw(random, count, max(max_model_len // 2, 1))
-        answers = self.answer.draw(random, count, max(max_model_len - max_model_len // 2, 1))
+        prompts = self.prompt.draw(random, count, most_prompt)
+        if self.prefix_tokens:
+            prompts = np.maximum(prompts, self.prefix_tokens + 1)
+        answers = self.answer.draw(random, count, max_model_len - prompts)
         at_s = self._arrivals(random)
         prefix = random.randint(0, self.num_prefixes, count).astype(np.int64)
-        prefix_tokens = np.full(count, min(self.prefix_tokens, max_model_len // 2), dtype=np.int64)
+        prefix_tokens = np.full(count, self.prefix_tokens, dtype=np.int64)
         return Workload(
             at_s=at_s,
             adapter=adapter,
-            prompt_tokens=np.maximum(prompts, prefix_tokens + (self.prefix_tokens > 0)),
+            prompt_tokens=prompts,
             answer_tokens=answers,
             prefix=prefix,
             prefix_tokens=prefix_tokens,
         )
+
+    def _most_prompt(self, max_model_len: int) -> int:
+        prompt, answer = self.prompt.expected_tokens, self.answer.expected_tokens
+        if self.prefix_tokens >= prompt:
+            prompt = self.prefix_tokens + 1
+        if prompt + answer > max_model_len:
+            raise InvalidRequestError(
+                f"prompts of {prompt} tokens and answers of {answer} don't fit into the context of "
+                f"{max_model_len}: give shorter ones (--prompt, --answer, --shared-prefix) or more context"
+            )
+        return max_model_len - answer
 
     def _arrivals(self, random: np.random.RandomState) -> Floats:
         if self.rate == 0:
@@ -226,12 +250,17 @@ def read_trace(path: Path) -> Workload:
     """
     adapters: dict[str, int] = {}
     prefixes: dict[str, int] = {}
-    rows = [_row(path, number, values, adapters, prefixes) for number, values in _lines(path)]
+    rows: list[tuple[float, int, int, int, int, int]] = []
+    for number, values in _lines(path):
+        rows.append(_row(path, number, values, adapters, prefixes))
+        if len(rows) > 1 and rows[-1][0] < rows[-2][0]:
+            raise InvalidRequestError(
+                f"{path}, line {number}: at is {rows[-1][0]:g} after {rows[-2][0]:g}, requests must be in "
+                "order of their times"
+            )
     if not rows:
         raise InvalidRequestError(f"{path} has no requests")
     columns = list(zip(*rows, strict=True))
-    if any(after < before for before, after in zip(columns[0], columns[0][1:], strict=False)):
-        raise InvalidRequestError(f"{path}: requests must be in order of their times (`at`)")
     at_s = np.array(columns[0], dtype=np.float64)
     adapter, prompts, answers, prefix, prefix_tokens = (np.array(c, dtype=np.int64) for c in columns[1:])
     return Workload(
@@ -253,11 +282,21 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
                     f"{path}, line {number}: the limits are {MAX_REQUESTS} lines of {MAX_LINE_NBYTES} bytes"
                 )
             if line.strip():
-                yield number, json.loads(line)
+                yield number, _parsed(path, number, line)
     except InvalidRequestError:
         raise
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
         raise InvalidRequestError(f"trace {path} can't be read: {error}") from None
+
+
+def _parsed(path: Path, number: int, line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        reason = f"{error.msg} at column {error.colno}"
+    except (ValueError, RecursionError) as error:
+        reason = str(error)
+    raise InvalidRequestError(f"{path}, line {number} is not JSON: {reason}")
 
 
 def _row(
@@ -269,14 +308,16 @@ def _row(
     known = {"at", "adapter", "prompt_tokens", "answer_tokens", "prefix", "prefix_tokens"}
     if unknown := values.keys() - known:
         raise InvalidRequestError(f"{where}: unknown fields {', '.join(sorted(map(str, unknown)))}")
-    at: Any = values.get("at")
+    if missing := [name for name in ("at", "prompt_tokens", "answer_tokens") if name not in values]:
+        raise InvalidRequestError(f"{where}: {missing[0]} is missing")
+    at: Any = values["at"]
     adapter, prefix = values.get("adapter"), values.get("prefix")
     check_float(f"{where}: at", at, -1e12, 1e12)
     for name, value in (("adapter", adapter), ("prefix", prefix)):
         if value is not None and not isinstance(value, str):
             raise InvalidRequestError(f"{where}: {name} is {value!r:.100}, it must be a text or null")
-    prompt: Any = values.get("prompt_tokens")
-    answer: Any = values.get("answer_tokens")
+    prompt: Any = values["prompt_tokens"]
+    answer: Any = values["answer_tokens"]
     prefix_tokens: Any = values.get("prefix_tokens", 0)
     check_int(f"{where}: prompt_tokens", prompt, 1, MAX_TOKENS)
     check_int(f"{where}: answer_tokens", answer, 1, MAX_TOKENS)
