@@ -192,6 +192,7 @@ def test_a_flag_that_asks_for_more_says_what_to_do(
         (["serve", "m", "--prefix-cachin"], "did you mean --prefix-caching?"),
         (["serve", "m", "--max-lora", "4"], "did you mean --max-loras?"),
         (["serve", "m", "--nothing-like-it=3"], "unrecognized arguments: --nothing-like-it=3"),
+        (["serve", "m", "--nothing-like-it=3"], "`loraserve serve --help` lists what can be given"),
         (["serve", "--prefix-caching", "true"], "switches take no value"),
         (["serve", "--adapter", "a=/x", "--lora-modules", "a=/y"], "names 'a' twice"),
     ],

@@ -136,6 +136,7 @@ def test_costs_grow_with_the_model_and_shrink_with_bandwidth() -> None:
     h100, l4 = hardware("h100"), hardware("l4")
     of_large, of_small = costs_on(large, h100), costs_on(small, h100)
     assert (of_large.kind, of_small.kind) == ("scaled", "scaled")
+    assert (of_large.error, of_large.total_error) == (None, None)  # of another model's steps
     weights = large.read_nbytes / small.read_nbytes
     assert 0.3 * weights < of_large.steps.rows[0][1] / of_small.steps.rows[0][1] < weights
     on_l4 = costs_on(planned_model(EngineConfig(model="llama-3-8b")), l4)

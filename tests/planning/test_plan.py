@@ -232,7 +232,13 @@ def test_simulate_reads_a_trace(capsys: pytest.CaptureFixture[str], tmp_path: Pa
             "prompts of 20000 tokens and answers of 128 don't fit into the context of 8192",
         ),
         (["--dtype", "float32"], 'dtype is "float32", GPUs store'),
-        (["--calibrate"], "is shapes without weights"),
+        (["--calibrate", "--hardware", "this"], "is shapes without weights"),
+        (
+            ["--calibrate"],
+            "--calibrate measures this machine with requests of its own: leave --hardware away",
+        ),
+        (["--trace", "day.jsonl", "--prompt", "9"], "--trace says who asks for what: leave --prompt away"),
+        (["--seconds", "5"], "--seconds says how long --calibrate measures"),
     ],
 )
 def test_wrong_options_are_told_in_a_line(

@@ -74,7 +74,7 @@ def _run(argv: Sequence[str]) -> int:
     parser = build_parser(named or COMMANDS)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        parser.error(_unknown_text(args.parser, unknown))
+        args.parser.error(_unknown_text(args.parser, unknown))
     try:
         status: int = args.run(args)
     except LoraserveError as error:

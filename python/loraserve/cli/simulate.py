@@ -20,10 +20,23 @@ from loraserve.errors import InvalidRequestError
 if TYPE_CHECKING:
     from loraserve.planning.costs import Costs
 
+# Of requests that are drawn, and of measuring: with the others they would do nothing.
+DRAWN = {
+    "adapters": "--adapters",
+    "popularity": "--popularity",
+    "base_share": "--base-share",
+    "rate": "--requests-per-second",
+    "cv": "--cv",
+    "prompt": "--prompt",
+    "answer": "--answer",
+    "shared_prefix": "--shared-prefix",
+    "prefixes": "--prefixes",
+    "requests": "--requests",
+}
 EXAMPLES = """\
   loraserve simulate smollm2 --calibrate                     # a minute on this machine; kept for later
   loraserve simulate smollm2 --adapters 100 --rank 8 --requests-per-second 4 --requests 1000
-  loraserve simulate llama-3-8b --hardware h100 --adapters 1000 --requests-per-second 40 --trace day.jsonl
+  loraserve simulate llama-3-8b --hardware h100 --replicas 2 --trace day.jsonl
   loraserve simulate llama-3-8b --hardware h100 --replicas 100 --adapters 100000 --requests-per-second 1000 \\
       --requests 60000 --policy round-robin least-loaded home-and-spill
 
@@ -75,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         LoraserveError: the model, the hardware or the workload can't be had.
     """
+    _check_together(args)
     if args.calibrate:
         _calibrate(args)
         return 0
@@ -105,6 +119,21 @@ def run(args: argparse.Namespace) -> int:
     print(f"steps: {costs.kind}, {costs.basis}{_error(costs)}\n")
     print(table(summaries))
     return 0
+
+
+def _check_together(args: argparse.Namespace) -> None:
+    given = [flag for name, flag in DRAWN.items() if getattr(args, name) != args.parser.get_default(name)]
+    if args.trace is not None and given:
+        raise InvalidRequestError(f"--trace says who asks for what: leave {', '.join(given)} away")
+    if args.calibrate:
+        given += ["--trace"] if args.trace is not None else []
+        given += ["--hardware"] if args.hardware != "this" else []
+        if given:
+            raise InvalidRequestError(
+                f"--calibrate measures this machine with requests of its own: leave {', '.join(given)} away"
+            )
+    elif args.seconds != args.parser.get_default("seconds"):
+        raise InvalidRequestError("--seconds says how long --calibrate measures: give that, too")
 
 
 def table(summaries: dict[str, dict[str, Any]]) -> str:

@@ -54,6 +54,8 @@ def costs_on(model: PlannedModel, hardware: Hardware) -> Costs:
         model=model.name,
         basis=f"{costs.basis}; from there by {' and '.join(parts)}",
         kind="scaled" if hardware.like is None else "roofline",
+        error=None,  # that of the fit says nothing of these
+        total_error=None,
         amounts=to,
         steps=scaled,
     )

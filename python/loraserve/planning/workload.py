@@ -194,8 +194,8 @@ class WorkloadSpec:
         check_int("seed", self.seed, 0, 2**32 - 1)
 
     def draw(self, max_model_len: int) -> Workload:
-        """Long tails are cut: a prompt to what the longest or median answer leaves of the context, an answer to
-        what its prompt leaves.
+        """Long tails are cut: a prompt to what the longest or median answer leaves of the context, an answer
+        to what its prompt leaves.
 
         Raises:
             InvalidRequestError: ranges, medians or the shared prefix don't fit into the context.
