@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from loraserve.cli import main
+from loraserve.settings.errors import ConfigError
 from loraserve.settings.load import load_settings
 
 
@@ -53,6 +54,35 @@ def test_memory_is_divided_by_who_knows_the_machine(capsys: pytest.CaptureFixtur
     pytest.importorskip("ray", reason="needs loraserve[ray]: make test-ray")
     assert main(["deploy", "smollm2", "--replicas", "2", "--http-port", "0"]) == 1
     assert "memory is auto" in capsys.readouterr().err
+
+
+def test_more_cores_than_the_machine_has_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("ray", reason="needs loraserve[ray]: make test-ray")
+    assert main(["deploy", "smollm2", "--memory", "1GiB", "--replica-cores", "4096"]) == 1
+    assert "would have 4096 cores each alone, this machine gives" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("values", "num_here", "is_refused"),
+    [
+        ({"replicas": 2, "device": "cuda"}, 1, True),
+        ({"replicas": 2, "device": "cuda"}, 2, False),
+        ({"replica_gpus": 2}, 1, True),
+        ({"replicas": 4}, 0, False),
+    ],
+)
+def test_gpus_that_are_not_there_are_not_waited_for(
+    values: dict[str, object], num_here: int, is_refused: bool
+) -> None:
+    pytest.importorskip("ray", reason="needs loraserve[ray]: make test-ray")
+    from loraserve.ray.deploy import check_gpus  # noqa: PLC0415 (an extra)
+
+    settings = load_settings({"model": "m", **values}, {}).settings
+    if is_refused:
+        with pytest.raises(ConfigError, match=f"Ray finds {num_here} on this machine"):
+            check_gpus(settings, num_here)
+    else:
+        check_gpus(settings, num_here)
 
 
 def test_the_builder_takes_settings_by_name() -> None:

@@ -302,7 +302,7 @@ def test_who_is_refused_is_told_where_credentials_come_from(
         ("https://token.example.com/", "allow it with --adapter-url https://token.example.com"),
         ("https://10.0.0.1/", "allow it with"),
         ("file:///etc/passwd", "without https"),
-        ("", "without https"),
+        ("", "names no realm"),
     ],
 )
 def test_no_credentials_go_to_a_realm_elsewhere(
@@ -312,6 +312,16 @@ def test_no_credentials_go_to_a_realm_elsewhere(
     challenge = {"www-authenticate": f'Bearer realm="{realm}"'}
     registry.rules["/v2/team/sql/manifests/latest"] = [lambda handler: send(handler, 401, b"", challenge)]
     with pytest.raises(AdapterFormatError, match=why):
+        fetched(fetcher(tmp_path), registry)
+
+
+@pytest.mark.parametrize("challenge", ["Bearer", 'Bearer service="here"'])
+def test_a_challenge_without_a_realm_says_so(registry: Registry, tmp_path: Path, challenge: str) -> None:
+    registry.push()
+    registry.rules["/v2/team/sql/manifests/latest"] = [
+        lambda handler: send(handler, 401, b"", {"www-authenticate": challenge})
+    ]
+    with pytest.raises(AdapterFormatError, match="names no realm"):
         fetched(fetcher(tmp_path), registry)
 
 

@@ -74,9 +74,13 @@ def build_application(settings: ServeSettings) -> Application:
     return ingress.bind(settings, engines.bind(_of_a_replica(settings)))
 
 
+def num_gpus_of_each(settings: ServeSettings) -> int:
+    """What Ray reserves for a replica."""
+    return max(settings.replica_gpus, 1) if settings.device == "cuda" else settings.replica_gpus
+
+
 def _resources(settings: ServeSettings) -> dict[str, Any]:
-    num_gpus = max(settings.replica_gpus, 1) if settings.device == "cuda" else settings.replica_gpus
-    return {"num_cpus": settings.replica_cores or 1, "num_gpus": num_gpus}
+    return {"num_cpus": settings.replica_cores or 1, "num_gpus": num_gpus_of_each(settings)}
 
 
 def _scale(settings: ServeSettings) -> dict[str, Any]:

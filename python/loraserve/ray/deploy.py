@@ -15,7 +15,7 @@ from ray import serve
 
 from loraserve.config import AUTO
 from loraserve.errors import ModelError
-from loraserve.ray.application import build_application
+from loraserve.ray.application import build_application, num_gpus_of_each
 from loraserve.server.listen import check_can_listen
 from loraserve.settings.errors import ConfigError
 from loraserve.settings.load import LoadedSettings
@@ -80,6 +80,13 @@ def check_settings(settings: ServeSettings) -> None:
                 "memory is auto, of which each engine of this machine would take most: say how much each may "
                 "have, as --memory 4GiB"
             )
+        least, cores = settings.replicas or 1, settings.replica_cores or 0
+        num_here = len(os.sched_getaffinity(0))
+        if least * cores > num_here:
+            raise ConfigError(
+                f"{least} replicas would have {cores} cores each alone, this machine gives {num_here}: see "
+                "--replica-cores"
+            )
         for flag, port in (("--http-port", settings.http_port), ("--grpc-port", settings.grpc_port)):
             if port is not None:
                 check_can_listen(settings.host, port, flag)
@@ -117,6 +124,17 @@ def _connect(settings: ServeSettings) -> None:
         logging_level=logging.WARNING,
         _node_ip_address=LOCAL_ADDRESS,
     )
+    check_gpus(settings, int(ray.cluster_resources().get("GPU", 0)))
+
+
+def check_gpus(settings: ServeSettings, num_here: int) -> None:
+    """Raises ConfigError: the replicas would wait for GPUs that the machine does not have."""
+    least, each = settings.replicas or 1, num_gpus_of_each(settings)
+    if least * each > num_here:
+        raise ConfigError(
+            f"{least} replicas would have {each} GPUs each, Ray finds {num_here} on this machine: see "
+            "--replicas and --replica-gpus"
+        )
 
 
 def _ready_line(settings: ServeSettings, addresses: dict[str, str]) -> str:

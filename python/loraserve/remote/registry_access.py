@@ -86,10 +86,12 @@ class RegistryAccess:
 
     def _check_realm(self, realm: httpx.URL) -> None:
         """The registry's own host, one of its domain, or one that is allowed."""
+        if not realm.scheme:
+            raise WrongAnswerError("it asks for a token and names no realm that gives one")
         host = self._location.host.rpartition(":")[0] or self._location.host
         is_local = is_loopback(self._location.host)
         if realm.scheme != "https" and not (realm.scheme == "http" and is_local and is_loopback(realm.host)):
-            raise WrongAnswerError(f"it sends to {realm.host} for a token, without https")
+            raise WrongAnswerError(f"it sends to {realm.host or realm.scheme} for a token, without https")
         same = realm.host == host or (not _is_address(host) and _domain(realm.host) == _domain(host))
         if same or (is_local and is_loopback(realm.host)):
             return
