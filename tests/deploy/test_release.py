@@ -35,7 +35,9 @@ def test_actions_are_pinned_and_nobody_may_write(path: Path) -> None:
 
 
 def test_wheels_are_built_for_every_platform_and_published_without_a_token() -> None:
-    built = {one["target"]: one["runner"] for one in RELEASE["jobs"]["wheel"]["strategy"]["matrix"]["include"]}
+    built = {
+        one["target"]: one["runner"] for one in RELEASE["jobs"]["wheel"]["strategy"]["matrix"]["include"]
+    }
     assert built == {  # a runner that GitHub has given up waits for ever, and nothing is published
         "x86_64-unknown-linux-gnu": "ubuntu-24.04",
         "aarch64-unknown-linux-gnu": "ubuntu-24.04-arm",

@@ -213,6 +213,11 @@ def test_a_model_that_is_not_there_is_told_with_where_to_look(client: httpx.Clie
         answer = client.post(path, json={"model": "nobody", **given})
         message = "model 'nobody' does not exist, GET /v1/models lists those that do"
         assert (answer.status_code, answer.json()["error"]["message"]) == (404, message)
+        answer = client.post(path, json={"model": "nobody@7", **given})
+        message = (
+            message.replace("nobody", "nobody@7") + ", GET /adapters/NAME/generations which may be pinned"
+        )
+        assert (answer.status_code, answer.json()["error"]["message"]) == (404, message)
     entries = client.get("/v1/models", headers={"anthropic-version": "2023-06-01"}).json()["data"]
     context = client.get("/info").json()["max_total_tokens"]
     assert {entry["max_input_tokens"] for entry in entries} == {context}

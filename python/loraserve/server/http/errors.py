@@ -185,7 +185,8 @@ def error_body(error: Exception, family: Family) -> dict[str, Any]:
     if isinstance(error, LoraserveError):
         message, name = _printable(str(error)), type(error).__name__
         if isinstance(error, AdapterNotFoundError) and (found := _NOT_REGISTERED.fullmatch(message)):
-            message = f"model {found[1]} does not exist, GET /v1/models lists those that do"
+            pinned = ", GET /adapters/NAME/generations which may be pinned" if "@" in found[1] else ""
+            message = f"model {found[1]} does not exist, GET /v1/models lists those that do{pinned}"
     else:
         name = "InternalError"
         message = f"internal error ({type(error).__name__}), the server's log has the details"
