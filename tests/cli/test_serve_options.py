@@ -71,6 +71,14 @@ def test_flags_are_read(arguments: list[str], values: dict[str, object]) -> None
 JSON_ONE = '{"name": "a", "path": "/x", "base_model_name": "m"}'
 
 
+def test_sharded_is_taken_beside_a_number_and_told_to_need_one() -> None:
+    given = flags("--sharded", "true", "--num-shard", "2")
+    assert given.values == {"tensor_parallel_size": "2"}
+    assert given.notes == [
+        "--sharded has no effect here: --tensor-parallel-size, or --num-shard, says among how many processes"
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "values"),
     [
@@ -156,6 +164,7 @@ def test_a_flag_without_effect_is_noted(arguments: list[str], note: str) -> None
     ("arguments", "error"),
     [
         (["--pipeline-parallel-size", "2"], "only 1 is possible"),
+        (["--sharded", "maybe"], "says among how many processes"),
         (
             ["--quantize", "bitsandbytes"],
             "--quantize: quantization is 'bitsandbytes', it must be one of auto",

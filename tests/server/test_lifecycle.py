@@ -314,7 +314,7 @@ def test_a_start_says_what_is_served_and_who_may_come_in(values: dict[str, Any],
         ["base", "base1:ab"],
         ["device", "cpu, float32"],
         ["weights", "256 MiB, float32"],
-        ["pool", "16 MiB for KV cache and adapters, which are kept in float32"],
+        ["pool", "16 MiB for KV cache and adapters, kept in float32"],
         [
             "limits",
             "512 tokens of context, 8 sequences and 2048 tokens a step, adapters up to rank 64",
@@ -323,6 +323,13 @@ def test_a_start_says_what_is_served_and_who_may_come_in(values: dict[str, Any],
         ["access", access],
     ]
     assert "hush" not in "".join(lines)
+
+
+def test_a_start_says_among_how_many_ranks_a_model_is_shared_out() -> None:
+    given = {"model": "/model", "tensor_parallel_size": 2}
+    text = "\n".join(start_facts(load_settings(given, {}).settings, FakeEngine().info()))
+    assert "cpu, float32, shared out among 2 ranks\n" in text
+    assert "16 MiB in each for KV cache" in text
 
 
 def test_a_server_whose_engine_fails_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ class ForeignSetting:
         text: what becomes of it, for help and for errors.
         metavar: of its value; "" is a switch.
         accepted: values that say what is so anyway; with None any value is taken and has no effect.
+        noted: values that are taken, too, and of which a note says that they have no effect by themselves.
         meaning: or else the settings that a value stands for.
         is_variable: whether the launcher reads it from the environment.
         is_flag: whether the launcher has a flag of it.
@@ -43,6 +44,7 @@ class ForeignSetting:
     text: str
     metavar: str = ""
     accepted: tuple[str, ...] | None = ()
+    noted: tuple[str, ...] = ()
     meaning: Meaning | None = None
     is_variable: bool = True
     is_flag: bool = True
@@ -68,7 +70,7 @@ class ForeignSetting:
                 return self.meaning(value), None
             except (InvalidRequestError, ValueError) as error:
                 raise ConfigError(f"{where}: {error}") from None
-        if self.accepted is None:
+        if self.accepted is None or value in self.noted:
             return {}, f"{where} has no effect here: {self.text}"
         if value in self.accepted or (self.metavar == "" and value == "false" and not self.accepted):
             return {}, None
@@ -203,7 +205,8 @@ TGI_AND_LORAX: tuple[ForeignSetting, ...] = (
         meaning=_preloaded,
     ),
     *_values("num_shard", "the same as --tensor-parallel-size", "N", meaning=_num_shard),
-    *_values("sharded", "give --tensor-parallel-size, only false is possible", "BOOL", accepted=FALSE),
+    *_values("sharded", "--tensor-parallel-size, or --num-shard, says among how many processes", "BOOL",
+             accepted=FALSE, noted=TRUE),
     *_values("quantize", "the same as --quantization", "METHOD", meaning=_quantize),
     *_values("kv_cache_dtype", CACHE_DTYPE, "DTYPE", accepted=("auto",)),
     *_values("source default_adapter_source preloaded_adapter_source",

@@ -85,7 +85,7 @@ class TensorParallelBackend:
         pool_nbytes = plan.num_pages * geometry.page_nbytes(self._dtype)
         host_tier_nbytes = plan_host_tier(self._config, room.free - size * pool_nbytes)
         logger.info(
-            "tensor parallel: each of %d ranks has %s of weights, %s of the pool and %d threads",
+            "tensor parallel: each of %d ranks has %s of weights, %s of the pool and so many threads: %d",
             size,
             in_gib(build.nbytes),
             in_gib(pool_nbytes),
