@@ -94,6 +94,7 @@ LEVELS: list[tuple[str, dict[str, Any], tuple[Any, ...]]] = [
     ("/adapters/one/pin", {"pinned": True}, ()),
     ("/adapters/one/shares", {"shares": {"1": 1}}, ()),
     ("/adapters/one/rollback", {}, ()),
+    ("/adapters/one/shadow", {"generation": 1, "fraction": 0.5}, ()),
 ]
 
 
@@ -107,7 +108,8 @@ def test_an_unknown_field_is_refused_by_name_on_every_level(
         inner = inner[step]
     inner["zzz_unheard_of"] = 1
     num_asked = len(server.engine.requests)
-    answer = client.request("PUT" if path.endswith(("/pin", "/shares")) else "POST", path, json=body)
+    method = "PUT" if path.endswith(("/pin", "/shares", "/shadow")) else "POST"
+    answer = client.request(method, path, json=body)
     assert answer.status_code == (422 if path.partition("?")[0] in (*TGI_ROUTES, *TOKEN_ROUTES) else 400), (
         answer.text
     )
@@ -130,7 +132,7 @@ def test_every_model_of_a_body_refuses_what_it_does_not_know_and_is_in_the_table
         "ResponseFormat JsonSchema StructuredOutputs MergedAdapters LoraScale LoraRequest Message TextPart "
         "Parameters GrammarField LoraxFormat TokenizeBody LoadBody PinBody VllmLoadBody VllmUnloadBody "
         "ToolBody FunctionBody MessageToolCall MessageFunction TokenizeTextBody TokenizeChatBody "
-        "DetokenizeBody PredictionBody SharesBody RollbackBody"
+        "DetokenizeBody PredictionBody SharesBody RollbackBody ShadowBody"
     )
     assert {model.__name__ for model in reached} == set(tested.split()), "give a new model a row in LEVELS"
 
