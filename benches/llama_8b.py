@@ -78,7 +78,7 @@ def loader_of(raw_config: dict[str, Any]) -> Any:
 
         any_device = DenseWeights(RandomWeights(torch.device("cpu"), dtype))
         nbytes = weights_nbytes(config, any_device, dtype.itemsize)
-        decoder, length = place(config, BuildDecoder(nbytes, build))
+        decoder, length = place(config, BuildDecoder(nbytes, build, Path(path)))
         tokenizer = byte_tokenizer(config.vocab_size)
         return LoadedModel(Path(path), config, decoder, tokenizer, length, fingerprint="random weights")
 
