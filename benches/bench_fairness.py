@@ -80,8 +80,11 @@ class Load:
                 task.cancel()
             with suppress(asyncio.CancelledError):
                 await asyncio.gather(*tasks, return_exceptions=True)
-            while self.engine.stats().num_running:
-                await asyncio.sleep(0.05)
+
+    async def drained(self) -> None:
+        """Nothing runs any more; nobody must be asking."""
+        while self.engine.stats().num_running:
+            await asyncio.sleep(0.05)
 
     async def light(self, seconds: float, flow: Flow) -> list[float]:
         """Times to the first token of the light client's requests, which wait for one another."""
@@ -114,6 +117,7 @@ async def floods(load: Load, seconds: float, num_turns: int) -> None:
                 num_tokens = load.num_tokens - before
                 rates[mode].append(num_tokens / (time.perf_counter() - began))
                 cpu_rates[mode].append(num_tokens / (time.process_time() - cpu_began))
+            await load.drained()
     for mode, label in (("alone", "alone"), ("off", "flood, one flow"), ("on", "flood, flows")):
         print(f"light client, {label:16}  {shown(times[mode])}")
     for label, of_modes in (("second", rates), ("CPU second", cpu_rates)):
@@ -153,7 +157,7 @@ async def backlogged(load: Load, seconds: float, max_num_seqs: int) -> None:
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=20.0, help="of each part")
-    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--turns", type=int, default=2, help="0 leaves the flood out")
     parser.add_argument("--max-num-seqs", type=int, default=32)
     parser.add_argument("--max-batched-tokens", type=int, help="of a step; the engine's default if not given")
     args = parser.parse_args()
@@ -172,7 +176,8 @@ async def main() -> None:
         for kind in (HEAVY, LIGHT):
             await load.ask(kind, ONE)
         print(f"max_num_seqs {args.max_num_seqs}")
-        await floods(load, args.seconds, args.turns)
+        if args.turns:
+            await floods(load, args.seconds, args.turns)
         await backlogged(load, args.seconds, args.max_num_seqs)
     finally:
         await engine.shutdown(0.0)
