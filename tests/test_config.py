@@ -167,6 +167,12 @@ def test_ways_to_quantise_have_vllms_names_too(given: str | None, taken: str | N
     assert EngineConfig(model="m", quantization=given).quantization == taken
 
 
+def test_a_step_has_room_for_the_prompts_it_is_to_compute() -> None:
+    for num_prefill, num_batched in ((8192, 8192), (64, EngineConfig.max_batched_tokens)):
+        config = EngineConfig(model="m", max_prefill_tokens=num_prefill)
+        assert config.max_batched_tokens == num_batched
+
+
 def test_paths_and_vllms_names_of_dtypes_are_taken() -> None:
     config = EngineConfig(model=Path("/m"), adapters={"a": Path("/a")}, dtype="float")  # type: ignore
     assert (config.model, config.adapters, config.dtype) == ("/m", {"a": "/a"}, "float32")

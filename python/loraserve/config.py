@@ -82,7 +82,7 @@ class EngineConfig:
         max_num_seqs: most sequences in one step.
         max_batch_adapter_memory: most bytes, or text such as "256MiB", of different adapters that run at
             once, as they lie in the pool; requests for others wait; "auto" sets no limit.
-        max_batched_tokens: most tokens in one step.
+        max_batched_tokens: most tokens in one step; at least `max_prefill_tokens`, to which less is raised.
         max_prefill_tokens: of these, tokens of prompts, whose rest goes on in the next steps; None takes 256
             on a CPU, where longer steps are no faster, and what fits on a GPU. Beside sequences that decode a
             CPU gives prompts of the same flow less.
@@ -167,6 +167,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None or name not in _OPTIONAL_COUNTS:
                 check_int(name, value, 1, high)
+        most = max(self.max_batched_tokens, self.max_prefill_tokens or 0)
+        object.__setattr__(self, "max_batched_tokens", most)
         check_int("keep_generations", self.keep_generations, 0, MAX_KEPT_GENERATIONS)
         check_choice("speculate", self.speculate, SPECULATIONS)
         check_tool_parser(self.tool_parser)

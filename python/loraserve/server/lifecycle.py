@@ -278,6 +278,7 @@ def start_facts(settings: ServeSettings, info: EngineInfo, num_kept: int = 0) ->
     else:
         access = f"no keys: whoever reaches {settings.host} may use everything, this machine administers"
     pool = info.num_pages * info.page_nbytes / 2**20
+    step = max(settings.max_batched_tokens, settings.max_prefill_tokens or 0)
     num_ranks = settings.tensor_parallel_size
     of_ranks, each = (f", shared out among {num_ranks} ranks", " in each") if num_ranks > 1 else ("", "")
     return [
@@ -286,7 +287,7 @@ def start_facts(settings: ServeSettings, info: EngineInfo, num_kept: int = 0) ->
         f"  weights   {info.weights_nbytes / 2**20:,.0f} MiB, {info.quantization or info.dtype}",
         f"  pool      {pool:,.0f} MiB{each} for KV cache and adapters, kept in {info.adapter_dtype}",
         f"  limits    {info.max_model_len} tokens of context, {settings.max_num_seqs} sequences and "
-        f"{settings.max_batched_tokens} tokens a step, adapters up to rank {info.max_lora_rank}",
+        f"{step} tokens a step, adapters up to rank {info.max_lora_rank}",
         f"  adapters  {info.num_adapters} of {len(settings.adapters)} configured"
         + (f" and {num_kept} kept from run time" if num_kept else ""),
         f"  access    {access}",

@@ -155,7 +155,7 @@ class ServeSettings(BatchSettings):
     max_batched_tokens: Count = option(
         EngineConfig.max_batched_tokens,
         "engine",
-        "most tokens in one step",
+        "most tokens in one step, at least --max-prefill-tokens",
         "TOKENS",
         flags=("--max-num-batched-tokens",),
         most=MAX_COUNTS["max_batched_tokens"],
